@@ -1,0 +1,513 @@
+"""Every knob of pgl_ray, and the one way to read them.
+
+Each door has one frozen model whose defaults are the paper's numbers. A command line is
+`[file.yaml ...] [a.b=c ...]`: files are merged in order, then the dotted overrides; `load` checks the result
+and reports every fault in one message that names the dotted path.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Triple = tuple[Positive, Positive, Positive]
+
+
+class Section(BaseModel):
+    """A frozen group of knobs: unknown keys are refused, attribute docstrings are the descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _check_range(name: str, value: tuple[float, float]) -> None:
+    if not value[0] <= value[1]:
+        raise ValueError(f"{name}: lower bound {value[0]} is above upper bound {value[1]}")
+
+
+# -- sections shared by several doors -------------------------------------------------------------------------------
+
+
+class ViewsConfig(Section):
+    """Geometry of views and patches (paper, Sec. 3.2, operations 1 and 2)."""
+
+    size: Triple = (16, 96, 96)
+    """View size P in voxels (D, H, W)."""
+    crop_scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.1, 1.4)
+    """Crop size as a multiple of the view size, drawn per axis."""
+    min_overlap: Share = 0.1
+    """Least overlap of two views of a scan, as a share of `overlap_of`."""
+    overlap_of: Literal["smaller", "larger", "union"] = "smaller"
+    """What the overlap is a share of: the smaller crop's volume, the larger's, or the union of both. The paper names
+    none."""
+    flip_prob: Share = 0.5
+    """Probability of a flip along each axis."""
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        _check_range("crop_scale", self.crop_scale)
+        return self
+
+
+class IntensityConfig(Section):
+    """Intensity operations (paper, Sec. 3.2, operations 3 to 6), on z-scored voxels."""
+
+    noise_prob: Share = 0.1
+    """Probability of white Gaussian noise."""
+    noise_variance: tuple[float, float] = (0.0, 0.1)
+    """Range of the noise variance."""
+    blur_prob: Share = 0.2
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.5, 1.0)
+    """Range of the blur's sigma in voxels."""
+    gain_prob: Share = 0.5
+    """Probability of the brightness and contrast change."""
+    gain: tuple[float, float] = (0.75, 1.25)
+    """Range of the factor; the result is clipped to the view's own range."""
+    gamma_prob: Share = 0.5
+    """Probability of the gamma transformation."""
+    gamma: tuple[float, float] = (0.7, 1.5)
+    """Range of the exponent (Eq. 2)."""
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        for name in ("noise_variance", "blur_sigma", "gain", "gamma"):
+            _check_range(name, getattr(self, name))
+        return self
+
+
+class EncoderConfig(Section):
+    """3D ResNet with bottleneck blocks (paper, Sec. 3.3)."""
+
+    depths: tuple[Positive, Positive, Positive, Positive] = (3, 4, 6, 3)
+    """Residual blocks per stage; 3-4-6-3 is ResNet-50."""
+    width: Positive = 64
+    """Channels of the stem; stage i puts out width * 4 * 2**i channels."""
+    stage_strides: Literal["early", "late"] = "early"
+    """Strides of the four stages: early = 2,2,2,1 (15 GFLOP per 16x96x96 view), late = 1,2,2,2 (80 GFLOP)."""
+
+
+class HeadsConfig(Section):
+    """Projector and predictor: Conv1x1(hidden)-BN-ReLU-Conv1x1(out) (paper, Sec. 3.3)."""
+
+    hidden: Positive = 4096
+    """Channels of the hidden layer."""
+    out: Positive = 256
+    """Channels of the features that are compared."""
+
+
+class AlignConfig(Section):
+    """The prior-guided aligner (paper, Eq. 4 to 7)."""
+
+    centers: Literal["receptive_field", "cell"] = "receptive_field"
+    """Where a feature cell sits: the centre of its receptive field, or the middle of its cell (the paper's RoIAlign)."""
+
+
+class LarsConfig(Section):
+    """LARS with linear warm-up and a cosine to zero, without restart (paper, Sec. 5.1; BYOL)."""
+
+    lr: Annotated[float, Field(gt=0)] = 0.2
+    """Learning rate after the warm-up."""
+    momentum: Share = 0.9
+    """SGD momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1.5e-6
+    """Weight decay (BYOL's; the paper gives none). Biases and norm parameters are exempt."""
+    trust_coefficient: Annotated[float, Field(gt=0)] = 1e-3
+    """Factor of the layer-wise rate (BYOL's). Biases and norm parameters are exempt."""
+    warmup_epochs: Annotated[float, Field(ge=0)] = 2.0
+    """Length of the warm-up in epochs; at most a tenth of the run."""
+
+
+class SgdConfig(Section):
+    """SGD for fine-tuning with a polynomial decay (paper, Sec. 5.1 gives the rate alone)."""
+
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    """Initial learning rate."""
+    momentum: Share = 0.9
+    """Nesterov momentum (the paper gives none)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Weight decay (the paper gives none)."""
+    power: Annotated[float, Field(ge=0)] = 0.9
+    """Exponent of the decay (1 - step / steps) ** power; 0 keeps the rate constant."""
+
+
+class TrainConfig(Section):
+    """How Ray Train runs the loop."""
+
+    num_workers: Positive = 1
+    """Workers (processes) under DDP; with GPUs one each."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the workers compute; auto takes CUDA when the cluster has a GPU for every worker."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
+    """Ray CPUs that one worker reserves; what remains renders the views."""
+    threads_per_worker: Annotated[int, Field(ge=0)] = 0
+    """Torch threads per worker; 0 shares the node's cores evenly."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast precision; auto = bfloat16 on CUDA, float32 on a CPU."""
+    log_every: Positive = 10
+    """Steps between two rows of metrics."""
+    checkpoint_every: Positive = 200
+    """Steps between two checkpoints."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints that are kept."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """Restarts of the worker group after a worker's death."""
+
+
+class RayConfig(Section):
+    """Which Ray cluster to use."""
+
+    address: str | None = None
+    """Address of a running cluster; none: the one in RAY_ADDRESS, else a new one on this machine."""
+    num_cpus: Positive | None = None
+    """Logical CPUs of a new local cluster; none: this machine's cores, at least 4."""
+    object_store_mb: Positive = 1000
+    """Object store of a new local cluster in MB."""
+    tmp_dir: str | None = None
+    """Ray's temporary folder for a new local cluster (keep it short: unix sockets live there)."""
+
+
+# -- one model per door ---------------------------------------------------------------------------------------------
+
+
+class LabelsConfig(Section):
+    """What the values of a label map mean, where the folder's dataset.json does not say it."""
+
+    names: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Organ name -> value in the label maps."""
+    table: str | None = None
+    """CSV inside the source folder: first column = scan_id, `split` and `labelled_organs` (space-separated) optional.
+    An organ that a row does not list is unlabelled in that scan, not absent."""
+
+
+class PrepareConfig(Section):
+    """CT files -> Zarr store + Parquet index."""
+
+    source: str
+    """Folder of CT volumes: NIfTI, NRRD, MHA/MHD; flat, images/ + labels/, or nnU-Net/MSD (imagesTr, labelsTr)."""
+    store: str
+    """Folder of the store; an existing store is added to."""
+    hu_window: tuple[float, float] = (-1024.0, 325.0)
+    """HU window of the statistics and, later, of the views (paper, Sec. 5.1)."""
+    chunk: Triple = (8, 64, 64)
+    """Inner chunk of the sharded arrays in voxels (D, H, W)."""
+    labels: LabelsConfig = LabelsConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        _check_range("hu_window", self.hu_window)
+        return self
+
+
+class PretrainConfig(Section):
+    """PGL pre-training (paper, Sec. 3 and 5.1)."""
+
+    index: str
+    """Store written by prepare."""
+    run: str
+    """Folder of the run; the same command again continues an interrupted run."""
+    seed: int = 0
+    """Seed of priors, augmentation and initialisation."""
+    epochs: Positive = 500
+    """Passes over the scans."""
+    max_steps: Positive | None = None
+    """Length of the run in steps instead of epochs; all schedules span it."""
+    global_batch_size: Positive = 128
+    """View pairs per step over all workers."""
+    pairs_per_scan: Positive = 1
+    """View pairs per scan and epoch."""
+    ema_decay: Share = 0.996
+    """Target decay omega at the start; it rises to 1 on BYOL's cosine (Eq. 10)."""
+    views: ViewsConfig = ViewsConfig()
+    intensity: IntensityConfig = IntensityConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    heads: HeadsConfig = HeadsConfig()
+    align: AlignConfig = AlignConfig()
+    optim: LarsConfig = LarsConfig()
+    train: TrainConfig = TrainConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _divisible(self):
+        _check_divisible(self.global_batch_size, self.train.num_workers)
+        return self
+
+
+class FinetuneConfig(Section):
+    """Supervised training of the segmentation network (paper, Sec. 5.1 and Appendix B)."""
+
+    index: str
+    """Store written by prepare, with labels."""
+    run: str
+    """Folder of the run; the same command again continues an interrupted run."""
+    init: str = "random"
+    """Initialisation of the encoder: `random` (Kaiming uniform), or a pre-training run's folder."""
+    seed: int = 0
+    """Seed of the split, the patches and the initialisation."""
+    split: str = "train"
+    """Split of the index that the scans are taken from."""
+    num_scans: Positive | None = None
+    """Labelled scans to use, validation included, drawn with the seed; none: all."""
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of them kept for validation, at least one scan."""
+    task: Literal["multiclass", "binary"] = "multiclass"
+    """multiclass: softmax over background and organs (Eq. 12); binary: one sigmoid per label value, a smaller value
+    includes the larger ones, as organ includes tumour (Eq. 11)."""
+    epochs: Positive = 100
+    """Passes over the training scans."""
+    max_steps: Positive | None = None
+    """Length of the run in steps instead of epochs."""
+    global_batch_size: Positive = 8
+    """Patches per step over all workers."""
+    patches_per_scan: Positive = 8
+    """Patches per scan and epoch."""
+    foreground_share: Share = 0.0
+    """Share of the patches that are centred in the box of a random labelled organ; 0 = uniform, as the paper."""
+    patch: ViewsConfig = ViewsConfig(size=(64, 192, 192))
+    """Geometry of the patches: those of pre-training (Sec. 5.1); the overlap knobs have no meaning here."""
+    intensity: IntensityConfig = IntensityConfig()
+    encoder: EncoderConfig | None = None
+    """Encoder; none: the checkpoint's, or the default for init=random."""
+    optim: SgdConfig = SgdConfig()
+    validate_every: Positive = 5
+    """Epochs between two validations."""
+    patience: Positive = 4
+    """Validations without a better mean Dice after which training stops as overfitted."""
+    train: TrainConfig = TrainConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _divisible(self):
+        _check_divisible(self.global_batch_size, self.train.num_workers)
+        return self
+
+
+class InferenceConfig(Section):
+    """Sliding-window inference."""
+
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Overlap of neighbouring windows."""
+    batch_size: Positive = 1
+    """Windows per forward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+class EvaluateConfig(Section):
+    """Dice, IoU, HD and HD95 of a fine-tuned run on labelled scans."""
+
+    run: str
+    """Fine-tuning run."""
+    index: str
+    """Store written by prepare, with labels."""
+    split: str = "test"
+    """Split of the index to evaluate on."""
+    num_scans: Positive | None = None
+    """Scans to evaluate, the first ones by scan_id; none: all of the split."""
+    output: str | None = None
+    """Folder of the results; none: <run>/evaluation."""
+    save_predictions: bool = True
+    """Write each predicted label map as NIfTI beside the metrics."""
+    inference: InferenceConfig = InferenceConfig()
+
+
+class PredictConfig(Section):
+    """Label maps for CT volumes of any supported format."""
+
+    run: str
+    """Fine-tuning run."""
+    input: str
+    """A CT volume, or a folder of them."""
+    output: str
+    """Label map (.nii.gz) for one volume, or a folder for many."""
+    inference: InferenceConfig = InferenceConfig()
+
+
+class ProbeConfig(Section):
+    """Linear classifier on the frozen encoder's features at labelled voxels."""
+
+    index: str
+    """Store written by prepare, with labels."""
+    init: str = "random"
+    """Encoder: `random`, or a pre-training run's folder."""
+    encoder: EncoderConfig | None = None
+    """Encoder; none: the checkpoint's, or the default for init=random."""
+    size: Triple = (16, 96, 96)
+    """Window that the encoder sees, in voxels (D, H, W)."""
+    split: str = "train"
+    """Split the labelled training scans are taken from."""
+    num_scans: Positive = 5
+    """Labelled scans to train on."""
+    test_split: str = "test"
+    """Split the classifier is tested on."""
+    num_test_scans: Positive = 10
+    """Scans to test on."""
+    voxels_per_class: Positive = 100
+    """Voxels drawn per scan and class, background included."""
+    seed: int = 0
+    """Seed of scans, voxels and of init=random."""
+    output: str | None = None
+    """JSON file for the result; none: <init>/probe.json, or no file for init=random."""
+
+
+class ReportConfig(Section):
+    """Runs -> one self-contained HTML page."""
+
+    run: list[str]
+    """Run folders: one, or [a,b,c] to compare."""
+    output: str | None = None
+    """HTML file; none: report.html in the first run's folder."""
+    title: str = "pgl_ray report"
+    """Heading of the page."""
+    notes: list[str] = []
+    """Paragraphs that stand under the heading."""
+
+
+class DemoConfig(Section):
+    """Phantoms -> prepare -> pre-train -> probe -> fine-tune -> evaluate -> report at a small size."""
+
+    out: str = "demo"
+    """Folder of everything the demo writes."""
+    seed: int = 0
+    """Seed of phantoms and runs."""
+    num_unlabelled: Positive = 24
+    """Phantoms for pre-training."""
+    num_labelled: Positive = 5
+    """Labelled phantoms for fine-tuning, one of them for validation."""
+    num_test: Positive = 6
+    """Labelled phantoms for the comparison."""
+    pretrain_steps: Positive = 150
+    """Steps of PGL pre-training."""
+    finetune_steps: Positive = 120
+    """Steps of each fine-tuning."""
+    ray: RayConfig = RayConfig()
+
+
+def _check_divisible(batch: int, workers: int) -> None:
+    if batch % workers:
+        raise ValueError(f"global_batch_size {batch} is not divisible by train.num_workers {workers}")
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+Model = TypeVar("Model", bound=Section)
+
+
+def load(model: type[Model], args: list[str]) -> Model:
+    """Builds a config from `[file.yaml ...] [a.b=c ...]`.
+
+    Raises:
+        ValueError: one message with every fault: dotted path, given value, accepted values.
+    """
+    merged = OmegaConf.create({})
+    for arg in args:
+        key, eq, _ = arg.partition("=")
+        try:
+            if eq and not key.endswith((".yaml", ".yml")):
+                part = OmegaConf.from_dotlist([arg])
+            elif arg.endswith((".yaml", ".yml")):
+                part = OmegaConf.load(arg)
+            else:
+                raise ValueError(f"{arg!r}: expected a .yaml file or key=value")
+            merged = OmegaConf.merge(merged, part)
+        except FileNotFoundError:
+            raise ValueError(f"config file {arg!r} does not exist") from None
+        except (OmegaConfBaseException, OSError, TypeError) as error:
+            raise ValueError(f"{arg!r}: {str(error).splitlines()[0]}") from None
+    return build(model, OmegaConf.to_container(merged, resolve=False))
+
+
+def build(model: type[Model], values: dict[str, Any]) -> Model:
+    """Validates a nested dict; faults come as one ValueError that names each dotted path."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_describe(model, item) for item in error.errors())) from None
+
+
+def _describe(model: type[Section], item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {path!r}; known here: {', '.join(sorted(_fields_at(model, item['loc'][:-1])))}"
+    if item["type"] == "missing":
+        return f"{path}=... is required ({_field_doc(model, item['loc'])})"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path}={item['input']!r}: {message}" if item["type"] != "value_error" else message
+
+
+def _fields_at(model: Any, loc: tuple) -> list[str]:
+    for part in loc:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        model = _section_of(field.annotation) if field else None
+    return list(model.model_fields) if model else []
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _field_doc(model: type[Section], loc: tuple) -> str:
+    field = model.model_fields.get(str(loc[0]))
+    return (field.description or "") if field else ""
+
+
+def dump(config: Section, path: str | Path) -> None:
+    """Writes the resolved config as YAML that `load` reads back to an equal model."""
+    text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    aside = Path(f"{path}.part{os.getpid()}")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def keys(model: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
+    """All dotted keys of a model as (key, default, description)."""
+    rows = []
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        if section and section is not model:
+            rows += keys(section, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else str(field.default)
+        rows.append((prefix + name, default, " ".join((field.description or "").split())))
+    return rows
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+class FailedRun(RuntimeError):
+    """A run that could not finish for a reason outside the command line; exit code 1."""
+
+
+def command(door: str, model: type[Model], run: Callable[[Model], Any], closing: Callable[[Any], str]) -> None:
+    """The body of every door's `main`: parse, run, print one closing line.
+
+    Exit code 0: done. 1: the run failed. 2: wrong use (ValueError, missing file). Faults are one line on stderr;
+    `--debug` adds the traceback.
+    """
+    args = [a for a in sys.argv[1:] if a != "--debug"]
+    if "-h" in args or "--help" in args:
+        print(f"python -m pgl_ray.{door} [file.yaml ...] [key=value ...] [--debug]\n\n{model.__doc__}\n")
+        for key, default, text in keys(model):
+            print(f"  {key} = {default}\n      {text}")
+        sys.exit(0)
+    try:
+        print(closing(run(load(model, args))), flush=True)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except Exception as error:  # the edge of the program: every fault becomes one line and an exit code
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        wrong_use = isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, FailedRun)
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"pgl_ray.{door}: {text}", file=sys.stderr, flush=True)
+        sys.exit(2 if wrong_use else 1)

@@ -1,0 +1,286 @@
+"""Reading a CT, and writing a label map back into the CT's own geometry.
+
+Stored orientation: the array axes (D, H, W) run towards S, P, L, so imshow of an axial slice looks as radiologists see
+it. Axes are permuted and flipped to the closest such order, never resampled; the affine keeps what is oblique or
+sheared. World coordinates are RAS+ mm, as in NIfTI. NIfTI goes through nibabel, because ITK refuses slightly sheared
+sforms; NRRD and MHA/MHD go through SimpleITK.
+"""
+
+import gzip
+import re
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel import orientations
+
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+STORED = orientations.axcodes2ornt("LPS")  # of the axes W, H, D
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+GRID_TOLERANCE = 0.1  # how far a label's corner may lie from its CT's, in voxels
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A CT in the stored orientation.
+
+    Attributes:
+        voxels: int16 [D, H, W], HU.
+        affine: float64 [4, 4], stored voxel index (d, h, w, 1) -> RAS+ mm.
+        spacing_mm: voxel size (D, H, W).
+        orientation: the source's axis codes in its own axis order, e.g. "RAS".
+        rounding_error_hu: largest change by rounding to int16; 0 for integer sources.
+    """
+
+    voxels: np.ndarray
+    affine: np.ndarray
+    spacing_mm: tuple[float, float, float]
+    orientation: str
+    rounding_error_hu: float
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a file name is one of a supported format; macOS' "._" shadows and hidden files are not."""
+    return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
+
+
+def bare_name(path: Path) -> str:
+    """File name without the format's suffix."""
+    suffix = next(s for s in SUFFIXES if path.name.lower().endswith(s))
+    return path.name[: -len(suffix)]
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that make up a volume: itself, and what a detached header (.mhd, .nhdr) names."""
+    if not path.name.lower().endswith((".mhd", ".nhdr")):
+        return [path]
+    lines = path.read_text(errors="replace").splitlines()
+    named = [path.parent / re.split("[:=]", line)[-1].strip() for line in lines if line.strip()]
+    return [path, *(file for file in named if file.is_file() and file != path)]
+
+
+def read_scan(path: str | Path) -> Scan:
+    """Reads a CT volume.
+
+    Raises:
+        ValueError: missing, not a readable image, not one 3D volume of single numbers, without geometry, or with
+            voxels that are not finite or not HU.
+    """
+    raw, slope, inter, affine = _read(Path(path))
+    voxels, rounding_error = _whole_numbers(raw, slope, inter, np.int16, path)
+    del raw
+    stored, stored_affine = _to_stored(voxels, affine)
+    return Scan(
+        voxels=np.ascontiguousarray(stored),
+        affine=stored_affine,
+        spacing_mm=tuple(float(size) for size in np.linalg.norm(stored_affine[:3, :3], axis=0)),
+        orientation="".join(nib.aff2axcodes(affine)),
+        rounding_error_hu=rounding_error,
+    )
+
+
+def read_label(path: str | Path, like: Scan) -> np.ndarray:
+    """Reads a label map onto its CT's stored grid.
+
+    Returns:
+        uint8 [D, H, W], or uint16 where a value is above 255.
+
+    Raises:
+        ValueError: as read_scan; another grid than the CT's; negative values or fractions.
+    """
+    raw, slope, inter, affine = _read(Path(path))
+    label, rounding_error = _whole_numbers(raw, slope, inter, np.uint16, path)
+    if rounding_error:
+        raise ValueError(f"{path}: label values must be whole numbers, found fractions: is it a label map?")
+    label, label_affine = _to_stored(label, affine)
+    if label.shape != like.voxels.shape:
+        raise ValueError(
+            f"{path}: label shape {label.shape} differs from its CT's {like.voxels.shape} (D, H, W): resample it onto "
+            "the CT's grid"
+        )
+    if _largest_shift(label_affine, like.affine, label.shape) > GRID_TOLERANCE * min(like.spacing_mm):
+        raise ValueError(
+            f"{path}: label affine {_text(label_affine)} differs from its CT's {_text(like.affine)}: resample it onto "
+            "the CT's grid"
+        )
+    return np.ascontiguousarray(label, dtype=np.uint8 if label.max() <= 255 else np.uint16)
+
+
+def write_label(path: str | Path, label: np.ndarray, like: str | Path) -> None:
+    """Writes a label map as NIfTI in exactly the grid, affine and axis order of a CT file.
+
+    Args:
+        path: .nii or .nii.gz.
+        label: uint8 or uint16 [D, H, W], stored orientation.
+        like: the CT; of a NIfTI the header's geometry is copied as it stands.
+
+    Raises:
+        ValueError: the shape is not the CT's, or the CT cannot be read.
+    """
+    header, image_class = None, nib.Nifti1Image
+    if str(like).lower().endswith((".nii", ".nii.gz")):
+        image = _open_nifti(Path(like))
+        shape, affine, header, image_class = image.shape[:3], image.affine, image.header.copy(), type(image)
+        header.set_data_dtype(label.dtype)
+        header["cal_min"] = header["cal_max"] = 0  # the CT's display range
+    else:
+        reader = _open_itk(Path(like))
+        shape, affine = reader.GetSize(), _itk_affine(reader)
+    own_order = orientations.ornt_transform(STORED, _checked_orientation(affine, like))
+    own = orientations.apply_orientation(label.transpose(2, 1, 0), own_order)
+    if own.shape != tuple(shape):
+        raise ValueError(f"{path}: label shape {label.shape} (D, H, W) does not fit {like}, shape {tuple(shape)}")
+    nib.save(image_class(own, affine, header), path)
+
+
+# -- formats ----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
+    """Raw voxels [i, j, k] in the file's axis order, slope, intercept, and affine (i, j, k, 1) -> RAS+ mm."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if not is_volume(path):
+        raise ValueError(f"{path}: not a supported format ({', '.join(SUFFIXES)}): convert it")
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        raw, slope, inter, affine = _read_nifti(path)
+    else:
+        raw, slope, inter, affine = _read_itk(path)
+    _checked_orientation(affine, path)
+    return raw, slope, inter, affine
+
+
+def _unreadable(path: Path, reason: Any = "") -> ValueError:
+    detail = f" ({' '.join(str(reason).split())})" if str(reason) else ""
+    return ValueError(f"{path}: not a readable image{detail}: it is cut off, damaged or of another format")
+
+
+def _open_nifti(path: Path):
+    try:
+        image = nib.load(path)
+    except Exception as error:  # nibabel has no common base for what a damaged header can cause
+        raise _unreadable(path, error) from None
+    if not isinstance(image, nib.Nifti1Pair):
+        raise _unreadable(path, f"{type(image).__name__}, not NIfTI")
+    if image.get_data_dtype().kind not in "biuf":
+        raise ValueError(f"{path}: voxels are of type {image.get_data_dtype()}, expected single numbers (a CT in HU)")
+    if len(image.shape) < 3 or 0 in image.shape or any(size != 1 for size in image.shape[3:]):
+        raise ValueError(f"{path}: shape {image.shape}, expected one 3D volume: split or select it first")
+    return image
+
+
+def _read_nifti(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
+    image = _open_nifti(path)
+    try:
+        if path.name.lower().endswith(".gz"):
+            with gzip.open(path) as stream:
+                image = type(image).from_stream(stream)
+                raw = image.dataobj.get_unscaled()
+                stream.read()  # up to the end, where gzip compares its checksum; nibabel stops before it
+        else:
+            raw = image.dataobj.get_unscaled()
+    except MemoryError:
+        raise
+    except Exception as error:  # EOFError, zlib.error, OSError, ValueError, ...
+        raise _unreadable(path, error) from None
+    return raw.reshape(raw.shape[:3], order="F"), image.dataobj.slope, image.dataobj.inter, image.affine
+
+
+def _open_itk(path: Path):
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:  # ITK's reasons mislead ("No such file" for a file that is cut off)
+        raise _unreadable(path) from None
+    if reader.GetNumberOfComponents() != 1:
+        raise ValueError(
+            f"{path}: {reader.GetNumberOfComponents()} values per voxel (RGB or vector), expected one (HU)"
+        )
+    if reader.GetDimension() != 3:
+        raise ValueError(f"{path}: shape {reader.GetSize()}, expected one 3D volume: split or select it first")
+    return reader
+
+
+def _read_itk(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
+    import SimpleITK as sitk
+
+    reader = _open_itk(path)
+    try:
+        image = reader.Execute()
+    except RuntimeError:
+        raise _unreadable(path) from None
+    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), 1.0, 0.0, _itk_affine(reader)
+
+
+def _itk_affine(reader) -> np.ndarray:
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing()
+    affine[:3, 3] = reader.GetOrigin()
+    return LPS_TO_RAS @ affine
+
+
+# -- geometry and values ----------------------------------------------------------------------------------------------
+
+
+def _checked_orientation(affine: np.ndarray, path: str | Path) -> np.ndarray:
+    """nibabel's orientation of the file's axes; refuses an affine that has none."""
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError(f"{path}: affine {_text(affine)} is singular: spacing or orientation is missing in the header")
+    return orientations.io_orientation(affine)
+
+
+def _to_stored(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Array [i, j, k] and its affine -> view [D, H, W] along S, P, L and the affine of (d, h, w, 1)."""
+    transform = orientations.ornt_transform(orientations.io_orientation(affine), STORED)
+    stored = orientations.apply_orientation(array, transform).transpose(2, 1, 0)
+    return stored, (affine @ orientations.inv_ornt_aff(transform, array.shape))[:, [2, 1, 0, 3]]
+
+
+def _largest_shift(affine_1: np.ndarray, affine_2: np.ndarray, shape: tuple[int, ...]) -> float:
+    """How far apart two affines put a corner voxel of the grid, in mm."""
+    corners = np.array([(*corner, 1) for corner in product(*((0, size - 1) for size in shape))])
+    return float(np.linalg.norm(corners @ (affine_1 - affine_2).T, axis=1).max())
+
+
+def _whole_numbers(raw: np.ndarray, slope: float, inter: float, dtype: type, path) -> tuple[np.ndarray, float]:
+    """Scaled voxels as integers, and the largest change by rounding.
+
+    Works slice by slice: a whole scaled volume would be float64, four times the int16 it ends as.
+
+    Raises:
+        ValueError: NaN or infinity, or values beyond the integer type.
+    """
+    if raw.dtype.kind in "biu" and (slope, inter) == (1, 0):
+        _check_range(int(raw.min()), int(raw.max()), dtype, path)
+        return raw.astype(dtype, copy=False), 0.0
+    whole, error, num_bad = np.empty(raw.shape, dtype, order="F"), 0.0, 0
+    for k in range(raw.shape[2]):
+        values = raw[..., k].astype(np.float64) * slope + inter
+        num_bad += int(np.count_nonzero(~np.isfinite(values)))
+        if not num_bad:
+            rounded = np.rint(values)
+            _check_range(rounded.min(), rounded.max(), dtype, path)
+            error = max(error, float(np.abs(values - rounded).max()))
+            whole[..., k] = rounded
+    if num_bad:
+        raise ValueError(f"{path}: {num_bad} of {raw.size} voxels are NaN or infinite: mend or leave out this file")
+    return whole, error
+
+
+def _check_range(low: float, high: float, dtype: type, path: str | Path) -> None:
+    bounds = np.iinfo(dtype)
+    if low < bounds.min or high > bounds.max:
+        what = "HU" if dtype is np.int16 else "label values"
+        raise ValueError(
+            f"{path}: values from {low:g} to {high:g}, {what} lie in {bounds.min}..{bounds.max}: is it in other units?"
+        )
+
+
+def _text(affine: np.ndarray) -> str:
+    return str(np.round(affine[:3], 3).tolist())

@@ -1,0 +1,224 @@
+"""Ray Data streams of view pairs and patches: one (step, epoch, scan, draw) plan, streamed once, resumable at any step.
+
+Every block is one worker's batch, so nothing is re-cut on the way; block k of a step goes to worker k. A row depends
+on (seed, epoch, scan, draw) alone, never on the number of workers, on arrival order or on restarts (ray.md, 2.2).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pgl_ray.config import IntensityConfig, ViewsConfig
+from pgl_ray.data import store as store_room
+from pgl_ray.data import views as v
+
+AIR = -1024  # HU outside a scan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which scan is drawn at which step.
+
+    All epochs' shuffled rows stand in one line that is cut into global batches, so no scan is dropped at an epoch's
+    end, and a batch may hold the end of one epoch and the start of the next. What the last whole batch leaves over
+    (less than one batch in the entire run) is not drawn.
+
+    Attributes:
+        scan_ids: the scans, in a fixed order.
+        draws_per_scan: rows per scan and epoch.
+        global_batch_size: rows per step over all workers.
+        num_steps: length of the run.
+        seed: of order and rows.
+    """
+
+    scan_ids: tuple[str, ...]
+    draws_per_scan: int
+    global_batch_size: int
+    num_steps: int
+    seed: int
+
+    @classmethod
+    def make(cls, scan_ids, draws_per_scan, global_batch_size, epochs, max_steps, seed) -> "Plan":
+        """Plan for `max_steps` steps, or for `epochs` passes where that is none.
+
+        Raises:
+            ValueError: not even one step.
+        """
+        steps = max_steps or epochs * len(scan_ids) * draws_per_scan // global_batch_size
+        if not steps:
+            raise ValueError(
+                f"{epochs} epochs of {len(scan_ids)} scans x {draws_per_scan} draws do not fill one batch of "
+                f"global_batch_size={global_batch_size}: lower it or raise epochs"
+            )
+        return cls(tuple(scan_ids), draws_per_scan, global_batch_size, steps, seed)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return len(self.scan_ids) * self.draws_per_scan
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return step * self.global_batch_size / self.rows_per_epoch
+
+    def batches(self, start: int) -> Iterator[np.ndarray]:
+        """Global batches from step `start` on: int64 [global_batch_size, 3] of (epoch, scan number, draw)."""
+        epoch, order = -1, None
+        for step in range(start, self.num_steps):
+            rows = np.empty((self.global_batch_size, 3), np.int64)
+            for i in range(self.global_batch_size):
+                e, place = divmod(step * self.global_batch_size + i, self.rows_per_epoch)
+                if e != epoch:
+                    epoch, order = e, np.random.default_rng((self.seed, e)).permutation(self.rows_per_epoch)
+                rows[i] = e, order[place] // self.draws_per_scan, order[place] % self.draws_per_scan
+            yield rows
+
+    def blocks(self, start: int, num_workers: int) -> list[pa.Table]:
+        """The rest of the plan as Arrow tables, one per step and worker."""
+        tables = []
+        for step, rows in enumerate(self.batches(start), start):
+            for part in np.split(rows, num_workers):
+                columns = {"epoch": part[:, 0], "scan": part[:, 1], "draw": part[:, 2]}
+                tables.append(pa.table({"step": np.full(len(part), step), **columns}))
+        return tables
+
+
+def dataset(plan: Plan, render: Callable[[dict], dict], num_workers: int, start: int, num_cpus: float):
+    """A Ray Dataset of rendered batches from step `start` on.
+
+    Called in Ray Train's controller at every start of a worker group; what the driver set in its DataContext does not
+    reach there, so it is set here.
+
+    Args:
+        plan: what to draw.
+        render: index columns -> columns of a batch; picklable.
+        num_workers: workers the blocks go to in turn.
+        start: first step.
+        num_cpus: Ray CPUs of one rendering task.
+    """
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = 2**30  # a block is a batch: never split it
+    blocks = plan.blocks(start, num_workers)
+    return ray.data.from_arrow(blocks).map_batches(render, batch_size=None, num_cpus=num_cpus)
+
+
+# -- renderers: run in Ray Data's tasks -------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def _records(store: str) -> tuple[store_room.Index, dict[str, store_room.ScanRecord]]:
+    index = store_room.read_index(store)
+    return index, {record.scan_id: record for record in index.scans}
+
+
+@lru_cache(maxsize=256)
+def _volume(store: str, scan_id: str):
+    return store_room.open_volume(store, _records(store)[1][scan_id])
+
+
+@lru_cache(maxsize=256)
+def _label(store: str, scan_id: str):
+    return store_room.open_label(store, _records(store)[1][scan_id])
+
+
+def _crop(store: str, scan_id: str, prior, size, window) -> torch.Tensor:
+    record = _records(store)[1][scan_id]
+    voxels = v.read_padded(_volume(store, scan_id), prior.box, AIR)
+    crop = v.normalise(voxels, window, record.mean_hu, record.std_hu)
+    return v.resize_and_flip(crop, size, prior.flip)
+
+
+@dataclass(frozen=True)
+class PairRenderer:
+    """Index rows -> pairs of views with their priors.
+
+    The batch has view_1, view_2 float16 [B, 1, D, H, W]; box_1, box_2 int32 [B, 3, 2] in the scan frame; flip_1,
+    flip_2 uint8 [B, 3]; and step, epoch, scan, draw int64 [B].
+    """
+
+    store: str
+    scan_ids: tuple[str, ...]
+    seed: int
+    views: ViewsConfig
+    intensity: IntensityConfig
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        torch.set_num_threads(1)  # one task per core already
+        index, records = _records(self.store)
+        num = len(rows["step"])
+        out = dict(rows)
+        for view in ("1", "2"):
+            out["view_" + view] = np.empty((num, 1, *self.views.size), np.float16)
+            out["box_" + view] = np.empty((num, 3, 2), np.int32)
+            out["flip_" + view] = np.empty((num, 3), np.uint8)
+        for i in range(num):
+            scan_id = self.scan_ids[rows["scan"][i]]
+            rng = v.generator(self.seed, int(rows["epoch"][i]), scan_id, int(rows["draw"][i]))
+            priors = v.sample_pair(rng, records[scan_id].shape, self.views)
+            for view, prior in zip(("1", "2"), priors, strict=True):
+                params = v.sample_intensity(rng, self.intensity)
+                crop = _crop(self.store, scan_id, prior, self.views.size, index.hu_window)
+                out["view_" + view][i, 0] = v.apply_intensity(crop, params).numpy()
+                out["box_" + view][i], out["flip_" + view][i] = prior.box, prior.flip
+        return out
+
+
+@dataclass(frozen=True)
+class PatchRenderer:
+    """Index rows -> labelled patches, augmented as the views (paper, Sec. 5.1).
+
+    The batch has patch float16 [B, 1, D, H, W], target uint8 [B, 1, D, H, W] of class indices (0 = background, k = the
+    k-th label value), labelled uint8 [B, num_classes] (1 where the class is annotated in the scan), and the row's
+    step, epoch, scan, draw.
+    """
+
+    store: str
+    scan_ids: tuple[str, ...]
+    seed: int
+    patch: ViewsConfig
+    intensity: IntensityConfig
+    foreground_share: float
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        torch.set_num_threads(1)
+        index, records = _records(self.store)
+        values = index.label_values
+        lookup = store_room.class_lookup(values)
+        num, size = len(rows["step"]), self.patch.size
+        out = dict(rows)
+        out["patch"] = np.empty((num, 1, *size), np.float16)
+        out["target"] = np.empty((num, 1, *size), np.uint8)
+        out["labelled"] = np.empty((num, len(values) + 1), np.uint8)
+        for i in range(num):
+            record = records[self.scan_ids[rows["scan"][i]]]
+            rng = v.generator(self.seed, int(rows["epoch"][i]), record.scan_id, int(rows["draw"][i]))
+            prior = self._prior(rng, record)
+            params = v.sample_intensity(rng, self.intensity)
+            crop = _crop(self.store, record.scan_id, prior, size, index.hu_window)
+            label = v.read_padded(_label(self.store, record.scan_id), prior.box, 0)
+            classes = lookup[label].astype(np.float32)
+            out["patch"][i, 0] = v.apply_intensity(crop, params).numpy()
+            out["target"][i, 0] = v.resize_and_flip(classes, size, prior.flip, "nearest-exact").numpy()
+            out["labelled"][i] = [1, *(value in record.labelled for value in values)]
+        return out
+
+    def _prior(self, rng: np.random.Generator, record: store_room.ScanRecord) -> v.Prior:
+        """A uniform crop, or with `foreground_share` one whose middle lies in a random organ's box."""
+        prior = v.sample_prior(rng, record.shape, self.patch)
+        centred = rng.random() < self.foreground_share
+        boxes = sorted(record.label_boxes.items())
+        if not centred or not boxes:
+            return prior
+        box = np.asarray(boxes[rng.integers(len(boxes))][1]).reshape(3, 2)
+        length = prior.box[:, 1] - prior.box[:, 0]
+        room = np.asarray(record.shape) - length
+        start = rng.integers(box[:, 0], box[:, 1]) - length // 2
+        start = np.clip(start, np.minimum(room, 0), np.maximum(room, 0))
+        return v.Prior(np.stack([start, start + length], -1), prior.flip)

@@ -1,0 +1,204 @@
+"""Views and patches: sample what will be done, record it, then do it (paper, Sec. 3.2).
+
+Everything random is drawn from one Generator per (seed, epoch, scan, draw), so a view can be made again anywhere.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgl_ray.config import IntensityConfig, ViewsConfig
+from pgl_ray.prior import Prior, overlap_share
+
+MAX_TRIES = 20
+
+
+def generator(seed: int, epoch: int, scan_id: str, draw: int) -> np.random.Generator:
+    """The random numbers of one draw from one scan in one epoch."""
+    scan_key = int.from_bytes(hashlib.sha256(scan_id.encode()).digest()[:8], "little")
+    return np.random.default_rng((seed, epoch, scan_key, draw))
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sample_prior(rng: np.random.Generator, shape: tuple[int, int, int], views: ViewsConfig) -> Prior:
+    """Draws one crop box and its flips.
+
+    Per axis the crop's length is a whole number within `crop_scale` times the view size. Where a scan is smaller than
+    the crop, the box reaches beyond the scan by a random part on either side; what lies outside is air.
+
+    Args:
+        rng: random numbers.
+        shape: of the scan (D, H, W).
+        views: sizes, scales and flip probability.
+    """
+    size = np.asarray(views.size)
+    least, most = np.ceil(views.crop_scale[0] * size - 1e-9), np.floor(views.crop_scale[1] * size + 1e-9)
+    length = rng.integers(least, np.maximum(least, most) + 1).astype(np.int64)
+    room = np.asarray(shape) - length
+    start = rng.integers(np.minimum(room, 0), np.maximum(room, 0) + 1)
+    return Prior(np.stack([start, start + length], -1), rng.random(3) < views.flip_prob)
+
+
+def sample_pair(rng: np.random.Generator, shape: tuple[int, int, int], views: ViewsConfig) -> tuple[Prior, Prior]:
+    """Draws two priors of one scan whose boxes overlap by at least `views.min_overlap`.
+
+    The second box is drawn again up to MAX_TRIES times; then the last one is moved towards the first one's middle
+    until the bound holds, so the bound is never silently missed.
+
+    Raises:
+        ValueError: the bound cannot be reached even by concentric boxes (`union` or `larger` close to 1).
+    """
+    first = sample_prior(rng, shape, views)
+    for _ in range(MAX_TRIES):
+        second = sample_prior(rng, shape, views)
+        if overlap_share(first.box, second.box, views.overlap_of) >= views.min_overlap:
+            return first, second
+    length = second.box[:, 1] - second.box[:, 0]
+    room = np.asarray(shape) - length
+    middle = first.box.sum(-1) // 2 - length // 2
+    middle = np.clip(middle, np.minimum(room, 0), np.maximum(room, 0))
+    for part in np.linspace(0, 1, 33)[1:]:
+        start = np.rint(second.box[:, 0] + part * (middle - second.box[:, 0])).astype(np.int64)
+        box = np.stack([start, start + length], -1)
+        if overlap_share(first.box, box, views.overlap_of) >= views.min_overlap:
+            return first, Prior(box, second.flip)
+    share = overlap_share(first.box, box, views.overlap_of)
+    raise ValueError(
+        f"views.min_overlap={views.min_overlap} of {views.overlap_of} cannot be reached with "
+        f"views.crop_scale={views.crop_scale} (concentric boxes reach {share:.2f}): lower it"
+    )
+
+
+class Intensity(NamedTuple):
+    """Sampled intensity operations of one view; the neutral values mean `not applied`."""
+
+    noise_std: float  # 0: none
+    noise_seed: int
+    blur_sigma: float  # voxels; 0: none
+    gain: float  # 1: none
+    gamma: float  # 1: none
+
+
+def sample_intensity(rng: np.random.Generator, config: IntensityConfig) -> Intensity:
+    """Draws operations 3 to 6 of Sec. 3.2 for one view."""
+    noise, blur, gain, gamma = rng.random(4) < (
+        config.noise_prob,
+        config.blur_prob,
+        config.gain_prob,
+        config.gamma_prob,
+    )
+    drawn = [rng.uniform(*r) for r in (config.noise_variance, config.blur_sigma, config.gain, config.gamma)]
+    return Intensity(
+        noise_std=float(np.sqrt(drawn[0])) if noise else 0.0,
+        noise_seed=int(rng.integers(2**62)),
+        blur_sigma=drawn[1] if blur else 0.0,
+        gain=drawn[2] if gain else 1.0,
+        gamma=drawn[3] if gamma else 1.0,
+    )
+
+
+# -- rendering --------------------------------------------------------------------------------------------------------
+
+
+def normalise(voxels: np.ndarray, window: tuple[float, float], mean: float, std: float) -> np.ndarray:
+    """Clips HU to the window, then subtracts the scan's mean and divides by its standard deviation (Sec. 5.1).
+
+    Args:
+        voxels: HU, any shape.
+        window: HU bounds.
+        mean, std: of the scan's clipped voxels, HU.
+
+    Returns:
+        float32 of the same shape.
+    """
+    clipped = np.clip(voxels.astype(np.float32), *window)
+    return (clipped - np.float32(mean)) / np.float32(max(std, 1e-3))
+
+
+def read_padded(reader, box: np.ndarray, fill: int) -> np.ndarray:
+    """Reads a box that may reach beyond the array; voxels outside are `fill`.
+
+    Args:
+        reader: an object with `shape` and `read(box)` (data.store.ArrayReader).
+        box: int [3, 2].
+        fill: value outside.
+    """
+    inside = np.clip(box, 0, np.asarray(reader.shape)[:, None])
+    if (inside == box).all():
+        return reader.read(box)
+    voxels = reader.read(inside)
+    padded = np.full(box[:, 1] - box[:, 0], fill, voxels.dtype)
+    start = inside[:, 0] - box[:, 0]
+    padded[tuple(slice(s, s + n) for s, n in zip(start, voxels.shape, strict=True))] = voxels
+    return padded
+
+
+def resize_and_flip(crop: np.ndarray, size: tuple[int, int, int], flip: np.ndarray, mode: str = "trilinear") -> Tensor:
+    """Resizes a crop to the view size in the half-pixel convention, then flips it.
+
+    Half-pixel (align_corners=False) keeps box coordinates linear, which Eq. 6 relies on.
+
+    Args:
+        crop: float32 [d, h, w].
+        size: P (D, H, W).
+        flip: bool [3].
+        mode: trilinear, or nearest-exact for labels.
+
+    Returns:
+        float32 [D, H, W].
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(crop))[None, None]
+    align = False if mode == "trilinear" else None
+    tensor = F.interpolate(tensor, size=size, mode=mode, align_corners=align)[0, 0]
+    return tensor.flip([axis for axis in range(3) if flip[axis]])
+
+
+def apply_intensity(view: Tensor, params: Intensity) -> Tensor:
+    """Operations 3 to 6 of Sec. 3.2 on one view, in the paper's order.
+
+    The paper raises voxels to a power after scaling them to [0, 1] and does not say whether they stay there; as the
+    source it cites (nnU-Net) they are brought back to the view's range, so that augmented and plain views of one scan
+    keep one scale.
+
+    Args:
+        view: float32 [D, H, W], z-scored.
+        params: what was drawn.
+    """
+    if params.noise_std > 0:
+        source = torch.Generator().manual_seed(params.noise_seed)
+        view = view + params.noise_std * torch.randn(view.shape, generator=source)
+    if params.blur_sigma > 0:
+        view = blur(view, params.blur_sigma)
+    if params.gain != 1:
+        low, high = view.aminmax()
+        view = (view * params.gain).clamp(low, high)
+    if params.gamma != 1:
+        low, high = view.aminmax()
+        span = (high - low).clamp_min(1e-6)
+        view = ((view - low) / span).clamp(0, 1) ** params.gamma * span + low
+    return view
+
+
+def blur(view: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian blur with a sampled kernel of radius 3 (sigma at most 1) and replicated borders.
+
+    Args:
+        view: float32 [D, H, W].
+        sigma: in voxels.
+    """
+    radius = max(1, round(3 * sigma))
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float32) / sigma) ** 2)
+    taps = taps / taps.sum()
+    out = view[None, None]
+    for axis in range(3):
+        shape, pad = [1, 1, 1, 1, 1], [0] * 6
+        shape[2 + axis] = len(taps)
+        pad[2 * (2 - axis)] = pad[2 * (2 - axis) + 1] = radius
+        out = F.conv3d(F.pad(out, pad, mode="replicate"), taps.view(shape))
+    return out[0, 0]

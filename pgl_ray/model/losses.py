@@ -1,0 +1,76 @@
+"""The losses of both phases: local consistency (Eq. 8) and Dice + cross-entropy (Eq. 11 and 12)."""
+
+from typing import Literal
+
+import torch
+from monai.losses import DiceCELoss
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def local_consistency_loss(query: Tensor, key: Tensor) -> Tensor:
+    """Squared distance of the l2-normalised features, averaged over batch and voxels (Eq. 8).
+
+    Computed in float32 whatever autocast is on. No gradient reaches the key: the target path only gives the answer.
+
+    Args:
+        query: [N, C, ...] predictions of the online path.
+        key: [N, C, ...] aligned features of the target path.
+
+    Returns:
+        Scalar in [0, 4]; 0 = same direction, 2 = orthogonal, 4 = opposite.
+    """
+    query, key = F.normalize(query.float(), dim=1), F.normalize(key.detach().float(), dim=1)
+    return (query - key).square().sum(1).mean()
+
+
+def segmentation_loss(
+    logits: Tensor, target: Tensor, task: Literal["multiclass", "binary"], labelled: Tensor | None = None
+) -> Tensor:
+    """Dice + cross-entropy, the Dice sums taken over the batch (Eq. 11 and 12), for partly labelled scans too.
+
+    multiclass: Eq. 12. Where an organ is unlabelled in a sample, its probability is counted as background's: a voxel
+    that is labelled background may well be that organ (marginal loss: Shi et al. 2021, Medical Image Analysis 70,
+    101979, "Marginal loss and exclusion loss for partially supervised multi-organ segmentation").
+    binary: Eq. 11 for each label value, averaged; channel c-1 answers "class index >= c", for an organ includes its
+    tumour. A sample takes no part in a channel that is unlabelled in it.
+
+    Args:
+        logits: [N, C, D, H, W]; multiclass: background and organs; binary: one channel per organ.
+        target: integer [N, 1, D, H, W], class index, 0 = background.
+        task: "multiclass" or "binary".
+        labelled: bool [N, number of organs + 1], which classes are annotated in each sample; background's column is
+            taken as true. None = all.
+
+    Returns:
+        Scalar. A class without a voxel in the batch counts a Dice loss of 1, as in the equations, without gradient.
+    """
+    logits = logits.float()
+    if task == "binary":
+        return _binary_loss(logits, target, labelled)
+    if labelled is not None:
+        logits, target = _merge_unlabelled(logits, target, labelled)
+    num_classes = logits.shape[1]
+    loss = DiceCELoss(softmax=True, to_onehot_y=True, batch=True, smooth_nr=0, lambda_ce=1 / num_classes)
+    return loss(logits, target)
+
+
+def _merge_unlabelled(logits: Tensor, target: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts unlabelled organs as background, sample by sample, in probability and in target."""
+    hidden = ~labelled.bool()
+    hidden[:, 0] = False
+    target = target.masked_fill(hidden.gather(1, target.flatten(1).long()).view_as(target), 0)
+    hidden = hidden.view(*hidden.shape, 1, 1, 1)
+    lowest = -1e4  # softmax makes it exactly 0, and unlike -inf it survives a product with 0
+    background = torch.cat([logits[:, :1], logits[:, 1:].masked_fill(~hidden[:, 1:], lowest)], 1).logsumexp(1)
+    return torch.cat([background.unsqueeze(1), logits[:, 1:].masked_fill(hidden[:, 1:], lowest)], 1), target
+
+
+def _binary_loss(logits: Tensor, target: Tensor, labelled: Tensor | None) -> Tensor:
+    loss = DiceCELoss(sigmoid=True, batch=True, smooth_nr=0)
+    parts = []
+    for channel in range(logits.shape[1]):
+        rows = slice(None) if labelled is None else labelled[:, channel + 1].bool()
+        if len(logits[rows]):
+            parts.append(loss(logits[rows, channel : channel + 1], (target[rows] > channel).float()))
+    return torch.stack(parts).mean() if parts else logits.sum() * 0  # 0 with a gradient: DDP waits for one

@@ -1,0 +1,106 @@
+"""The segmentation network: encoder, ASPP and a light decoder (paper, Fig. 6 and Appendix B.1)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pgl_ray.model.resnet import Encoder
+
+# ASPP width and decoder widths for an encoder of width 64: what reproduces the paper's 48.54 M and 2.38 M parameters
+WIDTHS = {"early": (160, (128, 96, 32)), "late": (128, (192, 128, 32))}
+
+
+class Segmenter(nn.Module):
+    """Encoder + ASPP + decoder with three skips; logits on the input's grid.
+
+    48,536,930 parameters with the default encoder and two outputs, 2,381,858 of them outside the encoder. For
+    another encoder width, ASPP and decoder are scaled alike.
+
+    Attributes:
+        encoder: the `Encoder`; a pre-trained state dict loads into it directly.
+    """
+
+    def __init__(self, encoder: Encoder, num_outputs: int):
+        """
+        Args:
+            encoder: owned by the segmenter from now on.
+            num_outputs: logits per voxel: classes with background (multiclass), or label values (binary).
+        """
+        super().__init__()
+        self.encoder = encoder
+        aspp, decoder = WIDTHS[encoder.stage_strides]
+        aspp, *decoder = (max(8, round(width * encoder.channels[0] / 64)) for width in (aspp, *decoder))
+        self.aspp = ASPP(encoder.channels[-1], aspp)
+        # the skip of each step is the first map at half the stride of the step before
+        self.skips = [encoder.strides.index(tuple(s // 2**i for s in encoder.strides[-1])) for i in (1, 2, 3)]
+        self.ups = nn.ModuleList(
+            Up(channels, width, encoder.channels[skip])
+            for channels, width, skip in zip((aspp, *decoder), decoder, self.skips)
+        )
+        self.head = nn.Conv3d(decoder[-1], num_outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits.
+
+        Args:
+            x: [N, 1, D, H, W] z-scored voxels, of any size.
+
+        Returns:
+            [N, num_outputs, D, H, W].
+        """
+        maps = self.encoder(x)
+        y = self.aspp(maps[-1])
+        for up, skip in zip(self.ups, self.skips):
+            y = up(y, maps[skip])
+        scale = tuple(float(s) for s in self.encoder.strides[self.skips[-1]])
+        y = F.interpolate(self.head(y), scale_factor=scale, mode="trilinear", align_corners=False)
+        return _crop(y, x)
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: a 1x1 branch, image pooling and three SepConvs, joined by a 1x1 convolution."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.point = nn.Sequential(nn.Conv3d(channels, width, 1, bias=False), nn.BatchNorm3d(width), nn.ReLU(True))
+        # no norm after the pooling: BatchNorm fails on one value per channel, that is at batch size 1
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Conv3d(channels, width, 1), nn.ReLU(True))
+        self.dilated = nn.ModuleList(
+            nn.Sequential(*_sep_conv(channels, width, dilation=rate), nn.ReLU(True)) for rate in (2, 4, 8)
+        )
+        self.project = nn.Sequential(nn.Conv3d(5 * width, width, 1, bias=False), nn.BatchNorm3d(width), nn.ReLU(True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, channels, D, H, W] -> [N, width, D, H, W]."""
+        branches = [self.point(x), *(branch(x) for branch in self.dilated)]
+        return self.project(torch.cat([*branches, self.pool(x).expand_as(branches[0])], 1))
+
+
+class Up(nn.Module):
+    """TransConv, summation with the encoder's map, and a residual block of two SepConvs."""
+
+    def __init__(self, channels: int, width: int, skip_channels: int):
+        super().__init__()
+        self.up = nn.ConvTranspose3d(channels, width, 2, stride=2)
+        self.skip = nn.Sequential(nn.Conv3d(skip_channels, width, 1, bias=False), nn.BatchNorm3d(width))
+        self.block = nn.Sequential(*_sep_conv(width, width), nn.ReLU(True), *_sep_conv(width, width))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """[N, channels, d, h, w] and [N, skip_channels, D, H, W] -> [N, width, D, H, W]; d = ceil(D / 2)."""
+        y = F.relu(_crop(self.up(x), skip) + self.skip(skip))
+        return F.relu(y + self.block(y))
+
+
+def _sep_conv(channels: int, width: int, dilation: int = 1) -> list[nn.Module]:
+    """Depthwise 3x3x3 and pointwise convolution, then BatchNorm."""
+    return [
+        nn.Conv3d(channels, channels, 3, padding=dilation, dilation=dilation, groups=channels, bias=False),
+        nn.Conv3d(channels, width, 1, bias=False),
+        nn.BatchNorm3d(width),
+    ]
+
+
+def _crop(x: Tensor, like: Tensor) -> Tensor:
+    """Cuts the far end: a strided map of an odd size has ceil(n / 2) cells, so that its double is one too long."""
+    d, h, w = like.shape[2:]
+    return x[:, :, :d, :h, :w]

@@ -1,0 +1,146 @@
+"""The prior of a view, and what follows from two of them: the contract between the data and the model.
+
+Frames (axis order D, H, W everywhere; a box is half-open, in edge coordinates, so size = stop - start):
+  scan     stored voxels
+  view     after crop, resize to size P, and flip
+  feature  the encoder's map; n = P / output stride
+Boxes are arrays [..., 3, 2] of (start, stop); flips are booleans [..., 3].
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What the augmentation did to one view; sampled first, then applied.
+
+    Attributes:
+        box: int [3, 2], the crop in scan voxels; it may reach beyond a scan that is smaller than the crop.
+        flip: bool [3], axes along which the resized crop was flipped.
+    """
+
+    box: np.ndarray
+    flip: np.ndarray
+
+
+class Geometry(NamedTuple):
+    """What the aligner must know of view and encoder.
+
+    Attributes:
+        view_size: P per axis, in view voxels.
+        output_stride: s per axis, in view voxels per feature cell.
+        center: per axis, the view edge coordinate of feature cell 0's centre: 0.5 for a ResNet's symmetric kernels
+            (its cells sit at s * j + 0.5), s / 2 for the paper's RoIAlign reading (the middle of the cell).
+    """
+
+    view_size: tuple[int, int, int]
+    output_stride: tuple[int, int, int]
+    center: tuple[float, float, float]
+
+
+def overlap_box(box_1, box_2):
+    """Common region of two boxes of one scan (method.md, 2).
+
+    Args:
+        box_1, box_2: [..., 3, 2] numpy arrays or tensors, scan frame.
+
+    Returns:
+        [..., 3, 2] of the same kind; an axis without overlap has stop <= start.
+    """
+    lib = torch if isinstance(box_1, Tensor) else np
+    start = lib.maximum(box_1[..., 0], box_2[..., 0])
+    stop = lib.minimum(box_1[..., 1], box_2[..., 1])
+    return lib.stack([start, stop], -1)
+
+
+def volume_of(box):
+    """Voxels of a box [..., 3, 2]; 0 where an axis is empty."""
+    return (box[..., 1] - box[..., 0]).clip(0).prod(-1)
+
+
+def overlap_share(box_1: np.ndarray, box_2: np.ndarray, of: str) -> np.ndarray:
+    """Overlap of two boxes as a share of the smaller or larger box's volume, or of the union.
+
+    Args:
+        box_1, box_2: [..., 3, 2] in the scan frame.
+        of: "smaller", "larger" or "union".
+    """
+    common, first, second = volume_of(overlap_box(box_1, box_2)), volume_of(box_1), volume_of(box_2)
+    whole = {
+        "smaller": np.minimum(first, second),
+        "larger": np.maximum(first, second),
+        "union": first + second - common,
+    }[of]
+    return common / whole
+
+
+def scan_to_view(point, box, flip, view_size):
+    """Maps scan edge coordinates to view edge coordinates.
+
+    Args:
+        point: [..., 3], scan frame.
+        box, flip: the view's prior, [..., 3, 2] and [..., 3].
+        view_size: [3].
+    """
+    scaled = (point - box[..., 0]) * (view_size / (box[..., 1] - box[..., 0]))
+    return (torch if isinstance(scaled, Tensor) else np).where(flip, view_size - scaled, scaled)
+
+
+def view_to_scan(point, box, flip, view_size):
+    """Inverse of `scan_to_view`."""
+    unflipped = (torch if isinstance(point, Tensor) else np).where(flip, view_size - point, point)
+    return unflipped * ((box[..., 1] - box[..., 0]) / view_size) + box[..., 0]
+
+
+def interpolation_matrices(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
+    """FlipAlign and CSAlign of one view's features as one matrix per axis (Eq. 4 to 7).
+
+    Row k of an axis' matrix holds the linear weights that read the feature map at bin k's centre. The region has as
+    many bins as the feature map has cells, so RoIAlign followed by the resize is this one interpolation. Bin centres
+    beyond the outermost feature centres are clamped to them.
+
+    Args:
+        box: [N, 3, 2] the views' boxes, scan frame.
+        flip: bool [N, 3].
+        region: [N, 3, 2] what to align (the overlap), scan frame.
+        geometry: of view and encoder.
+
+    Returns:
+        Three float32 tensors [N, n, n], axes D, H, W: bin x feature cell.
+    """
+    coordinates, _ = feature_coordinates(box, flip, region, geometry)
+    matrices = []
+    for index in coordinates:
+        cells = torch.arange(index.shape[-1], device=index.device, dtype=index.dtype)
+        matrices.append((1 - (index.unsqueeze(-1) - cells).abs()).clamp_min(0))  # the hat of linear interpolation
+    return tuple(matrices)
+
+
+def feature_coordinates(
+    box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Continuous feature index of every bin centre of a region, flips undone.
+
+    Returns:
+        (index, clamped), three tensors [N, n] each, axes D, H, W: float32 index in [0, n - 1], and whether the bin
+        lay beyond the outermost feature centres.
+    """
+    index, clamped = [], []
+    for axis in range(3):
+        size, stride, center = geometry.view_size[axis], geometry.output_stride[axis], geometry.center[axis]
+        num = size // stride
+        start, stop = region[:, axis, 0].float(), region[:, axis, 1].float()
+        bins = (torch.arange(num, device=box.device) + 0.5) / num
+        point = start[:, None] + bins * (stop - start)[:, None]  # scan frame
+        first, length = box[:, axis, 0].float()[:, None], (box[:, axis, 1] - box[:, axis, 0]).float()[:, None]
+        view = (point - first) * (size / length)  # Eq. 5, and Eq. 6's factor P / S
+        view = torch.where(flip[:, axis, None], size - view, view)  # the flipped view's own coordinates
+        exact = (view - center) / stride
+        index.append(exact.clamp(0, num - 1))
+        clamped.append((exact < 0) | (exact > num - 1))
+    return tuple(index), tuple(clamped)

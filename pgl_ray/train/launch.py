@@ -1,0 +1,226 @@
+"""The one place that starts Ray and builds a TorchTrainer."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgl_ray.config import FailedRun, RayConfig, TrainConfig
+from pgl_ray.train import checkpoint
+
+# Ray reads these at import, in this process and in every worker; hence they are set before the first `import ray`.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("quiet_data_log.yaml")),
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a checkpoint is committed
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
+
+
+def connect(config: RayConfig) -> None:
+    """Joins the configured Ray cluster, or starts one on this machine that ends with this process.
+
+    Does nothing when this process is connected already.
+
+    Raises:
+        FailedRun: the cluster cannot be reached or started.
+    """
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    options["runtime_env"] = {
+        "worker_process_setup_hook": "pgl_ray.train.launch.quiet_worker",
+        "env_vars": {key: os.environ[key] for key in QUIET},
+    }
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        options["address"] = address
+    else:
+        # The dashboard process answers the State API, without which Ray Train cannot free a dead run's workers.
+        options |= {
+            "address": "local",
+            "num_cpus": config.num_cpus or max(4, os.cpu_count() or 1),
+            "object_store_memory": config.object_store_mb * 2**20,
+            "include_dashboard": True,
+        }
+        # Ray warns on the console when it runs 4 times as many processes as this; a training needs about 15.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
+        if config.tmp_dir:
+            options["_temp_dir"] = os.path.abspath(config.tmp_dir)
+    try:
+        ray.init(**options)
+    except Exception as error:  # ray.init has no common error class
+        raise FailedRun(f"no Ray cluster at ray.address={address or 'local'}: {error}") from error
+
+
+def quiet_worker() -> None:
+    """Set-up hook of every Ray worker process: keeps Ray's own notes off the console."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
+    for name in ("ray.train", "ray.data", "ray.train.v2._internal.execution.controller.placement_group_cleaner"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def fit(
+    worker: Callable[[dict], Any],
+    worker_config: dict,
+    stream: Callable[[int], Any],
+    train: TrainConfig,
+    run: str,
+    num_steps: int,
+) -> Any:
+    """Runs `worker` on every rank under DDP and returns what rank 0's worker returns.
+
+    Args:
+        worker: the loop; called with `worker_config` on each rank.
+        worker_config: plain values.
+        stream: builds the Ray Dataset that starts at a given step; called again at every restart.
+        train: number and kind of workers.
+        run: folder of the run, absolute; Ray Train keeps its checkpoints there.
+        num_steps: length of the run, for the progress line.
+
+    Raises:
+        ValueError: the cluster is too small for the workers.
+        FailedRun: a worker failed more often than `train.max_failures`.
+    """
+    import ray.train
+    from ray.data import ExecutionOptions
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    use_gpu = _check_resources(train)
+    folder = Path(run)
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=worker_config,
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=300),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+        datasets={"train": lambda: stream(checkpoint.committed_step(run))},
+        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+    )
+    with Progress(run, num_steps):
+        try:
+            return trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            raise FailedRun(_first_cause(error)) from error
+
+
+def _check_resources(train: TrainConfig) -> bool:
+    """Refuses what would wait for ever; returns whether the workers get GPUs."""
+    import ray
+
+    have = ray.cluster_resources()
+    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
+    use_gpu = train.device == "cuda" or (train.device == "auto" and gpus >= train.num_workers)
+    if use_gpu and gpus < train.num_workers:
+        raise ValueError(f"train.num_workers={train.num_workers} need a GPU each, the cluster has {gpus:.0f}")
+    need = train.num_workers * train.cpus_per_worker + RENDER_CPUS
+    if need > cpus:
+        raise ValueError(
+            f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker} + {RENDER_CPUS} "
+            f"for the views = {need:g} CPUs, the cluster has {cpus:g}: lower one of them or raise ray.num_cpus"
+        )
+    return use_gpu
+
+
+def _first_cause(error: Exception) -> str:
+    """The error of the lowest failing rank as one line, without Ray's wrapping."""
+    failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
+    # When one rank dies the others fail in gloo or nccl: show the rank that failed by itself.
+    rank, cause = min(failures.items(), key=lambda item: ("gloo" in str(item[1]) or "nccl" in str(item[1]), item[0]))
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"worker {rank} failed: {lines[-1] if lines else type(cause).__name__}"
+
+
+def setup_worker(threads: int) -> torch.device:
+    """First call of every worker: threads, quiet logs, device.
+
+    Args:
+        threads: torch threads; 0 shares the node's cores among its workers.
+    """
+    import logging
+
+    import ray.train.torch
+    import ray.train.v2._internal.execution.context as report_context
+
+    # Ray names the logger of `Reporting training result` after its file: LoggingConfig does not reach it.
+    logging.getLogger(report_context.__file__).setLevel(logging.WARNING)
+    workers_here = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // workers_here))
+    return ray.train.torch.get_device()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast context of the configured precision; `auto` is bfloat16 on CUDA and float32 elsewhere."""
+    enabled = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+class Progress:
+    """Prints a line about a run's newest metrics while it runs, from the run's own metrics.jsonl."""
+
+    def __init__(self, run: str, num_steps: int, every_s: float = 5.0):
+        self.run, self.num_steps, self.every_s = run, num_steps, every_s
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.thread.join()
+
+    def _follow(self) -> None:
+        first, shown = None, None
+        while True:
+            finished = self.done.wait(self.every_s)
+            rows = checkpoint.read_metrics(self.run)
+            steps = [row for row in rows if "train/loss" in row]
+            if steps:
+                row, first = steps[-1], first or (steps[-1]["step"], time.monotonic())
+                if row["step"] != shown:
+                    shown = row["step"]
+                    print(self._line(row, rows, first), flush=True)
+            if finished:
+                return
+
+    def _line(self, row: dict, rows: list[dict], first: tuple[int, float]) -> str:
+        steps, seconds = row["step"] - first[0], time.monotonic() - first[1]
+        parts = [f"  step {row['step']}/{self.num_steps}", f"loss {row['train/loss']:.4f}"]
+        parts += [f"{row[key]:.1f} {key.rsplit('/', 1)[1][:-6]}/s" for key in row if key.endswith("_per_s")]
+        parts += [f"val Dice {row['val/dice']:.3f}" for row in rows[-1:] if "val/dice" in row]
+        if steps and row["step"] < self.num_steps:
+            parts.append(f"{_clock((self.num_steps - row['step']) * seconds / steps)} left")
+        return ", ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

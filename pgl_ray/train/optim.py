@@ -1,0 +1,56 @@
+"""Optimizers and schedules."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from pgl_ray.config import LarsConfig, SgdConfig
+
+
+def build_lars(model: nn.Module, config: LarsConfig) -> torch.optim.Optimizer:
+    """LARS over the trainable parameters; 1-D ones (biases, norms) are exempt from decay and from the layer-wise rate,
+    as in BYOL."""
+    from pytorch_optimizer import LARS
+
+    return LARS(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        trust_coefficient=config.trust_coefficient,
+    )
+
+
+def build_sgd(model: nn.Module, config: SgdConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum."""
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
+    )
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:
+    """Linear warm-up to the full rate at step `warmup_steps`, then half a cosine to 0 at `num_steps`; per step."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        rest = max(1, num_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / rest)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def polynomial(optimizer: torch.optim.Optimizer, num_steps: int, power: float) -> LambdaLR:
+    """(1 - step / num_steps) ** power; per step."""
+    return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / num_steps) ** power)
+
+
+def ema_decay(step: int, num_steps: int, start: float) -> float:
+    """BYOL's cosine from `start` at step 0 to 1 at `num_steps`: 1 - (1 - start) (cos(pi step / num_steps) + 1) / 2."""
+    return 1 - (1 - start) * (math.cos(math.pi * step / num_steps) + 1) / 2

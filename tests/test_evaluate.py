@@ -1,0 +1,200 @@
+"""evaluate: normalisation, class indices, partial labels and what is written, with a network whose answer is known."""
+
+import json
+import math
+import sys
+
+import nibabel as nib
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+
+from pgl_ray import evaluate
+from pgl_ray.config import EvaluateConfig, InferenceConfig, build
+from pgl_ray.data import store
+from pgl_ray.model.resnet import Encoder
+from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train.checkpoint import save_best
+
+WINDOW = (-1000.0, 400.0)
+LABELS = {"spleen": 3, "liver": 7}  # neither contiguous nor from 1
+AFFINE = np.array([[0, 0, -1.5, 90], [0, -2, 0, 80], [3, 0, 0, -400], [0, 0, 0, 1.0]])
+HU = {0: -600, 3: 100, 7: 250}
+
+
+def make_scan(seed, shape):
+    """Noise around one HU level per label, some of it beyond the window."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros(shape, np.uint8)
+    label[2:6, 3:9, 4:9] = 3
+    label[4:8, 10:16, 2:14] = 7
+    volume = np.vectorize(HU.get)(label) + rng.integers(-60, 60, shape)
+    volume[0] = 3000
+    volume[-1] = -2000
+    return volume.astype(np.int16), label
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A store of three test scans; b's liver is unlabelled, c has neither organ."""
+    for name, shape in (("a", (11, 20, 17)), ("b", (13, 21, 30)), ("c", (10, 19, 18))):
+        volume, label = make_scan(len(name), shape)
+        labelled = (3, 7)
+        if name == "b":
+            label[label == 7], labelled = 0, (3,)
+        if name == "c":
+            volume[1:-1], label[:] = HU[0], 0
+        store.write_scan(
+            tmp_path / "s", name, volume, AFFINE, label=label, labelled=labelled, split="test", hu_window=WINDOW
+        )
+    volume, _ = make_scan(9, (9, 9, 9))
+    store.write_scan(tmp_path / "s", "d", volume, AFFINE, split="", hu_window=WINDOW)
+    store.write_index(tmp_path / "s", LABELS, WINDOW)
+    return tmp_path
+
+
+class Levels(nn.Module):
+    """Knows the organs' HU, given the scan's statistics: right only if the volume was normalised as it should."""
+
+    def __init__(self, records):
+        super().__init__()
+        self.weight, self.records = nn.Parameter(torch.zeros(1)), records
+
+    def forward(self, x):
+        air = [(WINDOW[0] - r.mean_hu) / r.std_hu for r in self.records]
+        record = self.records[int(np.argmin([abs(a - x.min().item()) for a in air]))]  # windows hold air
+        hu = x * record.std_hu + record.mean_hu
+        assert hu.min() >= WINDOW[0] - 0.1 and hu.max() <= WINDOW[1] + 0.1
+        spleen, liver = (hu > 0) & (hu < 175), (hu >= 175) & (hu < 350)
+        return torch.cat([~spleen & ~liver, spleen, liver], 1).float()
+
+
+def known_run(monkeypatch, folder, labels=LABELS, window=WINDOW):
+    records = store.read_index(folder / "s").labelled("test")
+    meta = {"hu_window": list(window), "labels": labels, "task": "multiclass", "patch_size": [64, 64, 64]}
+    monkeypatch.setattr(evaluate, "load_segmenter", lambda run, device: (Levels(records).eval(), meta))
+
+
+def config(folder, **values):
+    (folder / "r").mkdir(exist_ok=True)
+    return build(EvaluateConfig, {"run": str(folder / "r"), "index": str(folder / "s"), **values})
+
+
+def test_a_network_that_knows_scores_one(folder, monkeypatch, capsys):
+    known_run(monkeypatch, folder)
+    result = evaluate.run(config(folder))
+    rows = {(r["scan_id"], r["organ"]): r for r in pq.read_table(folder / "r/evaluation/metrics.parquet").to_pylist()}
+    assert sorted(rows) == [("a", "liver"), ("a", "spleen"), ("b", "spleen"), ("c", "liver"), ("c", "spleen")]
+    for key, row in rows.items():
+        if key[0] == "c":  # in neither mask
+            assert all(math.isnan(row[name]) for name in ("dice", "iou", "hd_mm", "hd95_mm"))
+        else:
+            assert (row["dice"], row["iou"], row["hd_mm"], row["hd95_mm"]) == (1, 1, 0, 0)
+    summary = json.loads((folder / "r/evaluation/summary.json").read_text())
+    assert summary == result.summary
+    assert (summary["dice"], summary["hd_mm"], summary["num_scans"], summary["split"]) == (1, 0, 3, "test")
+    assert summary["organs"]["liver"]["num_scans"] == 1 and summary["organs"]["spleen"]["num_scans"] == 2
+    printed = capsys.readouterr().out
+    assert "3/3 scans" in printed and "spleen" in printed and "mean of organs" in printed
+    assert "mean dice 1.0000 on 3 scans" in evaluate.describe(result)
+
+
+def test_predictions_are_label_values_on_the_stored_grid(folder, monkeypatch):
+    known_run(monkeypatch, folder)
+    evaluate.run(config(folder, output=str(folder / "out")))
+    assert sorted(p.name for p in (folder / "out/predictions").iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    image = nib.load(folder / "out/predictions/a.nii.gz")
+    _, label = make_scan(1, (11, 20, 17))
+    assert np.array_equal(np.asarray(image.dataobj), label) and image.get_data_dtype() == np.uint8
+    assert np.allclose(image.affine, AFFINE)
+    found = np.asarray(nib.load(folder / "out/predictions/b.nii.gz").dataobj)
+    assert 7 in found  # predicted, though nobody could score it
+
+
+def test_fewer_scans_and_no_predictions(folder, monkeypatch):
+    known_run(monkeypatch, folder)
+    result = evaluate.run(config(folder, num_scans=1, save_predictions=False))
+    assert result.summary["num_scans"] == 1
+    assert not list((folder / "r/evaluation/predictions").iterdir())
+
+
+def test_scoring_without_distances_for_validation(folder, monkeypatch):
+    known_run(monkeypatch, folder)
+    model, meta = evaluate.load_segmenter("", "cpu")
+    index = store.read_index(folder / "s")
+    scored = list(evaluate.score_scans(model, meta, index, index.labelled("test"), InferenceConfig(), distances=False))
+    assert [s.record.scan_id for s in scored] == ["a", "b", "c"]
+    assert scored[0].rows[0]["dice"] == 1 and math.isnan(scored[0].rows[0]["hd_mm"])
+
+
+@pytest.mark.parametrize("task, outputs", [("multiclass", 3), ("binary", 2)])
+def test_a_real_segmenter_end_to_end(folder, task, outputs):
+    """Random weights: the scores must be those of the written label maps, by hand."""
+    torch.manual_seed(0)
+    settings = {"depths": [1, 1, 1, 1], "width": 4, "stage_strides": "early"}
+    model = Segmenter(Encoder(**settings), outputs)
+    model.head.bias.data.zero_()
+    meta = {"door": "finetune", "encoder": settings, "hu_window": list(WINDOW), "labels": LABELS, "task": task}
+    meta |= {"patch_size": [8, 16, 16], "num_outputs": outputs}
+    (folder / "r").mkdir()
+    save_best(folder / "r/best.pt", {"model": model.state_dict(), "meta": meta, "step": 1, "val_dice": 0.0})
+    evaluate.run(config(folder, inference={"batch_size": 4, "device": "cpu"}))
+    index = store.read_index(folder / "s")
+    for row in pq.read_table(folder / "r/evaluation/metrics.parquet").to_pylist():
+        record = next(r for r in index.scans if r.scan_id == row["scan_id"])
+        predicted = np.asarray(nib.load(folder / f"r/evaluation/predictions/{row['scan_id']}.nii.gz").dataobj)
+        wanted = store.open_label(folder / "s", record).read([(0, n) for n in record.shape])
+        value = LABELS[row["organ"]]
+        if task == "binary":
+            a, b = predicted >= value, wanted >= value
+        else:
+            a, b = predicted == value, wanted == value
+        if (a | b).any():
+            assert row["dice"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+        else:
+            assert math.isnan(row["dice"])
+
+
+def test_a_second_evaluation_replaces_the_first(folder, monkeypatch):
+    known_run(monkeypatch, folder)
+    evaluate.run(config(folder))
+    evaluate.run(config(folder, num_scans=1))
+    assert pq.read_table(folder / "r/evaluation/metrics.parquet").num_rows == 2
+    assert not [p for p in (folder / "r/evaluation").rglob("*") if ".part" in p.name]
+
+
+@pytest.mark.parametrize(
+    "values, known, message",
+    [
+        ({"split": "val"}, {}, r"no labelled scan in split='val'.*\['test'\]"),
+        ({}, {"labels": {"spleen": 3}}, r"trained with labels \{'spleen': 3\}.*'liver': 7"),
+        ({}, {"window": (-1024, 325)}, r"trained with hu_window \[-1024, 325\].*\[-1000.0, 400.0\]"),
+        ({"index": "nowhere"}, {}, "nowhere"),
+    ],
+)
+def test_wrong_use_is_one_clear_line(folder, monkeypatch, values, known, message):
+    known_run(monkeypatch, folder, **known)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate.run(config(folder, **values))
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_without_labels(folder, monkeypatch):
+    known_run(monkeypatch, folder)
+    volume, _ = make_scan(0, (9, 9, 9))
+    store.write_scan(folder / "bare", "x", volume, AFFINE, split="test", hu_window=WINDOW)
+    store.write_index(folder / "bare", {}, WINDOW)
+    with pytest.raises(ValueError, match="holds no labels: prepare it"):
+        evaluate.run(config(folder, index=str(folder / "bare")))
+
+
+def test_command_line_exit_code(folder, monkeypatch, capsys):
+    args = ["evaluate", f"run={folder / 'none'}", f"index={folder / 's'}", "inference.device=cpu"]
+    monkeypatch.setattr(sys, "argv", args)
+    with pytest.raises(SystemExit) as error:
+        evaluate.main()
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "none" in lines[0]

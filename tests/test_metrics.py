@@ -1,0 +1,122 @@
+"""Scores against nested loops and scipy on small masks with anisotropic voxels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from monai.metrics import compute_dice, compute_iou
+from scipy import ndimage
+
+from pgl_ray.model.metrics import mask_metrics, organ_metrics, summarise
+
+SPACING = (3.0, 0.7, 1.3)
+
+
+def blobs(seed, shape=(7, 11, 13), keep=0.6):
+    rng = np.random.default_rng(seed)
+    smooth = ndimage.gaussian_filter(rng.normal(size=shape), 1.5)
+    return smooth > np.quantile(smooth, keep)
+
+
+def surface(mask):
+    """Centres of voxels with a six-neighbour outside, by loops, in mm."""
+    points = []
+    for index in np.argwhere(mask):
+        for axis in range(3):
+            for step in (-1, 1):
+                beside = index.copy()
+                beside[axis] += step
+                inside = (beside >= 0).all() and (beside < mask.shape).all()
+                if not inside or not mask[tuple(beside)]:
+                    points.append(tuple(index * np.array(SPACING)))
+    return np.array(sorted(set(points)))
+
+
+def brute_force(a, b):
+    a, b = surface(a), surface(b)
+    distance = np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
+    there, back = distance.min(1), distance.min(0)
+    return max(there.max(), back.max()), max(np.percentile(there, 95), np.percentile(back, 95))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_against_loops(seed):
+    a, b = blobs(seed), blobs(seed + 100, keep=0.5)
+    scores = mask_metrics(a, b, SPACING)
+    hd, hd95 = brute_force(a, b)
+    both, either = (a & b).sum(), (a | b).sum()
+    assert scores["dice"] == pytest.approx(2 * both / (a.sum() + b.sum()))
+    assert scores["iou"] == pytest.approx(both / either)
+    assert scores["hd_mm"] == pytest.approx(hd, rel=1e-5)
+    assert scores["hd95_mm"] == pytest.approx(hd95, rel=1e-5)
+    assert (scores["predicted_voxels"], scores["target_voxels"]) == (a.sum(), b.sum())
+    as_monai = [torch.from_numpy(m[None, None].astype(np.float32)) for m in (a, b)]
+    assert scores["dice"] == pytest.approx(compute_dice(*as_monai).item())
+    assert scores["iou"] == pytest.approx(compute_iou(*as_monai).item())
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_shift_is_measured_in_mm_along_its_axis(axis):
+    a = np.zeros((12, 14, 16), bool)
+    a[3:6, 4:8, 5:10] = True
+    b = np.roll(a, 2, axis)
+    scores = mask_metrics(a, b, SPACING)
+    assert scores["hd_mm"] == pytest.approx(2 * SPACING[axis], rel=1e-5)
+    assert mask_metrics(a, a, SPACING) | {"dice": 1, "iou": 1, "hd_mm": 0, "hd95_mm": 0} == mask_metrics(a, a, SPACING)
+
+
+def test_place_in_the_scan_and_its_border_change_nothing():
+    a, b = blobs(1), blobs(2)
+    wide = [np.pad(m, ((2, 5), (9, 0), (0, 3))) for m in (a, b)]
+    assert mask_metrics(*wide, SPACING) == pytest.approx(mask_metrics(a, b, SPACING))
+
+
+def test_empty_masks():
+    a, empty = blobs(0), np.zeros((7, 11, 13), bool)
+    nothing = mask_metrics(empty, empty, SPACING)
+    assert all(math.isnan(nothing[name]) for name in ("dice", "iou", "hd_mm", "hd95_mm"))
+    for pair in ((a, empty), (empty, a)):
+        scores = mask_metrics(*pair, SPACING)
+        assert scores["dice"] == scores["iou"] == 0
+        assert math.isnan(scores["hd_mm"]) and math.isnan(scores["hd95_mm"])
+    assert math.isnan(mask_metrics(a, a, SPACING, distances=False)["hd_mm"])
+
+
+def test_task_binary_counts_the_tumour_as_organ():
+    target = np.zeros((6, 7, 8), np.uint8)
+    target[1:5, 1:6, 1:7] = 1
+    target[2:4, 2:4, 2:4] = 2
+    only_organ = np.minimum(target, 1)
+    organs = {"liver": 1, "tumour": 2}
+    nested = organ_metrics(only_organ, target, organs, SPACING, "binary")
+    assert nested["liver"]["dice"] == 1 and nested["tumour"]["dice"] == 0
+    apart = organ_metrics(only_organ, target, organs, SPACING, "multiclass")
+    assert apart["liver"]["dice"] == pytest.approx(2 * 112 / (120 + 112))
+    assert list(organ_metrics(only_organ, target, {"tumour": 2}, SPACING, "binary")) == ["tumour"]
+
+
+def row(organ, dice, hd=math.nan, predicted=1, wanted=1):
+    scores = {"dice": dice, "iou": dice / 2, "hd_mm": hd, "hd95_mm": hd}
+    return {"scan_id": "s", "organ": organ, **scores, "predicted_voxels": predicted, "target_voxels": wanted}
+
+
+def test_summary_averages_over_scans_then_over_organs():
+    rows = [
+        row("a", 0.5, 10.0),
+        row("a", 0.7, 20.0),
+        row("a", 0.0, predicted=0),  # missed
+        row("b", 0.9, 2.0),
+        row("b", math.nan, predicted=0, wanted=0),  # in neither: not counted
+        row("b", 0.0, wanted=0),  # invented
+        row("c", math.nan, predicted=0, wanted=0),
+    ]
+    summary = summarise(rows)
+    a, b, c = (summary["organs"][name] for name in "abc")
+    assert a["dice"] == pytest.approx(0.4) and a["hd_mm"] == pytest.approx(15)
+    assert (a["num_scans"], a["num_missed"], a["num_invented"]) == (3, 1, 0)
+    assert b["dice"] == pytest.approx(0.45) and b["hd_mm"] == pytest.approx(2)
+    assert (b["num_scans"], b["num_missed"], b["num_invented"]) == (2, 0, 1)
+    assert c["dice"] is None and c["num_scans"] == 0
+    assert summary["dice"] == pytest.approx((0.4 + 0.45) / 2) and summary["hd_mm"] == pytest.approx((15 + 2) / 2)
+    assert summarise([])["dice"] is None

@@ -1,0 +1,164 @@
+"""predict: label maps on exactly the input's grid, whatever its orientation and format."""
+
+import gzip
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from torch import nn
+
+from pgl_ray import predict
+from pgl_ray.config import FailedRun, PredictConfig, build
+from pgl_ray.model.resnet import Encoder
+from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train.checkpoint import save_best
+
+WINDOW = (-1000.0, 400.0)
+LABELS = {"liver": 300, "spleen": 4}  # class 1 = spleen
+META = {"hu_window": list(WINDOW), "labels": LABELS, "task": "multiclass", "patch_size": [8, 16, 24]}
+SHAPE = (19, 23, 9)
+
+
+def volume(seed=0):
+    return np.random.default_rng(seed).integers(-1500, 800, SHAPE).astype(np.int16)
+
+
+def expected(hu):
+    """What `Bands` means, voxel by voxel in the file's own order."""
+    return np.where(hu >= 200, 300, np.where(hu >= 0, 4, 0))
+
+
+class Bands(nn.Module):
+    """Knows the classes' HU through the statistics of the clipped volume, which a voxel permutation does not change."""
+
+    def __init__(self):
+        super().__init__()
+        clipped = np.clip(volume(), *WINDOW).astype(np.float64)
+        bounds = (np.array([-0.5, 199.5]) - clipped.mean()) / clipped.std()
+        self.bounds = nn.Parameter(torch.tensor(bounds, dtype=torch.float32))
+
+    def forward(self, x):
+        index = (x > self.bounds.view(1, -1, 1, 1, 1)).sum(1)
+        return nn.functional.one_hot(index, 3).movedim(-1, 1).float()
+
+
+@pytest.fixture
+def known(monkeypatch):
+    monkeypatch.setattr(predict, "load_segmenter", lambda run, device: (Bands().eval(), META))
+
+
+def config(source, output, **values):
+    return build(PredictConfig, {"run": "r", "input": str(source), "output": str(output), **values})
+
+
+def affine_of(codes, oblique=0.0):
+    affine = np.eye(4)
+    ornt = nib.orientations.axcodes2ornt(codes)
+    for axis, (world, sign) in enumerate(ornt):
+        affine[:, axis] = 0
+        affine[int(world), axis] = sign * (0.8, 1.1, 3.0)[axis]
+    affine[:3, 3] = (-50, 20, 7)
+    angle = np.array([[np.cos(oblique), -np.sin(oblique), 0], [np.sin(oblique), np.cos(oblique), 0], [0, 0.05, 1]])
+    affine[:3, :3] = angle @ affine[:3, :3] if oblique else affine[:3, :3]
+    return affine
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL", "IRP"])
+@pytest.mark.parametrize("oblique", [0.0, 0.3])
+def test_nifti_keeps_its_own_grid(tmp_path, known, codes, oblique):
+    affine = affine_of(codes, oblique)
+    image = nib.Nifti1Image(volume(), affine)
+    image.set_qform(affine_of(codes), code=1)
+    nib.save(image, tmp_path / "ct.nii.gz")
+    result = predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "deep" / "label.nii.gz"))
+    found = nib.load(tmp_path / "deep/label.nii.gz")
+    assert np.array_equal(np.asarray(found.dataobj), expected(volume())) and found.get_data_dtype() == np.uint16
+    assert np.array_equal(found.affine, nib.load(tmp_path / "ct.nii.gz").affine)
+    assert found.header["qform_code"] == image.header["qform_code"]
+    assert predict.describe(result) == f"predict: 1 label map in {tmp_path / 'deep/label.nii.gz'}"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["label.nii.gz"]
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+def test_itk_formats(tmp_path, known, suffix):
+    image = sitk.GetImageFromArray(volume().transpose(2, 1, 0))
+    image.SetSpacing((0.8, 1.1, 3.0))
+    image.SetOrigin((5, 6, 7))
+    image.SetDirection((0, 1, 0, -1, 0, 0, 0, 0, 1))
+    sitk.WriteImage(image, tmp_path / f"ct{suffix}")
+    predict.run(config(tmp_path / f"ct{suffix}", tmp_path / "label.nii.gz"))
+    found = sitk.ReadImage(tmp_path / "label.nii.gz")
+    assert np.array_equal(sitk.GetArrayFromImage(found).transpose(2, 1, 0), expected(volume()))
+    for ours, theirs in ((found.GetSpacing(), image.GetSpacing()), (found.GetOrigin(), image.GetOrigin())):
+        assert np.allclose(ours, theirs, atol=1e-5)
+    assert np.allclose(found.GetDirection(), image.GetDirection(), atol=1e-5)
+
+
+def write(path, hu=None):
+    nib.save(nib.Nifti1Image(volume() if hu is None else hu, affine_of("LPS")), path)
+
+
+def test_a_folder_goes_on_over_bad_files(tmp_path, known, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    write(source / "a.nii.gz")
+    write(source / "c.nii")
+    (source / "b.nii.gz").write_text("no image")
+    whole = gzip.compress(nib.Nifti1Image(volume(), np.eye(4)).to_bytes())
+    (source / "d.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (source / "notes.txt").write_text("skipped")
+    with pytest.raises(FailedRun, match=r"2 of 4 files failed: b.nii.gz, d.nii.gz"):
+        predict.run(config(source, out))
+    assert sorted(p.name for p in out.iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert np.array_equal(np.asarray(nib.load(out / "c.nii.gz").dataobj), expected(volume()))
+    printed = capsys.readouterr().out
+    assert printed.count("left out") == 2 and "4/4 scans" in printed
+
+
+@pytest.mark.parametrize(
+    "source, output, message",
+    [
+        ("none.nii.gz", "x.nii.gz", "none.nii.gz does not exist"),
+        ("in/a.nii.gz", "out", r"must be a file that ends in .nii.gz"),
+        ("in/a.nii.gz", "in/a.nii.gz", "would replace the CT"),
+        ("in", "in", "would replace the CT"),
+        ("in", "in/a.nii.gz", "give a folder"),
+        ("empty", "out", r"holds no CT \(.nii.gz"),
+        ("twice", "out", "several files named a: "),
+        ("bad.nii.gz", "x.nii.gz", "bad.nii.gz: not a readable image"),
+    ],
+)
+def test_wrong_use_is_one_clear_line(tmp_path, known, source, output, message):
+    for name in ("in", "empty", "twice"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "in/a.nii.gz")
+    write(tmp_path / "twice/a.nii.gz")
+    write(tmp_path / "twice/a.nii")
+    (tmp_path / "bad.nii.gz").write_text("no image")
+    before = (tmp_path / "in/a.nii.gz").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        predict.run(config(tmp_path / source, tmp_path / output))
+    assert (tmp_path / "in/a.nii.gz").read_bytes() == before
+    assert not (tmp_path / "x.nii.gz").exists()
+
+
+def test_from_the_command_line_with_a_real_run(tmp_path, monkeypatch, capsys):
+    """Random weights from best.pt, a constant CT, one organ; exit codes 0 and 2."""
+    settings = {"depths": [1, 1, 1, 1], "width": 4, "stage_strides": "late"}
+    meta = {**META, "door": "finetune", "encoder": settings, "num_outputs": 1, "task": "binary", "labels": {"lung": 2}}
+    (tmp_path / "r").mkdir()
+    model = Segmenter(Encoder(**settings), 1)
+    save_best(tmp_path / "r/best.pt", {"model": model.state_dict(), "meta": meta})
+    write(tmp_path / "ct.nii.gz", np.full(SHAPE, -1024, np.int16))
+    args = ["predict", f"run={tmp_path}/r", f"input={tmp_path}/ct.nii.gz", f"output={tmp_path}/l.nii.gz"]
+    monkeypatch.setattr(sys, "argv", [*args, "inference.device=cpu"])
+    predict.main()
+    assert capsys.readouterr().out.splitlines()[-1] == f"predict: 1 label map in {tmp_path}/l.nii.gz"
+    assert set(np.unique(np.asarray(nib.load(tmp_path / "l.nii.gz").dataobj))) <= {0, 2}
+    monkeypatch.setattr(sys, "argv", [*args[:2], f"input={tmp_path}/none.mha", args[3]])
+    with pytest.raises(SystemExit) as error:
+        predict.main()
+    assert error.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1

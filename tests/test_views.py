@@ -1,0 +1,128 @@
+"""Priors obey their bounds; views are what their priors say."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.networks.layers import GaussianFilter
+
+from pgl_ray.config import IntensityConfig, ViewsConfig
+from pgl_ray.data import views as v
+from pgl_ray.prior import Prior, scan_to_view
+
+SHAPES = st.tuples(st.integers(5, 80), st.integers(40, 300), st.integers(40, 300))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**31), SHAPES, st.sampled_from(["smaller", "larger", "union"]), st.floats(0, 0.3))
+def test_pairs_keep_sizes_bounds_and_overlap(seed, shape, of, bound):
+    views = ViewsConfig(size=(16, 96, 48), overlap_of=of, min_overlap=bound)
+    pair = v.sample_pair(np.random.default_rng(seed), shape, views)
+    volumes = []
+    for prior in pair:
+        length = prior.box[:, 1] - prior.box[:, 0]
+        volumes.append(length.prod())
+        assert (length >= np.array([17.6, 105.6, 52.8])).all()
+        assert (length <= np.array([22.4, 134.4, 67.2])).all()
+        for (start, stop), n in zip(prior.box, shape, strict=True):
+            inside = start >= 0 and stop <= n
+            covering = start <= 0 and stop >= n
+            assert inside or covering
+    common = 1
+    for (a, b), (c, d) in zip(pair[0].box, pair[1].box, strict=True):
+        common *= max(0, min(b, d) - max(a, c))
+    whole = {"smaller": min(volumes), "larger": max(volumes), "union": sum(volumes) - common}[of]
+    assert common >= bound * whole
+
+
+def test_fallback_guarantees_overlap():
+    """In a huge scan random pairs nearly never overlap by 40 %: only the fallback can do it."""
+    views = ViewsConfig(size=(8, 8, 8), min_overlap=0.4)
+    for seed in range(20):
+        first, second = v.sample_pair(np.random.default_rng(seed), (500, 500, 500), views)
+        lengths = np.minimum(first.box[:, 1], second.box[:, 1]) - np.maximum(first.box[:, 0], second.box[:, 0])
+        assert (lengths > 0).all()
+
+
+def test_unreachable_overlap_is_refused():
+    views = ViewsConfig(size=(16, 96, 96), crop_scale=(0.5, 2.0), min_overlap=0.99, overlap_of="union")
+    with pytest.raises(ValueError, match="min_overlap"):
+        v.sample_pair(np.random.default_rng(0), (100, 300, 300), views)
+
+
+def test_draws_differ_by_seed_epoch_scan_and_draw():
+    draws = {tuple(v.generator(*key).random(2)) for key in [(0, 0, "a", 0), (1, 0, "a", 0), (0, 1, "a", 0)]}
+    draws |= {tuple(v.generator(*key).random(2)) for key in [(0, 0, "b", 0), (0, 0, "a", 1)]}
+    assert len(draws) == 5
+    assert v.generator(0, 0, "a", 0).random() == v.generator(0, 0, "a", 0).random()
+
+
+def test_resize_keeps_world_coordinates():
+    """A linear ramp, cropped, resized and flipped, still tells where each view voxel came from."""
+    size, box = (16, 24, 20), np.array([[3, 25], [5, 36], [2, 29]])
+    for flip in ([False, True, False], [True, True, True], [False, False, False]):
+        prior = Prior(box, np.array(flip))
+        for axis in range(3):
+            shape = [1, 1, 1]
+            shape[axis] = -1
+            ramp = (np.arange(box[axis, 0], box[axis, 1]) + 0.5).reshape(shape)  # edge coordinate of voxel centres
+            crop = np.broadcast_to(ramp, box[:, 1] - box[:, 0]).astype(np.float32)
+            view = v.resize_and_flip(crop, size, prior.flip).numpy()
+            line = np.moveaxis(view, axis, 0)[:, 0, 0]
+            middle = np.zeros((size[axis], 3))
+            middle[:, axis] = line
+            back = scan_to_view(middle, box, prior.flip, np.array(size))[:, axis]
+            np.testing.assert_allclose(back[1:-1], (np.arange(size[axis]) + 0.5)[1:-1], atol=1e-3)
+
+
+class Array:
+    """Stands for a store's reader."""
+
+    def __init__(self, values):
+        self.values, self.shape = values, values.shape
+
+    def read(self, box):
+        return self.values[tuple(slice(a, b) for a, b in box)]
+
+
+def test_small_scans_are_padded_with_air():
+    values = np.arange(2 * 3 * 4).reshape(2, 3, 4).astype(np.int16)
+    got = v.read_padded(Array(values), np.array([[-1, 4], [1, 3], [2, 6]]), -1024)
+    expected = np.full((5, 2, 4), -1024)
+    expected[1:3, :, :2] = values[:, 1:3, 2:]
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_normalise():
+    got = v.normalise(np.array([-3000, -1024, 0, 325, 3000], np.int16), (-1024, 325), -100.0, 50.0)
+    np.testing.assert_allclose(got, [(x + 100) / 50 for x in (-1024, -1024, 0, 325, 325)], rtol=1e-6)
+
+
+def test_blur_equals_monai():
+    view = torch.randn(12, 20, 16, generator=torch.Generator().manual_seed(0))
+    expected = GaussianFilter(3, 0.8, truncated=3.0, approx="sampled")(view[None, None])[0, 0]
+    inner = (slice(3, -3),) * 3  # MONAI pads with zeros, we replicate the border
+    torch.testing.assert_close(v.blur(view, 0.8)[inner], expected[inner], atol=2e-3, rtol=0)
+
+
+def test_intensity_operations():
+    view = torch.randn(8, 12, 10, generator=torch.Generator().manual_seed(1))
+    plain = v.Intensity(0.0, 0, 0.0, 1.0, 1.0)
+    assert torch.equal(v.apply_intensity(view, plain), view)
+    noisy = v.apply_intensity(view, plain._replace(noise_std=0.3, noise_seed=5))
+    assert abs((noisy - view).std().item() - 0.3) < 0.02
+    gained = v.apply_intensity(view, plain._replace(gain=1.2))
+    torch.testing.assert_close(gained, (view * 1.2).clamp(view.min(), view.max()))
+    unit = (view - view.min()) / (view.max() - view.min())
+    gamma = v.apply_intensity(view, plain._replace(gamma=1.4))
+    torch.testing.assert_close(gamma, unit**1.4 * (view.max() - view.min()) + view.min(), atol=1e-5, rtol=1e-5)
+
+
+def test_intensity_probabilities():
+    rng = np.random.default_rng(0)
+    drawn = [v.sample_intensity(rng, IntensityConfig()) for _ in range(4000)]
+    shares = np.mean([[p.noise_std > 0, p.blur_sigma > 0, p.gain != 1, p.gamma != 1] for p in drawn], 0)
+    np.testing.assert_allclose(shares, [0.1, 0.2, 0.5, 0.5], atol=0.03)
+    variances = [p.noise_std**2 for p in drawn if p.noise_std]
+    assert 0 <= min(variances) and max(variances) <= 0.1
