@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Triple = tuple[Positive, Positive, Positive]
+Verb = Literal["choice", "grid_search", "uniform", "loguniform", "quniform", "randint"]
 
 
 class Section(BaseModel):
@@ -107,7 +108,7 @@ class AlignConfig(Section):
     """The prior-guided aligner (paper, Eq. 4 to 7)."""
 
     centers: Literal["receptive_field", "cell"] = "receptive_field"
-    """Where a feature cell sits: the centre of its receptive field, or the middle of its cell (the paper's RoIAlign)."""
+    """Where a feature cell sits: at its receptive field's centre, or in the middle of its cell (the paper's)."""
 
 
 class LarsConfig(Section):
@@ -358,10 +359,34 @@ class ProbeConfig(Section):
     """JSON file for the result; none: <init>/probe.json, or no file for init=random."""
 
 
+class TuneConfig(Section):
+    """A sweep: every trial is pretrain, then finetune, judged by validation Dice."""
+
+    run: str
+    """Folder of the sweep; the same command again continues an interrupted sweep."""
+    index: str
+    """Store written by prepare, with labels."""
+    base_pretrain: dict[str, Any] | None = None
+    """What the trials' pre-training config says beyond the defaults; none: no pre-training, fine-tuning alone."""
+    base_finetune: dict[str, Any] = {}
+    """What the trials' fine-tuning config says beyond the defaults."""
+    space: dict[str, dict[Verb, list[Any]]]
+    """Dotted key (pretrain.ema_decay, finetune.optim.lr) -> one of Ray Tune's verbs and its arguments."""
+    num_trials: Positive = 1
+    """Draws from the space; a grid_search multiplies them."""
+    max_trials: Positive = 64
+    """Largest number of trials that is accepted."""
+    max_concurrent: Positive = 1
+    """Trials at a time; the cluster must hold the workers of all of them."""
+    seed: int = 0
+    """Seed of the draws."""
+    ray: RayConfig = RayConfig()
+
+
 class ReportConfig(Section):
     """Runs -> one self-contained HTML page."""
 
-    run: list[str]
+    run: Annotated[list[str], BeforeValidator(lambda run: [run] if isinstance(run, str) else run), Field(min_length=1)]
     """Run folders: one, or [a,b,c] to compare."""
     output: str | None = None
     """HTML file; none: report.html in the first run's folder."""

@@ -1,6 +1,6 @@
 """python -m pgl_ray.evaluate run=RUN index=STORE [a.b=c ...]: Dice, IoU, HD and HD95 on labelled scans (Sec. 5.1)."""
 
-import math
+import gzip
 import os
 import time
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pgl_ray.config import EvaluateConfig, InferenceConfig, command
-from pgl_ray.data.store import Index, ScanRecord, class_lookup, open_label, open_volume, read_index
+from pgl_ray.data.store import Index, ScanRecord, class_lookup, open_label, open_volume, read_index, write_aside
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
 from pgl_ray.model.inference import pick_device, segment
@@ -54,8 +54,9 @@ def run(config: EvaluateConfig) -> Result:
     index = read_index(config.index)
     records = _choose(config, meta, index)
     folder = Path(config.output or os.path.join(config.run, "evaluation"))
-    (folder / "predictions").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
+    print(f"evaluate: {len(records)} scans of split={config.split!r} on {device}", flush=True)
     rows, began = [], time.monotonic()
     for done, scored in enumerate(score_scans(model, meta, index, records, config.inference), 1):
         rows += scored.rows
@@ -63,12 +64,9 @@ def run(config: EvaluateConfig) -> Result:
             _write_prediction(folder / "predictions", scored, index)
         rate = (time.monotonic() - began) / done
         left = (len(records) - done) * rate
-        dice = summarise(scored.rows)["dice"]
-        print(
-            f"evaluate: {done}/{len(records)} scans, {rate:.1f} s per scan, {left:.0f} s left; "
-            f"{scored.record.scan_id}: dice {_text(dice, '.3f')}",
-            flush=True,
-        )
+        progress = f"{done}/{len(records)} scans, {rate:.1f} s per scan, {left:.0f} s left"
+        dice = _text(summarise(scored.rows)["dice"], 0, 3)
+        print(f"evaluate: {progress}; {scored.record.scan_id}: dice {dice}", flush=True)
 
     summary = summarise(rows) | {
         "num_scans": len(records),
@@ -147,44 +145,39 @@ def _choose(config: EvaluateConfig, meta: dict[str, Any], index: Index) -> list[
 
 
 def _write_prediction(folder: Path, scored: Scored, index: Index) -> None:
-    """Label values as NIfTI on the stored grid, written aside, then renamed."""
+    """Label values as NIfTI on the stored grid."""
     values = np.array([0, *index.label_values], np.min_scalar_type(max(index.label_values)))
-    affine = np.array(scored.record.affine).reshape(4, 4)
-    image = nib.Nifti1Image(values[scored.prediction], affine)
+    image = nib.Nifti1Image(values[scored.prediction], np.array(scored.record.affine).reshape(4, 4))
     image.header.set_xyzt_units("mm")
-    aside = folder / f".{scored.record.scan_id}.part{os.getpid()}.nii.gz"
-    nib.save(image, aside)
-    aside.replace(folder / f"{scored.record.scan_id}.nii.gz")
+    folder.mkdir(exist_ok=True)
+    packed = gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
+    write_aside(folder / f"{scored.record.scan_id}.nii.gz", packed)
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    aside = path.with_name(f"{path.name}.part{os.getpid()}")
-    pq.write_table(pa.Table.from_pylist(rows), aside)
-    aside.replace(path)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    write_aside(path, sink.getvalue())
 
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as text: a line per organ, and their mean."""
     lines = [f"{'organ':<28}{'dice':>7}{'iou':>7}{'hd_mm':>8}{'hd95_mm':>9}{'scans':>7}{'missed':>8}{'invented':>10}"]
     for organ, scores in [*summary["organs"].items(), ("mean of organs", summary)]:
-        numbers = [_text(scores[name], spec) for name, spec in zip(SCORES, (">7.3f", ">7.3f", ">8.1f", ">9.1f"))]
-        counts = "".join(
-            f"{scores[name]:>{width}}"
-            for name, width in (("num_scans", 7), ("num_missed", 8), ("num_invented", 10))
-            if name in scores
-        )
-        lines.append(f"{organ[:27]:<28}{''.join(numbers)}{counts}")
+        numbers = [_text(scores[name], *shape) for name, shape in zip(SCORES, ((7, 3), (7, 3), (8, 1), (9, 1)))]
+        counts = (("num_scans", 7), ("num_missed", 8), ("num_invented", 10))
+        numbers += [f"{scores[name]:>{width}}" for name, width in counts if name in scores]
+        lines.append(f"{organ[:27]:<28}{''.join(numbers)}")
     return "\n".join(lines)
 
 
-def _text(value: float | None, spec: str) -> str:
-    width = spec.strip(">").split(".")[0] or "1"
-    return f"{'-':>{width}}" if value is None or math.isnan(value) else f"{value:{spec}}"
+def _text(value: float | None, width: int, digits: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
 
 def describe(result: Result) -> str:
     """The closing line."""
-    dice = _text(result.summary["dice"], ".4f")
+    dice = _text(result.summary["dice"], 0, 4)
     return f"evaluate: mean dice {dice} on {result.summary['num_scans']} scans; results in {result.folder}"
 
 

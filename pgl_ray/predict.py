@@ -34,7 +34,9 @@ def run(config: PredictConfig) -> Result:
         FailedRun: some files of the folder failed.
     """
     jobs = _jobs(Path(config.input), Path(config.output))
-    model, meta = load_segmenter(config.run, pick_device(config.inference.device))
+    device = pick_device(config.inference.device)
+    model, meta = load_segmenter(config.run, device)
+    print(f"predict: {len(jobs)} scan{'s' * (len(jobs) != 1)} on {device}", flush=True)
     failed, began = [], time.monotonic()
     for done, (source, target) in enumerate(jobs, 1):
         try:
@@ -45,11 +47,8 @@ def run(config: PredictConfig) -> Result:
             failed.append(source.name)
             print(f"predict: left out: {' '.join(str(error).split())}", flush=True)
         rate = (time.monotonic() - began) / done
-        print(
-            f"predict: {done}/{len(jobs)} scans, {rate:.1f} s per scan, {(len(jobs) - done) * rate:.0f} s left; "
-            f"{source.name}",
-            flush=True,
-        )
+        progress = f"{done}/{len(jobs)} scans, {rate:.1f} s per scan, {(len(jobs) - done) * rate:.0f} s left"
+        print(f"predict: {progress}; {source.name}", flush=True)
     if failed:
         raise FailedRun(
             f"{len(failed)} of {len(jobs)} files failed: {', '.join(failed)}; the others are in {config.output}"

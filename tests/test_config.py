@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pgl_ray import config as c
+from pgl_ray import tune
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
@@ -16,6 +17,7 @@ MODELS = {
     "predict": c.PredictConfig,
     "probe": c.ProbeConfig,
     "report": c.ReportConfig,
+    "tune": c.TuneConfig,
     "demo": c.DemoConfig,
 }
 REQUIRED = {"index": "s", "run": "r", "source": "s", "store": "s", "input": "i", "output": "o"}
@@ -25,13 +27,21 @@ def minimal(model):
     return [f"{k}={REQUIRED[k]}" for k, f in model.model_fields.items() if f.is_required()]
 
 
-@pytest.mark.parametrize("path", [p for d in ("conf", "data_prep") for p in sorted((ROOT / d).glob("*.yaml"))], ids=str)
+@pytest.mark.parametrize(
+    "path", [p for d in ("conf", "data_prep") for p in sorted((ROOT / d).glob("*.yaml"))], ids=lambda p: p.name
+)
 def test_shipped_yaml_loads(path):
     """A config file is named after its door: pretrain.yaml, finetune_bcv.yaml; those of data_prep are for prepare."""
     model = c.PrepareConfig if path.parent.name == "data_prep" else MODELS[path.stem.split("_")[0]]
     values = OmegaConf.to_container(OmegaConf.load(path))
     args = [str(path)] + [a for a in minimal(model) if a.split("=")[0] not in values]
     assert isinstance(c.load(model, args), model)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tune_spaces").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_spaces_load_and_every_dotted_key_exists(path, tmp_path):
+    config = c.load(c.TuneConfig, [str(path), "index=s", f"run={tmp_path}"])
+    tune.check(config)
 
 
 def test_the_papers_numbers_are_the_defaults():
@@ -57,7 +67,7 @@ def test_the_papers_numbers_are_the_defaults():
     ],
 )
 def test_faults_are_named(args, message):
-    with pytest.raises(ValueError, match=".*") as caught:
+    with pytest.raises(ValueError, match=r"[a-z]") as caught:
         c.load(c.PretrainConfig, ["index=a", *(["run=b"] if args != ["index=a"] else []), *args])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

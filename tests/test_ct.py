@@ -64,6 +64,7 @@ def test_every_orientation_keeps_world_coordinates_and_comes_back(tmp_path, perm
     written = nib.load(tmp_path / "l.nii.gz")
     np.testing.assert_array_equal(np.asanyarray(written.dataobj), volume)
     np.testing.assert_array_equal(written.affine, nib.load(path).affine)
+    assert written.get_data_dtype() == np.uint16
     np.testing.assert_array_equal(ct.read_label(tmp_path / "l.nii.gz", scan), scan.voxels)
 
 
@@ -137,6 +138,17 @@ def test_one_volume_in_four_dimensions_is_fine_and_its_label_is_3d(tmp_path):
     check_world(scan, volume, nib.load(path).affine)
     ct.write_label(tmp_path / "l.nii", scan.voxels.astype(np.uint8), path)
     assert nib.load(tmp_path / "l.nii").shape == SHAPE
+
+
+def test_a_written_label_leaves_the_cts_private_fields_behind(tmp_path):
+    image = nib.Nifti1Image(distinct(), source_affine((0, 1, 2), (-1, 1, 1)))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"patient's name"))
+    image.header["cal_max"] = 400
+    nib.save(image, tmp_path / "a.nii")
+    ct.write_label(tmp_path / "l.nii", np.zeros(SHAPE[::-1], np.uint8), tmp_path / "a.nii")
+    header = nib.load(tmp_path / "l.nii").header
+    assert not header.extensions and header["cal_max"] == 0
+    assert b"patient" not in (tmp_path / "l.nii").read_bytes()
 
 
 def test_label_types(tmp_path):

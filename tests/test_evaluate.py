@@ -117,7 +117,7 @@ def test_fewer_scans_and_no_predictions(folder, monkeypatch):
     known_run(monkeypatch, folder)
     result = evaluate.run(config(folder, num_scans=1, save_predictions=False))
     assert result.summary["num_scans"] == 1
-    assert not list((folder / "r/evaluation/predictions").iterdir())
+    assert sorted(p.name for p in (folder / "r/evaluation").iterdir()) == ["metrics.parquet", "summary.json"]
 
 
 def test_scoring_without_distances_for_validation(folder, monkeypatch):
@@ -135,13 +135,15 @@ def test_a_real_segmenter_end_to_end(folder, task, outputs):
     torch.manual_seed(0)
     settings = {"depths": [1, 1, 1, 1], "width": 4, "stage_strides": "early"}
     model = Segmenter(Encoder(**settings), outputs)
-    model.head.bias.data.zero_()
+    model.head.bias.data = torch.tensor({"multiclass": [0.0, 0, 0], "binary": [100.0, 0]}[task])
     meta = {"door": "finetune", "encoder": settings, "hu_window": list(WINDOW), "labels": LABELS, "task": task}
-    meta |= {"patch_size": [8, 16, 16], "num_outputs": outputs}
+    meta |= {"patch_size": [12, 24, 24], "num_outputs": outputs}
     (folder / "r").mkdir()
     save_best(folder / "r/best.pt", {"model": model.state_dict(), "meta": meta, "step": 1, "val_dice": 0.0})
     evaluate.run(config(folder, inference={"batch_size": 4, "device": "cpu"}))
     index = store.read_index(folder / "s")
+    values = np.unique(nib.load(folder / "r/evaluation/predictions/a.nii.gz").dataobj).tolist()
+    assert values in {"multiclass": ([0, 3], [0, 7], [0, 3, 7]), "binary": ([3, 7],)}[task]  # softmax, or sigmoids
     for row in pq.read_table(folder / "r/evaluation/metrics.parquet").to_pylist():
         record = next(r for r in index.scans if r.scan_id == row["scan_id"])
         predicted = np.asarray(nib.load(folder / f"r/evaluation/predictions/{row['scan_id']}.nii.gz").dataobj)

@@ -58,9 +58,10 @@ def test_windows_are_blended_not_cut():
     assert (middle[:, :, :6] == 1).all() and (middle[:, :, 6:] == 0).all()
 
 
-def test_the_gpus_buffered_sums_are_the_same(monkeypatch):
+@pytest.mark.parametrize("shape", [(21, 18, 26), (5, 18, 10)])
+def test_the_gpus_buffered_sums_are_the_same(monkeypatch, shape):
     """MONAI's buffering, which the GPU path uses, run on the CPU."""
-    volume = np.random.default_rng(0).normal(size=(21, 18, 26)).astype(np.float32)
+    volume = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     model = nn.Conv3d(1, 3, 3, padding=1)  # sees its window's border
     plain = segment(model, volume, (8, 12, 16), "multiclass", 0.0)
     original = inference.sliding_window_inference

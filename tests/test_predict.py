@@ -34,9 +34,9 @@ def expected(hu):
 class Bands(nn.Module):
     """Knows the classes' HU through the statistics of the clipped volume, which a voxel permutation does not change."""
 
-    def __init__(self):
+    def __init__(self, hu):
         super().__init__()
-        clipped = np.clip(volume(), *WINDOW).astype(np.float64)
+        clipped = np.clip(hu, *WINDOW).astype(np.float64)
         bounds = (np.array([-0.5, 199.5]) - clipped.mean()) / clipped.std()
         self.bounds = nn.Parameter(torch.tensor(bounds, dtype=torch.float32))
 
@@ -47,7 +47,7 @@ class Bands(nn.Module):
 
 @pytest.fixture
 def known(monkeypatch):
-    monkeypatch.setattr(predict, "load_segmenter", lambda run, device: (Bands().eval(), META))
+    monkeypatch.setattr(predict, "load_segmenter", lambda run, device: (Bands(volume()).eval(), META))
 
 
 def config(source, output, **values):
@@ -80,6 +80,19 @@ def test_nifti_keeps_its_own_grid(tmp_path, known, codes, oblique):
     assert found.header["qform_code"] == image.header["qform_code"]
     assert predict.describe(result) == f"predict: 1 label map in {tmp_path / 'deep/label.nii.gz'}"
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["label.nii.gz"]
+
+
+@pytest.mark.parametrize("name", ["openkbp/images/pt_10.nii.gz", "body/images/ts_example_ct.nii.gz"])
+def test_real_ct(tmp_path, monkeypatch, real_data, name):
+    image = nib.load(real_data / name)
+    hu = np.asarray(image.dataobj)
+    meta = {**META, "patch_size": [64, 96, 96]}
+    monkeypatch.setattr(predict, "load_segmenter", lambda run, device: (Bands(hu).eval(), meta))
+    predict.run(config(real_data / name, tmp_path / "l.nii.gz", inference={"overlap": 0.1, "batch_size": 2}))
+    found = nib.load(tmp_path / "l.nii.gz")
+    assert np.array_equal(np.asarray(found.dataobj), expected(hu))
+    assert np.array_equal(found.affine, image.affine)
+    assert nib.aff2axcodes(found.affine) == nib.aff2axcodes(image.affine)
 
 
 @pytest.mark.parametrize("suffix", [".mha", ".nrrd"])

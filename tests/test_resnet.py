@@ -9,13 +9,13 @@ from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 
 @pytest.mark.parametrize("stage_strides", ["early", "late"])
 def test_size_and_keys_are_monais(stage_strides):
-    ours = Encoder(stage_strides=stage_strides)
-    other = resnet50(
-        spatial_dims=3, n_input_channels=1, feed_forward=False, bias_downsample=False, shortcut_type="B"
-    ).state_dict()
+    with torch.device("meta"):
+        ours = Encoder(stage_strides=stage_strides)
+        other = resnet50(
+            spatial_dims=3, n_input_channels=1, feed_forward=False, bias_downsample=False, shortcut_type="B"
+        )
     assert sum(p.numel() for p in ours.parameters()) == 46_155_072
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in other.items()}
-    ours.load_state_dict(other, strict=True)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in other.state_dict().items()}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def make_positive(net):
 @pytest.mark.parametrize("stage_strides", ["early", "late"])
 def test_centers_are_the_gradients_centre_of_mass(stage_strides):
     net = make_positive(Encoder(depths=(1, 1, 1, 1), width=2, stage_strides=stage_strides))
-    x = torch.ones(1, 1, 48, 112, 160, dtype=torch.float64, requires_grad=True)  # wider than the receptive field
+    x = torch.ones(1, 1, 48, 96, 112, dtype=torch.float64, requires_grad=True)  # wider than the receptive field
     for level, fmap in enumerate(net(x)):
         cell = [n // 2 for n in fmap.shape[2:]]
         (weight,) = torch.autograd.grad(fmap[0, :, cell[0], cell[1], cell[2]].sum(), x, retain_graph=True)
@@ -62,14 +62,16 @@ def test_centers_are_the_gradients_centre_of_mass(stage_strides):
 
 
 def test_centers_follow_the_layers():
-    """An asymmetric stem moves every centre: they are computed, not typed in."""
+    """Asymmetric padding moves the centres by input voxels, as much as the stride before it."""
 
     class Shifted(Encoder):
         def _convolutions(self):
             self.conv1.padding = (3, 2, 1)
+            self.layer2[0].conv2.padding = (0, 1, 2)
             return super()._convolutions()
 
-    assert Shifted(depths=(1, 1, 1, 1), width=2).centers[-1] == (0.5, 1.5, 2.5)
+    centers = Shifted(depths=(1, 1, 1, 1), width=2).centers
+    assert centers == ((0.5, 1.5, 2.5), (0.5, 1.5, 2.5), *[(0.5 + 2, 1.5, 2.5 - 4)] * 3)
     assert Encoder(depths=(1, 1, 1, 1), width=2).centers[-1] == (0.5, 0.5, 0.5)
 
 

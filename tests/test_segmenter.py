@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
-from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.model.segmenter import Segmenter, Up
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small kernels: on a busy machine two threads spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def count(module):
@@ -44,6 +53,15 @@ def test_every_parameter_takes_part():
     model = small(width=8)
     model(torch.randn(2, 1, 16, 32, 48)).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_up_block_is_residual():
+    """With the block silenced, transposed convolution and skip are summed."""
+    up = Up(6, 4, 5).eval()
+    torch.nn.init.zeros_(up.block[-1].weight)
+    x, skip = torch.randn(2, 6, 2, 3, 4), torch.randn(2, 5, 3, 6, 7)
+    with torch.no_grad():
+        assert torch.equal(up(x, skip), (up.up(x)[:, :, :3, :6, :7] + up.skip(skip)).relu())
 
 
 def test_trains_at_batch_size_1():

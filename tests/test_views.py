@@ -125,4 +125,4 @@ def test_intensity_probabilities():
     shares = np.mean([[p.noise_std > 0, p.blur_sigma > 0, p.gain != 1, p.gamma != 1] for p in drawn], 0)
     np.testing.assert_allclose(shares, [0.1, 0.2, 0.5, 0.5], atol=0.03)
     variances = [p.noise_std**2 for p in drawn if p.noise_std]
-    assert 0 <= min(variances) and max(variances) <= 0.1
+    assert min(variances) >= 0 and max(variances) <= 0.1

@@ -185,13 +185,13 @@ def _paint_hollow(c: Canvas, b: Body, tube, wall, content, gas: float, organ: in
     lumen = (tube < -wall_mm) & inside
     c.paint(lumen, content, organ)
     if lumen.any():
-        level = c.y[lumen].mean() + gas * 1.5 * c.y[lumen].std()
-        c.paint(lumen & (c.y < level), -950.0, organ)
+        y = np.broadcast_to(c.straight[1][:, None], lumen.shape)
+        c.paint(lumen & (y < y[lumen].mean() + gas * 1.5 * y[lumen].std()), -950.0, organ)
 
 
 def _paint_liver(c: Canvas, b: Body) -> None:
     """Two lobes under the diaphragm, with vessels and sometimes lesions."""
-    size = np.exp(c.rng.normal(0, 0.09))
+    size = np.exp(c.rng.normal(0, 0.12))
     right = c.ellipsoid((-70, 2, 28), (64 * size, 82, 72 * size), tilt=-12)
     left = c.ellipsoid((c.rng.normal(-8, 10), -44, 54), (66 * size, 34, 34), turn=-8, tilt=14)
     shape = -9 * np.logaddexp(-right / 9, -left / 9) + 4 * c.noise(45)
@@ -211,11 +211,11 @@ def _paint_liver(c: Canvas, b: Body) -> None:
 def _paint_upper_organs(c: Canvas, b: Body) -> None:
     """Stomach, spleen, pancreas with the splenic vein, gallbladder and adrenal-like tissue."""
     stomach = [(60, 22, 66, 32), (66, -22, 42, 28), (50, -50, 10, 23), (4, -54, -10, 17), (-32, -36, 0, 11)]
-    tube = c.tube(c.vary(stomach, 6, 0.15)) + 3 * c.noise(40)
+    tube = c.tube(c.vary(stomach, 8, 0.18)) + 3 * c.noise(40)
     food = float(c.rng.choice([c.rng.uniform(0, 30), c.rng.uniform(30, 70), 180])) + 14 * c.noise(14)
     _paint_hollow(c, b, tube, b.tissue("bowel", 8), food, c.rng.uniform(-1.3, 0.3), ORGANS["stomach"], wall_mm=5)
     size = np.exp(c.rng.normal(0, 0.14, 3))
-    spleen = c.ellipsoid(np.array((88, 34, 38)) + c.rng.normal(0, 5, 3), (33, 52, 54) * size, turn=22, tilt=-6)
+    spleen = c.ellipsoid(np.array((88, 34, 38)) + c.rng.normal(0, 7, 3), (33, 52, 54) * size, turn=22, tilt=-6)
     spleen = np.maximum(spleen, -c.ellipsoid((46, 14, 36), (38, 42, 62))) + 3 * c.noise(35)
     inside = b.abdomen & (b.depth > b.wall_mm + 1)
     c.paint((spleen < 3) & inside, FAT)
@@ -228,7 +228,7 @@ def _paint_upper_organs(c: Canvas, b: Body) -> None:
     c.paint(c.tube(np.add(points, (0, 11, 2, -4))) < 0, b.mean_hu["portal"])
     c.paint(tube < 0, b.tissue("pancreas", 12, 8), ORGANS["pancreas"])
     if c.rng.random() > 0.1:  # some have none
-        points = c.vary([(-50, -44, -16, 14), (-46, -34, 2, 12), (-38, -22, 20, 5)], 6, 0.2)
+        points = c.vary([(-50, -44, -16, 14), (-46, -34, 2, 12), (-38, -22, 20, 5)], 8, 0.2)
         gallbladder = c.tube(points) + 1.5 * c.noise(25)
         c.paint(gallbladder < 2, b.mean_hu["bowel"])
         c.paint(gallbladder < 0, b.tissue("gallbladder", 3), ORGANS["gallbladder"])
@@ -238,7 +238,7 @@ def _paint_kidneys(c: Canvas, b: Body) -> None:
     """Cortex, medulla, the fat of sinus and capsule, sometimes a cyst; adrenal glands above."""
     for side, name, rise in ((-1, "right_kidney", -12), (1, "left_kidney", 2)):
         points = [(50, 46, 32, 19), (63, 42, 10, 25), (68, 39, -12, 25), (73, 33, -34, 19)]
-        points = c.vary(np.array(points) * (side, 1, 1, 1) + (0, 0, rise, 0), 5, 0.1)
+        points = c.vary(np.array(points) * (side, 1, 1, 1) + (0, 0, rise, 0), 5, 0.12)
         kidney = c.tube(points) + 1.5 * c.noise(25)
         inside = b.abdomen
         c.paint((kidney < c.rng.uniform(3, 10)) & inside, FAT + 6 * c.noise(12))
@@ -262,8 +262,8 @@ def _paint_kidneys(c: Canvas, b: Body) -> None:
 def _paint_vessels(c: Canvas, b: Body) -> None:
     """Inferior vena cava, aorta with its branches, portal vein and mesenteric vessels."""
     vein, aorta, portal = b.tissue("vein", 4), b.tissue("aorta", 4), b.mean_hu["portal"]
-    c.paint(c.tube(c.vary([(-6, -16, -6, 6), (-18, -12, 14, 7), (-38, -12, 32, 6), (-62, -8, 40, 4)], 3)) < 0, portal)
-    c.paint(c.tube(c.vary([(-6, -16, -6, 5.5), (-2, -26, -40, 5), (2, -30, -90, 4)], 3)) < 0, portal)
+    c.paint(c.tube(c.vary([(-6, -9, -6, 6), (-18, -9, 14, 7), (-38, -12, 32, 6), (-62, -8, 40, 4)], 3)) < 0, portal)
+    c.paint(c.tube(c.vary([(-6, -9, -6, 5.5), (-2, -24, -40, 5), (2, -30, -90, 4)], 3)) < 0, portal)
     cava = c.vary([(-18, 13, -98, 10), (-19, 10, -20, 11), (-22, 4, 40, 12), (-24, -8, 84, 13)], 2.5, 0.1)
     for side in (-1, 1):
         c.paint(c.tube([cava[0], (side * 34 - 8, 16, -150, 8)]) < 0, vein)

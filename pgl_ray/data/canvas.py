@@ -1,17 +1,39 @@
 """Painting on a voxel grid in smoothly deformed coordinates: the brushes of the phantoms.
 
 Shapes are implicit (ellipsoids, chains of round cones) and evaluated in the millimetres of a reference body: x runs to
-the patient's left, y to the back, z to the head. The grid's coordinates are scaled, shifted and deformed before a shape
-is evaluated, so no label is ever resampled, and later paint covers earlier paint.
+the patient's left, y to the back, z to the head. The grid's coordinates are shifted, scaled, turned and deformed before
+a shape is evaluated, so no label is ever resampled, and later paint covers earlier paint.
 """
 
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import pairwise, product
 
 import numpy as np
 
 FAR_MM = 1e3  # the distance where a shape was not evaluated
-WARP_MM = (8, 8, 10)  # greatest deformation, axes z, y, x
+WARP_MM = (10, 9, 11)  # greatest deformation, axes z, y, x
 COAT_MM = 14.0  # shapes are evaluated this far beyond their surface
+
+
+@dataclass(frozen=True)
+class Pose:
+    """How the reference body lies in the scanner; axes z, y, x.
+
+    Attributes:
+        scale: the body's size.
+        shift_mm: its place.
+        roll, pitch: degrees about z and about x.
+    """
+
+    scale: np.ndarray
+    shift_mm: np.ndarray
+    roll: float
+    pitch: float
+
+    def rotation(self) -> np.ndarray:
+        """[3, 3], from the scanner's directions to the body's."""
+        (cr, cp), (sr, sp) = np.cos(np.deg2rad((self.roll, self.pitch))), np.sin(np.deg2rad((self.roll, self.pitch)))
+        return np.array([[cp, sp, 0], [-sp, cp, 0], [0, 0, 1]]) @ np.array([[1, 0, 0], [0, cr, sr], [0, -sr, cr]])
 
 
 class Canvas:
@@ -25,15 +47,15 @@ class Canvas:
         straight: the scanner's own coordinates per axis (z, y, x), mm from the grid's centre.
     """
 
-    def __init__(self, rng: np.random.Generator, shape, spacing_mm, background: float, scale, shift_mm):
-        """`scale` is the body's size and `shift_mm` its place, both (z, y, x)."""
-        self.rng = rng
+    def __init__(self, rng: np.random.Generator, shape, spacing_mm, background: float, pose: Pose):
+        self.rng, self.rotation = rng, pose.rotation()
         self.hu = np.full(shape, background, np.float32)
         self.label = np.zeros(shape, np.uint8)
         self.straight = [(np.arange(n) - (n - 1) / 2) * step for n, step in zip(shape, spacing_mm)]
-        self.axes = [(axis - move) / factor for axis, move, factor in zip(self.straight, shift_mm, scale)]
-        grid = np.meshgrid(*(axis.astype(np.float32) for axis in self.axes), indexing="ij")
-        self.z, self.y, self.x = (c + most * np.tanh(self.noise(110) / 2) for c, most in zip(grid, WARP_MM))
+        self.axes = [(axis - move) / factor for axis, move, factor in zip(self.straight, pose.shift_mm, pose.scale)]
+        grid = np.stack(np.meshgrid(*(axis.astype(np.float32) for axis in self.axes), indexing="ij"))
+        turned = np.tensordot(self.rotation.astype(np.float32), grid, 1)
+        self.z, self.y, self.x = (c + most * np.tanh(self.noise(110) / 2) for c, most in zip(turned, WARP_MM))
 
     def noise(self, wavelength_mm: float) -> np.ndarray:
         """A smooth random field of mean 0 and variance 1, float32 (D, H, W)."""
@@ -55,7 +77,8 @@ class Canvas:
     def window(self, low, high) -> tuple[slice, ...]:
         """Slices of the grid that hold a box of the reference body, (x, y, z) in mm, with room for deformation."""
         room = COAT_MM + np.array(WARP_MM)
-        bounds = zip(self.axes, low[::-1] - room, high[::-1] + room)
+        corners = np.array(list(product(*zip(low[::-1] - room, high[::-1] + room)))) @ self.rotation
+        bounds = zip(self.axes, corners.min(0), corners.max(0))
         return tuple(slice(*np.searchsorted(axis, bound)) for axis, *bound in bounds)
 
     def ellipsoid(self, center, radii, turn: float = 0.0, tilt: float = 0.0) -> np.ndarray:

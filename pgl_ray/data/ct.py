@@ -7,6 +7,7 @@ sforms; NRRD and MHA/MHD go through SimpleITK.
 """
 
 import gzip
+import math
 import re
 from dataclasses import dataclass
 from itertools import product
@@ -109,6 +110,17 @@ def read_label(path: str | Path, like: Scan) -> np.ndarray:
     return np.ascontiguousarray(label, dtype=np.uint8 if label.max() <= 255 else np.uint16)
 
 
+def num_voxels(path: str | Path) -> int:
+    """Size of a volume by its header alone.
+
+    Raises:
+        ValueError: as read_scan.
+    """
+    path = Path(path)
+    shape = _open_nifti(path).shape if _is_nifti(path) else _open_itk(path).GetSize()
+    return math.prod(shape)
+
+
 def write_label(path: str | Path, label: np.ndarray, like: str | Path) -> None:
     """Writes a label map as NIfTI in exactly the grid, affine and axis order of a CT file.
 
@@ -121,11 +133,12 @@ def write_label(path: str | Path, label: np.ndarray, like: str | Path) -> None:
         ValueError: the shape is not the CT's, or the CT cannot be read.
     """
     header, image_class = None, nib.Nifti1Image
-    if str(like).lower().endswith((".nii", ".nii.gz")):
+    if _is_nifti(Path(like)):
         image = _open_nifti(Path(like))
         shape, affine, header, image_class = image.shape[:3], image.affine, image.header.copy(), type(image)
         header.set_data_dtype(label.dtype)
         header["cal_min"] = header["cal_max"] = 0  # the CT's display range
+        header.extensions.clear()  # may hold the patient's DICOM header
     else:
         reader = _open_itk(Path(like))
         shape, affine = reader.GetSize(), _itk_affine(reader)
@@ -145,12 +158,16 @@ def _read(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
         raise ValueError(f"{path}: no such file")
     if not is_volume(path):
         raise ValueError(f"{path}: not a supported format ({', '.join(SUFFIXES)}): convert it")
-    if path.name.lower().endswith((".nii", ".nii.gz")):
+    if _is_nifti(path):
         raw, slope, inter, affine = _read_nifti(path)
     else:
         raw, slope, inter, affine = _read_itk(path)
     _checked_orientation(affine, path)
     return raw, slope, inter, affine
+
+
+def _is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
 def _unreadable(path: Path, reason: Any = "") -> ValueError:

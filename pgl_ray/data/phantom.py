@@ -15,7 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 from pgl_ray.data.anatomy import AIR, ORGANS, Body, draw_body, paint_body, paint_table
-from pgl_ray.data.canvas import Canvas
+from pgl_ray.data.canvas import Canvas, Pose
 
 NOISE_BLUR, NOISE_STD = (0.3, 0.6, 0.6), 0.4917  # sigma of the blur in voxels, and what it leaves of white noise
 
@@ -46,11 +46,15 @@ def make_phantom(seed: int, shape=(48, 112, 112), spacing_mm=(5.0, 3.0, 3.0)) ->
     if seed < 0:
         raise ValueError(f"seed={seed}: expected a seed of at least 0")
     rng = np.random.default_rng((seed, 1))
-    scale = rng.uniform((0.92, 0.95, 0.86), (1.08, 1.18, 1.02))
-    shift_mm = rng.uniform((-12, -16, -8), (12, -8, 8))  # forward: the table needs room behind the body
-    canvas = Canvas(rng, shape, spacing_mm, AIR, scale, shift_mm)
+    pose = Pose(
+        scale=rng.uniform((0.86, 0.95, 0.82), (1.14, 1.18, 1.02)),
+        shift_mm=rng.uniform((-30, -26, -20), (30, -4, 20)),  # forward: the table needs room behind the body
+        roll=rng.uniform(-9, 9),
+        pitch=rng.uniform(-5, 5),
+    )
+    canvas = Canvas(rng, shape, spacing_mm, AIR, pose)
     body = draw_body(canvas)
-    paint_table(canvas, body, back_mm=95 * scale[1] + shift_mm[1])
+    paint_table(canvas, body, back_mm=95 * pose.scale[1] + pose.shift_mm[1])
     paint_body(canvas, body)
     return Phantom(_scan(canvas, body), canvas.label, tuple(map(float, spacing_mm)))
 

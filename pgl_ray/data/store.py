@@ -292,7 +292,7 @@ def write_scan(
             label_metadata=None if label is None else write_array(part / ARRAY_PATHS["label"], label, chunk),
             labelled=tuple(sorted(int(value) for value in labelled)),
             label_boxes={} if label is None else _label_boxes(label),
-            label_voxels={} if label is None else _label_voxels(label),
+            label_voxels={} if label is None else count_labels(label),
         )
         if label is not None:
             _write_group(part / "labels", {"ome": {"version": "0.5", "labels": ["organs"]}})
@@ -352,7 +352,8 @@ def _label_boxes(label: np.ndarray) -> dict[int, tuple[int, ...]]:
     return {value: tuple(b for s in box for b in (s.start, s.stop)) for value, box in enumerate(found, 1) if box}
 
 
-def _label_voxels(label: np.ndarray) -> dict[int, int]:
+def count_labels(label: np.ndarray) -> dict[int, int]:
+    """Voxels of every label value that occurs, background left out."""
     counts = _counts(label)
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts) if value}
 

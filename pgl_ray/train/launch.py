@@ -11,18 +11,8 @@ import torch
 
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.train import checkpoint
+from pgl_ray.train.quiet import QUIET
 
-# Ray reads these at import, in this process and in every worker; hence they are set before the first `import ray`.
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("quiet_data_log.yaml")),
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a checkpoint is committed
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-}
 RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
 
 
@@ -42,7 +32,7 @@ def connect(config: RayConfig) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     options["runtime_env"] = {
-        "worker_process_setup_hook": "pgl_ray.train.launch.quiet_worker",
+        "worker_process_setup_hook": "pgl_ray.train.quiet.quiet_worker",
         "env_vars": {key: os.environ[key] for key in QUIET},
     }
     address = config.address or os.environ.get("RAY_ADDRESS")
@@ -64,16 +54,6 @@ def connect(config: RayConfig) -> None:
         ray.init(**options)
     except Exception as error:  # ray.init has no common error class
         raise FailedRun(f"no Ray cluster at ray.address={address or 'local'}: {error}") from error
-
-
-def quiet_worker() -> None:
-    """Set-up hook of every Ray worker process: keeps Ray's own notes off the console."""
-    import logging
-    import warnings
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
-    for name in ("ray.train", "ray.data", "ray.train.v2._internal.execution.controller.placement_group_cleaner"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def fit(

@@ -1,0 +1,28 @@
+# `make demo` and `make test` each build .venv when it is missing; nothing else need be typed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dicom,cloud,export,test]'
+	touch $@
+
+demo: .venv/.ready
+	$(BIN)/python -m pgl_ray.demo
+
+test: .venv/.ready
+	$(BIN)/python -m pytest -m "not cluster"
+	$(BIN)/python -m pytest -m cluster
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/.ready
+	$(BIN)/python -m pytest tests/benchmarks
+
+clean:
+	rm -rf .venv

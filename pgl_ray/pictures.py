@@ -1,0 +1,381 @@
+"""Figures of the report: curves, bars, view pairs with their overlap, predicted against true labels.
+
+Functions return matplotlib Figures, built without pyplot; `to_png` and `to_svg` turn one into a data URI. Stored
+volumes run along S, P, L (data/ct.py): rows = H, columns = W is the axial slice as radiologists see it, and rows = D
+upwards is the coronal one with the head up.
+"""
+
+import base64
+import io
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from pgl_ray.prior import Geometry, interpolation_matrices, overlap_box, scan_to_view
+
+RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")  # Okabe-Ito
+VIEW_COLORS, OVERLAP_COLOR = ("#56B4E9", "#E69F00"), "#F0E442"
+ORGAN_COLORS = (  # Okabe-Ito, then Tol's muted scheme; figures number the organs, too
+    *("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
+    *("#88CCEE", "#999933", "#AA4499", "#117733", "#882255", "#DDCC77", "#332288", "#CC6677", "#44AA99"),
+)
+DISPLAY_HU = (-200.0, 300.0)  # soft tissue; for the eye alone
+VIEW_DISPLAY_HU = (-500.0, 325.0)  # views differ in brightness by design: a wider window keeps both readable
+AXIS_ENDS = (("I", "S"), ("A", "P"), ("R", "L"))  # what lies at the low and high end of D, H, W
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "axes.grid": True,
+    "grid.color": "#eeeeee",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "svg.hashsalt": "pgl_ray",
+    "figure.constrained_layout.use": True,
+}
+style = matplotlib.rc_context(STYLE)
+
+
+class Plane(NamedTuple):
+    """A slicing plane: the axis it is perpendicular to, and the axes drawn as rows and columns."""
+
+    name: str
+    through: int
+    row: int
+    column: int
+    origin: str
+
+
+AXIAL, CORONAL = Plane("axial", 0, 1, 2, "upper"), Plane("coronal", 1, 0, 2, "lower")
+
+
+class Series(NamedTuple):
+    """One line of a plot."""
+
+    x: list[float]
+    y: list[float]
+    color: str
+    dashed: bool = False
+
+
+class ViewPair(NamedTuple):
+    """Two views of one scan with what is known of them.
+
+    Attributes:
+        views: two float32 arrays [D, H, W], as the network saw them.
+        boxes: two int arrays [3, 2], scan frame.
+        flips: two bool arrays [3].
+        volume: int16 [D, H, W], the whole scan, HU.
+        spacing_mm: of the scan.
+        mean_hu, std_hu: of the scan; the views are (HU - mean) / std.
+        region: float32 [D, H, W] of the views' size, the overlap as rendered from the scan, z-scored.
+    """
+
+    views: tuple[np.ndarray, np.ndarray]
+    boxes: tuple[np.ndarray, np.ndarray]
+    flips: tuple[np.ndarray, np.ndarray]
+    volume: np.ndarray
+    spacing_mm: np.ndarray
+    mean_hu: float
+    std_hu: float
+    region: np.ndarray
+
+    @property
+    def overlap(self) -> np.ndarray:
+        return overlap_box(*self.boxes)
+
+    def z_scored(self, window_hu: tuple[float, float]) -> np.ndarray:
+        return (np.array(window_hu) - self.mean_hu) / self.std_hu
+
+
+# -- geometry ---------------------------------------------------------------------------------------------------------
+
+
+def region_in_view(region: np.ndarray, box: np.ndarray, flip: np.ndarray, view_size: np.ndarray) -> np.ndarray:
+    """A scan-frame region [3, 2] in a view's edge coordinates, start < stop."""
+    corners = [scan_to_view(region[:, end].astype(float), box, flip, view_size) for end in (0, 1)]
+    return np.sort(np.stack(corners, -1), axis=-1)
+
+
+def cut_region(view: np.ndarray, box: np.ndarray, flip: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """A scan-frame region cut out of a view, un-flipped, on a grid of the view's size.
+
+    It is the aligner's own interpolation (prior.py) at output stride 1, where a voxel's centre lies at its middle.
+
+    Args:
+        view: [D, H, W].
+        box, flip: the view's prior.
+        region: [3, 2], scan frame.
+    """
+    geometry = Geometry(view.shape, (1, 1, 1), (0.5, 0.5, 0.5))
+    box, flip, region = (torch.as_tensor(np.array(value))[None] for value in (box, flip, region))
+    matrices = interpolation_matrices(box, flip.bool(), region, geometry)
+    values = torch.from_numpy(np.ascontiguousarray(view, dtype=np.float32))
+    return torch.einsum("dhw,id,jh,kw->ijk", values, *(m[0] for m in matrices)).numpy()
+
+
+def standardise(region: np.ndarray) -> np.ndarray:
+    """Mean 0, standard deviation 1: what the views' brightness and contrast changes leave comparable."""
+    return (region - region.mean()) / max(float(region.std()), 1e-6)
+
+
+def correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Pearson's r over all voxels; 0 for a constant array."""
+    return float((standardise(first) * standardise(second)).mean())
+
+
+# -- data URIs --------------------------------------------------------------------------------------------------------
+
+
+@style
+def to_png(figure: Figure, dpi: int = 150) -> str:
+    return _data_uri(figure, "png", "image/png", dpi=dpi)
+
+
+@style
+def to_svg(figure: Figure) -> str:
+    return _data_uri(figure, "svg", "image/svg+xml", metadata={"Date": None})
+
+
+def _data_uri(figure: Figure, kind: str, mime: str, **options) -> str:
+    sink = io.BytesIO()
+    figure.savefig(sink, format=kind, **options)
+    return f"data:{mime};base64,{base64.b64encode(sink.getvalue()).decode()}"
+
+
+# -- curves and bars --------------------------------------------------------------------------------------------------
+
+
+@style
+def curves(lines: list[Series], title: str, bounds: tuple[float | None, float | None] = (None, None)) -> Figure:
+    """Lines over steps."""
+    figure = Figure(figsize=(3.6, 2.2))
+    ax = figure.add_subplot(title=title, xlabel="step")
+    for line in lines:
+        marker = "." if len(line.x) < 30 else None
+        ax.plot(line.x, line.y, color=line.color, ls="--" if line.dashed else "-", lw=1.2, marker=marker, ms=4)
+    ax.set_ylim(*bounds)
+    ax.ticklabel_format(axis="y", useOffset=False)
+    return figure
+
+
+@style
+def organ_bars(organs: list[str], runs: list[tuple[str, list[float], list[float]]]) -> Figure:
+    """Grouped bars with error bars.
+
+    Args:
+        organs: names.
+        runs: (colour, Dice per organ, its standard error per organ); NaN draws nothing.
+    """
+    width = 0.8 / len(runs)
+    figure = Figure(figsize=(max(3.6, 0.8 + len(organs) * (0.3 + 0.16 * len(runs))), 2.6))
+    ax = figure.add_subplot(ylabel="Dice", ylim=(0, 1))
+    for k, (color, dice, error) in enumerate(runs):
+        x = np.arange(len(organs)) + (k - (len(runs) - 1) / 2) * width
+        ax.bar(x, dice, width * 0.92, color=color, yerr=error, ecolor="#333333", error_kw={"lw": 0.8, "capsize": 1.5})
+    ax.set_xticks(range(len(organs)), [organ.replace("_", " ") for organ in organs], rotation=35, ha="right")
+    ax.grid(False, axis="x")
+    ax.set_axisbelow(True)
+    return figure
+
+
+# -- slices -----------------------------------------------------------------------------------------------------------
+
+
+def _slice(volume: np.ndarray, plane: Plane, position: float) -> np.ndarray:
+    """The slice that holds edge coordinate `position`; rows and columns as the plane says."""
+    index = int(np.clip(np.floor(position), 0, volume.shape[plane.through] - 1))
+    return np.take(volume, index, axis=plane.through)
+
+
+def _show(ax: Axes, image: np.ndarray, plane: Plane, unit_mm: np.ndarray, **options) -> None:
+    """Draws a slice in its own edge coordinates at the anatomy's proportions; unit_mm [3] is a voxel's size."""
+    rows, columns = image.shape[:2]
+    extent = (0, columns, rows, 0) if plane.origin == "upper" else (0, columns, 0, rows)
+    aspect = unit_mm[plane.row] / unit_mm[plane.column]
+    ax.imshow(image, origin=plane.origin, extent=extent, aspect=aspect, **options)
+    ax.set_axis_off()
+
+
+def _letters(ax: Axes, plane: Plane, flip: np.ndarray) -> None:
+    """Anatomical directions at the four edges; a flipped axis has them swapped."""
+    column, row = (AXIS_ENDS[axis][:: -1 if flip[axis] else 1] for axis in (plane.column, plane.row))
+    top, bottom = row if plane.origin == "upper" else row[::-1]
+    for x, y, letter in ((0, 0.5, column[0]), (1, 0.5, column[1]), (0.5, 1, top), (0.5, 0, bottom)):
+        inwards = ((0.5 - x) * 12, (0.5 - y) * 10)  # points
+        options = {"color": "white", "fontsize": 6.5, "ha": "center", "va": "center"}
+        text = ax.annotate(letter, (x, y), inwards, xycoords="axes fraction", textcoords="offset points", **options)
+        text.set_path_effects([patheffects.withStroke(linewidth=1.5, foreground="black")])
+
+
+def _frame(ax: Axes, box: np.ndarray, plane: Plane, color: str, width: float) -> None:
+    """A box [3, 2] of the frame that the axes are drawn in, as a rectangle."""
+    (left, right), (low, high) = box[plane.column], box[plane.row]
+    ax.add_patch(Rectangle((left, low), right - left, high - low, fill=False, ec=color, lw=width))
+
+
+def _frame_overlap(ax: Axes, box: np.ndarray, plane: Plane) -> None:
+    """As `_frame`; tinted and dashed, so that the crop's edge shows where both coincide."""
+    (left, right), (low, high) = box[plane.column], box[plane.row]
+    options = {"ec": OVERLAP_COLOR, "fc": (*to_rgba(OVERLAP_COLOR)[:3], 0.1), "lw": 1.2, "ls": (0, (3, 2))}
+    ax.add_patch(Rectangle((left, low), right - left, high - low, **options))
+
+
+# -- a view pair ------------------------------------------------------------------------------------------------------
+
+
+@style
+def pair_in_scan(pair: ViewPair) -> Figure:
+    """The scan through the overlap's middle with both crop boxes and their overlap."""
+    figure = Figure(figsize=(5.6, 3.0))
+    middle = pair.overlap.mean(-1)
+    for k, plane in enumerate((AXIAL, CORONAL)):
+        ax = figure.add_subplot(1, 2, k + 1)
+        image = _slice(pair.volume, plane, middle[plane.through])
+        _show(ax, image, plane, pair.spacing_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
+        _letters(ax, plane, np.zeros(3, bool))
+        for box, color in zip(pair.boxes, VIEW_COLORS):
+            _frame(ax, box, plane, color, 1.4)
+        _frame_overlap(ax, pair.overlap, plane)
+        reach = np.stack([*pair.boxes, np.stack([np.zeros(3), pair.volume.shape], -1)])  # crops may stand out
+        columns, rows = ((reach[:, axis, 0].min(), reach[:, axis, 1].max()) for axis in (plane.column, plane.row))
+        ax.set_xlim(columns[0] - 1, columns[1] + 1)
+        ax.set_ylim(*((rows[1] + 1, rows[0] - 1) if plane.origin == "upper" else (rows[0] - 1, rows[1] + 1)))
+        axis = "DH"[plane.through]
+        ax.set_title(f"{plane.name}, {axis} = {int(middle[plane.through])} of {pair.volume.shape[plane.through]}")
+    return figure
+
+
+@style
+def pair_as_seen(pair: ViewPair) -> Figure:
+    """Both views as the network saw them, sliced where the overlap's middle lies, with the overlap in their frame."""
+    low, high = pair.z_scored(VIEW_DISPLAY_HU)
+    size = np.array(pair.views[0].shape)
+    units_mm = [(box[:, 1] - box[:, 0]) * pair.spacing_mm / size for box in pair.boxes]
+    heights = [max(_proportion(size, plane, unit) for unit in units_mm) for plane in (AXIAL, CORONAL)]
+    figure = Figure(figsize=(5.6, 2.8 * sum(heights) + 0.5))
+    grid = figure.add_gridspec(2, 2, height_ratios=heights)
+    for k, (view, box, flip) in enumerate(zip(pair.views, pair.boxes, pair.flips)):
+        region = region_in_view(pair.overlap, box, flip, size)
+        flipped = ", ".join("–".join(ends) for axis, ends in enumerate(AXIS_ENDS) if flip[axis])
+        titles = (f"view {k + 1}: " + (f"flipped {flipped}" if flipped else "not flipped"), None)
+        for row, plane in enumerate((AXIAL, CORONAL)):
+            ax = figure.add_subplot(grid[row, k], title=titles[row])
+            image = _slice(view, plane, region[plane.through].mean())
+            _show(ax, image, plane, units_mm[k], cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+            _letters(ax, plane, flip)
+            _frame(ax, np.stack([np.zeros(3), size], -1), plane, VIEW_COLORS[k], 2.5)
+            _frame_overlap(ax, region, plane)
+    return figure
+
+
+@style
+def pair_aligned(pair: ViewPair, plane: Plane) -> Figure:
+    """The overlap from the scan and from both views, on one grid: each, both as a checkerboard, and their difference.
+
+    Five panels in a row, or one below the other where a plane is so thin that they would be stripes.
+    """
+    unit_mm = (pair.overlap[:, 1] - pair.overlap[:, 0]) * pair.spacing_mm / np.array(pair.region.shape)
+    first, second = (standardise(cut_region(*one, pair.overlap)) for one in zip(pair.views, pair.boxes, pair.flips))
+    low, high = (pair.z_scored(DISPLAY_HU) - pair.region.mean()) / max(float(pair.region.std()), 1e-6)
+    gray = {"cmap": "gray", "vmin": low, "vmax": high}
+    panels = (
+        ("scan", standardise(pair.region), gray),
+        ("view 1, aligned", first, gray),
+        ("view 2, aligned", second, gray),
+        ("checkerboard of both", np.where(_checkers(pair.region.shape, unit_mm), first, second), gray),
+        ("view 1 - view 2", first - second, {"cmap": "PuOr_r", "vmin": -2, "vmax": 2}),
+    )
+    proportion = _proportion(pair.region.shape, plane, unit_mm)
+    rows, columns = (5, 1) if proportion < 0.3 else (1, 5)
+    figure = Figure(figsize=(9, rows * (8.8 / columns * proportion + 0.25)))
+    for k, (title, volume, options) in enumerate(panels, 1):
+        ax = figure.add_subplot(rows, columns, k, title=title)
+        image = _slice(volume, plane, volume.shape[plane.through] / 2)
+        _show(ax, image, plane, unit_mm, interpolation="nearest", **options)
+    return figure
+
+
+def _proportion(shape: tuple[int, ...], plane: Plane, unit_mm: np.ndarray) -> float:
+    """Height of a plane's slices as a multiple of their width."""
+    return shape[plane.row] * unit_mm[plane.row] / (shape[plane.column] * unit_mm[plane.column])
+
+
+def _checkers(shape: tuple[int, ...], unit_mm: np.ndarray, num_tiles: int = 6) -> np.ndarray:
+    """bool [D, H, W], alternating in tiles that are cubes in mm."""
+    tile_mm = max(size * unit for size, unit in zip(shape, unit_mm)) / num_tiles
+    tiles = [((np.arange(size) + 0.5) * unit // tile_mm).astype(int) for size, unit in zip(shape, unit_mm)]
+    return (tiles[0][:, None, None] + tiles[1][:, None] + tiles[2]) % 2 == 0
+
+
+# -- predicted against true labels ------------------------------------------------------------------------------------
+
+
+class Overlay(NamedTuple):
+    """One axial slice of an evaluated scan; arrays [H, W], cut to the body.
+
+    Attributes:
+        image: HU.
+        true: label values.
+        predictions: (title, label values, where it is wrong) per run.
+        unit_mm: of the scan, (D, H, W).
+    """
+
+    image: np.ndarray
+    true: np.ndarray
+    predictions: list[tuple[str, np.ndarray, np.ndarray]]
+    unit_mm: np.ndarray
+
+
+def organ_color(number: int) -> str:
+    """Colour of the organ with this number in the legend, from 1 on."""
+    return ORGAN_COLORS[(number - 1) % len(ORGAN_COLORS)]
+
+
+@style
+def overlay(shown: Overlay, values: tuple[int, ...]) -> Figure:
+    """Image, true and predicted labels; wrong voxels are outlined.
+
+    Args:
+        shown: the slices.
+        values: label values; the k-th has the legend's number k, from 1 on.
+    """
+    panels = [("scan", None, None), ("true", shown.true, None), *shown.predictions]
+    height, width = shown.image.shape[0] * shown.unit_mm[1], shown.image.shape[1] * shown.unit_mm[2]
+    figure = Figure(figsize=(2.4 * len(panels), 2.4 * height / width + 0.25))
+    for k, (title, label, wrong) in enumerate(panels):
+        ax = figure.add_subplot(1, len(panels), k + 1)
+        _show(ax, shown.image, AXIAL, shown.unit_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
+        ax.set_title(title)
+        if label is None:
+            _letters(ax, AXIAL, np.zeros(3, bool))
+            continue
+        paint = np.zeros((*label.shape, 4))
+        for number, value in enumerate(values, 1):
+            paint[label == value] = to_rgba(organ_color(number), 0.55)
+        _show(ax, paint, AXIAL, shown.unit_mm, interpolation="nearest")
+        if wrong is not None and wrong.any():
+            rows, columns = (np.arange(size) + 0.5 for size in wrong.shape)
+            ax.contour(columns, rows, wrong, [0.5], colors="white", linewidths=0.6)
+        _numbers(ax, label, values)
+    return figure
+
+
+def _numbers(ax: Axes, label: np.ndarray, values: tuple[int, ...]) -> None:
+    """The legend's numbers, each on its organ."""
+    for number, value in enumerate(values, 1):
+        places = np.argwhere(label == value)
+        if len(places) < 12:
+            continue
+        row, column = places[((places - places.mean(0)) ** 2).sum(1).argmin()] + 0.5
+        text = ax.text(column, row, str(number), color="white", fontsize=6, ha="center", va="center")
+        text.set_path_effects([patheffects.withStroke(linewidth=1.5, foreground="black")])

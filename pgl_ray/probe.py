@@ -1,0 +1,302 @@
+"""python -m pgl_ray.probe [file.yaml] index=STORE [init=RUN] [a.b=c ...]: how much anatomy a frozen encoder knows.
+
+A linear classifier names the organ of single voxels from the encoder's features there. It needs a handful of labelled
+scans and no training of the encoder, so it compares encoders long before a fine-tuning would.
+"""
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgl_ray.config import FailedRun, ProbeConfig, command
+from pgl_ray.data.store import BODY_HU, Index, ScanRecord, class_lookup, open_label, open_volume, read_index
+from pgl_ray.data.views import generator, normalise
+from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
+from pgl_ray.train.checkpoint import load_encoder, write_json
+
+BACKGROUND = "background"
+L2 = 1e-3  # of the classifier, times the number of features: then wide and narrow encoders are held alike
+MAX_ITERATIONS = 300  # of L-BFGS
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What the classifier reached.
+
+    Attributes:
+        balanced_accuracy: mean recall over the classes that occur among the test voxels.
+        recall: of background and every organ that occurs among the test voxels; an organ that no training scan showed
+            counts as 0.
+        init: the encoder, as in the config.
+        num_train_scans, num_test_scans: scans used.
+        seconds: wall time.
+    """
+
+    balanced_accuracy: float
+    recall: dict[str, float]
+    init: str
+    num_train_scans: int
+    num_test_scans: int
+    seconds: float
+
+
+def run(config: ProbeConfig) -> ProbeResult:
+    """Probes the encoder of `config.init` and writes the JSON file.
+
+    Raises:
+        ValueError: an index without labelled scans, or an encoder that cannot be used with it.
+        FailedRun: the encoder's features are not finite.
+    """
+    index = read_index(config.index)
+    result = probe_encoder(_load(config, index), index, config)
+    output = config.output or (None if config.init == "random" else os.path.join(_folder(config.init), "probe.json"))
+    if output:
+        Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(output), dataclasses.asdict(result))
+    return result
+
+
+def _folder(init: str) -> str:
+    return init if os.path.isdir(init) else os.path.dirname(init)
+
+
+def _load(config: ProbeConfig, index: Index) -> Encoder:
+    """The encoder to probe, on CUDA where there is one."""
+    settings = config.encoder.model_dump() if config.encoder else None
+    if config.init == "random":
+        encoder = Encoder(**(settings or {}))
+        init_kaiming_uniform(encoder, config.seed)
+    else:
+        encoder, meta = load_encoder(config.init, settings)
+        if list(meta["hu_window"]) != list(index.hu_window):
+            raise ValueError(
+                f"init={config.init} was trained with hu_window={meta['hu_window']}, "
+                f"index={config.index} has {list(index.hu_window)}"
+            )
+    return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def probe_encoder(encoder: Encoder, index: Index, config: ProbeConfig) -> ProbeResult:
+    """Trains and tests the classifier on an encoder as it is; pre-training calls it on its own encoder.
+
+    The encoder works in eval mode, so that a voxel's features depend on its window alone, and is put back afterwards.
+    An untrained encoder has running statistics of 0 and 1, so the scale of its features means nothing: every feature
+    is standardised on the training voxels.
+
+    Args:
+        encoder: on the device to compute on.
+        index: a store with labels.
+        config: `index`, `encoder` and `output` are not read, `init` only names the result.
+    """
+    began = time.monotonic()
+    train_scans, test_scans = choose_scans(index, config)
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        train = [scan_features(encoder, index, scan, config) for scan in train_scans]
+        test = [scan_features(encoder, index, scan, config) for scan in test_scans]
+    finally:
+        encoder.train(was_training)
+    (x, y), (x_test, y_test) = (tuple(torch.cat(parts) for parts in zip(*found)) for found in (train, test))
+    if len(y.unique()) < 2 or len(y_test) == 0:
+        raise ValueError(
+            f"index={config.index}: the scans drawn show {len(y.unique())} classes to train on and {len(y_test)} "
+            f"voxels to test on: raise num_scans={config.num_scans} or num_test_scans={config.num_test_scans}"
+        )
+    if not (x.isfinite().all() and x_test.isfinite().all()):
+        raise FailedRun(f"init={config.init}: the encoder's features are not finite")
+    mean, std = x.mean(0), x.std(0)
+    scale = torch.where(std > 1e-4 * mean.abs(), 1 / std, 0)  # a constant feature says nothing
+    names = {0: BACKGROUND} | dict(enumerate(sorted(index.labels, key=index.labels.get), 1))
+    weight, bias = fit_linear((x - mean) * scale, y, len(names))
+    hit = ((x_test - mean) * scale @ weight + bias).argmax(1) == y_test
+    recall = {names[k]: hit[y_test == k].float().mean().item() for k in y_test.unique().tolist()}
+    balanced = float(np.mean(list(recall.values())))
+    seconds = round(time.monotonic() - began, 2)
+    return ProbeResult(balanced, recall, config.init, len(train_scans), len(test_scans), seconds)
+
+
+def choose_scans(index: Index, config: ProbeConfig) -> tuple[list[ScanRecord], list[ScanRecord]]:
+    """Scans to train on, drawn with the seed, and to test on, the first ones by scan_id; none is in both.
+
+    Raises:
+        ValueError: a split without labelled scans.
+    """
+    if not index.labels:
+        raise ValueError(f"index={config.index} holds no labels: prepare it from a source with label maps")
+    pool = index.labelled(config.split)
+    order = np.random.default_rng((config.seed, 1)).permutation(len(pool))
+    train = [pool[i] for i in order[: config.num_scans]]
+    test = [scan for scan in index.labelled(config.test_split) if scan not in train][: config.num_test_scans]
+    for key, split, found in (("split", config.split, train), ("test_split", config.test_split, test)):
+        if not found:
+            splits = sorted({scan.split for scan in index.scans if scan.label_metadata is not None})
+            raise ValueError(
+                f"{key}={split!r}: no labelled scan left there in {config.index}; it has labels in {splits}"
+            )
+    return train, test
+
+
+# -- voxels -----------------------------------------------------------------------------------------------------------
+
+
+def scan_features(encoder: Encoder, index: Index, scan: ScanRecord, config: ProbeConfig) -> tuple[Tensor, Tensor]:
+    """Features and classes of the voxels drawn from one scan.
+
+    The scan is covered by windows that overlap by half; a voxel is read in the window whose centre is nearest.
+
+    Returns:
+        float32 [voxels, sum of channels] and int64 [voxels], on the encoder's device.
+    """
+    device = next(encoder.parameters()).device
+    whole = np.array([(0, size) for size in scan.shape])
+    volume = open_volume(index.store, scan).read(whole)
+    voxels, classes = draw_voxels(index, scan, volume, open_label(index.store, scan).read(whole), config)
+    short = [(0, max(0, size - length)) for size, length in zip(config.size, volume.shape)]
+    volume = np.pad(volume, short, constant_values=int(index.hu_window[0]))
+    starts, window_of = assign_windows(voxels, volume.shape, config.size)
+    features = torch.empty(len(voxels), sum(encoder.channels), device=device)
+    for number, start in enumerate(starts):
+        crop = volume[tuple(slice(s, s + size) for s, size in zip(start, config.size))]
+        crop = torch.from_numpy(normalise(crop, index.hu_window, scan.mean_hu, scan.std_hu)).to(device)
+        inside = np.flatnonzero(window_of == number)
+        point = torch.from_numpy(voxels[inside] - start + 0.5).to(device)  # the voxel's middle, window edge coordinates
+        with torch.no_grad():
+            maps = encoder(crop[None, None])
+        levels = zip(maps, encoder.strides, encoder.centers)
+        features[torch.from_numpy(inside).to(device)] = torch.cat(
+            [read_map(m[0], point, s, c) for m, s, c in levels], 1
+        )
+    return features, torch.from_numpy(classes).to(device)
+
+
+def draw_voxels(
+    index: Index, scan: ScanRecord, volume: np.ndarray, label: np.ndarray, config: ProbeConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `voxels_per_class` voxels of every class; the same ones whatever the encoder.
+
+    Background is a voxel of label 0 in the body (above -500 HU). A scan in which some organ is not annotated gives
+    none: the organ may hide there.
+
+    Args:
+        volume, label: [D, H, W], the whole scan.
+
+    Returns:
+        Voxel indices int64 [voxels, 3] and classes int64 [voxels].
+    """
+    rng = generator(config.seed, 0, scan.scan_id, 0)
+    candidates = [(value, np.argwhere(label == value)) for value in index.label_values if value in scan.label_voxels]
+    candidates = [(value, found) for value, found in candidates if value in scan.labelled]
+    if set(scan.labelled) >= set(index.label_values):
+        candidates.insert(0, (0, np.argwhere((label == 0) & (volume > BODY_HU))))
+    lookup = class_lookup(index.label_values)
+    voxels, classes = [np.empty((0, 3), np.int64)], [np.empty(0, np.int64)]
+    for value, found in candidates:
+        chosen = rng.choice(len(found), min(config.voxels_per_class, len(found)), replace=False)
+        voxels.append(found[chosen])
+        classes.append(np.full(len(chosen), lookup[value], np.int64))
+    return np.concatenate(voxels), np.concatenate(classes)
+
+
+def assign_windows(voxels: np.ndarray, shape: tuple[int, ...], size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Windows that cover the voxels, and the one whose centre is nearest to each voxel.
+
+    Args:
+        voxels: int [voxels, 3].
+        shape: of the volume, at least `size` on every axis.
+        size: of the windows.
+
+    Returns:
+        First voxels of the windows that are needed, int [windows, 3], and the window of each voxel, int [voxels].
+    """
+    first = np.empty_like(voxels)
+    for axis, (length, window) in enumerate(zip(shape, size)):
+        starts = np.append(np.arange(0, length - window, max(1, window // 2)), length - window)
+        middle = voxels[:, axis, None] + 0.5
+        first[:, axis] = starts[np.abs(middle - (starts + window / 2)).argmin(1)]
+    starts, window_of = np.unique(first, axis=0, return_inverse=True)
+    return starts, window_of.reshape(-1)
+
+
+def read_map(feature_map: Tensor, point: Tensor, stride: tuple[int, ...], center: tuple[float, ...]) -> Tensor:
+    """Trilinear interpolation where the cells' receptive fields are centred (method.md, 3); clamped to the outermost.
+
+    Args:
+        feature_map: [C, d, h, w].
+        point: [points, 3] edge coordinates in the encoder's input; a point at u lies at index (u - center) / stride.
+        stride, center: of the map, per axis.
+
+    Returns:
+        [points, C].
+    """
+    sizes = torch.tensor(feature_map.shape[1:], device=point.device)
+    position = (point - torch.tensor(center, device=point.device)) / torch.tensor(stride, device=point.device)
+    position = torch.minimum(position.clamp_min(0), sizes - 1)
+    low = position.long()
+    high, share = torch.minimum(low + 1, sizes - 1), position - low
+    found = feature_map.new_zeros(feature_map.shape[0], len(point))
+    for corner in product((0, 1), repeat=3):
+        upper = torch.tensor(corner, device=point.device, dtype=torch.bool)
+        d, h, w = torch.where(upper, high, low).unbind(1)
+        found += feature_map[:, d, h, w] * torch.where(upper, share, 1 - share).prod(1).to(found.dtype)
+    return found.T
+
+
+# -- the classifier ---------------------------------------------------------------------------------------------------
+
+
+def fit_linear(features: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression in which all classes weigh the same, by L-BFGS on the full batch.
+
+    Minimises the mean over classes of a class' mean cross-entropy, plus L2 * F / 2 times the squared weights.
+
+    Args:
+        features: [voxels, F], standardised.
+        classes: int64 [voxels].
+        num_classes: outputs; a class that does not occur gets no voxel later either.
+
+    Returns:
+        Weights [F, num_classes] and biases [num_classes].
+    """
+    counts = classes.bincount(minlength=num_classes)
+    share = (1 / (counts * (counts > 0).sum()))[classes]
+    weight = features.new_zeros(features.shape[1], num_classes).requires_grad_()
+    bias = torch.where(counts > 0, 0.0, -1e4).to(features).requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        entropy = F.cross_entropy(features @ weight + bias, classes, reduction="none")
+        value = (share * entropy).sum() + L2 * features.shape[1] / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return weight.detach(), bias.detach()
+
+
+def describe(result: ProbeResult) -> str:
+    """The closing line."""
+    worst = min(result.recall, key=result.recall.get)
+    return (
+        f"probe: balanced accuracy {result.balanced_accuracy:.4f} over {len(result.recall)} classes of "
+        f"{result.num_test_scans} scans (chance {1 / len(result.recall):.3f}), weakest {worst} "
+        f"{result.recall[worst]:.3f}; init={result.init}, {result.num_train_scans} labelled scans, {result.seconds} s"
+    )
+
+
+def main() -> None:
+    command("probe", ProbeConfig, run, describe)
+
+
+if __name__ == "__main__":
+    main()

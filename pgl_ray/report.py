@@ -1,0 +1,267 @@
+"""python -m pgl_ray.report run=RUN [a.b=c ...], or run=[A,B,C] to compare: one self-contained HTML page with tables,
+curves and pictures. What a run lacks is left out, and a line says so."""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import nibabel as nib
+import numpy as np
+
+from pgl_ray import pictures, tables
+from pgl_ray.config import ReportConfig, command
+from pgl_ray.data.store import Index, ScanRecord, open_label, open_volume, read_index
+from pgl_ray.data.stream import AIR
+from pgl_ray.data.views import normalise, read_padded, resize_and_flip
+from pgl_ray.prior import overlap_box
+from pgl_ray.tables import Run
+
+NUM_PAIRS, NUM_OVERLAYS = 2, 3
+
+
+def run(config: ReportConfig) -> str:
+    """Writes the page and returns its path.
+
+    Raises:
+        ValueError: a folder that is no run.
+    """
+    runs = tables.read_runs(config.run)
+    pretrained, tuned = ([r for r in runs if r.door == door] for door in ("pretrain", "finetune"))
+    evaluated = [r for r in tuned if r.summary]
+    missing = [f"{r.name} is not evaluated: python -m pgl_ray.evaluate run={r.path}" for r in tuned if not r.summary]
+    missing += [f"{r.name} has no metrics yet" for r in runs if not r.rows]
+    content = {
+        "title": config.title,
+        "notes": config.notes,
+        "runs": runs,
+        "color": color,
+        "overviews": [tables.overview(r) for r in runs],
+        "differences": [(group, tables.differing_settings(group)) for group in (pretrained, tuned) if len(group) > 1],
+        "comparison": tables.comparison(evaluated) if evaluated else None,
+        "probes": tables.probes(runs),
+        "pretrained": pretrained,
+        "verdicts": [tables.verdict(r) for r in pretrained],
+        "pretrain_curves": pretrain_curves(pretrained),
+        "pairs": [pair for r in pretrained for pair in _or_missing(missing, r.name, lambda r=r: view_pairs(r))],
+        "tuned": tuned,
+        "finetune_curves": finetune_curves(tuned),
+        "bars": organ_bars(evaluated) if evaluated else None,
+        "overlays": _or_missing(missing, "overlays", lambda: overlays(evaluated)) if evaluated else None,
+        "settings": [(r.name, tables.settings(r)) for r in runs],
+        "missing": missing,
+    }
+    return _write(config, content)
+
+
+def color(one: Run) -> str:
+    """A run's colour in every figure and table."""
+    return pictures.RUN_COLORS[one.number % len(pictures.RUN_COLORS)]
+
+
+def _or_missing(missing: list[str], what: str, draw: Callable[[], Any]) -> Any:
+    """What `draw` gives; where its files are gone an empty list, and a line in `missing`."""
+    try:
+        return draw()
+    except Exception as error:  # store moved, scan gone, file damaged: each library has its own; the numbers stand
+        missing.append(f"{what}: pictures left out, {type(error).__name__}: {' '.join(str(error).split())}")
+        return []
+
+
+def _write(config: ReportConfig, content: dict[str, Any]) -> str:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    blocks = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
+    path = Path(config.output or Path(config.run[0], "report.html")).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.part{os.getpid()}")
+    aside.write_text(environment.get_template("report.html").render(content), encoding="utf-8")
+    aside.replace(path)
+    return str(path)
+
+
+# -- curves and bars --------------------------------------------------------------------------------------------------
+
+
+def _series(one: Run, points: Iterable[tuple[float, float]], dashed: bool = False) -> pictures.Series:
+    x, y = zip(*points) if (points := list(points)) else ((), ())
+    return pictures.Series(x, y, color(one), dashed)
+
+
+def _metric(one: Run, key: str, dashed: bool = False) -> pictures.Series:
+    return _series(one, ((row["step"], row[key]) for row in one.rows if key in row), dashed)
+
+
+def _plot(title: str, lines: list[pictures.Series], *bounds: float | None) -> str:
+    """A data URI, or "" where no run has the metric."""
+    drawn = [line for line in lines if line.x]
+    return pictures.to_svg(pictures.curves(drawn, title, bounds)) if drawn else ""
+
+
+def pretrain_curves(runs: list[Run]) -> dict[str, str]:
+    """Data URIs by the name that the template knows the figure by."""
+
+    def waited(one: Run) -> Iterable[tuple[float, float]]:
+        for row in one.rows:
+            if "train/pairs_per_s" in row:
+                seconds_per_step = one.config["global_batch_size"] / row["train/pairs_per_s"]
+                yield row["step"], row["data/wait_s"] / seconds_per_step
+
+    cosines = [_metric(r, "health/cosine_aligned") for r in runs]
+    cosines += [_metric(r, "health/cosine_shuffled", dashed=True) for r in runs]
+    return {
+        "loss": _plot("loss", [_metric(r, "train/loss") for r in runs], 0, None),
+        "lr": _plot("learning rate", [_metric(r, "train/lr") for r in runs], 0, None),
+        "decay": _plot("EMA decay", [_metric(r, "ema/decay") for r in runs], None, None),
+        "std": _plot("feature_std", [_metric(r, "health/feature_std") for r in runs], 0, 1.1),
+        "rank": _plot("effective rank", [_metric(r, "health/effective_rank") for r in runs], 0, None),
+        "cosine": _plot("cosine of query and key", cosines, None, 1),
+        "speed": _plot("view pairs per second", [_metric(r, "train/pairs_per_s") for r in runs], 0, None),
+        "wait": _plot("share of time spent waiting", [_series(r, waited(r)) for r in runs], 0, 1),
+    }
+
+
+def finetune_curves(runs: list[Run]) -> dict[str, str]:
+    """As `pretrain_curves`."""
+    return {
+        "loss": _plot("training loss", [_metric(r, "train/loss") for r in runs], None, None),
+        "dice": _plot("validation Dice", [_metric(r, "val/dice") for r in runs], 0, None),
+    }
+
+
+def organ_bars(runs: list[Run]) -> str:
+    """Dice per organ with the standard error over scans, as a data URI."""
+    organs = tables.evaluated_organs(runs)
+
+    def heights(value: Callable[[str], float | None]) -> list[float]:
+        return [math.nan if (found := value(organ)) is None else found for organ in organs]
+
+    bars = []
+    for r in runs:
+        dice = heights(lambda organ, r=r: tables.mean_score(r, "dice", organ))
+        bars.append((color(r), dice, heights(lambda organ, r=r: tables.standard_error(r.scores, "dice", organ))))
+    return pictures.to_svg(pictures.organ_bars(organs, bars))
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _open(store: str) -> tuple[Index, dict[str, ScanRecord]]:
+    index = read_index(store)
+    return index, {record.scan_id: record for record in index.scans}
+
+
+def _whole(record: ScanRecord) -> np.ndarray:
+    return np.array([(0, size) for size in record.shape])
+
+
+def view_pairs(one: Run) -> list[dict[str, Any]]:
+    """Pictures and voxel correlations of the run's first pairs.
+
+    Raises:
+        ValueError, OSError, KeyError, ...: views.npz, the store or a scan cannot be read.
+    """
+    index, records = _open(one.config["index"])
+    with np.load(one.path / "views.npz") as file:
+        views = {key: file[key] for key in file.files}
+    found = []
+    for i, scan_id in enumerate(views["scan_id"][:NUM_PAIRS].tolist()):
+        pair = view_pair(views, i, index, records[scan_id])
+        first, second = (pictures.cut_region(*each, pair.overlap) for each in zip(pair.views, pair.boxes, pair.flips))
+        found.append(
+            {
+                "title": f"{one.name}, scan {scan_id}",
+                "scan": pictures.to_png(pictures.pair_in_scan(pair)),
+                "seen": pictures.to_png(pictures.pair_as_seen(pair)),
+                "axial": pictures.to_png(pictures.pair_aligned(pair, pictures.AXIAL)),
+                "coronal": pictures.to_png(pictures.pair_aligned(pair, pictures.CORONAL)),
+                "aligned_r": pictures.correlation(first, second),
+                "raw_r": pictures.correlation(*pair.views),
+                "scan_r": [pictures.correlation(pair.region, part) for part in (first, second)],
+            }
+        )
+    return found
+
+
+def view_pair(views: dict[str, np.ndarray], i: int, index: Index, record: ScanRecord) -> pictures.ViewPair:
+    """Pair i of views.npz with its scan."""
+    reader, scaling = open_volume(index.store, record), (index.hu_window, record.mean_hu, record.std_hu)
+    both = tuple(views[name][i][0].astype(np.float32) for name in ("view_1", "view_2"))
+    boxes = tuple(views[name][i].astype(np.int64) for name in ("box_1", "box_2"))
+    crop = normalise(read_padded(reader, overlap_box(*boxes), AIR), *scaling)
+    return pictures.ViewPair(
+        views=both,
+        boxes=boxes,
+        flips=tuple(views[name][i].astype(bool) for name in ("flip_1", "flip_2")),
+        volume=reader.read(_whole(record)),
+        spacing_mm=np.array(record.spacing_mm),
+        mean_hu=record.mean_hu,
+        std_hu=max(record.std_hu, 1e-3),
+        region=resize_and_flip(crop, both[0].shape, np.zeros(3, bool)).numpy(),
+    )
+
+
+def overlays(runs: list[Run]) -> dict[str, Any]:
+    """Predicted against true labels of scans that all runs were evaluated on, side by side.
+
+    Raises:
+        ValueError, OSError, KeyError, ...: no such scan, or the store or a prediction cannot be read.
+    """
+    if len({r.summary["index"] for r in runs}) > 1:
+        raise ValueError("the runs were evaluated on different stores")
+    index, records = _open(runs[0].summary["index"])
+    common = set(records)
+    for r in runs:
+        common &= {path.name.removesuffix(".nii.gz") for path in _predictions(r).glob("*.nii.gz")}
+    if not common:
+        raise ValueError("no scan has predictions of all runs (evaluate with save_predictions=true)")
+    spread = np.unique(np.linspace(0, len(common) - 1, NUM_OVERLAYS).round().astype(int))
+    scans = []
+    for record in (records[sorted(common)[i]] for i in spread):
+        shown, position = _overlay(index, record, runs)
+        picture = pictures.to_png(pictures.overlay(shown, index.label_values))
+        scans.append((picture, f"Scan {record.scan_id}, axial slice {position} of {record.shape[0]}."))
+    organs = {value: organ.replace("_", " ") for organ, value in index.labels.items()}
+    legend = [(k, organs[value], pictures.organ_color(k)) for k, value in enumerate(index.label_values, 1)]
+    return {"scans": scans, "legend": legend}
+
+
+def _predictions(one: Run) -> Path:
+    return one.path / "evaluation" / "predictions"
+
+
+def _overlay(index: Index, record: ScanRecord, runs: list[Run]) -> tuple[pictures.Overlay, int]:
+    """The axial slice with the most organs, then the most organ voxels, cut to the body; and its position."""
+    true = open_label(index.store, record).read(_whole(record))
+    position = max(range(len(true)), key=lambda d: (len(np.unique(true[d])), np.count_nonzero(true[d])))
+    h0, h1, w0, w1 = record.foreground_box[2:]
+    body = np.s_[position, h0:h1, w0:w1]
+    predictions = []
+    for r in runs:
+        path = _predictions(r) / f"{record.scan_id}.nii.gz"
+        predicted = np.asarray(nib.load(path).dataobj)
+        if predicted.shape != true.shape:
+            raise ValueError(f"{path} has shape {predicted.shape}, the scan {true.shape}")
+        predicted = predicted[body]
+        unknown = (true[body] == 0) & ~np.isin(
+            predicted, (0, *record.labelled)
+        )  # not annotated: neither right nor wrong
+        title = f"{r.name}: Dice {tables.number(tables.scan_means(r.scores, 'dice').get(record.scan_id), '.3f')}"
+        predictions.append((title, predicted, (predicted != true[body]) & ~unknown))
+    image = open_volume(index.store, record).read(_whole(record))[body]
+    return pictures.Overlay(image, true[body], predictions, np.array(record.spacing_mm)), position
+
+
+def describe(path: str) -> str:
+    """The closing line."""
+    return f"report: {os.path.getsize(path) / 1e6:.1f} MB in {path}"
+
+
+def main() -> None:
+    command("report", ReportConfig, run, describe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""What the numbers of run folders say: tables, paired differences, verdicts. The report prints them."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from scipy import stats
+
+from pgl_ray.train.checkpoint import read_metrics
+
+SCORES = {"dice": "Dice", "iou": "IoU", "hd_mm": "HD, mm", "hd95_mm": "HD95, mm"}
+LOWER_IS_BETTER = ("hd_mm", "hd95_mm")
+COLLAPSED_STD, COLLAPSED_RANK = 0.1, 2.0  # below either, features of different places are nearly one vector
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read.
+
+    Attributes:
+        name: short, unique among the runs that were read together.
+        path: absolute.
+        number: its place among them, from 0 on.
+        record: run.json.
+        rows: metrics.jsonl.
+        summary, scores: evaluation/summary.json and the rows of metrics.parquet; none and [] without an evaluation.
+    """
+
+    name: str
+    path: Path
+    number: int
+    record: dict[str, Any]
+    rows: list[dict[str, float]]
+    summary: dict[str, Any] | None
+    scores: list[dict[str, Any]]
+
+    @property
+    def door(self) -> str:
+        return self.record["door"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.record["config"]
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_runs(folders: list[str]) -> list[Run]:
+    """Reads run folders; a name is the folder's, or as much of its path as tells the runs apart.
+
+    Raises:
+        ValueError: no run folder, or one given twice.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"run={folders} names a run twice: give each once")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+    return [_read_run(folder, *one) for folder, *one in zip(folders, names, paths, range(len(paths)))]
+
+
+def _read_run(folder: str, name: str, path: Path, number: int) -> Run:
+    if not (path / "run.json").is_file():
+        raise ValueError(f"run={folder} is no run (no run.json there): give a folder that pretrain or finetune wrote")
+    record = read_json(path / "run.json")
+    if record.get("door") not in ("pretrain", "finetune"):
+        raise ValueError(f"run={folder} is a run of {record.get('door')}: give one of pretrain or finetune")
+    evaluation, summary, scores = path / "evaluation", None, []
+    if (evaluation / "summary.json").is_file() and (evaluation / "metrics.parquet").is_file():
+        summary = read_json(evaluation / "summary.json")
+        scores = pq.read_table(evaluation / "metrics.parquet").to_pylist()
+    return Run(name, path, number, record, read_metrics(path), summary, scores)
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        ValueError: damaged; names the file.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+# -- what was run -----------------------------------------------------------------------------------------------------
+
+
+def overview(run: Run) -> dict[str, str]:
+    """One row of the table of runs: text by column."""
+    record = run.record
+    scans = record.get("scans")
+    split = f"{len(scans['train'])} train, {len(scans['val'])} val, of " if scans else ""
+    steps = int(run.rows[-1]["step"]) if run.rows else 0
+    planned = record.get("num_steps", steps)
+    return {
+        "door": run.door,
+        "init": os.path.basename(run.config.get("init", "")),
+        "started": record["started"][:16].replace("T", " "),
+        "took": _duration(run.rows),
+        "steps": f"{steps:,}" if steps == planned else f"{steps:,} of {planned:,}",
+        "parameters": f"{record['num_parameters'] / 1e6:.2f} M" + (" (encoder)" if run.door == "pretrain" else ""),
+        "scans": split + str(record["store"]["num_scans"]),
+        "versions": ", ".join(f"{name} {value}" for name, value in record["versions"].items()),
+        "path": str(run.path),
+    }
+
+
+def _duration(rows: list[dict[str, float]]) -> str:
+    """Training time; the clock of metrics.jsonl starts again when a run is continued."""
+    times = [row["time_s"] for row in rows]
+    seconds = sum(now for now, after in zip(times, [*times[1:], -1]) if after < now)
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours:.0f} h {rest // 60:.0f} min" if hours else f"{seconds / 60:.1f} min"
+
+
+def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Dotted keys whose values differ between runs, with each run's value."""
+    flat = [_flatten(run.config) for run in runs]
+    keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key != "run"]
+    rows = [(key, [str(values.get(key, "-")) for values in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, part in value.items() for k, v in _flatten(part, f"{path}.{key}" if path else key).items()}
+
+
+def settings(run: Run) -> str:
+    """The resolved config as text."""
+    path = run.path / "config.yaml"
+    return path.read_text() if path.is_file() else json.dumps(run.config, indent=1)
+
+
+# -- comparison of evaluated runs -------------------------------------------------------------------------------------
+
+
+def comparison(runs: list[Run]) -> dict[str, Any]:
+    """The table of evaluated runs, with its best values, and what the differences are worth.
+
+    The means are the evaluation's: over scans, then over organs. The standard error is that of the scans' means.
+    Nothing is called best among runs that were scored on different scans or organs, nor a distance where a run missed
+    an organ: HD leaves such an organ out, which flatters the run.
+    """
+    organs = evaluated_organs(runs)
+    columns = [(score, None) for score in SCORES] + [("dice", organ) for organ in organs]
+    alike = len({frozenset((row["scan_id"], row["organ"]) for row in run.scores) for run in runs}) == 1
+    unscored = [sum(o["num_missed"] + o["num_invented"] for o in run.summary["organs"].values()) for run in runs]
+    best = []
+    for score, organ in columns:
+        known = [value for run in runs if (value := mean_score(run, score, organ)) is not None]
+        lower = score in LOWER_IS_BETTER
+        comparable = alike and len(runs) > 1 and known and not (lower and any(unscored))
+        best.append((min if lower else max)(known) if comparable else None)
+    rows = []
+    for run, missed in zip(runs, unscored):
+        cells = [_cell(run, *column, top) for column, top in zip(columns, best)]
+        rows.append({"run": run, "init": os.path.basename(run.config["init"]), "cells": cells, "unscored": missed})
+    heads = [*SCORES.values(), *(organ.replace("_", " ") for organ in organs)]
+    return {"heads": heads, "rows": rows, "unscored": any(unscored), "sentences": sentences(runs, alike)}
+
+
+def _cell(run: Run, score: str, organ: str | None, best: float | None) -> dict[str, Any]:
+    spec, value = ".1f" if score in LOWER_IS_BETTER else ".3f", mean_score(run, score, organ)
+    error = None if organ else standard_error(run.scores, score)
+    return {
+        "text": number(value, spec),
+        "error": "" if error is None else number(error, spec),
+        "best": value is not None and value == best,
+    }
+
+
+def evaluated_organs(runs: list[Run]) -> list[str]:
+    """Organs that any of the runs was scored on."""
+    return list(dict.fromkeys(row["organ"] for run in runs for row in run.scores))
+
+
+def mean_score(run: Run, score: str, organ: str | None = None) -> float | None:
+    """The evaluation's mean of a score, of one organ or over all."""
+    return run.summary["organs"].get(organ, {}).get(score) if organ else run.summary[score]
+
+
+def number(value: float | None, spec: str) -> str:
+    """A number as text; a dash for none."""
+    return "–" if value is None or math.isnan(value) else f"{value:{spec}}"
+
+
+def scan_means(scores: list[dict], key: str, only: set[tuple[str, str]] | None = None) -> dict[str, float]:
+    """Per scan the mean over its organs that have the score; `only` limits it to (scan_id, organ) pairs."""
+    values: dict[str, list[float]] = {}
+    for row in scores:
+        if not math.isnan(row[key]) and (only is None or (row["scan_id"], row["organ"]) in only):
+            values.setdefault(row["scan_id"], []).append(row[key])
+    return {scan_id: sum(found) / len(found) for scan_id, found in values.items()}
+
+
+def standard_error(scores: list[dict], key: str, organ: str | None = None) -> float | None:
+    """Standard error of a mean score over scans; none for fewer than two scans."""
+    means = list(scan_means([row for row in scores if organ in (None, row["organ"])], key).values())
+    return float(np.std(means, ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else None
+
+
+class Difference(NamedTuple):
+    """Paired difference of mean Dice over the scans that two runs share, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    num_scans: int
+
+
+def paired_difference(first: list[dict], second: list[dict]) -> Difference | None:
+    """Mean Dice of `first` minus that of `second`, scan by scan, over the organs that both have.
+
+    The interval is Student's: mean +- 1.96 standard errors for many scans, wider for few, where 1.96 would call noise
+    a finding (with 5 scans 12 % of the time instead of 5 %). None with fewer than two common scans.
+    """
+    scored = [
+        {(row["scan_id"], row["organ"]) for row in rows if not math.isnan(row["dice"])} for rows in (first, second)
+    ]
+    mine, theirs = (scan_means(rows, "dice", scored[0] & scored[1]) for rows in (first, second))
+    differences = [mine[scan_id] - theirs[scan_id] for scan_id in mine]
+    num = len(differences)
+    if num < 2:
+        return None
+    mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(num)
+    reach = float(stats.t.ppf(0.975, num - 1)) * error
+    return Difference(mean, mean - reach, mean + reach, num)
+
+
+def sentences(runs: list[Run], alike: bool) -> list[str]:
+    """The best run by mean Dice against each other one, in plain words, after what spoils the comparison."""
+    lines = (
+        [] if alike else ["The runs were scored on different scans or organs: the sentences below use the common ones."]
+    )
+    for run in runs:
+        seen = set(run.record["scans"]["train"]) & {row["scan_id"] for row in run.scores}
+        if seen and run.summary["index"] == os.path.abspath(run.config["index"]):
+            lines.append(f"{run.name} was trained on {len(seen)} of the scans that it is scored on.")
+    best, *others = sorted(runs, key=lambda run: -(run.summary["dice"] or 0.0))
+    for other in others:
+        found = paired_difference(best.scores, other.scores)
+        if found is None:
+            lines.append(f"{best.name} and {other.name} share fewer than two scans: no statement about noise.")
+            continue
+        worth = "within" if found.low <= 0 <= found.high else "more than"
+        lines.append(
+            f"{best.name} against {other.name}: {found.mean:+.3f} Dice, {worth} the noise of {found.num_scans} scans "
+            f"(95 % interval {found.low:+.3f} to {found.high:+.3f})."
+        )
+    return lines
+
+
+# -- probes and health ------------------------------------------------------------------------------------------------
+
+
+def probes(runs: list[Run]) -> dict[str, Any] | None:
+    """Voxel probes in the runs' folders; beside these, those of random encoders and of encoders that the runs use."""
+    inits = [run.config.get("init", "random") for run in runs]
+    known = {"random", *(str(run.path) for run in runs), *(os.path.realpath(init) for init in inits)}
+    inside = sorted({path for run in runs for path in run.path.glob("probe*.json")})
+    beside = sorted({path for run in runs for path in run.path.parent.glob("probe*.json")})
+    kept = []
+    for path in dict.fromkeys([*inside, *beside]):
+        found = _read_probe(path)
+        if found and (path in inside or found["init"] in known or os.path.realpath(found["init"]) in known):
+            kept.append((path, found))
+    if not kept:
+        return None
+    classes = list(dict.fromkeys(name for _, found in kept for name in found["recall"]))
+    rows = [
+        {
+            "init": os.path.basename(found["init"]),
+            "accuracy": found["balanced_accuracy"],
+            "num_scans": f"{found['num_train_scans']} / {found['num_test_scans']}",
+            "recall": [number(found["recall"].get(name), ".2f") for name in classes],
+            "path": str(path),
+        }
+        for path, found in kept
+    ]
+    rows.sort(key=lambda row: -row["accuracy"])
+    return {"classes": [name.replace("_", " ") for name in classes], "rows": rows}
+
+
+def _read_probe(path: Path) -> dict[str, Any] | None:
+    """A probe's result; none where the file is something else, for its name alone speaks for it."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"init", "recall", "balanced_accuracy"} <= set(found) else None
+
+
+def verdict(run: Run) -> str:
+    """Whether a pre-training run's features collapsed, and by which figure."""
+    rows = [row for row in run.rows if "health/feature_std" in row]
+    if not rows:
+        return f"{run.name}: no health figures yet."
+    names = ("feature_std", "effective_rank", "cosine_aligned", "cosine_shuffled")
+    std, rank, aligned, shuffled = (rows[-1][f"health/{name}"] for name in names)
+    figures = f"feature_std {std:.2f}, effective rank {rank:.1f} at step {rows[-1]['step']}"
+    if std < COLLAPSED_STD:
+        return f"{run.name}: collapsed, feature_std is below {COLLAPSED_STD} ({figures})."
+    if rank < COLLAPSED_RANK:
+        return f"{run.name}: collapsed, the effective rank is below {COLLAPSED_RANK:.0f} ({figures})."
+    told = "do not yet agree more" if aligned <= shuffled else "agree more"
+    return (
+        f"{run.name}: not collapsed ({figures}). Aligned places {told} than shuffled ones "
+        f"(cosine {aligned:.2f} against {shuffled:.2f})."
+    )

@@ -1,0 +1,108 @@
+"""Every door's command line: one clear line on stderr, exit code 2 for wrong use, no traceback."""
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pgl_ray.data import store
+from pgl_ray.model.resnet import Encoder
+from pgl_ray.model.segmenter import Segmenter
+
+DOORS = ["prepare", "pretrain", "finetune", "evaluate", "predict", "probe", "tune", "report", "demo"]
+
+
+def call(monkeypatch, capsys, door, *args) -> tuple[int, str]:
+    """Runs a door's main; returns its exit code and stderr."""
+    monkeypatch.setattr(sys, "argv", [door, *args])
+    code = 0
+    try:
+        importlib.import_module(f"pgl_ray.{door}").main()
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("unlabelled")
+    volume = np.zeros((20, 70, 70), np.int16)
+    store.write_scan(folder, "a", volume, np.eye(4), split="train")
+    store.write_index(folder, {}, (-1024.0, 325.0))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("labelled")
+    volume = np.zeros((20, 70, 70), np.int16)
+    label = (np.arange(70) > 40).astype(np.uint8) * np.ones((20, 70, 1), np.uint8)
+    for name in ("a", "b"):
+        store.write_scan(folder, name, volume, np.eye(4), split="train", label=label, labelled=(1,))
+    store.write_index(folder, {"liver": 1}, (-1024.0, 325.0))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, str]:
+    """A pre-training and a fine-tuning checkpoint of a tiny encoder, and a damaged file."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    settings = {"depths": [1, 1, 1, 1], "width": 8, "stage_strides": "early"}
+    encoder = Encoder(**settings)
+    weights = {f"online.encoder.{key}": value for key, value in encoder.state_dict().items()}
+    meta = {"door": "pretrain", "encoder": settings, "hu_window": [-1024.0, 325.0]}
+    torch.save({"model": weights, "meta": meta}, folder / "pretrain.pt")
+    tuned = meta | {"door": "finetune", "labels": {"spleen": 1}, "task": "multiclass", "num_outputs": 2}
+    tuned |= {"patch_size": [16, 64, 64]}
+    torch.save({"model": Segmenter(encoder, 2).state_dict(), "meta": tuned}, folder / "finetune.pt")
+    (folder / "damaged.pt").write_bytes((folder / "pretrain.pt").read_bytes()[:5000])
+    return {path.stem: str(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_help_lists_every_key(monkeypatch, capsys, door):
+    monkeypatch.setattr(sys, "argv", [door, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"pgl_ray.{door}").main()
+    assert stop.value.code == 0
+    assert f"python -m pgl_ray.{door}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_unknown_key(monkeypatch, capsys, door):
+    code, err = call(monkeypatch, capsys, door, "no_such_key=1")
+    assert code == 2 and "unknown key 'no_such_key'" in err and err.count("\n") == 1
+
+
+WRONG = [
+    ("prepare", ["source={tmp}/missing", "store={tmp}/s"], "missing"),
+    ("prepare", ["source={tmp}", "store={tmp}/s"], "no "),
+    ("pretrain", ["index={tmp}", "run={tmp}/r"], "not a store"),
+    ("pretrain", ["index={unlabelled}", "run={tmp}/r", "epochs=many"], "epochs='many'"),
+    ("pretrain", ["index={unlabelled}", "run={tmp}/r", "views.size=[16,50,96]"], "multiple of the output stride"),
+    ("pretrain", ["index={unlabelled}", "run={tmp}/r", "epochs=1"], "do not fill one batch"),
+    ("pretrain", ["index={unlabelled}", "run={unlabelled}"], "not a run of pgl_ray"),
+    ("finetune", ["index={unlabelled}", "run={tmp}/r"], "holds no labels"),
+    ("finetune", ["index={labelled}", "run={tmp}/r", "num_scans=9"], "num_scans=9"),
+    ("finetune", ["index={labelled}", "run={tmp}/r", "init={tmp}/nowhere"], "does not exist"),
+    ("finetune", ["index={labelled}", "run={tmp}/r", "init={damaged}"], "damaged"),
+    ("finetune", ["index={labelled}", "run={tmp}/r", "init={pretrain}", "encoder.width=64"], "'width': 8"),
+    ("evaluate", ["index={labelled}", "run={pretrain}"], "is a pretrain run"),
+    ("evaluate", ["index={labelled}", "run={finetune}", "output={tmp}/e"], "spleen"),
+    ("evaluate", ["index={unlabelled}", "run={finetune}", "output={tmp}/e"], "holds no labels"),
+    ("predict", ["run={finetune}", "input={tmp}/no.nii.gz", "output={tmp}/o.nii.gz"], "no.nii.gz"),
+    ("probe", ["index={unlabelled}"], "label"),
+    ("report", ["run={tmp}/nowhere"], "nowhere"),
+    ("tune", ["index={labelled}", "run={tmp}/r", "space={{}}"], "space is empty"),
+]
+
+
+@pytest.mark.parametrize(("door", "args", "message"), WRONG, ids=[f"{d}-{m}" for d, _, m in WRONG])
+def test_wrong_use(monkeypatch, capsys, tmp_path, unlabelled, labelled, checkpoints, door, args, message):
+    names = {"tmp": tmp_path, "unlabelled": unlabelled, "labelled": labelled, **checkpoints}
+    code, err = call(monkeypatch, capsys, door, *(arg.format(**names) for arg in args))
+    assert code == 2, err
+    assert message in err and err.startswith(f"pgl_ray.{door}: ") and err.count("\n") == 1
+    assert not (tmp_path / "r").exists()  # nothing begun

@@ -1,0 +1,95 @@
+"""The PGL module: shapes, symmetry, stop-gradient, EMA, and that only the right alignment lowers the loss."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pgl_ray.config import PretrainConfig, load
+from pgl_ray.model.pgl import Pair, Pgl, geometry_of
+from pgl_ray.model.resnet import Encoder
+from pgl_ray.pretrain import build_model
+from pgl_ray.train.health import feature_health
+
+SMALL = ["index=a", "run=b", "encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=16", "heads.out=12"]
+SMALL += ["views.size=[16,48,32]"]
+
+
+@pytest.fixture(scope="module")
+def pgl() -> Pgl:
+    return build_model(load(PretrainConfig, SMALL))
+
+
+def pair(seed=0, num=3) -> Pair:
+    rng = torch.Generator().manual_seed(seed)
+    views = [torch.randn(num, 1, 16, 48, 32, generator=rng) for _ in range(2)]
+    start = torch.randint(0, 6, (2, num, 3), generator=rng)
+    boxes = torch.stack([start, start + torch.tensor([20, 60, 40])], -1)
+    flips = torch.rand(2, num, 3, generator=rng) < 0.5
+    return Pair(*views, *boxes, *flips)
+
+
+def test_default_heads_and_encoder_are_the_papers():
+    config = load(PretrainConfig, ["index=a", "run=b"])
+    with torch.device("meta"):
+        encoder = Encoder(**config.encoder.model_dump())
+        model = Pgl(encoder, config.heads.hidden, config.heads.out, geometry_of(encoder, config.views.size, "cell"))
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    assert count(model.online["encoder"]) == 46_155_072
+    assert count(model.online["projector"]) == 2048 * 4096 + 2 * 4096 + 4096 * 256 + 256
+    assert count(model.predictor) == 256 * 4096 + 2 * 4096 + 4096 * 256 + 256
+    assert model.geometry.output_stride == (8, 16, 16)
+    assert geometry_of(encoder, (16, 96, 96), "receptive_field").center == (0.5, 0.5, 0.5)
+
+
+def test_loss_is_symmetric_and_bounded(pgl):
+    batch = pair()
+    swapped = Pair(batch.view_2, batch.view_1, batch.box_2, batch.box_1, batch.flip_2, batch.flip_1)
+    model = copy.deepcopy(pgl)
+    first = model(batch).loss
+    second = copy.deepcopy(pgl)(swapped).loss
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+    assert 0 <= first.item() <= 8
+
+
+def test_target_gets_no_gradient_and_follows_in_closed_form(pgl):
+    model = copy.deepcopy(pgl)
+    model(pair()).loss.backward()
+    assert all(p.grad is None for p in model.target.parameters())
+    assert all(p.grad is not None for p in model.online.parameters())
+    assert all(p.grad is not None for p in model.predictor.parameters())
+    old = [p.clone() for p in model.target.parameters()]
+    with torch.no_grad():
+        for p in model.online.parameters():
+            p.add_(torch.randn(p.shape))
+    for _ in range(3):
+        model.follow(0.9)
+    for before, online, target in zip(old, model.online.parameters(), model.target.parameters(), strict=True):
+        torch.testing.assert_close(target, 0.9**3 * before + (1 - 0.9**3) * online, atol=1e-5, rtol=1e-5)
+
+
+def test_same_seed_same_weights_other_seed_others():
+    models = [build_model(load(PretrainConfig, [*SMALL, f"seed={seed}"])) for seed in (0, 0, 1)]
+    weights = [torch.cat([p.flatten() for p in m.parameters() if p.dim() > 1]) for m in models]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.allclose(weights[0], weights[2])
+
+
+def test_view_size_must_be_a_multiple_of_the_stride():
+    with pytest.raises(ValueError, match=r"views.size=\(16, 50, 32\) must be a multiple of the output stride"):
+        geometry_of(Encoder(width=8, depths=(1, 1, 1, 1)), (16, 50, 32), "cell")
+
+
+def test_health_tells_collapse_from_spread():
+    rng = torch.Generator().manual_seed(0)
+    spread = torch.randn(8, 16, 2, 3, 4, generator=rng)
+    healthy = feature_health(spread, spread)
+    assert healthy["health/feature_std"] > 0.9
+    assert healthy["health/effective_rank"] > 12
+    assert healthy["health/cosine_aligned"] == pytest.approx(1)
+    assert abs(healthy["health/cosine_shuffled"]) < 0.1
+    one = F.normalize(torch.ones(8, 16, 2, 3, 4), dim=1) + 1e-4 * spread
+    collapsed = feature_health(one, one)
+    assert collapsed["health/feature_std"] < 0.01
+    assert collapsed["health/cosine_shuffled"] > 0.99

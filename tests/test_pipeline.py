@@ -1,0 +1,107 @@
+"""The whole path through real Ray jobs: prepare -> pretrain -> finetune -> evaluate -> predict -> report."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pgl_ray import config as c
+from pgl_ray import evaluate, finetune, predict, prepare, pretrain, probe, report
+from pgl_ray.data.phantom import write_phantoms
+from pgl_ray.data.store import read_index
+from pgl_ray.train import checkpoint
+
+pytestmark = pytest.mark.cluster
+
+ENCODER = {"width": 8, "depths": [1, 1, 1, 1]}
+
+
+def pretraining(store, run, workers, **changes) -> c.PretrainConfig:
+    values = {"index": str(store), "run": str(run), "max_steps": 8, "global_batch_size": 4, "encoder": ENCODER}
+    values |= {"views": {"size": [16, 32, 48]}, "heads": {"hidden": 32, "out": 16}}
+    values |= {"train": {"num_workers": workers, "log_every": 2, "checkpoint_every": 4}}
+    return c.build(c.PretrainConfig, values | changes)
+
+
+def finetuning(store, run, init, workers, **changes) -> c.FinetuneConfig:
+    values = {"index": str(store), "run": str(run), "init": str(init), "max_steps": 6, "global_batch_size": 2}
+    values |= {"patch": {"size": [16, 32, 48]}, "patches_per_scan": 2, "foreground_share": 0.5}
+    values |= {"train": {"num_workers": workers, "log_every": 2}, "validate_every": 1}
+    return c.build(c.FinetuneConfig, values | changes)
+
+
+def check_pretraining(result, store) -> None:
+    rows = checkpoint.read_metrics(result.run)
+    assert [row["step"] for row in rows] == [1, 2, 4, 6, 8]
+    assert all(0 < row["train/loss"] < 8 and row["train/grad_norm"] > 0 for row in rows)
+    assert rows[-1]["health/feature_std"] > 0.1
+    assert checkpoint.committed_step(result.run) == 8
+    state = checkpoint.read_state(checkpoint.committed(result.run)[0] / checkpoint.STATE)
+    keys = state["model"]
+    online, target = keys["online.encoder.conv1.weight"], keys["target.encoder.conv1.weight"]
+    assert not np.allclose(online, target)  # the target follows, it does not equal
+    boxes = np.load(f"{result.run}/views.npz")["box_1"]
+    assert boxes.shape[1:] == (3, 2) and len(read_index(str(store)).scans) > 0
+
+
+def test_phantoms_end_to_end(ray_cluster, tmp_path):
+    write_phantoms(tmp_path / "raw", 2, 3, 2, seed=0, shape=(24, 64, 64), spacing_mm=(10.0, 5.0, 5.0))
+    store = tmp_path / "store"
+    prepared = prepare.run(c.PrepareConfig(source=str(tmp_path / "raw"), store=str(store)))
+    assert (prepared.converted, prepared.skipped) == (7, 0)
+    again = prepare.run(c.PrepareConfig(source=str(tmp_path / "raw"), store=str(store)))
+    assert (again.converted, again.skipped) == (0, 7)
+
+    # pre-training on 2 workers; the same command again does nothing; another config is refused
+    config = pretraining(store, tmp_path / "pgl", 2)
+    pretrained = pretrain.run(config)
+    check_pretraining(pretrained, store)
+    assert pretrain.run(config).already_finished
+    with pytest.raises(ValueError, match="ema_decay"):
+        pretrain.run(pretraining(store, tmp_path / "pgl", 2, ema_decay=0.9))
+
+    # fine-tuning on 2 workers from it
+    tuned = finetune.run(finetuning(store, tmp_path / "tuned", pretrained.run, 2))
+    meta = checkpoint.load_segmenter(tuned.run)[1]
+    assert meta["labels"] == read_index(str(store)).labels
+    record = json.loads((tmp_path / "tuned" / "run.json").read_text())
+    assert len(record["scans"]["train"]) == 2 and len(record["scans"]["val"]) == 1
+
+    # evaluation, prediction on the input's own grid, probe, report
+    summary = evaluate.run(c.EvaluateConfig(run=tuned.run, index=str(store))).summary
+    assert summary["num_scans"] == 2
+    table = pq.read_table(tmp_path / "tuned" / "evaluation" / "metrics.parquet").to_pylist()
+    assert {row["organ"] for row in table} <= set(meta["labels"])
+    source = sorted((tmp_path / "raw" / "imagesTs").iterdir())[0]
+    predict.run(c.PredictConfig(run=tuned.run, input=str(source), output=str(tmp_path / "out.nii.gz")))
+    image, label = nib.load(source), nib.load(tmp_path / "out.nii.gz")
+    assert image.shape == label.shape
+    np.testing.assert_allclose(image.affine, label.affine)
+    probed = probe.run(c.build(c.ProbeConfig, {"index": str(store), "init": pretrained.run, "size": [16, 32, 48]}))
+    assert 0 < probed.balanced_accuracy <= 1
+    page = Path(report.run(c.ReportConfig(run=[pretrained.run, tuned.run], output=str(tmp_path / "report.html"))))
+    assert page.stat().st_size > 100_000
+
+
+def test_real_scans_end_to_end(ray_cluster, real_data, tmp_path):
+    raw = tmp_path / "raw"
+    names = ["pt_4", "pt_2", "pt_7", "pt_201"]
+    for kind in ("images", "labels"):
+        (raw / kind).mkdir(parents=True)
+        for name in names:
+            shutil.copy(real_data / "openkbp" / kind / f"{name}.nii.gz", raw / kind)
+    shutil.copy(real_data / "openkbp" / "patients.csv", raw)
+    store = tmp_path / "store"
+    recipe = str(Path(__file__).parents[1] / "data_prep" / "openkbp.yaml")
+    prepared = prepare.run(c.load(c.PrepareConfig, [recipe, f"source={raw}", f"store={store}"]))
+    assert prepared.converted == 4
+    pretrained = pretrain.run(pretraining(store, tmp_path / "pgl", 1))
+    check_pretraining(pretrained, store)
+    tuned = finetune.run(finetuning(store, tmp_path / "tuned", pretrained.run, 1, num_scans=2))
+    splits = {scan.scan_id: scan.split for scan in read_index(str(store)).scans}
+    summary = evaluate.run(c.EvaluateConfig(run=tuned.run, index=str(store), split=splits["pt_201"])).summary
+    assert set(summary["organs"]) <= set(read_index(str(store)).labels)

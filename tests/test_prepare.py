@@ -1,0 +1,474 @@
+"""prepare: layouts, labels, failures, second runs, kills; most of it without Ray, in place of which a loop converts."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from pgl_ray import prepare
+from pgl_ray.config import FailedRun, PrepareConfig, load
+from pgl_ray.data import ct, store
+
+AFFINE = np.diag([-1.5, -1.5, 3, 1])
+
+
+@pytest.fixture
+def serial(monkeypatch):
+    """Converts in this process, in the given or the reverse order."""
+    backwards = []
+
+    def outcomes(config, folder, tasks, names):
+        options = {"hu_window": config.hu_window, "chunk": config.chunk}
+        for i in sorted(range(len(tasks)), reverse=bool(backwards)):
+            row = prepare.convert({"task": i}, tasks, folder, names, options)
+            yield tasks[i].source, row["status"], row["reason"]
+
+    monkeypatch.setattr(prepare, "_outcomes", outcomes)
+    return backwards
+
+
+def ct_array(seed=0, shape=(20, 18, 9)):
+    return np.random.default_rng(seed).integers(-1000, 1000, shape).astype(np.int16)
+
+
+def label_array(values=(1, 2), seed=0, shape=(20, 18, 9)):
+    label = np.zeros(shape, np.uint8)
+    for place, value in enumerate(values):
+        label[2 + 4 * place : 5 + 4 * place, 3:9, 2:6] = value
+    return label
+
+
+def put(path, array=None, seed=0):
+    """Writes a CT (or the given array) in the format of the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = ct_array(seed) if array is None else array
+    if path.name.endswith((".nii", ".nii.gz")):
+        nib.save(nib.Nifti1Image(array, AFFINE), path)
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+
+
+def go(source, target, **values):
+    return prepare.run(PrepareConfig(source=str(source), store=str(target), **values))
+
+
+def records(target):
+    return {scan.scan_id: scan for scan in store.read_index(target).scans}
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def counts(result):
+    return result.converted, result.skipped, len(result.failed)
+
+
+# -- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def test_nnunet_folder(tmp_path, serial):
+    raw = tmp_path / "Dataset001"
+    for place, scan_id in enumerate("ab"):
+        put(raw / f"imagesTr/{scan_id}_0000.nii.gz", seed=place)
+        put(raw / f"labelsTr/{scan_id}.nii.gz", label_array())
+    put(raw / "imagesTs/c_0000.nii.gz", seed=2)
+    put(raw / "imagesTs/d_0000.nii.gz", seed=3)
+    put(raw / "labelsTs/d.nii.gz", label_array([2]))
+    (raw / "imagesTr/._a_0000.nii.gz").write_text("macOS")
+    (raw / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "liver": 1, "tumour": 2}}))
+    result = go(raw, tmp_path / "s")
+    assert counts(result) == (4, 0, 0) and result.num_scans == 4
+    index = store.read_index(tmp_path / "s")
+    assert index.labels == {"liver": 1, "tumour": 2}
+    assert [(r.scan_id, r.split, r.labelled) for r in index.scans] == [
+        ("a", "train", (1, 2)),
+        ("b", "train", (1, 2)),
+        ("c", "test", ()),
+        ("d", "test", (1, 2)),
+    ]
+    assert [r.scan_id for r in index.labelled("test")] == ["d"] and set(index.scans[3].label_voxels) == {2}
+    whole = np.array([(0, s) for s in index.scans[1].shape])
+    scan = ct.read_scan(raw / "imagesTr/b_0000.nii.gz")
+    np.testing.assert_array_equal(store.open_volume(tmp_path / "s", index.scans[1]).read(whole), scan.voxels)
+    label = ct.read_label(raw / "labelsTr/b.nii.gz", scan)
+    np.testing.assert_array_equal(store.open_label(tmp_path / "s", index.scans[1]).read(whole), label)
+    np.testing.assert_array_equal(np.reshape(index.scans[1].affine, (4, 4)), scan.affine)
+    assert not (tmp_path / "s/.part").exists() and (tmp_path / "s/failed.jsonl").read_text() == ""
+
+
+def test_msd_folder_without_channel_suffix(tmp_path, serial):
+    for scan_id in ("case_0000", "case_0001"):  # numbers, not nnU-Net's channels
+        put(tmp_path / f"Task09/imagesTr/{scan_id}.nii.gz")
+        put(tmp_path / f"Task09/labelsTr/{scan_id}.nii.gz", label_array([1]))
+    (tmp_path / "Task09/dataset.json").write_text(json.dumps({"labels": {"0": "background", "1": "spleen"}}))
+    go(tmp_path / "Task09", tmp_path / "s")
+    index = store.read_index(tmp_path / "s")
+    assert index.labels == {"spleen": 1} and [r.scan_id for r in index.labelled("train")] == ["case_0000", "case_0001"]
+
+
+def test_flat_folder_of_mha_and_nrrd(tmp_path, serial):
+    raw = tmp_path / "raw"
+    for place, name in enumerate(["a.mha", "b.nrrd", "deep/c.mhd", "deep/er/d.nhdr", "e.NII.GZ", ".hidden/f.mha"]):
+        put(raw / name.replace("NII.GZ", "nii.gz"), seed=place)
+    (raw / "e.nii.gz").rename(raw / "e.NII.GZ")
+    (raw / "notes.txt").write_text("no volume")
+    assert counts(go(raw, tmp_path / "s")) == (5, 0, 0)
+    found = records(tmp_path / "s")
+    assert list(found) == ["a", "b", "c", "d", "e"] and {r.split for r in found.values()} == {""}
+    with (raw / "deep/c.raw").open("r+b") as file:  # the data beside a detached header count as its source
+        file.write(b"\x01\x02")
+    assert counts(go(raw, tmp_path / "s")) == (1, 4, 0)
+    assert records(tmp_path / "s")["c"].content_hash != found["c"].content_hash
+
+
+def test_names_that_occur_twice_take_their_folders_along(tmp_path, serial):
+    raw = tmp_path / "raw"
+    for name in ("p1/ct", "p2/ct", "p2/other"):
+        put(raw / f"images/{name}.nii.gz")
+    put(raw / "labels/p2/ct.nii.gz", label_array([1]))
+    put(raw / "labels/other.nii.gz", label_array([1]))
+    put(raw / "labels/ct.nii.gz", label_array([1]))  # of which ct?
+    assert [fault.source for fault in go(raw, tmp_path / "s").failed] == [str(raw / "labels/ct.nii.gz")]
+    found = records(tmp_path / "s")
+    assert {i: r.label_metadata is not None for i, r in found.items()} == {
+        "other": True,
+        "p1__ct": False,
+        "p2__ct": True,
+    }
+    put(raw / "images/p1/ct.nrrd")
+    with pytest.raises(ValueError, match=r"ct.nii.gz and .*ct.nrrd are of one name: keep one"):
+        go(raw, tmp_path / "s")
+
+
+def test_nothing_to_convert_is_wrong_use(tmp_path, serial):
+    with pytest.raises(ValueError, match="no such folder"):
+        go(tmp_path / "raw", tmp_path / "s")
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(ValueError, match=r"no volume in it \(.nii.gz, .nii, .nrrd"):
+        go(tmp_path / "raw", tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+def with_table(tmp_path, rows, header=("patient", "split", "labelled_organs")):
+    raw = tmp_path / "raw"
+    for scan_id in "abc":
+        put(raw / f"images/{scan_id}.nii.gz")
+        put(raw / f"labels/{scan_id}.nii.gz", label_array([1, 2]))
+    with (raw / "t.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([header, *rows])
+    return raw, {"names": {"liver": 1, "spleen": 2, "aorta": 3}, "table": "t.csv"}
+
+
+def test_table_gives_splits_and_labelled_organs(tmp_path, serial):
+    raw, labels = with_table(tmp_path, [("a", "train", "liver"), ("b", "test", "spleen aorta"), ("x", "test", "")])
+    result = go(raw, tmp_path / "s", labels=labels)
+    assert [(f.source[-8:], f.reason) for f in result.failed] == [
+        ("c.nii.gz", "has a label map but no row 'c' in t.csv")
+    ]
+    found = records(tmp_path / "s")
+    assert {i: (r.split, r.labelled) for i, r in found.items()} == {"a": ("train", (1,)), "b": ("test", (2, 3))}
+
+    with_table(tmp_path, [("a", "", ""), ("b", "test", "spleen"), ("c", "train", "liver")])  # it says otherwise now
+    for scan_id in "ab":  # put() wrote the files again: the same bytes at another time
+        os.utime(raw / f"images/{scan_id}.nii.gz", ns=(1, found[scan_id].source_mtime_ns))
+    assert counts(go(raw, tmp_path / "s", labels=labels)) == (1, 2, 0)
+    after = records(tmp_path / "s")
+    assert {i: (r.split, r.labelled) for i, r in after.items()} == {
+        "a": ("", ()),
+        "b": ("test", (2,)),
+        "c": ("train", (1,)),
+    }
+
+
+def test_table_without_splits_keeps_the_layouts(tmp_path, serial):
+    raw, labels = with_table(tmp_path, [("a", "liver")], header=("id", "labelled_organs"))
+    go(raw, tmp_path / "s", labels=labels)
+    assert records(tmp_path / "s")["a"].split == "train"
+
+
+@pytest.mark.parametrize(
+    "rows, labels, message",
+    [
+        ([("a", "train", "liver kidney")], {}, "organ 'kidney' is none of"),
+        ([], {"table": "none.csv"}, "none.csv: cannot be read"),
+        ([], {"names": {"liver": 1, "spleen": 1}}, "two organs have one value"),
+    ],
+)
+def test_bad_table_or_names_are_wrong_use(tmp_path, serial, rows, labels, message):
+    raw, good = with_table(tmp_path, rows)
+    with pytest.raises(ValueError, match=message):
+        go(raw, tmp_path / "s", labels=good | labels)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"labels": {"whole": [1, 2]}}', '{"labels": 3}'])
+def test_bad_dataset_json_is_wrong_use(tmp_path, serial, content):
+    put(tmp_path / "raw/imagesTr/a.nii.gz")
+    (tmp_path / "raw/dataset.json").write_text(content)
+    with pytest.raises(ValueError, match=r"dataset.json: no label map name -> value .* give labels.names"):
+        go(tmp_path / "raw", tmp_path / "s")
+
+
+def test_labels_without_names_are_named_by_their_values(tmp_path, serial, monkeypatch):
+    for scan_id, values in (("a", [1, 7]), ("b", [3])):
+        put(tmp_path / f"one/images/{scan_id}.nii.gz")
+        put(tmp_path / f"one/labels/{scan_id}.nii.gz", label_array(values))
+    go(tmp_path / "one", tmp_path / "s")
+    assert store.read_index(tmp_path / "s").labels == {"label_1": 1, "label_3": 3, "label_7": 7}
+    assert {r.labelled for r in records(tmp_path / "s").values()} == {(1, 3, 7)}
+    put(tmp_path / "two/images/c.nii.gz", seed=1)
+    put(tmp_path / "two/labels/c.nii.gz", label_array([2]))
+    assert counts(go(tmp_path / "two", tmp_path / "s")) == (1, 0, 0)
+    assert {r.labelled for r in records(tmp_path / "s").values()} == {(1, 2, 3, 7)}
+    before = tree(tmp_path / "s")
+    assert counts(go(tmp_path / "one", tmp_path / "s")) == (0, 2, 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        go(tmp_path / "one", tmp_path / "s")
+    assert tree(tmp_path / "s") == before  # an interrupted run takes nothing away
+
+
+# -- failures and second runs -----------------------------------------------------------------------------------------
+
+
+def with_faults(raw):
+    """Two good scans and one of each fault."""
+    put(raw / "images/good.nii.gz")
+    put(raw / "images/labelled.nii.gz", seed=1)
+    put(raw / "labels/labelled.nii.gz", label_array([1]))
+    put(raw / "images/nan.nii.gz", np.full((4, 4, 4), np.nan, np.float32))
+    (raw / "images/text.nii.gz").write_text("hello")
+    (raw / "images/lost.nii.gz").symlink_to(raw / "nowhere")
+    put(raw / "images/grid.nii.gz")
+    put(raw / "labels/grid.nii.gz", label_array([1], shape=(20, 18, 8)))
+    put(raw / "images/value.nii.gz")
+    put(raw / "labels/value.nii.gz", label_array([1, 9]))
+    put(raw / "labels/alone.nii.gz", label_array([1]))
+
+
+REASONS = {
+    "images/nan.nii.gz": "64 of 64 voxels are NaN",
+    "images/text.nii.gz": "not a readable image",
+    "images/lost.nii.gz": "a link to a file that is not there",
+    "images/grid.nii.gz": "label shape (8, 18, 20) differs from its CT's (9, 18, 20)",
+    "images/value.nii.gz": "label values [9] are not among {'liver': 1}",
+    "labels/alone.nii.gz": "label map without a volume of its name",
+}
+
+
+def check_faults(result, raw, target, capsys):
+    assert counts(result) == (2, 0, len(REASONS)) and list(records(target)) == ["good", "labelled"]
+    written = [json.loads(line) for line in (target / "failed.jsonl").read_text().splitlines()]
+    assert [tuple(row.values()) for row in written] == [tuple(fault) for fault in result.failed]
+    assert {row["source"] for row in written} == {str(raw / name) for name in REASONS}
+    assert list(result.failed) == sorted(result.failed)
+    for row in written:
+        assert REASONS[str(Path(row["source"]).relative_to(raw))] in row["reason"]
+    with pytest.raises(FailedRun, match=r"6 files failed .*failed.jsonl.* 2 converted, 0 already there"):
+        prepare.describe(result)
+    assert capsys.readouterr().err.count("failed: ") == len(REASONS)
+
+
+def test_bad_scans_are_written_down_and_tried_again(tmp_path, serial, capsys):
+    raw, labels = tmp_path / "raw", {"names": {"liver": 1}}
+    with_faults(raw)
+    check_faults(go(raw, tmp_path / "s", labels=labels), raw, tmp_path / "s", capsys)
+    put(raw / "images/nan.nii.gz")  # mended
+    assert counts(go(raw, tmp_path / "s", labels=labels)) == (1, 2, 5)
+    for name in REASONS:
+        (raw / name).unlink()
+    (raw / "labels/grid.nii.gz").unlink()
+    (raw / "labels/value.nii.gz").unlink()
+    result = go(raw, tmp_path / "s", labels=labels)
+    assert counts(result) == (0, 2, 0) and result.num_scans == 3  # a scan whose file is gone stays
+    assert "0 converted, 2 already there, 3 scans in" in prepare.describe(result)
+    assert (tmp_path / "s/failed.jsonl").read_text() == ""
+
+
+def test_a_second_run_changes_nothing_and_a_touched_file_is_only_hashed(tmp_path, serial):
+    put(tmp_path / "raw/a.nii.gz")
+    put(tmp_path / "raw/b.nii.gz", seed=1)
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (2, 0, 0)
+    before, inode = tree(tmp_path / "s"), (tmp_path / "s/scans/a/0/c/0/0/0").stat().st_ino
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (0, 2, 0)
+    assert tree(tmp_path / "s") == before
+
+    os.utime(tmp_path / "raw/a.nii.gz")
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (0, 2, 0)
+    assert (tmp_path / "s/scans/a/0/c/0/0/0").stat().st_ino == inode
+    assert records(tmp_path / "s")["a"].source_mtime_ns == (tmp_path / "raw/a.nii.gz").stat().st_mtime_ns
+
+    put(tmp_path / "raw/a.nii.gz", seed=2)
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (1, 1, 0)
+    voxels = ct.read_scan(tmp_path / "raw/a.nii.gz").voxels
+    reader = store.open_volume(tmp_path / "s", records(tmp_path / "s")["a"])
+    np.testing.assert_array_equal(reader.read(np.array([(0, s) for s in voxels.shape])), voxels)
+
+
+def test_a_label_that_comes_later_is_taken(tmp_path, serial):
+    put(tmp_path / "raw/images/a.nii.gz")
+    go(tmp_path / "raw", tmp_path / "s")
+    assert records(tmp_path / "s")["a"].split == ""
+    put(tmp_path / "raw/labels/a.nii.gz", label_array([1]))
+    assert counts(go(tmp_path / "raw", tmp_path / "s", labels={"names": {"liver": 1}})) == (1, 0, 0)
+    index = store.read_index(tmp_path / "s")
+    assert index.labels == {"liver": 1} and index.labelled("train")[0].labelled == (1,)
+
+
+def test_adding_a_folder(tmp_path, serial):
+    put(tmp_path / "one/images/a.nii.gz")
+    put(tmp_path / "one/labels/a.nii.gz", label_array([1]))
+    put(tmp_path / "two/images/b.nii.gz", seed=1)
+    names = {"names": {"liver": 1}}
+    go(tmp_path / "one", tmp_path / "s", labels=names)
+    assert go(tmp_path / "two", tmp_path / "s").num_scans == 2  # without labels there is nothing to name
+    assert {i: r.split for i, r in records(tmp_path / "s").items()} == {"a": "train", "b": ""}
+    before = tree(tmp_path / "s")
+    with pytest.raises(ValueError, match=r"'spleen': 1.*'liver': 1.*use another"):
+        go(tmp_path / "two", tmp_path / "s", labels={"names": {"spleen": 1}})
+    with pytest.raises(ValueError, match=r"hu_window=\(-100.0, 100.0\): store .* has \(-1024.0, 325.0\)"):
+        go(tmp_path / "two", tmp_path / "s", hu_window=(-100, 100))
+    assert tree(tmp_path / "s") == before
+
+    put(tmp_path / "three/a.nii.gz", seed=5)
+    result = go(tmp_path / "three", tmp_path / "s")
+    assert counts(result) == (0, 0, 1) and "the store has another 'a', from" in result.failed[0].reason
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert counts(go(tmp_path / "moved", tmp_path / "s")) == (0, 1, 0)
+    assert records(tmp_path / "s")["a"].source == str(tmp_path / "moved/images/a.nii.gz")
+
+
+def test_the_store_does_not_depend_on_the_order(tmp_path, serial):
+    for place, scan_id in enumerate("abc"):
+        put(tmp_path / f"raw/images/{scan_id}.nii.gz", seed=place)
+        put(tmp_path / f"raw/labels/{scan_id}.nii.gz", label_array([place + 1]))
+    go(tmp_path / "raw", tmp_path / "one")
+    serial.append("backwards")
+    go(tmp_path / "raw", tmp_path / "two")
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monkeypatch):
+    for place, scan_id in enumerate("abc"):
+        put(tmp_path / f"raw/{scan_id}.nii.gz", seed=place)
+    real = store.write_array
+
+    def full(folder, array, chunk):
+        if len(list((tmp_path / "s/scans").glob("*"))) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        return real(folder, array, chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_array", full)
+        with pytest.raises(FailedRun, match=r"disk full at .*/s: free some space, then the same"):
+            go(tmp_path / "raw", tmp_path / "s")
+    assert list(store.read_records(tmp_path / "s")) == ["a"]
+    assert not (tmp_path / "s/.part").exists()
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (2, 1, 0)
+
+
+def test_a_scan_that_kills_its_worker_is_given_up(tmp_path):
+    put(tmp_path / "raw/a.nii.gz")
+    task = prepare.Task(prepare.Source("a", str(tmp_path / "raw/a.nii.gz"), None, ""), None)
+    (tmp_path / "s/.part").mkdir(parents=True)
+    (tmp_path / "s/.part/0.tries").write_text("...")  # Ray has started it three times
+    row = prepare.convert({"task": 0}, [task], str(tmp_path / "s"), {}, {})
+    assert row["status"] == "failed" and "its worker died 3 times" in row["reason"]
+
+
+def test_unforeseen_errors_are_the_scans_alone(tmp_path, serial, monkeypatch):
+    put(tmp_path / "raw/a.nii.gz")
+    put(tmp_path / "raw/b.nii.gz")
+    real = ct.read_scan
+    monkeypatch.setattr(ct, "read_scan", lambda path: real(path) if "b.nii" in path else [][0])
+    result = go(tmp_path / "raw", tmp_path / "s")
+    assert counts(result) == (1, 0, 1) and result.failed[0].reason == "IndexError: list index out of range"
+
+
+# -- the command line and Ray -----------------------------------------------------------------------------------------
+
+
+def test_wrong_use_is_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "pgl_ray.prepare", f"source={tmp_path}/none", f"store={tmp_path}/s"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"pgl_ray.prepare: source={tmp_path}/none: no such folder\n"
+
+
+@pytest.mark.cluster
+def test_ray_gives_the_same_store(tmp_path, serial, monkeypatch, ray_cluster, capfd):
+    raw, labels = tmp_path / "raw", {"names": {"liver": 1}}
+    with_faults(raw)
+    go(raw, tmp_path / "one", labels=labels)
+    monkeypatch.undo()
+    check_faults(go(raw, tmp_path / "two", labels=labels), raw, tmp_path / "two", capfd)
+    ours, theirs = tree(tmp_path / "two"), tree(tmp_path / "one")
+    assert ours == theirs
+    assert counts(go(raw, tmp_path / "two", labels=labels)) == (0, 2, len(REASONS))
+
+
+@pytest.mark.cluster
+def test_a_killed_run_is_continued(tmp_path):
+    for place in range(24):
+        put(tmp_path / f"raw/scan_{place:02}.nii.gz", ct_array(place, (192, 192, 100)))
+    command = [sys.executable, "-m", "pgl_ray.prepare", f"source={tmp_path}/raw", f"store={tmp_path}/s"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE)
+    until = time.monotonic() + 240
+    while len(done := store.read_records(tmp_path / "s")) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    time.sleep(3)  # Ray's processes follow their driver
+    done = store.read_records(tmp_path / "s")
+    assert 3 <= len(done) < 24
+    shards = {scan_id: (tmp_path / f"s/scans/{scan_id}/0/c/0/0/0").stat().st_ino for scan_id in done}
+    second = subprocess.run([*command], capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert f"{24 - len(done)} converted, {len(done)} already there, 24 scans in" in second.stdout
+    for scan_id, inode in shards.items():
+        assert (tmp_path / f"s/scans/{scan_id}/0/c/0/0/0").stat().st_ino == inode
+    assert len(store.read_index(tmp_path / "s").scans) == 24 and not (tmp_path / "s/.part").exists()
+
+
+@pytest.mark.cluster
+def test_real_scans(tmp_path, real_data, ray_cluster):
+    head, body = tmp_path / "openkbp", tmp_path / "body"
+    for target, scan_ids in ((head, ["pt_2", "pt_3", "pt_200"]), (body, ["ts_example_ct", "lung1", "CRLM-CT-1004"])):
+        for scan_id in scan_ids:
+            for kind in ("images", "labels"):
+                file = real_data / target.name / kind / f"{scan_id}.nii.gz"
+                (target / kind).mkdir(parents=True, exist_ok=True)
+                if file.exists():
+                    shutil.copy(file, target / kind)
+    shutil.copy(real_data / "openkbp/patients.csv", head)
+    recipe = Path(__file__).parents[1] / "data_prep/openkbp.yaml"
+    config = load(PrepareConfig, [str(recipe), f"source={head}", f"store={tmp_path}/s"])
+    assert counts(prepare.run(config)) == (3, 0, 0)
+    index = store.read_index(tmp_path / "s")
+    table = {row["patient"]: row for row in csv.DictReader((head / "patients.csv").open())}
+    for record in index.scans:
+        row = table[record.scan_id]
+        assert record.split == row["split"]
+        assert {index.labels[organ] for organ in row["labelled_organs"].split()} == set(record.labelled)
+        assert set(record.label_voxels) <= set(record.labelled)
+        source = nib.load(head / f"labels/{record.scan_id}.nii.gz")
+        values, sizes = np.unique(np.asanyarray(source.dataobj), return_counts=True)
+        assert record.label_voxels == {int(v): int(n) for v, n in zip(values, sizes) if v}
+
+    assert counts(go(body, tmp_path / "b")) == (3, 0, 0)
+    assert {r.scan_id: r.split for r in store.read_index(tmp_path / "b").scans} == dict.fromkeys(
+        ["CRLM-CT-1004", "lung1", "ts_example_ct"], "train"
+    )

@@ -1,0 +1,247 @@
+"""data/store and data/shard against zarr-python and numpy; damaged files; index."""
+
+import errno
+import hashlib
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from pgl_ray.data import shard, store
+
+SHAPES = [(13, 70, 131), (1, 1, 1), (8, 64, 64), (16, 128, 64), (9, 65, 3), (40, 20, 30)]
+AFFINE = np.array([[0, 0, -0.7, 10], [0, -0.8, 0, 20], [2.5, 0, 0, 30], [0, 0, 0, 1]])
+
+
+def make_volume(shape, seed=0):
+    return np.random.default_rng(seed).integers(-1100, 1500, shape).astype(np.int16)
+
+
+def make_label(shape, dtype=np.uint8, seed=0):
+    return np.random.default_rng(seed).integers(0, 4, shape).astype(dtype)
+
+
+def tree(folder):
+    """Relative path -> content of every file."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+# -- arrays -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [(8, 64, 64), (4, 16, 24)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_boxes_equal_zarrs(tmp_path, shape, chunk):
+    volume, label = make_volume(shape), make_label(shape, np.uint16)
+    record = store.write_scan(tmp_path, "a", volume, AFFINE, label=label, chunk=chunk)
+    rng = np.random.default_rng(1)
+    for reader, path in [
+        (store.open_volume(tmp_path, record), "0"),
+        (store.open_label(tmp_path, record), "labels/organs/0"),
+    ]:
+        array = zarr.open_array(tmp_path / "scans/a" / path, mode="r")
+        np.testing.assert_array_equal(array[:], volume if path == "0" else label)
+        for _ in range(40):
+            corners = np.sort([rng.integers(0, size + 1, 2) for size in shape], axis=1)
+            expected = array[tuple(slice(*corner) for corner in corners)]
+            found = reader.read(corners)
+            assert found.dtype == expected.dtype and found.flags.c_contiguous
+            np.testing.assert_array_equal(found, expected)
+        out = np.full([s + 2 for s in shape], 99, array.dtype)
+        reader.read(np.array([(0, s) for s in shape]), out=out[1:-1, 1:-1, 1:-1])
+        np.testing.assert_array_equal(out, np.pad(array[:], 1, constant_values=99))
+
+
+def test_one_shard_with_the_stated_codecs_and_ome_attributes(tmp_path):
+    store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE, label=make_label(SHAPES[0]))
+    assert sorted(name for name in tree(tmp_path) if "/c/" in name) == [
+        "scans/a/0/c/0/0/0",
+        "scans/a/labels/organs/0/c/0/0/0",
+    ]
+    group = zarr.open_group(tmp_path / "scans/a", mode="r")
+    assert group["0"].chunks == (8, 64, 64) and group["0"].shards == (16, 128, 192)
+    assert [type(c).__name__ for c in group["0"].compressors] == ["BloscCodec", "Crc32cCodec"]
+    ome = group.attrs["ome"]
+    assert ome["version"] == "0.5" and [axis["name"] for axis in ome["multiscales"][0]["axes"]] == ["z", "y", "x"]
+    level = ome["multiscales"][0]["datasets"][0]
+    assert level == {"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [2.5, 0.8, 0.7]}]}
+    assert group["labels"].attrs["ome"]["labels"] == ["organs"]
+    assert group["labels/organs"].attrs["ome"]["multiscales"][0]["datasets"][0]["path"] == "0"
+
+
+def test_chunks_that_were_never_written_are_filled(tmp_path):
+    sparse = np.zeros(SHAPES[0], np.int16)
+    record = store.write_scan(tmp_path, "a", sparse, AFFINE)
+    assert (store.open_volume(tmp_path, record)._index != shard.MISSING).all()  # ours are all written
+    sparse[3, 66, 5] = 7
+    array = zarr.open_array(tmp_path / "scans/a/0", mode="r+")
+    array[:] = sparse  # opened again, zarr leaves out chunks of the fill value
+    reader = store.open_volume(tmp_path, record)
+    assert (reader._index == shard.MISSING).all(-1).sum() == 11
+    np.testing.assert_array_equal(reader.read(np.array([(0, s) for s in SHAPES[0]])), sparse)
+
+
+@pytest.mark.parametrize("box", [[(-1, 3), (0, 5), (0, 5)], [(0, 3), (0, 71), (0, 5)], [(0, 3), (5, 4), (0, 5)]])
+def test_a_box_beyond_the_array_is_refused(tmp_path, box):
+    reader = store.open_volume(tmp_path, store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE))
+    with pytest.raises(ValueError, match=r"reaches beyond the volume of a, shape \(13, 70, 131\)"):
+        reader.read(np.array(box))
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    volume = make_volume(SHAPES[0])
+    record = store.write_scan(tmp_path, "scan_7", volume, AFFINE)
+    path = tmp_path / "scans/scan_7/0/c/0/0/0"
+    whole, content = np.array([(0, s) for s in volume.shape]), path.read_bytes()
+    rng = np.random.default_rng(0)
+    footer = range(len(content) - 12 * 16 - 4, len(content))
+    for place in itertools.chain(rng.integers(0, footer.start, 60), footer):
+        broken = bytearray(content)
+        broken[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(broken)
+        with pytest.raises(RuntimeError, match=r"volume of scan 'scan_7' .*chunk.*run prepare again"):
+            store.open_volume(tmp_path, record).read(whole)
+
+
+def test_a_damaged_chunk_is_named_and_the_others_can_be_read(tmp_path):
+    volume = make_volume(SHAPES[0])
+    record = store.write_scan(tmp_path, "a", volume, AFFINE)
+    path = tmp_path / "scans/a/0/c/0/0/0"
+    offset = int(store.open_volume(tmp_path, record)._index[1, 0, 2, 0])
+    content = bytearray(path.read_bytes())
+    content[offset + 100] ^= 4
+    path.write_bytes(content)
+    reader = store.open_volume(tmp_path, record)
+    np.testing.assert_array_equal(reader.read(np.array([(0, 8), (0, 70), (0, 131)])), volume[:8])
+    with pytest.raises(RuntimeError, match=r"chunk \(1, 0, 2\)"):
+        reader.read(np.array([(0, 9), (0, 1), (0, 131)]))
+
+
+@pytest.mark.parametrize("left", [0, 3, 100, 0.5, -1, -200])
+def test_a_cut_shard_is_noticed(tmp_path, left):
+    record = store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    path = tmp_path / "scans/a/0/c/0/0/0"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(left * len(content)) if isinstance(left, float) else left])
+    with pytest.raises(RuntimeError, match="cut off or damaged"):
+        store.open_volume(tmp_path, record)
+    path.unlink()
+    with pytest.raises(RuntimeError, match="'a' cannot be opened"):
+        store.open_volume(tmp_path, record)
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_record_equals_numpys_answers(tmp_path):
+    volume = np.full((6, 30, 40), -1000, np.int16)
+    volume[1:5, 4:20, 7:33] = make_volume((4, 16, 26))
+    volume[1, 4, 7] = volume[4, 19, 32] = 100
+    label = np.zeros(volume.shape, np.uint16)
+    label[2:4, 5:9, 6:10] = 300
+    label[5, 29, 0] = 2
+    record = store.write_scan(
+        tmp_path, "a", volume, AFFINE, label=label, labelled=(300, 2, 5), split="test", hu_window=(-160, 240)
+    )
+    clipped = volume.astype(np.float64).clip(-160, 240)
+    assert record.mean_hu == pytest.approx(clipped.mean(), rel=1e-12)
+    assert record.std_hu == pytest.approx(clipped.std(), rel=1e-12)
+    assert record.foreground_box == (1, 5, 4, 20, 7, 33)
+    assert record.label_boxes == {2: (5, 6, 29, 30, 0, 1), 300: (2, 4, 5, 9, 6, 10)}
+    assert record.label_voxels == {2: 1, 300: 32}
+    assert record.labelled == (2, 5, 300)
+    assert record.spacing_mm == pytest.approx((2.5, 0.8, 0.7)) and record.affine == tuple(AFFINE.ravel())
+    assert record.content_hash == hashlib.sha256(volume.tobytes()).hexdigest()
+    assert store.read_records(tmp_path) == {"a": record}
+
+
+def test_foreground_begins_above_minus_500_and_a_volume_of_air_is_its_own(tmp_path):
+    volume = np.full((2, 3, 4), -1000, np.int16)
+    volume[0, 0, 0] = -500
+    record = store.write_scan(tmp_path, "a", volume, AFFINE)
+    assert record.foreground_box == (0, 2, 0, 3, 0, 4)
+    volume[1, 2, 3] = -499
+    assert store.write_scan(tmp_path, "b", volume, AFFINE).foreground_box == (1, 2, 2, 3, 3, 4)
+    assert record.label_metadata is None and record.label_boxes == {} and record.labelled == ()
+
+
+def test_index_comes_back_and_does_not_depend_on_the_order(tmp_path):
+    scans = {"b": None, "a": make_label(SHAPES[0]), "c": make_label(SHAPES[0], seed=1)}
+    for name, order in (("one", "abc"), ("two", "cab")):
+        for scan_id in order:
+            store.write_scan(
+                tmp_path / name, scan_id, make_volume(SHAPES[0]), AFFINE, label=scans[scan_id], split="train"
+            )
+        written = store.write_index(tmp_path / name, {"x": 3, "y": 1, "z": 2}, (-1024.0, 325.0))
+        index = store.read_index(tmp_path / name)
+        assert index == written and index.store == str(tmp_path / name)
+        assert [scan.scan_id for scan in index.scans] == ["a", "b", "c"]
+        assert [scan.scan_id for scan in index.labelled("train")] == ["a", "c"] and not index.labelled("test")
+        assert list(index.label_values) == [1, 2, 3]
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_updated_record_is_in_the_index(tmp_path):
+    record = store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    store.update_record(tmp_path, replace(record, split="test"))
+    assert store.write_index(tmp_path, {}, (0, 1)).scans == (replace(record, split="test"),)
+    assert zarr.open_group(tmp_path / "scans/a", mode="r").attrs["ome"]["version"] == "0.5"
+
+
+def test_a_failed_write_leaves_the_old_scan_and_nothing_else(tmp_path, monkeypatch):
+    record = store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    before = tree(tmp_path)
+
+    def full(*args):
+        Path(args[0]).mkdir()
+        (Path(args[0]) / "half").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(store, "write_array", full)
+        store.write_scan(tmp_path, "a", make_volume(SHAPES[0], seed=1), AFFINE)
+    assert tree(tmp_path) == before and not list((tmp_path / ".part").iterdir())
+    again = store.write_scan(tmp_path, "a", make_volume(SHAPES[0], seed=1), AFFINE)
+    assert again.content_hash != record.content_hash and not list((tmp_path / ".part").iterdir())
+
+
+def test_what_is_not_a_whole_store_is_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match="is not a store"):
+        store.read_index(tmp_path / "none")
+    store.write_settings(tmp_path, {}, (0, 1))
+    with pytest.raises(ValueError, match="run prepare to its end"):
+        store.read_index(tmp_path)
+    store.write_index(tmp_path, {}, (0, 1))
+    with pytest.raises(ValueError, match="holds no scan"):
+        store.read_index(tmp_path)
+    settings = json.loads((tmp_path / "store.json").read_text())
+    (tmp_path / "store.json").write_text(json.dumps(settings | {"format": 2}))
+    with pytest.raises(ValueError, match="format 2, this version reads 1"):
+        store.read_index(tmp_path)
+
+
+def test_a_record_that_is_cut_off_does_not_count(tmp_path):
+    store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    store.write_scan(tmp_path, "b", make_volume(SHAPES[0]), AFFINE)
+    path = tmp_path / "scans/a/zarr.json"
+    path.write_bytes(path.read_bytes()[:200])
+    assert list(store.read_records(tmp_path)) == ["b"]
+
+
+@pytest.mark.parametrize(
+    "volume, label",
+    [
+        (make_volume((4, 4, 4)).astype(np.float32), None),
+        (make_volume((4, 4)), None),
+        (make_volume((4, 4, 4)), make_label((4, 4, 5))),
+        (make_volume((4, 4, 4)), make_label((4, 4, 4), np.int16)),
+    ],
+)
+def test_wrong_arrays_are_refused(tmp_path, volume, label):
+    with pytest.raises(ValueError, match="expected"):
+        store.write_scan(tmp_path, "a", volume, AFFINE, label=label)
+    assert not list(tmp_path.iterdir())
