@@ -217,6 +217,8 @@ class PretrainConfig(Section):
     """Folder of the run; the same command again continues an interrupted run."""
     seed: int = 0
     """Seed of priors, augmentation and initialisation."""
+    split: str | None = None
+    """Split of the index to train on; none: all scans, labelled or not."""
     epochs: Positive = 500
     """Passes over the scans."""
     max_steps: Positive | None = None

@@ -76,10 +76,15 @@ def run(config: DemoConfig) -> Result:
 
 
 def _pretraining(config: DemoConfig, store: str, run: str, shared: dict) -> PretrainConfig:
-    values = {"index": store, "run": run, "seed": config.seed, "max_steps": config.pretrain_steps}
-    values |= {"global_batch_size": 16, "views": {"size": [16, 48, 48]}, "train": TRAIN}
+    values = {"index": store, "run": run, "seed": config.seed, "split": "train"}
+    values |= {
+        "max_steps": config.pretrain_steps,
+        "global_batch_size": 16,
+        "views": {"size": [16, 48, 48]},
+        "train": TRAIN,
+    }
     values |= {"encoder": ENCODER, "heads": {"hidden": 256, "out": 64}, "ema_decay": 0.99}
-    # LARS moves a weight by lr / 1000 of its norm a step: over 150 steps instead of 7,000 the paper's 0.2 would not train
+    # LARS moves a weight by lr / 1000 of its norm a step: in 150 steps instead of 7,000 the paper's 0.2 trains nothing
     return build(PretrainConfig, {**values, "optim": {"lr": 4.0}, **shared})
 
 

@@ -7,6 +7,7 @@ upwards is the coronal one with the head up.
 
 import base64
 import io
+import math
 from typing import NamedTuple
 
 import matplotlib
@@ -22,9 +23,9 @@ from pgl_ray.prior import Geometry, interpolation_matrices, overlap_box, scan_to
 
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")  # Okabe-Ito
 VIEW_COLORS, OVERLAP_COLOR = ("#56B4E9", "#E69F00"), "#F0E442"
-ORGAN_COLORS = (  # Okabe-Ito, then Tol's muted scheme; figures number the organs, too
+ORGAN_COLORS = (  # Okabe-Ito, then of Tol's muted scheme what stays apart from it; figures number the organs, too
     *("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
-    *("#88CCEE", "#999933", "#AA4499", "#117733", "#882255", "#DDCC77", "#332288", "#CC6677", "#44AA99"),
+    *("#882255", "#999933", "#332288", "#AA4499", "#117733", "#DDCC77", "#CC6677", "#44AA99", "#88CCEE"),
 )
 DISPLAY_HU = (-200.0, 300.0)  # soft tissue; for the eye alone
 VIEW_DISPLAY_HU = (-500.0, 325.0)  # views differ in brightness by design: a wider window keeps both readable
@@ -351,9 +352,10 @@ def overlay(shown: Overlay, values: tuple[int, ...]) -> Figure:
     """
     panels = [("scan", None, None), ("true", shown.true, None), *shown.predictions]
     height, width = shown.image.shape[0] * shown.unit_mm[1], shown.image.shape[1] * shown.unit_mm[2]
-    figure = Figure(figsize=(2.4 * len(panels), 2.4 * height / width + 0.25))
+    columns, rows = min(len(panels), 4), math.ceil(len(panels) / 4)
+    figure = Figure(figsize=(2.4 * columns, rows * (2.4 * height / width + 0.25)))
     for k, (title, label, wrong) in enumerate(panels):
-        ax = figure.add_subplot(1, len(panels), k + 1)
+        ax = figure.add_subplot(rows, columns, k + 1)
         _show(ax, shown.image, AXIAL, shown.unit_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
         ax.set_title(title)
         if label is None:
@@ -364,8 +366,8 @@ def overlay(shown: Overlay, values: tuple[int, ...]) -> Figure:
             paint[label == value] = to_rgba(organ_color(number), 0.55)
         _show(ax, paint, AXIAL, shown.unit_mm, interpolation="nearest")
         if wrong is not None and wrong.any():
-            rows, columns = (np.arange(size) + 0.5 for size in wrong.shape)
-            ax.contour(columns, rows, wrong, [0.5], colors="white", linewidths=0.6)
+            y, x = (np.arange(size) + 0.5 for size in wrong.shape)
+            ax.contour(x, y, wrong, [0.5], colors="white", linewidths=0.6)
         _numbers(ax, label, values)
     return figure
 

@@ -40,7 +40,7 @@ def run(config: PretrainConfig) -> Result:
     facts = {
         "num_parameters": sum(p.numel() for p in model.online["encoder"].parameters()),
         "num_steps": plan.num_steps,
-        "store": {"num_scans": len(index.scans), "labels": index.labels, "hu_window": index.hu_window},
+        "store": {"num_scans": len(plan.scan_ids), "labels": index.labels, "hu_window": index.hu_window},
     }
     folder = checkpoint.open_run(config, "pretrain", facts)
     done = checkpoint.committed_step(folder)
@@ -49,7 +49,7 @@ def run(config: PretrainConfig) -> Result:
         renderer = stream.PairRenderer(index.store, plan.scan_ids, config.seed, config.views, config.intensity)
         feed = partial(stream.dataset, plan, renderer, config.train.num_workers, num_cpus=launch.RENDER_CPUS)
         worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
-        print(f"pretrain: {len(index.scans)} scans, steps {done} to {plan.num_steps}, {folder}", flush=True)
+        print(f"pretrain: {len(plan.scan_ids)} scans, steps {done} to {plan.num_steps}, {folder}", flush=True)
         launch.fit(worker, {**worker_config, "plan": plan}, feed, config.train, folder, plan.num_steps)
     losses = [row["train/loss"] for row in checkpoint.read_metrics(folder) if "train/loss" in row]
     return Result(folder, plan.num_steps, losses[-1], done >= plan.num_steps)
@@ -69,7 +69,10 @@ def build_model(config: PretrainConfig) -> Pgl:
 
 
 def _plan(config: PretrainConfig, index: store.Index) -> stream.Plan:
-    ids = [scan.scan_id for scan in index.scans]
+    ids = [scan.scan_id for scan in index.scans if config.split in (None, scan.split)]
+    if not ids:
+        has = sorted({scan.split for scan in index.scans})
+        raise ValueError(f"index={config.index} has no scan in split={config.split!r}; it has: {has}")
     batch = config.global_batch_size
     return stream.Plan.make(ids, config.pairs_per_scan, batch, config.epochs, config.max_steps, config.seed)
 

@@ -279,8 +279,7 @@ def fit_linear(features: Tensor, classes: Tensor, num_classes: int) -> tuple[Ten
         value.backward()
         return value
 
-    with torch.enable_grad():
-        optimizer.step(loss)
+    optimizer.step(loss)
     return weight.detach(), bias.detach()
 
 

@@ -243,6 +243,8 @@ def sentences(runs: list[Run], alike: bool) -> list[str]:
     lines = (
         [] if alike else ["The runs were scored on different scans or organs: the sentences below use the common ones."]
     )
+    if len({run.summary["index"] for run in runs}) > 1:
+        lines.append("The runs were scored on different stores: scans are matched by name.")
     for run in runs:
         seen = set(run.record["scans"]["train"]) & {row["scan_id"] for row in run.scores}
         if seen and run.summary["index"] == os.path.abspath(run.config["index"]):

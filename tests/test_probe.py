@@ -19,6 +19,15 @@ HU_WINDOW = (-1000.0, 400.0)
 TINY = {"depths": (1, 1, 1, 1), "width": 4}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class OneMap(torch.nn.Module):
     """An encoder of five maps; each is the input at every stride-th voxel, after `transform`."""
 
@@ -72,6 +81,49 @@ def test_planted_features_are_read_perfectly(planted):
     assert result.balanced_accuracy == 1
     assert result.recall == dict.fromkeys(("background", *LABELS), 1)
     assert (result.num_train_scans, result.num_test_scans, result.init) == (3, 2, "random")
+
+
+def test_scale_and_offset_of_the_features_do_not_matter(planted):
+    """Faint, far from zero, and one feature constant."""
+
+    def disguised(x):
+        return torch.cat([1e-3 * bins(x) + 0.5, torch.full_like(x, 1e5)], 1)
+
+    result = probe.probe_encoder(OneMap(disguised, 34, ((1, 1, 1),) * 5), planted, config(planted.store))
+    assert result.balanced_accuracy == 1
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """Attenuations that overlap; the scans to test on are brighter."""
+    folder = tmp_path_factory.mktemp("noisy")
+    write_store(folder, lambda label, rng: 40 * label.astype(int) - 200 + rng.normal(0, 100, label.shape))
+    for number in (3, 4):
+        rng = np.random.default_rng(number)
+        label = rng.choice(np.array([0, 5, 9, 9, 9], np.uint8), SHAPE)
+        volume = (40 * label.astype(int) - 100 + rng.normal(0, 100, SHAPE)).astype(np.int16)
+        kept = {"labelled": (2, 5, 9), "split": "val", "hu_window": HU_WINDOW}
+        write_scan(folder, f"s{number}", volume, np.eye(4), label=label, **kept)
+    return write_index(folder, LABELS, HU_WINDOW)
+
+
+def test_recall_of_a_standardised_ridge_classifier(noisy):
+    """The whole probe against numpy: training statistics for both sets, absent classes left out of the mean."""
+    encoder = OneMap(lambda x: torch.cat([1e-3 * x + 0.5, x**2, x.sin()], 1), 3, ((1, 1, 1),) * 5)
+    settings = config(noisy.store)
+    result = probe.probe_encoder(encoder, noisy, settings)
+    sets = probe.choose_scans(noisy, settings)
+    (x, y), (x_test, y_test) = (
+        [np.concatenate(parts) for parts in zip(*[probe.scan_features(encoder, noisy, s, settings) for s in scans])]
+        for scans in sets
+    )
+    weight, bias = probe.fit_linear(torch.from_numpy((x - x.mean(0)) / x.std(0)), torch.from_numpy(y), 4)
+    found = ((x_test - x.mean(0)) / x.std(0) @ weight.numpy() + bias.numpy()).argmax(1)
+    assert set(result.recall) == {"background", "liver", "spleen"}  # no kidney to test on
+    for k, name in ((0, "background"), (2, "liver"), (3, "spleen")):
+        assert result.recall[name] == pytest.approx((found == k)[y_test == k].mean(), abs=0.03)
+    assert result.balanced_accuracy == pytest.approx(np.mean(list(result.recall.values())))
+    assert 0.3 < result.balanced_accuracy < 0.9
 
 
 def test_labels_without_relation_to_the_voxels_give_chance(tmp_path):

@@ -325,6 +325,12 @@ def test_a_lead_from_other_scans_is_turned_round(tmp_path, scans):
     assert sentence.startswith("run0 against run1: -0.100 Dice, more than the noise of 2 scans")
 
 
+def test_different_stores_are_called_out(tmp_path, scans):
+    folders = [finetuned(tmp_path / f"run{i}", index, [0.5, 0.6]) for i, index in enumerate((scans, tmp_path / "x"))]
+    lines = tables.comparison(tables.read_runs([str(folder) for folder in folders]))["sentences"]
+    assert "different stores" in lines[0] and "+0.000 Dice, within the noise" in lines[1]
+
+
 def test_scores_on_training_scans_are_called_out(tmp_path, scans):
     folder = finetuned(tmp_path / "run", scans, [0.5, 0.6])
     record = json.loads((folder / "run.json").read_text())

@@ -1,0 +1,107 @@
+"""Run folders and checkpoints: what is continued, what is refused, what is read back."""
+
+import json
+
+import pytest
+import torch
+
+from pgl_ray.config import PretrainConfig, load
+from pgl_ray.model.resnet import Encoder
+from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train import checkpoint
+from pgl_ray.train.launch import Progress, _first_cause
+
+
+def config(run, *args) -> PretrainConfig:
+    return load(PretrainConfig, ["index=s", f"run={run}", *args])
+
+
+def test_a_run_is_continued_by_its_own_config_only(tmp_path):
+    folder = checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"num_steps": 3})
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert (record["door"], record["num_steps"], record["config"]["epochs"]) == ("pretrain", 3, 500)
+    assert load(PretrainConfig, [f"{folder}/config.yaml"]) == config(tmp_path / "r")
+    more_workers = config(tmp_path / "r", "train.num_workers=2", "ray.num_cpus=8")
+    assert checkpoint.open_run(more_workers, "pretrain", {}) == folder
+    with pytest.raises(ValueError, match=r"another optim.lr \(0.2 there, 0.3 here\)"):
+        checkpoint.open_run(config(tmp_path / "r", "optim.lr=0.3"), "pretrain", {})
+    with pytest.raises(ValueError, match="is a pretrain run"):
+        checkpoint.open_run(config(tmp_path / "r"), "finetune", {})
+
+
+def test_a_folder_with_other_files_is_not_a_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not a run of pgl_ray"):
+        checkpoint.open_run(config(tmp_path), "pretrain", {})
+
+
+def test_only_committed_checkpoints_count(tmp_path):
+    (tmp_path / "checkpoint_00000008").mkdir()  # on disk, but the controller never heard of it
+    assert checkpoint.committed(tmp_path) is None and checkpoint.committed_step(tmp_path) == 0
+    latest = {"checkpoint_dir_name": "checkpoint_00000004", "metrics": {"step": 4}}
+    (tmp_path / checkpoint.SNAPSHOT).write_text(json.dumps({"latest_checkpoint_result": latest}))
+    assert checkpoint.committed(tmp_path) == (tmp_path / "checkpoint_00000004", 4)
+
+
+def test_metrics_after_the_restart_step_are_written_again(tmp_path):
+    first = checkpoint.Metrics(str(tmp_path), 0)
+    for step in (2, 4, 6):
+        first.write(step, **{"train/loss": step / 10})
+    first.close()
+    with checkpoint.metrics_path(tmp_path).open("a") as file:
+        file.write('{"step": 8, "train/lo')  # killed while writing
+    second = checkpoint.Metrics(str(tmp_path), 4)
+    second.write(6, **{"train/loss": 9.0})
+    second.close()
+    rows = checkpoint.read_metrics(tmp_path)
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(2, 0.2), (4, 0.4), (6, 9.0)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of a tiny encoder, as the doors write them."""
+    folder = tmp_path_factory.mktemp("saved")
+    settings = {"depths": [1, 1, 1, 1], "width": 8, "stage_strides": "late"}
+    encoder = Encoder(**settings)
+    segmenter = Segmenter(encoder, 3)
+    meta = {"door": "pretrain", "encoder": settings, "hu_window": [-1024.0, 325.0]}
+    weights = {f"online.encoder.{key}": value for key, value in encoder.state_dict().items()}
+    torch.save({"model": weights | {"predictor.0.weight": torch.zeros(1)}, "meta": meta}, folder / "pgl.pt")
+    tuned = meta | {"door": "finetune", "num_outputs": 3}
+    torch.save({"model": segmenter.state_dict(), "meta": tuned}, folder / "tuned.pt")
+    return folder, segmenter
+
+
+def test_encoder_and_segmenter_are_read_back_exactly(saved):
+    folder, segmenter = saved
+    x = torch.randn(1, 1, 16, 32, 48, generator=torch.Generator().manual_seed(0))
+    expected = segmenter.eval()(x)
+    for file in ("pgl.pt", "tuned.pt"):
+        encoder, meta = checkpoint.load_encoder(str(folder / file))
+        torch.testing.assert_close(encoder.eval()(x)[-1], segmenter.encoder(x)[-1])
+        assert meta["encoder"]["width"] == 8
+    model, _ = checkpoint.load_segmenter(str(folder / "tuned.pt"))
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_another_architecture_is_refused(saved):
+    expected = {"depths": [1, 1, 1, 1], "width": 16, "stage_strides": "late"}
+    with pytest.raises(ValueError, match="'width': 16"):
+        checkpoint.load_encoder(str(saved[0] / "pgl.pt"), expected)
+    with pytest.raises(ValueError, match="give a fine-tuning run"):
+        checkpoint.load_segmenter(str(saved[0] / "pgl.pt"))
+
+
+def test_damaged_and_malicious_files_are_refused(saved, tmp_path):
+    (tmp_path / "cut.pt").write_bytes((saved[0] / "pgl.pt").read_bytes()[:3000])
+    torch.save({"model": {}, "meta": Progress}, tmp_path / "code.pt")  # a pickled class of ours: never executed
+    for name in ("cut.pt", "code.pt"):
+        with pytest.raises(ValueError, match="damaged or no pgl_ray checkpoint"):
+            checkpoint.read_state(tmp_path / name)
+
+
+def test_first_cause_is_the_rank_that_failed_by_itself():
+    class Failed(Exception):
+        worker_failures = {0: RuntimeError("[gloo] peer closed"), 1: RuntimeError("Traceback\n  x\nValueError: mine")}  # noqa: RUF012
+
+    assert _first_cause(Failed()) == "worker 1 failed: ValueError: mine"
