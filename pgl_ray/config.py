@@ -411,7 +411,7 @@ class DemoConfig(Section):
     """Labelled phantoms for fine-tuning, one of them for validation."""
     num_test: Positive = 6
     """Labelled phantoms for the comparison."""
-    pretrain_steps: Positive = 150
+    pretrain_steps: Positive = 120
     """Steps of PGL pre-training."""
     finetune_steps: Positive = 120
     """Steps of each fine-tuning."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from pgl_ray.data.canvas import COAT_MM, WARP_MM, Canvas, Pose
 from pgl_ray.data.phantom import ORGANS, make_phantom, write_phantoms
 
 SEEDS = range(12)
@@ -115,6 +116,47 @@ def test_brightness_alone_does_not_give_the_labels(phantoms):
     assert 0.1 < accuracy < 0.5
 
 
+@pytest.fixture(scope="module")
+def canvas():
+    pose = Pose(np.array([1.1, 0.9, 1.05]), np.array([20.0, -30.0, 10.0]), roll=25, pitch=-20)
+    return Canvas(np.random.default_rng(0), (30, 50, 40), (6.0, 5.0, 7.0), -1000, pose)
+
+
+def test_deformed_coordinates_keep_place_size_and_turn(canvas):
+    """The middle of the grid, less the shift, is the body's origin; steps along an axis are turned and scaled."""
+    place = np.stack([canvas.z, canvas.y, canvas.x])
+    roll, pitch = np.deg2rad((25, -20))
+    about_z = np.array([[1, 0, 0], [0, np.cos(roll), np.sin(roll)], [0, -np.sin(roll), np.cos(roll)]])
+    about_x = np.array([[np.cos(pitch), np.sin(pitch), 0], [-np.sin(pitch), np.cos(pitch), 0], [0, 0, 1]])
+    steps = np.indices(canvas.hu.shape).reshape(3, -1) - np.array([[14.5], [24.5], [19.5]])
+    straight = steps * np.array([[6.0], [5.0], [7.0]]) - np.array([[20.0], [-30.0], [10.0]])
+    expected = about_x @ about_z @ (straight / np.array([[1.1], [0.9], [1.05]]))
+    off = np.abs(place.reshape(3, -1) - expected).max(1)
+    assert (off > 2).all() and (off < np.array(WARP_MM) + 0.01).all()
+
+
+def test_brushes_hold_every_voxel_of_their_shape(canvas):
+    """Against the shape's equation on the whole grid; shapes all over it, partly outside."""
+    rng = np.random.default_rng(1)
+    place = np.stack([canvas.x, canvas.y, canvas.z], -1)
+    for _ in range(8):
+        center, radii = rng.uniform(-90, 90, 3), rng.uniform(8, 40, 3)
+        turn, tilt = np.deg2rad(rng.uniform(-60, 60, 2))
+        axes = np.array([[np.cos(turn), np.sin(turn), 0], [-np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
+        axes = np.array([[np.cos(tilt), 0, np.sin(tilt)], [0, 1, 0], [-np.sin(tilt), 0, np.cos(tilt)]]) @ axes
+        inside = (((place - center) @ axes.T / radii) ** 2).sum(-1) < 1
+        painted = canvas.ellipsoid(center, radii, *np.rad2deg((turn, tilt))) < 0
+        assert (painted != inside).sum() <= 1 and np.isfinite(canvas.ellipsoid(center, radii)).all()
+
+        points = np.column_stack([rng.uniform(-90, 90, (3, 3)), rng.uniform(5, 20, 3)])
+        beads = np.concatenate([np.linspace(a, b, 60) for a, b in pairwise(points)])
+        distance = (np.linalg.norm(place[..., None, :] - beads[:, :3], axis=-1) - beads[:, 3]).min(-1)
+        tube = canvas.tube(points)
+        near = distance < COAT_MM - 1
+        assert np.abs(tube - distance)[near].max(initial=0) < 2.5  # round cones against beads
+        assert (tube[~near] > COAT_MM - 4).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (30, 60, 200)])
 def test_any_grid(shape):
     phantom = make_phantom(0, shape, (4.0, 6.0, 2.0))
@@ -153,6 +195,7 @@ def test_rerun_leaves_whole_files_and_mends_damaged_ones(tmp_path):
     counts = {"num_unlabelled": 1, "num_labelled": 1, "num_test": 0, "seed": 0}
     write_phantoms(tmp_path, **counts, **SMALL)
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()}
+    assert all(content[4:8] == bytes(4) for p, (_, content) in before.items() if p.suffix == ".gz")  # no time of day
     damaged = tmp_path / "imagesTr/phantom_001_0000.nii.gz"
     damaged.write_bytes(b"cut short")
     write_phantoms(tmp_path, **counts, **SMALL)

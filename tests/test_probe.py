@@ -109,7 +109,7 @@ def noisy(tmp_path_factory):
 
 def test_recall_of_a_standardised_ridge_classifier(noisy):
     """The whole probe against numpy: training statistics for both sets, absent classes left out of the mean."""
-    encoder = OneMap(lambda x: torch.cat([1e-3 * x + 0.5, x**2, x.sin()], 1), 3, ((1, 1, 1),) * 5)
+    encoder = OneMap(lambda x: 1e-3 * x + 0.5, 1, ((1, 1, 1),) * 5)
     settings = config(noisy.store)
     result = probe.probe_encoder(encoder, noisy, settings)
     sets = probe.choose_scans(noisy, settings)
@@ -121,7 +121,7 @@ def test_recall_of_a_standardised_ridge_classifier(noisy):
     found = ((x_test - x.mean(0)) / x.std(0) @ weight.numpy() + bias.numpy()).argmax(1)
     assert set(result.recall) == {"background", "liver", "spleen"}  # no kidney to test on
     for k, name in ((0, "background"), (2, "liver"), (3, "spleen")):
-        assert result.recall[name] == pytest.approx((found == k)[y_test == k].mean(), abs=0.03)
+        assert result.recall[name] == pytest.approx((found == k)[y_test == k].mean(), abs=0.01)
     assert result.balanced_accuracy == pytest.approx(np.mean(list(result.recall.values())))
     assert 0.3 < result.balanced_accuracy < 0.9
 
