@@ -160,8 +160,9 @@ def comparison(runs: list[Run]) -> dict[str, Any]:
     for score, organ in columns:
         known = [value for run in runs if (value := mean_score(run, score, organ)) is not None]
         lower = score in LOWER_IS_BETTER
-        comparable = alike and len(runs) > 1 and known and not (lower and any(unscored))
-        best.append((min if lower else max)(known) if comparable else None)
+        comparable = alike and not (lower and any(unscored))
+        differ = len(set(known)) > 1  # equal values, as two organs nobody found, have no best
+        best.append((min if lower else max)(known) if comparable and differ else None)
     rows = []
     for run, missed in zip(runs, unscored):
         cells = [_cell(run, *column, top) for column, top in zip(columns, best)]
