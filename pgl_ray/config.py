@@ -244,6 +244,17 @@ class PretrainConfig(Section):
         return self
 
 
+class BenchConfig(PretrainConfig):
+    """Where the time of a pre-training goes: rendering views against the training step, on this machine."""
+
+    run: str = ""
+    """Not used: nothing is kept."""
+    bench_pairs: Positive = 8
+    """View pairs per timed batch."""
+    bench_repeats: Positive = 3
+    """Timed batches; the median counts."""
+
+
 class FinetuneConfig(Section):
     """Supervised training of the segmentation network (paper, Sec. 5.1 and Appendix B)."""
 
@@ -383,6 +394,15 @@ class TuneConfig(Section):
     seed: int = 0
     """Seed of the draws."""
     ray: RayConfig = RayConfig()
+
+
+class ExportConfig(Section):
+    """A run's weights as safetensors, for use without pgl_ray."""
+
+    run: str
+    """Pre-training run (its encoder) or fine-tuning run (its segmentation network)."""
+    output: str
+    """File to write, *.safetensors."""
 
 
 class ReportConfig(Section):

@@ -97,7 +97,7 @@ def _probe(config: DemoConfig, store: str, pgl: str, init: str) -> ProbeConfig:
 def _finetuning(config: DemoConfig, store: str, pgl: str, init: str, run: str, shared: dict) -> FinetuneConfig:
     values = {"index": store, "run": run, "seed": config.seed, "init": pgl if init == "pgl" else "random"}
     values |= {"encoder": ENCODER, "max_steps": config.finetune_steps, "num_scans": config.num_labelled}
-    # No flips: so few steps cannot learn left from right in mirrored bodies. Eq. 12 divides by the classes: a high rate.
+    # No flips: so few steps cannot learn left from right in mirrored bodies. Eq. 12 divides by the classes: high rate.
     values |= {"patch": {"size": [24, 64, 64], "crop_scale": [0.9, 1.1], "flip_prob": 0}, "optim": {"lr": 2.0}}
     values |= {"foreground_share": 0.8, "global_batch_size": 4, "validate_every": 8, "patience": 100, "train": TRAIN}
     return build(FinetuneConfig, {**values, **shared})

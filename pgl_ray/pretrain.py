@@ -35,7 +35,7 @@ def run(config: PretrainConfig) -> Result:
         FailedRun: training failed.
     """
     index = store.read_index(config.index)
-    plan = _plan(config, index)
+    plan = make_plan(config, index)
     model = build_model(config)
     facts = {
         "num_parameters": sum(p.numel() for p in model.online["encoder"].parameters()),
@@ -68,7 +68,12 @@ def build_model(config: PretrainConfig) -> Pgl:
     return model
 
 
-def _plan(config: PretrainConfig, index: store.Index) -> stream.Plan:
+def make_plan(config: PretrainConfig, index: store.Index) -> stream.Plan:
+    """Which scan is drawn when.
+
+    Raises:
+        ValueError: no scan in the split, or not one whole batch.
+    """
     ids = [scan.scan_id for scan in index.scans if config.split in (None, scan.split)]
     if not ids:
         has = sorted({scan.split for scan in index.scans})

@@ -11,7 +11,7 @@ from pgl_ray.data import store
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 
-DOORS = ["prepare", "pretrain", "finetune", "evaluate", "predict", "probe", "tune", "report", "demo"]
+DOORS = ["prepare", "pretrain", "finetune", "evaluate", "predict", "probe", "tune", "bench", "export", "report", "demo"]
 
 
 def call(monkeypatch, capsys, door, *args) -> tuple[int, str]:
@@ -52,7 +52,7 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     settings = {"depths": [1, 1, 1, 1], "width": 8, "stage_strides": "early"}
     encoder = Encoder(**settings)
     weights = {f"online.encoder.{key}": value for key, value in encoder.state_dict().items()}
-    meta = {"door": "pretrain", "encoder": settings, "hu_window": [-1024.0, 325.0]}
+    meta = {"door": "pretrain", "encoder": settings, "hu_window": [-1024.0, 325.0], "config": "{}"}
     torch.save({"model": weights, "meta": meta}, folder / "pretrain.pt")
     tuned = meta | {"door": "finetune", "labels": {"spleen": 1}, "task": "multiclass", "num_outputs": 2}
     tuned |= {"patch_size": [16, 64, 64]}
@@ -95,6 +95,9 @@ WRONG = [
     ("predict", ["run={finetune}", "input={tmp}/no.nii.gz", "output={tmp}/o.nii.gz"], "no.nii.gz"),
     ("probe", ["index={unlabelled}"], "label"),
     ("report", ["run={tmp}/nowhere"], "nowhere"),
+    ("export", ["run={pretrain}", "output={tmp}/weights.bin"], ".safetensors"),
+    ("export", ["run={damaged}", "output={tmp}/w.safetensors"], "damaged"),
+    ("bench", ["index={tmp}"], "not a store"),
     ("tune", ["index={labelled}", "run={tmp}/r", "space={{}}"], "space is empty"),
 ]
 
@@ -106,3 +109,27 @@ def test_wrong_use(monkeypatch, capsys, tmp_path, unlabelled, labelled, checkpoi
     assert code == 2, err
     assert message in err and err.startswith(f"pgl_ray.{door}: ") and err.count("\n") == 1
     assert not (tmp_path / "r").exists()  # nothing begun
+
+
+def test_export_gives_monai_every_key_and_says_what_goes_in(monkeypatch, capsys, tmp_path, checkpoints):
+    from monai.networks.nets.resnet import ResNet
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    out = tmp_path / "encoder.safetensors"
+    assert call(monkeypatch, capsys, "export", f"run={checkpoints['pretrain']}", f"output={out}") == (0, "")
+    options = {"conv1_t_size": 7, "conv1_t_stride": (1, 2, 2), "no_max_pool": True, "shortcut_type": "B"}
+    options |= {"feed_forward": False, "bias_downsample": False, "n_input_channels": 1}
+    theirs = ResNet("bottleneck", [1, 1, 1, 1], [8, 16, 32, 64], **options)
+    assert str(theirs.load_state_dict(load_file(out))) == "<All keys matched successfully>"
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["hu_window"] == "[-1024.0, 325.0]" and "D" in file.metadata()["axes"]
+
+
+def test_bench_measures_both_halves(monkeypatch, capsys, labelled):
+    args = ["encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=8", "heads.out=8", "views.size=[16,32,48]"]
+    args += ["bench_pairs=2", "bench_repeats=1", "global_batch_size=2"]
+    monkeypatch.setattr(sys, "argv", ["bench", f"index={labelled}", *args])
+    importlib.import_module("pgl_ray.bench").main()
+    out = capsys.readouterr().out
+    assert "views, one core" in out and "1,000 pairs would take" in out

@@ -18,6 +18,8 @@ MODELS = {
     "probe": c.ProbeConfig,
     "report": c.ReportConfig,
     "tune": c.TuneConfig,
+    "bench": c.BenchConfig,
+    "export": c.ExportConfig,
     "demo": c.DemoConfig,
 }
 REQUIRED = {"index": "s", "run": "r", "source": "s", "store": "s", "input": "i", "output": "o"}

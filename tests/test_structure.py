@@ -9,7 +9,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "pgl_ray"
 ROOMS = {"data", "model", "train"}
 DOORS = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "config", "prior"}
 RAY_ALLOWED = {"data/stream.py", "train/launch.py", "train/checkpoint.py"}
-DOOR_TO_DOOR = {("tune", "pretrain"), ("tune", "finetune"), ("finetune", "evaluate"), ("pretrain", "probe")}
+DOOR_TO_DOOR = {
+    ("tune", "pretrain"),
+    ("tune", "finetune"),
+    ("finetune", "evaluate"),
+    ("pretrain", "probe"),
+    ("bench", "pretrain"),
+}
 DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's two halves, no doors themselves
 
 

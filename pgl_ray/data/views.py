@@ -112,13 +112,13 @@ def normalise(voxels: np.ndarray, window: tuple[float, float], mean: float, std:
     Args:
         voxels: HU, any shape.
         window: HU bounds.
-        mean, std: of the scan's clipped voxels, HU.
+        mean, std: of the scan's clipped voxels, HU; a std below 1 HU (a blank scan) counts as 1, for float16's range.
 
     Returns:
         float32 of the same shape.
     """
     clipped = np.clip(voxels.astype(np.float32), *window)
-    return (clipped - np.float32(mean)) / np.float32(max(std, 1e-3))
+    return (clipped - np.float32(mean)) / np.float32(max(std, 1.0))
 
 
 def read_padded(reader, box: np.ndarray, fill: int) -> np.ndarray:
