@@ -50,6 +50,8 @@ class ViewsConfig(Section):
     none."""
     flip_prob: Share = 0.5
     """Probability of a flip along each axis."""
+    foreground: bool = False
+    """Keep the middle of every crop inside the box around the body; off as in the paper."""
 
     @model_validator(mode="after")
     def _ordered(self):

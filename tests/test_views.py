@@ -45,6 +45,17 @@ def test_fallback_guarantees_overlap():
         assert (lengths > 0).all()
 
 
+def test_foreground_keeps_the_middle_in_the_body():
+    views, body = ViewsConfig(size=(8, 16, 24), foreground=True), (30, 50, 60, 90, 100, 140)
+    for seed in range(50):
+        for prior in v.sample_pair(np.random.default_rng(seed), (100, 200, 300), views, body):
+            middle = (prior.box[:, 0] + prior.box[:, 1]) // 2
+            assert all(a <= m < b for m, (a, b) in zip(middle, np.reshape(body, (3, 2)), strict=True))
+    off = ViewsConfig(size=(8, 16, 24))
+    a, b = (v.sample_pair(np.random.default_rng(1), (100, 200, 300), off, body_) for body_ in (None, body))
+    np.testing.assert_array_equal(a[0].box, b[0].box)
+
+
 def test_unreachable_overlap_is_refused():
     views = ViewsConfig(size=(16, 96, 96), crop_scale=(0.5, 2.0), min_overlap=0.99, overlap_of="union")
     with pytest.raises(ValueError, match="min_overlap"):

@@ -161,7 +161,8 @@ class PairRenderer:
         for i in range(num):
             scan_id = self.scan_ids[rows["scan"][i]]
             rng = v.generator(self.seed, int(rows["epoch"][i]), scan_id, int(rows["draw"][i]))
-            priors = v.sample_pair(rng, records[scan_id].shape, self.views)
+            record = records[scan_id]
+            priors = v.sample_pair(rng, record.shape, self.views, record.foreground_box)
             for view, prior in zip(("1", "2"), priors, strict=True):
                 params = v.sample_intensity(rng, self.intensity)
                 crop = _crop(self.store, scan_id, prior, self.views.size, index.hu_window)
@@ -210,15 +211,12 @@ class PatchRenderer:
         return out
 
     def _prior(self, rng: np.random.Generator, record: store_room.ScanRecord) -> v.Prior:
-        """A uniform crop, or with `foreground_share` one whose middle lies in a random organ's box."""
-        prior = v.sample_prior(rng, record.shape, self.patch)
+        """A crop as the views', or with `foreground_share` one whose middle lies in a random organ's box."""
+        prior = v.sample_prior(rng, record.shape, self.patch, record.foreground_box)
         centred = rng.random() < self.foreground_share
         boxes = sorted(record.label_boxes.items())
         if not centred or not boxes:
             return prior
-        box = np.asarray(boxes[rng.integers(len(boxes))][1]).reshape(3, 2)
         length = prior.box[:, 1] - prior.box[:, 0]
-        room = np.asarray(record.shape) - length
-        start = rng.integers(box[:, 0], box[:, 1]) - length // 2
-        start = np.clip(start, np.minimum(room, 0), np.maximum(room, 0))
+        start = v.centred_start(rng, boxes[rng.integers(len(boxes))][1], record.shape, length)
         return v.Prior(np.stack([start, start + length], -1), prior.flip)

@@ -26,7 +26,9 @@ def generator(seed: int, epoch: int, scan_id: str, draw: int) -> np.random.Gener
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def sample_prior(rng: np.random.Generator, shape: tuple[int, int, int], views: ViewsConfig) -> Prior:
+def sample_prior(
+    rng: np.random.Generator, shape: tuple[int, int, int], views: ViewsConfig, body: tuple[int, ...] | None = None
+) -> Prior:
     """Draws one crop box and its flips.
 
     Per axis the crop's length is a whole number within `crop_scale` times the view size. Where a scan is smaller than
@@ -36,16 +38,42 @@ def sample_prior(rng: np.random.Generator, shape: tuple[int, int, int], views: V
         rng: random numbers.
         shape: of the scan (D, H, W).
         views: sizes, scales and flip probability.
+        body: the scan's foreground box (d0, d1, h0, h1, w0, w1); used with `views.foreground`.
     """
     size = np.asarray(views.size)
     least, most = np.ceil(views.crop_scale[0] * size - 1e-9), np.floor(views.crop_scale[1] * size + 1e-9)
     length = rng.integers(least, np.maximum(least, most) + 1).astype(np.int64)
-    room = np.asarray(shape) - length
-    start = rng.integers(np.minimum(room, 0), np.maximum(room, 0) + 1)
+    start = rng.integers(*start_range(shape, length))
+    if views.foreground and body is not None:
+        start = centred_start(rng, body, shape, length)
     return Prior(np.stack([start, start + length], -1), rng.random(3) < views.flip_prob)
 
 
-def sample_pair(rng: np.random.Generator, shape: tuple[int, int, int], views: ViewsConfig) -> tuple[Prior, Prior]:
+def start_range(shape: tuple[int, int, int], length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and past-the-last start of a box of a length: inside the scan, or around it where the scan is smaller."""
+    room = np.asarray(shape) - length
+    return np.minimum(room, 0), np.maximum(room, 0) + 1
+
+
+def centred_start(
+    rng: np.random.Generator, box: tuple[int, ...], shape: tuple[int, int, int], length: np.ndarray
+) -> np.ndarray:
+    """Start of a box whose middle is a random voxel of another box, as far as the scan's borders allow.
+
+    Args:
+        rng: random numbers.
+        box: (d0, d1, h0, h1, w0, w1) that the middle is drawn from.
+        shape: of the scan.
+        length: int [3], of the box to place.
+    """
+    bounds = np.asarray(box).reshape(3, 2)
+    low, high = start_range(shape, length)
+    return np.clip(rng.integers(bounds[:, 0], bounds[:, 1]) - length // 2, low, high - 1)
+
+
+def sample_pair(
+    rng: np.random.Generator, shape: tuple[int, int, int], views: ViewsConfig, body: tuple[int, ...] | None = None
+) -> tuple[Prior, Prior]:
     """Draws two priors of one scan whose boxes overlap by at least `views.min_overlap`.
 
     The second box is drawn again up to MAX_TRIES times; then the last one is moved towards the first one's middle
@@ -54,15 +82,14 @@ def sample_pair(rng: np.random.Generator, shape: tuple[int, int, int], views: Vi
     Raises:
         ValueError: the bound cannot be reached even by concentric boxes (`union` or `larger` close to 1).
     """
-    first = sample_prior(rng, shape, views)
+    first = sample_prior(rng, shape, views, body)
     for _ in range(MAX_TRIES):
-        second = sample_prior(rng, shape, views)
+        second = sample_prior(rng, shape, views, body)
         if overlap_share(first.box, second.box, views.overlap_of) >= views.min_overlap:
             return first, second
     length = second.box[:, 1] - second.box[:, 0]
-    room = np.asarray(shape) - length
-    middle = first.box.sum(-1) // 2 - length // 2
-    middle = np.clip(middle, np.minimum(room, 0), np.maximum(room, 0))
+    low, high = start_range(shape, length)
+    middle = np.clip(first.box.sum(-1) // 2 - length // 2, low, high - 1)
     for part in np.linspace(0, 1, 33)[1:]:
         start = np.rint(second.box[:, 0] + part * (middle - second.box[:, 0])).astype(np.int64)
         box = np.stack([start, start + length], -1)
