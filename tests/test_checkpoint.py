@@ -101,7 +101,7 @@ def test_damaged_and_malicious_files_are_refused(saved, tmp_path):
 
 
 def test_first_cause_is_the_rank_that_failed_by_itself():
-    class Failed(Exception):
-        worker_failures = {0: RuntimeError("[gloo] peer closed"), 1: RuntimeError("Traceback\n  x\nValueError: mine")}  # noqa: RUF012
-
-    assert _first_cause(Failed()) == "worker 1 failed: ValueError: mine"
+    error = Exception()
+    wrapped = "Traceback\n  x\nValueError: mine\nTo retry, see the docs."
+    error.worker_failures = {0: RuntimeError("[gloo] peer closed"), 1: RuntimeError(wrapped)}
+    assert _first_cause(error) == "worker 1 failed: ValueError: mine"

@@ -1,6 +1,7 @@
 """The one place that starts Ray and builds a TorchTrainer."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -133,8 +134,10 @@ def _first_cause(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
     # When one rank dies the others fail in gloo or nccl: show the rank that failed by itself.
     rank, cause = min(failures.items(), key=lambda item: ("gloo" in str(item[1]) or "nccl" in str(item[1]), item[0]))
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return f"worker {rank} failed: {lines[-1] if lines else type(cause).__name__}"
+    # Ray wraps the traceback as text and adds advice below it: the exception's own line is the last that names a class.
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Run)(\(\w+\))?: ", line)]
+    return f"worker {rank} failed: {(named or lines)[-1]}"
 
 
 def setup_worker(threads: int) -> torch.device:
