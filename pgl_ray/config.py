@@ -14,8 +14,24 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
 
+
+def _absolute(value: str) -> str:
+    """Workers run in other directories, so paths are made absolute where they are read; URLs stay."""
+    return value if "://" in value else os.path.abspath(os.path.expanduser(value))
+
+
+def _absolute_unless_random(value: str) -> str:
+    return value if value == "random" else _absolute(value)
+
+
+FilePath = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
+FilePath = Annotated[FilePath, AfterValidator(_absolute)]
+Init = Annotated[str, AfterValidator(_absolute_unless_random)]
+Seed = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Triple = tuple[Positive, Positive, Positive]
@@ -36,18 +52,13 @@ def _check_range(name: str, value: tuple[float, float]) -> None:
 # -- sections shared by several doors -------------------------------------------------------------------------------
 
 
-class ViewsConfig(Section):
-    """Geometry of views and patches (paper, Sec. 3.2, operations 1 and 2)."""
+class CropConfig(Section):
+    """Random crops, resized and flipped (paper, Sec. 3.2, operations 1 and 2)."""
 
     size: Triple = (16, 96, 96)
-    """View size P in voxels (D, H, W)."""
+    """Size after the resize in voxels (D, H, W)."""
     crop_scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (1.1, 1.4)
-    """Crop size as a multiple of the view size, drawn per axis."""
-    min_overlap: Share = 0.1
-    """Least overlap of two views of a scan, as a share of `overlap_of`."""
-    overlap_of: Literal["smaller", "larger", "union"] = "smaller"
-    """What the overlap is a share of: the smaller crop's volume, the larger's, or the union of both. The paper names
-    none."""
+    """Crop size as a multiple of the size, drawn per axis."""
     flip_prob: Share = 0.5
     """Probability of a flip along each axis."""
     foreground: bool = False
@@ -59,24 +70,41 @@ class ViewsConfig(Section):
         return self
 
 
+class ViewsConfig(CropConfig):
+    """Pairs of views; their size is the paper's P."""
+
+    min_overlap: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Least overlap of two views of a scan, as a share of `overlap_of`."""
+    overlap_of: Literal["smaller", "larger", "union"] = "smaller"
+    """What the overlap is a share of: the smaller crop's volume, the larger's, or the union of both. The paper names
+    none."""
+
+
+class PatchConfig(CropConfig):
+    """Patches of fine-tuning."""
+
+    size: Triple = (64, 192, 192)
+    """Patch size in voxels (D, H, W); the paper takes 48x160x160 for BCV."""
+
+
 class IntensityConfig(Section):
     """Intensity operations (paper, Sec. 3.2, operations 3 to 6), on z-scored voxels."""
 
     noise_prob: Share = 0.1
     """Probability of white Gaussian noise."""
-    noise_variance: tuple[float, float] = (0.0, 0.1)
+    noise_variance: tuple[NonNegative, NonNegative] = (0.0, 0.1)
     """Range of the noise variance."""
     blur_prob: Share = 0.2
     """Probability of a Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.5, 1.0)
+    blur_sigma: tuple[NonNegative, NonNegative] = (0.5, 1.0)
     """Range of the blur's sigma in voxels."""
     gain_prob: Share = 0.5
     """Probability of the brightness and contrast change."""
-    gain: tuple[float, float] = (0.75, 1.25)
+    gain: tuple[NonNegative, NonNegative] = (0.75, 1.25)
     """Range of the factor; the result is clipped to the view's own range."""
     gamma_prob: Share = 0.5
     """Probability of the gamma transformation."""
-    gamma: tuple[float, float] = (0.7, 1.5)
+    gamma: tuple[NonNegative, NonNegative] = (0.7, 1.5)
     """Range of the exponent (Eq. 2)."""
 
     @model_validator(mode="after")
@@ -193,9 +221,9 @@ class LabelsConfig(Section):
 class PrepareConfig(Section):
     """CT files -> Zarr store + Parquet index."""
 
-    source: str
+    source: FilePath
     """Folder of CT volumes: NIfTI, NRRD, MHA/MHD; flat, images/ + labels/, or nnU-Net/MSD (imagesTr, labelsTr)."""
-    store: str
+    store: FilePath
     """Folder of the store; an existing store is added to."""
     hu_window: tuple[float, float] = (-1024.0, 325.0)
     """HU window of the statistics and, later, of the views (paper, Sec. 5.1)."""
@@ -213,11 +241,11 @@ class PrepareConfig(Section):
 class PretrainConfig(Section):
     """PGL pre-training (paper, Sec. 3 and 5.1)."""
 
-    index: str
+    index: FilePath
     """Store written by prepare."""
-    run: str
+    run: FilePath
     """Folder of the run; the same command again continues an interrupted run."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of priors, augmentation and initialisation."""
     split: str | None = None
     """Split of the index to train on; none: all scans, labelled or not."""
@@ -260,13 +288,13 @@ class BenchConfig(PretrainConfig):
 class FinetuneConfig(Section):
     """Supervised training of the segmentation network (paper, Sec. 5.1 and Appendix B)."""
 
-    index: str
+    index: FilePath
     """Store written by prepare, with labels."""
-    run: str
+    run: FilePath
     """Folder of the run; the same command again continues an interrupted run."""
-    init: str = "random"
+    init: Init = "random"
     """Initialisation of the encoder: `random` (Kaiming uniform), or a pre-training run's folder."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split, the patches and the initialisation."""
     split: str = "train"
     """Split of the index that the scans are taken from."""
@@ -287,8 +315,8 @@ class FinetuneConfig(Section):
     """Patches per scan and epoch."""
     foreground_share: Share = 0.0
     """Share of the patches that are centred in the box of a random labelled organ; 0 = uniform, as the paper."""
-    patch: ViewsConfig = ViewsConfig(size=(64, 192, 192))
-    """Geometry of the patches: those of pre-training (Sec. 5.1); the overlap knobs have no meaning here."""
+    patch: PatchConfig = PatchConfig()
+    """Geometry of the patches: that of pre-training's views (Sec. 5.1)."""
     intensity: IntensityConfig = IntensityConfig()
     encoder: EncoderConfig | None = None
     """Encoder; none: the checkpoint's, or the default for init=random."""
@@ -320,15 +348,15 @@ class InferenceConfig(Section):
 class EvaluateConfig(Section):
     """Dice, IoU, HD and HD95 of a fine-tuned run on labelled scans."""
 
-    run: str
+    run: FilePath
     """Fine-tuning run."""
-    index: str
+    index: FilePath
     """Store written by prepare, with labels."""
     split: str = "test"
     """Split of the index to evaluate on."""
     num_scans: Positive | None = None
     """Scans to evaluate, the first ones by scan_id; none: all of the split."""
-    output: str | None = None
+    output: FilePath | None = None
     """Folder of the results; none: <run>/evaluation."""
     save_predictions: bool = True
     """Write each predicted label map as NIfTI beside the metrics."""
@@ -338,11 +366,11 @@ class EvaluateConfig(Section):
 class PredictConfig(Section):
     """Label maps for CT volumes of any supported format."""
 
-    run: str
+    run: FilePath
     """Fine-tuning run."""
-    input: str
+    input: FilePath
     """A CT volume, or a folder of them."""
-    output: str
+    output: FilePath
     """Label map (.nii.gz) for one volume, or a folder for many."""
     inference: InferenceConfig = InferenceConfig()
 
@@ -350,9 +378,9 @@ class PredictConfig(Section):
 class ProbeConfig(Section):
     """Linear classifier on the frozen encoder's features at labelled voxels."""
 
-    index: str
+    index: FilePath
     """Store written by prepare, with labels."""
-    init: str = "random"
+    init: Init = "random"
     """Encoder: `random`, or a pre-training run's folder."""
     encoder: EncoderConfig | None = None
     """Encoder; none: the checkpoint's, or the default for init=random."""
@@ -368,18 +396,18 @@ class ProbeConfig(Section):
     """Scans to test on."""
     voxels_per_class: Positive = 100
     """Voxels drawn per scan and class, background included."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of scans, voxels and of init=random."""
-    output: str | None = None
+    output: FilePath | None = None
     """JSON file for the result; none: <init>/probe.json, or no file for init=random."""
 
 
 class TuneConfig(Section):
     """A sweep: every trial is pretrain, then finetune, judged by validation Dice."""
 
-    run: str
+    run: FilePath
     """Folder of the sweep; the same command again continues an interrupted sweep."""
-    index: str
+    index: FilePath
     """Store written by prepare, with labels."""
     base_pretrain: dict[str, Any] | None = None
     """What the trials' pre-training config says beyond the defaults; none: no pre-training, fine-tuning alone."""
@@ -393,7 +421,7 @@ class TuneConfig(Section):
     """Largest number of trials that is accepted."""
     max_concurrent: Positive = 1
     """Trials at a time; the cluster must hold the workers of all of them."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws."""
     ray: RayConfig = RayConfig()
 
@@ -401,9 +429,9 @@ class TuneConfig(Section):
 class ExportConfig(Section):
     """A run's weights as safetensors, for use without pgl_ray."""
 
-    run: str
+    run: FilePath
     """Pre-training run (its encoder) or fine-tuning run (its segmentation network)."""
-    output: str
+    output: FilePath
     """File to write, *.safetensors."""
 
 
@@ -412,7 +440,7 @@ class ReportConfig(Section):
 
     run: Annotated[list[str], BeforeValidator(lambda run: [run] if isinstance(run, str) else run), Field(min_length=1)]
     """Run folders: one, or [a,b,c] to compare."""
-    output: str | None = None
+    output: FilePath | None = None
     """HTML file; none: report.html in the first run's folder."""
     title: str = "pgl_ray report"
     """Heading of the page."""
@@ -423,9 +451,9 @@ class ReportConfig(Section):
 class DemoConfig(Section):
     """Phantoms -> prepare -> pre-train -> probe -> fine-tune -> evaluate -> report at a small size."""
 
-    out: str = "demo"
+    out: FilePath = "demo"
     """Folder of everything the demo writes."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of phantoms and runs."""
     num_unlabelled: Positive = 24
     """Phantoms for pre-training."""
@@ -469,8 +497,8 @@ def load(model: type[Model], args: list[str]) -> Model:
             merged = OmegaConf.merge(merged, part)
         except FileNotFoundError:
             raise ValueError(f"config file {arg!r} does not exist") from None
-        except (OmegaConfBaseException, OSError, TypeError) as error:
-            raise ValueError(f"{arg!r}: {str(error).splitlines()[0]}") from None
+        except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, TypeError) as error:
+            raise ValueError(f"{arg!r}: {' '.join(str(error).split())}") from None
     return build(model, OmegaConf.to_container(merged, resolve=False))
 
 
@@ -533,6 +561,9 @@ def keys(model: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
+WRONG_USE = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
 class FailedRun(RuntimeError):
     """A run that could not finish for a reason outside the command line; exit code 1."""
 
@@ -556,7 +587,7 @@ def command(door: str, model: type[Model], run: Callable[[Model], Any], closing:
     except Exception as error:  # the edge of the program: every fault becomes one line and an exit code
         if "--debug" in sys.argv:
             traceback.print_exc()
-        wrong_use = isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, FailedRun)
+        wrong_use = isinstance(error, WRONG_USE) and not isinstance(error, FailedRun)
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"pgl_ray.{door}: {text}", file=sys.stderr, flush=True)
         sys.exit(2 if wrong_use else 1)

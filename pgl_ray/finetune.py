@@ -47,6 +47,7 @@ def run(config: FinetuneConfig) -> Result:
     facts = {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_steps": plan.num_steps,
+        "plan": plan.identity,
         "store": {"num_scans": len(index.scans), "labels": index.labels, "hu_window": index.hu_window},
         "scans": {"train": train_ids, "val": val_ids},
     }
@@ -170,7 +171,7 @@ def worker(worker_config: dict) -> None:
         batch_size=plan.global_batch_size // world, prefetch_batches=2, drop_last=True
     )
     model.train()
-    waited, logged, since = 0.0, step, time.monotonic()
+    waited, logged, since, stopped = 0.0, step, time.monotonic(), False
     asked = time.monotonic()
     for batch in batches:
         waited += time.monotonic() - asked
@@ -218,6 +219,8 @@ def worker(worker_config: dict) -> None:
         stopped = stale >= config.patience
         if step % config.train.checkpoint_every == 0 or last or stopped:
             state = {"step": step, "best": best, "stale": stale, "stopped": stopped, "meta": meta}
+            if not np.isfinite(loss.item()):
+                raise FailedRun(f"train/loss is {loss.item()} at step {step}: lower optim.lr={config.optim.lr}")
             state |= {"model": segmenter.state_dict(), "optimizer": sgd.state_dict()}
             checkpoint.report({**state, "schedule": schedule.state_dict()}, step, {"best": best})
         if stopped:
@@ -238,6 +241,9 @@ def validate(
         The same on every rank: val/dice, the mean over organs that occur, and val/dice_<organ>.
     """
     model.eval()
+    if world > 1:
+        for buffer in model.buffers():  # DDP brings BatchNorm's statistics in line at the next training step only
+            torch.distributed.broadcast(buffer, 0)
     rows = []
     for scored in evaluate.score_scans(model, meta, index, records[rank::world], InferenceConfig(), distances=False):
         rows += scored.rows

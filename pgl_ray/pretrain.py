@@ -40,6 +40,7 @@ def run(config: PretrainConfig) -> Result:
     facts = {
         "num_parameters": sum(p.numel() for p in model.online["encoder"].parameters()),
         "num_steps": plan.num_steps,
+        "plan": plan.identity,
         "store": {"num_scans": len(plan.scan_ids), "labels": index.labels, "hu_window": index.hu_window},
     }
     folder = checkpoint.open_run(config, "pretrain", facts)
@@ -150,10 +151,12 @@ def worker(worker_config: dict) -> None:
         num_rows += plan.global_batch_size
 
         # report and checkpoint
-        if log:
+        keep = step % config.train.checkpoint_every == 0 or step == plan.num_steps
+        if log or keep:
             loss = output.loss.item()
             if not np.isfinite(loss):
                 raise FailedRun(f"train/loss is {loss} at step {step}: lower optim.lr={config.optim.lr}")
+        if log:
             if metrics:
                 seconds = time.monotonic() - since
                 row = {
@@ -170,11 +173,11 @@ def worker(worker_config: dict) -> None:
                     row |= health.feature_health(output.query, output.key)
                 metrics.write(step, **row)
             waited, logged, since, num_rows = 0.0, step, time.monotonic(), 0
-        if step % config.train.checkpoint_every == 0 or step == plan.num_steps:
+        if keep:
             meta = _meta(config, worker_config["hu_window"])
             state = {"step": step, "model": pgl.state_dict(), "optimizer": lars.state_dict()}
             state |= {"schedule": schedule.state_dict(), "meta": meta}
-            checkpoint.report(state, step, {"train/loss": output.loss.item()})
+            checkpoint.report(state, step, {"train/loss": loss})
         asked = time.monotonic()
     if metrics:
         metrics.close()

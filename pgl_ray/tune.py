@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from pgl_ray import finetune, pretrain
 from pgl_ray.config import FailedRun, FinetuneConfig, PretrainConfig, Section, TuneConfig, build, command, keys
+from pgl_ray.data.store import read_index
 from pgl_ray.train import launch
 from pgl_ray.train.checkpoint import write_json
 from pgl_ray.train.quiet import quiet_worker
@@ -42,6 +43,8 @@ def run(config: TuneConfig) -> Result:
     """
     folder = Path(config.run).absolute()
     check(config)
+    finetune.split_scans(_stage_configs(_plain(config), {}, folder)["finetune"], read_index(config.index))
+    _remember(config, folder)
     launch.connect(config.ray)
     from ray import tune
 
@@ -84,12 +87,22 @@ def check(config: TuneConfig) -> None:
             raise ValueError(f"space key {key!r} is not a key of pretrain.* or finetune.*")
         if stage == "pretrain" and config.base_pretrain is None:
             raise ValueError(f"space key {key!r} needs base_pretrain")
-        if len(verbs) != 1:
-            raise ValueError(f"space key {key!r} needs one verb, got {sorted(verbs)}")
+        if len(verbs) != 1 or not all(verbs.values()):
+            raise ValueError(f"space key {key!r} needs one verb with its arguments, got {verbs}")
     trials = _num_trials(config)
     if trials > config.max_trials:
         raise ValueError(f"the space has {trials} trials, max_trials={config.max_trials}: shrink it or raise the bound")
     _stage_configs(_plain(config), {}, Path(config.run))
+
+
+def _remember(config: TuneConfig, folder: Path) -> None:
+    """Writes sweep.json, or checks that a sweep that is there has the same settings."""
+    wanted = {key: value for key, value in _plain(config).items() if key not in ("ray", "max_concurrent")}
+    path = folder / "sweep.json"
+    if path.exists() and json.loads(path.read_text()) != wanted:
+        raise ValueError(f"run={config.run} is a sweep with other settings (sweep.json there): choose another run=...")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
 
 
 def _num_trials(config: TuneConfig) -> int:

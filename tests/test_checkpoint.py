@@ -17,12 +17,14 @@ def config(run, *args) -> PretrainConfig:
 
 
 def test_a_run_is_continued_by_its_own_config_only(tmp_path):
-    folder = checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"num_steps": 3})
+    folder = checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"num_steps": 3, "plan": "p"})
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     assert (record["door"], record["num_steps"], record["config"]["epochs"]) == ("pretrain", 3, 500)
     assert load(PretrainConfig, [f"{folder}/config.yaml"]) == config(tmp_path / "r")
     more_workers = config(tmp_path / "r", "train.num_workers=2", "ray.num_cpus=8")
-    assert checkpoint.open_run(more_workers, "pretrain", {}) == folder
+    assert checkpoint.open_run(more_workers, "pretrain", {"plan": "p"}) == folder
+    with pytest.raises(ValueError, match="other scans"):
+        checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "q"})
     with pytest.raises(ValueError, match=r"another optim.lr \(0.2 there, 0.3 here\)"):
         checkpoint.open_run(config(tmp_path / "r", "optim.lr=0.3"), "pretrain", {})
     with pytest.raises(ValueError, match="is a pretrain run"):
@@ -90,6 +92,22 @@ def test_another_architecture_is_refused(saved):
         checkpoint.load_encoder(str(saved[0] / "pgl.pt"), expected)
     with pytest.raises(ValueError, match="give a fine-tuning run"):
         checkpoint.load_segmenter(str(saved[0] / "pgl.pt"))
+
+
+def test_foreign_files_are_refused(saved, tmp_path):
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    state = torch.load(saved[0] / "pgl.pt", weights_only=True)
+    state["model"].pop("online.encoder.conv1.weight")
+    torch.save(state, tmp_path / "holes.pt")
+    for name, message in (
+        ("tensor", "no checkpoint of pgl_ray"),
+        ("foreign", "no checkpoint"),
+        ("holes", "another arch"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            checkpoint.load_encoder(str(tmp_path / f"{name}.pt"))
+        assert len(str(caught.value)) < 400
 
 
 def test_damaged_and_malicious_files_are_refused(saved, tmp_path):

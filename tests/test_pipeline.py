@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -10,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pgl_ray import config as c
-from pgl_ray import evaluate, finetune, predict, prepare, pretrain, probe, report
+from pgl_ray import evaluate, finetune, predict, prepare, pretrain, probe, report, tune
 from pgl_ray.data.phantom import write_phantoms
 from pgl_ray.data.store import read_index
 from pgl_ray.train import checkpoint
@@ -48,7 +51,8 @@ def check_pretraining(result, store) -> None:
     assert boxes.shape[1:] == (3, 2) and len(read_index(str(store)).scans) > 0
 
 
-def test_phantoms_end_to_end(ray_cluster, tmp_path):
+def test_phantoms_end_to_end(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # relative paths, as the README types them, though workers run elsewhere
     write_phantoms(tmp_path / "raw", 2, 3, 2, seed=0, shape=(24, 64, 64), spacing_mm=(10.0, 5.0, 5.0))
     store = tmp_path / "store"
     prepared = prepare.run(c.PrepareConfig(source=str(tmp_path / "raw"), store=str(store)))
@@ -57,15 +61,15 @@ def test_phantoms_end_to_end(ray_cluster, tmp_path):
     assert (again.converted, again.skipped) == (0, 7)
 
     # pre-training on 2 workers; the same command again does nothing; another config is refused
-    config = pretraining(store, tmp_path / "pgl", 2)
+    config = pretraining("store", "pgl", 2)
     pretrained = pretrain.run(config)
     check_pretraining(pretrained, store)
     assert pretrain.run(config).already_finished
     with pytest.raises(ValueError, match="ema_decay"):
-        pretrain.run(pretraining(store, tmp_path / "pgl", 2, ema_decay=0.9))
+        pretrain.run(pretraining("store", "pgl", 2, ema_decay=0.9))
 
     # fine-tuning on 2 workers from it
-    tuned = finetune.run(finetuning(store, tmp_path / "tuned", pretrained.run, 2))
+    tuned = finetune.run(finetuning("store", "tuned", "pgl", 2))
     meta = checkpoint.load_segmenter(tuned.run)[1]
     assert meta["labels"] == read_index(str(store)).labels
     record = json.loads((tmp_path / "tuned" / "run.json").read_text())
@@ -85,6 +89,46 @@ def test_phantoms_end_to_end(ray_cluster, tmp_path):
     assert 0 < probed.balanced_accuracy <= 1
     page = Path(report.run(c.ReportConfig(run=[pretrained.run, tuned.run], output=str(tmp_path / "report.html"))))
     assert page.stat().st_size > 100_000
+
+
+def test_a_killed_training_continues_and_ends_the_same(ray_cluster, tmp_path):
+    """SIGKILL of the driver after the first checkpoint; the same command then ends as an undisturbed run does."""
+    import ray
+
+    write_phantoms(tmp_path / "raw", 4, 0, 0, seed=0, shape=(24, 64, 64), spacing_mm=(10.0, 5.0, 5.0))
+    store = tmp_path / "store"
+    prepare.run(c.PrepareConfig(source=str(tmp_path / "raw"), store=str(store)))
+    undisturbed = pretrain.run(pretraining(store, tmp_path / "whole", 1, max_steps=60))
+    address = {"address": ray.get_runtime_context().gcs_address}
+    config = pretraining(store, tmp_path / "killed", 1, max_steps=60, ray=address)
+    c.dump(config, tmp_path / "killed.yaml")
+    command = [sys.executable, "-m", "pgl_ray.pretrain", str(tmp_path / "killed.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        deadline = time.monotonic() + 120
+        while not checkpoint.committed_step(tmp_path / "killed") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        driver.kill()
+    assert 0 < checkpoint.committed_step(tmp_path / "killed") < 60
+    continued = pretrain.run(config)
+    assert [row["step"] for row in checkpoint.read_metrics(continued.run)] == [1, *range(2, 61, 2)]
+    assert continued.loss == pytest.approx(undisturbed.loss, rel=1e-3)
+    models = [checkpoint.load_encoder(result.run)[0].state_dict() for result in (undisturbed, continued)]
+    for name, weight in models[0].items():
+        np.testing.assert_allclose(models[1][name], weight, atol=1e-4, rtol=1e-3, err_msg=name)
+
+
+def test_a_sweep_runs_the_doors(ray_cluster, tmp_path):
+    write_phantoms(tmp_path / "raw", 0, 3, 0, seed=0, shape=(24, 64, 64), spacing_mm=(10.0, 5.0, 5.0))
+    prepare.run(c.PrepareConfig(source=str(tmp_path / "raw"), store=str(tmp_path / "store")))
+    base = {"max_steps": 2, "global_batch_size": 2, "patch": {"size": [16, 32, 48]}, "encoder": ENCODER}
+    values = {"index": str(tmp_path / "store"), "run": str(tmp_path / "sweep"), "base_finetune": base}
+    values |= {"space": {"finetune.optim.lr": {"grid_search": [0.1, 0.01]}}}
+    result = tune.run(c.build(c.TuneConfig, values))
+    assert result.num_trials == 2 and not result.failed
+    table = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
+    assert result.dice == max(row["val_dice"] for row in table)
+    best = [str(tmp_path / "sweep" / "best_finetune.yaml"), "index=s", "run=r"]
+    assert c.load(c.FinetuneConfig, best).optim.lr == result.best["finetune.optim.lr"]
 
 
 def test_real_scans_end_to_end(ray_cluster, real_data, tmp_path):

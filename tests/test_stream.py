@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pgl_ray.config import IntensityConfig, ViewsConfig
+from pgl_ray.config import IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import store, stream
 
 VIEWS = ViewsConfig(size=(8, 24, 16))
@@ -104,7 +104,7 @@ def test_a_view_shows_what_its_prior_says(small_store):
 def test_patches_carry_classes_and_what_is_labelled(small_store):
     off = IntensityConfig(noise_prob=0, blur_prob=0, gain_prob=0, gamma_prob=0)
     ids = tuple(f"scan_{i}" for i in range(3))
-    renderer = stream.PatchRenderer(small_store, ids, 3, ViewsConfig(size=(8, 24, 16)), off, 1.0)
+    renderer = stream.PatchRenderer(small_store, ids, 3, PatchConfig(size=(8, 24, 16)), off, 1.0)
     batch = renderer(index_rows(np.array([[e, s, 0] for e in range(6) for s in range(3)])))
     assert set(np.unique(batch["target"])) == {0, 1, 2}  # label values 2 and 7
     assert batch["labelled"][:3].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]

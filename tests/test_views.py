@@ -15,7 +15,7 @@ SHAPES = st.tuples(st.integers(5, 80), st.integers(40, 300), st.integers(40, 300
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**31), SHAPES, st.sampled_from(["smaller", "larger", "union"]), st.floats(0, 0.3))
+@given(st.integers(0, 2**31), SHAPES, st.sampled_from(["smaller", "larger", "union"]), st.floats(0.01, 0.3))
 def test_pairs_keep_sizes_bounds_and_overlap(seed, shape, of, bound):
     views = ViewsConfig(size=(16, 96, 48), overlap_of=of, min_overlap=bound)
     pair = v.sample_pair(np.random.default_rng(seed), shape, views)

@@ -4,6 +4,7 @@ Every block is one worker's batch, so nothing is re-cut on the way; block k of a
 on (seed, epoch, scan, draw) alone, never on the number of workers, on arrival order or on restarts (ray.md, 2.2).
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pgl_ray.config import IntensityConfig, ViewsConfig
+from pgl_ray.config import IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
 
@@ -55,6 +56,11 @@ class Plan:
                 f"global_batch_size={global_batch_size}: lower it or raise epochs"
             )
         return cls(tuple(scan_ids), draws_per_scan, global_batch_size, steps, seed)
+
+    @property
+    def identity(self) -> str:
+        """Hash of all that decides which row is drawn when; a run that continues must have the same."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     @property
     def rows_per_epoch(self) -> int:
@@ -183,7 +189,7 @@ class PatchRenderer:
     store: str
     scan_ids: tuple[str, ...]
     seed: int
-    patch: ViewsConfig
+    patch: PatchConfig
     intensity: IntensityConfig
     foreground_share: float
 

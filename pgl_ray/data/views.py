@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgl_ray.config import IntensityConfig, ViewsConfig
+from pgl_ray.config import CropConfig, IntensityConfig, ViewsConfig
 from pgl_ray.prior import Prior, overlap_share
 
 MAX_TRIES = 20
@@ -27,7 +27,7 @@ def generator(seed: int, epoch: int, scan_id: str, draw: int) -> np.random.Gener
 
 
 def sample_prior(
-    rng: np.random.Generator, shape: tuple[int, int, int], views: ViewsConfig, body: tuple[int, ...] | None = None
+    rng: np.random.Generator, shape: tuple[int, int, int], views: CropConfig, body: tuple[int, ...] | None = None
 ) -> Prior:
     """Draws one crop box and its flips.
 

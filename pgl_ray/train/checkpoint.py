@@ -20,6 +20,7 @@ from pgl_ray.model.segmenter import Segmenter
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 STATE = "state.pt"
+PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
 MAY_DIFFER = {"ray", "train"}  # sections that a continued run may change
 
 
@@ -32,7 +33,7 @@ def open_run(config: Section, door: str, facts: dict[str, Any]) -> str:
     Args:
         config: a door's config with a field `run`.
         door: its name.
-        facts: what else run.json records.
+        facts: what else run.json records; "plan", the identity of the run's plan, must stay the same.
 
     Returns:
         The folder's absolute path.
@@ -50,15 +51,19 @@ def open_run(config: Section, door: str, facts: dict[str, Any]) -> str:
         changed = sorted(_differences({k: v for k, v in wanted.items() if k not in skip}, found["config"]))
         if changed:
             raise ValueError(f"run={config.run} was started with another {', '.join(changed)}: choose another run=...")
+        if found["plan"] != facts["plan"]:
+            raise ValueError(
+                f"run={config.run} was started on other scans than index={config.index} has now: choose another run=..."
+            )
         return str(folder)
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise ValueError(f"run={config.run} exists and is not a run of pgl_ray: choose another run=...")
     folder.mkdir(parents=True, exist_ok=True)
-    dump(config, folder / "config.yaml")
     versions = {"pgl_ray": pgl_ray.__version__, "torch": str(torch.__version__)}
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record = {"door": door, "config": wanted, "versions": versions, "started": started, **facts}
     write_json(folder / "run.json", record)
+    dump(config, folder / "config.yaml")
     return str(folder)
 
 
@@ -196,19 +201,32 @@ def save_best(path: Path, state: dict[str, Any]) -> None:
 
 def _state_of(run: str) -> dict[str, Any]:
     """State of a run folder (its best or newest checkpoint), of a checkpoint folder, or of a .pt file."""
+    state = read_state(_file_of(run))
+    meta = state.get("meta") if isinstance(state, dict) else None
+    if not isinstance(meta, dict) or meta.get("door") not in PREFIX or "model" not in state:
+        raise ValueError(f"{run} is no checkpoint of pgl_ray: give the folder of a pretrain or finetune run")
+    return state
+
+
+def _file_of(run: str) -> Path:
     path = Path(run)
     if not path.exists():
         raise ValueError(f"run {run} does not exist")
-    if path.is_file():
-        return read_state(path)
-    if (path / "best.pt").exists():
-        return read_state(path / "best.pt")
-    if (path / STATE).exists():
-        return read_state(path / STATE)
+    for file in (path, path / "best.pt", path / STATE):
+        if file.is_file():
+            return file
     found = committed(path)
     if not found:
         raise ValueError(f"{run} holds no checkpoint: is it a run folder, and did the run get as far as its first one?")
-    return read_state(found[0] / STATE)
+    return found[0] / STATE
+
+
+def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], run: str) -> None:
+    """Loads weights whose keys and shapes must all fit."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{run} holds weights of another architecture: {' '.join(str(error).split())[:160]}") from None
 
 
 def load_encoder(run: str, expected: dict[str, Any] | None = None) -> tuple[Encoder, dict[str, Any]]:
@@ -228,10 +246,10 @@ def load_encoder(run: str, expected: dict[str, Any] | None = None) -> tuple[Enco
     meta = state["meta"]
     if expected is not None and _plain(expected) != _plain(meta["encoder"]):
         raise ValueError(f"{run} holds an encoder {_plain(meta['encoder'])}, the config asks for {_plain(expected)}")
-    prefix = {"pretrain": "online.encoder.", "finetune": "encoder."}[meta["door"]]
+    prefix = PREFIX[meta["door"]]
     weights = {key.removeprefix(prefix): v for key, v in state["model"].items() if key.startswith(prefix)}
     encoder = Encoder(**meta["encoder"])
-    encoder.load_state_dict(weights)
+    _fill(encoder, weights, run)
     return encoder, meta
 
 
@@ -249,7 +267,7 @@ def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmen
     if meta["door"] != "finetune":
         raise ValueError(f"{run} is a {meta['door']} run: give a fine-tuning run")
     model = Segmenter(Encoder(**meta["encoder"]), meta["num_outputs"])
-    model.load_state_dict(state["model"])
+    _fill(model, state["model"], run)
     return model.to(device).eval(), meta
 
 

@@ -14,6 +14,7 @@ from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.train import checkpoint
 from pgl_ray.train.quiet import QUIET
 
+COLLECTIVE_TIMEOUT_S = 3600  # one rank may validate a large scan while the others wait; dead ranks are noticed at once
 RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
 
 
@@ -88,7 +89,7 @@ def fit(
     trainer = TorchTrainer(
         worker,
         train_loop_config=worker_config,
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=300),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=use_gpu,
@@ -118,8 +119,11 @@ def _check_resources(train: TrainConfig) -> bool:
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
     use_gpu = train.device == "cuda" or (train.device == "auto" and gpus >= train.num_workers)
-    if use_gpu and gpus < train.num_workers:
-        raise ValueError(f"train.num_workers={train.num_workers} need a GPU each, the cluster has {gpus:.0f}")
+    if gpus < train.num_workers and (use_gpu or (train.device == "auto" and gpus > 0)):
+        raise ValueError(
+            f"train.num_workers={train.num_workers} need a GPU each, the cluster has {gpus:.0f}: lower it, "
+            "or take train.device=cpu"
+        )
     need = train.num_workers * train.cpus_per_worker + RENDER_CPUS
     if need > cpus:
         raise ValueError(
@@ -159,8 +163,10 @@ def setup_worker(threads: int) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast context of the configured precision; `auto` is bfloat16 on CUDA and float32 elsewhere."""
-    enabled = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    """Autocast context of the configured precision; `auto` is bfloat16 where the GPU has it, else float32."""
+    enabled = precision == "bfloat16"
+    if precision == "auto" and device.type == "cuda":
+        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
