@@ -39,7 +39,7 @@ class Result:
 
 
 def run(config: DemoConfig) -> Result:
-    """Runs all steps; what is finished already in `config.out` is not done again."""
+    """Runs all steps; phantoms, store and trainings that are finished already in `config.out` are not made again."""
     began, out = time.monotonic(), Path(config.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     store, pgl = str(out / "store"), str(out / "pretrain_pgl")

@@ -85,7 +85,7 @@ def _load(config: ProbeConfig, index: Index) -> Encoder:
 
 
 def probe_encoder(encoder: Encoder, index: Index, config: ProbeConfig) -> ProbeResult:
-    """Trains and tests the classifier on an encoder as it is; pre-training calls it on its own encoder.
+    """Trains and tests the classifier on an encoder as it is.
 
     The encoder works in eval mode, so that a voxel's features depend on its window alone, and is put back afterwards.
     An untrained encoder has running statistics of 0 and 1, so the scale of its features means nothing: every feature

@@ -119,7 +119,8 @@ def _space(config: TuneConfig) -> dict[str, Any]:
         [(verb, args)] = verbs.items()
         takes_list = verb in ("choice", "grid_search")
         space[key] = getattr(tune, verb)(args) if takes_list else getattr(tune, verb)(*args)
-    return {"overrides": space, "sweep": _plain(config)}
+    # as text: Tune would take the verbs inside the config itself for a second search space
+    return {"overrides": space, "sweep": config.model_dump_json()}
 
 
 def _plain(config: TuneConfig) -> dict[str, Any]:
@@ -152,8 +153,9 @@ def _trial(trial: dict[str, Any]) -> None:
     from ray import tune
 
     quiet_worker()
-    folder = Path(trial["sweep"]["run"]).absolute() / "trials" / tune.get_context().get_trial_id()
-    configs = _stage_configs(trial["sweep"], trial["overrides"], folder)
+    sweep = json.loads(trial["sweep"])
+    folder = Path(sweep["run"]) / "trials" / tune.get_context().get_trial_id()
+    configs = _stage_configs(sweep, trial["overrides"], folder)
     if "pretrain" in configs:
         pretrain.run(configs["pretrain"])
     tune.report({METRIC: finetune.run(configs["finetune"]).val_dice})

@@ -175,6 +175,7 @@ class Progress:
 
     def __init__(self, run: str, num_steps: int, every_s: float = 5.0):
         self.run, self.num_steps, self.every_s = run, num_steps, every_s
+        self.start, self.began = checkpoint.committed_step(run), time.time()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -190,15 +191,23 @@ class Progress:
         first, shown = None, None
         while True:
             finished = self.done.wait(self.every_s)
-            rows = checkpoint.read_metrics(self.run)
+            rows = [row for row in self._new_rows() if "train/loss" in row or "val/dice" in row]
             steps = [row for row in rows if "train/loss" in row]
-            if steps:
-                row, first = steps[-1], first or (steps[-1]["step"], time.monotonic())
-                if row["step"] != shown:
-                    shown = row["step"]
-                    print(self._line(row, rows, first), flush=True)
+            if steps and steps[-1]["step"] != shown:
+                row = steps[-1]
+                if first is None or row["step"] < first[0]:  # the worker group was restarted
+                    first = (row["step"], time.monotonic())
+                shown = row["step"]
+                print(self._line(row, rows, first), flush=True)
             if finished:
                 return
+
+    def _new_rows(self) -> list[dict]:
+        """Rows of this start; a continuing worker first drops what an interrupted one wrote after its checkpoint."""
+        path = checkpoint.metrics_path(self.run)
+        if not path.exists() or path.stat().st_mtime < self.began:
+            return []
+        return [row for row in checkpoint.read_metrics(self.run) if row["step"] > self.start]
 
     def _line(self, row: dict, rows: list[dict], first: tuple[int, float]) -> str:
         steps, seconds = row["step"] - first[0], time.monotonic() - first[1]
