@@ -78,6 +78,8 @@ def run(config: PrepareConfig) -> Result:
     known = {source.scan_id for source in stored}
     tasks = [Task(source, record) for source, record in pairs if source.scan_id not in known]
     print(f"prepare: {len(layout.scans)} scans in {config.source}, {len(tasks)} new or changed", flush=True)
+    if layout.left_out:
+        print(f"prepare: several data sets, labels left out: {', '.join(layout.left_out)}; prepare one by one for them")
 
     # convert
     converted, failed = 0, list(layout.faults)

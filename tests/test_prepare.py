@@ -17,8 +17,9 @@ import pytest
 import SimpleITK as sitk
 
 from pgl_ray import prepare
-from pgl_ray.config import FailedRun, PrepareConfig, load
+from pgl_ray.config import FailedRun, LabelsConfig, PrepareConfig, load
 from pgl_ray.data import ct, store
+from pgl_ray.data.layout import read_layout
 
 AFFINE = np.diag([-1.5, -1.5, 3, 1])
 
@@ -472,3 +473,14 @@ def test_real_scans(tmp_path, real_data, ray_cluster):
     assert {r.scan_id: r.split for r in store.read_index(tmp_path / "b").scans} == dict.fromkeys(
         ["CRLM-CT-1004", "lung1", "ts_example_ct"], "train"
     )
+
+
+def test_a_folder_of_data_sets_gives_their_volumes_and_no_label_as_a_scan(tmp_path):
+    for path in ("a/images/x", "a/labels/x", "b/imagesTr/x_0000", "b/labelsTr/x", "c/deep/images/y", "loose"):
+        file = tmp_path / f"{path}.nii.gz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    layout = read_layout(str(tmp_path), LabelsConfig())
+    assert [scan.scan_id for scan in layout.scans] == ["a__images__x", "b__imagesTr__x", "loose", "y"]
+    assert all(scan.label is None for scan in layout.scans) and not layout.faults
+    assert [path.split("/")[-2:] for path in layout.left_out] == [["a", "labels"], ["b", "labelsTr"]]

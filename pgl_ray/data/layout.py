@@ -2,6 +2,8 @@
 
     nnU-Net, MSD   imagesTr/ (split "train"), imagesTs/ ("test"), labelsTr/, labelsTs/, dataset.json
     plain          images/ or volumes anywhere below the folder, labels/; split "train" where there is labels/
+    data sets      folders of the kinds above below the folder: their volumes without labels, whose values mean
+                   something else in each of them; prepare them one by one to keep labels
 A label map has its volume's path below their folders, or its name. A table may say otherwise about splits.
 """
 
@@ -9,6 +11,7 @@ import csv
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -62,11 +65,13 @@ class Fault(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A source folder's scans sorted by scan_id, organ name -> value (may be empty), and unusable files."""
+    """A source folder's scans sorted by scan_id, organ name -> value (may be empty), unusable files, and folders of
+    label maps that are left out."""
 
     scans: list[Source]
     names: dict[str, int]
     faults: list[Fault]
+    left_out: list[str]
 
 
 def read_layout(source: str, labels: LabelsConfig) -> Layout:
@@ -80,15 +85,26 @@ def read_layout(source: str, labels: LabelsConfig) -> Layout:
     if not root.is_dir():
         raise ValueError(f"source={source}: no such folder")
     found, faults = {}, []
-    for images, label_folder, split in _folders(root):
-        volumes, maps = _volumes(images, label_folder), _volumes(label_folder)
+    folders, left_out, inner = _folders(root), [], []
+    if not folders:
+        nested = [one for below in _data_sets(root) for one in _folders(below)]
+        left_out = [str(label_folder) for _, label_folder, _ in nested if label_folder.is_dir()]
+        inner = [folder for images, label_folder, _ in nested for folder in (images, label_folder)]
+        folders = [(images, None, "") for images, _, _ in nested]
+        folders.append((root, root / "labels", "train" if (root / "labels").is_dir() else ""))
+    for images, label_folder, split in folders:
+        without = [label_folder] if label_folder else []
+        volumes = _volumes(images, [*without, *(inner if images == root else [])])
+        maps = _volumes(label_folder) if label_folder else {}
         counts = Counter(parts[-1] for parts in volumes)
         for parts, path in volumes.items():
             if not path.is_file():
                 faults.append(Fault(str(path), "a link to a file that is not there"))
                 continue
             label = maps.pop(parts, None) or (maps.pop(parts[-1:], None) if counts[parts[-1]] == 1 else None)
-            found[images.name, *parts] = Source("", str(path), label and str(label), split)
+            found["__".join(images.relative_to(root).parts), *parts] = Source(
+                "", str(path), label and str(label), split
+            )
         faults += [Fault(str(path), "label map without a volume of its name") for path in maps.values()]
     if not found and not faults:
         raise ValueError(f"source={source}: no volume in it ({', '.join(ct.SUFFIXES)})")
@@ -99,24 +115,32 @@ def read_layout(source: str, labels: LabelsConfig) -> Layout:
     if labels.table:
         scans, untold = _with_table(scans, root / labels.table, names)
         faults += untold
-    return Layout(sorted(scans, key=lambda scan: scan.scan_id), names, sorted(faults))
+    return Layout(sorted(scans, key=lambda scan: scan.scan_id), names, sorted(faults), left_out)
 
 
 def _folders(root: Path) -> list[tuple[Path, Path, str]]:
-    """(images, labels, split) of the layout at hand; the folders need not exist."""
+    """(images, labels, split) where the folder is one data set, else none; the folders need not exist."""
     if (root / "imagesTr").is_dir() or (root / "imagesTs").is_dir():
         return [(root / "imagesTr", root / "labelsTr", "train"), (root / "imagesTs", root / "labelsTs", "test")]
-    images = root / "images" if (root / "images").is_dir() else root
-    return [(images, root / "labels", "train" if (root / "labels").is_dir() else "")]
+    if (root / "images").is_dir():
+        return [(root / "images", root / "labels", "train" if (root / "labels").is_dir() else "")]
+    return []
 
 
-def _volumes(folder: Path, without: Path | None = None) -> dict[tuple[str, ...], Path]:
+def _data_sets(root: Path) -> list[Path]:
+    """Folders below the root that are data sets of their own."""
+    return sorted(
+        {path.parent for name in ("images", "imagesTr", "imagesTs") for path in root.rglob(name) if path.is_dir()}
+    )
+
+
+def _volumes(folder: Path, without: Sequence[Path] = ()) -> dict[tuple[str, ...], Path]:
     """Volumes below a folder by their path in it, the last part without suffix and nnU-Net's channel."""
     volumes: dict[tuple[str, ...], Path] = {}
     for path in sorted(folder.rglob("*")):
         below = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in below.parts)  # macOS writes "._name" beside name
-        if hidden or not ct.is_volume(path) or path.is_dir() or (without and path.is_relative_to(without)):
+        if hidden or not ct.is_volume(path) or path.is_dir() or any(path.is_relative_to(other) for other in without):
             continue
         parts = (*below.parts[:-1], ct.bare_name(path))
         if parts in volumes:
@@ -131,7 +155,9 @@ def _with_ids(found: dict[tuple[str, ...], Source]) -> list[Source]:
     """Names the scans: (image folder, *path in it) -> name, or the joined path where a name occurs twice."""
     counts = Counter(parts[-1] for parts in found)
     several = len({parts[0] for parts in found}) > 1
-    ids = {p: p[-1] if counts[p[-1]] == 1 else "__".join(p if several else p[1:]) for p in found}
+    ids = {
+        p: p[-1] if counts[p[-1]] == 1 else "__".join(part for part in (p if several else p[1:]) if part) for p in found
+    }
     return [replace(source, scan_id=ids[parts]) for parts, source in found.items()]
 
 
