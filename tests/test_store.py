@@ -103,7 +103,7 @@ def test_every_flipped_byte_is_noticed(tmp_path):
         broken = bytearray(content)
         broken[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(broken)
-        with pytest.raises(RuntimeError, match=r"volume of scan 'scan_7' .*chunk.*run prepare again"):
+        with pytest.raises(RuntimeError, match=r"volume of scan 'scan_7' .*chunk.*repair store="):
             store.open_volume(tmp_path, record).read(whole)
 
 
@@ -196,13 +196,12 @@ def test_a_failed_write_leaves_the_old_scan_and_nothing_else(tmp_path, monkeypat
     record = store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
     before = tree(tmp_path)
 
-    def full(*args):
-        Path(args[0]).mkdir()
-        (Path(args[0]) / "half").write_text("x")
+    def full(array, chunk):
+        yield b"half"
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(store, "write_array", full)
+        patch.setattr(store, "encode_shard", full)
         store.write_scan(tmp_path, "a", make_volume(SHAPES[0], seed=1), AFFINE)
     assert tree(tmp_path) == before and not list((tmp_path / ".part").iterdir())
     again = store.write_scan(tmp_path, "a", make_volume(SHAPES[0], seed=1), AFFINE)
@@ -219,8 +218,8 @@ def test_what_is_not_a_whole_store_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="holds no scan"):
         store.read_index(tmp_path)
     settings = json.loads((tmp_path / "store.json").read_text())
-    (tmp_path / "store.json").write_text(json.dumps(settings | {"format": 2}))
-    with pytest.raises(ValueError, match="format 2, this version reads 1"):
+    (tmp_path / "store.json").write_text(json.dumps(settings | {"format": 1}))
+    with pytest.raises(ValueError, match="format 1, this version reads 2: prepare it again"):
         store.read_index(tmp_path)
 
 
