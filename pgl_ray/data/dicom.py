@@ -235,9 +235,7 @@ def _slice_geometry(header) -> _Geometry:
         values.append(value)
     spacing, directions = values[0], values[1].reshape(2, 3)
     if not (spacing > 0).all() or not np.allclose(directions @ directions.T, np.eye(2), atol=1e-3):
-        raise _Refused(
-            f"PixelSpacing {spacing} or ImageOrientationPatient {values[1]} is impossible: mend the header"
-        )
+        raise _Refused(f"PixelSpacing {spacing} or ImageOrientationPatient {values[1]} is impossible: mend the header")
     return _Geometry((int(header.Rows), int(header.Columns)), spacing, directions, values[2])
 
 
