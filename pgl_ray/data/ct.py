@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 from nibabel import orientations
 
-from pgl_ray.data import dicom
+from pgl_ray.data import contours, dicom
 from pgl_ray.data.dicom import AIR, LPS_TO_RAS
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
@@ -152,7 +152,7 @@ def read_masks(folder: str | Path, masks: dict[str, int], like: Scan) -> np.ndar
 
 
 def read_contours(path: str | Path, names: dict[str, int], like: Scan) -> np.ndarray:
-    """Fills the contours of a DICOM structure set on its CT's stored grid (see dicom.fill_contours).
+    """Fills the contours of a DICOM structure set on its CT's stored grid (see contours.fill_contours).
 
     Args:
         names: structure name -> label value.
@@ -163,7 +163,7 @@ def read_contours(path: str | Path, names: dict[str, int], like: Scan) -> np.nda
     Raises:
         ValueError: not readable, or contours off the CT's slices.
     """
-    return _smallest(dicom.fill_contours(path, names, like.affine, like.voxels.shape))
+    return _smallest(contours.fill_contours(path, names, like.affine, like.voxels.shape))
 
 
 def _smallest(label: np.ndarray) -> np.ndarray:

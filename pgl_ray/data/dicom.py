@@ -1,11 +1,11 @@
-"""DICOM: the CT series below a folder, one series as slices on a regular grid, contours (RTSTRUCT) as a label map.
+"""DICOM: the CT series below a folder, and one series as slices on a regular grid.
 
 Headers are read by pydicom, pixels by SimpleITK's GDCM, which decodes every transfer syntax that CT comes in. The
 geometry is checked here, because ITK silently stretches a missing slice and unshears a gantry tilt.
 """
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,6 @@ AIR = -1024  # HU of voxels outside the reconstruction
 HIGHEST_TISSUE = 3071  # of 12-bit CT
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 POSITION_TOLERANCE = 0.1  # how far a slice may lie from its place in the regular grid, in slice distances
-CONTOUR_TOLERANCE = 0.2  # how far a contour may lie from its slice, in slice distances
 RT_STRUCTURE_SET, DIRECTORY = "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.1.3.10"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 HEADER = ("SOPClassUID", "Modality", "ImageType", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
@@ -64,7 +63,7 @@ def find(folder: Path) -> Found:
         if any(part.startswith(".") for part in path.relative_to(folder).parts) or not is_dicom(path):
             continue
         try:
-            header = _read(path, stop_before_pixels=True, specific_tags=list(HEADER))
+            header = read(path, stop_before_pixels=True, specific_tags=list(HEADER))
             uid, kind = str(header.get("SeriesInstanceUID", "")), str(header.get("SOPClassUID", ""))
             if kind == RT_STRUCTURE_SET:
                 found.contours.append(_contours(path, header))
@@ -76,7 +75,7 @@ def find(folder: Path) -> Found:
         except ImportError:
             raise ValueError(f"{path}: DICOM needs pydicom: pip install 'pgl_ray[dicom]'") from None
         except Exception as error:  # pydicom has no common base for what a damaged header can cause
-            found.unreadable.append((str(path), _unreadable(path, error)))
+            found.unreadable.append((str(path), unreadable(path, error)))
     for uid, files in slices.items():
         below = os.path.commonpath([path.parent for path, *_ in files])
         names = tuple(sorted(os.path.relpath(path, below) for path, *_ in files))
@@ -139,7 +138,7 @@ def _contours(path: Path, header) -> Contours:
     return Contours(str(path), frozenset(series), tuple(organs))
 
 
-def _read(path: str | Path, **options) -> Any:
+def read(path: str | Path, **options) -> Any:
     """pydicom's data set of a file; its remarks on values against the standard are left out."""
     import warnings
 
@@ -154,7 +153,7 @@ def _read(path: str | Path, **options) -> Any:
     return header
 
 
-def _unreadable(path: str | Path, reason: Any) -> str:
+def unreadable(path: str | Path, reason: Any) -> str:
     detail = " ".join(str(reason).split()) or type(reason).__name__
     return f"{path}: not a readable DICOM file ({detail[:120]}): it is cut off or damaged, copy it again"
 
@@ -184,25 +183,25 @@ def read_grid(folder: str | Path, slices: tuple[str, ...]) -> Grid:
     for file in slices:
         path = os.path.join(folder, file)
         try:
-            header = _read(path, stop_before_pixels=True)
+            header = read(path, stop_before_pixels=True)
             number = header.get("SeriesNumber")
             name = str(folder) if number is None else f"{folder}: series {number}"
             headers.append((file, header, _slice_geometry(header)))
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file") from None
-        except _Refused as error:
+        except Refused as error:
             raise ValueError(f"{name}: {file}: {error}") from None
         except Exception as error:  # see find
-            raise ValueError(_unreadable(path, error)) from None
+            raise ValueError(unreadable(path, error)) from None
     try:
         files, affine = _ordered([(file, geometry) for file, _, geometry in headers])
-    except _Refused as error:
+    except Refused as error:
         raise ValueError(f"{name}: {error}") from None
     first = headers[0][1]
     return Grid(name, files, (int(first.Columns), int(first.Rows), len(files)), affine)
 
 
-class _Refused(ValueError):
+class Refused(ValueError):
     """A reason without the file's name."""
 
 
@@ -215,15 +214,15 @@ class _Geometry(NamedTuple):
 
 def _slice_geometry(header) -> _Geometry:
     if int(header.get("NumberOfFrames") or 1) > 1:
-        raise _Refused(f"{header.NumberOfFrames} frames in one file (enhanced CT): convert it to single-frame CT first")
+        raise Refused(f"{header.NumberOfFrames} frames in one file (enhanced CT): convert it to single-frame CT first")
     if not header.get("Rows") or not header.get("Columns"):
-        raise _Refused("has no picture: leave this file out")
+        raise Refused("has no picture: leave this file out")
     if int(header.get("BitsStored") or 0) <= 8:
-        raise _Refused(f"{header.get('BitsStored')} bits per pixel are too few for HU: take the original series")
+        raise Refused(f"{header.get('BitsStored')} bits per pixel are too few for HU: take the original series")
     if header.get("RescaleIntercept") is None or header.get("RescaleType", "HU") not in ("HU", "", None):
         kind = header.get("RescaleType")
         reason = f"pixels are in {kind}" if kind not in (None, "HU") else "has no RescaleIntercept"
-        raise _Refused(f"{reason}, so its values are not HU: take the original series")
+        raise Refused(f"{reason}, so its values are not HU: take the original series")
     values = []
     for tag, count in (("PixelSpacing", 2), ("ImageOrientationPatient", 6), ("ImagePositionPatient", 3)):
         try:
@@ -231,18 +230,18 @@ def _slice_geometry(header) -> _Geometry:
         except (TypeError, ValueError):
             value = np.zeros(0)
         if value.shape != (count,) or not np.isfinite(value).all():
-            raise _Refused(f"has no valid {tag}, so its place is unknown: take the original series")
+            raise Refused(f"has no valid {tag}, so its place is unknown: take the original series")
         values.append(value)
     spacing, directions = values[0], values[1].reshape(2, 3)
     if not (spacing > 0).all() or not np.allclose(directions @ directions.T, np.eye(2), atol=1e-3):
-        raise _Refused(f"PixelSpacing {spacing} or ImageOrientationPatient {values[1]} is impossible: mend the header")
+        raise Refused(f"PixelSpacing {spacing} or ImageOrientationPatient {values[1]} is impossible: mend the header")
     return _Geometry((int(header.Rows), int(header.Columns)), spacing, directions, values[2])
 
 
 def _ordered(slices: list[tuple[str, _Geometry]]) -> tuple[list[str], np.ndarray]:
     """Files in the order of their place along the normal, and the affine of (column, row, slice, 1) to RAS+ mm."""
     if len(slices) == 1:
-        raise _Refused("1 slice is not a volume: leave this series out, or find its other slices")
+        raise Refused("1 slice is not a volume: leave this series out, or find its other slices")
     first = slices[0][1]
     for what, differs in (
         ("size", lambda one: one.size != first.size),
@@ -251,7 +250,7 @@ def _ordered(slices: list[tuple[str, _Geometry]]) -> tuple[list[str], np.ndarray
     ):
         other = next((file for file, one in slices if differs(one)), None)
         if other:
-            raise _Refused(f"{slices[0][0]} and {other} differ in {what}: it holds several stacks, separate them")
+            raise Refused(f"{slices[0][0]} and {other} differ in {what}: it holds several stacks, separate them")
     normal = np.cross(*first.directions)
     slices = sorted(slices, key=lambda one: (float(one[1].position @ normal), one[0]))
     files, positions = [file for file, _ in slices], np.array([one.position for _, one in slices])
@@ -262,7 +261,7 @@ def _ordered(slices: list[tuple[str, _Geometry]]) -> tuple[list[str], np.ndarray
     drift = float(np.linalg.norm(sideways, axis=1).max())
     if drift > first.spacing.min():
         angle = np.degrees(np.arctan2(drift, along[-1] - along[0]))
-        raise _Refused(
+        raise Refused(
             f"slices drift sideways by {drift:.1f} mm (gantry tilt, about {angle:.0f} degrees): resample it to a "
             "straight grid first, for instance with dcm2niix"
         )
@@ -282,15 +281,15 @@ def _check_spacing(files: list[str], along: np.ndarray) -> None:
     starts = np.flatnonzero(np.r_[True, gaps > tolerance])  # of the slices at each place
     copies = np.diff(np.r_[starts, len(files)])
     if len(copies) == 1:
-        raise _Refused(f"{len(files)} slices at one position: a time series, not a volume, leave it out")
+        raise Refused(f"{len(files)} slices at one position: a time series, not a volume, leave it out")
     if copies.min() > 1 and copies.min() == copies.max():
-        raise _Refused(
+        raise Refused(
             f"{copies[0]} slices at each of {len(copies)} positions, as {files[0]} and {files[1]}: several phases or "
             "copies in one series, separate them"
         )
     if copies.max() > 1:
         place = starts[copies.argmax()]
-        raise _Refused(f"{files[place]} and {files[place + 1]} lie at one position: keep one of them")
+        raise Refused(f"{files[place]} and {files[place + 1]} lie at one position: keep one of them")
     distance = float(np.median(gaps))
     even = along[0] + (along[-1] - along[0]) / (len(files) - 1) * np.arange(len(files))
     if np.abs(along - even).max() <= POSITION_TOLERANCE * distance:
@@ -298,11 +297,11 @@ def _check_spacing(files: list[str], along: np.ndarray) -> None:
     missing = np.rint(gaps / distance).astype(int) - 1
     if np.abs(gaps / distance - missing - 1).max() <= POSITION_TOLERANCE and missing.min() >= 0:
         place = int(np.argmax(missing > 0))
-        raise _Refused(
+        raise Refused(
             f"slices are missing ({missing.sum()}), the first between {files[place]} and {files[place + 1]} "
             f"(distance {gaps[place]:.3g} mm, elsewhere {distance:.3g}): copy the whole series again"
         )
-    raise _Refused(
+    raise Refused(
         f"distances between slices vary from {gaps.min():.3g} to {gaps.max():.3g} mm: resample it to even ones first, "
         "or leave it out"
     )
@@ -321,7 +320,7 @@ def read_hu(folder: str | Path, file: str, shape: tuple[int, int]) -> np.ndarray
 
     path = os.path.join(folder, file)
     try:
-        header = _read(path)  # with its pixels, so that a file that is cut off is noticed
+        header = read(path)  # with its pixels, so that a file that is cut off is noticed
         if "PixelData" not in header:
             raise ValueError("no pixels in it")
         compressed = header.file_meta.get("TransferSyntaxUID") and header.file_meta.TransferSyntaxUID.is_compressed
@@ -336,9 +335,9 @@ def read_hu(folder: str | Path, file: str, shape: tuple[int, int]) -> np.ndarray
     except MemoryError:
         raise
     except Exception as error:  # pydicom's and ITK's errors have no common base
-        raise ValueError(_unreadable(path, _itk_reason(error))) from None
+        raise ValueError(unreadable(path, _itk_reason(error))) from None
     if values.shape != tuple(shape):
-        raise ValueError(_unreadable(path, f"picture of {values.shape}, its header says {tuple(shape)}"))
+        raise ValueError(unreadable(path, f"picture of {values.shape}, its header says {tuple(shape)}"))
     padding = _padding(header)
     return values if padding is None else np.where((values >= padding[0]) & (values <= padding[1]), AIR, values)
 
@@ -371,101 +370,3 @@ def _quiet_decoders() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-# -- contours ---------------------------------------------------------------------------------------------------------
-
-
-def fill_contours(
-    path: str | Path, values: dict[str, int], affine: np.ndarray, shape: tuple[int, int, int]
-) -> np.ndarray:
-    """Fills the closed contours of a structure set.
-
-    A voxel belongs to a structure where its centre lies inside an odd number of the structure's contours on its slice,
-    so that inner contours and keyholes are holes (DICOM PS3.3, C.8.8.6). Where structures overlap, the larger value
-    stands, as tumour in organ.
-
-    Args:
-        values: structure name -> label value; other structures are left out. Capitals do not matter.
-        affine: [4, 4], voxel index (three axes in any order, 1) -> RAS+ mm.
-        shape: of the grid.
-
-    Returns:
-        uint16 label map.
-
-    Raises:
-        ValueError: contours that do not lie on the grid's slices, or only on every second or later slice.
-    """
-    try:
-        structures = _read(path)
-        numbers = {int(roi.ROINumber): str(roi.ROIName).strip() for roi in structures.StructureSetROISequence}
-        points = {
-            numbers[int(roi.ReferencedROINumber)]: [_points(one) for one in roi.get("ContourSequence") or []]
-            for roi in structures.ROIContourSequence
-        }
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # see find
-        raise ValueError(_unreadable(path, error)) from None
-    by_name = {name.casefold(): value for name, value in values.items()}
-    chosen = [(by_name[name.casefold()], name) for name in points if name.casefold() in by_name]
-    to_index = np.linalg.inv(affine) @ LPS_TO_RAS
-    label = np.zeros(shape, np.uint16)
-    for value, name in sorted(chosen):
-        contours = [np.c_[one, np.ones(len(one))] @ to_index.T[:, :3] for one in points[name] if one is not None]
-        if contours:
-            try:
-                _fill(label, value, contours)
-            except _Refused as error:
-                raise ValueError(f"{path}: structure {name!r}: {error}") from None
-    return label
-
-
-def _points(contour) -> np.ndarray | None:
-    """Points [N, 3] of a closed contour, LPS mm; none of points and open lines."""
-    if contour.get("ContourGeometricType", "CLOSED_PLANAR") not in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR"):
-        return None
-    points = np.array([float(number) for number in contour.ContourData]).reshape(-1, 3)
-    return points if len(points) > 2 else None
-
-
-def _fill(label: np.ndarray, value: int, contours: list[np.ndarray]) -> None:
-    """Fills contours [N, 3] in voxel indices into the label map."""
-    axis = int(np.argmin([max(np.ptp(points[:, axis]) for points in contours) for axis in range(3)]))
-    across = [other for other in range(3) if other != axis]
-    slices = defaultdict(list)
-    for points in contours:
-        place = round(float(points[:, axis].mean()))
-        if np.abs(points[:, axis] - place).max() > CONTOUR_TOLERANCE:
-            raise _Refused(
-                f"a contour lies at slice {points[:, axis].mean():.2f}, between its CT's slices: draw it on this CT"
-            )
-        if not 0 <= place < label.shape[axis]:
-            raise _Refused(f"a contour lies at slice {place} of {label.shape[axis]}, outside its CT: is it another's?")
-        slices[place].append(points[:, across])
-    steps = Counter(np.diff(sorted(slices)).tolist())
-    if len(slices) > 2 and 1 not in steps:
-        raise _Refused(
-            f"contours lie on every {steps.most_common(1)[0][0]}th slice only: interpolate them to all slices first"
-        )
-    view = np.moveaxis(label, axis, 0)
-    for place, polygons in slices.items():
-        view[place][_inside(polygons, view.shape[1:])] = value
-
-
-def _inside(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """Cells whose centres lie inside an odd number of the polygons (scan-line filling, even-odd rule).
-
-    Args:
-        polygons: [N, 2] each, (row, column) in cell indices, where cell centres are whole numbers.
-        shape: rows, columns.
-    """
-    toggles = np.zeros((shape[0], shape[1] + 1), np.int32)
-    rows = np.arange(shape[0])[:, None]
-    for polygon in polygons:
-        (row_a, col_a), (row_b, col_b) = polygon.T, np.roll(polygon, -1, axis=0).T
-        line, edge = np.nonzero((row_a <= rows) != (row_b <= rows))
-        share = (line - row_a[edge]) / (row_b[edge] - row_a[edge])
-        column = np.ceil(col_a[edge] + share * (col_b[edge] - col_a[edge]))
-        np.add.at(toggles, (line, column.clip(0, shape[1]).astype(int)), 1)
-    return np.cumsum(toggles, axis=1)[:, :-1] % 2 == 1

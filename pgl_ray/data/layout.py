@@ -10,100 +10,20 @@ contours (RTSTRUCT) belong to the series that they name. A table may say otherwi
 """
 
 import csv
-import hashlib
 import json
-import os
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from pgl_ray.config import LabelsConfig, PartConfig, RecipeConfig
+from pgl_ray.config import LabelsConfig, RecipeConfig
 from pgl_ray.data import ct, dicom
+from pgl_ray.data.recipe import draw_split, find_scans
+from pgl_ray.data.source import Fault, Found, Source, some, volume_files
 
 CHANNEL = "_0000"  # nnU-Net's suffix of the first, and in CT only, channel
 OTHER_MODALITIES = ("MR", "T1", "T2", "FLAIR", "PET", "PT", "US", "ADC", "DWI")
-NUM_NAMED = 5  # of things that a message names
-
-
-@dataclass(frozen=True)
-class Source:
-    """One scan to convert.
-
-    Attributes:
-        scan_id: the file's name without suffix; with its folders, joined by "__", where the name occurs twice. Of
-            DICOM the folders, and the series' number where several lie in one.
-        image: absolute path of the file, or of the folder of a DICOM series.
-        label: absolute path of a label map, of contours, or of the folder of the masks.
-        split: "" where nothing is said.
-        labelled: annotated label values; None = all that have a name.
-        slices: paths of the DICOM files in `image`.
-        masks: (file name in `label`, value) of the masks of single organs.
-    """
-
-    scan_id: str
-    image: str
-    label: str | None
-    split: str
-    labelled: tuple[int, ...] | None = None
-    slices: tuple[str, ...] = ()
-    masks: tuple[tuple[str, int], ...] = ()
-
-    def read(self, names: dict[str, int] | None) -> tuple[ct.Scan, np.ndarray | None]:
-        """The scan and its label map, uint8 or uint16 [D, H, W], if it has one.
-
-        Args:
-            names: organ name -> label value, which contours need.
-
-        Raises:
-            ValueError: see ct.read_scan, ct.read_label, ct.read_masks, ct.read_contours.
-        """
-        scan = ct.read_scan(self.image, self.slices)
-        if not self.label:
-            return scan, None
-        if self.masks:
-            return scan, ct.read_masks(self.label, dict(self.masks), scan)
-        if ct.is_volume(Path(self.label)):
-            return scan, ct.read_label(self.label, scan)
-        return scan, ct.read_contours(self.label, names or {}, scan)
-
-    def num_voxels(self) -> int:
-        """Size of the volume by its headers alone.
-
-        Raises:
-            ValueError: see ct.num_voxels.
-        """
-        return ct.num_voxels(self.image, self.slices)
-
-    def files(self) -> list[Path]:
-        """All files that the scan is made from."""
-        images = [Path(self.image, name) for name in self.slices] or ct.files_of(Path(self.image))
-        masks = [Path(self.label, name) for name, _ in self.masks]
-        return images + (masks or (ct.files_of(Path(self.label)) if self.label else []))
-
-    def stamp(self) -> tuple[int, int]:
-        """Bytes of all files, and the newest one's time in ns."""
-        stats = [file.stat() for file in self.files()]
-        return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
-
-    def digest(self) -> str:
-        """sha256 of the file's bytes; of several files, that of their hashes."""
-        digests = []
-        for file in self.files():
-            with file.open("rb") as stream:
-                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-class Fault(NamedTuple):
-    """A file that is not used, and why."""
-
-    source: str
-    reason: str
 
 
 class Layout(NamedTuple):
@@ -119,15 +39,6 @@ class Layout(NamedTuple):
 
     scans: list[Source]
     names: dict[str, int]
-    faults: list[Fault]
-    left_out: list[Fault]
-    missing: list[str]
-
-
-class _Found(NamedTuple):
-    """Scans by (image folder, *path in it), and what goes into Layout."""
-
-    scans: dict[tuple[str, ...], Source]
     faults: list[Fault]
     left_out: list[Fault]
     missing: list[str]
@@ -151,10 +62,10 @@ def read_layout(
     names = labels.names or ({} if recipe.parts else _dataset_names(root / "dataset.json"))
     if len(set(names.values())) < len(names):
         raise ValueError(f"labels.names={names}: two organs have one value")
-    found = _by_recipe(root, recipe, names) if recipe.parts else _by_folders(root, names, series)
+    found = find_scans(root, recipe, names) if recipe.parts else _by_folders(root, names, series)
     scans, faults = _with_ids(found.scans), found.faults
     if recipe.split_sizes:
-        scans = _drawn(scans, recipe)
+        scans = draw_split(scans, recipe)
     if labels.table:
         scans, untold = _with_table(scans, root / labels.table, names)
         faults += untold
@@ -165,8 +76,8 @@ def read_layout(
 # -- layouts that are known -------------------------------------------------------------------------------------------
 
 
-def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> _Found:
-    found = _Found({}, [], [], [])
+def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> Found:
+    found = Found({}, [], [], [])
     folders, inner = _folders(root), []
     if not folders:
         nested = [one for below in _data_sets(root) for one in _folders(below)]
@@ -201,7 +112,7 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> _
         found.faults.extend(Fault(str(path), "label map without a volume of its name") for path in maps.values())
     _note_unused(found, objects.contours, chosen, names)
     if not found.scans and not found.faults:
-        others = "; ".join(f"{path}: {reason}" for path, reason in found.left_out[:NUM_NAMED])
+        others = "; ".join(f"{path}: {reason}" for path, reason in found.left_out[:5])
         found_too = f"; found {others}" if others else ""
         raise ValueError(f"source={root}: no volume in it ({', '.join(ct.SUFFIXES)}, DICOM){found_too}")
     return found
@@ -230,7 +141,7 @@ def _below(path: Path, folder: Path, without: Sequence[Path]) -> bool:
 def _volumes(folder: Path, without: Sequence[Path] = ()) -> dict[tuple[str, ...], Path]:
     """Volumes below a folder by their path in it, the last part without suffix and nnU-Net's channel."""
     volumes: dict[tuple[str, ...], Path] = {}
-    for path in _files(folder):
+    for path in volume_files(folder):
         if not _below(path, folder, without):
             continue
         parts = (*path.relative_to(folder).parts[:-1], ct.bare_name(path))
@@ -240,17 +151,6 @@ def _volumes(folder: Path, without: Sequence[Path] = ()) -> dict[tuple[str, ...]
     if folder.name in ("imagesTr", "imagesTs") and all(parts[-1].endswith(CHANNEL) for parts in volumes):
         return {(*parts[:-1], parts[-1].removesuffix(CHANNEL)): path for parts, path in volumes.items()}
     return volumes
-
-
-def _files(folder: Path) -> list[Path]:
-    """Volume files below a folder; links that lead nowhere are among them."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if ct.is_volume(path)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)  # macOS writes "._name"
-        and not path.is_dir()
-    ]
 
 
 def _chosen(found: list[dicom.Series], wanted: tuple[str, ...], root: Path) -> list[dicom.Series]:
@@ -276,7 +176,7 @@ def _series_names(found: list[dicom.Series], images: Path) -> list[str]:
 
 
 def _add(
-    found: _Found,
+    found: Found,
     key: tuple[str, ...],
     scan: Source,
     uid: str,
@@ -297,7 +197,7 @@ def _add(
 
 
 def _note_unused(
-    found: _Found, contours: list[dicom.Contours], series: list[dicom.Series], names: dict[str, int]
+    found: Found, contours: list[dicom.Contours], series: list[dicom.Series], names: dict[str, int]
 ) -> None:
     """Says why contours are not used."""
     used, there = {scan.label for scan in found.scans.values()}, {one.uid for one in series}
@@ -318,106 +218,6 @@ def _with_ids(found: dict[tuple[str, ...], Source]) -> list[Source]:
         p: p[-1] if counts[p[-1]] == 1 else "__".join(part for part in (p if several else p[1:]) if part) for p in found
     }
     return [replace(source, scan_id=ids[parts]) for parts, source in found.items()]
-
-
-# -- recipes ----------------------------------------------------------------------------------------------------------
-
-
-def _by_recipe(root: Path, recipe: RecipeConfig, names: dict[str, int]) -> _Found:
-    found, used = _Found({}, [], [], []), set()
-    files = {path.relative_to(root).as_posix(): path for path in _files(root)}
-    for part in recipe.parts:
-        scans = _part(found, part, recipe.prefix, files, names, used)
-        _note_missing(found, part, recipe, scans)
-    if not found.scans:
-        where = " or ".join(part.images for part in recipe.parts)
-        raise ValueError(f"source={root}: no scan of {recipe.name} in it, expected {where}; get it: {recipe.origin}")
-    unused = sorted(files.keys() - used)
-    if unused:
-        listed = ", ".join(unused[:NUM_NAMED]) + (", ..." if len(unused) > NUM_NAMED else "")
-        found.left_out.append(Fault(str(root), f"{len(unused)} volumes that the recipe has no use for: {listed}"))
-    return found
-
-
-def _part(
-    found: _Found, part: PartConfig, prefix: str, files: dict[str, Path], names: dict[str, int], used: set[str]
-) -> dict[str, Source]:
-    """The scans of a part by {id}; `used` takes the files that belong to it."""
-    scans, wanted, pattern = {}, set(_ids(part)), _regex(part.images)
-    for name, path in files.items():
-        match = pattern.fullmatch(name)
-        if not match or (wanted and match["id"] not in wanted):
-            continue
-        if match["id"] in scans:
-            raise ValueError(f"{scans[match['id']].image} and {path} are of one name: keep one of them")
-        used.add(name)
-        if not path.is_file():
-            found.faults.append(Fault(str(path), "a link to a file that is not there"))
-            continue
-        label, labelled, masks = None, None, ()
-        if part.labels:
-            label_name = part.labels.replace("**/", match.groupdict().get("above") or "").replace("{id}", match["id"])
-            organs = {label_name.replace("{organ}", organ): value for organ, value in names.items()}
-            there = {file: value for file, value in organs.items() if file in files and files[file].is_file()}
-            used |= there.keys()
-            if there and "{organ}" in part.labels:
-                label = str(files[next(iter(there))].parent)
-                masks = tuple((os.path.basename(file), value) for file, value in there.items())
-                labelled = tuple(sorted(there.values()))
-            elif there or label_name in files:
-                label = str(files[label_name])
-                used.add(label_name)
-        scans[match["id"]] = Source("", str(path), label, part.split, labelled, masks=masks)
-    found.scans.update({("", prefix + one): scan for one, scan in scans.items()})
-    return scans
-
-
-def _regex(pattern: str) -> re.Pattern:
-    """{id} is a name without slashes, a leading **/ any folders, * anything without slashes."""
-    text = re.escape(pattern).replace(re.escape("{id}"), "(?P<id>[^/]+)", 1).replace(re.escape("{id}"), "(?P=id)")
-    text = text.replace(re.escape("**/"), "(?P<above>(?:.*/)?)")
-    return re.compile(text.replace(re.escape("*"), "[^/]*"))
-
-
-def _ids(part: PartConfig) -> list[str]:
-    """Spells out `case_000-209`."""
-    ids = []
-    for one in part.ids:
-        match = re.fullmatch(r"(.*?)(\d+)-(\d+)", one)
-        if match:
-            width, (low, high) = len(match[2]), (int(match[2]), int(match[3]))
-            ids += [f"{match[1]}{number:0{width}}" for number in range(low, high + 1)]
-        else:
-            ids.append(one)
-    return ids
-
-
-def _note_missing(found: _Found, part: PartConfig, recipe: RecipeConfig, scans: dict[str, Source]) -> None:
-    """Says what of a part is not there, by name where the recipe names its scans."""
-    ids = _ids(part)
-    if part.num_scans and len(scans) < part.num_scans:
-        absent = sorted(set(ids) - scans.keys()) if len(ids) == part.num_scans else []
-        listed = f", not there: {', '.join(absent[:NUM_NAMED])}{', ...' if len(absent) > NUM_NAMED else ''}"
-        found.missing.append(
-            f"{len(scans)} of {part.num_scans} scans {part.images}{listed if absent else ''}; get them: {recipe.origin}"
-        )
-    bare = [one for one, scan in scans.items() if part.labels and not scan.label]
-    if bare:
-        listed = ", ".join(bare[:NUM_NAMED]) + (", ..." if len(bare) > NUM_NAMED else "")
-        found.missing.append(f"{len(bare)} label maps {part.labels}: {listed}; get them: {recipe.origin}")
-    if recipe.split_sizes and part.num_scans and len(scans) - len(bare) != part.num_scans and part.labels:
-        found.missing.append("the split is drawn from the labelled scans that are there, it is not the whole set's")
-
-
-def _drawn(scans: list[Source], recipe: RecipeConfig) -> list[Source]:
-    """Splits the labelled scans. The order comes from a hash of seed and scan_id, so that a scan which is missing or
-    added moves hardly any other one to another split."""
-    labelled = [scan.scan_id for scan in scans if scan.label]
-    order = sorted(labelled, key=lambda one: hashlib.sha256(f"{recipe.split_seed} {one}".encode()).digest())
-    splits = [split for split, size in recipe.split_sizes.items() for _ in range(size)]
-    splits += splits[-1:] * (len(order) - len(splits))
-    drawn = dict(zip(order, splits))
-    return [replace(scan, split=drawn.get(scan.scan_id, scan.split)) for scan in scans]
 
 
 # -- what files beside the volumes say --------------------------------------------------------------------------------
@@ -455,10 +255,11 @@ def _fewer_than_stated(root: Path) -> list[str]:
             ids = {path.rsplit("/", 1)[-1].split(".nii")[0].removesuffix(CHANNEL) for path in paths}
             absent = sorted(ids - {parts[-1].removesuffix(CHANNEL) for parts in there})
             if absent:
-                named = ", ".join(absent[:NUM_NAMED]) + (", ..." if len(absent) > NUM_NAMED else "")
-                missing.append(f"{len(absent)} of {len(ids)} volumes that dataset.json lists in {folder}: {named}")
+                missing.append(
+                    f"{len(absent)} of {len(ids)} volumes that dataset.json lists in {folder}: {some(absent)}"
+                )
         elif isinstance(number := stated.get(f"num{key}"), int) and len(there) < number:
-            missing.append(f"{number - len(there)} of {number} volumes that dataset.json counts in {folder}")
+            missing.append(f"{number - len(there)} of {number} volumes of {folder} in dataset.json")
     return missing
 
 
