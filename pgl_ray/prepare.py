@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ray.config import FailedRun, PrepareConfig, command
-from pgl_ray.data import ct, store
+from pgl_ray.data import store
 from pgl_ray.data.layout import Fault, Layout, Source, read_layout
 
 PEAK_BYTES_PER_VOXEL = 16  # of a conversion, label map included
@@ -66,7 +66,7 @@ def run(config: PrepareConfig) -> Result:
     """
     began = time.monotonic()
     folder = os.path.abspath(config.store)
-    layout = read_layout(config.source, config.labels)
+    layout = read_layout(config.source, config.labels, config.recipe, config.series)
     names = _agreed_names(config, layout)
     if not Path(folder, "store.json").is_file():
         store.write_settings(folder, names or {}, config.hu_window)
@@ -78,8 +78,7 @@ def run(config: PrepareConfig) -> Result:
     known = {source.scan_id for source in stored}
     tasks = [Task(source, record) for source, record in pairs if source.scan_id not in known]
     print(f"prepare: {len(layout.scans)} scans in {config.source}, {len(tasks)} new or changed", flush=True)
-    if layout.left_out:
-        print(f"prepare: several data sets, labels left out: {', '.join(layout.left_out)}; prepare one by one for them")
+    _tell(layout, folder)
 
     # convert
     converted, failed = 0, list(layout.faults)
@@ -97,8 +96,7 @@ def run(config: PrepareConfig) -> Result:
     failed.sort()
     names = _finish(folder, stored, names)
     index = store.write_index(folder, names, config.hu_window)
-    lines = "".join(json.dumps(fault._asdict()) + "\n" for fault in failed)
-    store.write_aside(Path(folder, "failed.jsonl"), lines.encode())
+    store.write_aside(Path(folder, "failed.jsonl"), _json_lines(failed))
     path, seconds = str(Path(folder, "index.parquet")), time.monotonic() - began
     return Result(folder, path, len(index.scans), converted, len(stored) - converted, tuple(failed), seconds)
 
@@ -126,6 +124,21 @@ def _agreed_names(config: PrepareConfig, layout: Layout) -> dict[str, int] | Non
     names = layout.names or known
     unnamed = any(scan.label for scan in layout.scans) and names == _names_of_values(names.values())
     return None if unnamed else names
+
+
+def _tell(layout: Layout, folder: str) -> None:
+    """Prints what is missing and what is left out; left_out.jsonl has all of it."""
+    for missing in layout.missing:
+        print(f"prepare: missing: {missing}")
+    for path, reason in layout.left_out[:NUM_SHOWN]:
+        print(f"prepare: left out: {path}: {reason}")
+    if len(layout.left_out) > NUM_SHOWN:
+        print(f"prepare: {len(layout.left_out)} left out in all, see {folder}/left_out.jsonl", flush=True)
+    store.write_aside(Path(folder, "left_out.jsonl"), _json_lines(layout.left_out))
+
+
+def _json_lines(faults: Iterable[Fault]) -> bytes:
+    return "".join(json.dumps(fault._asdict()) + "\n" for fault in faults).encode()
 
 
 def _names_of_values(values) -> dict[str, int]:
@@ -164,10 +177,10 @@ def _memory_per_task(tasks: list[Task]) -> float:
     """Memory to reserve per conversion in bytes, by the largest file's header; at most what a node has."""
     import ray
 
-    largest = max((task.source.image for task in tasks), key=os.path.getsize)
     try:
-        need = PEAK_BYTES_PER_VOXEL * ct.num_voxels(largest)
-    except ValueError:  # it will fail as a scan, with this reason
+        largest = max((task.source for task in tasks), key=lambda source: source.stamp()[0])
+        need = PEAK_BYTES_PER_VOXEL * largest.num_voxels()
+    except (ValueError, OSError):  # it will fail as a scan, with this reason
         need = 0
     return float(min(need, max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])))
 
@@ -230,8 +243,7 @@ def _convert(task: Task, folder: str, names: dict[str, int] | None, options: dic
         raise ValueError(
             f"{source.image}: the store has another {source.scan_id!r}, from {task.known.source}: rename it"
         )
-    scan = ct.read_scan(source.image)
-    label = ct.read_label(source.label, scan) if source.label else None
+    scan, label = source.read(names)
     unknown = sorted(set(store.count_labels(label)) - set(names.values())) if label is not None and names else []
     if unknown:
         raise ValueError(f"{source.label}: label values {unknown} are not among {names}: add them to labels.names")

@@ -395,7 +395,7 @@ def test_unforeseen_errors_are_the_scans_alone(tmp_path, serial, monkeypatch):
     put(tmp_path / "raw/a.nii.gz")
     put(tmp_path / "raw/b.nii.gz")
     real = ct.read_scan
-    monkeypatch.setattr(ct, "read_scan", lambda path: real(path) if "b.nii" in path else [][0])
+    monkeypatch.setattr(ct, "read_scan", lambda path, slices: real(path) if "b.nii" in path else [][0])
     result = go(tmp_path / "raw", tmp_path / "s")
     assert counts(result) == (1, 0, 1) and result.failed[0].reason == "IndexError: list index out of range"
 
@@ -483,4 +483,4 @@ def test_a_folder_of_data_sets_gives_their_volumes_and_no_label_as_a_scan(tmp_pa
     layout = read_layout(str(tmp_path), LabelsConfig())
     assert [scan.scan_id for scan in layout.scans] == ["a__images__x", "b__imagesTr__x", "loose", "y"]
     assert all(scan.label is None for scan in layout.scans) and not layout.faults
-    assert [path.split("/")[-2:] for path in layout.left_out] == [["a", "labels"], ["b", "labelsTr"]]
+    assert [fault.source.split("/")[-2:] for fault in layout.left_out] == [["a", "labels"], ["b", "labelsTr"]]

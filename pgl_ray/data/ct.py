@@ -1,9 +1,10 @@
-"""Reading a CT, and writing a label map back into the CT's own geometry.
+"""Reading a CT and its label map, and writing a label map back into the CT's own geometry.
 
 Stored orientation: the array axes (D, H, W) run towards S, P, L, so imshow of an axial slice looks as radiologists see
 it. Axes are permuted and flipped to the closest such order, never resampled; the affine keeps what is oblique or
 sheared. World coordinates are RAS+ mm, as in NIfTI. NIfTI goes through nibabel, because ITK refuses slightly sheared
-sforms; NRRD and MHA/MHD go through SimpleITK.
+sforms; NRRD and MHA/MHD go through SimpleITK; a DICOM series is a folder and the names of its slices (see dicom).
+HU below air, which scanners and converters write outside the field of view (-2000, -3024), become -1024.
 """
 
 import gzip
@@ -18,10 +19,13 @@ import nibabel as nib
 import numpy as np
 from nibabel import orientations
 
+from pgl_ray.data import contours, dicom
+from pgl_ray.data.dicom import AIR, LPS_TO_RAS
+
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 STORED = orientations.axcodes2ornt("LPS")  # of the axes W, H, D
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 GRID_TOLERANCE = 0.1  # how far a label's corner may lie from its CT's, in voxels
+DEFLATE_RATIO = 1032  # zlib cannot compress better
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,12 @@ class Scan:
     """A CT in the stored orientation.
 
     Attributes:
-        voxels: int16 [D, H, W], HU.
+        voxels: int16 [D, H, W], HU, -1024 and above.
         affine: float64 [4, 4], stored voxel index (d, h, w, 1) -> RAS+ mm.
         spacing_mm: voxel size (D, H, W).
         orientation: the source's axis codes in its own axis order, e.g. "RAS".
         rounding_error_hu: largest change by rounding to int16; 0 for integer sources.
+        num_padding: voxels that were below -1024 HU.
     """
 
     voxels: np.ndarray
@@ -41,6 +46,7 @@ class Scan:
     spacing_mm: tuple[float, float, float]
     orientation: str
     rounding_error_hu: float
+    num_padding: int
 
 
 def is_volume(path: Path) -> bool:
@@ -63,16 +69,27 @@ def files_of(path: Path) -> list[Path]:
     return [path, *(file for file in named if file.is_file() and file != path)]
 
 
-def read_scan(path: str | Path) -> Scan:
+def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
     """Reads a CT volume.
+
+    Args:
+        path: a file, or a folder of DICOM.
+        slices: of a folder, the paths in it of the series' files; none: the one series that lies below it.
 
     Raises:
         ValueError: missing, not a readable image, not one 3D volume of single numbers, without geometry, or with
             voxels that are not finite or not HU.
     """
-    raw, slope, inter, affine = _read(Path(path))
-    voxels, rounding_error = _whole_numbers(raw, slope, inter, np.int16, path)
-    del raw
+    path = Path(path)
+    if path.is_dir():
+        voxels, rounding_error, affine = _read_series(path, slices)
+    else:
+        raw, slope, inter, affine = _read(path)
+        voxels, rounding_error = _whole_numbers(raw, slope, inter, np.int16, path)
+        del raw
+    num_padding = int(np.count_nonzero(voxels < AIR)) if voxels.min() < AIR else 0
+    if num_padding:
+        voxels = np.maximum(voxels, np.int16(AIR))
     stored, stored_affine = _to_stored(voxels, affine)
     return Scan(
         voxels=np.ascontiguousarray(stored),
@@ -80,6 +97,7 @@ def read_scan(path: str | Path) -> Scan:
         spacing_mm=tuple(float(size) for size in np.linalg.norm(stored_affine[:3, :3], axis=0)),
         orientation="".join(nib.aff2axcodes(affine)),
         rounding_error_hu=rounding_error,
+        num_padding=num_padding,
     )
 
 
@@ -107,33 +125,78 @@ def read_label(path: str | Path, like: Scan) -> np.ndarray:
             f"{path}: label affine {_text(label_affine)} differs from its CT's {_text(like.affine)}: resample it onto "
             "the CT's grid"
         )
+    return _smallest(label)
+
+
+def read_masks(folder: str | Path, masks: dict[str, int], like: Scan) -> np.ndarray:
+    """Joins masks of single organs into one label map; where they overlap, the larger value stands.
+
+    Args:
+        folder: of the masks, each 0 outside and one other value inside.
+        masks: file name -> label value.
+
+    Returns:
+        As read_label.
+
+    Raises:
+        ValueError: as read_label; a mask with several values.
+    """
+    label = np.zeros(like.voxels.shape, np.uint16)
+    for name, value in sorted(masks.items(), key=lambda item: item[1]):
+        mask = read_label(Path(folder, name), like)
+        inside = mask > 0
+        if inside.any() and mask[inside].min() != mask.max():
+            raise ValueError(f"{Path(folder, name)}: values up to {mask.max()}, expected a mask of one organ (0 and 1)")
+        label[inside] = value
+    return _smallest(label)
+
+
+def read_contours(path: str | Path, names: dict[str, int], like: Scan) -> np.ndarray:
+    """Fills the contours of a DICOM structure set on its CT's stored grid (see contours.fill_contours).
+
+    Args:
+        names: structure name -> label value.
+
+    Returns:
+        As read_label.
+
+    Raises:
+        ValueError: not readable, or contours off the CT's slices.
+    """
+    return _smallest(contours.fill_contours(path, names, like.affine, like.voxels.shape))
+
+
+def _smallest(label: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(label, dtype=np.uint8 if label.max() <= 255 else np.uint16)
 
 
-def num_voxels(path: str | Path) -> int:
+def num_voxels(path: str | Path, slices: tuple[str, ...] = ()) -> int:
     """Size of a volume by its header alone.
 
     Raises:
         ValueError: as read_scan.
     """
     path = Path(path)
-    shape = _open_nifti(path).shape if _is_nifti(path) else _open_itk(path).GetSize()
-    return math.prod(shape)
+    if path.is_dir():
+        return math.prod(dicom.read_grid(path, slices or dicom.only_series(path)).shape)
+    return math.prod(_open_nifti(path).shape if _is_nifti(path) else _open_itk(path).GetSize())
 
 
-def write_label(path: str | Path, label: np.ndarray, like: str | Path) -> None:
+def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: tuple[str, ...] = ()) -> None:
     """Writes a label map as NIfTI in exactly the grid, affine and axis order of a CT file.
 
     Args:
         path: .nii or .nii.gz.
         label: uint8 or uint16 [D, H, W], stored orientation.
-        like: the CT; of a NIfTI the header's geometry is copied as it stands.
+        like, slices: the CT, as for read_scan; of a NIfTI the header's geometry is copied as it stands.
 
     Raises:
         ValueError: the shape is not the CT's, or the CT cannot be read.
     """
     header, image_class = None, nib.Nifti1Image
-    if _is_nifti(Path(like)):
+    if Path(like).is_dir():
+        _, _, shape, affine = dicom.read_grid(like, slices or dicom.only_series(like))
+    elif _is_nifti(Path(like)):
         image = _open_nifti(Path(like))
         shape, affine, header, image_class = image.shape[:3], image.affine, image.header.copy(), type(image)
         header.set_data_dtype(label.dtype)
@@ -150,6 +213,17 @@ def write_label(path: str | Path, label: np.ndarray, like: str | Path) -> None:
 
 
 # -- formats ----------------------------------------------------------------------------------------------------------
+
+
+def _read_series(folder: Path, slices: tuple[str, ...]) -> tuple[np.ndarray, float, np.ndarray]:
+    """int16 HU [i, j, k] of a DICOM series, the largest change by rounding, and affine (i, j, k, 1) -> RAS+ mm."""
+    grid = dicom.read_grid(folder, slices or dicom.only_series(folder))
+    voxels, rounding_error = np.empty(grid.shape, np.int16, order="F"), 0.0
+    for k, file in enumerate(grid.files):
+        values = dicom.read_hu(folder, file, grid.shape[:2])[..., None]
+        voxels[..., k : k + 1], error = _whole_numbers(values, 1, 0, np.int16, folder / file)
+        rounding_error = max(rounding_error, error)
+    return voxels, rounding_error, grid.affine
 
 
 def _read(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
@@ -186,6 +260,7 @@ def _open_nifti(path: Path):
         raise ValueError(f"{path}: voxels are of type {image.get_data_dtype()}, expected single numbers (a CT in HU)")
     if len(image.shape) < 3 or 0 in image.shape or any(size != 1 for size in image.shape[3:]):
         raise ValueError(f"{path}: shape {image.shape}, expected one 3D volume: split or select it first")
+    _check_bytes(path, image.shape, image.get_data_dtype().itemsize)
     return image
 
 
@@ -200,7 +275,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
         else:
             raw = image.dataobj.get_unscaled()
     except MemoryError:
-        raise
+        raise _too_large(path, image.shape) from None
     except Exception as error:  # EOFError, zlib.error, OSError, ValueError, ...
         raise _unreadable(path, error) from None
     return raw.reshape(raw.shape[:3], order="F"), image.dataobj.slope, image.dataobj.inter, image.affine
@@ -221,7 +296,22 @@ def _open_itk(path: Path):
         )
     if reader.GetDimension() != 3:
         raise ValueError(f"{path}: shape {reader.GetSize()}, expected one 3D volume: split or select it first")
+    _check_bytes(path, reader.GetSize(), 1)
     return reader
+
+
+def _check_bytes(path: Path, shape: tuple[int, ...], itemsize: int) -> None:
+    """Refuses a header that promises more than its file can hold, before memory is asked for it."""
+    held = sum(file.stat().st_size for file in files_of(path))
+    if math.prod(shape) * itemsize > held * (1 if path.name.lower().endswith(".nii") else DEFLATE_RATIO):
+        raise _unreadable(path, f"its header says shape {tuple(shape)}, more than the file holds")
+
+
+def _too_large(path: Path, shape: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"{path}: shape {tuple(shape)} needs more memory than there is: crop it, or take a machine with more; if it is "
+        "no such volume, its header is damaged"
+    )
 
 
 def _read_itk(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
@@ -230,6 +320,8 @@ def _read_itk(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
     reader = _open_itk(path)
     try:
         image = reader.Execute()
+    except MemoryError:
+        raise _too_large(path, reader.GetSize()) from None
     except RuntimeError:
         raise _unreadable(path) from None
     return sitk.GetArrayFromImage(image).transpose(2, 1, 0), 1.0, 0.0, _itk_affine(reader)
