@@ -50,7 +50,7 @@ class ScanRecord:
         foreground_box: the voxels above -500 HU; the whole volume where there is none.
         source, source_size, source_mtime_ns, source_hash: the file it was made from (path, bytes, time, sha256 over
             the bytes); size, time and hash cover the label file too.
-        content_hash: sha256 of the stored array in C order.
+        content_hash: sha256 of the int16 HU that a reader gives, in C order.
         rounding_error_hu: largest change by rounding to int16; 0 for integer sources.
         encoding_rms_hu: root mean square change by 8-bit codes of the voxels inside the HU window; 0 for int16.
         clipped_share: share of voxels outside the HU window, which 8-bit codes do not tell apart; 0 for int16.
@@ -385,7 +385,7 @@ def write_scan(
         source_size=source_size,
         source_mtime_ns=source_mtime_ns,
         source_hash=source_hash,
-        content_hash=content_hash(stored),
+        content_hash=_content_hash(stored, code_table(attributes)),
         rounding_error_hu=rounding_error_hu,
         encoding_rms_hu=loss[0],
         clipped_share=loss[1],
@@ -407,9 +407,11 @@ def write_scan(
     return record
 
 
-def content_hash(array: np.ndarray) -> str:
-    """sha256 of an array's voxels in C order, little-endian."""
-    return hashlib.sha256(np.ascontiguousarray(array, array.dtype.newbyteorder("<"))).hexdigest()
+def _content_hash(stored: np.ndarray, table: np.ndarray | None) -> str:
+    digest = hashlib.sha256()
+    for part in stored:
+        digest.update(np.ascontiguousarray(part if table is None else table[part], "<i2"))
+    return digest.hexdigest()
 
 
 def group_files(record: ScanRecord) -> dict[str, bytes]:
@@ -514,3 +516,25 @@ def open_volume(store: str | Path, record: ScanRecord) -> ArrayReader:
 def open_label(store: str | Path, record: ScanRecord) -> ArrayReader:
     """Reader of a scan's label map; the scan must have one."""
     return ArrayReader(store, record.scan_id, "label", record.label_metadata)
+
+
+def check_scan(store: str | Path, scan_id: str) -> None:
+    """Reads all that is stored of a scan and compares it with its checksums.
+
+    Raises:
+        ValueError, RuntimeError: what is damaged or missing.
+    """
+    place, key = open_place(store), "zarr.json"
+    try:
+        record = parse_record(place.read(f"scans/{scan_id}/{key}"))
+        for key, content in group_files(record).items():
+            if place.read(f"scans/{scan_id}/{key}") != content:
+                raise ValueError(f"{key} is damaged: it does not agree with the scan's record")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{key} is missing") from None
+    if record.scan_id != scan_id:
+        raise ValueError(f"zarr.json is that of scan {record.scan_id!r}")
+    if open_volume(store, record).verify() != record.content_hash:
+        raise ValueError("voxels do not agree with their sha256")
+    if record.label_metadata is not None:
+        open_label(store, record).verify()
