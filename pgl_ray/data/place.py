@@ -25,7 +25,7 @@ HEARTBEAT_S, SILENCE_S = 5, 30  # of the lock in a bucket
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
-def open_place(url: str | os.PathLike) -> "Folder | Bucket":
+def open_place(url: str | os.PathLike) -> "Place":
     """The place at a path or URL; nothing is made or asked for yet."""
     text = os.fspath(url)
     return Bucket(text) if "://" in text else Folder(Path(os.path.abspath(text)))
@@ -157,7 +157,7 @@ def _flock(file, kind: int) -> bool:
 
 
 @contextmanager
-def _part(place: "Folder | Bucket") -> Iterator[str]:
+def _part(place: "Place") -> Iterator[str]:
     """Empties and offers STORE/.part, which holds what is not whole yet, and the token of the run that owns it."""
     place.remove(".part")  # of a run that was killed
     token = uuid.uuid4().hex
@@ -168,7 +168,7 @@ def _part(place: "Folder | Bucket") -> Iterator[str]:
         place.remove(".part")
 
 
-def _check_token(place: "Folder | Bucket", token: str) -> None:
+def _check_token(place: "Place", token: str) -> None:
     try:
         owner = place.read(".part/run").decode()
     except FileNotFoundError:
@@ -359,3 +359,6 @@ class _RemoteFile:
 def _first_line(error: Exception) -> str:
     """obstore's errors go on with a dump of its own structures, S3's with a page of XML."""
     return str(error).strip().split("\n", 1)[0].split(": <?xml", 1)[0]
+
+
+Place = Folder | Bucket

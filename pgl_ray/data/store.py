@@ -25,11 +25,21 @@ import google_crc32c
 import numpy as np
 from scipy import ndimage
 
-from pgl_ray.data.place import Bucket, Folder, open_place, write_aside  # noqa: F401 (the doors' way to write a file)
+from pgl_ray.data.place import Place, open_place, write_aside  # noqa: F401 (for the doors)
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, array_metadata, code_table, encode_shard
 
 FORMAT = 2
-WRITERS = ("pgl_ray", "zarr", "numcodecs", "numpy", "scipy", "nibabel", "SimpleITK", "pydicom")  # whose versions count
+WRITERS = (
+    "pgl_ray",
+    "zarr",
+    "numcodecs",
+    "numpy",
+    "pyarrow",
+    "scipy",
+    "nibabel",
+    "SimpleITK",
+    "pydicom",
+)  # whose versions count
 READS_AT_ONCE = 16  # records; an object store answers each after tens of milliseconds
 HISTOGRAM_HU = tuple(range(-1024, 1601, 64))  # inner bounds of the records' bins; the first and last bin are open
 BODY_HU = -500  # voxels above it are body (or couch), below it air and lung
@@ -150,9 +160,9 @@ def read_index(store: str | Path) -> Index:
     except FileNotFoundError:
         raise ValueError(f"store {str(store)!r} has no index.parquet: run prepare to its end") from None
     except Exception as error:  # pyarrow's own, of several kinds
-        raise ValueError(
-            f"index.parquet of {str(store)!r} is damaged ({error}): python -m pgl_ray.prepare repair store={store}"
-        ) from None
+        reason = " ".join(str(error).split())
+        mend = f"python -m pgl_ray.prepare repair store={store}"
+        raise ValueError(f"index.parquet of {str(store)!r} is damaged ({reason}): {mend}") from None
     if not rows:
         raise ValueError(f"store {str(store)!r} holds no scan: its failed.jsonl says why")
     return Index(place.url, tuple(rows), settings.labels, settings.hu_window)
@@ -210,6 +220,11 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:  # pgl_ray run from a checkout, pydicom not installed
             continue
     return found
+
+
+def made_here(store: str | Path) -> bool:
+    """Whether this environment has the versions that the store was written with."""
+    return json.loads(open_place(store).read("store.json"))["versions"] == _versions()
 
 
 def write_index(store: str | Path, labels: dict[str, int], hu_window: tuple[float, float], **others: Any) -> Index:
