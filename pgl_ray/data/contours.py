@@ -61,7 +61,7 @@ def fill_contours(
 
 def _points(contour) -> np.ndarray | None:
     """Points [N, 3] of a closed contour, LPS mm; none of points and open lines."""
-    if contour.get("ContourGeometricType", "CLOSED_PLANAR") not in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR"):
+    if contour.get("ContourGeometricType") not in dicom.CLOSED:
         return None
     points = np.array([float(number) for number in contour.ContourData]).reshape(-1, 3)
     return points if len(points) > 2 else None

@@ -21,7 +21,8 @@ POSITION_TOLERANCE = 0.1  # how far a slice may lie from its place in the regula
 RT_STRUCTURE_SET, DIRECTORY = "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.1.3.10"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 HEADER = ("SOPClassUID", "Modality", "ImageType", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
-HEADER += ("SamplesPerPixel", "StructureSetROISequence", "ReferencedFrameOfReferenceSequence")
+HEADER += ("SamplesPerPixel", "StructureSetROISequence", "ROIContourSequence", "ReferencedFrameOfReferenceSequence")
+CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")  # contours that bound a surface
 
 
 class Series(NamedTuple):
@@ -35,7 +36,8 @@ class Series(NamedTuple):
 
 
 class Contours(NamedTuple):
-    """A structure set (RTSTRUCT): its path, the UIDs of the series it is drawn on, and the names of its structures."""
+    """A structure set (RTSTRUCT): its path, the UIDs of the series it is drawn on, and the names of the structures
+    that have closed contours."""
 
     path: str
     series: frozenset[str]
@@ -134,8 +136,13 @@ def _contours(path: Path, header) -> Contours:
         for study in frame.get("RTReferencedStudySequence") or []
         for one in study.get("RTReferencedSeriesSequence") or []
     ]
-    organs = [str(roi.get("ROIName", "")).strip() for roi in header.get("StructureSetROISequence") or []]
-    return Contours(str(path), frozenset(series), tuple(organs))
+    names = {int(roi.ROINumber): str(roi.ROIName).strip() for roi in header.get("StructureSetROISequence") or []}
+    drawn = [
+        names[int(roi.ReferencedROINumber)]
+        for roi in header.get("ROIContourSequence") or []
+        if any(contour.get("ContourGeometricType") in CLOSED for contour in roi.get("ContourSequence") or [])
+    ]
+    return Contours(str(path), frozenset(series), tuple(drawn))
 
 
 def read(path: str | Path, **options) -> Any:

@@ -50,6 +50,7 @@ class ScanRecord:
         array_metadata, label_metadata: zarr.json of the two arrays, so that readers need not open it; None = no label.
         labelled: label values that are annotated in this scan; others are unknown here, not absent.
         label_boxes, label_voxels: box and number of voxels of every label value that occurs.
+        num_padding: voxels that were below -1024 HU in the source and are -1024 here.
     """
 
     scan_id: str
@@ -72,6 +73,7 @@ class ScanRecord:
     labelled: tuple[int, ...]
     label_boxes: dict[int, tuple[int, ...]]
     label_voxels: dict[int, int]
+    num_padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ def write_scan(
     chunk: tuple[int, int, int] = (8, 64, 64),
     orientation: str = "",
     rounding_error_hu: float = 0.0,
+    num_padding: int = 0,
     source: str = "",
     source_size: int = 0,
     source_mtime_ns: int = 0,
@@ -258,7 +261,7 @@ def write_scan(
         labelled: label values that are annotated.
         hu_window: of the statistics.
         chunk: inner chunk of the shard in voxels.
-        split, orientation, rounding_error_hu, source*: see ScanRecord.
+        split, orientation, rounding_error_hu, num_padding, source*: see ScanRecord.
 
     Raises:
         ValueError: wrong dtype, or a label of another shape.
@@ -287,6 +290,7 @@ def write_scan(
             source_hash=source_hash,
             content_hash=hashlib.sha256(np.ascontiguousarray(volume, dtype="<i2")).hexdigest(),
             rounding_error_hu=rounding_error_hu,
+            num_padding=num_padding,
             split=split,
             array_metadata=write_array(part / ARRAY_PATHS["volume"], volume, chunk),
             label_metadata=None if label is None else write_array(part / ARRAY_PATHS["label"], label, chunk),
