@@ -107,6 +107,9 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> F
         here = [one for one in chosen if _below(Path(one.folder), images, without)]
         for one, name in zip(here, series_names(here, images)):
             label = maps.pop(Path(one.folder).relative_to(images).parts, None) or maps.pop((name,), None)
+            if doubt := objects.doubt(one):
+                found.faults.append(Fault(one.folder, doubt))
+                continue
             scan = Source("", one.folder, label and str(label), split, slices=one.slices)
             _add(found, (key, name), scan, one.uid, objects.contours, names)
         found.faults.extend(Fault(str(path), "label map without a volume of its name") for path in maps.values())
