@@ -86,7 +86,7 @@ def _fill(label: np.ndarray, value: int, contours: list[np.ndarray]) -> None:
     steps = Counter(np.diff(sorted(slices)).tolist())
     if len(slices) > 2 and 1 not in steps:
         raise dicom.Refused(
-            f"contours lie on every {steps.most_common(1)[0][0]}th slice only: interpolate them to all slices first"
+            f"only one slice in {steps.most_common(1)[0][0]} has contours: interpolate them to all slices first"
         )
     view = np.moveaxis(label, axis, 0)
     for place, polygons in slices.items():
