@@ -447,9 +447,9 @@ class PredictConfig(Section):
     run: FilePath
     """Fine-tuning run."""
     input: FilePath
-    """A CT volume, or a folder of them."""
+    """A CT volume, a DICOM series' folder, or a folder of several."""
     output: FilePath
-    """Label map (.nii.gz) for one volume, or a folder for many."""
+    """Label map (.nii.gz) for one volume or series, or a folder for many."""
     inference: InferenceConfig = InferenceConfig()
 
 

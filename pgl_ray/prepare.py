@@ -423,6 +423,7 @@ def _convert(task: Task, folder: str, names: dict[str, int] | None, options: dic
         split=source.split,
         orientation=scan.orientation,
         rounding_error_hu=scan.rounding_error_hu,
+        num_padding=scan.num_padding,
         source=source.image,
         source_size=size,
         source_mtime_ns=time_ns,

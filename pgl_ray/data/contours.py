@@ -61,7 +61,7 @@ def fill_contours(
 
 def _points(contour) -> np.ndarray | None:
     """Points [N, 3] of a closed contour, LPS mm; none of points and open lines."""
-    if contour.get("ContourGeometricType", "CLOSED_PLANAR") not in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR"):
+    if contour.get("ContourGeometricType") not in dicom.CLOSED:
         return None
     points = np.array([float(number) for number in contour.ContourData]).reshape(-1, 3)
     return points if len(points) > 2 else None
@@ -86,7 +86,7 @@ def _fill(label: np.ndarray, value: int, contours: list[np.ndarray]) -> None:
     steps = Counter(np.diff(sorted(slices)).tolist())
     if len(slices) > 2 and 1 not in steps:
         raise dicom.Refused(
-            f"contours lie on every {steps.most_common(1)[0][0]}th slice only: interpolate them to all slices first"
+            f"only one slice in {steps.most_common(1)[0][0]} has contours: interpolate them to all slices first"
         )
     view = np.moveaxis(label, axis, 0)
     for place, polygons in slices.items():

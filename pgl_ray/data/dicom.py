@@ -15,13 +15,15 @@ import numpy as np
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 AIR = -1024  # HU of voxels outside the reconstruction
+PADDING = -(2**15)  # HU that read_hu gives padding, below every measured one
 HIGHEST_TISSUE = 3071  # of 12-bit CT
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 POSITION_TOLERANCE = 0.1  # how far a slice may lie from its place in the regular grid, in slice distances
 RT_STRUCTURE_SET, DIRECTORY = "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.1.3.10"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 HEADER = ("SOPClassUID", "Modality", "ImageType", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
-HEADER += ("SamplesPerPixel", "StructureSetROISequence", "ReferencedFrameOfReferenceSequence")
+HEADER += ("SamplesPerPixel", "StructureSetROISequence", "ROIContourSequence", "ReferencedFrameOfReferenceSequence")
+CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")  # contours that bound a surface
 
 
 class Series(NamedTuple):
@@ -35,7 +37,8 @@ class Series(NamedTuple):
 
 
 class Contours(NamedTuple):
-    """A structure set (RTSTRUCT): its path, the UIDs of the series it is drawn on, and the names of its structures."""
+    """A structure set (RTSTRUCT): its path, the UIDs of the series it is drawn on, and the names of the structures
+    that have closed contours."""
 
     path: str
     series: frozenset[str]
@@ -50,6 +53,12 @@ class Found(NamedTuple):
     contours: list[Contours]
     left_out: list[tuple[str, str]]
     unreadable: list[tuple[str, str]]
+
+    def doubt(self, series: Series) -> str:
+        """The reason of a file that cannot be read and lies beside a series' slices, of which it may be one, or ""."""
+        folders = {os.path.dirname(os.path.join(series.folder, name)) for name in series.slices}
+        reasons = [reason for path, reason in self.unreadable if os.path.dirname(path) in folders]
+        return f"{reasons[0]}, or remove it if it is no slice of this series" if reasons else ""
 
 
 def find(folder: Path) -> Found:
@@ -100,13 +109,15 @@ def only_series(folder: str | Path) -> tuple[str, ...]:
     """The slices of the one CT series below a folder.
 
     Raises:
-        ValueError: none or several.
+        ValueError: none or several, or a file beside it that cannot be read.
     """
     found = find(Path(folder))
     if len(found.series) != 1:
         other = "; ".join(f"{path}: {reason}" for path, reason in found.left_out) or "no DICOM file"
         listed = ", ".join(f"{one.number} in {one.folder}" for one in found.series) or f"none ({other})"
         raise ValueError(f"{folder}: expected one CT series, found {listed}: name the folder of one series")
+    if doubt := found.doubt(found.series[0]):
+        raise ValueError(doubt)
     below = found.series[0].folder
     return tuple(os.path.relpath(os.path.join(below, name), folder) for name in found.series[0].slices)
 
@@ -134,8 +145,13 @@ def _contours(path: Path, header) -> Contours:
         for study in frame.get("RTReferencedStudySequence") or []
         for one in study.get("RTReferencedSeriesSequence") or []
     ]
-    organs = [str(roi.get("ROIName", "")).strip() for roi in header.get("StructureSetROISequence") or []]
-    return Contours(str(path), frozenset(series), tuple(organs))
+    names = {int(roi.ROINumber): str(roi.ROIName).strip() for roi in header.get("StructureSetROISequence") or []}
+    drawn = [
+        names[int(roi.ReferencedROINumber)]
+        for roi in header.get("ROIContourSequence") or []
+        if any(contour.get("ContourGeometricType") in CLOSED for contour in roi.get("ContourSequence") or [])
+    ]
+    return Contours(str(path), frozenset(series), tuple(drawn))
 
 
 def read(path: str | Path, **options) -> Any:
@@ -308,7 +324,7 @@ def _check_spacing(files: list[str], along: np.ndarray) -> None:
 
 
 def read_hu(folder: str | Path, file: str, shape: tuple[int, int]) -> np.ndarray:
-    """One slice in HU, padding as air.
+    """One slice in HU, what the file declares as padding as PADDING.
 
     Returns:
         int32 or float64 [columns, rows]; lossless for integer slopes.
@@ -339,7 +355,9 @@ def read_hu(folder: str | Path, file: str, shape: tuple[int, int]) -> np.ndarray
     if values.shape != tuple(shape):
         raise ValueError(unreadable(path, f"picture of {values.shape}, its header says {tuple(shape)}"))
     padding = _padding(header)
-    return values if padding is None else np.where((values >= padding[0]) & (values <= padding[1]), AIR, values)
+    if padding is None:
+        return values
+    return np.where((values >= padding[0]) & (values <= padding[1]), np.int32(PADDING), values)
 
 
 def _itk_reason(error: Exception) -> str:

@@ -105,8 +105,11 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> F
             label = maps.pop(parts, None) or (maps.pop(parts[-1:], None) if counts[parts[-1]] == 1 else None)
             found.scans[key, *parts] = Source("", str(path), label and str(label), split)
         here = [one for one in chosen if _below(Path(one.folder), images, without)]
-        for one, name in zip(here, _series_names(here, images)):
+        for one, name in zip(here, series_names(here, images)):
             label = maps.pop(Path(one.folder).relative_to(images).parts, None) or maps.pop((name,), None)
+            if doubt := objects.doubt(one):
+                found.faults.append(Fault(one.folder, doubt))
+                continue
             scan = Source("", one.folder, label and str(label), split, slices=one.slices)
             _add(found, (key, name), scan, one.uid, objects.contours, names)
         found.faults.extend(Fault(str(path), "label map without a volume of its name") for path in maps.values())
@@ -166,7 +169,7 @@ def _chosen(found: list[dicom.Series], wanted: tuple[str, ...], root: Path) -> l
     return [one for one in found if not wanted or one.uid in wanted or one.description in wanted]
 
 
-def _series_names(found: list[dicom.Series], images: Path) -> list[str]:
+def series_names(found: list[dicom.Series], images: Path) -> list[str]:
     """The folder's path, with the series' number, and if need be the end of its UID, where it holds several."""
     names = ["__".join(Path(one.folder).relative_to(images).parts) or images.name for one in found]
     for extend in (lambda one: f"series{one.number}", lambda one: one.uid[-12:]):

@@ -50,7 +50,7 @@ def _part(
             label_name = part.labels.replace("**/", match.groupdict().get("above") or "").replace("{id}", match["id"])
             organs = {label_name.replace("{organ}", organ): value for organ, value in names.items()}
             there = {file: value for file, value in organs.items() if file in files and files[file].is_file()}
-            used |= there.keys()
+            used.update(there)
             if there and "{organ}" in part.labels:
                 label = str(files[next(iter(there))].parent)
                 masks = tuple((os.path.basename(file), value) for file, value in there.items())

@@ -71,6 +71,7 @@ class ScanRecord:
         array_metadata, label_metadata: zarr.json of the two arrays, so that readers need not open it; None = no label.
         labelled: label values that are annotated in this scan; others are unknown here, not absent.
         label_boxes, label_voxels: box and number of voxels of every label value that occurs.
+        num_padding: voxels that were below -1024 HU in the source and are -1024 here.
     """
 
     scan_id: str
@@ -98,6 +99,7 @@ class ScanRecord:
     labelled: tuple[int, ...]
     label_boxes: dict[int, tuple[int, ...]]
     label_voxels: dict[int, int]
+    num_padding: int
 
 
 @dataclass(frozen=True)
@@ -348,6 +350,7 @@ def write_scan(
     chunk: tuple[int, int, int] = (8, 64, 64),
     orientation: str = "",
     rounding_error_hu: float = 0.0,
+    num_padding: int = 0,
     source: str = "",
     source_size: int = 0,
     source_mtime_ns: int = 0,
@@ -365,7 +368,7 @@ def write_scan(
         hu_window: of the statistics, and of 8-bit codes.
         encoding: "int16", lossless, or "uint8": 256 steps over the HU window, what lies outside is clipped.
         chunk: inner chunk of the shard in voxels.
-        split, orientation, rounding_error_hu, source*: see ScanRecord.
+        split, orientation, rounding_error_hu, num_padding, source*: see ScanRecord.
 
     Raises:
         ValueError: wrong dtype, or a label of another shape.
@@ -402,6 +405,7 @@ def write_scan(
         source_hash=source_hash,
         content_hash=_content_hash(stored, code_table(attributes)),
         rounding_error_hu=rounding_error_hu,
+        num_padding=num_padding,
         encoding_rms_hu=loss[0],
         clipped_share=loss[1],
         histogram=_histogram(counts),
