@@ -15,9 +15,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import zarr
 
 from pgl_ray import prepare
-from pgl_ray.config import FailedRun, LabelsConfig, PrepareConfig, load
+from pgl_ray.config import FailedRun, LabelsConfig, PrepareConfig, StoreConfig, load
 from pgl_ray.data import ct, store
 from pgl_ray.data.layout import read_layout
 
@@ -397,6 +398,160 @@ def test_unforeseen_errors_are_the_scans_alone(tmp_path, serial, monkeypatch):
     monkeypatch.setattr(ct, "read_scan", lambda path, slices: real(path) if "b.nii" in path else [][0])
     result = go(tmp_path / "raw", tmp_path / "s")
     assert counts(result) == (1, 0, 1) and result.failed[0].reason == "IndexError: list index out of range"
+
+
+# -- verify and repair ------------------------------------------------------------------------------------------------
+
+
+def two_folders(tmp_path, target="s"):
+    """A store from two folders, each under its own config."""
+    for scan_id, seed in (("a", 0), ("b", 1)):
+        put(tmp_path / f"one/images/{scan_id}.nii.gz", seed=seed)
+        put(tmp_path / f"one/labels/{scan_id}.nii.gz", label_array([1]))
+    put(tmp_path / "two/c d ü.nii.gz", seed=2)
+    go(tmp_path / "one", tmp_path / target, labels={"names": {"liver": 1}})
+    go(tmp_path / "two", tmp_path / target)
+    return tmp_path / target
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 16
+    path.write_bytes(content)
+
+
+def checked(target):
+    return prepare.verify(StoreConfig(store=str(target)))
+
+
+@pytest.mark.parametrize(
+    "file, damage",
+    [
+        ("scans/a/0/c/0/0/0", lambda path: flip(path, 700)),
+        ("scans/c d ü/0/c/0/0/0", lambda path: path.write_bytes(path.read_bytes()[:900])),
+        ("scans/b/labels/organs/0/c/0/0/0", lambda path: flip(path, 99)),
+        ("scans/a/zarr.json", lambda path: flip(path, 1234)),
+        ("scans/b/zarr.json", lambda path: path.unlink()),
+        ("scans/b", shutil.rmtree),
+        ("scans/b/labels/organs/0/c/0/0/0", lambda path: path.unlink()),
+        ("index.parquet", lambda path: flip(path, 2000)),
+        ("index.parquet", lambda path: path.unlink()),
+    ],
+)
+def test_damage_is_found_and_just_that_is_converted_again(tmp_path, serial, capsys, file, damage):
+    target = two_folders(tmp_path)
+    whole = tree(target)
+    assert "3 scans in" in prepare._describe_verified(checked(target))
+    damage(target / file)
+    found, scan_id = checked(target), file.split("/")[1] if "/" in file else None
+    assert list(found.damaged) == ([scan_id] if scan_id else []) and (scan_id or found.index)
+    with pytest.raises(FailedRun, match=r"[01] of 3 scans are damaged.*prepare repair store="):
+        prepare._describe_verified(found)
+    assert (f"damaged: scan '{scan_id}'" if scan_id else "index.parquet is") in capsys.readouterr().err
+    inodes = {name: (target / f"scans/{name}/zarr.json").stat().st_ino for name in {"a", "b", "c d ü"} - {scan_id}}
+    found, left = prepare.repair(StoreConfig(store=str(target)))
+    assert not left and tree(target) == whole
+    assert inodes == {name: (target / f"scans/{name}/zarr.json").stat().st_ino for name in inodes}
+    assert not checked(target).damaged and not checked(target).index
+    assert prepare._describe_repaired((found, left)).startswith("prepare repair: ")
+
+
+def test_a_damaged_scan_whose_file_is_gone_is_named(tmp_path, serial, capsys):
+    target = two_folders(tmp_path)
+    flip(target / "scans/c d ü/0/c/0/0/0", 700)
+    flip(target / "scans/a/0/c/0/0/0", 700)
+    shutil.rmtree(tmp_path / "two")
+    with pytest.raises(FailedRun, match="1 of 2 damaged scans could not be converted again"):
+        prepare._describe_repaired(prepare.repair(StoreConfig(store=str(target))))
+    err = capsys.readouterr().err
+    assert "not mended: scan 'c d ü'" in err and "no such folder" in err
+    assert list(checked(target).damaged) == ["c d ü"]  # it stays, the other is whole
+
+
+def test_a_run_that_did_not_end_is_no_damage(tmp_path, serial):
+    target = two_folders(tmp_path)
+    put(tmp_path / "two/e.nii.gz", seed=9)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        go(tmp_path / "two", target)
+    found = checked(target)
+    assert not found.damaged and "prepare did not come to its end" in found.index
+    assert counts(go(tmp_path / "two", target)) == (0, 2, 0) and not checked(target).index
+
+
+def test_a_scan_that_prepare_finds_damaged_is_not_dropped_in_silence(tmp_path, serial):
+    target = two_folders(tmp_path)
+    flip(target / "scans/a/zarr.json", 1500)
+    failed = go(tmp_path / "two", target).failed
+    assert [fault.source for fault in failed] == [f"{target}/scans/a"] and "prepare repair" in failed[0].reason
+    assert (target / "scans/a/0/c/0/0/0").exists()
+    assert counts(go(tmp_path / "one", target, labels={"names": {"liver": 1}})) == (1, 1, 0)
+
+
+def test_what_vanished_is_told_and_stays(tmp_path, serial, capsys):
+    target = two_folders(tmp_path)
+    (tmp_path / "one/images/a.nii.gz").unlink()
+    (tmp_path / "one/labels/a.nii.gz").unlink()
+    result = go(tmp_path / "one", target, labels={"names": {"liver": 1}})
+    assert result.vanished == ("a",) and result.num_scans == 3 and counts(result) == (0, 1, 0)
+    prepare.describe(result)
+    assert "1 scans stay in the store while their files are gone: a" in capsys.readouterr().out
+
+
+def test_the_store_says_how_it_was_made(tmp_path, serial):
+    target = two_folders(tmp_path)
+    said = json.loads((target / "store.json").read_text())
+    assert [Path(one["source"]).name for one in said["preparations"]] == ["one", "two"]
+    assert said["preparations"][0]["labels"]["names"] == {"liver": 1} and said["encoding"] == "int16"
+    assert said["versions"]["zarr"] == zarr.__version__ and said["versions"]["numpy"] == np.__version__
+    go(tmp_path / "one", target, recipe={"licence": "CC BY 4.0"}, labels={"names": {"liver": 1}})
+    said = json.loads((target / "store.json").read_text())
+    assert [one["recipe"]["licence"] for one in said["preparations"]] == ["CC BY 4.0", ""]
+
+
+@pytest.mark.parametrize("key, value", [("encoding", "uint8"), ("spacing_mm", (3.0, 1.5, 1.5))])
+def test_a_store_has_one_encoding_and_one_spacing(tmp_path, serial, key, value):
+    put(tmp_path / "raw/a.nii.gz")
+    go(tmp_path / "raw", tmp_path / "s")
+    with pytest.raises(ValueError, match=f"{key}=.*store .* has .*: use that or another store"):
+        go(tmp_path / "raw", tmp_path / "s", **{key: value})
+    assert counts(go(tmp_path / "raw", tmp_path / "t", **{key: value})) == (1, 0, 0)
+    before = tree(tmp_path / "t")
+    assert counts(go(tmp_path / "raw", tmp_path / "t", **{key: value})) == (0, 1, 0) and tree(tmp_path / "t") == before
+    flip(tmp_path / "t/scans/a/0/c/0/0/0", 40)
+    prepare.repair(StoreConfig(store=str(tmp_path / "t")))
+    assert tree(tmp_path / "t") == before
+
+
+def test_resampled_scans_have_the_spacing_asked_for(tmp_path, serial):
+    put(tmp_path / "raw/images/a.nii.gz")
+    put(tmp_path / "raw/labels/a.nii.gz", label_array([1, 2]))
+    go(tmp_path / "raw", tmp_path / "s", spacing_mm=(6, 3, 3))
+    record = records(tmp_path / "s")["a"]
+    assert record.spacing_mm == (6, 3, 3) and record.shape == (4, 9, 10)
+    assert set(record.label_voxels) == {1, 2}
+
+
+def test_a_disk_that_fills_while_the_index_is_written_is_one_clear_line(tmp_path, serial, monkeypatch):
+    put(tmp_path / "raw/a.nii.gz")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(FailedRun, match=r"disk full at .*/s: free some space"):
+        patch.setattr(store, "table_of", full)
+        go(tmp_path / "raw", tmp_path / "s")
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (0, 1, 0)
+
+
+def test_two_runs_at_once(tmp_path, serial, monkeypatch):
+    put(tmp_path / "raw/a.nii.gz")
+    monkeypatch.setattr("pgl_ray.data.place.STRAGGLERS_S", 0.1)
+    with (
+        store.open_place(tmp_path / "s").locked(),
+        pytest.raises(FailedRun, match="another prepare is writing into it"),
+    ):
+        go(tmp_path / "raw", tmp_path / "s")
 
 
 # -- the command line and Ray -----------------------------------------------------------------------------------------
