@@ -43,6 +43,7 @@ Seed = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Length = Annotated[float, Field(gt=0)]
 Triple = tuple[Positive, Positive, Positive]
 Verb = Literal["choice", "grid_search", "uniform", "loguniform", "quniform", "randint"]
 
@@ -284,7 +285,7 @@ class PrepareConfig(Section):
     """Folder of CT volumes (NIfTI, NRRD, MHA/MHD, DICOM): any folders, images/ + labels/, nnU-Net's or MSD's (imagesTr,
     labelsTr), or as a recipe says."""
     store: FilePath
-    """Folder of the store; an existing store is added to."""
+    """Folder of the store, or s3://, gs://, az:// with bucket and prefix; an existing store is added to."""
     recipe: RecipeConfig = RecipeConfig()
     series: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """DICOM series to take, by SeriesInstanceUID or SeriesDescription; none: every CT series."""
@@ -292,6 +293,12 @@ class PrepareConfig(Section):
     """HU window of the statistics and, later, of the views (paper, Sec. 5.1)."""
     chunk: Triple = (8, 64, 64)
     """Inner chunk of the sharded arrays in voxels (D, H, W)."""
+    encoding: Literal["int16", "uint8"] = "int16"
+    """int16: HU, lossless. uint8: 256 steps over hu_window, half the size; what lies outside is clipped, the loss is
+    noted per scan (about 1.5 HU rms for the default window)."""
+    spacing_mm: tuple[Length, Length, Length] | None = None
+    """Resample to this voxel size (D, H, W): linear (order 1), before it a Gaussian of sigma (ratio - 1) / 2 voxels
+    along axes that get coarser; labels take the nearest voxel. None: each scan keeps its own, as in the paper."""
     labels: LabelsConfig = LabelsConfig()
     ray: RayConfig = RayConfig()
 
@@ -299,6 +306,14 @@ class PrepareConfig(Section):
     def _ordered(self):
         _check_range("hu_window", self.hu_window)
         return self
+
+
+class StoreConfig(Section):
+    """Reads every chunk of a store; names what is damaged, and converts just that again (repair)."""
+
+    store: FilePath
+    """Store written by prepare."""
+    ray: RayConfig = RayConfig()
 
 
 class PretrainConfig(Section):

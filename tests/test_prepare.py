@@ -29,13 +29,11 @@ def serial(monkeypatch):
     """Converts in this process, in the given or the reverse order."""
     backwards = []
 
-    def outcomes(config, folder, tasks, names):
-        options = {"hu_window": config.hu_window, "chunk": config.chunk}
-        for i in sorted(range(len(tasks)), reverse=bool(backwards)):
-            row = prepare.convert({"task": i}, tasks, folder, names, options)
-            yield tasks[i].source, row["status"], row["reason"]
+    def in_parallel(work, num, config, tasks=None):
+        for i in sorted(range(num), reverse=bool(backwards)):
+            yield work({"task": i})
 
-    monkeypatch.setattr(prepare, "_outcomes", outcomes)
+    monkeypatch.setattr(prepare, "_in_parallel", in_parallel)
     return backwards
 
 
@@ -366,15 +364,15 @@ def test_the_store_does_not_depend_on_the_order(tmp_path, serial):
 def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monkeypatch):
     for place, scan_id in enumerate("abc"):
         put(tmp_path / f"raw/{scan_id}.nii.gz", seed=place)
-    real = store.write_array
+    real = store.encode_shard
 
-    def full(folder, array, chunk):
+    def full(array, chunk):
         if len(list((tmp_path / "s/scans").glob("*"))) == 1:
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-        return real(folder, array, chunk)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(array, chunk)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_array", full)
+        patch.setattr(store, "encode_shard", full)
         with pytest.raises(FailedRun, match=r"disk full at .*/s: free some space, then the same"):
             go(tmp_path / "raw", tmp_path / "s")
     assert list(store.read_records(tmp_path / "s")) == ["a"]
@@ -385,9 +383,10 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monk
 def test_a_scan_that_kills_its_worker_is_given_up(tmp_path):
     put(tmp_path / "raw/a.nii.gz")
     task = prepare.Task(prepare.Source("a", str(tmp_path / "raw/a.nii.gz"), None, ""), None)
-    (tmp_path / "s/.part").mkdir(parents=True)
-    (tmp_path / "s/.part/0.tries").write_text("...")  # Ray has started it three times
-    row = prepare.convert({"task": 0}, [task], str(tmp_path / "s"), {}, {})
+    with store.open_place(tmp_path / "s").locked() as token:
+        for start in "123":  # Ray has started it three times
+            store.open_place(tmp_path / "s").write(f".part/tries/0/{start}", [])
+        row = prepare.convert({"task": 0}, [task], str(tmp_path / "s"), token, {}, {})
     assert row["status"] == "failed" and "its worker died 3 times" in row["reason"]
 
 
