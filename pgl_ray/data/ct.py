@@ -8,24 +8,25 @@ HU below air, which scanners and converters write outside the field of view (-20
 """
 
 import gzip
+import logging
 import math
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
+from nibabel.imageglobals import logger as nibabel_logger
 
-from pgl_ray.data import contours, dicom
-from pgl_ray.data.dicom import AIR, LPS_TO_RAS
+from pgl_ray.data import contours, dicom, itk
+from pgl_ray.data.dicom import AIR
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 STORED = orientations.axcodes2ornt("LPS")  # of the axes W, H, D
 GRID_TOLERANCE = 0.1  # how far a label's corner may lie from its CT's, in voxels
-DEFLATE_RATIO = 1032  # zlib cannot compress better
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,6 @@ def bare_name(path: Path) -> str:
     """File name without the format's suffix."""
     suffix = next(s for s in SUFFIXES if path.name.lower().endswith(s))
     return path.name[: -len(suffix)]
-
-
-def files_of(path: Path) -> list[Path]:
-    """The files that make up a volume: itself, and what a detached header (.mhd, .nhdr) names."""
-    if not path.name.lower().endswith((".mhd", ".nhdr")):
-        return [path]
-    lines = path.read_text(errors="replace").splitlines()
-    named = [path.parent / re.split("[:=]", line)[-1].strip() for line in lines if line.strip()]
-    return [path, *(file for file in named if file.is_file() and file != path)]
 
 
 def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
@@ -179,7 +171,7 @@ def num_voxels(path: str | Path, slices: tuple[str, ...] = ()) -> int:
     path = Path(path)
     if path.is_dir():
         return math.prod(dicom.read_grid(path, slices or dicom.only_series(path)).shape)
-    return math.prod(_open_nifti(path).shape if _is_nifti(path) else _open_itk(path).GetSize())
+    return math.prod(_open_nifti(path).shape if _is_nifti(path) else itk.open_header(path).GetSize())
 
 
 def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: tuple[str, ...] = ()) -> None:
@@ -203,8 +195,8 @@ def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: t
         header["cal_min"] = header["cal_max"] = 0  # the CT's display range
         header.extensions.clear()  # may hold the patient's DICOM header
     else:
-        reader = _open_itk(Path(like))
-        shape, affine = reader.GetSize(), _itk_affine(reader)
+        reader = itk.open_header(Path(like))
+        shape, affine = reader.GetSize(), itk.affine_of(reader)
     own_order = orientations.ornt_transform(STORED, _checked_orientation(affine, like))
     own = orientations.apply_orientation(label.transpose(2, 1, 0), own_order)
     if own.shape != tuple(shape):
@@ -235,7 +227,7 @@ def _read(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
     if _is_nifti(path):
         raw, slope, inter, affine = _read_nifti(path)
     else:
-        raw, slope, inter, affine = _read_itk(path)
+        (raw, affine), slope, inter = itk.read(path), 1.0, 0.0
     _checked_orientation(affine, path)
     return raw, slope, inter, affine
 
@@ -244,23 +236,33 @@ def _is_nifti(path: Path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
-def _unreadable(path: Path, reason: Any = "") -> ValueError:
-    detail = f" ({' '.join(str(reason).split())})" if str(reason) else ""
-    return ValueError(f"{path}: not a readable image{detail}: it is cut off, damaged or of another format")
+@contextmanager
+def _quiet_nibabel() -> Iterator[None]:
+    """nibabel logs what it then raises, and what it mends in a header."""
+    level = nibabel_logger.level
+    nibabel_logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        nibabel_logger.setLevel(level)
 
 
 def _open_nifti(path: Path):
     try:
-        image = nib.load(path)
+        with _quiet_nibabel():
+            image = nib.load(path)
     except Exception as error:  # nibabel has no common base for what a damaged header can cause
-        raise _unreadable(path, error) from None
+        raise itk.unreadable(path, error) from None
     if not isinstance(image, nib.Nifti1Pair):
-        raise _unreadable(path, f"{type(image).__name__}, not NIfTI")
+        raise itk.unreadable(path, f"{type(image).__name__}, not NIfTI")
     if image.get_data_dtype().kind not in "biuf":
         raise ValueError(f"{path}: voxels are of type {image.get_data_dtype()}, expected single numbers (a CT in HU)")
-    if len(image.shape) < 3 or 0 in image.shape or any(size != 1 for size in image.shape[3:]):
+    if len(image.shape) < 3 or min(image.shape) < 1 or any(size != 1 for size in image.shape[3:]):
         raise ValueError(f"{path}: shape {image.shape}, expected one 3D volume: split or select it first")
-    _check_bytes(path, image.shape, image.get_data_dtype().itemsize)
+    if image.dataobj.offset < image.header.single_vox_offset:
+        raise itk.unreadable(path, f"its voxels begin at byte {image.dataobj.offset}, inside its header")
+    held = path.stat().st_size * (itk.DEFLATE_RATIO if path.name.lower().endswith(".gz") else 1)
+    itk.check_fits(path, image.shape, image.get_data_dtype().itemsize, held)
     return image
 
 
@@ -268,70 +270,22 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
     image = _open_nifti(path)
     try:
         if path.name.lower().endswith(".gz"):
-            with gzip.open(path) as stream:
+            with gzip.open(path) as stream, _quiet_nibabel():
                 image = type(image).from_stream(stream)
-                raw = image.dataobj.get_unscaled()
-                stream.read()  # up to the end, where gzip compares its checksum; nibabel stops before it
+                raw, surplus = image.dataobj.get_unscaled(), 0
+                while part := stream.read(
+                    2**20
+                ):  # to the end, where gzip compares its checksum; nibabel stops before it
+                    surplus += len(part)
         else:
             raw = image.dataobj.get_unscaled()
+            surplus = path.stat().st_size - image.dataobj.offset - raw.nbytes
     except MemoryError:
-        raise _too_large(path, image.shape) from None
+        raise itk.too_large(path, image.shape) from None
     except Exception as error:  # EOFError, zlib.error, OSError, ValueError, ...
-        raise _unreadable(path, error) from None
+        raise itk.unreadable(path, error) from None
+    itk.check_surplus(path, raw.shape, surplus, raw.itemsize)
     return raw.reshape(raw.shape[:3], order="F"), image.dataobj.slope, image.dataobj.inter, image.affine
-
-
-def _open_itk(path: Path):
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:  # ITK's reasons mislead ("No such file" for a file that is cut off)
-        raise _unreadable(path) from None
-    if reader.GetNumberOfComponents() != 1:
-        raise ValueError(
-            f"{path}: {reader.GetNumberOfComponents()} values per voxel (RGB or vector), expected one (HU)"
-        )
-    if reader.GetDimension() != 3:
-        raise ValueError(f"{path}: shape {reader.GetSize()}, expected one 3D volume: split or select it first")
-    _check_bytes(path, reader.GetSize(), 1)
-    return reader
-
-
-def _check_bytes(path: Path, shape: tuple[int, ...], itemsize: int) -> None:
-    """Refuses a header that promises more than its file can hold, before memory is asked for it."""
-    held = sum(file.stat().st_size for file in files_of(path))
-    if math.prod(shape) * itemsize > held * (1 if path.name.lower().endswith(".nii") else DEFLATE_RATIO):
-        raise _unreadable(path, f"its header says shape {tuple(shape)}, more than the file holds")
-
-
-def _too_large(path: Path, shape: tuple[int, ...]) -> ValueError:
-    return ValueError(
-        f"{path}: shape {tuple(shape)} needs more memory than there is: crop it, or take a machine with more; if it is "
-        "no such volume, its header is damaged"
-    )
-
-
-def _read_itk(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
-    import SimpleITK as sitk
-
-    reader = _open_itk(path)
-    try:
-        image = reader.Execute()
-    except MemoryError:
-        raise _too_large(path, reader.GetSize()) from None
-    except RuntimeError:
-        raise _unreadable(path) from None
-    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), 1.0, 0.0, _itk_affine(reader)
-
-
-def _itk_affine(reader) -> np.ndarray:
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing()
-    affine[:3, 3] = reader.GetOrigin()
-    return LPS_TO_RAS @ affine
 
 
 # -- geometry and values ----------------------------------------------------------------------------------------------

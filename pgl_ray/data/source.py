@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pgl_ray.data import ct
+from pgl_ray.data import ct, itk
 
 NUM_NAMED = 5  # of things that a message names
 
@@ -63,9 +63,9 @@ class Source:
 
     def files(self) -> list[Path]:
         """All files that the scan is made from."""
-        images = [Path(self.image, name) for name in self.slices] or ct.files_of(Path(self.image))
+        images = [Path(self.image, name) for name in self.slices] or itk.files_of(Path(self.image))
         masks = [Path(self.label, name) for name, _ in self.masks]
-        return images + (masks or (ct.files_of(Path(self.label)) if self.label else []))
+        return images + (masks or (itk.files_of(Path(self.label)) if self.label else []))
 
     def stamp(self) -> tuple[int, int]:
         """Bytes of all files, and the newest one's time in ns."""
