@@ -316,6 +316,17 @@ class StoreConfig(Section):
     ray: RayConfig = RayConfig()
 
 
+class InspectConfig(Section):
+    """Store -> one HTML page: table of scans, pictures, what stands out, totals."""
+
+    store: FilePath
+    """Store written by prepare."""
+    output: FilePath | None = None
+    """HTML file; none: inspect.html in the store's folder, of a store in a bucket in this folder."""
+    num_pictures: Annotated[int, Field(ge=0)] = 48
+    """Scans that are shown, those that stand out first, then evenly spread ones."""
+
+
 class PretrainConfig(Section):
     """PGL pre-training (paper, Sec. 3 and 5.1)."""
 

@@ -26,7 +26,7 @@ from pgl_ray.data import store
 from pgl_ray.data.layout import Fault, Layout, Source, read_layout
 from pgl_ray.data.resample import resample
 
-PEAK_BYTES_PER_VOXEL = 16  # of a conversion, label map included
+PEAK_BYTES_PER_VOXEL = 8  # of a conversion, label map included (tests/benchmarks/test_prepare_cost.py)
 MAX_TRIES = 3
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NUM_SHOWN = 10  # failures that the closing lines name; failed.jsonl has all

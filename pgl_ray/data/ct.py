@@ -7,7 +7,6 @@ sforms; NRRD and MHA/MHD go through SimpleITK; a DICOM series is a folder and th
 HU below air, which scanners and converters write outside the field of view (-2000, -3024), become -1024.
 """
 
-import gzip
 import logging
 import math
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from isal import igzip
 from nibabel import orientations
 from nibabel.imageglobals import logger as nibabel_logger
 
@@ -270,7 +270,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
     image = _open_nifti(path)
     try:
         if path.name.lower().endswith(".gz"):
-            with gzip.open(path) as stream, _quiet_nibabel():
+            with igzip.open(path) as stream, _quiet_nibabel():
                 image = type(image).from_stream(stream)
                 raw, surplus = image.dataobj.get_unscaled(), 0
                 while part := stream.read(
