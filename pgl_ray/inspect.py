@@ -172,10 +172,9 @@ def _epoch(index: Index) -> str:
         return f"not measured: {error}"
     cores = len(os.sched_getaffinity(0))
     total = len(index.scans) * seconds / cores
-    return (
-        f"{len(index.scans)} view pairs of 16 x 96 x 96, one per scan: {_duration(total)} on this machine's {cores} cores "
-        f"({seconds * 1e3:.0f} ms per pair and core) while the network keeps pace; python -m pgl_ray.bench measures both"
-    )
+    rate = f"{_duration(total)} on this machine's {cores} cores ({seconds * 1e3:.0f} ms per pair and core)"
+    pairs = f"{len(index.scans)} view pairs of 16 x 96 x 96, one per scan"
+    return f"{pairs}: {rate} where the network keeps pace; python -m pgl_ray.bench measures both"
 
 
 def _duration(seconds: float) -> str:

@@ -95,8 +95,9 @@ def run(config: PrepareConfig, only: frozenset[str] | None = None) -> Result:
         FailedRun: the disk is full, or another prepare writes into the store.
     """
     began = time.monotonic()
-    layout = read_layout(config.source, config.labels, config.recipe, config.series)
     place = store.open_place(config.store)
+    _settings(config)  # looking through a large source takes minutes: what does not agree is said before
+    layout = read_layout(config.source, config.labels, config.recipe, config.series)
     try:
         with place.locked() as token:
             return _run(config, layout, token, only, began)
