@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import ct_series, ct_slice, new_file, save
+from dicom_files import ct_series, ct_slice, itk_series, new_file, save
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -35,13 +35,6 @@ ORIENTATIONS = {
 def raw(shape=(5, 6, 7), dtype=np.int16, low=24, seed=1):
     """Raw pixels [slices, rows, columns], all different."""
     return (np.random.default_rng(seed).permutation(np.prod(shape)).reshape(shape) + low).astype(dtype)
-
-
-def itk_series(folder):
-    """ITK's reading of the one series in a folder."""
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
-    return reader.Execute()
 
 
 @pytest.mark.parametrize("iop", ORIENTATIONS.values(), ids=ORIENTATIONS)

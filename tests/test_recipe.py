@@ -153,6 +153,17 @@ def test_a_pattern_without_id_is_wrong_use():
         load(PrepareConfig, ["source=a", "store=b", "recipe.parts=[{images: '{id}', image: x}]"])
 
 
+def test_nnunets_raw_layout(tmp_path):
+    touch(tmp_path, ["imagesTr/a_0000.mha", "labelsTr/a.mha", "imagesTs/b_0000.mha"])
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1}, "channel_names": {"0": "CT"}}')
+    layout = layout_of("nnunet", tmp_path)
+    assert [(scan.scan_id, bool(scan.label), scan.split) for scan in layout.scans] == [
+        ("a", True, "train"),
+        ("b", False, "test"),
+    ]
+    assert layout.names == {"liver": 1} and not layout.missing
+
+
 # -- a mask per organ -------------------------------------------------------------------------------------------------
 
 

@@ -259,10 +259,10 @@ def _fewer_than_stated(root: Path) -> list[str]:
             absent = sorted(ids - {parts[-1].removesuffix(CHANNEL) for parts in there})
             if absent:
                 missing.append(
-                    f"{len(absent)} of {len(ids)} volumes that dataset.json lists in {folder}: {some(absent)}"
+                    f"{len(absent)} of {len(ids)} volumes of {folder} that dataset.json lists: {some(absent)}"
                 )
         elif isinstance(number := stated.get(f"num{key}"), int) and len(there) < number:
-            missing.append(f"{number - len(there)} of {number} volumes of {folder} in dataset.json")
+            missing.append(f"{number - len(there)} of {number} volumes of {folder} that dataset.json counts")
     return missing
 
 
