@@ -223,10 +223,10 @@ def test_a_recipes_licence_is_kept_and_the_split_is_in_the_index(tmp_path, seria
     [
         (
             {"modality": {"0": "CT"}, "training": [{"image": "./imagesTr/a.nii.gz"}, {"image": "./imagesTr/b.nii.gz"}]},
-            "b",
+            "1 of 2 volumes of imagesTr that dataset.json lists: b",
         ),
-        ({"channel_names": {"0": "CT"}, "numTraining": 3}, "2 of 3 volumes of imagesTr in dataset.json"),
-        ({"test": ["./imagesTs/x.nii.gz"]}, "1 of 1 volumes of imagesTs in dataset.json: x"),
+        ({"channel_names": {"0": "CT"}, "numTraining": 3}, "2 of 3 volumes of imagesTr that dataset.json counts"),
+        ({"test": ["./imagesTs/x.nii.gz"]}, "1 of 1 volumes of imagesTs that dataset.json lists: x"),
         ({"training": [{"image": "imagesTr/a.nii.gz"}], "numTest": 0}, ""),
     ],
 )
