@@ -146,9 +146,11 @@ def test_a_copy_of_a_scan_is_wrong_use(tmp_path):
         layout_of("msd_spleen", tmp_path)
 
 
-def test_a_pattern_without_id_is_wrong_use():
+def test_wrong_use():
     with pytest.raises(ValueError, match=r"recipe.parts: pattern 'imagesTr/\*' has no \{id\}"):
         load(PrepareConfig, ["source=a", "store=b", "recipe.parts=[{images: imagesTr/*}]"])
+    with pytest.raises(ValueError, match=r"series=\['thin'\]: a recipe says where its scans lie"):
+        layout_of("msd_spleen", RECIPES, "series=thin")
     with pytest.raises(ValueError, match=r"unknown key 'recipe.parts.0.image'; known here: ids, images, labels, num"):
         load(PrepareConfig, ["source=a", "store=b", "recipe.parts=[{images: '{id}', image: x}]"])
 

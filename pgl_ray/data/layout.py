@@ -59,6 +59,8 @@ def read_layout(
     root, recipe = Path(source).resolve(), recipe or RecipeConfig()
     if not root.is_dir():
         raise ValueError(f"source={source}: no such folder")
+    if series and recipe.parts:
+        raise ValueError(f"series={list(series)}: a recipe says where its scans lie: leave series out")
     names = labels.names or ({} if recipe.parts else _dataset_names(root / "dataset.json"))
     if len(set(names.values())) < len(names):
         raise ValueError(f"labels.names={names}: two organs have one value")
