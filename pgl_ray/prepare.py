@@ -169,7 +169,7 @@ def verify(config: StoreConfig) -> Verified:
     place, damaged = store.open_place(config.store), {}
     index, fault = _read_index(place)
     names = sorted({*place.names("scans"), *index})
-    work = partial(_check, names=names, folder=place.url)
+    work = partial(_check, names=names, listed=frozenset(index), folder=place.url)
     with closing(_in_parallel(work, len(names), config.ray)) as outcomes:
         for row in _watched(outcomes, len(names)):
             if row["reason"]:
@@ -194,11 +194,12 @@ def _read_index(place: store.Place) -> tuple[dict[str, store.ScanRecord], str]:
         return {}, f"is damaged ({' '.join(str(error).split())})"
 
 
-def _check(row: dict, names: list[str], folder: str) -> dict:
+def _check(row: dict, names: list[str], listed: frozenset[str], folder: str) -> dict:
     """Checks one scan; runs in a Ray task. Returns task, and what is damaged."""
-    reason = ""
+    name, reason = names[row["task"]], ""
     try:
-        store.check_scan(folder, names[row["task"]])
+        if name in listed or "zarr.json" in store.open_place(folder).names(f"scans/{name}"):
+            store.check_scan(folder, name)  # else what a killed run left in a bucket: no scan yet
     except Exception as error:  # damage may show as anything
         reason = str(error) or type(error).__name__
     return {"task": row["task"], "reason": reason}

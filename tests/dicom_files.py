@@ -1,7 +1,8 @@
-"""DICOM files for the tests, written by pydicom."""
+"""DICOM files for the tests, written by pydicom, and ITK's reading of them."""
 
 import numpy as np
 import pydicom
+import SimpleITK as sitk
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
@@ -76,3 +77,10 @@ def structure_set(structures, series):
     frame.RTReferencedStudySequence = [study]
     file.ReferencedFrameOfReferenceSequence = [frame]
     return file
+
+
+def itk_series(folder):
+    """ITK's reading of the one series in a folder."""
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    return reader.Execute()

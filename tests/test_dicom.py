@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_files import ct_series, ct_slice, new_file, save
+from dicom_files import ct_series, ct_slice, itk_series, new_file, save
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -35,13 +35,6 @@ ORIENTATIONS = {
 def raw(shape=(5, 6, 7), dtype=np.int16, low=24, seed=1):
     """Raw pixels [slices, rows, columns], all different."""
     return (np.random.default_rng(seed).permutation(np.prod(shape)).reshape(shape) + low).astype(dtype)
-
-
-def itk_series(folder):
-    """ITK's reading of the one series in a folder."""
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
-    return reader.Execute()
 
 
 @pytest.mark.parametrize("iop", ORIENTATIONS.values(), ids=ORIENTATIONS)
@@ -152,6 +145,26 @@ def test_lossless_syntaxes_give_the_same_hu_and_cut_files_none(tmp_path, syntax,
         ct.read_scan(folder)
 
 
+def test_a_corrupt_jpeg_stream_is_refused_though_the_decoder_gives_a_picture(tmp_path):
+    files = ct_series(raw((2, 40, 50)))
+    compressed_by_itk(files, "JPEG", tmp_path)
+    content = bytearray(files[1].PixelData)
+    content[1500:1900] = bytes(400)
+    files[1].PixelData = bytes(content)
+    with pytest.raises(ValueError, match=r"001.dcm: not a readable DICOM file \(its JPEG stream is corrupt\)"):
+        ct.read_scan(save(files, tmp_path / "a"))
+
+
+def test_files_of_old_scanners_have_no_preamble(tmp_path):
+    folder = save(series(), tmp_path / "a")
+    for path in folder.iterdir():
+        file = pydicom.dcmread(path)
+        del file.file_meta
+        file.preamble = None
+        pydicom.dcmwrite(path, file, implicit_vr=True, little_endian=True)
+    np.testing.assert_array_equal(ct.read_scan(folder).voxels, raw() - 1024)
+
+
 LOSSLESS = ["1.2", "1.2.1", "1.2.2", "1.2.1.99", "1.2.4.57", "1.2.4.70", "1.2.4.80", "1.2.4.90", "1.2.5"]
 LOSSY = {"1.2.4.51": 36, "1.2.4.53": 36, "1.2.4.55": 36, "1.2.4.81": 1, "1.2.4.91": 5}  # HU that the encoder lost
 
@@ -163,7 +176,7 @@ def test_the_real_slice_in_sixteen_encodings(real_data, tmp_path, capfd):
     seen = set()
     for path in sorted(source.glob("CTImage*")):
         file = pydicom.dcmread(path)
-        files = [copy.deepcopy(file) for _ in range(3)]
+        files = [copy.deepcopy(file) for _ in range(2)]
         for k, one in enumerate(files):
             one.ImagePositionPatient = [0, 0, 5.0 * k]
         folder = tmp_path / path.name

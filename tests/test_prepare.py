@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import zarr
+from dicom_files import ct_series, save
 
 from pgl_ray import prepare
 from pgl_ray.config import FailedRun, LabelsConfig, PrepareConfig, StoreConfig, load
@@ -159,6 +160,91 @@ def test_nothing_to_convert_is_wrong_use(tmp_path, serial):
     with pytest.raises(ValueError, match=r"no volume in it \(.nii.gz, .nii, .nrrd"):
         go(tmp_path / "raw", tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+def test_dicom_beside_nifti(tmp_path, serial, capsys):
+    raw = tmp_path / "röntgen 1"
+    pixels = ct_array(shape=(9, 20, 18))
+    pixels[0, 0, :3] = -2000
+    files = ct_series(pixels, intercept=0)
+    save(files, raw / "images/case 1", "{:03}")
+    scout = ct_series(pixels[:1], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    save(scout, raw / "images/case 1", "scout{}")
+    save(ct_series(pixels[:3], step=(0, 1, 2.5)), raw / "images/tilted")
+    put(raw / "images/case 2.nii.gz")
+    scan = ct.read_scan(raw / "images/case 1", tuple(f"{k:03}" for k in range(9)))
+    label = label_array([1, 2], shape=(18, 20, 9))
+    ct.write_label(
+        tmp_path / "l.nii.gz", label.transpose(2, 1, 0), raw / "images/case 1", tuple(f"{k:03}" for k in range(9))
+    )
+    (raw / "labels").mkdir()
+    turned = nib.as_closest_canonical(nib.load(tmp_path / "l.nii.gz"))  # the same grid, another orientation
+    nib.save(turned, raw / "labels/case 1.nii.gz")
+    result = go(raw, tmp_path / "s", labels={"names": {"liver": 1, "spleen": 2}})
+    assert counts(result) == (2, 0, 1) and "gantry tilt" in result.failed[0].reason
+    found = records(tmp_path / "s")
+    assert list(found) == ["case 1", "case 2"] and found["case 1"].label_voxels == {1: 72, 2: 72}
+    assert (found["case 1"].num_padding, found["case 1"].orientation) == (3, "LPS")
+    whole = np.array([(0, size) for size in scan.voxels.shape])
+    np.testing.assert_array_equal(
+        store.open_label(tmp_path / "s", found["case 1"]).read(whole), label.transpose(2, 1, 0)
+    )
+    np.testing.assert_array_equal(
+        store.open_volume(tmp_path / "s", found["case 1"]).read(whole), np.maximum(pixels, -1024)
+    )
+    (left,) = [json.loads(line) for line in (tmp_path / "s/left_out.jsonl").read_text().splitlines()]
+    assert left["reason"] == "localiser, not a volume (1 file)" and "prepare: left out: " in capsys.readouterr().out
+
+    assert counts(go(raw, tmp_path / "s", labels={"names": {"liver": 1, "spleen": 2}})) == (0, 2, 1)
+    (raw / "images/case 1/004").unlink()  # the slice in the middle
+    again = go(raw, tmp_path / "s", labels={"names": {"liver": 1, "spleen": 2}})
+    assert counts(again) == (0, 1, 2) and "slices are missing (1)" in again.failed[0].reason
+
+
+def test_a_recipes_licence_is_kept_and_the_split_is_in_the_index(tmp_path, serial, capsys):
+    for number in range(1, 5):
+        put(tmp_path / f"RawData/Training/img/img000{number}.nii.gz", seed=number)
+        put(tmp_path / f"RawData/Training/label/label000{number}.nii.gz", label_array([1, 13]))
+    recipe = Path(__file__).parents[1] / "data_prep/bcv.yaml"
+    args = [str(recipe), f"source={tmp_path}", f"store={tmp_path}/s", "recipe.split_sizes={train: 1, test: 3}"]
+    assert counts(prepare.run(load(PrepareConfig, args))) == (4, 0, 0)
+    assert "prepare: missing: 4 of 30 scans **/img/img{id}.nii.gz found (0005, 0006, " in capsys.readouterr().out
+    found = records(tmp_path / "s")
+    assert list(found) == [f"bcv_000{number}" for number in range(1, 5)]
+    assert sorted(record.split for record in found.values()) == ["test", "test", "test", "train"]
+    assert found["bcv_0001"].labelled == tuple(range(1, 14))
+    assert "Synapse's terms" in (tmp_path / "s/store.json").read_text()
+    put(tmp_path / "RawData/Training/label/label0002.nii.gz", label_array([14]))
+    (fault,) = prepare.run(load(PrepareConfig, args)).failed
+    assert "label values [14] are not among {'spleen': 1" in fault.reason
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        (
+            {"modality": {"0": "CT"}, "training": [{"image": "./imagesTr/a.nii.gz"}, {"image": "./imagesTr/b.nii.gz"}]},
+            "1 of 2 volumes of imagesTr that dataset.json lists: b",
+        ),
+        ({"channel_names": {"0": "CT"}, "numTraining": 3}, "2 of 3 volumes of imagesTr that dataset.json counts"),
+        ({"test": ["./imagesTs/x.nii.gz"]}, "1 of 1 volumes of imagesTs that dataset.json lists: x"),
+        ({"training": [{"image": "imagesTr/a.nii.gz"}], "numTest": 0}, ""),
+    ],
+)
+def test_volumes_that_dataset_json_names_and_that_are_not_there(tmp_path, stated, message):
+    put(tmp_path / "imagesTr/a_0000.nii.gz")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"liver": 1, "ignore": 2}} | stated))
+    layout = read_layout(str(tmp_path), LabelsConfig())
+    assert message in " ".join(layout.missing) and bool(layout.missing) == bool(message)
+    assert layout.names == {"liver": 1}
+
+
+@pytest.mark.parametrize("channels", [{"0": "MRI"}, {"0": "CT", "1": "PET"}, {"0": "T1"}])
+def test_data_sets_that_are_no_ct_are_wrong_use(tmp_path, channels):
+    put(tmp_path / "imagesTr/a_0000.nii.gz")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"liver": 1}, "channel_names": channels}))
+    with pytest.raises(ValueError, match=r"dataset.json: its volumes are .*, expected CT alone"):
+        read_layout(str(tmp_path), LabelsConfig())
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------

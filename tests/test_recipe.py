@@ -146,11 +146,24 @@ def test_a_copy_of_a_scan_is_wrong_use(tmp_path):
         layout_of("msd_spleen", tmp_path)
 
 
-def test_a_pattern_without_id_is_wrong_use():
+def test_wrong_use():
     with pytest.raises(ValueError, match=r"recipe.parts: pattern 'imagesTr/\*' has no \{id\}"):
         load(PrepareConfig, ["source=a", "store=b", "recipe.parts=[{images: imagesTr/*}]"])
+    with pytest.raises(ValueError, match=r"series=\['thin'\]: a recipe says where its scans lie"):
+        layout_of("msd_spleen", RECIPES, "series=thin")
     with pytest.raises(ValueError, match=r"unknown key 'recipe.parts.0.image'; known here: ids, images, labels, num"):
         load(PrepareConfig, ["source=a", "store=b", "recipe.parts=[{images: '{id}', image: x}]"])
+
+
+def test_nnunets_raw_layout(tmp_path):
+    touch(tmp_path, ["imagesTr/a_0000.mha", "labelsTr/a.mha", "imagesTs/b_0000.mha"])
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1}, "channel_names": {"0": "CT"}}')
+    layout = layout_of("nnunet", tmp_path)
+    assert [(scan.scan_id, bool(scan.label), scan.split) for scan in layout.scans] == [
+        ("a", True, "train"),
+        ("b", False, "test"),
+    ]
+    assert layout.names == {"liver": 1} and not layout.missing
 
 
 # -- a mask per organ -------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ geometry is checked here, because ITK silently stretches a missing slice and uns
 """
 
 import os
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -346,8 +347,10 @@ def read_hu(folder: str | Path, file: str, shape: tuple[int, int]) -> np.ndarray
         reader = sitk.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")
         reader.SetFileName(path)
-        with _quiet_decoders():
+        with _decoders_words() as words:
             values = sitk.GetArrayFromImage(reader.Execute())[0].T
+            if b"Corrupt" in words():
+                raise ValueError("its JPEG stream is corrupt")
     except MemoryError:
         raise
     except Exception as error:  # pydicom's and ITK's errors have no common base
@@ -378,13 +381,19 @@ def _padding(header) -> tuple[float, float] | None:
 
 
 @contextmanager
-def _quiet_decoders() -> Iterator[None]:
-    """Keeps what GDCM's JPEG decoders write to the process's stderr, at every 12-bit slice, off the terminal."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+def _decoders_words() -> Iterator[Callable[[], bytes]]:
+    """Catches what GDCM's JPEG decoders write to the process's stderr: chatter at every 12-bit slice, and that a stream
+    is corrupt, where they nevertheless give a picture."""
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+
+        def words() -> bytes:
+            file.seek(0)
+            return file.read()
+
+        try:
+            os.dup2(file.fileno(), 2)
+            yield words
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

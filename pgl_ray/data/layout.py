@@ -59,6 +59,8 @@ def read_layout(
     root, recipe = Path(source).resolve(), recipe or RecipeConfig()
     if not root.is_dir():
         raise ValueError(f"source={source}: no such folder")
+    if series and recipe.parts:
+        raise ValueError(f"series={list(series)}: a recipe says where its scans lie: leave series out")
     names = labels.names or ({} if recipe.parts else _dataset_names(root / "dataset.json"))
     if len(set(names.values())) < len(names):
         raise ValueError(f"labels.names={names}: two organs have one value")
@@ -259,10 +261,10 @@ def _fewer_than_stated(root: Path) -> list[str]:
             absent = sorted(ids - {parts[-1].removesuffix(CHANNEL) for parts in there})
             if absent:
                 missing.append(
-                    f"{len(absent)} of {len(ids)} volumes that dataset.json lists in {folder}: {some(absent)}"
+                    f"{len(absent)} of {len(ids)} volumes of {folder} that dataset.json lists: {some(absent)}"
                 )
         elif isinstance(number := stated.get(f"num{key}"), int) and len(there) < number:
-            missing.append(f"{number - len(there)} of {number} volumes of {folder} in dataset.json")
+            missing.append(f"{number - len(there)} of {number} volumes of {folder} that dataset.json counts")
     return missing
 
 
