@@ -374,8 +374,6 @@ def _padding(header) -> tuple[float, float] | None:
     slope, intercept = float(header.get("RescaleSlope") or 1), float(header.RescaleIntercept)
     ends = [header.get(tag) for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     ends = [int(end) for end in ends if end is not None]
-    if header.get("PixelRepresentation") == 1:
-        ends = [end - 2**16 if end >= 2**15 else end for end in ends]  # written as unsigned
     low, high = (bound(end * slope + intercept for end in ends) for bound in (min, max))
     return (low, high) if high <= AIR or low > HIGHEST_TISSUE else None
 
