@@ -295,7 +295,7 @@ class PrepareConfig(Section):
     """Inner chunk of the sharded arrays in voxels (D, H, W)."""
     encoding: Literal["int16", "uint8"] = "int16"
     """int16: HU, lossless. uint8: 256 steps over hu_window, half the size; what lies outside is clipped, the loss is
-    noted per scan (about 1.5 HU rms for the default window)."""
+    noted per scan (1.5 to 2 HU rms for the default window)."""
     spacing_mm: tuple[Length, Length, Length] | None = None
     """Resample to this voxel size (D, H, W): linear (order 1), before it a Gaussian of sigma (ratio - 1) / 2 voxels
     along axes that get coarser; labels take the nearest voxel. None: each scan keeps its own, as in the paper."""

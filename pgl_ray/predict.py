@@ -11,6 +11,7 @@ import numpy as np
 from pgl_ray.config import FailedRun, PredictConfig, command
 from pgl_ray.data import ct, dicom, store
 from pgl_ray.data.layout import series_names
+from pgl_ray.data.resample import onto_grid, resample
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
 from pgl_ray.model.inference import pick_device, segment
@@ -100,8 +101,11 @@ def _predict(
     target: Path,
     config: PredictConfig,
 ) -> None:
-    """Segments one CT. Written aside, then renamed."""
-    voxels = ct.read_scan(source, slices).voxels
+    """Segments one CT, at the voxel size that the network was trained on. Written aside, then renamed."""
+    scan = ct.read_scan(source, slices)
+    voxels, affine = scan.voxels, scan.affine
+    if meta.get("spacing_mm"):
+        voxels, _, affine = resample(voxels, None, affine, tuple(meta["spacing_mm"]))
     window = tuple(meta["hu_window"])
     mean, std = store.statistics(voxels, window)
     classes = segment(
@@ -113,6 +117,8 @@ def _predict(
         overlap=config.inference.overlap,
         batch_size=config.inference.batch_size,
     )
+    if voxels is not scan.voxels:
+        classes = onto_grid(classes, affine, scan.affine, scan.voxels.shape)
     values = sorted(meta["labels"].values())
     values = np.array([0, *values], np.min_scalar_type(values[-1]))
     target.parent.mkdir(parents=True, exist_ok=True)

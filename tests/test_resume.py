@@ -3,6 +3,7 @@
 The loop over many random moments takes minutes: PGL_RAY_LONG=1 pytest -s tests/test_resume.py
 """
 
+import multiprocessing
 import os
 import random
 import signal
@@ -11,13 +12,57 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
-NUM_KILLS = 20
+from pgl_ray import prepare
+from pgl_ray.config import PrepareConfig
+
+NUM_KILLS = 20  # of the long loop
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_kills_of_a_run_without_ray(tmp_path, monkeypatch):
+    """The same in a forked child that converts one scan after the other: many kills in little time."""
+    rng = random.Random(0)
+    for place in range(16):
+        volume = np.random.default_rng(place).integers(-1000, 1000, (120, 100, 30)).astype(np.int16)
+        nib.save(nib.Nifti1Image(volume, np.diag([-1.5, -1.5, 3, 1])), tmp_path / f"{place:02}.nii.gz")
+    monkeypatch.setattr(prepare, "_in_parallel", lambda work, num, *_: (work({"task": i}) for i in range(num)))
+
+    def start(store: str) -> multiprocessing.Process:
+        config = PrepareConfig(source=str(tmp_path), store=str(tmp_path / ".stores" / store))
+        child = multiprocessing.get_context("fork").Process(target=prepare.run, args=(config,))
+        child.start()
+        return child
+
+    began, first = time.monotonic(), start("undisturbed")
+    first.join()
+    whole_s, expected = time.monotonic() - began, files_of(tmp_path / ".stores/undisturbed")
+    assert first.exitcode == 0 and len(expected) > 3 * 16
+    kills, rounds, begun = 0, 0, 0
+    while kills < 10:
+        rounds += 1
+        store = tmp_path / f".stores/{rounds}"
+        while True:
+            shards = {p: p.stat().st_ino for p in store.glob("scans/*/0/c/0/0/0")}
+            child = start(store.name)
+            child.join(rng.uniform(0, whole_s))
+            if child.is_alive():
+                child.kill()
+                kills += 1
+            child.join()
+            assert {p: p.stat().st_ino for p in shards} == shards  # what was whole is left alone
+            begun += 0 < len(shards) < 16
+            if child.exitcode == 0:
+                break
+            assert child.exitcode == -signal.SIGKILL
+        assert files_of(store) == expected
+    assert begun  # some of the kills came in mid-work
 
 
 @pytest.mark.cluster

@@ -39,3 +39,15 @@ def resample(
     step = np.diag([*ratio, 1.0])
     step[:3, 3] = offset
     return np.rint(moved).astype(np.int16), label, affine @ step
+
+
+def onto_grid(label: np.ndarray, affine: np.ndarray, like: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """A label map on another grid of the same axes, by the nearest voxel.
+
+    Args:
+        label: [D, H, W].
+        affine, like: [4, 4], of the label and of the other grid, voxel index -> RAS+ mm.
+        shape: of the other grid.
+    """
+    step = np.linalg.inv(affine) @ like
+    return ndimage.affine_transform(label, step[:3, :3], step[:3, 3], shape, order=0, mode="nearest")

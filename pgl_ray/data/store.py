@@ -130,12 +130,14 @@ class Index:
         scans: sorted by scan_id.
         labels: organ name -> label value.
         hu_window: of the statistics, and of the views.
+        spacing_mm: that all scans were resampled to; none: each has its own.
     """
 
     store: str
     scans: tuple[ScanRecord, ...]
     labels: dict[str, int]
     hu_window: tuple[float, float]
+    spacing_mm: tuple[float, float, float] | None = None
 
     def labelled(self, split: str) -> list[ScanRecord]:
         """Scans of a split that have a label map."""
@@ -167,7 +169,7 @@ def read_index(store: str | Path) -> Index:
         raise ValueError(f"index.parquet of {str(store)!r} is damaged ({reason}): {mend}") from None
     if not rows:
         raise ValueError(f"store {str(store)!r} holds no scan: its failed.jsonl says why")
-    return Index(place.url, tuple(rows), settings.labels, settings.hu_window)
+    return Index(place.url, tuple(rows), settings.labels, settings.hu_window, settings.spacing_mm)
 
 
 def read_table(content: bytes) -> list[ScanRecord]:
@@ -236,7 +238,7 @@ def write_index(store: str | Path, labels: dict[str, int], hu_window: tuple[floa
     write_settings(store, labels, hu_window, **others)
     place = open_place(store)
     place.write("index.parquet", [table_of(scans)])
-    return Index(place.url, scans, labels, tuple(hu_window))
+    return Index(place.url, scans, labels, tuple(hu_window), others.get("spacing_mm"))
 
 
 def table_of(scans: Sequence[ScanRecord]) -> bytes:
