@@ -281,11 +281,15 @@ def _preparations(config: PrepareConfig, known: store.Settings | None) -> tuple[
 
 
 def _vanished(config: PrepareConfig, layout: Layout, records: Iterable[store.ScanRecord]) -> Iterator[str]:
-    """Scans that were made from this source folder and whose files are gone."""
+    """Scans that were made from this source folder and whose files are gone. Of DICOM, whose folder may stay, the
+    series that is not found any more, unless it was not looked for or cannot be used."""
     root, found = Path(config.source).resolve(), {source.scan_id for source in layout.scans}
+    faulty = {fault.source for fault in layout.faults}
     for record in records:
         path = Path(record.source)
-        if record.scan_id not in found and path.is_relative_to(root) and not path.exists():
+        if record.scan_id in found or not path.is_relative_to(root):
+            continue
+        if not path.exists() or (path.is_dir() and not config.series and record.source not in faulty):
             yield record.scan_id
 
 

@@ -19,7 +19,7 @@ from pydicom.uid import (
 )
 
 from pgl_ray.config import LabelsConfig
-from pgl_ray.data import ct
+from pgl_ray.data import ct, dicom
 from pgl_ray.data.layout import read_layout
 
 TURN = np.deg2rad(20)
@@ -359,6 +359,18 @@ def test_a_damaged_file_may_be_a_slice_so_its_series_waits(tmp_path):
     assert ct.read_scan(folder).voxels.shape == (5, 6, 7)
     with pytest.raises(ValueError, match=r"no volume in it .*; found .*modality MR, not CT"):
         read_layout(str(save([new_file(MR, "MR")], tmp_path / "mr")), LabelsConfig())
+
+
+def test_slices_that_cannot_be_opened_are_told_of(tmp_path, monkeypatch):
+    folder = save(series(), tmp_path / "a", "IM{}")
+    (folder / "lost.dcm").symlink_to(tmp_path / "nowhere")
+    assert "No such file" in dict(dicom.find(tmp_path).unreadable)[str(folder / "lost.dcm")]
+
+    def locked(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", locked)
+    assert dicom.is_dicom(folder / "IM4") and not dicom.is_dicom(folder)
 
 
 def test_without_pydicom_nifti_goes_on_and_dicom_says_what_to_install(tmp_path, monkeypatch):

@@ -201,6 +201,15 @@ def test_dicom_beside_nifti(tmp_path, serial, capsys):
     assert counts(again) == (0, 1, 2) and "slices are missing (1)" in again.failed[0].reason
 
 
+def test_a_series_that_vanished_from_its_folder_is_reported(tmp_path, serial):
+    for number in (2, 3):
+        save(ct_series(ct_array(number), intercept=0, SeriesNumber=number), tmp_path / "raw/p", f"{number}_{{}}")
+    assert go(tmp_path / "raw", tmp_path / "s").vanished == ()
+    for path in (tmp_path / "raw/p").glob("3_*"):
+        path.unlink()
+    assert go(tmp_path / "raw", tmp_path / "s").vanished == ("p__series2", "p__series3")  # what is left is named p now
+
+
 def test_a_recipes_licence_is_kept_and_the_split_is_in_the_index(tmp_path, serial, capsys):
     for number in range(1, 5):
         put(tmp_path / f"RawData/Training/img/img000{number}.nii.gz", seed=number)

@@ -96,14 +96,16 @@ def find(folder: Path) -> Found:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file has DICOM's mark at byte 128, or a DICOM suffix."""
+    """Whether a file has a DICOM suffix, or DICOM's mark at byte 128; a file that cannot be opened may be DICOM."""
     if path.name.lower().endswith(SUFFIXES):
-        return path.is_file()
+        return not path.is_dir()  # a link that leads nowhere is told of as unreadable
+    if not path.is_file():
+        return False
     try:
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:
-        return False
+        return True
 
 
 def only_series(folder: str | Path) -> tuple[str, ...]:
@@ -171,6 +173,7 @@ def read(path: str | Path, **options) -> Any:
 
 
 def unreadable(path: str | Path, reason: Any) -> str:
+    """The message of a damaged file."""
     detail = " ".join(str(reason).split()) or type(reason).__name__
     return f"{path}: not a readable DICOM file ({detail[:120]}): it is cut off or damaged, copy it again"
 
@@ -374,8 +377,6 @@ def _padding(header) -> tuple[float, float] | None:
     slope, intercept = float(header.get("RescaleSlope") or 1), float(header.RescaleIntercept)
     ends = [header.get(tag) for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     ends = [int(end) for end in ends if end is not None]
-    if header.get("PixelRepresentation") == 1:
-        ends = [end - 2**16 if end >= 2**15 else end for end in ends]  # written as unsigned
     low, high = (bound(end * slope + intercept for end in ends) for bound in (min, max))
     return (low, high) if high <= AIR or low > HIGHEST_TISSUE else None
 
