@@ -11,6 +11,7 @@ already is recognised by its file's size and time, or by its hash, and is left a
 import errno
 import json
 import os
+import pickle
 import sys
 import time
 import uuid
@@ -169,8 +170,8 @@ def verify(config: StoreConfig) -> Verified:
     place, damaged = store.open_place(config.store), {}
     index, fault = _read_index(place)
     names = sorted({*place.names("scans"), *index})
-    work = partial(_check, names=names, listed=frozenset(index), folder=place.url)
-    with closing(_in_parallel(work, len(names), config.ray)) as outcomes:
+    looks = [(name, name in index) for name in names]
+    with closing(_in_parallel(partial(_check, folder=place.url), looks, config.ray)) as outcomes:
         for row in _watched(outcomes, len(names)):
             if row["reason"]:
                 damaged[names[row["task"]]] = row["reason"]
@@ -194,11 +195,11 @@ def _read_index(place: store.Place) -> tuple[dict[str, store.ScanRecord], str]:
         return {}, f"is damaged ({' '.join(str(error).split())})"
 
 
-def _check(row: dict, names: list[str], listed: frozenset[str], folder: str) -> dict:
-    """Checks one scan; runs in a Ray task. Returns task, and what is damaged."""
-    name, reason = names[row["task"]], ""
+def _check(row: dict, folder: str) -> dict:
+    """Checks one scan, (scan_id, whether the index has it); runs in a Ray task. Returns task, and what is damaged."""
+    (name, listed), reason = pickle.loads(row["item"]), ""
     try:
-        if name in listed or "zarr.json" in store.open_place(folder).names(f"scans/{name}"):
+        if listed or "zarr.json" in store.open_place(folder).names(f"scans/{name}"):
             store.check_scan(folder, name)  # else what a killed run left in a bucket: no scan yet
     except Exception as error:  # damage may show as anything
         reason = str(error) or type(error).__name__
@@ -327,17 +328,16 @@ def _outcomes(
 ) -> Iterator[tuple[Source, str, str]]:
     """Converts in parallel; yields (source, status, reason) as scans are done."""
     options = {key: getattr(config, key) for key in ("hu_window", "chunk", "encoding", "spacing_mm")}
-    work = partial(convert, tasks=tasks, folder=folder, token=token, names=names, options=options)
-    with closing(_in_parallel(work, len(tasks), config.ray, tasks)) as rows:
+    work = partial(convert, folder=folder, token=token, names=names, options=options)
+    with closing(_in_parallel(work, tasks, config.ray)) as rows:
         for row in rows:
             yield tasks[row["task"]].source, row["status"], row["reason"]
 
 
-def _in_parallel(
-    work: Callable[[dict], dict], num: int, config: RayConfig, tasks: list[Task] | None = None
-) -> Iterator[dict]:
-    """Calls `work` with {"task": 0}, {"task": 1}, ... in Ray tasks, one per core; yields its answers as they come."""
-    if not num:
+def _in_parallel(work: Callable[[dict], dict], items: list, config: RayConfig) -> Iterator[dict]:
+    """Calls `work` with {"task": number, "item": pickled item} in Ray tasks, one per core; yields its answers as they
+    come. Every task gets its own item alone, for a list of DICOM series fills a hundred megabytes."""
+    if not items:
         return
     from pgl_ray.train import launch  # here, because it takes torch along, and a run with nothing to do need not wait
 
@@ -347,9 +347,10 @@ def _in_parallel(
     # a cluster of our own on this machine has at least 4 CPUs by name, for the trainings' sake
     ours = not (config.address or os.environ.get("RAY_ADDRESS"))
     cores = config.num_cpus or os.cpu_count() or 1 if ours else int(ray.cluster_resources()["CPU"])
-    options = {"num_cpus": 1, "memory": _memory_per_task(tasks) if tasks else None}
-    dataset = ray.data.from_items([{"task": i} for i in range(num)], override_num_blocks=num)
-    yield from dataset.map(work, compute=ray.data.TaskPoolStrategy(size=cores), **options).iter_rows()
+    memory = _memory_per_task(items) if isinstance(items[0], Task) else None
+    rows = [{"task": i, "item": pickle.dumps(item)} for i, item in enumerate(items)]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    yield from dataset.map(work, num_cpus=1, memory=memory, compute=ray.data.TaskPoolStrategy(size=cores)).iter_rows()
 
 
 def _memory_per_task(tasks: list[Task]) -> float:
@@ -364,13 +365,11 @@ def _memory_per_task(tasks: list[Task]) -> float:
     return float(min(need, max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])))
 
 
-def convert(
-    row: dict, tasks: list[Task], folder: str, token: str, names: dict[str, int] | None, options: dict[str, Any]
-) -> dict:
+def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, options: dict[str, Any]) -> dict:
     """Converts one scan; runs in a Ray task.
 
     Args:
-        row: "task", the place in `tasks`.
+        row: "task", its number in this run, and "item", the pickled Task.
         folder: of the store, absolute, or its URL.
         token: of the run's lock.
         names: organ name -> label value; none: any value may occur.
@@ -379,8 +378,7 @@ def convert(
     Returns:
         task, status ("converted", "unchanged", "failed", "disk full"), and the reason of a failure.
     """
-    task = tasks[row["task"]]
-    status, reason = "failed", ""
+    task, status, reason = pickle.loads(row["item"]), "failed", ""
     try:
         with store.open_place(folder).joined(token):
             if _tries(folder, row["task"]) > MAX_TRIES:

@@ -1,6 +1,7 @@
 """A store in a bucket, from the command line: prepared, damaged, repaired, pre-trained from."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,11 @@ ROOT = str(Path(__file__).parents[1])
 @pytest.fixture
 def serial(monkeypatch):
     """Converts and checks in this process."""
-    monkeypatch.setattr(prepare, "_in_parallel", lambda work, num, *_: (work({"task": i}) for i in range(num)))
+
+    def one_by_one(work, items, config):
+        return (work({"task": i, "item": pickle.dumps(item)}) for i, item in enumerate(items))
+
+    monkeypatch.setattr(prepare, "_in_parallel", one_by_one)
 
 
 def put_store(tmp_path, s3) -> str:

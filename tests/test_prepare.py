@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -31,9 +32,9 @@ def serial(monkeypatch):
     """Converts in this process, in the given or the reverse order."""
     backwards = []
 
-    def in_parallel(work, num, config, tasks=None):
-        for i in sorted(range(num), reverse=bool(backwards)):
-            yield work({"task": i})
+    def in_parallel(work, items, config):
+        for i in sorted(range(len(items)), reverse=bool(backwards)):
+            yield work({"task": i, "item": pickle.dumps(items[i])})
 
     monkeypatch.setattr(prepare, "_in_parallel", in_parallel)
     return backwards
@@ -482,7 +483,7 @@ def test_a_scan_that_kills_its_worker_is_given_up(tmp_path):
     with store.open_place(tmp_path / "s").locked() as token:
         for start in "123":  # Ray has started it three times
             store.open_place(tmp_path / "s").write(f".part/tries/0/{start}", [])
-        row = prepare.convert({"task": 0}, [task], str(tmp_path / "s"), token, {}, {})
+        row = prepare.convert({"task": 0, "item": pickle.dumps(task)}, str(tmp_path / "s"), token, {}, {})
     assert row["status"] == "failed" and "its worker died 3 times" in row["reason"]
 
 

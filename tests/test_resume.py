@@ -5,6 +5,7 @@ The loop over many random moments takes minutes: PGL_RAY_LONG=1 pytest -s tests/
 
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -22,6 +23,11 @@ from pgl_ray.config import PrepareConfig
 NUM_KILLS = 20  # of the long loop
 
 
+def one_by_one(work, items, config):
+    """Instead of Ray."""
+    return (work({"task": i, "item": pickle.dumps(item)}) for i, item in enumerate(items))
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -32,7 +38,7 @@ def test_kills_of_a_run_without_ray(tmp_path, monkeypatch):
     for place in range(16):
         volume = np.random.default_rng(place).integers(-1000, 1000, (120, 100, 30)).astype(np.int16)
         nib.save(nib.Nifti1Image(volume, np.diag([-1.5, -1.5, 3, 1])), tmp_path / f"{place:02}.nii.gz")
-    monkeypatch.setattr(prepare, "_in_parallel", lambda work, num, *_: (work({"task": i}) for i in range(num)))
+    monkeypatch.setattr(prepare, "_in_parallel", one_by_one)
 
     def start(store: str) -> multiprocessing.Process:
         config = PrepareConfig(source=str(tmp_path), store=str(tmp_path / ".stores" / store))
