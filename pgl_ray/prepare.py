@@ -15,7 +15,7 @@ import pickle
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,12 +76,9 @@ class Verified:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Task:
-    """A scan to convert, unless its files have the hash of what the store has under its scan_id."""
-
-    source: Source
-    known: store.ScanRecord | None
+# A scan to convert, unless its files have the hash of what the store has under its scan_id. A plain tuple, because a
+# class of the module that is run as __main__ cannot be unpickled in a worker.
+Task = tuple[Source, store.ScanRecord | None]
 
 
 def run(config: PrepareConfig, only: frozenset[str] | None = None) -> Result:
@@ -128,7 +125,7 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: frozenset[str]
     pairs = [(source, records.get(source.scan_id)) for source in layout.scans if only is None or source.scan_id in only]
     stored = [source for source, record in pairs if only is None and record and _unchanged(source, record)]
     whole = {source.scan_id for source in stored}
-    tasks = [Task(source, record if only is None else None) for source, record in pairs if source.scan_id not in whole]
+    tasks = [(source, record if only is None else None) for source, record in pairs if source.scan_id not in whole]
     what = "new or changed" if only is None else "to convert again"
     print(f"prepare: {len(layout.scans)} scans in {config.source}, {len(tasks)} {what}", flush=True)
     _tell(layout, folder)
@@ -329,14 +326,19 @@ def _outcomes(
     """Converts in parallel; yields (source, status, reason) as scans are done."""
     options = {key: getattr(config, key) for key in ("hu_window", "chunk", "encoding", "spacing_mm")}
     work = partial(convert, folder=folder, token=token, names=names, options=options)
-    with closing(_in_parallel(work, tasks, config.ray)) as rows:
+    with closing(_in_parallel(work, tasks, config.ray, [source for source, _ in tasks])) as rows:
         for row in rows:
-            yield tasks[row["task"]].source, row["status"], row["reason"]
+            yield tasks[row["task"]][0], row["status"], row["reason"]
 
 
-def _in_parallel(work: Callable[[dict], dict], items: list, config: RayConfig) -> Iterator[dict]:
-    """Calls `work` with {"task": number, "item": pickled item} in Ray tasks, one per core; yields its answers as they
-    come. Every task gets its own item alone, for a list of DICOM series fills a hundred megabytes."""
+def _in_parallel(
+    work: Callable[[dict], dict], items: list[tuple], config: RayConfig, sources: Sequence[Source] = ()
+) -> Iterator[dict]:
+    """Calls `work` with {"task": number, "item": pickled item} in Ray tasks, one per core; yields the answers.
+
+    Every task gets its own item alone, for a list of DICOM series fills a hundred megabytes. Memory is reserved for the
+    largest of `sources`.
+    """
     if not items:
         return
     from pgl_ray.train import launch  # here, because it takes torch along, and a run with nothing to do need not wait
@@ -347,18 +349,18 @@ def _in_parallel(work: Callable[[dict], dict], items: list, config: RayConfig) -
     # a cluster of our own on this machine has at least 4 CPUs by name, for the trainings' sake
     ours = not (config.address or os.environ.get("RAY_ADDRESS"))
     cores = config.num_cpus or os.cpu_count() or 1 if ours else int(ray.cluster_resources()["CPU"])
-    memory = _memory_per_task(items) if isinstance(items[0], Task) else None
+    memory = _memory_per_task(sources) if sources else None
     rows = [{"task": i, "item": pickle.dumps(item)} for i, item in enumerate(items)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     yield from dataset.map(work, num_cpus=1, memory=memory, compute=ray.data.TaskPoolStrategy(size=cores)).iter_rows()
 
 
-def _memory_per_task(tasks: list[Task]) -> float:
+def _memory_per_task(sources: Sequence[Source]) -> float:
     """Memory to reserve per conversion in bytes, by the largest file's header; at most what a node has."""
     import ray
 
     try:
-        largest = max((task.source for task in tasks), key=lambda source: source.stamp()[0])
+        largest = max(sources, key=lambda source: source.stamp()[0])
         need = PEAK_BYTES_PER_VOXEL * largest.num_voxels()
     except (ValueError, OSError):  # it will fail as a scan, with this reason
         need = 0
@@ -401,16 +403,14 @@ def _tries(folder: str, task: int) -> int:
 
 
 def _convert(task: Task, folder: str, names: dict[str, int] | None, options: dict[str, Any]) -> str:
-    source = task.source
+    source, known = task
     size, time_ns = source.stamp()
     digest = source.digest()
-    if task.known and digest == task.known.source_hash:
-        store.update_record(folder, replace(task.known, source_size=size, source_mtime_ns=time_ns))
+    if known and digest == known.source_hash:
+        store.update_record(folder, replace(known, source_size=size, source_mtime_ns=time_ns))
         return "unchanged"
-    if task.known and task.known.source != source.image:
-        raise ValueError(
-            f"{source.image}: the store has another {source.scan_id!r}, from {task.known.source}: rename it"
-        )
+    if known and known.source != source.image:
+        raise ValueError(f"{source.image}: the store has another {source.scan_id!r}, from {known.source}: rename it")
     scan, label = source.read(names)
     unknown = sorted(set(store.count_labels(label)) - set(names.values())) if label is not None and names else []
     if unknown:

@@ -22,7 +22,7 @@ ROOT = str(Path(__file__).parents[1])
 def serial(monkeypatch):
     """Converts and checks in this process."""
 
-    def one_by_one(work, items, config):
+    def one_by_one(work, items, config, sources=()):
         return (work({"task": i, "item": pickle.dumps(item)}) for i, item in enumerate(items))
 
     monkeypatch.setattr(prepare, "_in_parallel", one_by_one)

@@ -32,7 +32,7 @@ def serial(monkeypatch):
     """Converts in this process, in the given or the reverse order."""
     backwards = []
 
-    def in_parallel(work, items, config):
+    def in_parallel(work, items, config, sources=()):
         for i in sorted(range(len(items)), reverse=bool(backwards)):
             yield work({"task": i, "item": pickle.dumps(items[i])})
 
@@ -479,7 +479,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monk
 
 def test_a_scan_that_kills_its_worker_is_given_up(tmp_path):
     put(tmp_path / "raw/a.nii.gz")
-    task = prepare.Task(prepare.Source("a", str(tmp_path / "raw/a.nii.gz"), None, ""), None)
+    task = (prepare.Source("a", str(tmp_path / "raw/a.nii.gz"), None, ""), None)
     with store.open_place(tmp_path / "s").locked() as token:
         for start in "123":  # Ray has started it three times
             store.open_place(tmp_path / "s").write(f".part/tries/0/{start}", [])

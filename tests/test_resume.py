@@ -23,7 +23,7 @@ from pgl_ray.config import PrepareConfig
 NUM_KILLS = 20  # of the long loop
 
 
-def one_by_one(work, items, config):
+def one_by_one(work, items, config, sources=()):
     """Instead of Ray."""
     return (work({"task": i, "item": pickle.dumps(item)}) for i, item in enumerate(items))
 

@@ -43,7 +43,7 @@ def test_cpu_time_against_nibabel(tmp_path, real_data):
     for repeat in range(REPEATS):
         read = convert = 0.0
         with store.open_place(tmp_path / "s").locked() as token:  # anew, because starts of a task are counted
-            tasks = [prepare.Task(Source(f"{path.name}{repeat}", str(path), None, ""), None) for path in files]
+            tasks = [(Source(f"{path.name}{repeat}", str(path), None, ""), None) for path in files]
             for i, path in enumerate(files):
                 read += cpu_s(lambda path=path: np.asanyarray(nib.load(path).dataobj))
                 row = {"task": i, "item": pickle.dumps(tasks[i])}
@@ -66,7 +66,7 @@ from pgl_ray.data.layout import Source
 path, label, folder = sys.argv[1:4]
 options = {"hu_window": (-1024.0, 325.0), "chunk": (8, 64, 64), "encoding": sys.argv[4], "spacing_mm": None}
 with store.open_place(folder).locked() as token:
-    task = prepare.Task(Source("a", path, label or None, ""), None)
+    task = (Source("a", path, label or None, ""), None)
     row = prepare.convert({"task": 0, "item": pickle.dumps(task)}, folder, token, {}, options)
 assert row["status"] == "converted", row
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -93,7 +93,7 @@ def test_memory_against_the_volume(tmp_path, encoding, labelled):
 def test_the_thousandth_scan_is_as_fast_as_the_first(tmp_path):
     volume = like_ct((40, 48, 20))
     nib.save(nib.Nifti1Image(volume, np.diag([-1.5, -1.5, 3, 1])), tmp_path / "a.nii.gz")
-    tasks = [prepare.Task(Source(f"scan_{i:04}", str(tmp_path / "a.nii.gz"), None, ""), None) for i in range(1000)]
+    tasks = [(Source(f"scan_{i:04}", str(tmp_path / "a.nii.gz"), None, ""), None) for i in range(1000)]
     rows = [{"task": i, "item": pickle.dumps(task)} for i, task in enumerate(tasks)]
     grown, young = str(tmp_path / "grown"), str(tmp_path / "young")
     with store.open_place(grown).locked() as first, store.open_place(young).locked() as second:
