@@ -352,7 +352,9 @@ def _in_parallel(
     memory = _memory_per_task(sources) if sources else None
     rows = [{"task": i, "item": pickle.dumps(item)} for i, item in enumerate(items)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    yield from dataset.map(work, num_cpus=1, memory=memory, compute=ray.data.TaskPoolStrategy(size=cores)).iter_rows()
+    yield from dataset.map(
+        work, num_cpus=1, memory=memory, compute=ray.data.TaskPoolStrategy(size=min(cores, len(rows)))
+    ).iter_rows()
 
 
 def _memory_per_task(sources: Sequence[Source]) -> float:
@@ -492,7 +494,7 @@ def describe(result: Result) -> str:
 
 def _describe_verified(found: Verified) -> str:
     for name, reason in found.damaged.items():
-        print(f"  damaged: scan {name!r}: {reason}", file=sys.stderr)
+        print(f"  damaged: scan {name!r}: {reason.split(': python -m')[0]}", file=sys.stderr)
     if found.index:
         print(f"  index.parquet {found.index}", file=sys.stderr)
     if found.damaged or found.index:

@@ -82,7 +82,7 @@ WRONG = [
     ("prepare", ["source={tmp}", "store={tmp}/s"], "no "),
     ("prepare", ["verify", "store={tmp}"], "not a store"),
     ("prepare", ["repair", "store={tmp}"], "not a store"),
-    ("prepare", ["source={tmp}", "store=ftp://a/b"], "not an object store that is known"),
+    ("prepare", ["source={tmp}", "store=ftp://a/b"], "cannot be used as an object store"),
     ("inspect", ["store={tmp}"], "not a store"),
     ("pretrain", ["index={tmp}", "run={tmp}/r"], "not a store"),
     ("pretrain", ["index={unlabelled}", "run={tmp}/r", "epochs=many"], "epochs='many'"),

@@ -151,7 +151,7 @@ def test_wrong_places_are_one_clear_line(s3, monkeypatch):
         place.open_place("s3://nothing-here/x").names("")
     with pytest.raises(ValueError, match="s3://nothing-here/x: there is no such bucket"):
         place.open_place("s3://nothing-here/x").read("store.json")
-    with pytest.raises(ValueError, match="ftp://a/b: not an object store that is known"):
+    with pytest.raises(ValueError, match="ftp://a/b: cannot be used as an object store"):
         place.open_place("ftp://a/b")
     with pytest.raises(ValueError, match="is not a store"):
         store.read_index(f"{s3}/empty")

@@ -216,7 +216,7 @@ class Bucket:
         try:  # http is used only where an endpoint of that kind is named
             self._store = from_url(self.url, client_options={"allow_http": True}, retry_config=patience)
         except Exception as error:  # obstore has a class per cloud
-            raise ValueError(f"{url}: not an object store that is known: {_first_line(error)}") from None
+            raise ValueError(f"{url}: cannot be used as an object store: {_first_line(error)}") from None
 
     def _ask(self, function: Callable, *args, **options) -> Any:
         try:
