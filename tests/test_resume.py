@@ -35,7 +35,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_kills_of_a_run_without_ray(tmp_path, monkeypatch):
     """The same in a forked child that converts one scan after the other: many kills in little time."""
     rng = random.Random(0)
-    for place in range(16):
+    for place in range(10):
         volume = np.random.default_rng(place).integers(-1000, 1000, (120, 100, 30)).astype(np.int16)
         nib.save(nib.Nifti1Image(volume, np.diag([-1.5, -1.5, 3, 1])), tmp_path / f"{place:02}.nii.gz")
     monkeypatch.setattr(prepare, "_in_parallel", one_by_one)
@@ -49,9 +49,9 @@ def test_kills_of_a_run_without_ray(tmp_path, monkeypatch):
     began, first = time.monotonic(), start("undisturbed")
     first.join()
     whole_s, expected = time.monotonic() - began, files_of(tmp_path / ".stores/undisturbed")
-    assert first.exitcode == 0 and len(expected) > 3 * 16
+    assert first.exitcode == 0 and len(expected) > 3 * 10
     kills, rounds, begun = 0, 0, 0
-    while kills < 10:
+    while kills < 8:
         rounds += 1
         store = tmp_path / f".stores/{rounds}"
         while True:
@@ -63,7 +63,7 @@ def test_kills_of_a_run_without_ray(tmp_path, monkeypatch):
                 kills += 1
             child.join()
             assert {p: p.stat().st_ino for p in shards} == shards  # what was whole is left alone
-            begun += 0 < len(shards) < 16
+            begun += 0 < len(shards) < 10
             if child.exitcode == 0:
                 break
             assert child.exitcode == -signal.SIGKILL
