@@ -114,6 +114,8 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
     init_kaiming_uniform(model, config.seed)
     if config.init != "random":
         encoder.load_state_dict(pretrained)
+        if source.get("method") == "genesis":
+            checkpoint.load_restorer(model, config.init)
     meta = {
         "door": "finetune",
         "encoder": {

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 from scipy import stats
 
 from pgl_ray.train.checkpoint import read_metrics
+from pgl_ray.train.health import newest_verdict
 
 SCORES = {"dice": "Dice", "iou": "IoU", "hd_mm": "HD, mm", "hd95_mm": "HD95, mm"}
 LOWER_IS_BETTER = ("hd_mm", "hd95_mm")
-COLLAPSED_STD, COLLAPSED_RANK = 0.1, 2.0  # below either, features of different places are nearly one vector
 
 
 @dataclass(frozen=True)
@@ -306,18 +306,4 @@ def _read_probe(path: Path) -> dict[str, Any] | None:
 
 def verdict(run: Run) -> str:
     """Whether a pre-training run's features collapsed, and by which figure."""
-    rows = [row for row in run.rows if "health/feature_std" in row]
-    if not rows:
-        return f"{run.name}: no health figures yet."
-    names = ("feature_std", "effective_rank", "cosine_aligned", "cosine_shuffled")
-    std, rank, aligned, shuffled = (rows[-1][f"health/{name}"] for name in names)
-    figures = f"feature_std {std:.2f}, effective rank {rank:.1f} at step {rows[-1]['step']}"
-    if std < COLLAPSED_STD:
-        return f"{run.name}: collapsed, feature_std is below {COLLAPSED_STD} ({figures})."
-    if rank < COLLAPSED_RANK:
-        return f"{run.name}: collapsed, the effective rank is below {COLLAPSED_RANK:.0f} ({figures})."
-    told = "do not yet agree more" if aligned <= shuffled else "agree more"
-    return (
-        f"{run.name}: not collapsed ({figures}). Aligned places {told} than shuffled ones "
-        f"(cosine {aligned:.2f} against {shuffled:.2f})."
-    )
+    return f"{run.name}: {newest_verdict(run.rows)}."
