@@ -337,7 +337,7 @@ class CheckAlignConfig(PretrainConfig):
     """Store whose scans are cropped; none: a phantom scan."""
     run: FilePath | None = None
     """Pre-training run whose config is checked, and whose folder and report get table and picture."""
-    num_pairs: Positive = 512
+    num_pairs: Positive = 128
     """Random pairs of views; all 64 pairs of flips come up in turn."""
     output: FilePath = "check_align"
     """Folder for check_align.json and check_align.png where no run is given."""

@@ -307,3 +307,42 @@ def _read_probe(path: Path) -> dict[str, Any] | None:
 def verdict(run: Run) -> str:
     """Whether a pre-training run's features collapsed, and by which figure."""
     return f"{run.name}: {newest_verdict(run.rows)}."
+
+
+HEALTH = {"feature_std": "spread", "effective_rank": "rank", "cosine_aligned": "cosine, same place"}
+HEALTH |= {"cosine_shuffled": "cosine, other scan", "retrieval": "retrieval@1"}
+
+
+def health(runs: list[Run]) -> list[dict[str, Any]]:
+    """The last health figures of each pre-training run as text: of what the loss compares, then of the map."""
+    rows = []
+    for run in runs:
+        last = next((row for row in reversed(run.rows) if "health/collapsed" in row), None)
+        if last:
+            parts = [[last.get(f"health/{part}{key}") for key in HEALTH] for part in ("", "encoder_")]
+            figures = [number(value, ".2f") for part in parts for value in part]
+            loss, clamped = last.get("train/loss"), last.get("align/clamped_share")
+            method, share = run.config.get("method", "pgl"), number(clamped, ".0%")
+            facts = {"name": run.name, "number": run.number, "method": method, "step": f"{last['step']:.0f}"}
+            rows.append(facts | {"loss": number(loss, ".3f"), "figures": figures, "clamped": share})
+    return rows
+
+
+def alignment(facts: dict[str, Any]) -> dict[str, Any]:
+    """check_align.json as a table: one row per convention and kind of bins, D, H, W in scan voxels and mm."""
+    rows = []
+    for name, found in facts["conventions"].items():
+        for key, text in (
+            ("mean", "mean, all bins"),
+            ("max", "largest, all bins"),
+            ("max_not_clamped", "largest, bins not clamped"),
+        ):
+            cells = [
+                f"{number(voxels, '.2f')} ({number(mm, '.1f')} mm)"
+                for voxels, mm in zip(found["voxels"][key], found["mm"][key], strict=True)
+            ]
+            rows.append((name, text, cells))
+        rows.append((name, "allowed, bins not clamped", [f"{allowed:.2f}" for allowed in found["allowed_voxels"]]))
+        rows.append((name, "share of clamped bins", [f"{share:.0%}" for share in found["clamped_share"]]))
+    verdict = "as small as this geometry allows" if facts["passed"] else "LARGER than this geometry allows"
+    return {"rows": rows, "verdict": f"The residual is {verdict} ({facts['num_pairs']} pairs of {facts['scans']})."}
