@@ -12,6 +12,7 @@ from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 
 DOORS = ["prepare", "pretrain", "finetune", "evaluate", "predict", "probe", "tune", "bench", "export", "report", "demo"]
+DOORS += ["check_align"]
 
 
 def call(monkeypatch, capsys, door, *args) -> tuple[int, str]:

@@ -9,6 +9,7 @@ from pgl_ray.prior import Geometry, clamped_bins, interpolation_matrices
 
 COLLAPSED_STD, COLLAPSED_RANK = 0.1, 2.0  # below either, features of different places are nearly one vector
 MIN_ROWS = 8  # fewer vectors have neither spread nor rank
+FEW = 8  # health rows whose mean retrieval means something
 MAX_ROWS = 1024  # that rank and retrieval look at, evenly spaced in the batch
 
 
@@ -69,10 +70,12 @@ def feature_health(query: Tensor, key: Tensor) -> dict[str, float]:
         cosine_aligned: mean cosine of query and key of one place.
         cosine_shuffled: the same with another scan's key, or with another voxel's in a batch of one pair.
         retrieval: share of queries whose most similar key among all voxels of the batch is their own (retrieval@1;
-            chance is 1 / voxels). Of at most MAX_ROWS queries, evenly spaced.
+            strictly most similar). Of at most MAX_ROWS queries, evenly spaced.
+        retrieval_chance: the retrieval of features that know their scan and not the place in it: the share of queries
+            whose most similar key is of their own pair, over the voxels of a pair; at least 1 / voxels of the batch.
         Nothing at all for fewer than MIN_ROWS voxels.
     """
-    q, k = (F.normalize(t.float().flatten(2), dim=1) for t in (query, key))  # [N, C, voxels]
+    q, k = (F.normalize(t.float().flatten(2), dim=1) for t in (query, key))  # [N, C, places]
     queries, keys = (t.transpose(1, 2).flatten(0, 1) for t in (q, k))
     if len(keys) < MIN_ROWS:
         return {}
@@ -84,7 +87,8 @@ def feature_health(query: Tensor, key: Tensor) -> dict[str, float]:
     entropy = -(share * share.clamp_min(1e-30).log()).sum()
     other = k.roll(1, 0) if len(k) > 1 else k.roll(1, 2)
     asked = torch.arange(0, len(keys), -(-len(keys) // MAX_ROWS), device=keys.device)
-    similar = queries[asked] @ keys.T
+    similar, num_places = queries[asked] @ keys.T, k[0, 0].numel()
+    own_pair = (similar.argmax(1) // num_places == asked // num_places).float().mean().item()
     # strictly above all others: among equal keys there is nothing to find
     own = similar[torch.arange(len(asked), device=keys.device), asked].clone()
     similar[torch.arange(len(asked), device=keys.device), asked] = -2.0
@@ -94,6 +98,7 @@ def feature_health(query: Tensor, key: Tensor) -> dict[str, float]:
         "cosine_aligned": (q * k).sum(1).mean().item(),
         "cosine_shuffled": (q * other).sum(1).mean().item(),
         "retrieval": (own > similar.amax(1)).float().mean().item(),
+        "retrieval_chance": max(own_pair / num_places, 1 / len(keys)),
     }
 
 
@@ -124,6 +129,18 @@ def verdict(row: dict[str, float]) -> str:
 
 
 def newest_verdict(rows: list[dict[str, float]]) -> str:
-    """The verdict of the last row that has health figures."""
+    """The verdict of the last row that has health figures, and whether the last FEW of them show that places are found.
+
+    One batch's retrieval is noise (a few hits, and all of air looks alike); a mean of several is not.
+    """
     judged = [row for row in rows if "health/collapsed" in row]
-    return verdict(judged[-1]) if judged else "no health figures yet"
+    if not judged:
+        return "no health figures yet"
+    text, last = verdict(judged[-1]), judged[-FEW:]
+    if all("health/encoder_retrieval_chance" in row for row in last):
+        found = sum(row["health/encoder_retrieval"] for row in last) / len(last)
+        chance = sum(row["health/encoder_retrieval_chance"] for row in last) / len(last)
+        text += f"; places are found again in the other view {found / chance:.1f} times as often as by the scan alone"
+        if len(last) == FEW and found < 2 * chance:
+            text += " (wrong priors look like this, or a training that has hardly begun)"
+    return text
