@@ -24,7 +24,7 @@ from pgl_ray.data.phantom import make_phantom
 from pgl_ray.data.stream import AIR
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
 from pgl_ray.model.resnet import Encoder
-from pgl_ray.prior import Geometry, Prior, clamped_bins, interpolation_matrices
+from pgl_ray.prior import Geometry, Prior, clamped_bins, interpolation_matrices, overlap_share
 from pgl_ray.train.checkpoint import write_json
 
 AXES = ("D", "H", "W")
@@ -268,17 +268,18 @@ def _summary(parts: list[_Part]) -> dict[str, Any]:
 
 
 def _draw_picture(drawn: list, encoder: Encoder, geometries: dict, config: CheckAlignConfig, path: Path) -> None:
-    """The pair with the most different flips and the largest overlap, as CT, with the places that are compared."""
+    """A pair whose views are flipped differently, overlap well and show a body, with the places that are compared."""
 
-    def interest(one: tuple[Scan, tuple[Prior, Prior]]) -> tuple[int, int]:
-        priors = one[1]
-        low, high = (fn(*(prior.box for prior in priors)) for fn in (np.maximum, np.minimum))
-        return (
-            int((priors[0].flip != priors[1].flip)[1:].sum()),
-            int((high[:, 1] - low[:, 0]).clip(0).prod()),
-        )
+    def interest(one: tuple[Scan, tuple[Prior, Prior]]) -> tuple[int, float]:
+        first, second = one[1]
+        return int((first.flip != second.flip)[1:].sum()), overlap_share(first.box, second.box, "union")
 
-    scan, priors = max(drawn, key=interest)
+    def render(scan: Scan, prior: Prior) -> np.ndarray:
+        crop = v.normalise(v.read_padded(scan.reader, prior.box, AIR), scan.window, scan.mean_hu, scan.std_hu)
+        return v.resize_and_flip(crop, config.views.size, prior.flip).numpy()
+
+    best = sorted(drawn, key=interest)[-8:]
+    scan, priors = max(best, key=lambda one: render(one[0], one[1][0]).std())
     pair = _pair_of_ramps([priors], config.views.size)
     maps = look(encoder, pair)
     used = pair
@@ -289,10 +290,7 @@ def _draw_picture(drawn: list, encoder: Encoder, geometries: dict, config: Check
     for name in reversed(CONVENTIONS):
         matrices = interpolation_matrices(used.boxes, used.flips, used.regions, geometries[name][1])
         places[name] = align(maps, matrices)
-    views = []
-    for prior in priors:
-        crop = v.normalise(v.read_padded(scan.reader, prior.box, AIR), scan.window, scan.mean_hu, scan.std_hu)
-        views.append(v.resize_and_flip(crop, config.views.size, prior.flip).numpy())
+    views = [render(scan, prior) for prior in priors]
     shown = {name: [each.numpy() for each in found] for name, found in places.items()}
     window = tuple((hu - scan.mean_hu) / max(scan.std_hu, 1e-3) for hu in pictures.DISPLAY_HU)
     figure = pictures.places(views, priors, shown, window, scan.spacing_mm)

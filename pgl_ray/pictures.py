@@ -157,15 +157,20 @@ def _data_uri(figure: Figure, kind: str, mime: str, **options) -> str:
 
 
 @style
-def curves(lines: list[Series], title: str, bounds: tuple[float | None, float | None] = (None, None)) -> Figure:
-    """Lines over steps."""
+def curves(
+    lines: list[Series], title: str, bounds: tuple[float | None, float | None] = (None, None), log: bool = False
+) -> Figure:
+    """Lines over steps; on a log scale zeros leave gaps."""
     figure = Figure(figsize=(3.6, 2.2))
     ax = figure.add_subplot(title=title, xlabel="step")
     for line in lines:
         marker = "." if len(line.x) < 30 else None
         ax.plot(line.x, line.y, color=line.color, ls="--" if line.dashed else "-", lw=1.2, marker=marker, ms=4)
+    if log:
+        ax.set_yscale("log", nonpositive="mask")
+    else:
+        ax.ticklabel_format(axis="y", useOffset=False)
     ax.set_ylim(*bounds)
-    ax.ticklabel_format(axis="y", useOffset=False)
     return figure
 
 

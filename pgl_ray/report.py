@@ -100,10 +100,10 @@ def _metric(one: Run, key: str, dashed: bool = False) -> pictures.Series:
     return _series(one, ((row["step"], row[key]) for row in one.rows if key in row), dashed)
 
 
-def _plot(title: str, lines: list[pictures.Series], *bounds: float | None) -> str:
+def _plot(title: str, lines: list[pictures.Series], *bounds: float | None, log: bool = False) -> str:
     """A data URI, or "" where no run has the metric."""
     drawn = [line for line in lines if line.x]
-    return pictures.to_svg(pictures.curves(drawn, title, bounds)) if drawn else ""
+    return pictures.to_svg(pictures.curves(drawn, title, bounds, log)) if drawn else ""
 
 
 def pretrain_curves(runs: list[Run]) -> dict[str, str]:
@@ -133,14 +133,14 @@ def pretrain_curves(runs: list[Run]) -> dict[str, str]:
         "cosine": _plot(
             "cosine of query and key", pairs_of("health/cosine_aligned", "health/cosine_shuffled"), None, 1
         ),
-        "retrieval": _plot("retrieval@1", [_metric(r, "health/retrieval") for r in runs], 0, None),
+        "retrieval": _plot("retrieval@1", [_metric(r, "health/retrieval") for r in runs], None, 1.2, log=True),
         "encoder_std": _plot("encoder: feature_std", [_metric(r, "health/encoder_feature_std") for r in runs], 0, 1.1),
         "encoder_rank": _plot(
             "encoder: effective rank", [_metric(r, "health/encoder_effective_rank") for r in runs], 0, None
         ),
         "encoder_cosine": _plot("encoder: cosine of both views", encoder_cosines, None, 1),
         "encoder_retrieval": _plot(
-            "encoder: retrieval@1", [_metric(r, "health/encoder_retrieval") for r in runs], 0, None
+            "encoder: retrieval@1", [_metric(r, "health/encoder_retrieval") for r in runs], None, 1.2, log=True
         ),
         "clamped": _plot("share of clamped bins", [_metric(r, "align/clamped_share") for r in runs], 0, 1),
         "speed": _plot("view pairs per second", [_metric(r, "train/pairs_per_s") for r in runs], 0, None),
