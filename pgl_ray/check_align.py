@@ -326,7 +326,7 @@ def _table(facts: dict[str, Any]) -> str:
         )
         shares = "".join(f"{f'{share:.0%}':>20}" for share in found["clamped_share"])
         lines.append(f"  {'clamped bins':<32}{shares}")
-        lines.append(f"  bins clamped on no axis in neither view: {found['bins_clamped_in_no_axis']:.0%}")
+        lines.append(f"  bins clamped on no axis of either view: {found['bins_clamped_in_no_axis']:.0%}")
     return "\n".join(lines)
 
 
