@@ -72,7 +72,8 @@ def run(config: CheckAlignConfig) -> Result:
     scans = _scans(config)
     encoder = Encoder(config.encoder.depths, 1, config.encoder.stage_strides)
     stride, size = config.align.output_stride, config.views.size
-    geometries = {name: feature_geometry(encoder, size, stride, name) for name in CONVENTIONS}
+    ratio = config.align.sampling_ratio
+    geometries = {name: feature_geometry(encoder, size, stride, name, ratio) for name in CONVENTIONS}
     encoder.stop_at(geometries["cell"][0])
     centre_taps(encoder)
 
@@ -84,7 +85,9 @@ def run(config: CheckAlignConfig) -> Result:
         batch = drawn[start : start + BATCH]
         pair = _pair_of_ramps([priors for _, priors in batch], size)
         maps = look(encoder, pair)
-        used = pair.with_wrong_priors() if config.align.wrong_priors else pair
+        used = pair
+        if config.align.wrong_priors:
+            used = _pair_of_ramps([drawn[i - 1][1] for i in range(start, start + len(batch))], size)
         spacing = torch.from_numpy(np.stack([scan.spacing_mm for scan, _ in batch]))
         for name in CONVENTIONS:
             parts[name].append(_residuals(maps, used, geometries[name][1], spacing, exact=name == "receptive_field"))
@@ -107,7 +110,12 @@ def run(config: CheckAlignConfig) -> Result:
     result = Result(facts, str(folder))
     if not facts["passed"]:
         print(_table(facts))
-        worst = max(conventions.values(), key=lambda found: found["excess_voxels"])["excess_voxels"]
+        worst = max(found["excess_voxels"] for found in conventions.values())
+        if not worst:
+            raise FailedRun(
+                f"nothing could be checked: no bin of views.size={size} with align.output_stride={stride} lies between "
+                f"the feature centres of both views; take larger views or a smaller stride (table in {folder})"
+            )
         raise FailedRun(
             f"the residual exceeds what the geometry allows by {worst:.2f} voxels: aligned features do not show the "
             f"same places (align.wrong_priors={config.align.wrong_priors}); table and picture in {folder}"
@@ -123,8 +131,16 @@ def _resolve(config: CheckAlignConfig) -> tuple[CheckAlignConfig, Path]:
     found = json.loads(record.read_text()) if record.is_file() else {}
     if found.get("door") != "pretrain":
         raise ValueError(f"run={config.run} is no pre-training run: give the folder of one, or a config file")
-    values = found["config"] | {"num_pairs": config.num_pairs, "output": config.output, "run": config.run}
-    return build(CheckAlignConfig, values | ({"index": config.index} if config.index else {})), Path(config.run)
+    values = _merged(found["config"], config.model_dump(mode="json", exclude_unset=True))
+    folder = config.output if "output" in config.model_fields_set else config.run
+    return build(CheckAlignConfig, values), Path(folder)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """What is typed beside run=RUN goes before what the run was started with."""
+    both = base.keys() & over.keys()
+    deeper = {k: _merged(base[k], over[k]) for k in both if isinstance(base[k], dict) and isinstance(over[k], dict)}
+    return base | over | deeper
 
 
 def _scans(config: CheckAlignConfig) -> list[Scan]:
@@ -260,7 +276,7 @@ def _summary(parts: list[_Part]) -> dict[str, Any]:
         "bins_clamped_in_no_axis": valid.float().mean().item(),
         "allowed_voxels": allowed.amax(0).tolist(),
         "excess_voxels": max(0.0, excess.max().item()) if len(excess) else 0.0,
-        "passed": bool((excess <= 0).all()),
+        "passed": len(excess) > 0 and bool((excess <= 0).all()),
     }
 
 
@@ -300,33 +316,33 @@ def _draw_picture(drawn: list, encoder: Encoder, geometries: dict, config: Check
 
 
 def _table(facts: dict[str, Any]) -> str:
-    def cells(voxels: list, mm: list) -> str:
-        return "".join(
-            f"{'-':>20}" if a is None else f"{f'{a:.2f} ({b:.1f} mm)':>20}" for a, b in zip(voxels, mm, strict=True)
-        )
-
+    """Both conventions side by side, axis by axis."""
     size, stride = ("x".join(map(str, facts["view_size"])), "/".join(map(str, facts["output_stride"])))
+    found = [facts["conventions"][name] for name in CONVENTIONS]
+    heads = [f"centers={name}{' *' if name == facts['configured'] else ''}" for name in CONVENTIONS]
+
+    def line(text: str, cells: list[list[str]]) -> str:
+        return f"{text:<34}" + " |".join("".join(f"{cell:>10}" for cell in part) for part in cells)
+
     lines = [
         f"views {size}, output stride {stride}, stage strides {facts['stage_strides']}; "
         f"{facts['num_pairs']} pairs of views of {facts['scans']}",
-        f"{'residual in scan voxels':<34}{'D':>20}{'H':>20}{'W':>20}",
+        f"{'distance of compared places':<34}" + " |".join(f"{head:>30}" for head in heads) + "   * configured",
+        line("", [list(AXES)] * 2),
     ]
-    for name, found in facts["conventions"].items():
-        mark = " (configured)" if name == facts["configured"] else ""
-        lines.append(f"centers={name}{mark}")
-        for key, text in (
-            ("mean", "mean, all bins"),
-            ("max", "largest, all bins"),
-            ("mean_not_clamped", "mean, bins not clamped"),
-            ("max_not_clamped", "largest, bins not clamped"),
-        ):
-            lines.append(f"  {text:<32}{cells(found['voxels'][key], found['mm'][key])}")
-        lines.append(
-            f"  {'allowed for bins not clamped':<32}" + "".join(f"{a:>20.2f}" for a in found["allowed_voxels"])
-        )
-        shares = "".join(f"{f'{share:.0%}':>20}" for share in found["clamped_share"])
-        lines.append(f"  {'clamped bins':<32}{shares}")
-        lines.append(f"  bins clamped on no axis of either view: {found['bins_clamped_in_no_axis']:.0%}")
+    for key, text in (
+        ("mean", "mean, all bins"),
+        ("max", "largest, all bins"),
+        ("mean_not_clamped", "mean, bins not clamped"),
+        ("max_not_clamped", "largest, bins not clamped"),
+    ):
+        for unit, spec in (("voxels", ".2f"), ("mm", ".1f")):
+            cells = [["-" if a is None else f"{a:{spec}}" for a in part[unit][key]] for part in found]
+            lines.append(line(f"{text}, {unit}", cells))
+    lines.append(line("allowed there, voxels", [[f"{a:.2f}" for a in part["allowed_voxels"]] for part in found]))
+    lines.append(line("clamped bins", [[f"{share:.0%}" for share in part["clamped_share"]] for part in found]))
+    free = [["", "", f"{part['bins_clamped_in_no_axis']:.0%}"] for part in found]
+    lines.append(line("bins clamped on no axis of a pair", free))
     return "\n".join(lines)
 
 

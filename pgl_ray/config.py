@@ -148,7 +148,7 @@ class HeadsConfig(Section):
 
 
 class AlignConfig(Section):
-    """The prior-guided aligner (paper, Eq. 4 to 7) and its ablations (Tables 5 to 8)."""
+    """The prior-guided aligner (paper, Eq. 4 to 7; method=pgl alone) and its ablations (Tables 5 to 8; any method)."""
 
     output_stride: Triple = (8, 16, 16)
     """View voxels per feature cell (D, H, W): which of the encoder's maps is compared, the deepest one of that stride.
@@ -158,7 +158,8 @@ class AlignConfig(Section):
     sampling_ratio: Positive = 1
     """Points per bin and axis that are read and averaged, as in RoIAlign; 1 reads the bin's centre."""
     mask_clamped: bool = False
-    """Leave bins out of the loss that lie beyond the outermost feature centres in either view, instead of clamping."""
+    """Leave bins out of the loss that lie beyond the outermost feature centres in either view, instead of clamping, and
+    pairs that have no other bin (at 16x96x96 and 8,16,16 more than half of them: align/valid_pairs_share)."""
     flip: bool = True
     """false = the paper's `w/o F`: views are not flipped, so nothing is to undo."""
     crop: bool = True
@@ -311,6 +312,13 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _divisible(self):
         _check_divisible(self.global_batch_size, self.train.num_workers)
+        if self.align.wrong_priors and not (self.align.flip or self.align.crop):
+            raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")
+        if self.align.mask_clamped and any(p == s for p, s in zip(self.views.size, self.align.output_stride)):
+            raise ValueError(
+                f"align.mask_clamped leaves no bin: views.size={self.views.size} has one cell on an axis of "
+                f"align.output_stride={self.align.output_stride}; take larger views or a smaller stride"
+            )
         if self.align.wrong_priors and self.global_batch_size < 2 * self.train.num_workers:
             raise ValueError(
                 f"align.wrong_priors takes another pair's priors: global_batch_size={self.global_batch_size} must be "
@@ -337,7 +345,7 @@ class CheckAlignConfig(PretrainConfig):
     """Store whose scans are cropped; none: a phantom scan."""
     run: FilePath | None = None
     """Pre-training run whose config is checked, and whose folder and report get table and picture."""
-    num_pairs: Positive = 128
+    num_pairs: Annotated[int, Field(ge=64)] = 128
     """Random pairs of views; all 64 pairs of flips come up in turn."""
     output: FilePath = "check_align"
     """Folder for check_align.json and check_align.png where no run is given."""

@@ -76,7 +76,7 @@ def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
         ValueError: the encoder has no map of the output stride, or the view size is no multiple of it.
     """
     align, heads = config.align, (config.heads.hidden, config.heads.out)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = Encoder(**config.encoder.model_dump())
         stride = align.output_stride if config.method == "pgl" else encoder.strides[-1]
@@ -144,13 +144,13 @@ def worker(worker_config: dict) -> str | None:
     schedule = optim.warmup_cosine(lars, min(warmup, max(1, plan.num_steps // 10)), plan.num_steps)
 
     # continue where the last committed checkpoint stands
-    step = 0
+    step, num_collapsed = 0, 0
     state = checkpoint.resumed(device)
     if state:
         net.load_state_dict(state["model"])
         lars.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        step = state["step"]
+        step, num_collapsed = state["step"], state["num_collapsed"]
     if step >= plan.num_steps:
         return None
     # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
@@ -162,7 +162,7 @@ def worker(worker_config: dict) -> str | None:
         batch_size=plan.global_batch_size // world, prefetch_batches=2, drop_last=True
     )
     model.train()
-    waited, logged, since, num_collapsed, stopped = 0.0, step, time.monotonic(), 0, None
+    waited, logged, since, stopped = 0.0, step, time.monotonic(), None
     asked = time.monotonic()
     for batch in batches:
         waited += time.monotonic() - asked
@@ -183,17 +183,22 @@ def worker(worker_config: dict) -> str | None:
         log, check = ends or step % config.train.log_every == 0, ends or step % config.health.every == 0
         keep = step % config.train.checkpoint_every == 0 or step == plan.num_steps
         if log or check or keep:
-            row = {"train/loss": done.output.loss.item()}
-            row |= health.panel(net, done.output, pair, geometry) if check else {}
+            row = {"train/loss": done.output.loss.item(), "train/grad_norm": done.grad_norm.item()}
             row = launch.mean_over_workers(row)
-            if not math.isfinite(row["train/loss"]):
-                stopped = f"train/loss is {row['train/loss']} at step {step}: lower optim.lr={config.optim.lr}"
+            if not all(map(math.isfinite, row.values())):
+                stopped = (
+                    f"train/loss is {row['train/loss']} and train/grad_norm {row['train/grad_norm']} at step {step}: "
+                )
+                stopped += f"start a new run=... with a lower optim.lr than {config.optim.lr}"
                 break
-            if check:
-                num_collapsed = num_collapsed + 1 if row["health/collapsed"] >= 0.5 else 0
-            if config.health.stop_on_collapse and num_collapsed == 2:
-                stopped = f"stopped at step {step}: {health.verdict({'step': step} | row)}: lower optim.lr, raise "
-                stopped += "global_batch_size or ema_decay; health.stop_on_collapse=false goes on from here"
+        if check:
+            row |= launch.mean_over_workers(health.panel(net, done.output, pair, geometry))
+            collapsed = health.collapse(row)
+            row["health/collapsed"] = float(collapsed is not None)
+            num_collapsed = num_collapsed + 1 if collapsed else 0
+            if config.health.stop_on_collapse and num_collapsed >= 2 and step < plan.num_steps:
+                stopped = f"stopped at step {step}: {health.verdict({'step': step} | row)}: start a new run=... with a "
+                stopped += "lower optim.lr or a larger batch; health.stop_on_collapse=false goes on with this one"
                 keep = True
         if log or check:
             if metrics:
@@ -201,7 +206,6 @@ def worker(worker_config: dict) -> str | None:
                 row |= {
                     "epoch": plan.epoch_at(step),
                     "train/lr": done.lr,
-                    "train/grad_norm": done.grad_norm.item(),
                     "train/pairs_per_s": (step - logged) * plan.global_batch_size / seconds,
                     "data/wait_s": waited / (step - logged),
                     "ema/decay": decay,
@@ -210,9 +214,9 @@ def worker(worker_config: dict) -> str | None:
             waited, logged, since = 0.0, step, time.monotonic()
         if keep:
             optim.average_buffers(net)
-            meta = _meta(config, worker_config["hu_window"])
+            meta = _meta(config, net.get_submodule("online.encoder").last, worker_config["hu_window"])
             state = {"step": step, "model": net.state_dict(), "optimizer": lars.state_dict()}
-            state |= {"schedule": schedule.state_dict(), "meta": meta}
+            state |= {"schedule": schedule.state_dict(), "num_collapsed": num_collapsed, "meta": meta}
             checkpoint.report(state, step, {"train/loss": row["train/loss"]})
         if stopped:
             break
@@ -263,10 +267,10 @@ def train_step(
     return Step(output, grad_norm, lr)
 
 
-def _meta(config: PretrainConfig, hu_window: list[float]) -> dict:
-    """What must be known to use the weights elsewhere; plain values."""
+def _meta(config: PretrainConfig, level: int, hu_window: list[float]) -> dict:
+    """What must be known to use the weights elsewhere; plain values. Stages behind map `level` were not trained."""
     encoder = json.loads(config.encoder.model_dump_json())
-    meta = {"door": "pretrain", "method": config.method, "encoder": encoder, "hu_window": hu_window}
+    meta = {"door": "pretrain", "method": config.method, "encoder": encoder, "level": level, "hu_window": hu_window}
     return meta | {"config": config.model_dump_json()}
 
 

@@ -126,7 +126,7 @@ def interpolation_matrices(box: Tensor, flip: Tensor, region: Tensor, geometry: 
 
 
 def clamped_bins(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
-    """Whether a bin's centre lies beyond the outermost feature centres of a view.
+    """Whether a bin, or one of its points, lies beyond the outermost feature centres of a view.
 
     Args:
         box, flip, region, geometry: as in `interpolation_matrices`.
@@ -135,8 +135,8 @@ def clamped_bins(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) 
         Three bool tensors [N, n], axes D, H, W.
     """
     found = []
-    for index in feature_coordinates(box, flip, region, geometry._replace(sampling_ratio=1)):
-        found.append(((index < 0) | (index > index.shape[1] - 1)).squeeze(2))
+    for index in feature_coordinates(box, flip, region, geometry):
+        found.append(((index < 0) | (index > index.shape[1] - 1)).any(2))
     return tuple(found)
 
 

@@ -115,6 +115,11 @@ def pretrain_curves(runs: list[Run]) -> dict[str, str]:
                 seconds_per_step = one.config["global_batch_size"] / row["train/pairs_per_s"]
                 yield row["step"], row["data/wait_s"] / seconds_per_step
 
+    def compared(name: str, dashed: bool = False) -> list[pictures.Series]:
+        """Of what the loss compares: places, or BYOL's views."""
+        keys = (f"health/{name}", f"health/view_{name}")
+        return [_metric(r, next((k for k in keys if any(k in row for row in r.rows)), ""), dashed) for r in runs]
+
     def pairs_of(solid: str, dashed: str) -> list[pictures.Series]:
         return [_metric(r, solid) for r in runs] + [_metric(r, dashed, dashed=True) for r in runs]
 
@@ -128,12 +133,12 @@ def pretrain_curves(runs: list[Run]) -> dict[str, str]:
         "decay": _plot("EMA decay", [_metric(r, "ema/decay") for r in comparing], None, None),
         "grad": _plot("gradient norm", [_metric(r, "train/grad_norm") for r in runs], 0, None),
         "weights": _plot("weight norms", pairs_of("weight/encoder_norm", "weight/heads_norm"), 0, None),
-        "std": _plot("feature_std", [_metric(r, "health/feature_std") for r in runs], 0, 1.1),
-        "rank": _plot("effective rank", [_metric(r, "health/effective_rank") for r in runs], 0, None),
+        "std": _plot("feature_std", compared("feature_std"), 0, 1.1),
+        "rank": _plot("effective rank", compared("effective_rank"), 0, None),
         "cosine": _plot(
-            "cosine of query and key", pairs_of("health/cosine_aligned", "health/cosine_shuffled"), None, 1
+            "cosine of query and key", compared("cosine_aligned") + compared("cosine_shuffled", dashed=True), None, 1
         ),
-        "retrieval": _plot("retrieval@1", [_metric(r, "health/retrieval") for r in runs], None, 1.2, log=True),
+        "retrieval": _plot("retrieval@1", compared("retrieval"), None, 1.2, log=True),
         "encoder_std": _plot("encoder: feature_std", [_metric(r, "health/encoder_feature_std") for r in runs], 0, 1.1),
         "encoder_rank": _plot(
             "encoder: effective rank", [_metric(r, "health/encoder_effective_rank") for r in runs], 0, None

@@ -318,7 +318,8 @@ def health(runs: list[Run]) -> list[dict[str, Any]]:
     for run in runs:
         last = next((row for row in reversed(run.rows) if "health/collapsed" in row), None)
         if last:
-            parts = [[last.get(f"health/{part}{key}") for key in HEALTH] for part in ("", "encoder_")]
+            compared = "" if "health/feature_std" in last else "view_"
+            parts = [[last.get(f"health/{part}{key}") for key in HEALTH] for part in (compared, "encoder_")]
             figures = [number(value, ".2f") for part in parts for value in part]
             loss, clamped = last.get("train/loss"), last.get("align/clamped_share")
             method, share = run.config.get("method", "pgl"), number(clamped, ".0%")

@@ -19,6 +19,30 @@ def spread(seed=0) -> torch.Tensor:
     return torch.randn(8, 16, 2, 3, 4, generator=torch.Generator().manual_seed(seed))
 
 
+def named(found: dict) -> dict:
+    return {f"health/{name}": value for name, value in found.items()}
+
+
+def test_byol_is_judged_by_its_views_spread_and_the_encoders_map():
+    healthy = {"health/encoder_feature_std": 0.9, "health/encoder_effective_rank": 9.0}
+    assert health.collapse(healthy | {"health/view_feature_std": 0.8, "health/view_effective_rank": 1.5}) is None
+    assert health.collapse(healthy | {"health/view_feature_std": 0.01})
+    assert health.collapse({"health/encoder_feature_std": 0.9, "health/encoder_effective_rank": 1.1})
+
+
+@pytest.mark.parametrize("cells", [(2, 6, 6), (4, 12, 12)])
+def test_all_places_of_a_large_batch_are_looked_at(cells, monkeypatch):
+    """Of 128 pairs only some rows are read: they must not be the same few places of every pair."""
+    seen = []
+    draw = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *a, **k: seen.append(draw(*a, **k)) or seen[-1])
+    features = torch.randn(128, 4, *cells, generator=torch.Generator().manual_seed(0))
+    found = health.feature_health(features, features)
+    rows, places = seen[0][: health.MAX_ROWS], math.prod(cells)
+    assert len(set((rows % places).tolist())) > 0.8 * min(places, health.MAX_ROWS)
+    assert found["retrieval"] == 1 and found["effective_rank"] > 3.5
+
+
 def test_figures_equal_their_definitions():
     query, key = spread(0) + 2 * spread(1), spread(1)
     got = health.feature_health(query, key)
@@ -38,7 +62,7 @@ def test_spread_is_healthy():
     assert found["feature_std"] > 0.9 and found["effective_rank"] > 12
     assert found["cosine_aligned"] == pytest.approx(1) and found["retrieval"] == 1
     assert abs(found["cosine_shuffled"]) < 0.1
-    assert not health.has_collapsed(found)
+    assert health.collapse(named(found)) is None
 
 
 @pytest.mark.parametrize(
@@ -51,9 +75,8 @@ def test_spread_is_healthy():
 )
 def test_collapse_is_noticed(features):
     found = health.feature_health(features, features)
-    assert health.has_collapsed(found)
-    row = {"step": 7} | {f"health/{name}": value for name, value in found.items()}
-    assert health.verdict(row).startswith("features collapsed: ")
+    assert health.collapse(named(found)).startswith("features collapsed: ")
+    assert health.verdict({"step": 7} | named(found)).startswith("features collapsed: ")
 
 
 def test_equal_features_are_never_retrieved():
@@ -63,7 +86,10 @@ def test_equal_features_are_never_retrieved():
 
 def test_few_vectors_have_no_health():
     assert health.feature_health(spread()[:2, :, :1, :1, :1], spread()[:2, :, :1, :1, :1]) == {}
-    assert not health.has_collapsed({})
+    assert health.collapse({}) is None
+    for value in (math.nan, math.inf):
+        broken = torch.full((8, 16, 2, 3, 4), value)
+        assert health.feature_health(broken, broken) == {}
     assert "too few" in health.verdict({"step": 1, "health/collapsed": 0.0})
 
 
@@ -92,9 +118,11 @@ def test_wrong_priors_show_in_the_panel():
     right, wrong = (health.panel(model, output, p, geometry) for p in (pair, pair.with_wrong_priors()))
     assert right["health/encoder_cosine_aligned"] > wrong["health/encoder_cosine_aligned"] + 0.15
     assert all(1 / 72 <= row["health/encoder_retrieval_chance"] <= 1 / 12 for row in (right, wrong))
-    said = [health.newest_verdict([{"step": i} | row for i in range(8)]) for row in (right, wrong)]
+    judged = [row | {"health/collapsed": 0.0} for row in (right, wrong)]
+    said = [health.newest_verdict([{"step": i} | row for i in range(4)]) for row in judged]
     assert "wrong priors look like this" in said[1] and "wrong priors" not in said[0]
     assert right["health/encoder_retrieval"] > 2 * wrong["health/encoder_retrieval"]
     norms = [p.norm().item() ** 2 for p in model.online["encoder"].parameters()]
     assert right["weight/encoder_norm"] == pytest.approx(math.sqrt(sum(norms)), rel=1e-4)
-    assert 0 < right["align/clamped_share"] < 1 and right["health/collapsed"] == 0
+    assert 0 < right["align/clamped_share"] < 1 and 0 < right["align/valid_pairs_share"] <= 1
+    assert health.collapse(right) is None

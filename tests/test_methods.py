@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 from pgl_ray.config import PretrainConfig, load
 from pgl_ray.model.losses import local_consistency_loss
-from pgl_ray.model.pgl import Pair, feature_geometry
+from pgl_ray.model.pgl import Pair, feature_geometry, valid_bins
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.pretrain import build_model, train_step
 from pgl_ray.train import launch, optim
@@ -74,6 +75,10 @@ def test_genesis_restores_views_with_the_segmentation_network():
     torch.testing.assert_close(out.loss, ((restored - views) ** 2).mean())
     out.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+    kept = {name: value.clone() for name, value in model.named_buffers()}
+    maps = model.plain_maps(views)  # for the health panel: as in training, and without a trace
+    torch.testing.assert_close(maps, model_of("method=byol")[0](batch).maps, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(value, kept[name]) for name, value in model.named_buffers())
 
 
 def test_methods_start_from_one_encoder():
@@ -142,7 +147,7 @@ def test_mask_counts_the_valid_bins_alone():
             if valid[(i, *place)]:
                 q, k = query[(i, slice(None), *place)], key[(i, slice(None), *place)]
                 found.append(((q / q.norm() - k / k.norm()) ** 2).sum())
-        expected += sum(found) / len(found) / 3
+        expected += sum(found) / len(found) / 2  # the third sample has none and is left out
     torch.testing.assert_close(local_consistency_loss(query, key, valid), expected)
     everywhere = torch.ones(3, 2, 3, 4, dtype=torch.bool)
     torch.testing.assert_close(local_consistency_loss(query, key, everywhere), local_consistency_loss(query, key))
@@ -150,10 +155,23 @@ def test_mask_counts_the_valid_bins_alone():
 
 def test_masking_changes_only_what_is_clamped():
     batch = pair(num=3)
-    plain, masked = (model_of("align.output_stride=[4,8,8]", f"align.mask_clamped={m}")[0] for m in ("false", "true"))
+    plain, _ = model_of("align.output_stride=[4,8,8]")
+    masked, geometry = model_of("align.output_stride=[4,8,8]", "align.mask_clamped=true")
     one, two = plain(batch), masked(batch)
     torch.testing.assert_close(one.query, two.query)
     assert one.loss != two.loss
+    # the second direction swaps the views: it is the first one of the swapped pair, whose bins are the same
+    other = masked(Pair(batch.view_2, batch.view_1, batch.box_2, batch.box_1, batch.flip_2, batch.flip_1))
+    valid = valid_bins(batch, geometry)
+    expected = 0.0
+    for out in (two, other):
+        distance = (F.normalize(out.query, dim=1) - F.normalize(out.key, dim=1)).square().sum(1)
+        parts = [distance[i][valid[i]].mean() for i in range(3) if valid[i].any()]
+        expected += sum(parts) / len(parts)
+    assert 0 < valid.float().mean() < 1
+    torch.testing.assert_close(two.loss.detach(), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"align.mask_clamped leaves no bin: views.size=\(8, 64, 64\)"):
+        load(PretrainConfig, ["index=a", "run=b", "views.size=[8,64,64]", "align.mask_clamped=true"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -184,6 +202,8 @@ def test_wrong_priors_are_the_neighbours():
     assert torch.equal(wrong.view_1, batch.view_1)
     for name in ("box_1", "box_2", "flip_1", "flip_2"):
         np.testing.assert_array_equal(getattr(wrong, name)[1:], getattr(batch, name)[:-1])
+    with pytest.raises(ValueError, match="wrong_priors shows nothing"):
+        load(PretrainConfig, [*SMALL, "align.wrong_priors=true", "align.flip=false", "align.crop=false"])
     with pytest.raises(ValueError, match=r"align.wrong_priors.*global_batch_size=4"):
         load(PretrainConfig, [*SMALL, "align.wrong_priors=true", "global_batch_size=4", "train.num_workers=4"])
 

@@ -79,10 +79,18 @@ def test_without_cs_the_flips_of_both_views_differ():
     np.testing.assert_allclose(np.mean([a.flip != b.flip for a, b in pairs]), 0.5, atol=0.15)
 
 
-def test_unreachable_overlap_is_refused():
-    views = ViewsConfig(size=(16, 96, 96), crop_scale=(0.5, 2.0), min_overlap=0.99, overlap_of="union")
-    with pytest.raises(ValueError, match="min_overlap"):
-        v.sample_pair(np.random.default_rng(0), (100, 300, 300), views)
+@pytest.mark.parametrize("of", ["smaller", "larger", "union"])
+@pytest.mark.parametrize("bound", [0.9, 1.0])
+def test_any_overlap_is_reached(of, bound):
+    """Where even concentric boxes of the drawn sizes overlap too little, the second takes the first one's size."""
+    views = ViewsConfig(size=(16, 96, 96), crop_scale=(0.5, 2.0), min_overlap=bound, overlap_of=of)
+    for seed in range(30):
+        first, second = v.sample_pair(np.random.default_rng(seed), (20, 300, 100), views)
+        lengths = np.minimum(first.box[:, 1], second.box[:, 1]) - np.maximum(first.box[:, 0], second.box[:, 0])
+        volumes = [(prior.box[:, 1] - prior.box[:, 0]).prod() for prior in (first, second)]
+        common = lengths.clip(0).prod()
+        whole = {"smaller": min(volumes), "larger": max(volumes), "union": sum(volumes) - common}[of]
+        assert common >= bound * whole
 
 
 def test_draws_differ_by_seed_epoch_scan_and_draw():

@@ -12,8 +12,9 @@ NUM_SHUFFLED = 1000  # blocks per view; of at most a tenth of the view per axis,
 def deform(view: Tensor, rng: np.random.Generator, config: DeformConfig) -> Tensor:
     """Applies up to three of the four deformations: local shuffling, a non-linear intensity map, a cut-out.
 
-    The intensity map is monotone and keeps the view's range. Cut-outs put uniform noise of the view's range in up to
-    five windows (inner) or everywhere but in up to five windows (outer); the two never meet.
+    The transforms are MONAI's, with the probabilities of the authors' code (whose intensity map may also fall, and
+    which shuffles more blocks). The intensity map is monotone and keeps the view's range. Cut-outs put uniform noise of
+    the view's range in up to five windows (inner) or everywhere but in up to five windows (outer); the two never meet.
 
     Args:
         view: float32 [D, H, W], z-scored; left as it is.

@@ -198,7 +198,10 @@ class PairRenderer:
             epoch, draw: as recorded with the pair.
         """
         row = {"step": 0, "epoch": epoch, "scan": self.scan_ids.index(scan_id), "draw": draw}
-        return self({name: np.array([value]) for name, value in row.items()})
+        threads = torch.get_num_threads()
+        batch = self({name: np.array([value]) for name, value in row.items()})
+        torch.set_num_threads(threads)
+        return batch
 
 
 @dataclass(frozen=True)

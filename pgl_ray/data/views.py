@@ -87,7 +87,8 @@ def sample_pair(
     """Draws two priors of one scan whose boxes overlap by at least `views.min_overlap`.
 
     The second box is drawn again up to MAX_TRIES times; then the last one is moved towards the first one's middle
-    until the bound holds, so the bound is never silently missed.
+    until the bound holds; where even the middle is not enough it takes the first one's size, too. So the bound always
+    holds.
 
     Args:
         rng: random numbers.
@@ -95,9 +96,6 @@ def sample_pair(
         views: sizes, scales, flip probability and the bound.
         body: the scan's foreground box, used with `views.foreground`.
         shared_box: both views take the first box (`align.crop=false`); their flips differ.
-
-    Raises:
-        ValueError: the bound cannot be reached even by concentric boxes (`union` or `larger` close to 1).
     """
     first = sample_prior(rng, shape, views, body)
     if shared_box:
@@ -106,19 +104,17 @@ def sample_pair(
         second = sample_prior(rng, shape, views, body)
         if overlap_share(first.box, second.box, views.overlap_of) >= views.min_overlap:
             return first, second
-    length = second.box[:, 1] - second.box[:, 0]
-    low, high = start_range(shape, length)
-    middle = np.clip(first.box.sum(-1) // 2 - length // 2, low, high - 1)
-    for part in np.linspace(0, 1, 33)[1:]:
-        start = np.rint(second.box[:, 0] + part * (middle - second.box[:, 0])).astype(np.int64)
-        box = np.stack([start, start + length], -1)
-        if overlap_share(first.box, box, views.overlap_of) >= views.min_overlap:
-            return first, Prior(box, second.flip)
-    share = overlap_share(first.box, box, views.overlap_of)
-    raise ValueError(
-        f"views.min_overlap={views.min_overlap} of {views.overlap_of} cannot be reached with "
-        f"views.crop_scale={views.crop_scale} (concentric boxes reach {share:.2f}): lower it"
-    )
+    for shaped in (second, first):
+        length = shaped.box[:, 1] - shaped.box[:, 0]
+        low, high = start_range(shape, length)
+        middle = np.clip(first.box.sum(-1) // 2 - length // 2, low, high - 1)
+        begin = np.clip(second.box[:, 0], low, high - 1)
+        for part in np.linspace(0, 1, 33)[1:]:
+            start = np.rint(begin + part * (middle - begin)).astype(np.int64)
+            box = np.stack([start, start + length], -1)
+            if overlap_share(first.box, box, views.overlap_of) >= views.min_overlap:
+                return first, Prior(box, second.flip)
+    raise AssertionError("a box of the same size and middle overlaps wholly")
 
 
 class Intensity(NamedTuple):

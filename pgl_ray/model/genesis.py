@@ -1,7 +1,7 @@
 """Models Genesis: a network restores views from their deformed copies (Zhou et al. 2019)."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pgl_ray.model.pgl import Output, Pair
 from pgl_ray.model.resnet import Encoder
@@ -25,9 +25,23 @@ class Genesis(nn.Module):
         Args:
             pair: with `deformed_1` and `deformed_2`.
         """
-        maps, restored = self.online.maps_and_logits(torch.cat([pair.deformed_1, pair.deformed_2]))
-        loss = (restored.float() - pair.views).square().mean()
-        return Output(loss, maps[-1].detach())
+        restored = self.online(torch.cat([pair.deformed_1, pair.deformed_2]))
+        return Output((restored.float() - pair.views).square().mean())
+
+    @torch.no_grad()
+    def plain_maps(self, views: Tensor) -> Tensor:
+        """The encoder's last map of views that are not deformed, which training never sees, for the health panel.
+
+        BatchNorm normalises by this batch, as in training, and keeps its running statistics as they are.
+        """
+        norms = [part for part in self.online.encoder.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        for part in norms:
+            part.track_running_stats = False
+        try:
+            return self.online.encoder(views)[-1]
+        finally:
+            for part in norms:
+                part.track_running_stats = True
 
     def follow(self, decay: float) -> None:
         """Nothing follows: Models Genesis has one path."""

@@ -17,8 +17,8 @@ def local_consistency_loss(query: Tensor, key: Tensor, valid: Tensor | None = No
     Args:
         query: [N, C, ...] predictions of the online path.
         key: [N, C, ...] aligned features of the target path.
-        valid: bool [N, ...] of the voxels that count; none = all. A sample weighs the same however many it has, and
-            none at all counts 0, so that the loss of a batch is the mean of its parts' losses.
+        valid: bool [N, ...] of the voxels that count; none = all. A sample weighs the same however many it has; one
+            without any is left out, and a batch without any gives 0.
 
     Returns:
         Scalar in [0, 4]; 0 = same direction, 2 = orthogonal, 4 = opposite.
@@ -29,7 +29,8 @@ def local_consistency_loss(query: Tensor, key: Tensor, valid: Tensor | None = No
     if valid is None:
         return distance.mean()
     valid = valid.flatten(1).to(dtype)
-    return ((distance * valid).sum(1) / valid.sum(1).clamp_min(1)).mean()
+    counts = valid.sum(1)
+    return ((distance * valid).sum(1) / counts.clamp_min(1)).sum() / (counts > 0).sum().clamp_min(1)
 
 
 def segmentation_loss(

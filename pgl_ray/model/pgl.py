@@ -69,13 +69,14 @@ class Output(NamedTuple):
 
     Attributes:
         loss: scalar.
-        maps: [2N, C, d, h, w] the online encoder's maps of both views, not aligned.
+        maps: [2N, C, d, h, w] the online encoder's maps of both views, not aligned; none for Models Genesis, whose
+            encoder sees deformed views.
         query: [N, C, ...] what the loss compares of view 1: the online path's predictions; none for Models Genesis.
         key: [N, C, ...] of view 2: the target path's features.
     """
 
     loss: Tensor
-    maps: Tensor
+    maps: Tensor | None = None
     query: Tensor | None = None
     key: Tensor | None = None
 
@@ -145,7 +146,7 @@ def align(features: Tensor, matrices: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 def valid_bins(pair: Pair, geometry: Geometry) -> Tensor:
-    """Which bins of the overlap are clamped in neither view.
+    """Which bins of the overlap are clamped in neither view (with a sampling ratio above 1, none of their points).
 
     Returns:
         bool [N, bins_d, bins_h, bins_w].

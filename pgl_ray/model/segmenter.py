@@ -48,17 +48,13 @@ class Segmenter(nn.Module):
         Returns:
             [N, num_outputs, D, H, W].
         """
-        return self.maps_and_logits(x)[1]
-
-    def maps_and_logits(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The encoder's maps, finest first, and the logits."""
         maps = self.encoder(x)
         y = self.aspp(maps[-1])
         for up, skip in zip(self.ups, self.skips):
             y = up(y, maps[skip])
         scale = tuple(float(s) for s in self.encoder.strides[self.skips[-1]])
         y = F.interpolate(self.head(y), scale_factor=scale, mode="trilinear", align_corners=False)
-        return maps, _crop(y, x)
+        return _crop(y, x)
 
 
 class ASPP(nn.Module):
