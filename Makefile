@@ -22,7 +22,7 @@ lint: .venv/.ready
 	$(BIN)/ruff format --check .
 
 bench: .venv/.ready
-	$(BIN)/python -m pytest -q -s tests/benchmarks
+	PGL_RAY_BENCH=1 $(BIN)/python -m pytest -q -s tests/benchmarks
 
 clean:
 	rm -rf .venv

@@ -10,11 +10,20 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from yaml import YAMLError
 
 
@@ -34,6 +43,7 @@ Seed = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Length = Annotated[float, Field(gt=0)]
 Triple = tuple[Positive, Positive, Positive]
 Verb = Literal["choice", "grid_search", "uniform", "loguniform", "quniform", "randint"]
 
@@ -42,6 +52,11 @@ class Section(BaseModel):
     """A frozen group of knobs: unknown keys are refused, attribute docstrings are the descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _listed(value: Any) -> Any:
+    """One text as a list of one."""
+    return [value] if isinstance(value, str) else value
 
 
 def _check_range(name: str, value: tuple[float, float]) -> None:
@@ -247,24 +262,79 @@ class RayConfig(Section):
 class LabelsConfig(Section):
     """What the values of a label map mean, where the folder's dataset.json does not say it."""
 
-    names: dict[str, Annotated[int, Field(ge=1)]] = {}
-    """Organ name -> value in the label maps."""
+    names: dict[str, Annotated[int, Field(ge=1, le=2**16 - 1)]] = {}
+    """Organ name -> value in the label maps. DICOM contours (RTSTRUCT) become labels where their structures are named
+    here."""
     table: str | None = None
     """CSV inside the source folder: first column = scan_id, `split` and `labelled_organs` (space-separated) optional.
     An organ that a row does not list is unlabelled in that scan, not absent."""
+
+
+class PartConfig(Section):
+    """Scans of a data set that lie alike."""
+
+    images: str
+    """Pattern of the volumes below the source folder: {id} stands for a scan's name, a leading **/ for any folders."""
+    labels: str | None = None
+    """Pattern of their label maps, with the same {id} and **/; {organ} stands for the names in labels.names, where each
+    organ has its own mask. None: no labels are used."""
+    ids: tuple[str, ...] = ()
+    """Scans that belong to the part, `case_000-209` for a range; none: all."""
+    num_scans: Positive | None = None
+    """Scans that were published."""
+    split: str = ""
+    """Their split."""
+
+
+class RecipeConfig(Section):
+    """A public data set: what it is, where its files lie, its split."""
+
+    name: str = ""
+    """Of the data set."""
+    licence: str = ""
+    """Under which it was published; it is noted in the store."""
+    origin: str = ""
+    """Where to get it."""
+    prefix: str = ""
+    """Put before every {id} to name the scans."""
+    parts: tuple[PartConfig, ...] = ()
+    """Where the scans lie; none: one of the layouts that prepare knows."""
+    split_sizes: dict[str, Positive] = {}
+    """Split -> number of labelled scans, drawn by split_seed; what is left over goes to the last."""
+    split_seed: Seed = 0
+    """Seed of that draw."""
+
+    @field_validator("parts")
+    @classmethod
+    def _has_id(cls, parts):
+        for part in parts:
+            for pattern in (part.images, part.labels):
+                if pattern and "{id}" not in pattern:
+                    raise ValueError(f"recipe.parts: pattern {pattern!r} has no {{id}}")
+        return parts
 
 
 class PrepareConfig(Section):
     """CT files -> Zarr store + Parquet index."""
 
     source: FilePath
-    """Folder of CT volumes: NIfTI, NRRD, MHA/MHD; flat, images/ + labels/, or nnU-Net/MSD (imagesTr, labelsTr)."""
+    """Folder of CT volumes (NIfTI, NRRD, MHA/MHD, DICOM): any folders, images/ + labels/, nnU-Net's or MSD's (imagesTr,
+    labelsTr), or as a recipe says."""
     store: FilePath
-    """Folder of the store; an existing store is added to."""
+    """Folder of the store, or s3://, gs://, az:// with bucket and prefix; an existing store is added to."""
+    recipe: RecipeConfig = RecipeConfig()
+    series: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """DICOM series to take, by SeriesInstanceUID or SeriesDescription; none: every CT series."""
     hu_window: tuple[float, float] = (-1024.0, 325.0)
     """HU window of the statistics and, later, of the views (paper, Sec. 5.1)."""
     chunk: Triple = (8, 64, 64)
     """Inner chunk of the sharded arrays in voxels (D, H, W)."""
+    encoding: Literal["int16", "uint8"] = "int16"
+    """int16: HU, lossless. uint8: 256 steps over hu_window, half the size; what lies outside is clipped, the loss is
+    noted per scan (1.5 to 2 HU rms for the default window)."""
+    spacing_mm: tuple[Length, Length, Length] | None = None
+    """Resample to this voxel size (D, H, W): linear (order 1), before it a Gaussian of sigma (ratio - 1) / 2 voxels
+    along axes that get coarser; labels take the nearest voxel. None: each scan keeps its own, as in the paper."""
     labels: LabelsConfig = LabelsConfig()
     ray: RayConfig = RayConfig()
 
@@ -272,6 +342,25 @@ class PrepareConfig(Section):
     def _ordered(self):
         _check_range("hu_window", self.hu_window)
         return self
+
+
+class StoreConfig(Section):
+    """Reads every chunk of a store; names what is damaged, and converts just that again (repair)."""
+
+    store: FilePath
+    """Store written by prepare."""
+    ray: RayConfig = RayConfig()
+
+
+class InspectConfig(Section):
+    """Store -> one HTML page: table of scans, pictures, what stands out, totals."""
+
+    store: FilePath
+    """Store written by prepare."""
+    output: FilePath | None = None
+    """HTML file; none: inspect.html in the store's folder, of a store in a bucket in this folder."""
+    num_pictures: Annotated[int, Field(ge=0)] = 48
+    """Scans that are shown, those that stand out first, then evenly spread ones."""
 
 
 class PretrainConfig(Section):
@@ -436,9 +525,9 @@ class PredictConfig(Section):
     run: FilePath
     """Fine-tuning run."""
     input: FilePath
-    """A CT volume, or a folder of them."""
+    """A CT volume, a DICOM series' folder, or a folder of several."""
     output: FilePath
-    """Label map (.nii.gz) for one volume, or a folder for many."""
+    """Label map (.nii.gz) for one volume or series, or a folder for many."""
     inference: InferenceConfig = InferenceConfig()
 
 
@@ -505,7 +594,7 @@ class ExportConfig(Section):
 class ReportConfig(Section):
     """Runs -> one self-contained HTML page."""
 
-    run: Annotated[list[str], BeforeValidator(lambda run: [run] if isinstance(run, str) else run), Field(min_length=1)]
+    run: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
     """Run folders: one, or [a,b,c] to compare."""
     output: FilePath | None = None
     """HTML file; none: report.html in the first run's folder."""
@@ -588,7 +677,7 @@ def _describe(model: type[Section], item: Any) -> str:
 
 
 def _fields_at(model: Any, loc: tuple) -> list[str]:
-    for part in loc:
+    for part in (part for part in loc if isinstance(part, str)):
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         model = _section_of(field.annotation) if field else None
     return list(model.model_fields) if model else []
@@ -617,7 +706,7 @@ def keys(model: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
     rows = []
     for name, field in model.model_fields.items():
         section = _section_of(field.annotation)
-        if section and section is not model:
+        if section and section is not model and get_origin(field.annotation) is not tuple:
             rows += keys(section, f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else str(field.default)

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgl_ray.config import FailedRun, PredictConfig, command
-from pgl_ray.data import ct, store
+from pgl_ray.data import ct, dicom, store
+from pgl_ray.data.layout import series_names
+from pgl_ray.data.resample import onto_grid, resample
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
 from pgl_ray.model.inference import pick_device, segment
@@ -38,9 +40,9 @@ def run(config: PredictConfig) -> Result:
     model, meta = load_segmenter(config.run, device)
     print(f"predict: {len(jobs)} scan{'s' * (len(jobs) != 1)} on {device}", flush=True)
     failed, began = [], time.monotonic()
-    for done, (source, target) in enumerate(jobs, 1):
+    for done, (source, slices, target) in enumerate(jobs, 1):
         try:
-            _predict(model, meta, source, target, config)
+            _predict(model, meta, source, slices, target, config)
         except (ValueError, OSError) as error:
             if not Path(config.input).is_dir():
                 raise
@@ -56,8 +58,8 @@ def run(config: PredictConfig) -> Result:
     return Result(config.output, len(jobs))
 
 
-def _jobs(source: Path, output: Path) -> list[tuple[Path, Path]]:
-    """CT files and their label maps.
+def _jobs(source: Path, output: Path) -> list[tuple[Path, tuple[str, ...], Path]]:
+    """CTs (a file, or a folder and the slices of a DICOM series in it) and their label maps.
 
     Raises:
         ValueError: no CT there, two CTs of one name, or an output that would replace a CT.
@@ -67,28 +69,43 @@ def _jobs(source: Path, output: Path) -> list[tuple[Path, Path]]:
     if not source.is_dir():
         if not output.name.endswith(".nii.gz") or output.is_dir():
             raise ValueError(f"output={output} must be a file that ends in .nii.gz, for input is one CT")
-        jobs = [(source, output)]
+        jobs = [(source, (), output)]
     else:
+        found = dicom.find(source).series
         files = sorted(path for path in source.iterdir() if path.is_file() and ct.is_volume(path))
-        if not files:
-            raise ValueError(f"input={source} holds no CT ({', '.join(ct.SUFFIXES)}) at its top level")
+        scans = [(path, (), ct.bare_name(path)) for path in files]
+        scans += [(Path(one.folder), one.slices, name) for one, name in zip(found, series_names(found, source))]
+        if not scans:
+            raise ValueError(f"input={source} holds no CT ({', '.join(ct.SUFFIXES)}) at its top level, nor DICOM below")
+        if len(found) == len(scans) == 1 and output.name.endswith(".nii.gz"):
+            return [(*scans[0][:2], output)]
         if output.exists() and not output.is_dir():
             raise ValueError(f"output={output} is a file: give a folder, for input is one")
-        twice = [name for name, count in Counter(ct.bare_name(path) for path in files).items() if count > 1]
+        twice = [name for name, count in Counter(name for *_, name in scans).items() if count > 1]
         if twice:
             raise ValueError(
                 f"input={source} holds several files named {', '.join(twice)}: their label maps would collide"
             )
-        jobs = [(path, output / f"{ct.bare_name(path)}.nii.gz") for path in files]
-    for path, target in jobs:
+        jobs = [(path, slices, output / f"{name}.nii.gz") for path, slices, name in scans]
+    for path, _, target in jobs:
         if target.resolve() == path.resolve():
             raise ValueError(f"output={output} would replace the CT {path}: choose another")
     return jobs
 
 
-def _predict(model: Segmenter, meta: dict[str, Any], source: Path, target: Path, config: PredictConfig) -> None:
-    """Segments one file. Written aside, then renamed."""
-    voxels = ct.read_scan(source).voxels
+def _predict(
+    model: Segmenter,
+    meta: dict[str, Any],
+    source: Path,
+    slices: tuple[str, ...],
+    target: Path,
+    config: PredictConfig,
+) -> None:
+    """Segments one CT, at the voxel size that the network was trained on. Written aside, then renamed."""
+    scan = ct.read_scan(source, slices)
+    voxels, affine = scan.voxels, scan.affine
+    if meta.get("spacing_mm"):
+        voxels, _, affine = resample(voxels, None, affine, tuple(meta["spacing_mm"]))
     window = tuple(meta["hu_window"])
     mean, std = store.statistics(voxels, window)
     classes = segment(
@@ -100,12 +117,14 @@ def _predict(model: Segmenter, meta: dict[str, Any], source: Path, target: Path,
         overlap=config.inference.overlap,
         batch_size=config.inference.batch_size,
     )
+    if voxels is not scan.voxels:
+        classes = onto_grid(classes, affine, scan.affine, scan.voxels.shape)
     values = sorted(meta["labels"].values())
     values = np.array([0, *values], np.min_scalar_type(values[-1]))
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".part{os.getpid()}.{target.name}")
     try:
-        ct.write_label(aside, values[classes], like=source)
+        ct.write_label(aside, values[classes], source, slices)
         aside.replace(target)
     finally:
         aside.unlink(missing_ok=True)

@@ -1,5 +1,9 @@
 """Door: CT files -> store. Ray Data converts one scan per task; a bad scan is written down and the others go on.
 
+    python -m pgl_ray.prepare source=... store=...     converts what is new or changed
+    python -m pgl_ray.prepare verify store=...         reads every chunk, names damaged scans
+    python -m pgl_ray.prepare repair store=...         converts those again
+
 Every whole scan carries its own record, so the same command continues a run that was killed: what lies in the store
 already is recognised by its file's size and time, or by its hash, and is left alone.
 """
@@ -7,21 +11,23 @@ already is recognised by its file's size and time, or by its hash, and is left a
 import errno
 import json
 import os
-import shutil
+import pickle
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pgl_ray.config import FailedRun, PrepareConfig, command
-from pgl_ray.data import ct, store
+from pgl_ray.config import FailedRun, PrepareConfig, RayConfig, StoreConfig, build, command
+from pgl_ray.data import store
 from pgl_ray.data.layout import Fault, Layout, Source, read_layout
+from pgl_ray.data.resample import resample
 
-PEAK_BYTES_PER_VOXEL = 16  # of a conversion, label map included
+PEAK_BYTES_PER_VOXEL = 8  # of a conversion, label map included (tests/benchmarks/test_prepare_cost.py)
 MAX_TRIES = 3
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NUM_SHOWN = 10  # failures that the closing lines name; failed.jsonl has all
@@ -37,6 +43,7 @@ class Result:
         num_scans: scans in the store now.
         converted, skipped: scans written now, and scans that lay in the store unchanged.
         failed: files that could not be used; also in failed.jsonl.
+        vanished: scans of this source folder that lie in the store while their files are gone.
         seconds: wall time.
     """
 
@@ -46,47 +53,89 @@ class Result:
     converted: int
     skipped: int
     failed: tuple[Fault, ...]
+    vanished: tuple[str, ...]
     seconds: float
 
 
 @dataclass(frozen=True)
-class Task:
-    """A scan to convert, unless its files have the hash of what the store has under its scan_id."""
+class Verified:
+    """What a look at every byte of a store found.
 
-    source: Source
-    known: store.ScanRecord | None
+    Attributes:
+        store: its folder.
+        num_scans: scans that were read.
+        damaged: scan_id -> what is wrong with it.
+        index: what is wrong with index.parquet; "" = nothing.
+        seconds: wall time.
+    """
+
+    store: str
+    num_scans: int
+    damaged: dict[str, str]
+    index: str
+    seconds: float
 
 
-def run(config: PrepareConfig) -> Result:
+# A scan to convert, unless its files have the hash of what the store has under its scan_id. A plain tuple, because a
+# class of the module that is run as __main__ cannot be unpickled in a worker.
+Task = tuple[Source, store.ScanRecord | None]
+
+
+def run(config: PrepareConfig, only: frozenset[str] | None = None) -> Result:
     """Converts what is new or changed, and writes the index; what cannot be converted is in the result.
+
+    Args:
+        config: what to convert.
+        only: scans to convert whatever the store has of them, and no others; none: what is new or changed.
 
     Raises:
         ValueError: no volume in the source, or source and store do not agree.
-        FailedRun: the disk is full.
+        FailedRun: the disk is full, or another prepare writes into the store.
     """
     began = time.monotonic()
-    folder = os.path.abspath(config.store)
-    layout = read_layout(config.source, config.labels)
-    names = _agreed_names(config, layout)
-    if not Path(folder, "store.json").is_file():
-        store.write_settings(folder, names or {}, config.hu_window)
+    place = store.open_place(config.store)
+    _settings(config)  # looking through a large source takes minutes: what does not agree is said before
+    layout = read_layout(config.source, config.labels, config.recipe, config.series)
+    try:
+        with place.locked() as token:
+            return _run(config, layout, token, only, began)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise _disk_full(place.url) from error
+
+
+def _disk_full(folder: str) -> FailedRun:
+    return FailedRun(f"disk full at {folder}: free some space, then the same command goes on from here")
+
+
+def _run(config: PrepareConfig, layout: Layout, token: str, only: frozenset[str] | None, began: float) -> Result:
+    place = store.open_place(config.store)
+    folder, known, names = place.url, _settings(config), _agreed_names(config, layout)
+    if known is None:
+        store.write_settings(
+            folder, names or {}, config.hu_window, encoding=config.encoding, spacing_mm=config.spacing_mm
+        )
 
     # what is new or changed
     records = store.read_records(folder)
-    pairs = [(source, records.get(source.scan_id)) for source in layout.scans]
-    stored = [source for source, record in pairs if record and _unchanged(source, record)]
-    known = {source.scan_id for source in stored}
-    tasks = [Task(source, record) for source, record in pairs if source.scan_id not in known]
-    print(f"prepare: {len(layout.scans)} scans in {config.source}, {len(tasks)} new or changed", flush=True)
-    if layout.left_out:
-        print(f"prepare: several data sets, labels left out: {', '.join(layout.left_out)}; prepare one by one for them")
+    for name in set(place.names("scans")) - set(records):
+        if "zarr.json" not in place.names(f"scans/{name}"):  # a bucket keeps what a killed run had of a scan
+            place.remove(f"scans/{name}")
+    pairs = [(source, records.get(source.scan_id)) for source in layout.scans if only is None or source.scan_id in only]
+    stored = [source for source, record in pairs if only is None and record and _unchanged(source, record)]
+    whole = {source.scan_id for source in stored}
+    tasks = [(source, record if only is None else None) for source, record in pairs if source.scan_id not in whole]
+    what = "new or changed" if only is None else "to convert again"
+    print(f"prepare: {len(layout.scans)} scans in {config.source}, {len(tasks)} {what}", flush=True)
+    _tell(layout, folder)
 
     # convert
     converted, failed = 0, list(layout.faults)
-    with _part_folder(folder), closing(_outcomes(config, folder, tasks, names)) as outcomes:
+    with closing(_outcomes(config, folder, token, tasks, names)) as outcomes:
         for source, status, reason in _watched(outcomes, len(tasks)):
             if status == "disk full":
-                raise FailedRun(f"disk full at {folder}: free some space, then the same command goes on from here")
+                raise _disk_full(folder)
             if status == "failed":
                 failed.append(Fault(source.image, reason))
             else:
@@ -94,31 +143,124 @@ def run(config: PrepareConfig) -> Result:
                 converted += status == "converted"
 
     # index
+    for name in set(place.names("scans")) - set(store.read_records(folder)):
+        mend = f"its zarr.json is damaged: python -m pgl_ray.prepare repair store={folder}"
+        failed.append(Fault(f"{folder}/scans/{name}", mend))
     failed.sort()
     names = _finish(folder, stored, names)
-    index = store.write_index(folder, names, config.hu_window)
-    lines = "".join(json.dumps(fault._asdict()) + "\n" for fault in failed)
-    store.write_aside(Path(folder, "failed.jsonl"), lines.encode())
-    path, seconds = str(Path(folder, "index.parquet")), time.monotonic() - began
-    return Result(folder, path, len(index.scans), converted, len(stored) - converted, tuple(failed), seconds)
+    others = {"encoding": config.encoding, "spacing_mm": config.spacing_mm}
+    index = store.write_index(folder, names, config.hu_window, preparations=_preparations(config, known), **others)
+    place.write("failed.jsonl", [_json_lines(failed)])
+    gone = () if only is not None else tuple(sorted(_vanished(config, layout, records.values())))
+    seconds, path = time.monotonic() - began, f"{folder}/index.parquet"
+    return Result(folder, path, len(index.scans), converted, len(stored) - converted, tuple(failed), gone, seconds)
+
+
+def verify(config: StoreConfig) -> Verified:
+    """Reads every byte of a store while no prepare writes into it.
+
+    Raises:
+        ValueError: no store there.
+    """
+    began = time.monotonic()
+    store.read_settings(config.store)
+    place, damaged = store.open_place(config.store), {}
+    index, fault = _read_index(place)
+    names = sorted({*place.names("scans"), *index})
+    looks = [(name, name in index) for name in names]
+    with closing(_in_parallel(partial(_check, folder=place.url), looks, config.ray)) as outcomes:
+        for row in _watched(outcomes, len(names)):
+            if row["reason"]:
+                damaged[names[row["task"]]] = row["reason"]
+    records = {name: record for name, record in store.read_records(place.url).items() if name not in damaged}
+    if not fault and {name: record for name, record in index.items() if name not in damaged} != records:
+        fault = "does not agree with the scans' own records: prepare did not come to its end"
+    return Verified(place.url, len(names), damaged, fault, time.monotonic() - began)
+
+
+def _read_index(place: store.Place) -> tuple[dict[str, store.ScanRecord], str]:
+    """The index' records, and what is wrong with it."""
+    try:
+        content = place.read("index.parquet")
+        scans = store.read_table(content)
+        # some bytes (page statistics) have no checksum and are never read; the same pyarrow writes them the same
+        fault = "" if content == store.table_of(scans) or not store.made_here(place.url) else "is damaged"
+        return {record.scan_id: record for record in scans}, fault
+    except FileNotFoundError:
+        return {}, "is missing: prepare did not come to its end"
+    except Exception as error:  # pyarrow's own, of several kinds
+        return {}, f"is damaged ({' '.join(str(error).split())})"
+
+
+def _check(row: dict, folder: str) -> dict:
+    """Checks one scan, (scan_id, whether the index has it); runs in a Ray task. Returns task, and what is damaged."""
+    (name, listed), reason = pickle.loads(row["item"]), ""
+    try:
+        if listed or "zarr.json" in store.open_place(folder).names(f"scans/{name}"):
+            store.check_scan(folder, name)  # else what a killed run left in a bucket: no scan yet
+    except Exception as error:  # damage may show as anything
+        reason = str(error) or type(error).__name__
+    return {"task": row["task"], "reason": reason}
+
+
+def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
+    """Converts the damaged scans again from their files, and writes the index anew.
+
+    Returns:
+        What was damaged, and what could not be mended: scan_id -> reason.
+
+    Raises:
+        ValueError, FailedRun: as verify and run.
+    """
+    found = verify(config)
+    if not (found.damaged or found.index):
+        return found, {}
+    reasons = {}
+    for said in store.read_settings(config.store).preparations:
+        values = said | {"store": config.store, "ray": config.ray.model_dump()}
+        try:
+            result = run(build(PrepareConfig, values), only=frozenset(found.damaged))
+        except ValueError as error:  # its source folder is gone
+            reasons[said["source"]] = str(error)
+        else:
+            reasons |= {fault.source: fault.reason for fault in result.failed}
+    left = {name: f"its source cannot be used: {'; '.join(reasons.values()) or 'gone'}" for name in found.damaged}
+    for name in found.damaged:
+        try:
+            store.check_scan(config.store, name)
+            del left[name]
+        except (ValueError, RuntimeError):
+            continue
+    return found, left
 
 
 # -- what to do -------------------------------------------------------------------------------------------------------
+
+
+def _settings(config: PrepareConfig) -> store.Settings | None:
+    """Settings of a store that is there already.
+
+    Raises:
+        ValueError: it has another HU window, encoding or spacing, or store.json is damaged.
+    """
+    if "store.json" not in store.open_place(config.store).names(""):
+        return None
+    known = store.read_settings(config.store)
+    for key in ("hu_window", "encoding", "spacing_mm"):
+        ours, theirs = getattr(config, key), getattr(known, key)
+        if ours != theirs:
+            raise ValueError(f"{key}={ours}: store {config.store} has {theirs}: use that or another store")
+    return known
 
 
 def _agreed_names(config: PrepareConfig, layout: Layout) -> dict[str, int] | None:
     """Organ names of source and store; none: nobody names them, so they will be called by the values found.
 
     Raises:
-        ValueError: the store has another HU window or other names.
+        ValueError: the store has other names.
     """
-    known: dict[str, int] = {}
-    if Path(config.store, "store.json").is_file():
-        known, window = store.read_settings(config.store)
-        if window != config.hu_window:
-            raise ValueError(
-                f"hu_window={config.hu_window}: store {config.store} has {window}: use that or another store"
-            )
+    settings = _settings(config)
+    known = settings.labels if settings else {}
     if layout.names and known and layout.names != known:
         raise ValueError(
             f"labels of {config.source} are {layout.names}, those of store {config.store} {known}: use another"
@@ -126,6 +268,42 @@ def _agreed_names(config: PrepareConfig, layout: Layout) -> dict[str, int] | Non
     names = layout.names or known
     unnamed = any(scan.label for scan in layout.scans) and names == _names_of_values(names.values())
     return None if unnamed else names
+
+
+def _preparations(config: PrepareConfig, known: store.Settings | None) -> tuple[dict[str, Any], ...]:
+    """What the store was made with so far, one config per source folder, the newest of each."""
+    ours, earlier = config.model_dump(mode="json", exclude={"store", "ray"}), known.preparations if known else ()
+    if any(said["source"] == config.source for said in earlier):
+        return tuple(ours if said["source"] == config.source else said for said in earlier)
+    return (*earlier, ours)
+
+
+def _vanished(config: PrepareConfig, layout: Layout, records: Iterable[store.ScanRecord]) -> Iterator[str]:
+    """Scans that were made from this source folder and whose files are gone. Of DICOM, whose folder may stay, the
+    series that is not found any more, unless it was not looked for or cannot be used."""
+    root, found = Path(config.source).resolve(), {source.scan_id for source in layout.scans}
+    faulty = {fault.source for fault in layout.faults}
+    for record in records:
+        path = Path(record.source)
+        if record.scan_id in found or not path.is_relative_to(root):
+            continue
+        if not path.exists() or (path.is_dir() and not config.series and record.source not in faulty):
+            yield record.scan_id
+
+
+def _tell(layout: Layout, folder: str) -> None:
+    """Prints what is missing and what is left out; left_out.jsonl has all of it."""
+    for missing in layout.missing:
+        print(f"prepare: missing: {missing}")
+    for path, reason in layout.left_out[:NUM_SHOWN]:
+        print(f"prepare: left out: {path}: {reason}")
+    if len(layout.left_out) > NUM_SHOWN:
+        print(f"prepare: {len(layout.left_out)} left out in all, see {folder}/left_out.jsonl", flush=True)
+    store.open_place(folder).write("left_out.jsonl", [_json_lines(layout.left_out)])
+
+
+def _json_lines(faults: Iterable[Fault]) -> bytes:
+    return "".join(json.dumps(fault._asdict()) + "\n" for fault in faults).encode()
 
 
 def _names_of_values(values) -> dict[str, int]:
@@ -143,53 +321,71 @@ def _unchanged(source: Source, record: store.ScanRecord) -> bool:
 
 
 def _outcomes(
-    config: PrepareConfig, folder: str, tasks: list[Task], names: dict[str, int] | None
+    config: PrepareConfig, folder: str, token: str, tasks: list[Task], names: dict[str, int] | None
 ) -> Iterator[tuple[Source, str, str]]:
     """Converts in parallel; yields (source, status, reason) as scans are done."""
-    if not tasks:
+    options = {key: getattr(config, key) for key in ("hu_window", "chunk", "encoding", "spacing_mm")}
+    work = partial(convert, folder=folder, token=token, names=names, options=options)
+    with closing(_in_parallel(work, tasks, config.ray, [source for source, _ in tasks])) as rows:
+        for row in rows:
+            yield tasks[row["task"]][0], row["status"], row["reason"]
+
+
+def _in_parallel(
+    work: Callable[[dict], dict], items: list[tuple], config: RayConfig, sources: Sequence[Source] = ()
+) -> Iterator[dict]:
+    """Calls `work` with {"task": number, "item": pickled item} in Ray tasks, one per core; yields the answers.
+
+    Every task gets its own item alone, for a list of DICOM series fills a hundred megabytes. Memory is reserved for the
+    largest of `sources`.
+    """
+    if not items:
         return
     from pgl_ray.train import launch  # here, because it takes torch along, and a run with nothing to do need not wait
 
-    launch.connect(config.ray)
+    launch.connect(config)
     import ray.data
 
-    options = {"hu_window": config.hu_window, "chunk": config.chunk}
-    dataset = ray.data.from_items([{"task": i} for i in range(len(tasks))], override_num_blocks=len(tasks))
-    work = partial(convert, tasks=tasks, folder=folder, names=names, options=options)
-    for row in dataset.map(work, num_cpus=1, memory=_memory_per_task(tasks)).iter_rows():
-        yield tasks[row["task"]].source, row["status"], row["reason"]
+    # a cluster of our own on this machine has at least 4 CPUs by name, for the trainings' sake
+    ours = not (config.address or os.environ.get("RAY_ADDRESS"))
+    cores = config.num_cpus or os.cpu_count() or 1 if ours else int(ray.cluster_resources()["CPU"])
+    memory = _memory_per_task(sources) if sources else None
+    rows = [{"task": i, "item": pickle.dumps(item)} for i, item in enumerate(items)]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    yield from dataset.map(work, num_cpus=1, memory=memory, compute=ray.data.TaskPoolStrategy(size=cores)).iter_rows()
 
 
-def _memory_per_task(tasks: list[Task]) -> float:
+def _memory_per_task(sources: Sequence[Source]) -> float:
     """Memory to reserve per conversion in bytes, by the largest file's header; at most what a node has."""
     import ray
 
-    largest = max((task.source.image for task in tasks), key=os.path.getsize)
     try:
-        need = PEAK_BYTES_PER_VOXEL * ct.num_voxels(largest)
-    except ValueError:  # it will fail as a scan, with this reason
+        largest = max(sources, key=lambda source: source.stamp()[0])
+        need = PEAK_BYTES_PER_VOXEL * largest.num_voxels()
+    except (ValueError, OSError):  # it will fail as a scan, with this reason
         need = 0
     return float(min(need, max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])))
 
 
-def convert(row: dict, tasks: list[Task], folder: str, names: dict[str, int] | None, options: dict[str, Any]) -> dict:
+def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, options: dict[str, Any]) -> dict:
     """Converts one scan; runs in a Ray task.
 
     Args:
-        row: "task", the place in `tasks`.
-        folder: of the store, absolute.
+        row: "task", its number in this run, and "item", the pickled Task.
+        folder: of the store, absolute, or its URL.
+        token: of the run's lock.
         names: organ name -> label value; none: any value may occur.
-        options: hu_window and chunk.
+        options: hu_window, chunk, encoding and spacing_mm.
 
     Returns:
         task, status ("converted", "unchanged", "failed", "disk full"), and the reason of a failure.
     """
-    task = tasks[row["task"]]
-    status, reason = "failed", ""
+    task, status, reason = pickle.loads(row["item"]), "failed", ""
     try:
-        if _tries(folder, row["task"]) > MAX_TRIES:
-            raise ValueError(f"its worker died {MAX_TRIES} times: out of memory, or a library crashed on it")
-        status = _convert(task, folder, names, options)
+        with store.open_place(folder).joined(token):
+            if _tries(folder, row["task"]) > MAX_TRIES:
+                raise ValueError(f"its worker died {MAX_TRIES} times: out of memory, or a library crashed on it")
+            status = _convert(task, folder, names, options)
     except OSError as error:
         status, reason = ("disk full" if error.errno in DISK_FULL else "failed"), str(error)
     except ValueError as error:
@@ -199,56 +395,44 @@ def convert(row: dict, tasks: list[Task], folder: str, names: dict[str, int] | N
     return {"task": row["task"], "status": status, "reason": reason}
 
 
-@contextmanager
-def _part_folder(folder: str) -> Iterator[None]:
-    """Empties and offers STORE/.part, where scans lie until they are whole."""
-    part = Path(folder, ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    part.mkdir()
-    try:
-        yield
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def _tries(folder: str, task: int) -> int:
     """Counts the starts of a task, because Ray starts it for ever when its worker dies by it."""
-    path = Path(folder, ".part", f"{task}.tries")
-    with path.open("ab") as file:
-        file.write(b".")
-    return path.stat().st_size
+    place, key = store.open_place(folder), f".part/tries/{task}"
+    place.write(f"{key}/{uuid.uuid4().hex}", [])
+    return len(place.names(key))
 
 
 def _convert(task: Task, folder: str, names: dict[str, int] | None, options: dict[str, Any]) -> str:
-    source = task.source
+    source, known = task
     size, time_ns = source.stamp()
     digest = source.digest()
-    if task.known and digest == task.known.source_hash:
-        store.update_record(folder, replace(task.known, source_size=size, source_mtime_ns=time_ns))
+    if known and digest == known.source_hash:
+        store.update_record(folder, replace(known, source_size=size, source_mtime_ns=time_ns))
         return "unchanged"
-    if task.known and task.known.source != source.image:
-        raise ValueError(
-            f"{source.image}: the store has another {source.scan_id!r}, from {task.known.source}: rename it"
-        )
-    scan = ct.read_scan(source.image)
-    label = ct.read_label(source.label, scan) if source.label else None
+    if known and known.source != source.image:
+        raise ValueError(f"{source.image}: the store has another {source.scan_id!r}, from {known.source}: rename it")
+    scan, label = source.read(names)
     unknown = sorted(set(store.count_labels(label)) - set(names.values())) if label is not None and names else []
     if unknown:
         raise ValueError(f"{source.label}: label values {unknown} are not among {names}: add them to labels.names")
+    voxels, affine = scan.voxels, scan.affine
+    if options["spacing_mm"]:
+        voxels, label, affine = resample(voxels, label, affine, options["spacing_mm"])
     store.write_scan(
         folder,
         source.scan_id,
-        scan.voxels,
-        scan.affine,
+        voxels,
+        affine,
         label=label,
         split=source.split,
         orientation=scan.orientation,
         rounding_error_hu=scan.rounding_error_hu,
+        num_padding=scan.num_padding,
         source=source.image,
         source_size=size,
         source_mtime_ns=time_ns,
         source_hash=digest,
-        **options,
+        **{key: options[key] for key in ("hu_window", "chunk", "encoding")},
     )
     return "converted"
 
@@ -296,6 +480,9 @@ def describe(result: Result) -> str:
         FailedRun: some files could not be used; the first of them are printed before.
     """
     done = f"{result.converted} converted, {result.skipped} already there"
+    if result.vanished:
+        names = f"{', '.join(result.vanished[:NUM_SHOWN])}{' ...' * (len(result.vanished) > NUM_SHOWN)}"
+        print(f"prepare: {len(result.vanished)} scans stay in the store while their files are gone: {names}")
     if not result.failed:
         return f"prepare: {done}, {result.num_scans} scans in {result.index}, {result.seconds:.0f} s"
     for fault in result.failed[:NUM_SHOWN]:
@@ -303,8 +490,36 @@ def describe(result: Result) -> str:
     raise FailedRun(f"{len(result.failed)} files failed (all in {result.store}/failed.jsonl), {done}")
 
 
+def _describe_verified(found: Verified) -> str:
+    for name, reason in found.damaged.items():
+        print(f"  damaged: scan {name!r}: {reason}", file=sys.stderr)
+    if found.index:
+        print(f"  index.parquet {found.index}", file=sys.stderr)
+    if found.damaged or found.index:
+        raise FailedRun(
+            f"{len(found.damaged)} of {found.num_scans} scans are damaged{', and the index' * bool(found.index)}: "
+            f"python -m pgl_ray.prepare repair store={found.store}"
+        )
+    return f"prepare verify: {found.num_scans} scans in {found.store} are whole, {found.seconds:.0f} s"
+
+
+def _describe_repaired(done: tuple[Verified, dict[str, str]]) -> str:
+    found, left = done
+    for name, reason in left.items():
+        print(f"  not mended: scan {name!r}: {reason}", file=sys.stderr)
+    if left:
+        raise FailedRun(f"{len(left)} of {len(found.damaged)} damaged scans could not be converted again")
+    names = f" ({', '.join(sorted(found.damaged))})" if found.damaged else ""
+    return f"prepare repair: {len(found.damaged)} of {found.num_scans} scans converted again{names}"
+
+
 def main() -> None:
-    command("prepare", PrepareConfig, run, describe)
+    verbs = {"verify": (verify, _describe_verified), "repair": (repair, _describe_repaired)}
+    if len(sys.argv) > 1 and sys.argv[1] in verbs:
+        verb = sys.argv.pop(1)
+        command(f"prepare {verb}", StoreConfig, *verbs[verb])
+    else:
+        command("prepare", PrepareConfig, run, describe)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 """Shared fixtures: the real CTs where they lie, and one Ray cluster for the whole session."""
 
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -32,3 +37,38 @@ def ray_cluster():
 
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    """URL of an empty bucket of moto's S3 on loopback; the environment names it, for obstore and all its children."""
+    pytest.importorskip("moto", reason="no moto: pip install 'pgl_ray[test]'")
+    pytest.importorskip("obstore", reason="no obstore: pip install 'pgl_ray[cloud]'")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path_factory.mktemp("moto") / "log").open("wb")
+    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(urllib.request.Request(f"{url}/stores", method="PUT")).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        names = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_REGION": "us-east-1",
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in names.items():
+                patch.setenv(name, value)
+            yield "s3://stores"
+    finally:
+        server.terminate()
+        server.wait()
+        log.close()

@@ -11,8 +11,8 @@ from pgl_ray.data import store
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 
-DOORS = ["prepare", "pretrain", "finetune", "evaluate", "predict", "probe", "tune", "bench", "export", "report", "demo"]
-DOORS += ["check_align"]
+DOORS = ["prepare", "inspect", "pretrain", "finetune", "evaluate", "predict", "probe", "tune", "bench", "export"]
+DOORS += ["report", "demo", "check_align"]
 
 
 def call(monkeypatch, capsys, door, *args) -> tuple[int, str]:
@@ -80,6 +80,10 @@ def test_unknown_key(monkeypatch, capsys, door):
 WRONG = [
     ("prepare", ["source={tmp}/missing", "store={tmp}/s"], "missing"),
     ("prepare", ["source={tmp}", "store={tmp}/s"], "no "),
+    ("prepare", ["verify", "store={tmp}"], "not a store"),
+    ("prepare", ["repair", "store={tmp}"], "not a store"),
+    ("prepare", ["source={tmp}", "store=ftp://a/b"], "not an object store that is known"),
+    ("inspect", ["store={tmp}"], "not a store"),
     ("pretrain", ["index={tmp}", "run={tmp}/r"], "not a store"),
     ("pretrain", ["index={unlabelled}", "run={tmp}/r", "epochs=many"], "epochs='many'"),
     ("pretrain", ["index={unlabelled}", "run={tmp}/r", "views.size=[16,50,96]"], "multiple of the output stride"),
@@ -108,7 +112,9 @@ def test_wrong_use(monkeypatch, capsys, tmp_path, unlabelled, labelled, checkpoi
     names = {"tmp": tmp_path, "unlabelled": unlabelled, "labelled": labelled, **checkpoints}
     code, err = call(monkeypatch, capsys, door, *(arg.format(**names) for arg in args))
     assert code == 2, err
-    assert message in err and err.startswith(f"pgl_ray.{door}: ") and err.count("\n") == 1
+    assert (
+        message in err and err.startswith((f"pgl_ray.{door}: ", f"pgl_ray.{door} {args[0]}: ")) and err.count("\n") == 1
+    )
     assert not (tmp_path / "r").exists()  # nothing begun
 
 

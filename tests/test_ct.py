@@ -1,5 +1,7 @@
 """data/ct: geometry against nibabel and SimpleITK in every orientation, values, and each bad input's message."""
 
+import gzip
+import struct
 from itertools import permutations, product
 
 import nibabel as nib
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from pgl_ray.data import ct
+from pgl_ray.data import ct, itk
 
 SHAPE = (5, 6, 7)
 SPACING = (0.7, 0.8, 2.5)
@@ -90,7 +92,7 @@ def test_itk_formats_agree_with_itk(tmp_path, suffix):
     np.testing.assert_array_equal(sitk.GetArrayFromImage(back), sitk.GetArrayFromImage(image))
     np.testing.assert_allclose(back.GetDirection(), image.GetDirection(), atol=1e-5)
     np.testing.assert_allclose(back.GetOrigin(), image.GetOrigin(), atol=1e-4)
-    assert len(ct.files_of(path)) == (2 if suffix in ("mhd", "nhdr") else 1)
+    assert len(itk.files_of(path)) == (2 if suffix in ("mhd", "nhdr") else 1)
 
 
 def test_sheared_nrrd_in_ras_space(tmp_path):
@@ -197,9 +199,75 @@ def _singular(path):
     nib.save(image, path)
 
 
+def _header(path, place, form, *values, zipped=False):
+    """A NIfTI whose header says something else."""
+    nib.save(nib.Nifti1Image(distinct(), np.eye(4)), path.with_name("whole.nii"))
+    content = bytearray(path.with_name("whole.nii").read_bytes())
+    struct.pack_into(form, content, place, *values)
+    path.write_bytes(gzip.compress(content) if zipped else content)
+
+
+def _dim(path, *shape, zipped=False):
+    _header(path, 40, "<4h", 3, *shape, zipped=zipped)
+
+
+def _replaced(path, old, new, compressed=True):
+    sitk.WriteImage(sitk.GetImageFromArray(distinct()), str(path), compressed)
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+def _flip_last(path):
+    sitk.WriteImage(sitk.GetImageFromArray(distinct((20, 20, 20))), str(path), True)
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 255
+    path.write_bytes(content)
+
+
+def _gz(path, change):
+    save(path, distinct((20, 20, 20)), np.eye(4))
+    path.write_bytes(change(path.read_bytes()))
+
+
 BAD_SCANS = {
+    "huge .nii": (
+        "x.nii",
+        lambda p: _dim(p, 30000, 30000, 30000),
+        r"\(30000, 30000, 30000\), more than the file",
+    ),
+    "huge .nii.gz": ("x.nii.gz", lambda p: _dim(p, 30000, 30000, 30000, zipped=True), "more than the file holds"),
+    "larger .nii.gz": ("x.nii.gz", lambda p: _dim(p, 90, 90, 90, zipped=True), "not a readable image"),
+    "smaller .nii": ("x.nii", lambda p: _dim(p, 5, 6, 6), r"more voxels than the shape \(5, 6, 6\)"),
+    "smaller .nii.gz": ("x.nii.gz", lambda p: _dim(p, 5, 6, 6, zipped=True), "more voxels than the shape"),
+    "negative": ("x.nii", lambda p: _dim(p, -5, 6, 7), "expected one 3D volume"),
+    "unknown type": ("x.nii", lambda p: _header(p, 70, "<h", 9999), "data code 9999 not recognized"),
+    "voxels in header": ("x.nii", lambda p: _header(p, 108, "<f", 0), "begin at byte 0, inside its header"),
+    "voxels nowhere": ("x.nii", lambda p: _header(p, 108, "<f", np.nan), "not a readable image"),
+    "magic": ("x.nii", lambda p: _header(p, 344, "4s", b"abcd"), "not a readable image"),
+    "header alone": ("x.nii", lambda p: _gz(p, lambda b: b[:352]), "more than the file holds"),
+    "gz checksum": ("x.nii.gz", lambda p: _gz(p, lambda b: b[:-8] + b"abcd" + b[-4:]), "CRC check failed"),
+    "gz cut by a byte": ("x.nii.gz", lambda p: _gz(p, lambda b: b[:-1]), "ended before the end-of-stream"),
+    "gz and more": ("x.nii.gz", lambda p: _gz(p, lambda b: b + b"garbage"), "not a readable image"),
+    "gz twice": ("x.nii.gz", lambda p: _gz(p, gzip.compress), "not a readable image"),
+    "no gz": ("x.nii.gz", lambda p: _gz(p, gzip.decompress), "is not a gzip file"),
+    "gz named .nii": ("x.nii", lambda p: (_gz(q := p.with_name("y.nii.gz"), bytes), q.rename(p)), "not a readable"),
+    "huge .mha": ("x.mha", lambda p: _replaced(p, b"= 7 6 5", b"= 30000 30000 30000"), "more than the file holds"),
+    "larger .mha": ("x.mha", lambda p: _replaced(p, b"= 7 6 5", b"= 7 6 6"), "fewer voxels than the shape"),
+    "smaller .mha": ("x.mha", lambda p: _replaced(p, b"= 7 6 5", b"= 7 6 4"), "more voxels than the shape"),
+    "larger raw .mha": ("x.mha", lambda p: _replaced(p, b"= 7 6 5", b"= 7 6 6", False), "fewer voxels than the shape"),
+    "larger .nrrd": ("x.nrrd", lambda p: _replaced(p, b": 7 6 5", b": 7 6 6"), "fewer voxels than the shape"),
+    "smaller .nrrd": ("x.nrrd", lambda p: _replaced(p, b": 7 6 5", b": 7 6 4"), "more voxels than the shape"),
+    "smaller raw .nrrd": (
+        "x.nrrd",
+        lambda p: _replaced(p, b": 7 6 5", b": 7 6 4", False),
+        "more voxels than the shape",
+    ),
+    "damaged .mha": ("x.mha", _flip_last, "not a readable image .*incorrect data check"),
+    "damaged .nrrd": ("x.nrrd", _flip_last, "not a readable image"),
+    "no spacing": ("x.mha", lambda p: _replaced(p, b"ElementSpacing", b"ElementSpaces "), "no voxel spacing"),
     "missing": ("x.nii.gz", lambda p: None, "no such file"),
-    "folder": ("x.nii.gz", lambda p: p.mkdir(), "no such file"),
+    "folder": ("x.nii.gz", lambda p: p.mkdir(), "expected one CT series, found none"),
     "other format": ("x.png", lambda p: p.write_text("hello"), "not a supported format"),
     "text .nii.gz": ("x.nii.gz", lambda p: p.write_text("hello"), "not a readable image"),
     "text .nii": ("x.nii", lambda p: p.write_text("hello"), "not a readable image"),
@@ -229,12 +297,34 @@ BAD_SCANS = {
 
 
 @pytest.mark.parametrize("name, make, message", BAD_SCANS.values(), ids=BAD_SCANS)
-def test_bad_scan_is_one_clear_line(tmp_path, name, make, message):
-    path = tmp_path / name
+def test_bad_scan_is_one_clear_line(tmp_path, name, make, message, capfd):
+    path = tmp_path / "Fälle 1" / name
+    path.parent.mkdir()
     make(path)
+    capfd.readouterr()
     with pytest.raises(ValueError, match=message) as caught:
         ct.read_scan(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # no library speaks besides
+
+
+def test_no_memory_is_said(tmp_path, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    path = save(tmp_path / "a.nii.gz", distinct(), np.eye(4))
+    monkeypatch.setattr(nib.arrayproxy.ArrayProxy, "get_unscaled", full)
+    with pytest.raises(ValueError, match=r"a.nii.gz: shape \(5, 6, 7\) needs more memory than there is: crop it"):
+        ct.read_scan(path)
+
+
+def test_padding_below_air_is_clamped_and_counted(tmp_path):
+    volume = distinct()
+    volume[0, :2], volume[4, 5, 6] = -3024, -1025
+    volume[1, 1, 1] = -1024
+    scan = ct.read_scan(save(tmp_path / "a.nii.gz", volume, np.diag([-1, -1, 1, 1])))
+    np.testing.assert_array_equal(scan.voxels, np.maximum(volume, -1024).transpose(2, 1, 0))
+    assert scan.num_padding == 15
 
 
 @pytest.mark.parametrize(

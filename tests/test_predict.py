@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from dicom_files import ct_series, itk_series, save
 from torch import nn
 
 from pgl_ray import predict
@@ -112,6 +113,27 @@ def test_itk_formats(tmp_path, known, suffix):
 
 def write(path, hu=None):
     nib.save(nib.Nifti1Image(volume() if hu is None else hu, affine_of("LPS")), path)
+
+
+def test_dicom_series(tmp_path, known):
+    """Two series in one folder, and the first alone; the label maps lie where ITK sees the series."""
+    raw = volume()
+    first = ct_series(raw, intercept=0, iop=(0, 1, 0, 0, 0, -1))
+    second = ct_series(raw[:, ::-1], intercept=0, SeriesNumber=7)
+    save([*first, *second], tmp_path / "in/p")
+    result = predict.run(config(tmp_path / "in", tmp_path / "out"))
+    assert result.num_scans == 2
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["p__series2.nii.gz", "p__series7.nii.gz"]
+    back = sitk.ReadImage(str(tmp_path / "out/p__series2.nii.gz"))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(back), expected(raw))
+    series = itk_series(save(first, tmp_path / "one"))
+    for ours, theirs in zip(
+        back.TransformIndexToPhysicalPoint((2, 3, 4)), series.TransformIndexToPhysicalPoint((2, 3, 4))
+    ):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    predict.run(config(tmp_path / "one", tmp_path / "one.nii.gz"))
+    assert (tmp_path / "one.nii.gz").is_file()
 
 
 def test_a_folder_goes_on_over_bad_files(tmp_path, known, capsys):

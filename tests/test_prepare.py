@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import zarr
+from dicom_files import ct_series, save
 
 from pgl_ray import prepare
-from pgl_ray.config import FailedRun, LabelsConfig, PrepareConfig, load
+from pgl_ray.config import FailedRun, LabelsConfig, PrepareConfig, StoreConfig, load
 from pgl_ray.data import ct, store
 from pgl_ray.data.layout import read_layout
 
@@ -29,13 +32,11 @@ def serial(monkeypatch):
     """Converts in this process, in the given or the reverse order."""
     backwards = []
 
-    def outcomes(config, folder, tasks, names):
-        options = {"hu_window": config.hu_window, "chunk": config.chunk}
-        for i in sorted(range(len(tasks)), reverse=bool(backwards)):
-            row = prepare.convert({"task": i}, tasks, folder, names, options)
-            yield tasks[i].source, row["status"], row["reason"]
+    def in_parallel(work, items, config, sources=()):
+        for i in sorted(range(len(items)), reverse=bool(backwards)):
+            yield work({"task": i, "item": pickle.dumps(items[i])})
 
-    monkeypatch.setattr(prepare, "_outcomes", outcomes)
+    monkeypatch.setattr(prepare, "_in_parallel", in_parallel)
     return backwards
 
 
@@ -160,6 +161,100 @@ def test_nothing_to_convert_is_wrong_use(tmp_path, serial):
     with pytest.raises(ValueError, match=r"no volume in it \(.nii.gz, .nii, .nrrd"):
         go(tmp_path / "raw", tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+def test_dicom_beside_nifti(tmp_path, serial, capsys):
+    raw = tmp_path / "röntgen 1"
+    pixels = ct_array(shape=(9, 20, 18))
+    pixels[0, 0, :3] = -2000
+    files = ct_series(pixels, intercept=0)
+    save(files, raw / "images/case 1", "{:03}")
+    scout = ct_series(pixels[:1], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    save(scout, raw / "images/case 1", "scout{}")
+    save(ct_series(pixels[:3], step=(0, 1, 2.5)), raw / "images/tilted")
+    put(raw / "images/case 2.nii.gz")
+    scan = ct.read_scan(raw / "images/case 1", tuple(f"{k:03}" for k in range(9)))
+    label = label_array([1, 2], shape=(18, 20, 9))
+    ct.write_label(
+        tmp_path / "l.nii.gz", label.transpose(2, 1, 0), raw / "images/case 1", tuple(f"{k:03}" for k in range(9))
+    )
+    (raw / "labels").mkdir()
+    turned = nib.as_closest_canonical(nib.load(tmp_path / "l.nii.gz"))  # the same grid, another orientation
+    nib.save(turned, raw / "labels/case 1.nii.gz")
+    result = go(raw, tmp_path / "s", labels={"names": {"liver": 1, "spleen": 2}})
+    assert counts(result) == (2, 0, 1) and "gantry tilt" in result.failed[0].reason
+    found = records(tmp_path / "s")
+    assert list(found) == ["case 1", "case 2"] and found["case 1"].label_voxels == {1: 72, 2: 72}
+    assert (found["case 1"].num_padding, found["case 1"].orientation) == (3, "LPS")
+    whole = np.array([(0, size) for size in scan.voxels.shape])
+    np.testing.assert_array_equal(
+        store.open_label(tmp_path / "s", found["case 1"]).read(whole), label.transpose(2, 1, 0)
+    )
+    np.testing.assert_array_equal(
+        store.open_volume(tmp_path / "s", found["case 1"]).read(whole), np.maximum(pixels, -1024)
+    )
+    (left,) = [json.loads(line) for line in (tmp_path / "s/left_out.jsonl").read_text().splitlines()]
+    assert left["reason"] == "localiser, not a volume (1 file)" and "prepare: left out: " in capsys.readouterr().out
+
+    assert counts(go(raw, tmp_path / "s", labels={"names": {"liver": 1, "spleen": 2}})) == (0, 2, 1)
+    (raw / "images/case 1/004").unlink()  # the slice in the middle
+    again = go(raw, tmp_path / "s", labels={"names": {"liver": 1, "spleen": 2}})
+    assert counts(again) == (0, 1, 2) and "slices are missing (1)" in again.failed[0].reason
+
+
+def test_a_series_that_vanished_from_its_folder_is_reported(tmp_path, serial):
+    for number in (2, 3):
+        save(ct_series(ct_array(number), intercept=0, SeriesNumber=number), tmp_path / "raw/p", f"{number}_{{}}")
+    assert go(tmp_path / "raw", tmp_path / "s").vanished == ()
+    for path in (tmp_path / "raw/p").glob("3_*"):
+        path.unlink()
+    assert go(tmp_path / "raw", tmp_path / "s").vanished == ("p__series2", "p__series3")  # what is left is named p now
+
+
+def test_a_recipes_licence_is_kept_and_the_split_is_in_the_index(tmp_path, serial, capsys):
+    for number in range(1, 5):
+        put(tmp_path / f"RawData/Training/img/img000{number}.nii.gz", seed=number)
+        put(tmp_path / f"RawData/Training/label/label000{number}.nii.gz", label_array([1, 13]))
+    recipe = Path(__file__).parents[1] / "data_prep/bcv.yaml"
+    args = [str(recipe), f"source={tmp_path}", f"store={tmp_path}/s", "recipe.split_sizes={train: 1, test: 3}"]
+    assert counts(prepare.run(load(PrepareConfig, args))) == (4, 0, 0)
+    assert "prepare: missing: 4 of 30 scans **/img/img{id}.nii.gz found (0005, 0006, " in capsys.readouterr().out
+    found = records(tmp_path / "s")
+    assert list(found) == [f"bcv_000{number}" for number in range(1, 5)]
+    assert sorted(record.split for record in found.values()) == ["test", "test", "test", "train"]
+    assert found["bcv_0001"].labelled == tuple(range(1, 14))
+    assert "Synapse's terms" in (tmp_path / "s/store.json").read_text()
+    put(tmp_path / "RawData/Training/label/label0002.nii.gz", label_array([14]))
+    (fault,) = prepare.run(load(PrepareConfig, args)).failed
+    assert "label values [14] are not among {'spleen': 1" in fault.reason
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        (
+            {"modality": {"0": "CT"}, "training": [{"image": "./imagesTr/a.nii.gz"}, {"image": "./imagesTr/b.nii.gz"}]},
+            "1 of 2 volumes of imagesTr that dataset.json lists: b",
+        ),
+        ({"channel_names": {"0": "CT"}, "numTraining": 3}, "2 of 3 volumes of imagesTr that dataset.json counts"),
+        ({"test": ["./imagesTs/x.nii.gz"]}, "1 of 1 volumes of imagesTs that dataset.json lists: x"),
+        ({"training": [{"image": "imagesTr/a.nii.gz"}], "numTest": 0}, ""),
+    ],
+)
+def test_volumes_that_dataset_json_names_and_that_are_not_there(tmp_path, stated, message):
+    put(tmp_path / "imagesTr/a_0000.nii.gz")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"liver": 1, "ignore": 2}} | stated))
+    layout = read_layout(str(tmp_path), LabelsConfig())
+    assert message in " ".join(layout.missing) and bool(layout.missing) == bool(message)
+    assert layout.names == {"liver": 1}
+
+
+@pytest.mark.parametrize("channels", [{"0": "MRI"}, {"0": "CT", "1": "PET"}, {"0": "T1"}])
+def test_data_sets_that_are_no_ct_are_wrong_use(tmp_path, channels):
+    put(tmp_path / "imagesTr/a_0000.nii.gz")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"liver": 1}, "channel_names": channels}))
+    with pytest.raises(ValueError, match=r"dataset.json: its volumes are .*, expected CT alone"):
+        read_layout(str(tmp_path), LabelsConfig())
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------
@@ -366,15 +461,15 @@ def test_the_store_does_not_depend_on_the_order(tmp_path, serial):
 def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monkeypatch):
     for place, scan_id in enumerate("abc"):
         put(tmp_path / f"raw/{scan_id}.nii.gz", seed=place)
-    real = store.write_array
+    real = store.encode_shard
 
-    def full(folder, array, chunk):
+    def full(array, chunk):
         if len(list((tmp_path / "s/scans").glob("*"))) == 1:
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-        return real(folder, array, chunk)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(array, chunk)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_array", full)
+        patch.setattr(store, "encode_shard", full)
         with pytest.raises(FailedRun, match=r"disk full at .*/s: free some space, then the same"):
             go(tmp_path / "raw", tmp_path / "s")
     assert list(store.read_records(tmp_path / "s")) == ["a"]
@@ -384,10 +479,11 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monk
 
 def test_a_scan_that_kills_its_worker_is_given_up(tmp_path):
     put(tmp_path / "raw/a.nii.gz")
-    task = prepare.Task(prepare.Source("a", str(tmp_path / "raw/a.nii.gz"), None, ""), None)
-    (tmp_path / "s/.part").mkdir(parents=True)
-    (tmp_path / "s/.part/0.tries").write_text("...")  # Ray has started it three times
-    row = prepare.convert({"task": 0}, [task], str(tmp_path / "s"), {}, {})
+    task = (prepare.Source("a", str(tmp_path / "raw/a.nii.gz"), None, ""), None)
+    with store.open_place(tmp_path / "s").locked() as token:
+        for start in "123":  # Ray has started it three times
+            store.open_place(tmp_path / "s").write(f".part/tries/0/{start}", [])
+        row = prepare.convert({"task": 0, "item": pickle.dumps(task)}, str(tmp_path / "s"), token, {}, {})
     assert row["status"] == "failed" and "its worker died 3 times" in row["reason"]
 
 
@@ -395,9 +491,163 @@ def test_unforeseen_errors_are_the_scans_alone(tmp_path, serial, monkeypatch):
     put(tmp_path / "raw/a.nii.gz")
     put(tmp_path / "raw/b.nii.gz")
     real = ct.read_scan
-    monkeypatch.setattr(ct, "read_scan", lambda path: real(path) if "b.nii" in path else [][0])
+    monkeypatch.setattr(ct, "read_scan", lambda path, slices: real(path) if "b.nii" in path else [][0])
     result = go(tmp_path / "raw", tmp_path / "s")
     assert counts(result) == (1, 0, 1) and result.failed[0].reason == "IndexError: list index out of range"
+
+
+# -- verify and repair ------------------------------------------------------------------------------------------------
+
+
+def two_folders(tmp_path, target="s"):
+    """A store from two folders, each under its own config."""
+    for scan_id, seed in (("a", 0), ("b", 1)):
+        put(tmp_path / f"one/images/{scan_id}.nii.gz", seed=seed)
+        put(tmp_path / f"one/labels/{scan_id}.nii.gz", label_array([1]))
+    put(tmp_path / "two/c d ü.nii.gz", seed=2)
+    go(tmp_path / "one", tmp_path / target, labels={"names": {"liver": 1}})
+    go(tmp_path / "two", tmp_path / target)
+    return tmp_path / target
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 16
+    path.write_bytes(content)
+
+
+def checked(target):
+    return prepare.verify(StoreConfig(store=str(target)))
+
+
+@pytest.mark.parametrize(
+    "file, damage",
+    [
+        ("scans/a/0/c/0/0/0", lambda path: flip(path, 700)),
+        ("scans/c d ü/0/c/0/0/0", lambda path: path.write_bytes(path.read_bytes()[:900])),
+        ("scans/b/labels/organs/0/c/0/0/0", lambda path: flip(path, 99)),
+        ("scans/a/zarr.json", lambda path: flip(path, 1234)),
+        ("scans/b/zarr.json", lambda path: path.unlink()),
+        ("scans/b", shutil.rmtree),
+        ("scans/b/labels/organs/0/c/0/0/0", lambda path: path.unlink()),
+        ("index.parquet", lambda path: flip(path, 2000)),
+        ("index.parquet", lambda path: path.unlink()),
+    ],
+)
+def test_damage_is_found_and_just_that_is_converted_again(tmp_path, serial, capsys, file, damage):
+    target = two_folders(tmp_path)
+    whole = tree(target)
+    assert "3 scans in" in prepare._describe_verified(checked(target))
+    damage(target / file)
+    found, scan_id = checked(target), file.split("/")[1] if "/" in file else None
+    assert list(found.damaged) == ([scan_id] if scan_id else []) and (scan_id or found.index)
+    with pytest.raises(FailedRun, match=r"[01] of 3 scans are damaged.*prepare repair store="):
+        prepare._describe_verified(found)
+    assert (f"damaged: scan '{scan_id}'" if scan_id else "index.parquet is") in capsys.readouterr().err
+    inodes = {name: (target / f"scans/{name}/zarr.json").stat().st_ino for name in {"a", "b", "c d ü"} - {scan_id}}
+    found, left = prepare.repair(StoreConfig(store=str(target)))
+    assert not left and tree(target) == whole
+    assert inodes == {name: (target / f"scans/{name}/zarr.json").stat().st_ino for name in inodes}
+    assert not checked(target).damaged and not checked(target).index
+    assert prepare._describe_repaired((found, left)).startswith("prepare repair: ")
+
+
+def test_a_damaged_scan_whose_file_is_gone_is_named(tmp_path, serial, capsys):
+    target = two_folders(tmp_path)
+    flip(target / "scans/c d ü/0/c/0/0/0", 700)
+    flip(target / "scans/a/0/c/0/0/0", 700)
+    shutil.rmtree(tmp_path / "two")
+    with pytest.raises(FailedRun, match="1 of 2 damaged scans could not be converted again"):
+        prepare._describe_repaired(prepare.repair(StoreConfig(store=str(target))))
+    err = capsys.readouterr().err
+    assert "not mended: scan 'c d ü'" in err and "no such folder" in err
+    assert list(checked(target).damaged) == ["c d ü"]  # it stays, the other is whole
+
+
+def test_a_run_that_did_not_end_is_no_damage(tmp_path, serial):
+    target = two_folders(tmp_path)
+    put(tmp_path / "two/e.nii.gz", seed=9)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        go(tmp_path / "two", target)
+    found = checked(target)
+    assert not found.damaged and "prepare did not come to its end" in found.index
+    assert counts(go(tmp_path / "two", target)) == (0, 2, 0) and not checked(target).index
+
+
+def test_a_scan_that_prepare_finds_damaged_is_not_dropped_in_silence(tmp_path, serial):
+    target = two_folders(tmp_path)
+    flip(target / "scans/a/zarr.json", 1500)
+    failed = go(tmp_path / "two", target).failed
+    assert [fault.source for fault in failed] == [f"{target}/scans/a"] and "prepare repair" in failed[0].reason
+    assert (target / "scans/a/0/c/0/0/0").exists()
+    assert counts(go(tmp_path / "one", target, labels={"names": {"liver": 1}})) == (1, 1, 0)
+
+
+def test_what_vanished_is_told_and_stays(tmp_path, serial, capsys):
+    target = two_folders(tmp_path)
+    (tmp_path / "one/images/a.nii.gz").unlink()
+    (tmp_path / "one/labels/a.nii.gz").unlink()
+    result = go(tmp_path / "one", target, labels={"names": {"liver": 1}})
+    assert result.vanished == ("a",) and result.num_scans == 3 and counts(result) == (0, 1, 0)
+    prepare.describe(result)
+    assert "1 scans stay in the store while their files are gone: a" in capsys.readouterr().out
+
+
+def test_the_store_says_how_it_was_made(tmp_path, serial):
+    target = two_folders(tmp_path)
+    said = json.loads((target / "store.json").read_text())
+    assert [Path(one["source"]).name for one in said["preparations"]] == ["one", "two"]
+    assert said["preparations"][0]["labels"]["names"] == {"liver": 1} and said["encoding"] == "int16"
+    assert said["versions"]["zarr"] == zarr.__version__ and said["versions"]["numpy"] == np.__version__
+    go(tmp_path / "one", target, recipe={"licence": "CC BY 4.0"}, labels={"names": {"liver": 1}})
+    said = json.loads((target / "store.json").read_text())
+    assert [one["recipe"]["licence"] for one in said["preparations"]] == ["CC BY 4.0", ""]
+
+
+@pytest.mark.parametrize("key, value", [("encoding", "uint8"), ("spacing_mm", (3.0, 1.5, 1.5))])
+def test_a_store_has_one_encoding_and_one_spacing(tmp_path, serial, key, value):
+    put(tmp_path / "raw/a.nii.gz")
+    go(tmp_path / "raw", tmp_path / "s")
+    with pytest.raises(ValueError, match=f"{key}=.*store .* has .*: use that or another store"):
+        go(tmp_path / "raw", tmp_path / "s", **{key: value})
+    assert counts(go(tmp_path / "raw", tmp_path / "t", **{key: value})) == (1, 0, 0)
+    before = tree(tmp_path / "t")
+    assert counts(go(tmp_path / "raw", tmp_path / "t", **{key: value})) == (0, 1, 0) and tree(tmp_path / "t") == before
+    flip(tmp_path / "t/scans/a/0/c/0/0/0", 40)
+    prepare.repair(StoreConfig(store=str(tmp_path / "t")))
+    assert tree(tmp_path / "t") == before
+
+
+def test_resampled_scans_have_the_spacing_asked_for(tmp_path, serial):
+    put(tmp_path / "raw/images/a.nii.gz")
+    put(tmp_path / "raw/labels/a.nii.gz", label_array([1, 2]))
+    go(tmp_path / "raw", tmp_path / "s", spacing_mm=(6, 3, 3))
+    record = records(tmp_path / "s")["a"]
+    assert record.spacing_mm == (6, 3, 3) and record.shape == (4, 9, 10)
+    assert set(record.label_voxels) == {1, 2}
+
+
+def test_a_disk_that_fills_while_the_index_is_written_is_one_clear_line(tmp_path, serial, monkeypatch):
+    put(tmp_path / "raw/a.nii.gz")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(FailedRun, match=r"disk full at .*/s: free some space"):
+        patch.setattr(store, "table_of", full)
+        go(tmp_path / "raw", tmp_path / "s")
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (0, 1, 0)
+
+
+def test_two_runs_at_once(tmp_path, serial, monkeypatch):
+    put(tmp_path / "raw/a.nii.gz")
+    monkeypatch.setattr("pgl_ray.data.place.STRAGGLERS_S", 0.1)
+    with (
+        store.open_place(tmp_path / "s").locked(),
+        pytest.raises(FailedRun, match="another prepare is writing into it"),
+    ):
+        go(tmp_path / "raw", tmp_path / "s")
 
 
 # -- the command line and Ray -----------------------------------------------------------------------------------------
@@ -483,4 +733,4 @@ def test_a_folder_of_data_sets_gives_their_volumes_and_no_label_as_a_scan(tmp_pa
     layout = read_layout(str(tmp_path), LabelsConfig())
     assert [scan.scan_id for scan in layout.scans] == ["a__images__x", "b__imagesTr__x", "loose", "y"]
     assert all(scan.label is None for scan in layout.scans) and not layout.faults
-    assert [path.split("/")[-2:] for path in layout.left_out] == [["a", "labels"], ["b", "labelsTr"]]
+    assert [fault.source.split("/")[-2:] for fault in layout.left_out] == [["a", "labels"], ["b", "labelsTr"]]

@@ -103,7 +103,7 @@ def test_every_flipped_byte_is_noticed(tmp_path):
         broken = bytearray(content)
         broken[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(broken)
-        with pytest.raises(RuntimeError, match=r"volume of scan 'scan_7' .*chunk.*run prepare again"):
+        with pytest.raises(RuntimeError, match=r"volume of scan 'scan_7' .*chunk.*repair store="):
             store.open_volume(tmp_path, record).read(whole)
 
 
@@ -196,13 +196,12 @@ def test_a_failed_write_leaves_the_old_scan_and_nothing_else(tmp_path, monkeypat
     record = store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
     before = tree(tmp_path)
 
-    def full(*args):
-        Path(args[0]).mkdir()
-        (Path(args[0]) / "half").write_text("x")
+    def full(array, chunk):
+        yield b"half"
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(store, "write_array", full)
+        patch.setattr(store, "encode_shard", full)
         store.write_scan(tmp_path, "a", make_volume(SHAPES[0], seed=1), AFFINE)
     assert tree(tmp_path) == before and not list((tmp_path / ".part").iterdir())
     again = store.write_scan(tmp_path, "a", make_volume(SHAPES[0], seed=1), AFFINE)
@@ -219,8 +218,8 @@ def test_what_is_not_a_whole_store_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="holds no scan"):
         store.read_index(tmp_path)
     settings = json.loads((tmp_path / "store.json").read_text())
-    (tmp_path / "store.json").write_text(json.dumps(settings | {"format": 2}))
-    with pytest.raises(ValueError, match="format 2, this version reads 1"):
+    (tmp_path / "store.json").write_text(json.dumps(settings | {"format": 1}))
+    with pytest.raises(ValueError, match="format 1, this version reads 2: prepare it again"):
         store.read_index(tmp_path)
 
 
@@ -245,3 +244,96 @@ def test_wrong_arrays_are_refused(tmp_path, volume, label):
     with pytest.raises(ValueError, match="expected"):
         store.write_scan(tmp_path, "a", volume, AFFINE, label=label)
     assert not list(tmp_path.iterdir())
+
+
+# -- 8-bit codes ------------------------------------------------------------------------------------------------------
+
+
+def test_eight_bit_codes_cost_what_the_record_says(tmp_path):
+    volume, window = make_volume((20, 70, 66)), (-1000.0, 275.0)
+    record = store.write_scan(tmp_path, "a", volume, AFFINE, encoding="uint8", hu_window=window)
+    array = zarr.open_array(tmp_path / "scans/a/0", mode="r")
+    assert array.dtype == np.uint8 and dict(array.attrs) == {"scale_factor": 5.0, "add_offset": -1000.0}
+    found = store.open_volume(tmp_path, record).read(np.array([(0, s) for s in volume.shape]))
+    np.testing.assert_array_equal(found, np.rint(array[:] * 5.0 - 1000).astype(np.int16))
+    clipped, inside = volume.clip(*window), (volume >= window[0]) & (volume <= window[1])
+    errors = (found - clipped).astype(np.float64)
+    assert np.abs(errors).max() <= 2.5 + 0.5
+    assert record.encoding_rms_hu == pytest.approx(np.sqrt((errors[inside] ** 2).mean()))
+    assert record.clipped_share == pytest.approx(1 - inside.mean())
+    assert (record.mean_hu, record.std_hu) == pytest.approx((found.mean(), found.std()))
+    store.check_scan(tmp_path, "a")
+    whole = store.write_scan(tmp_path, "b", volume, AFFINE)
+    assert (whole.encoding_rms_hu, whole.clipped_share) == (0, 0)
+
+
+# -- statistics of the voxels -----------------------------------------------------------------------------------------
+
+
+def test_histogram_and_shares_equal_numpys(tmp_path):
+    volume = make_volume((9, 40, 30))
+    record = store.write_scan(tmp_path, "a", volume, AFFINE)
+    expected = np.histogram(volume, [-(2**15), *store.HISTOGRAM_HU, 2**15])[0]
+    assert record.histogram == tuple(expected) and sum(record.histogram) == volume.size
+    body = volume > -500
+    faces = np.concatenate([body[:, [0, -1]].ravel(), body[:, :, [0, -1]].ravel()])
+    assert (record.foreground_share, record.border_share) == pytest.approx((body.mean(), faces.mean()))
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+def test_whatever_byte_of_a_scan_flips_is_found(tmp_path):
+    volume, label = make_volume((9, 65, 33)), make_label((9, 65, 33))
+    store.write_scan(tmp_path, "a", volume, AFFINE, label=label, labelled=(1, 2))
+    store.check_scan(tmp_path, "a")
+    rng = np.random.default_rng(0)
+    files = [path for path in (tmp_path / "scans/a").rglob("*") if path.is_file()]
+    assert len(files) == 7
+    for path in files:
+        content = path.read_bytes()
+        for place in rng.integers(0, len(content), 25):
+            broken = bytearray(content)
+            broken[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(broken)
+            with pytest.raises((ValueError, RuntimeError)):
+                store.check_scan(tmp_path, "a")
+        path.unlink()
+        with pytest.raises((ValueError, RuntimeError), match=r"is missing|cannot be opened"):
+            store.check_scan(tmp_path, "a")
+        path.write_bytes(content)
+    store.check_scan(tmp_path, "a")
+    (tmp_path / "scans/a").rename(tmp_path / "scans/b")
+    with pytest.raises(ValueError, match="that of scan 'a'"):
+        store.check_scan(tmp_path, "b")
+
+
+def test_a_flipped_byte_of_the_index_is_one_clear_line_and_never_another_record(tmp_path):
+    for scan_id in "abc":
+        store.write_scan(tmp_path, scan_id, make_volume((4, 20, 20)), AFFINE)
+    index = store.write_index(tmp_path, {}, (0.0, 1.0))
+    path, noticed = tmp_path / "index.parquet", 0
+    content = path.read_bytes()
+    for place in range(5, len(content), 41):
+        broken = bytearray(content)
+        broken[place] ^= 1 << place % 8
+        path.write_bytes(broken)
+        try:
+            assert store.read_index(tmp_path) == index  # a byte that nobody reads, such as a page's statistics
+        except ValueError as error:
+            noticed += 1
+            assert "is damaged" in str(error) and "prepare repair store=" in str(error) and "\n" not in str(error)
+    assert noticed > 100
+    (tmp_path / "store.json").write_text("{")
+    with pytest.raises(ValueError, match=r"store.json of .* is damaged: delete it"):
+        store.read_index(tmp_path)
+
+
+def test_a_scan_is_a_valid_ome_zarr_image(tmp_path):
+    yaozarrs = pytest.importorskip("yaozarrs")
+    store.write_scan(tmp_path, "a", make_volume((9, 65, 33)), AFFINE, label=make_label((9, 65, 33)))
+    for path in ("scans/a", "scans/a/labels", "scans/a/labels/organs"):
+        yaozarrs.validate_zarr_store(str(tmp_path / path))
+    image = yaozarrs.open_group(str(tmp_path / "scans/a")).ome_metadata().multiscales[0]
+    assert [(axis.name, axis.type, axis.unit) for axis in image.axes] == [(n, "space", "millimeter") for n in "zyx"]
+    assert image.datasets[0].coordinateTransformations[0].scale == pytest.approx([2.5, 0.8, 0.7])

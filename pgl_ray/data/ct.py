@@ -1,26 +1,31 @@
-"""Reading a CT, and writing a label map back into the CT's own geometry.
+"""Reading a CT and its label map, and writing a label map back into the CT's own geometry.
 
 Stored orientation: the array axes (D, H, W) run towards S, P, L, so imshow of an axial slice looks as radiologists see
 it. Axes are permuted and flipped to the closest such order, never resampled; the affine keeps what is oblique or
 sheared. World coordinates are RAS+ mm, as in NIfTI. NIfTI goes through nibabel, because ITK refuses slightly sheared
-sforms; NRRD and MHA/MHD go through SimpleITK.
+sforms; NRRD and MHA/MHD go through SimpleITK; a DICOM series is a folder and the names of its slices (see dicom).
+HU below air, which scanners and converters write outside the field of view (-2000, -3024), become -1024.
 """
 
-import gzip
+import logging
 import math
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
+from isal import igzip
 from nibabel import orientations
+from nibabel.imageglobals import logger as nibabel_logger
+
+from pgl_ray.data import contours, dicom, itk
+from pgl_ray.data.dicom import AIR
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 STORED = orientations.axcodes2ornt("LPS")  # of the axes W, H, D
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 GRID_TOLERANCE = 0.1  # how far a label's corner may lie from its CT's, in voxels
 
 
@@ -29,11 +34,12 @@ class Scan:
     """A CT in the stored orientation.
 
     Attributes:
-        voxels: int16 [D, H, W], HU.
+        voxels: int16 [D, H, W], HU, -1024 and above.
         affine: float64 [4, 4], stored voxel index (d, h, w, 1) -> RAS+ mm.
         spacing_mm: voxel size (D, H, W).
         orientation: the source's axis codes in its own axis order, e.g. "RAS".
         rounding_error_hu: largest change by rounding to int16; 0 for integer sources.
+        num_padding: voxels that were below -1024 HU.
     """
 
     voxels: np.ndarray
@@ -41,6 +47,7 @@ class Scan:
     spacing_mm: tuple[float, float, float]
     orientation: str
     rounding_error_hu: float
+    num_padding: int
 
 
 def is_volume(path: Path) -> bool:
@@ -54,25 +61,27 @@ def bare_name(path: Path) -> str:
     return path.name[: -len(suffix)]
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files that make up a volume: itself, and what a detached header (.mhd, .nhdr) names."""
-    if not path.name.lower().endswith((".mhd", ".nhdr")):
-        return [path]
-    lines = path.read_text(errors="replace").splitlines()
-    named = [path.parent / re.split("[:=]", line)[-1].strip() for line in lines if line.strip()]
-    return [path, *(file for file in named if file.is_file() and file != path)]
-
-
-def read_scan(path: str | Path) -> Scan:
+def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
     """Reads a CT volume.
+
+    Args:
+        path: a file, or a folder of DICOM.
+        slices: of a folder, the paths in it of the series' files; none: the one series that lies below it.
 
     Raises:
         ValueError: missing, not a readable image, not one 3D volume of single numbers, without geometry, or with
             voxels that are not finite or not HU.
     """
-    raw, slope, inter, affine = _read(Path(path))
-    voxels, rounding_error = _whole_numbers(raw, slope, inter, np.int16, path)
-    del raw
+    path = Path(path)
+    if path.is_dir():
+        voxels, rounding_error, affine = _read_series(path, slices)
+    else:
+        raw, slope, inter, affine = _read(path)
+        voxels, rounding_error = _whole_numbers(raw, slope, inter, np.int16, path)
+        del raw
+    num_padding = int(np.count_nonzero(voxels < AIR)) if voxels.min() < AIR else 0
+    if num_padding:
+        voxels = np.maximum(voxels, np.int16(AIR))
     stored, stored_affine = _to_stored(voxels, affine)
     return Scan(
         voxels=np.ascontiguousarray(stored),
@@ -80,6 +89,7 @@ def read_scan(path: str | Path) -> Scan:
         spacing_mm=tuple(float(size) for size in np.linalg.norm(stored_affine[:3, :3], axis=0)),
         orientation="".join(nib.aff2axcodes(affine)),
         rounding_error_hu=rounding_error,
+        num_padding=num_padding,
     )
 
 
@@ -107,41 +117,86 @@ def read_label(path: str | Path, like: Scan) -> np.ndarray:
             f"{path}: label affine {_text(label_affine)} differs from its CT's {_text(like.affine)}: resample it onto "
             "the CT's grid"
         )
+    return _smallest(label)
+
+
+def read_masks(folder: str | Path, masks: dict[str, int], like: Scan) -> np.ndarray:
+    """Joins masks of single organs into one label map; where they overlap, the larger value stands.
+
+    Args:
+        folder: of the masks, each 0 outside and one other value inside.
+        masks: file name -> label value.
+
+    Returns:
+        As read_label.
+
+    Raises:
+        ValueError: as read_label; a mask with several values.
+    """
+    label = np.zeros(like.voxels.shape, np.uint16)
+    for name, value in sorted(masks.items(), key=lambda item: item[1]):
+        mask = read_label(Path(folder, name), like)
+        inside = mask > 0
+        if inside.any() and mask[inside].min() != mask.max():
+            raise ValueError(f"{Path(folder, name)}: values up to {mask.max()}, expected a mask of one organ (0 and 1)")
+        label[inside] = value
+    return _smallest(label)
+
+
+def read_contours(path: str | Path, names: dict[str, int], like: Scan) -> np.ndarray:
+    """Fills the contours of a DICOM structure set on its CT's stored grid (see contours.fill_contours).
+
+    Args:
+        names: structure name -> label value.
+
+    Returns:
+        As read_label.
+
+    Raises:
+        ValueError: not readable, or contours off the CT's slices.
+    """
+    return _smallest(contours.fill_contours(path, names, like.affine, like.voxels.shape))
+
+
+def _smallest(label: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(label, dtype=np.uint8 if label.max() <= 255 else np.uint16)
 
 
-def num_voxels(path: str | Path) -> int:
+def num_voxels(path: str | Path, slices: tuple[str, ...] = ()) -> int:
     """Size of a volume by its header alone.
 
     Raises:
         ValueError: as read_scan.
     """
     path = Path(path)
-    shape = _open_nifti(path).shape if _is_nifti(path) else _open_itk(path).GetSize()
-    return math.prod(shape)
+    if path.is_dir():
+        return math.prod(dicom.read_grid(path, slices or dicom.only_series(path)).shape)
+    return math.prod(_open_nifti(path).shape if _is_nifti(path) else itk.open_header(path).GetSize())
 
 
-def write_label(path: str | Path, label: np.ndarray, like: str | Path) -> None:
+def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: tuple[str, ...] = ()) -> None:
     """Writes a label map as NIfTI in exactly the grid, affine and axis order of a CT file.
 
     Args:
         path: .nii or .nii.gz.
         label: uint8 or uint16 [D, H, W], stored orientation.
-        like: the CT; of a NIfTI the header's geometry is copied as it stands.
+        like, slices: the CT, as for read_scan; of a NIfTI the header's geometry is copied as it stands.
 
     Raises:
         ValueError: the shape is not the CT's, or the CT cannot be read.
     """
     header, image_class = None, nib.Nifti1Image
-    if _is_nifti(Path(like)):
+    if Path(like).is_dir():
+        _, _, shape, affine = dicom.read_grid(like, slices or dicom.only_series(like))
+    elif _is_nifti(Path(like)):
         image = _open_nifti(Path(like))
         shape, affine, header, image_class = image.shape[:3], image.affine, image.header.copy(), type(image)
         header.set_data_dtype(label.dtype)
         header["cal_min"] = header["cal_max"] = 0  # the CT's display range
         header.extensions.clear()  # may hold the patient's DICOM header
     else:
-        reader = _open_itk(Path(like))
-        shape, affine = reader.GetSize(), _itk_affine(reader)
+        reader = itk.open_header(Path(like))
+        shape, affine = reader.GetSize(), itk.affine_of(reader)
     own_order = orientations.ornt_transform(STORED, _checked_orientation(affine, like))
     own = orientations.apply_orientation(label.transpose(2, 1, 0), own_order)
     if own.shape != tuple(shape):
@@ -150,6 +205,17 @@ def write_label(path: str | Path, label: np.ndarray, like: str | Path) -> None:
 
 
 # -- formats ----------------------------------------------------------------------------------------------------------
+
+
+def _read_series(folder: Path, slices: tuple[str, ...]) -> tuple[np.ndarray, float, np.ndarray]:
+    """int16 HU [i, j, k] of a DICOM series, the largest change by rounding, and affine (i, j, k, 1) -> RAS+ mm."""
+    grid = dicom.read_grid(folder, slices or dicom.only_series(folder))
+    voxels, rounding_error = np.empty(grid.shape, np.int16, order="F"), 0.0
+    for k, file in enumerate(grid.files):
+        values = dicom.read_hu(folder, file, grid.shape[:2])[..., None]
+        voxels[..., k : k + 1], error = _whole_numbers(values, 1, 0, np.int16, folder / file)
+        rounding_error = max(rounding_error, error)
+    return voxels, rounding_error, grid.affine
 
 
 def _read(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
@@ -161,7 +227,7 @@ def _read(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
     if _is_nifti(path):
         raw, slope, inter, affine = _read_nifti(path)
     else:
-        raw, slope, inter, affine = _read_itk(path)
+        (raw, affine), slope, inter = itk.read(path), 1.0, 0.0
     _checked_orientation(affine, path)
     return raw, slope, inter, affine
 
@@ -170,22 +236,33 @@ def _is_nifti(path: Path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
-def _unreadable(path: Path, reason: Any = "") -> ValueError:
-    detail = f" ({' '.join(str(reason).split())})" if str(reason) else ""
-    return ValueError(f"{path}: not a readable image{detail}: it is cut off, damaged or of another format")
+@contextmanager
+def _quiet_nibabel() -> Iterator[None]:
+    """nibabel logs what it then raises, and what it mends in a header."""
+    level = nibabel_logger.level
+    nibabel_logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        nibabel_logger.setLevel(level)
 
 
 def _open_nifti(path: Path):
     try:
-        image = nib.load(path)
+        with _quiet_nibabel():
+            image = nib.load(path)
     except Exception as error:  # nibabel has no common base for what a damaged header can cause
-        raise _unreadable(path, error) from None
+        raise itk.unreadable(path, error) from None
     if not isinstance(image, nib.Nifti1Pair):
-        raise _unreadable(path, f"{type(image).__name__}, not NIfTI")
+        raise itk.unreadable(path, f"{type(image).__name__}, not NIfTI")
     if image.get_data_dtype().kind not in "biuf":
         raise ValueError(f"{path}: voxels are of type {image.get_data_dtype()}, expected single numbers (a CT in HU)")
-    if len(image.shape) < 3 or 0 in image.shape or any(size != 1 for size in image.shape[3:]):
+    if len(image.shape) < 3 or min(image.shape) < 1 or any(size != 1 for size in image.shape[3:]):
         raise ValueError(f"{path}: shape {image.shape}, expected one 3D volume: split or select it first")
+    if image.dataobj.offset < image.header.single_vox_offset:
+        raise itk.unreadable(path, f"its voxels begin at byte {image.dataobj.offset}, inside its header")
+    held = path.stat().st_size * (itk.DEFLATE_RATIO if path.name.lower().endswith(".gz") else 1)
+    itk.check_fits(path, image.shape, image.get_data_dtype().itemsize, held)
     return image
 
 
@@ -193,53 +270,22 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
     image = _open_nifti(path)
     try:
         if path.name.lower().endswith(".gz"):
-            with gzip.open(path) as stream:
+            with igzip.open(path) as stream, _quiet_nibabel():
                 image = type(image).from_stream(stream)
-                raw = image.dataobj.get_unscaled()
-                stream.read()  # up to the end, where gzip compares its checksum; nibabel stops before it
+                raw, surplus = image.dataobj.get_unscaled(), 0
+                while part := stream.read(
+                    2**20
+                ):  # to the end, where gzip compares its checksum; nibabel stops before it
+                    surplus += len(part)
         else:
             raw = image.dataobj.get_unscaled()
+            surplus = path.stat().st_size - image.dataobj.offset - raw.nbytes
     except MemoryError:
-        raise
+        raise itk.too_large(path, image.shape) from None
     except Exception as error:  # EOFError, zlib.error, OSError, ValueError, ...
-        raise _unreadable(path, error) from None
+        raise itk.unreadable(path, error) from None
+    itk.check_surplus(path, raw.shape, surplus, raw.itemsize)
     return raw.reshape(raw.shape[:3], order="F"), image.dataobj.slope, image.dataobj.inter, image.affine
-
-
-def _open_itk(path: Path):
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:  # ITK's reasons mislead ("No such file" for a file that is cut off)
-        raise _unreadable(path) from None
-    if reader.GetNumberOfComponents() != 1:
-        raise ValueError(
-            f"{path}: {reader.GetNumberOfComponents()} values per voxel (RGB or vector), expected one (HU)"
-        )
-    if reader.GetDimension() != 3:
-        raise ValueError(f"{path}: shape {reader.GetSize()}, expected one 3D volume: split or select it first")
-    return reader
-
-
-def _read_itk(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
-    import SimpleITK as sitk
-
-    reader = _open_itk(path)
-    try:
-        image = reader.Execute()
-    except RuntimeError:
-        raise _unreadable(path) from None
-    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), 1.0, 0.0, _itk_affine(reader)
-
-
-def _itk_affine(reader) -> np.ndarray:
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing()
-    affine[:3, 3] = reader.GetOrigin()
-    return LPS_TO_RAS @ affine
 
 
 # -- geometry and values ----------------------------------------------------------------------------------------------

@@ -4,118 +4,123 @@
     plain          images/ or volumes anywhere below the folder, labels/; split "train" where there is labels/
     data sets      folders of the kinds above below the folder: their volumes without labels, whose values mean
                    something else in each of them; prepare them one by one to keep labels
-A label map has its volume's path below their folders, or its name. A table may say otherwise about splits.
+    recipe         patterns of a public data set (data_prep/*.yaml)
+A volume is a file, or the slices of a DICOM series. A label map has its volume's path below their folders, or its name;
+contours (RTSTRUCT) belong to the series that they name. A table may say otherwise about splits.
 """
 
 import csv
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pgl_ray.config import LabelsConfig
-from pgl_ray.data import ct
+from pgl_ray.config import LabelsConfig, RecipeConfig
+from pgl_ray.data import ct, dicom
+from pgl_ray.data.recipe import draw_split, find_scans
+from pgl_ray.data.source import Fault, Found, Source, some, volume_files
 
 CHANNEL = "_0000"  # nnU-Net's suffix of the first, and in CT only, channel
-
-
-@dataclass(frozen=True)
-class Source:
-    """One scan to convert.
-
-    Attributes:
-        scan_id: the file's name without suffix; with its folders, joined by "__", where the name occurs twice.
-        image, label: absolute paths.
-        split: "" where nothing is said.
-        labelled: annotated label values; None = all that have a name.
-    """
-
-    scan_id: str
-    image: str
-    label: str | None
-    split: str
-    labelled: tuple[int, ...] | None = None
-
-    def files(self) -> list[Path]:
-        """All files that the scan is made from."""
-        return [file for path in (self.image, self.label) if path for file in ct.files_of(Path(path))]
-
-    def stamp(self) -> tuple[int, int]:
-        """Bytes of all files, and the newest one's time in ns."""
-        stats = [file.stat() for file in self.files()]
-        return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
-
-    def digest(self) -> str:
-        """sha256 of the file's bytes; of several files, that of their hashes."""
-        digests = []
-        for file in self.files():
-            with file.open("rb") as stream:
-                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-class Fault(NamedTuple):
-    """A file that cannot be used, and why."""
-
-    source: str
-    reason: str
+OTHER_MODALITIES = ("MR", "T1", "T2", "FLAIR", "PET", "PT", "US", "ADC", "DWI")
 
 
 class Layout(NamedTuple):
-    """A source folder's scans sorted by scan_id, organ name -> value (may be empty), unusable files, and folders of
-    label maps that are left out."""
+    """What a source folder holds.
+
+    Attributes:
+        scans: sorted by scan_id.
+        names: organ name -> label value; may be empty.
+        faults: files that should be used and cannot be.
+        left_out: files and folders that are none of prepare's business, such as localisers.
+        missing: what the data set has and the folder has not, in words.
+    """
 
     scans: list[Source]
     names: dict[str, int]
     faults: list[Fault]
-    left_out: list[str]
+    left_out: list[Fault]
+    missing: list[str]
 
 
-def read_layout(source: str, labels: LabelsConfig) -> Layout:
+def read_layout(
+    source: str, labels: LabelsConfig, recipe: RecipeConfig | None = None, series: tuple[str, ...] = ()
+) -> Layout:
     """Finds the scans of a source folder.
 
+    Args:
+        series: UIDs or descriptions of the DICOM series to take; none: all.
+
     Raises:
-        ValueError: no such folder, no volume in it, two files of one name, or a table or dataset.json that cannot be
-            used.
+        ValueError: no such folder, no volume in it, two files of one name, or a table, dataset.json or series that
+            cannot be used.
     """
-    root = Path(source).resolve()
+    root, recipe = Path(source).resolve(), recipe or RecipeConfig()
     if not root.is_dir():
         raise ValueError(f"source={source}: no such folder")
-    found, faults = {}, []
-    folders, left_out, inner = _folders(root), [], []
-    if not folders:
-        nested = [one for below in _data_sets(root) for one in _folders(below)]
-        left_out = [str(label_folder) for _, label_folder, _ in nested if label_folder.is_dir()]
-        inner = [folder for images, label_folder, _ in nested for folder in (images, label_folder)]
-        folders = [(images, None, "") for images, _, _ in nested]
-        folders.append((root, root / "labels", "train" if (root / "labels").is_dir() else ""))
-    for images, label_folder, split in folders:
-        without = [label_folder] if label_folder else []
-        volumes = _volumes(images, [*without, *(inner if images == root else [])])
-        maps = _volumes(label_folder) if label_folder else {}
-        counts = Counter(parts[-1] for parts in volumes)
-        for parts, path in volumes.items():
-            if not path.is_file():
-                faults.append(Fault(str(path), "a link to a file that is not there"))
-                continue
-            label = maps.pop(parts, None) or (maps.pop(parts[-1:], None) if counts[parts[-1]] == 1 else None)
-            found["__".join(images.relative_to(root).parts), *parts] = Source(
-                "", str(path), label and str(label), split
-            )
-        faults += [Fault(str(path), "label map without a volume of its name") for path in maps.values()]
-    if not found and not faults:
-        raise ValueError(f"source={source}: no volume in it ({', '.join(ct.SUFFIXES)})")
-    names = labels.names or _dataset_names(root / "dataset.json")
+    if series and recipe.parts:
+        raise ValueError(f"series={list(series)}: a recipe says where its scans lie: leave series out")
+    names = labels.names or ({} if recipe.parts else _dataset_names(root / "dataset.json"))
     if len(set(names.values())) < len(names):
         raise ValueError(f"labels.names={names}: two organs have one value")
-    scans = _with_ids(found)
+    found = find_scans(root, recipe, names) if recipe.parts else _by_folders(root, names, series)
+    scans, faults = _with_ids(found.scans), found.faults
+    if recipe.split_sizes:
+        scans = draw_split(scans, recipe)
     if labels.table:
         scans, untold = _with_table(scans, root / labels.table, names)
         faults += untold
-    return Layout(sorted(scans, key=lambda scan: scan.scan_id), names, sorted(faults), left_out)
+    scans.sort(key=lambda scan: scan.scan_id)
+    return Layout(scans, names, sorted(faults), sorted(found.left_out), found.missing)
+
+
+# -- layouts that are known -------------------------------------------------------------------------------------------
+
+
+def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> Found:
+    found = Found({}, [], [], [])
+    folders, inner = _folders(root), []
+    if not folders:
+        nested = [one for below in _data_sets(root) for one in _folders(below)]
+        reason = "labels of one of several data sets, whose values differ: prepare it alone to keep them"
+        found.left_out.extend(Fault(str(labels), reason) for _, labels, _ in nested if labels.is_dir())
+        inner = [folder for images, label_folder, _ in nested for folder in (images, label_folder)]
+        folders = [(images, None, "") for images, _, _ in nested]
+        folders.append((root, root / "labels", "train" if (root / "labels").is_dir() else ""))
+    else:
+        found.missing.extend(_fewer_than_stated(root))
+    objects = dicom.find(root)
+    found.faults.extend(Fault(path, reason) for path, reason in objects.unreadable)
+    found.left_out.extend(Fault(path, reason) for path, reason in objects.left_out)
+    chosen = _chosen(objects.series, series, root)
+    for images, label_folder, split in folders:
+        without = [*([label_folder] if label_folder else []), *(inner if images == root else [])]
+        volumes = _volumes(images, without)
+        maps = _volumes(label_folder) if label_folder else {}
+        counts = Counter(parts[-1] for parts in volumes)
+        key = "__".join(images.relative_to(root).parts)
+        for parts, path in volumes.items():
+            if not path.is_file():
+                found.faults.append(Fault(str(path), "a link to a file that is not there"))
+                continue
+            label = maps.pop(parts, None) or (maps.pop(parts[-1:], None) if counts[parts[-1]] == 1 else None)
+            found.scans[key, *parts] = Source("", str(path), label and str(label), split)
+        here = [one for one in chosen if _below(Path(one.folder), images, without)]
+        for one, name in zip(here, series_names(here, images)):
+            label = maps.pop(Path(one.folder).relative_to(images).parts, None) or maps.pop((name,), None)
+            if doubt := objects.doubt(one):
+                found.faults.append(Fault(one.folder, doubt))
+                continue
+            scan = Source("", one.folder, label and str(label), split, slices=one.slices)
+            _add(found, (key, name), scan, one.uid, objects.contours, names)
+        found.faults.extend(Fault(str(path), "label map without a volume of its name") for path in maps.values())
+    _note_unused(found, objects.contours, chosen, names)
+    if not found.scans and not found.faults:
+        others = "; ".join(f"{path}: {reason}" for path, reason in found.left_out[:5])
+        found_too = f"; found {others}" if others else ""
+        raise ValueError(f"source={root}: no volume in it ({', '.join(ct.SUFFIXES)}, DICOM){found_too}")
+    return found
 
 
 def _folders(root: Path) -> list[tuple[Path, Path, str]]:
@@ -134,21 +139,80 @@ def _data_sets(root: Path) -> list[Path]:
     )
 
 
+def _below(path: Path, folder: Path, without: Sequence[Path]) -> bool:
+    return path.is_relative_to(folder) and not any(path.is_relative_to(other) for other in without)
+
+
 def _volumes(folder: Path, without: Sequence[Path] = ()) -> dict[tuple[str, ...], Path]:
     """Volumes below a folder by their path in it, the last part without suffix and nnU-Net's channel."""
     volumes: dict[tuple[str, ...], Path] = {}
-    for path in sorted(folder.rglob("*")):
-        below = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in below.parts)  # macOS writes "._name" beside name
-        if hidden or not ct.is_volume(path) or path.is_dir() or any(path.is_relative_to(other) for other in without):
+    for path in volume_files(folder):
+        if not _below(path, folder, without):
             continue
-        parts = (*below.parts[:-1], ct.bare_name(path))
+        parts = (*path.relative_to(folder).parts[:-1], ct.bare_name(path))
         if parts in volumes:
             raise ValueError(f"{volumes[parts]} and {path} are of one name: keep one of them")
         volumes[parts] = path
     if folder.name in ("imagesTr", "imagesTs") and all(parts[-1].endswith(CHANNEL) for parts in volumes):
         return {(*parts[:-1], parts[-1].removesuffix(CHANNEL)): path for parts, path in volumes.items()}
     return volumes
+
+
+def _chosen(found: list[dicom.Series], wanted: tuple[str, ...], root: Path) -> list[dicom.Series]:
+    """The series that the user names.
+
+    Raises:
+        ValueError: a name that no series has.
+    """
+    for name in wanted:
+        if not any(name in (one.uid, one.description) for one in found):
+            known = ", ".join(sorted({repr(one.description or one.uid) for one in found})) or "no CT series"
+            raise ValueError(f"series={name!r}: none of that UID or description in {root}; there: {known}")
+    return [one for one in found if not wanted or one.uid in wanted or one.description in wanted]
+
+
+def series_names(found: list[dicom.Series], images: Path) -> list[str]:
+    """The folder's path, with the series' number, and if need be the end of its UID, where it holds several."""
+    names = ["__".join(Path(one.folder).relative_to(images).parts) or images.name for one in found]
+    for extend in (lambda one: f"series{one.number}", lambda one: one.uid[-12:]):
+        counts = Counter(names)
+        names = [f"{name}__{extend(one)}" if counts[name] > 1 else name for name, one in zip(names, found)]
+    return names
+
+
+def _add(
+    found: Found,
+    key: tuple[str, ...],
+    scan: Source,
+    uid: str,
+    contours: list[dicom.Contours],
+    names: dict[str, int],
+) -> None:
+    """Adds a DICOM scan with the contours that are drawn on it."""
+    values = {name.casefold(): value for name, value in names.items()}
+    drawn = [one for one in contours if uid in one.series and values.keys() & {o.casefold() for o in one.organs}]
+    if len(drawn) + bool(scan.label) > 1:
+        paths = ", ".join(filter(None, [scan.label, *(one.path for one in drawn)]))
+        found.faults.append(Fault(scan.image, f"has several labels ({paths}): keep one of them"))
+        return
+    if drawn:
+        labelled = {values[organ.casefold()] for organ in drawn[0].organs if organ.casefold() in values}
+        scan = replace(scan, label=drawn[0].path, split=scan.split or "train", labelled=tuple(sorted(labelled)))
+    found.scans[key] = scan
+
+
+def _note_unused(
+    found: Found, contours: list[dicom.Contours], series: list[dicom.Series], names: dict[str, int]
+) -> None:
+    """Says why contours are not used."""
+    used, there = {scan.label for scan in found.scans.values()}, {one.uid for one in series}
+    known = {name.casefold() for name in names}
+    for one in contours:
+        if one.path not in used and not (one.series & there):
+            found.left_out.append(Fault(one.path, "contours of a series that is not here"))
+        elif one.path not in used and not known & {organ.casefold() for organ in one.organs}:
+            organs = ", ".join(repr(organ) for organ in one.organs)
+            found.left_out.append(Fault(one.path, f"contours of {organs}: name those to use, labels.names={{NAME: 1}}"))
 
 
 def _with_ids(found: dict[tuple[str, ...], Source]) -> list[Source]:
@@ -161,8 +225,52 @@ def _with_ids(found: dict[tuple[str, ...], Source]) -> list[Source]:
     return [replace(source, scan_id=ids[parts]) for parts, source in found.items()]
 
 
+# -- what files beside the volumes say --------------------------------------------------------------------------------
+
+
+def _stated(path: Path) -> dict:
+    """A dataset.json; empty without the file.
+
+    Raises:
+        ValueError: not JSON, or no object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}): mend or remove it") from None
+
+
+def _fewer_than_stated(root: Path) -> list[str]:
+    """Training and test volumes that a dataset.json lists (MSD) or counts (nnU-Net) and that are not there.
+
+    Raises:
+        ValueError: its volumes are not CT.
+    """
+    stated, missing = _stated(root / "dataset.json"), []
+    channels = stated.get("channel_names") or stated.get("modality") or {}
+    channels = [str(name) for name in (channels.values() if isinstance(channels, dict) else [channels])]
+    if len(channels) > 1 or any(name.upper().startswith(OTHER_MODALITIES) for name in channels):
+        raise ValueError(f"{root / 'dataset.json'}: its volumes are {', '.join(channels)}, expected CT alone")
+    for key, folder in (("Training", "imagesTr"), ("Test", "imagesTs")):
+        there, listed = _volumes(root / folder), stated.get(key.lower())
+        if isinstance(listed, list):
+            paths = [str(one["image"] if isinstance(one, dict) and "image" in one else one) for one in listed]
+            ids = {path.rsplit("/", 1)[-1].split(".nii")[0].removesuffix(CHANNEL) for path in paths}
+            absent = sorted(ids - {parts[-1].removesuffix(CHANNEL) for parts in there})
+            if absent:
+                missing.append(
+                    f"{len(absent)} of {len(ids)} volumes of {folder} that dataset.json lists: {some(absent)}"
+                )
+        elif isinstance(number := stated.get(f"num{key}"), int) and len(there) < number:
+            missing.append(f"{number - len(there)} of {number} volumes of {folder} that dataset.json counts")
+    return missing
+
+
 def _dataset_names(path: Path) -> dict[str, int]:
-    """Organ names of a dataset.json: nnU-Net's {"liver": 1} or MSD's {"1": "liver"}; empty without the file."""
+    """Organ names of a dataset.json: nnU-Net's {"liver": 1} or MSD's {"1": "liver"}; empty without the file. nnU-Net's
+    "ignore" is no organ: label maps with its value are refused."""
     if not path.is_file():
         return {}
     try:
@@ -174,14 +282,16 @@ def _dataset_names(path: Path) -> dict[str, int]:
         raise ValueError(
             f"{path}: no label map name -> value in it ({error!r}): give labels.names={{organ: 1}}"
         ) from None
-    return {name: value for name, value in names.items() if value}
+    return {name: value for name, value in names.items() if value and name != "ignore"}
 
 
 def _with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[list[Source], list[Fault]]:
     """Splits and labelled organs from a table; labelled scans that it does not know cannot be used."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            first = file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=";" if ";" in first and "," not in first else ",")
             rows = {next(iter(row.values())): row for row in reader}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"labels.table={path}: cannot be read ({error})") from None

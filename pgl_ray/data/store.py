@@ -1,33 +1,49 @@
-"""The store: one Zarr v3 group per scan and a Parquet index over them.
+"""The store: one Zarr v3 group per scan and a Parquet index over them, in a folder or in a bucket.
 
-    STORE/store.json           format, HU window, organ name -> label value
+    STORE/store.json           format, HU window, encoding, organ name -> label value, what was prepared and by what
     STORE/index.parquet        one row per scan: the fields of ScanRecord
     STORE/scans/<scan_id>/     OME-Zarr 0.5 group; its attribute "pgl_ray" is the scan's record
-    STORE/scans/<scan_id>/0/                 int16 HU, one shard
+    STORE/scans/<scan_id>/0/                 int16 HU or uint8 codes of it, one shard
     STORE/scans/<scan_id>/labels/organs/0/   uint8 or uint16 on the same grid, one shard
 
-A scan is written to STORE/.part and renamed when whole, and the index is assembled from the scans' attributes: an
-interrupted run leaves a valid store.
+A scan is written aside and put in place when whole (data/place.py), and the index is assembled from the scans'
+attributes: an interrupted run leaves a valid store.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
-import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+import google_crc32c
 import numpy as np
 from scipy import ndimage
 
-from pgl_ray.data.shard import ARRAY_PATHS, ArrayReader, write_array
+from pgl_ray.data.place import Place, open_place, write_aside  # noqa: F401 (for the doors)
+from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, array_metadata, code_table, encode_shard
 
-FORMAT = 1
+FORMAT = 2
+WRITERS = (
+    "pgl_ray",
+    "zarr",
+    "numcodecs",
+    "numpy",
+    "pyarrow",
+    "scipy",
+    "nibabel",
+    "SimpleITK",
+    "pydicom",
+)  # whose versions count
+READS_AT_ONCE = 16  # records; an object store answers each after tens of milliseconds
+HISTOGRAM_HU = tuple(range(-1024, 1601, 64))  # inner bounds of the records' bins; the first and last bin are open
 BODY_HU = -500  # voxels above it are body (or couch), below it air and lung
+ALL_HU = np.arange(2**16, dtype=np.uint16).view(np.int16)  # by its bits as uint16, the order that voxels are counted in
 
 
 @dataclass(frozen=True)
@@ -44,12 +60,18 @@ class ScanRecord:
         foreground_box: the voxels above -500 HU; the whole volume where there is none.
         source, source_size, source_mtime_ns, source_hash: the file it was made from (path, bytes, time, sha256 over
             the bytes); size, time and hash cover the label file too.
-        content_hash: sha256 of the stored int16 array in C order.
+        content_hash: sha256 of the int16 HU that a reader gives, in C order.
         rounding_error_hu: largest change by rounding to int16; 0 for integer sources.
+        encoding_rms_hu: root mean square change by 8-bit codes of the voxels inside the HU window; 0 for int16.
+        clipped_share: share of voxels outside the HU window, which 8-bit codes do not tell apart; 0 for int16.
+        histogram: number of voxels per bin of HISTOGRAM_HU.
+        foreground_share: share of voxels above -500 HU.
+        border_share: that of the voxels on the four side faces; high where the field of view cuts the body.
         split: "train", "test", ... or "".
         array_metadata, label_metadata: zarr.json of the two arrays, so that readers need not open it; None = no label.
         labelled: label values that are annotated in this scan; others are unknown here, not absent.
         label_boxes, label_voxels: box and number of voxels of every label value that occurs.
+        num_padding: voxels that were below -1024 HU in the source and are -1024 here.
     """
 
     scan_id: str
@@ -66,12 +88,37 @@ class ScanRecord:
     source_hash: str
     content_hash: str
     rounding_error_hu: float
+    encoding_rms_hu: float
+    clipped_share: float
+    histogram: tuple[int, ...]
+    foreground_share: float
+    border_share: float
     split: str
     array_metadata: str
     label_metadata: str | None
     labelled: tuple[int, ...]
     label_boxes: dict[int, tuple[int, ...]]
     label_voxels: dict[int, int]
+    num_padding: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all scans of a store.
+
+    Attributes:
+        labels: organ name -> label value.
+        hu_window: of the statistics, of the views and of 8-bit codes.
+        encoding: "int16" or "uint8".
+        spacing_mm: that all scans were resampled to (D, H, W); none: each has its own.
+        preparations: config of every prepare that added to the store, one per source folder.
+    """
+
+    labels: dict[str, int]
+    hu_window: tuple[float, float]
+    encoding: str = "int16"
+    spacing_mm: tuple[float, float, float] | None = None
+    preparations: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,16 +126,18 @@ class Index:
     """All scans of a store.
 
     Attributes:
-        store: absolute path of its folder.
+        store: absolute path of its folder, or its URL.
         scans: sorted by scan_id.
         labels: organ name -> label value.
         hu_window: of the statistics, and of the views.
+        spacing_mm: that all scans were resampled to; none: each has its own.
     """
 
     store: str
     scans: tuple[ScanRecord, ...]
     labels: dict[str, int]
     hu_window: tuple[float, float]
+    spacing_mm: tuple[float, float, float] | None = None
 
     def labelled(self, split: str) -> list[ScanRecord]:
         """Scans of a split that have a label map."""
@@ -109,83 +158,142 @@ def read_index(store: str | Path) -> Index:
     Raises:
         ValueError: not a store, prepare did not finish, or no scan in it.
     """
-    import pyarrow.parquet as pq
-
-    labels, hu_window = read_settings(store)
-    path = Path(store, "index.parquet")
-    if not path.is_file():
-        raise ValueError(f"store {str(store)!r} has no index.parquet: run prepare to its end")
-    rows = pq.read_table(path).to_pylist()
+    settings, place = read_settings(store), open_place(store)
+    try:
+        rows = read_table(place.read("index.parquet"))
+    except FileNotFoundError:
+        raise ValueError(f"store {str(store)!r} has no index.parquet: run prepare to its end") from None
+    except Exception as error:  # pyarrow's own, of several kinds
+        reason = " ".join(str(error).split())
+        mend = f"python -m pgl_ray.prepare repair store={store}"
+        raise ValueError(f"index.parquet of {str(store)!r} is damaged ({reason}): {mend}") from None
     if not rows:
         raise ValueError(f"store {str(store)!r} holds no scan: its failed.jsonl says why")
-    return Index(os.path.abspath(store), tuple(_from_row(row) for row in rows), labels, hu_window)
+    return Index(place.url, tuple(rows), settings.labels, settings.hu_window, settings.spacing_mm)
 
 
-def read_settings(store: str | Path) -> tuple[dict[str, int], tuple[float, float]]:
-    """Label names and HU window of a store.
-
-    Raises:
-        ValueError: no store there, or one of another format.
-    """
-    path = Path(store, "store.json")
-    if not path.is_file():
-        raise ValueError(f"{str(store)!r} is not a store (no store.json): make one with python -m pgl_ray.prepare")
-    settings = json.loads(path.read_text())
-    if settings["format"] != FORMAT:
-        raise ValueError(f"store {str(store)!r} has format {settings['format']}, this version reads {FORMAT}")
-    return settings["labels"], tuple(settings["hu_window"])
-
-
-def write_settings(store: str | Path, labels: dict[str, int], hu_window: tuple[float, float]) -> None:
-    """Writes store.json."""
-    try:
-        made_by = version("pgl_ray")
-    except PackageNotFoundError:  # run from a checkout
-        made_by = "checkout"
-    Path(store).mkdir(parents=True, exist_ok=True)
-    ordered = dict(sorted(labels.items(), key=lambda item: item[1]))
-    settings = {"format": FORMAT, "hu_window": list(hu_window), "labels": ordered, "pgl_ray": made_by}
-    write_aside(Path(store, "store.json"), json.dumps(settings, indent=2).encode())
-
-
-def write_index(store: str | Path, labels: dict[str, int], hu_window: tuple[float, float]) -> Index:
-    """Assembles store.json and index.parquet from the records of all scans; the order of writing leaves no trace."""
+def read_table(content: bytes) -> list[ScanRecord]:
+    """Records of an index.parquet; an error of pyarrow's where a checksum in it does not agree."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    return [
+        _from_row(row) for row in pq.read_table(pa.BufferReader(content), page_checksum_verification=True).to_pylist()
+    ]
+
+
+def read_settings(store: str | Path) -> Settings:
+    """What store.json says.
+
+    Raises:
+        ValueError: no store there, one of another format, or store.json is damaged.
+    """
+    place = open_place(store)
+    try:
+        said = json.loads(place.read("store.json"))
+        known = said["format"]
+        if known == FORMAT:
+            spacing = said["spacing_mm"] and tuple(said["spacing_mm"])
+            window, preparations = tuple(said["hu_window"]), tuple(said["preparations"])
+            return Settings(said["labels"], window, said["encoding"], spacing, preparations)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{str(store)!r} is not a store (no store.json): make one with python -m pgl_ray.prepare"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"store.json of {str(store)!r} is damaged: delete it, then prepare the same folders again; scans that are "
+            "there stay"
+        ) from None
+    raise ValueError(f"store {str(store)!r} has format {known}, this version reads {FORMAT}: prepare it again")
+
+
+def write_settings(store: str | Path, labels: dict[str, int], hu_window: tuple[float, float], **others: Any) -> None:
+    """Writes store.json; `others` are the further fields of Settings."""
+    settings = Settings(labels, tuple(hu_window), **others)
+    ordered = dict(sorted(labels.items(), key=lambda item: item[1]))
+    said = {"format": FORMAT, **dataclasses.asdict(settings), "labels": ordered, "versions": _versions()}
+    open_place(store).write("store.json", [json.dumps(said, indent=2, ensure_ascii=False).encode()])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in WRITERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # pgl_ray run from a checkout, pydicom not installed
+            continue
+    return found
+
+
+def made_here(store: str | Path) -> bool:
+    """Whether this environment has the versions that the store was written with."""
+    return json.loads(open_place(store).read("store.json"))["versions"] == _versions()
+
+
+def write_index(store: str | Path, labels: dict[str, int], hu_window: tuple[float, float], **others: Any) -> Index:
+    """Assembles store.json and index.parquet from the records of all scans; the order of writing leaves no trace."""
     records = read_records(store)
     scans = tuple(records[scan_id] for scan_id in sorted(records))
-    write_settings(store, labels, hu_window)
+    write_settings(store, labels, hu_window, **others)
+    place = open_place(store)
+    place.write("index.parquet", [table_of(scans)])
+    return Index(place.url, scans, labels, tuple(hu_window), others.get("spacing_mm"))
+
+
+def table_of(scans: Sequence[ScanRecord]) -> bytes:
+    """index.parquet of some records, with a checksum per page."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([_to_row(scan) for scan in scans], schema=_schema()), sink)
-    write_aside(Path(store, "index.parquet"), sink.getvalue())
-    return Index(os.path.abspath(store), scans, labels, hu_window)
+    table = pa.Table.from_pylist([_to_row(scan) for scan in scans], schema=_schema())
+    pq.write_table(table, sink, write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
 
 
 def read_records(store: str | Path) -> dict[str, ScanRecord]:
     """Records of all whole scans, from their Zarr attributes."""
-    records = {}
-    for path in Path(store, "scans").glob("*/zarr.json"):
+    place = open_place(store)
+
+    def read(scan_id: str) -> ScanRecord | None:
         try:
-            records[path.parent.name] = _from_row(json.loads(path.read_text())["attributes"]["pgl_ray"])
-        except (ValueError, KeyError, TypeError):  # cut off by a power failure: not whole, so prepare writes it again
-            continue
-    return records
+            return parse_record(place.read(f"scans/{scan_id}/zarr.json"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # prepare writes it again
+            return None
+
+    names = place.names("scans")
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        return {name: record for name, record in zip(names, pool.map(read, names)) if record}
+
+
+def parse_record(content: bytes) -> ScanRecord:
+    """Record in a scan's zarr.json.
+
+    Raises:
+        ValueError: damaged: any bit of it is another.
+    """
+    try:
+        row = json.loads(content)["attributes"]["pgl_ray"]
+        record = _from_row(row)
+        whole = content == group_text(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"zarr.json is cut off or damaged ({type(error).__name__})") from None
+    if not whole:
+        raise ValueError("zarr.json is damaged: its checksum does not agree")
+    return record
 
 
 def update_record(store: str | Path, record: ScanRecord) -> None:
     """Replaces the record of a scan; its arrays stay."""
-    _write_group(Path(store, "scans", record.scan_id), _ome(record.spacing_mm) | {"pgl_ray": _to_row(record)})
+    open_place(store).write(f"scans/{record.scan_id}/zarr.json", [group_text(record)])
 
 
-def write_aside(path: Path, content: bytes) -> None:
-    """Writes a file in one step: readers see the old one or the new one."""
-    aside = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
-        aside.write_bytes(content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+def group_text(record: ScanRecord) -> bytes:
+    """A scan's zarr.json, with a checksum of the record."""
+    row = _to_row(record)
+    checksum = google_crc32c.value(json.dumps(row, sort_keys=True).encode())
+    return _group_text(_ome(record.spacing_mm) | {"pgl_ray": row, "pgl_ray_crc32c": checksum})
 
 
 def _to_row(record: ScanRecord) -> dict:
@@ -211,6 +319,7 @@ def _schema():
         "shape": integers,
         "foreground_box": integers,
         "labelled": integers,
+        "histogram": integers,
         "spacing_mm": floats,
         "affine": floats,
     }
@@ -239,9 +348,11 @@ def write_scan(
     labelled: tuple[int, ...] = (),
     split: str = "",
     hu_window: tuple[float, float] = (-1024.0, 325.0),
+    encoding: str = "int16",
     chunk: tuple[int, int, int] = (8, 64, 64),
     orientation: str = "",
     rounding_error_hu: float = 0.0,
+    num_padding: int = 0,
     source: str = "",
     source_size: int = 0,
     source_mtime_ns: int = 0,
@@ -250,15 +361,16 @@ def write_scan(
     """Writes one scan, replacing a scan of that name; the index is not touched.
 
     Args:
-        store: folder of the store.
+        store: folder of the store, or its URL.
         scan_id: name of the scan's folder.
         volume: int16 [D, H, W], HU.
         affine: [4, 4], stored voxel index (d, h, w, 1) -> RAS+ mm.
         label: uint8 or uint16 [D, H, W].
         labelled: label values that are annotated.
-        hu_window: of the statistics.
+        hu_window: of the statistics, and of 8-bit codes.
+        encoding: "int16", lossless, or "uint8": 256 steps over the HU window, what lies outside is clipped.
         chunk: inner chunk of the shard in voxels.
-        split, orientation, rounding_error_hu, source*: see ScanRecord.
+        split, orientation, rounding_error_hu, num_padding, source*: see ScanRecord.
 
     Raises:
         ValueError: wrong dtype, or a label of another shape.
@@ -268,50 +380,74 @@ def write_scan(
         raise ValueError(f"volume of {scan_id}: {volume.dtype} {volume.shape}, expected int16 [D, H, W]")
     if label is not None and (label.dtype not in (np.uint8, np.uint16) or label.shape != volume.shape):
         raise ValueError(f"label of {scan_id}: {label.dtype} {label.shape}, expected uint8 or uint16 {volume.shape}")
-    part, target = Path(store, ".part", uuid.uuid4().hex), Path(store, "scans", scan_id)
-    mean, std = statistics(volume, hu_window)
-    try:
-        part.mkdir(parents=True)
-        record = ScanRecord(
-            scan_id=scan_id,
-            shape=tuple(int(size) for size in volume.shape),
-            spacing_mm=tuple(float(size) for size in np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)),
-            orientation=orientation,
-            affine=tuple(float(value) for value in np.asarray(affine, dtype=np.float64).ravel()),
-            mean_hu=mean,
-            std_hu=std,
-            foreground_box=_foreground_box(volume),
-            source=source,
-            source_size=source_size,
-            source_mtime_ns=source_mtime_ns,
-            source_hash=source_hash,
-            content_hash=hashlib.sha256(np.ascontiguousarray(volume, dtype="<i2")).hexdigest(),
-            rounding_error_hu=rounding_error_hu,
-            split=split,
-            array_metadata=write_array(part / ARRAY_PATHS["volume"], volume, chunk),
-            label_metadata=None if label is None else write_array(part / ARRAY_PATHS["label"], label, chunk),
-            labelled=tuple(sorted(int(value) for value in labelled)),
-            label_boxes={} if label is None else _label_boxes(label),
-            label_voxels={} if label is None else count_labels(label),
-        )
-        if label is not None:
-            _write_group(part / "labels", {"ome": {"version": "0.5", "labels": ["organs"]}})
-            ome = _ome(record.spacing_mm)["ome"] | {"image-label": {"source": {"image": "../../"}}}
-            _write_group(part / "labels/organs", {"ome": ome})
-        _write_group(part, _ome(record.spacing_mm) | {"pgl_ray": _to_row(record)})
-        target.parent.mkdir(exist_ok=True)
-        if target.exists():
-            target.rename(part.with_name(f"{part.name}.old"))
-        part.rename(target)
-    finally:
-        for left in (part, part.with_name(f"{part.name}.old")):
-            shutil.rmtree(left, ignore_errors=True)
+    counts = _counts(volume.view(np.uint16))
+    stored, attributes, loss = volume, {}, (0.0, 0.0)
+    if encoding == "uint8":
+        codes, attributes = _codes(hu_window)
+        loss = _loss(counts, codes, attributes, hu_window)
+        stored = codes[volume.view(np.uint16)]
+        counts = np.bincount(code_table(attributes)[codes].view(np.uint16), counts, 2**16).astype(np.int64)
+    mean, std = _mean_and_std(counts, hu_window)
+    body, border = _shares(volume, counts)
+    arrays = {"volume": (stored, array_metadata(stored.shape, stored.dtype, chunk, attributes))}
+    if label is not None:
+        arrays["label"] = (label, array_metadata(label.shape, label.dtype, chunk))
+    record = ScanRecord(
+        scan_id=scan_id,
+        shape=tuple(int(size) for size in volume.shape),
+        spacing_mm=tuple(float(size) for size in np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)),
+        orientation=orientation,
+        affine=tuple(float(value) for value in np.asarray(affine, dtype=np.float64).ravel()),
+        mean_hu=mean,
+        std_hu=std,
+        foreground_box=_foreground_box(volume),
+        source=source,
+        source_size=source_size,
+        source_mtime_ns=source_mtime_ns,
+        source_hash=source_hash,
+        content_hash=_content_hash(stored, code_table(attributes)),
+        rounding_error_hu=rounding_error_hu,
+        num_padding=num_padding,
+        encoding_rms_hu=loss[0],
+        clipped_share=loss[1],
+        histogram=_histogram(counts),
+        foreground_share=body,
+        border_share=border,
+        split=split,
+        array_metadata=arrays["volume"][1],
+        label_metadata=arrays["label"][1] if label is not None else None,
+        labelled=tuple(sorted(int(value) for value in labelled)),
+        label_boxes={} if label is None else _label_boxes(label),
+        label_voxels={} if label is None else count_labels(label),
+    )
+    with open_place(store).replaced(f"scans/{scan_id}") as scan:
+        for kind, (array, _) in arrays.items():
+            scan.write(f"{ARRAY_PATHS[kind]}/{SHARD}", encode_shard(array, chunk))
+        for key, content in group_files(record).items():  # its own zarr.json last: with it a scan is whole
+            scan.write(key, [content])
     return record
 
 
-def _write_group(folder: Path, attributes: dict) -> None:
-    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    write_aside(folder / "zarr.json", json.dumps(group, indent=2).encode())
+def _content_hash(stored: np.ndarray, table: np.ndarray | None) -> str:
+    digest = hashlib.sha256()
+    for part in stored:
+        digest.update(np.ascontiguousarray(part if table is None else table[part], "<i2"))
+    return digest.hexdigest()
+
+
+def group_files(record: ScanRecord) -> dict[str, bytes]:
+    """Every file of a scan but the shards, by its key below the scan's."""
+    files = {f"{ARRAY_PATHS['volume']}/zarr.json": record.array_metadata.encode()}
+    if record.label_metadata is not None:
+        files[f"{ARRAY_PATHS['label']}/zarr.json"] = record.label_metadata.encode()
+        files["labels/zarr.json"] = _group_text({"ome": {"version": "0.5", "labels": ["organs"]}})
+        ome = _ome(record.spacing_mm)["ome"] | {"image-label": {"source": {"image": "../../"}}}
+        files["labels/organs/zarr.json"] = _group_text({"ome": ome})
+    return files | {"zarr.json": group_text(record)}
+
+
+def _group_text(attributes: dict) -> bytes:
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=2).encode()
 
 
 def _ome(spacing_mm: tuple[float, float, float]) -> dict:
@@ -330,10 +466,42 @@ def _counts(array: np.ndarray) -> np.ndarray:
 
 def statistics(volume: np.ndarray, hu_window: tuple[float, float]) -> tuple[float, float]:
     """Mean and standard deviation after clipping, exact and independent of the order of summation."""
-    counts = _counts(volume.view(np.uint16))
-    values = np.arange(2**16, dtype=np.uint16).view(np.int16).clip(*hu_window).astype(np.float64)
-    mean = np.sum(counts * values) / volume.size
-    return float(mean), math.sqrt(np.sum(counts * (values - mean) ** 2) / volume.size)
+    return _mean_and_std(_counts(volume.view(np.uint16)), hu_window)
+
+
+def _mean_and_std(counts: np.ndarray, hu_window: tuple[float, float]) -> tuple[float, float]:
+    values, size = ALL_HU.clip(*hu_window).astype(np.float64), counts.sum()
+    mean = np.sum(counts * values) / size
+    return float(mean), math.sqrt(np.sum(counts * (values - mean) ** 2) / size)
+
+
+def _histogram(counts: np.ndarray) -> tuple[int, ...]:
+    bins = np.searchsorted(HISTOGRAM_HU, ALL_HU, side="right")
+    return tuple(int(n) for n in np.bincount(bins, counts, len(HISTOGRAM_HU) + 1))
+
+
+def _codes(hu_window: tuple[float, float]) -> tuple[np.ndarray, dict[str, float]]:
+    """Table from int16 HU (viewed as uint16) to 8-bit codes, and the array attributes that undo it, by CF's names."""
+    low, high = hu_window
+    step = (high - low) / 255
+    return np.rint((ALL_HU.clip(low, high) - low) / step).astype(np.uint8), {"scale_factor": step, "add_offset": low}
+
+
+def _loss(
+    counts: np.ndarray, codes: np.ndarray, attributes: dict, hu_window: tuple[float, float]
+) -> tuple[float, float]:
+    """Root mean square error of 8-bit codes inside the HU window, and the share of voxels outside of it."""
+    inside = (hu_window[0] <= ALL_HU) & (hu_window[1] >= ALL_HU)
+    errors, num = code_table(attributes)[codes] - ALL_HU.astype(np.float64), int(counts[inside].sum())
+    rms = math.sqrt(np.sum((counts * errors**2)[inside]) / max(num, 1))
+    return rms, float(1 - num / counts.sum())
+
+
+def _shares(volume: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Share of voxels above BODY_HU in the volume, and on its four side faces."""
+    faces = (volume[:, 0], volume[:, -1], volume[:, :, 0], volume[:, :, -1])
+    bodies = sum(int(np.count_nonzero(face > BODY_HU)) for face in faces)
+    return float(counts[ALL_HU > BODY_HU].sum() / volume.size), bodies / sum(face.size for face in faces)
 
 
 def _foreground_box(volume: np.ndarray) -> tuple[int, ...]:
@@ -369,3 +537,25 @@ def open_volume(store: str | Path, record: ScanRecord) -> ArrayReader:
 def open_label(store: str | Path, record: ScanRecord) -> ArrayReader:
     """Reader of a scan's label map; the scan must have one."""
     return ArrayReader(store, record.scan_id, "label", record.label_metadata)
+
+
+def check_scan(store: str | Path, scan_id: str) -> None:
+    """Reads all that is stored of a scan and compares it with its checksums.
+
+    Raises:
+        ValueError, RuntimeError: what is damaged or missing.
+    """
+    place, key = open_place(store), "zarr.json"
+    try:
+        record = parse_record(place.read(f"scans/{scan_id}/{key}"))
+        for key, content in group_files(record).items():
+            if place.read(f"scans/{scan_id}/{key}") != content:
+                raise ValueError(f"{key} is damaged: it does not agree with the scan's record")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{key} is missing") from None
+    if record.scan_id != scan_id:
+        raise ValueError(f"zarr.json is that of scan {record.scan_id!r}")
+    if open_volume(store, record).verify() != record.content_hash:
+        raise ValueError("voxels do not agree with their sha256")
+    if record.label_metadata is not None:
+        open_label(store, record).verify()

@@ -1,0 +1,364 @@
+"""Where a store lies: a folder, or a prefix in a bucket of an object store (s3://, gs://, az://), with one interface.
+
+Keys are paths below the place with "/" between the parts. A bucket is reached through obstore, the library behind
+zarr's ObjectStore; credentials, region and endpoint come from the environment, as for any tool of that cloud
+(AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_NAME, ...).
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from pgl_ray.config import FailedRun
+
+STRAGGLERS_S = 20  # how long workers of a killed run may live on
+HEARTBEAT_S, SILENCE_S = 5, 30  # of the lock in a bucket
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+def open_place(url: str | os.PathLike) -> "Place":
+    """The place at a path or URL; nothing is made or asked for yet."""
+    text = os.fspath(url)
+    return Bucket(text) if "://" in text else Folder(Path(os.path.abspath(text)))
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Writes a file in one step: readers see the old one or the new one."""
+    _write_aside(path, [content])
+
+
+def _write_aside(path: Path, parts: Iterable[bytes]) -> None:
+    aside = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.writelines(parts)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _in_use(url: str) -> FailedRun:
+    return FailedRun(f"store={url}: another prepare is writing into it: wait for its end, then type this again")
+
+
+class Folder:
+    """A folder on a disk that all workers see.
+
+    Args:
+        root: absolute path.
+    """
+
+    def __init__(self, root: Path):
+        self.root, self.url = root, str(root)
+
+    def read(self, key: str) -> bytes:
+        """Content of a file; FileNotFoundError where there is none."""
+        return (self.root / key).read_bytes()
+
+    def write(self, key: str, parts: Iterable[bytes]) -> None:
+        """Writes a file in one step."""
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_aside(path, parts)
+
+    def names(self, key: str) -> list[str]:
+        """What lies directly below, sorted."""
+        try:
+            return sorted(os.listdir(self.root / key))
+        except FileNotFoundError:
+            return []
+
+    def remove(self, key: str) -> None:
+        """Removes a file or folder with all below it; it need not exist."""
+        path = self.root / key
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    def open(self, key: str) -> "_LocalFile":
+        """A file to read parts of; OSError where it cannot be opened."""
+        return _LocalFile(self.root / key)
+
+    @contextmanager
+    def replaced(self, key: str) -> Iterator["Folder"]:
+        """Offers a new folder that takes the key's place when the block ends well: whole or not at all."""
+        part = self.root / ".part" / uuid.uuid4().hex
+        old, target = part.with_name(f"{part.name}.old"), self.root / key
+        try:
+            part.mkdir(parents=True)
+            yield Folder(part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                target.rename(old)
+            part.rename(target)
+        finally:
+            for left in (part, old):
+                shutil.rmtree(left, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[str]:
+        """Keeps every other prepare out, also after a kill of this process as long as one of its workers writes.
+
+        The driver takes the lock alone, then shares it with its workers (`joined`); the kernel lets go of it when
+        they die.
+
+        Yields:
+            A token for `joined`.
+
+        Raises:
+            FailedRun: another run holds it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("ab") as file:
+            until = time.monotonic() + STRAGGLERS_S
+            while not _flock(file, fcntl.LOCK_EX):
+                if time.monotonic() > until:
+                    raise _in_use(self.url)
+                time.sleep(0.2)
+            with _part(self) as token:
+                if not _flock(file, fcntl.LOCK_SH):
+                    raise _in_use(self.url)
+                yield token
+
+    @contextmanager
+    def joined(self, token: str) -> Iterator[None]:
+        """A worker's share of the lock.
+
+        Raises:
+            FailedRun: the run of this token is over.
+        """
+        with (self.root / ".lock").open("ab") as file:
+            if not _flock(file, fcntl.LOCK_SH):
+                raise _in_use(self.url)
+            _check_token(self, token)
+            yield
+
+
+def _flock(file, kind: int) -> bool:
+    """Whether the lock was got; a file system without locks has every wish granted."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return True
+
+
+@contextmanager
+def _part(place: "Place") -> Iterator[str]:
+    """Empties and offers STORE/.part, which holds what is not whole yet, and the token of the run that owns it."""
+    place.remove(".part")  # of a run that was killed
+    token = uuid.uuid4().hex
+    place.write(".part/run", [token.encode()])
+    try:
+        yield token
+    finally:
+        place.remove(".part")
+
+
+def _check_token(place: "Place", token: str) -> None:
+    try:
+        owner = place.read(".part/run").decode()
+    except FileNotFoundError:
+        owner = ""
+    if owner != token:
+        raise FailedRun(f"the run that writes into {place.url} is over")
+
+
+class _LocalFile:
+    """Parts of a file. `pread` and no mmap: a page fault blocks, and a cut file would kill the process."""
+
+    def __init__(self, path: Path):
+        self._file = -1
+        self._file = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._file).st_size
+
+    def ranges(self, spans: list[tuple[int, int]]) -> Iterator[bytes]:
+        """The bytes of each (offset, length); fewer where the file ends before."""
+        for offset, length in spans:
+            yield os.pread(self._file, length, offset)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __del__(self):
+        self.close()
+
+
+class Bucket:
+    """A prefix in a bucket.
+
+    Args:
+        url: scheme://bucket/prefix.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        try:
+            from obstore.store import from_url
+        except ImportError:
+            raise ValueError(f"{url}: object stores need obstore: pip install 'pgl_ray[cloud]'") from None
+        patience = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+        try:  # http is used only where an endpoint of that kind is named
+            self._store = from_url(self.url, client_options={"allow_http": True}, retry_config=patience)
+        except Exception as error:  # obstore has a class per cloud
+            raise ValueError(f"{url}: not an object store that is known: {_first_line(error)}") from None
+
+    def _ask(self, function: Callable, *args, **options) -> Any:
+        try:
+            return function(self._store, *args, **options)
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise ValueError(f"{self.url}: there is no such bucket: make it first") from None
+            raise FileNotFoundError(_first_line(error)) from None
+        except Exception as error:
+            if "NoSuchBucket" in str(error):
+                raise ValueError(f"{self.url}: there is no such bucket: make it first") from None
+            if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
+                raise PermissionError(f"{self.url}: no access: {_first_line(error)}") from None
+            if type(error).__module__.startswith("obstore"):
+                raise OSError(f"{self.url}: {_first_line(error)}") from None
+            raise
+
+    def read(self, key: str) -> bytes:
+        """As Folder's."""
+        import obstore
+
+        return bytes(self._ask(lambda store, key: obstore.get(store, key).bytes(), key))
+
+    def write(self, key: str, parts: Iterable[bytes]) -> None:
+        """As Folder's; large objects go up in parts while they are made."""
+        import obstore
+
+        self._ask(obstore.put, key, iter(parts))
+
+    def names(self, key: str) -> list[str]:
+        """As Folder's."""
+        import obstore
+
+        found = self._ask(obstore.list_with_delimiter, f"{key}/" if key else None)
+        paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
+        return sorted(path.rsplit("/", 1)[-1] for path in paths)
+
+    def remove(self, key: str) -> None:
+        """As Folder's."""
+        import obstore
+
+        def all_below(store, prefix):
+            return [item["path"] for batch in obstore.list(store, prefix) for item in batch]
+
+        paths = self._ask(all_below, f"{key}/") or [key]
+        with suppress(FileNotFoundError):
+            self._ask(obstore.delete, paths)
+
+    def open(self, key: str) -> "_RemoteFile":
+        """As Folder's."""
+        import obstore
+
+        return _RemoteFile(self, key, self._ask(obstore.head, key)["size"])
+
+    @contextmanager
+    def replaced(self, key: str) -> Iterator["Bucket"]:
+        """As Folder's, but nothing can be renamed: a group counts only with its zarr.json, which is removed first and
+        must be written last."""
+        self.remove(f"{key}/zarr.json")
+        self.remove(key)
+        try:
+            yield Bucket(f"{self.url}/{key}")
+        except BaseException:
+            self.remove(f"{key}/zarr.json")
+            self.remove(key)
+            raise
+
+    @contextmanager
+    def locked(self) -> Iterator[str]:
+        """As Folder's. The lock is an object that its owner writes anew every few seconds; one that stays the same for
+        half a minute belongs to a run that was killed."""
+        import obstore
+
+        def create(store):
+            try:
+                obstore.put(store, ".lock", mine.encode(), mode="create")
+            except obstore.exceptions.AlreadyExistsError:
+                return False
+            return True
+
+        mine, seen, since = uuid.uuid4().hex, None, time.monotonic()
+        while not self._ask(create):
+            try:
+                now = self.read(".lock")
+            except FileNotFoundError:
+                continue
+            if seen not in (None, now):
+                raise _in_use(self.url)
+            seen = now
+            if time.monotonic() - since > SILENCE_S:
+                self.remove(".lock")
+            time.sleep(HEARTBEAT_S / 5)
+        ended = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(mine, ended), daemon=True)
+        beat.start()
+        try:
+            with _part(self) as token:
+                yield token
+        finally:
+            ended.set()
+            beat.join()
+            self.remove(".lock")
+
+    def _beat(self, mine: str, ended: threading.Event) -> None:
+        count = 0
+        while not ended.wait(HEARTBEAT_S):
+            count += 1
+            try:
+                self.write(".lock", [f"{mine} {count}".encode()])
+            except OSError:  # the next one may get through
+                continue
+
+    @contextmanager
+    def joined(self, token: str) -> Iterator[None]:
+        """As Folder's."""
+        _check_token(self, token)
+        yield
+
+
+class _RemoteFile:
+    """As _LocalFile; all parts of a call are asked for at once, neighbours in one request."""
+
+    def __init__(self, bucket: Bucket, key: str, size: int):
+        self._bucket, self._key, self.size = bucket, key, size
+
+    def ranges(self, spans: list[tuple[int, int]]) -> Iterator[bytes]:
+        import obstore
+
+        bounds = [(min(offset, self.size), min(offset + length, self.size)) for offset, length in spans]
+        asked = [(start, end) for start, end in bounds if start < end]
+        starts, ends = [start for start, _ in asked], [end for _, end in asked]
+        found = iter(self._bucket._ask(obstore.get_ranges, self._key, starts=starts, ends=ends) if asked else ())
+        for start, end in bounds:
+            yield bytes(next(found)) if start < end else b""
+
+    def close(self) -> None:
+        pass
+
+
+def _first_line(error: Exception) -> str:
+    """obstore's errors go on with a dump of its own structures, S3's with a page of XML."""
+    return str(error).strip().split("\n", 1)[0].split(": <?xml", 1)[0]
+
+
+Place = Folder | Bucket

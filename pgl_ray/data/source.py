@@ -1,0 +1,113 @@
+"""A scan that can be converted: the files it is made from, and how they are read."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pgl_ray.data import ct, itk
+
+NUM_NAMED = 5  # of things that a message names
+
+
+@dataclass(frozen=True)
+class Source:
+    """One scan to convert.
+
+    Attributes:
+        scan_id: the file's name without suffix; with its folders, joined by "__", where the name occurs twice. Of
+            DICOM the folders, and the series' number where several lie in one.
+        image: absolute path of the file, or of the folder of a DICOM series.
+        label: absolute path of a label map, of contours, or of the folder of the masks.
+        split: "" where nothing is said.
+        labelled: annotated label values; None = all that have a name.
+        slices: paths of the DICOM files in `image`.
+        masks: (file name in `label`, value) of the masks of single organs.
+    """
+
+    scan_id: str
+    image: str
+    label: str | None
+    split: str
+    labelled: tuple[int, ...] | None = None
+    slices: tuple[str, ...] = ()
+    masks: tuple[tuple[str, int], ...] = ()
+
+    def read(self, names: dict[str, int] | None) -> tuple[ct.Scan, np.ndarray | None]:
+        """The scan and its label map, uint8 or uint16 [D, H, W], if it has one.
+
+        Args:
+            names: organ name -> label value, which contours need.
+
+        Raises:
+            ValueError: see ct.read_scan, ct.read_label, ct.read_masks, ct.read_contours.
+        """
+        scan = ct.read_scan(self.image, self.slices)
+        if not self.label:
+            return scan, None
+        if self.masks:
+            return scan, ct.read_masks(self.label, dict(self.masks), scan)
+        if ct.is_volume(Path(self.label)):
+            return scan, ct.read_label(self.label, scan)
+        return scan, ct.read_contours(self.label, names or {}, scan)
+
+    def num_voxels(self) -> int:
+        """Size of the volume by its headers alone.
+
+        Raises:
+            ValueError: see ct.num_voxels.
+        """
+        return ct.num_voxels(self.image, self.slices)
+
+    def files(self) -> list[Path]:
+        """All files that the scan is made from."""
+        images = [Path(self.image, name) for name in self.slices] or itk.files_of(Path(self.image))
+        masks = [Path(self.label, name) for name, _ in self.masks]
+        return images + (masks or (itk.files_of(Path(self.label)) if self.label else []))
+
+    def stamp(self) -> tuple[int, int]:
+        """Bytes of all files, and the newest one's time in ns."""
+        stats = [file.stat() for file in self.files()]
+        return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+
+    def digest(self) -> str:
+        """sha256 of the file's bytes; of several files, that of their hashes."""
+        digests = []
+        for file in self.files():
+            with file.open("rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+class Fault(NamedTuple):
+    """A file that is not used, and why."""
+
+    source: str
+    reason: str
+
+
+class Found(NamedTuple):
+    """Scans by (image folder, *path in it), and what goes into Layout."""
+
+    scans: dict[tuple[str, ...], Source]
+    faults: list[Fault]
+    left_out: list[Fault]
+    missing: list[str]
+
+
+def volume_files(folder: Path) -> list[Path]:
+    """Volume files below a folder; links that lead nowhere are among them."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if ct.is_volume(path)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)  # macOS writes "._name"
+        and not path.is_dir()
+    ]
+
+
+def some(names: list[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(names[:NUM_NAMED]) + (", ..." if len(names) > NUM_NAMED else "")

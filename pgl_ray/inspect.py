@@ -1,0 +1,272 @@
+"""python -m pgl_ray.inspect store=STORE: what lies in a store, as one self-contained HTML page.
+
+Table, histograms and warnings come from the index alone; of the voxels only the pictured slices are read.
+"""
+
+import base64
+import io
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib.image
+import numpy as np
+
+from pgl_ray.config import InspectConfig, IntensityConfig, ViewsConfig, command
+from pgl_ray.data import store, stream
+from pgl_ray.data.shard import ARRAY_PATHS, SHARD
+from pgl_ray.data.store import HISTOGRAM_HU, Index, ScanRecord
+
+DISPLAY_HU = (-1000.0, 600.0)  # wide, for scans that are no soft tissue at all must be seen as such
+PICTURE_PX = 192
+NUM_TIMED_PAIRS = 8
+# What stands out. Shares of voxels; each bound lies well beyond what the real CTs of the tests have.
+LEAST_BELOW_FAT = 0.005  # below -128 HU: air, lung, fat
+LEAST_SOFT = 0.01  # from -128 to 192 HU
+MOST_ABOVE_BONE = 0.05  # above 1600 HU
+MOST_IN_ONE_BIN = 0.98
+LEAST_BODY = 0.02
+MOST_AT_BORDER = 0.1
+FEWEST_SLICES = 10
+
+
+def run(config: InspectConfig) -> str:
+    """Writes the page and returns its path.
+
+    Raises:
+        ValueError: no store there.
+    """
+    index, settings = store.read_index(config.store), store.read_settings(config.store)
+    notes = {record.scan_id: warnings(record, index) for record in index.scans}
+    for record, others in duplicates(index).items():
+        notes[record].append(f"the same voxels as {', '.join(others)}")
+    sizes = _sizes(index)
+    content = {
+        "store": index.store,
+        "totals": _totals(index, settings, sum(sizes.values())),
+        "preparations": [_preparation(said) for said in settings.preparations],
+        "histogram": _bars(np.sum([record.histogram for record in index.scans], axis=0), 560, 90),
+        "bounds": HISTOGRAM_HU,
+        "outliers": [(scan_id, notes[scan_id]) for scan_id in sorted(notes) if notes[scan_id]],
+        "pictures": [_picture(index, record, notes[record.scan_id]) for record in _shown(config, index, notes)],
+        "organs": list(index.labels),
+        "rows": [_row(record, index, sizes[record.scan_id], notes[record.scan_id]) for record in index.scans],
+        "thresholds": {name: globals()[name] for name in THRESHOLDS},
+    }
+    loader, blocks = jinja2.FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
+    path = Path(config.output or ("inspect.html" if "://" in index.store else f"{index.store}/inspect.html")).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store.write_aside(path, environment.get_template("inspect.html").render(content).encode())
+    return str(path)
+
+
+# -- what stands out --------------------------------------------------------------------------------------------------
+
+THRESHOLDS = [name for name in dir() if name.startswith(("LEAST_", "MOST_", "FEWEST_"))]
+
+
+def warnings(record: ScanRecord, index: Index) -> list[str]:
+    """What a human should look at in a scan, each with its figure."""
+    counts = np.array(record.histogram) / sum(record.histogram)
+    low = counts[: _bin(-128)].sum()
+    soft = counts[_bin(-128) : _bin(192)].sum()
+    found = []
+    if low < LEAST_BELOW_FAT:
+        found.append(f"not like HU: {low:.1%} of the voxels are air, lung or fat (an offset of 1024 missing?)")
+    if soft < LEAST_SOFT:
+        found.append(f"not like HU: {soft:.1%} of the voxels are soft tissue (-128 to 192 HU)")
+    if counts[-1] > MOST_ABOVE_BONE:
+        found.append(f"not like HU: {counts[-1]:.0%} of the voxels are above {HISTOGRAM_HU[-1]} HU")
+    if counts.max() > MOST_IN_ONE_BIN:
+        found.append(f"nearly constant: {counts.max():.1%} of the voxels within 64 HU")
+    if record.foreground_share < LEAST_BODY:
+        found.append(f"hardly any body: {record.foreground_share:.1%} of the voxels are above {store.BODY_HU} HU")
+    if record.border_share > MOST_AT_BORDER:
+        found.append(f"field of view cuts the body: it covers {record.border_share:.0%} of the side faces")
+    if record.shape[0] < FEWEST_SLICES:
+        found.append(f"{record.shape[0]} slices")
+    if record.label_metadata is not None and not record.label_voxels:
+        found.append("its label map is empty")
+    return found
+
+
+def _bin(hu: int) -> int:
+    """First bin at or above a bound of the histogram."""
+    return HISTOGRAM_HU.index(hu) + 1
+
+
+def duplicates(index: Index) -> dict[str, list[str]]:
+    """scan_id -> other scans with the same voxels."""
+    groups: dict[str, list[str]] = {}
+    for record in index.scans:
+        groups.setdefault(record.content_hash, []).append(record.scan_id)
+    return {one: [other for other in group if other != one] for group in groups.values() if group[1:] for one in group}
+
+
+# -- totals and table -------------------------------------------------------------------------------------------------
+
+
+def _sizes(index: Index) -> dict[str, int]:
+    """Bytes of every scan's shards; 0 where one is missing."""
+    place = store.open_place(index.store)
+
+    def size(record: ScanRecord) -> int:
+        total = 0
+        for kind in ARRAY_PATHS if record.label_metadata is not None else ("volume",):
+            try:
+                file = place.open(f"scans/{record.scan_id}/{ARRAY_PATHS[kind]}/{SHARD}")
+            except OSError:
+                continue
+            total += file.size
+            file.close()
+        return total
+
+    with ThreadPoolExecutor(store.READS_AT_ONCE) as pool:
+        return dict(zip((record.scan_id for record in index.scans), pool.map(size, index.scans)))
+
+
+def _totals(index: Index, settings: store.Settings, num_bytes: int) -> list[tuple[str, str]]:
+    scans, voxels = index.scans, sum(int(np.prod(record.shape)) for record in index.scans)
+    splits = sorted({record.split for record in scans})
+    labelled = sum(record.label_metadata is not None for record in scans)
+    by_split = ", ".join(f"{sum(r.split == name for r in scans)} {name or 'without split'}" for name in splits)
+    rows = [
+        ("scans", f"{len(scans)} ({by_split}), {labelled} with labels"),
+        ("voxels", f"{voxels:,}"),
+        ("bytes", f"{num_bytes:,} ({num_bytes / voxels:.2f} per voxel)"),
+        ("encoding", settings.encoding + _loss(index, settings)),
+        ("HU window", "{:g} to {:g}".format(*index.hu_window)),
+        (
+            "voxel size",
+            "resampled to {:g} x {:g} x {:g} mm".format(*settings.spacing_mm) if settings.spacing_mm else "own",
+        ),
+    ]
+    return [*rows, ("one epoch", _epoch(index))]
+
+
+def _loss(index: Index, settings: store.Settings) -> str:
+    if settings.encoding == "int16":
+        return ", lossless"
+    rms = np.sqrt(np.mean([record.encoding_rms_hu**2 for record in index.scans]))
+    clipped = np.mean([record.clipped_share for record in index.scans])
+    return f": {rms:.2f} HU rms inside the window, {clipped:.0%} of the voxels outside of it are clipped"
+
+
+def _epoch(index: Index) -> str:
+    """Time of an epoch of the paper's view pairs, measured on a few of them."""
+    try:
+        renderer = stream.PairRenderer(
+            index.store, tuple(r.scan_id for r in index.scans), 0, ViewsConfig(), IntensityConfig()
+        )
+        scans = np.linspace(0, len(index.scans) - 1, NUM_TIMED_PAIRS).astype(np.int64)
+        rows = {"step": scans * 0, "epoch": scans * 0, "scan": scans, "draw": np.arange(len(scans))}
+        renderer({key: value[:1] for key, value in rows.items()})  # opens the index
+        began = time.perf_counter()
+        renderer(rows)
+        seconds = (time.perf_counter() - began) / len(scans)
+    except (ValueError, RuntimeError, OSError) as error:  # a damaged scan
+        return f"not measured: {error}"
+    cores = len(os.sched_getaffinity(0))
+    total = len(index.scans) * seconds / cores
+    rate = f"{_duration(total)} on this machine's {cores} cores ({seconds * 1e3:.0f} ms per pair and core)"
+    pairs = f"{len(index.scans)} view pairs of 16 x 96 x 96, one per scan"
+    return f"{pairs}: {rate} where the network keeps pace; python -m pgl_ray.bench measures both"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _preparation(said: dict[str, Any]) -> dict[str, str]:
+    recipe = said.get("recipe", {})
+    return {"source": said["source"], **{key: recipe.get(key, "") for key in ("name", "licence", "origin")}}
+
+
+def _row(record: ScanRecord, index: Index, num_bytes: int, notes: list[str]) -> dict[str, Any]:
+    names = {value: name for name, value in index.labels.items()}
+    inside = [f"{names.get(value, value)} {count:,}" for value, count in sorted(record.label_voxels.items())]
+    unknown = [name for name, value in index.labels.items() if value not in record.labelled]
+    labels = f"{len(inside)} of {len(names)}" if record.label_metadata is not None else ""
+    return {
+        "scan_id": record.scan_id,
+        "split": record.split,
+        "shape": " x ".join(map(str, record.shape)),
+        "spacing": " x ".join(f"{size:.3g}" for size in record.spacing_mm),
+        "histogram": _bars(np.array(record.histogram), 120, 22),
+        "hu": f"{record.mean_hu:.0f} ± {record.std_hu:.0f}",
+        "foreground": f"{record.foreground_share:.0%}",
+        "border": f"{record.border_share:.0%}",
+        "labels": labels,
+        "label_title": ", ".join(inside) + (f"; not annotated: {', '.join(unknown)}" if labels and unknown else ""),
+        "size": f"{num_bytes / 1e6:.1f}",
+        "warn": bool(notes),
+    }
+
+
+def _bars(counts: np.ndarray, width: int, height: int) -> dict[str, Any]:
+    """Heights of a histogram's bars in an SVG of a size; square roots, so that small shares are seen."""
+    tall = np.sqrt(counts / max(counts.max(), 1)) * height
+    step = width / len(counts)
+    path = "".join(f"M{i * step:.1f} {height}v-{h:.1f}h{step:.1f}v{h:.1f}z" for i, h in enumerate(tall) if h > 0.05)
+    return {"width": width, "height": height, "path": path, "step": step}
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _shown(config: InspectConfig, index: Index, notes: dict[str, list[str]]) -> list[ScanRecord]:
+    """Scans that stand out first, then evenly spread ones, as many as asked for."""
+    first = [record for record in index.scans if notes[record.scan_id]][: config.num_pictures]
+    rest = [record for record in index.scans if not notes[record.scan_id]]
+    left = min(config.num_pictures - len(first), len(rest))
+    return (
+        first + [rest[i] for i in np.unique(np.linspace(0, len(rest) - 1, left).round().astype(int))] if left else first
+    )
+
+
+def _picture(index: Index, record: ScanRecord, notes: list[str]) -> dict[str, Any]:
+    """Axial and coronal slice through the middle of the body, upright, at the anatomy's proportions."""
+    middle = [(low + high) // 2 for low, high in np.reshape(record.foreground_box, (3, 2))]
+    whole = [(0, size) for size in record.shape]
+    spacing, shown = record.spacing_mm, {"scan_id": record.scan_id, "notes": notes, "slices": [], "error": ""}
+    try:
+        reader = store.open_volume(index.store, record)
+        for axis, name in ((0, "axial"), (1, "coronal")):
+            box = [(middle[k], middle[k] + 1) if k == axis else bounds for k, bounds in enumerate(whole)]
+            image = np.squeeze(reader.read(np.array(box)), axis)
+            row = 1 - axis
+            if axis == 1:
+                image = image[::-1]  # head up
+            ratio = image.shape[0] * spacing[row] / (image.shape[1] * spacing[2])
+            shown["slices"].append({"name": name, "src": _png(image), "ratio": f"{1 / ratio:.3f}"})
+    except RuntimeError as error:  # damaged; the others can be shown
+        shown["error"] = str(error)
+    return shown
+
+
+def _png(image: np.ndarray) -> str:
+    small = image[tuple(slice(None, None, max(1, round(size / PICTURE_PX))) for size in image.shape)]
+    sink = io.BytesIO()
+    low, high = DISPLAY_HU
+    matplotlib.image.imsave(sink, small, cmap="gray", vmin=low, vmax=high, format="png")
+    return f"data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}"
+
+
+def describe(path: str) -> str:
+    """The closing line."""
+    return f"inspect: {os.path.getsize(path) / 1e6:.1f} MB in {path}"
+
+
+def main() -> None:
+    command("inspect", InspectConfig, run, describe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""data_prep/*.yaml: every recipe finds its set's scans, labels and split in a folder of the published layout."""
+
+from collections import Counter
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from pgl_ray.config import PrepareConfig, load
+from pgl_ray.data.layout import read_layout
+
+RECIPES = Path(__file__).resolve().parents[1] / "data_prep"
+
+
+def names(pattern, *ranges):
+    return [pattern.format(number) for low, high in ranges for number in range(low, high + 1)]
+
+
+def pairs(folder, images, labels, ids):
+    return {f"{folder}/{images}/{one}.nii.gz": f"{folder}/{labels}/{one}.nii.gz" for one in ids}
+
+
+def only(*paths):
+    return dict.fromkeys(paths)
+
+
+def msd(folder, training, test):
+    """Volumes as MSD's archives hold them."""
+    images = [f"{folder}/imagesTr/{one}.nii.gz" for one in training] + [
+        f"{folder}/imagesTs/{one}.nii.gz" for one in test
+    ]
+    return only(*images)
+
+
+def kits(low, high):
+    return {f"data/{one}/imaging.nii.gz": f"data/{one}/segmentation.nii.gz" for one in names("case_{:05}", (low, high))}
+
+
+BCV = {
+    f"RawData/Training/img/img{one}.nii.gz": f"RawData/Training/label/label{one}.nii.gz"
+    for one in names("{:04}", (1, 10), (21, 40))
+}
+SPLEEN = names("spleen_{}", (2, 42))
+AMOS = pairs("amos22", "imagesTr", "labelsTr", names("amos_{:04}", (1, 200)))
+AMOS |= pairs("amos22", "imagesVa", "labelsVa", names("amos_{:04}", (201, 300)))
+AMOS |= only(*(f"amos22/imagesTs/{one}.nii.gz" for one in names("amos_{:04}", (301, 500))))
+RIBFRAC = [
+    *(f"ribfrac-train-images-1/Part1/RibFrac{n}-image.nii.gz" for n in range(1, 301)),
+    *(f"ribfrac-train-images-2/Part2/RibFrac{n}-image.nii.gz" for n in range(301, 421)),
+    *(f"ribfrac-val-images/RibFrac{n}-image.nii.gz" for n in range(421, 501)),
+    *(f"ribfrac-test-images/RibFrac{n}-image.nii.gz" for n in range(501, 661)),
+]
+# recipe -> published volumes and their label maps, other files beside them, scans per split
+SETS = {
+    "ribfrac": (only(*RIBFRAC), ["ribfrac-train-labels-1/Part1/RibFrac1-label.nii.gz"], {"": 660}),
+    "msd_hepaticvessel": (
+        msd("Task08_HepaticVessel", names("hepaticvessel_{:03}", (1, 303)), names("hepaticvessel_{:03}", (304, 443))),
+        ["Task08_HepaticVessel/labelsTr/hepaticvessel_001.nii.gz"],
+        {"": 443},
+    ),
+    "msd_colon": (msd(".", names("colon_{:03}", (1, 126)), names("colon_{:03}", (127, 190))), [], {"": 190}),
+    "msd_pancreas": (msd("a/b", names("pancreas_{:03}", (1, 281)), names("pancreas_{:03}", (282, 420))), [], {"": 420}),
+    "msd_lung": (msd("Task06_Lung", names("lung_{:03}", (1, 63)), names("lung_{:03}", (64, 95))), [], {"": 95}),
+    "msd_liver": (
+        pairs("Task03_Liver", "imagesTr", "labelsTr", names("liver_{}", (0, 130))),
+        ["Task03_Liver/imagesTs/liver_132.nii.gz", "Task03_Liver/imagesTr/._liver_3.nii.gz"],
+        {"train": 66, "test": 65},
+    ),
+    "msd_spleen": (pairs("Task09_Spleen", "imagesTr", "labelsTr", SPLEEN), [], {"train": 20, "test": 21}),
+    "kits19": (kits(0, 209), ["data/case_00210/imaging.nii.gz"], {"train": 105, "test": 105}),
+    "bcv": (BCV, ["RawData/Testing/img/img0061.nii.gz"], {"train": 15, "test": 15}),
+    "amos22": (AMOS, ["amos22/imagesTr/amos_0507.nii.gz"], {"train": 200, "test": 100, "": 200}),
+}
+
+
+def touch(root, files):
+    for name in files:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def layout_of(recipe, root, *args):
+    config = load(PrepareConfig, [str(RECIPES / f"{recipe}.yaml"), f"source={root}", f"store={root}/s", *args])
+    return read_layout(config.source, config.labels, config.recipe, config.series)
+
+
+@pytest.mark.parametrize("recipe", SETS)
+def test_the_whole_set_is_found_with_its_labels_and_split(tmp_path, recipe):
+    files, others, splits = SETS[recipe]
+    touch(tmp_path, [*files, *filter(None, files.values()), *others])
+    layout = layout_of(recipe, tmp_path)
+    found = {str(Path(scan.image).relative_to(tmp_path)): scan for scan in layout.scans}
+    assert found.keys() == {str(Path(name)) for name in files} and not layout.faults and not layout.missing
+    for name, label in files.items():
+        assert found[str(Path(name))].label == (label and str(tmp_path / label))
+    assert Counter(scan.split for scan in layout.scans) == splits
+    assert len({scan.scan_id for scan in layout.scans}) == len(files)
+    shown = sum(not Path(name).name.startswith(".") for name in others)
+    assert [fault.reason.split(":")[0] for fault in layout.left_out] == (
+        [f"{shown} volumes that the recipe has no use for"] if shown else []
+    )
+
+
+@pytest.mark.parametrize("recipe", [name for name, (files, *_) in SETS.items() if any(files.values())])
+def test_what_is_missing_is_said(tmp_path, recipe):
+    files, _, splits = SETS[recipe]
+    kept = {name: label for k, (name, label) in enumerate(files.items()) if k != 3}
+    maps = [label for label in kept.values() if label]
+    touch(tmp_path, [*kept, *maps[1:]])
+    layout = layout_of(recipe, tmp_path)
+    number = len(files) if "" not in splits else 200
+    lines = "\n".join(layout.missing)
+    assert f"{number - 1} of {number} scans" in lines and "get the others: " in lines
+    assert "1 label maps " in lines and "; get them: " in lines
+    if "" not in splits:
+        assert "the split is drawn from the labelled scans that are there" in lines
+    if recipe == "kits19":
+        assert "(case_00003 not there)" in lines
+
+
+def test_an_empty_folder_says_what_was_expected(tmp_path):
+    with pytest.raises(ValueError, match=r"no scan of MSD Task09 Spleen in it, expected \*\*/imagesTr/\{id\}.nii"):
+        layout_of("msd_spleen", tmp_path)
+
+
+def test_the_draw_is_fixed_and_hardly_moves_when_a_scan_is_missing(tmp_path):
+    files = [name for pair in SETS["msd_liver"][0].items() for name in pair]
+    touch(tmp_path / "all", files)
+    touch(tmp_path / "less", [name for name in files if "liver_77." not in name])
+    one, two = (
+        {scan.scan_id: scan.split for scan in layout_of("msd_liver", tmp_path / d).scans} for d in ("all", "less")
+    )
+    assert one == {scan.scan_id: scan.split for scan in layout_of("msd_liver", tmp_path / "all").scans}
+    first = [key for key in sorted(one) if one[key] == "train"][:5]
+    assert first == ["liver_10", "liver_100", "liver_101", "liver_105", "liver_107"]  # as every release must draw it
+    assert sum(one[key] != two[key] for key in two) <= 1
+    other = layout_of("msd_liver", tmp_path / "all", "recipe.split_seed=1")
+    assert sum(one[scan.scan_id] != scan.split for scan in other.scans) > 30
+
+
+def test_a_copy_of_a_scan_is_wrong_use(tmp_path):
+    touch(tmp_path, ["a/imagesTr/spleen_2.nii.gz", "b/imagesTr/spleen_2.nii.gz"])
+    with pytest.raises(ValueError, match=r"a/imagesTr/spleen_2.nii.gz and .*spleen_2.nii.gz are of one name"):
+        layout_of("msd_spleen", tmp_path)
+
+
+def test_wrong_use():
+    with pytest.raises(ValueError, match=r"recipe.parts: pattern 'imagesTr/\*' has no \{id\}"):
+        load(PrepareConfig, ["source=a", "store=b", "recipe.parts=[{images: imagesTr/*}]"])
+    with pytest.raises(ValueError, match=r"series=\['thin'\]: a recipe says where its scans lie"):
+        layout_of("msd_spleen", RECIPES, "series=thin")
+    with pytest.raises(ValueError, match=r"unknown key 'recipe.parts.0.image'; known here: ids, images, labels, num"):
+        load(PrepareConfig, ["source=a", "store=b", "recipe.parts=[{images: '{id}', image: x}]"])
+
+
+def test_nnunets_raw_layout(tmp_path):
+    touch(tmp_path, ["imagesTr/a_0000.mha", "labelsTr/a.mha", "imagesTs/b_0000.mha"])
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1}, "channel_names": {"0": "CT"}}')
+    layout = layout_of("nnunet", tmp_path)
+    assert [(scan.scan_id, bool(scan.label), scan.split) for scan in layout.scans] == [
+        ("a", True, "train"),
+        ("b", False, "test"),
+    ]
+    assert layout.names == {"liver": 1} and not layout.missing
+
+
+# -- a mask per organ -------------------------------------------------------------------------------------------------
+
+
+def put(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([-1.5, -1.5, 3, 1])), path)
+
+
+def mask_folder(root, scans, organs):
+    ct = np.random.default_rng(0).integers(-1000, 1000, (8, 9, 10)).astype(np.int16)
+    for scan in scans:
+        put(root / scan / "ct.nii.gz", ct)
+        for k, organ in enumerate(organs):
+            mask = np.zeros(ct.shape, np.uint8)
+            mask[:, :, k : k + 2] = 1
+            put(root / scan / "segmentations" / f"{organ}.nii.gz", mask)
+
+
+def test_totalsegmentator(tmp_path):
+    mask_folder(tmp_path, ["s0000", "s0001"], ["spleen", "costal_cartilages"])
+    put(tmp_path / "s0001/segmentations/liver.nii.gz", np.zeros((8, 9, 10), np.uint8))
+    put(tmp_path / "s0001/segmentations/face.nii.gz", np.zeros((8, 9, 10), np.uint8))  # of version 1
+    (tmp_path / "meta.csv").write_text("image_id;age;split\ns0000;60;val\ns0001;3;train\n")
+    layout = layout_of("totalsegmentator", tmp_path)
+    assert [(scan.scan_id, scan.split, scan.labelled) for scan in layout.scans] == [
+        ("s0000", "val", (1, 117)),
+        ("s0001", "train", (1, 5, 117)),  # the liver is annotated and not in the picture
+    ]
+    assert len(layout.names) == 117 and "1226" not in layout.missing[0] and "2 of 1228 scans" in layout.missing[0]
+    assert layout.left_out[0].reason == "1 volumes that the recipe has no use for: s0001/segmentations/face.nii.gz"
+    assert len(layout.scans[1].files()) == 4
+    label = layout.scans[0].read(layout.names)[1]
+    assert label.dtype == np.uint8 and label.shape == (10, 9, 8)
+    assert label[:, 0, 0].tolist() == [1, 117, 117, *[0] * 7]  # the larger value stands where masks overlap
+
+
+def test_abdomenatlas(tmp_path):
+    mask_folder(tmp_path, ["BDMAP_00000001"], ["aorta", "stomach"])
+    put(tmp_path / "BDMAP_00000001/combined_labels.nii.gz", np.zeros((8, 9, 10), np.uint8))
+    (scan,) = layout_of("abdomenatlas", tmp_path).scans
+    assert (scan.scan_id, scan.split, scan.labelled) == ("BDMAP_00000001", "train", (1, 9))
+    put(tmp_path / "BDMAP_00000001/segmentations/aorta.nii.gz", np.arange(720).reshape(8, 9, 10).astype(np.int16))
+    with pytest.raises(ValueError, match=r"aorta.nii.gz: values up to 719, expected a mask of one organ \(0 and 1\)"):
+        scan.read({"aorta": 1, "stomach": 9})
