@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from pgl_ray.config import BenchConfig, command
-from pgl_ray.data import store, stream
+from pgl_ray.data import store
 from pgl_ray.model.inference import pick_device
 from pgl_ray.model.pgl import Pair
-from pgl_ray.pretrain import build_model, make_plan
+from pgl_ray.pretrain import build_model, make_plan, make_renderer, train_step
 from pgl_ray.train import launch, optim
 
 
@@ -50,7 +50,7 @@ def run(config: BenchConfig) -> Result:
     """
     index = store.read_index(config.index)
     plan = make_plan(config, index)
-    renderer = stream.PairRenderer(index.store, plan.scan_ids, config.seed, config.views, config.intensity)
+    renderer = make_renderer(config, index, plan)
     rng = np.random.default_rng(config.seed)
 
     # data only, one core
@@ -76,16 +76,13 @@ def run(config: BenchConfig) -> Result:
 
 
 def _step(config: BenchConfig, device: torch.device, pair: Pair) -> Callable[[], None]:
-    pgl = build_model(config).to(device).train()
-    lars = optim.build_lars(pgl, config.optim)
+    net = build_model(config)[0].to(device).train()
+    lars = optim.build_lars(net, config.optim)
+    schedule = optim.warmup_cosine(lars, 1, 2**31)
+    autocast = launch.autocast(device, config.train.precision)
 
     def step() -> None:
-        with launch.autocast(device, config.train.precision):
-            loss = pgl(pair).loss
-        lars.zero_grad(set_to_none=True)
-        loss.backward()
-        lars.step()
-        pgl.follow(config.ema_decay)
+        train_step(net, net, lars, schedule, pair, config.ema_decay, autocast)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -129,6 +129,19 @@ class IntensityConfig(Section):
         return self
 
 
+class DeformConfig(Section):
+    """Models Genesis' deformations of a view, for method=genesis (Zhou et al. 2019; probabilities of their code)."""
+
+    nonlinear_prob: Share = 0.9
+    """Probability of the non-linear intensity map."""
+    shuffle_prob: Share = 0.5
+    """Probability of local shuffling: the voxels of small blocks change places within their block."""
+    cutout_prob: Share = 0.9
+    """Probability of a cut-out, inner or outer."""
+    inner_share: Share = 0.2
+    """Share of inner ones among the cut-outs."""
+
+
 class EncoderConfig(Section):
     """3D ResNet with bottleneck blocks (paper, Sec. 3.3)."""
 
@@ -150,10 +163,33 @@ class HeadsConfig(Section):
 
 
 class AlignConfig(Section):
-    """The prior-guided aligner (paper, Eq. 4 to 7)."""
+    """The prior-guided aligner (paper, Eq. 4 to 7; method=pgl alone) and its ablations (Tables 5 to 8; any method)."""
 
+    output_stride: Triple = (8, 16, 16)
+    """View voxels per feature cell (D, H, W): which of the encoder's maps is compared, the deepest one of that stride.
+    Stages behind it are neither run nor trained; (4,8,8) is one stage earlier than the paper's."""
     centers: Literal["receptive_field", "cell"] = "receptive_field"
     """Where a feature cell sits: at its receptive field's centre, or in the middle of its cell (the paper's)."""
+    sampling_ratio: Positive = 1
+    """Points per bin and axis that are read and averaged, as in RoIAlign; 1 reads the bin's centre."""
+    mask_clamped: bool = False
+    """Leave bins out of the loss that lie beyond the outermost feature centres in either view, instead of clamping, and
+    pairs that have no other bin (at 16x96x96 and 8,16,16 more than half of them: align/valid_pairs_share)."""
+    flip: bool = True
+    """false = the paper's `w/o F`: views are not flipped, so nothing is to undo."""
+    crop: bool = True
+    """false = the paper's `w/o CS`: both views show one crop of exactly the view size, so the overlap is all of it."""
+    wrong_priors: bool = False
+    """A control, never for use: every pair is aligned by another pair's priors. The health panel must show it."""
+
+
+class HealthConfig(Section):
+    """The health panel: whether features spread, and whether they know places."""
+
+    every: Positive = 50
+    """Steps between two rows of health figures (their singular values cost as much as a small step)."""
+    stop_on_collapse: bool = False
+    """End the run with an error when two health rows in a row say that the features collapsed."""
 
 
 class LarsConfig(Section):
@@ -328,8 +364,11 @@ class InspectConfig(Section):
 
 
 class PretrainConfig(Section):
-    """PGL pre-training (paper, Sec. 3 and 5.1)."""
+    """Self-supervised pre-training (paper, Sec. 3 and 5.1)."""
 
+    method: Literal["pgl", "byol", "genesis"] = "pgl"
+    """pgl: local consistency of aligned features; byol: global consistency of pooled features; genesis: Models Genesis,
+    restoring deformed views with the segmentation network. All train on the same views."""
     index: FilePath
     """Store written by prepare."""
     run: FilePath
@@ -347,12 +386,14 @@ class PretrainConfig(Section):
     pairs_per_scan: Positive = 1
     """View pairs per scan and epoch."""
     ema_decay: Share = 0.996
-    """Target decay omega at the start; it rises to 1 on BYOL's cosine (Eq. 10)."""
+    """Target decay omega at the start; it rises to 1 on BYOL's cosine (Eq. 10). Not used by genesis."""
     views: ViewsConfig = ViewsConfig()
     intensity: IntensityConfig = IntensityConfig()
     encoder: EncoderConfig = EncoderConfig()
     heads: HeadsConfig = HeadsConfig()
     align: AlignConfig = AlignConfig()
+    deform: DeformConfig = DeformConfig()
+    health: HealthConfig = HealthConfig()
     optim: LarsConfig = LarsConfig()
     train: TrainConfig = TrainConfig()
     ray: RayConfig = RayConfig()
@@ -360,6 +401,18 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _divisible(self):
         _check_divisible(self.global_batch_size, self.train.num_workers)
+        if self.align.wrong_priors and not (self.align.flip or self.align.crop):
+            raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")
+        if self.align.mask_clamped and any(p == s for p, s in zip(self.views.size, self.align.output_stride)):
+            raise ValueError(
+                f"align.mask_clamped leaves no bin: views.size={self.views.size} has one cell on an axis of "
+                f"align.output_stride={self.align.output_stride}; take larger views or a smaller stride"
+            )
+        if self.align.wrong_priors and self.global_batch_size < 2 * self.train.num_workers:
+            raise ValueError(
+                f"align.wrong_priors takes another pair's priors: global_batch_size={self.global_batch_size} must be "
+                f"at least 2 per worker of train.num_workers={self.train.num_workers}"
+            )
         return self
 
 
@@ -374,6 +427,19 @@ class BenchConfig(PretrainConfig):
     """Timed batches; the median counts."""
 
 
+class CheckAlignConfig(PretrainConfig):
+    """Does the aligner bring the same anatomy together? Coordinate ramps through the configured geometry."""
+
+    index: FilePath | None = None
+    """Store whose scans are cropped; none: a phantom scan."""
+    run: FilePath | None = None
+    """Pre-training run whose config is checked, and whose folder and report get table and picture."""
+    num_pairs: Annotated[int, Field(ge=64)] = 128
+    """Random pairs of views; all 64 pairs of flips come up in turn."""
+    output: FilePath = "check_align"
+    """Folder for check_align.json and check_align.png where no run is given."""
+
+
 class FinetuneConfig(Section):
     """Supervised training of the segmentation network (paper, Sec. 5.1 and Appendix B)."""
 
@@ -382,7 +448,8 @@ class FinetuneConfig(Section):
     run: FilePath
     """Folder of the run; the same command again continues an interrupted run."""
     init: Init = "random"
-    """Initialisation of the encoder: `random` (Kaiming uniform), or a pre-training run's folder."""
+    """Initialisation of the encoder: `random` (Kaiming uniform), or a pre-training run's folder. From a run with
+    method=genesis ASPP and decoder come along."""
     seed: Seed = 0
     """Seed of the split, the patches and the initialisation."""
     split: str = "train"

@@ -44,7 +44,7 @@ def run(config: ExportConfig) -> Result:
         raise ValueError(f"output={config.output}: expected a name that ends in .safetensors")
     encoder, meta = checkpoint.load_encoder(config.run)
     model = encoder if meta["door"] == "pretrain" else checkpoint.load_segmenter(config.run)[0]
-    kept = ("encoder", "hu_window", "labels", "task", "num_outputs", "patch_size")
+    kept = ("encoder", "level", "hu_window", "labels", "task", "num_outputs", "patch_size")
     metadata = INPUT | {key: json.dumps(meta[key]) for key in kept if key in meta}
     metadata |= {"format": "pt", "made_by": f"pgl_ray {pgl_ray.__version__} {meta['door']}", "config": meta["config"]}
     output = Path(config.output)

@@ -65,6 +65,12 @@ def run(config: FinetuneConfig) -> Result:
             f"steps {done[1] if done else 0} to {plan.num_steps}, {folder}",
             flush=True,
         )
+        if meta["init_level"] < 4:
+            print(
+                f"finetune: {config.init} was trained up to stage {meta['init_level']} of the encoder "
+                "(align.output_stride): the stages behind it start at random",
+                flush=True,
+            )
         worker_config = {"config": config.model_dump_json(), "run": folder, "plan": plan, "meta": meta}
         worker_config |= {"val_ids": val_ids}
         launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps)
@@ -114,6 +120,8 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
     init_kaiming_uniform(model, config.seed)
     if config.init != "random":
         encoder.load_state_dict(pretrained)
+        if source.get("method") == "genesis":
+            checkpoint.load_restorer(model, config.init)
     meta = {
         "door": "finetune",
         "encoder": {
@@ -127,6 +135,7 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
         "task": config.task,
         "num_outputs": num_outputs,
         "patch_size": list(config.patch.size),
+        "init_level": encoder.last if config.init == "random" else source.get("level", encoder.last),
         "config": config.model_dump_json(),
     }
     return model, meta

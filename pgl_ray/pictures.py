@@ -19,7 +19,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pgl_ray.prior import Geometry, interpolation_matrices, overlap_box, scan_to_view
+from pgl_ray.prior import Geometry, Prior, interpolation_matrices, overlap_box, scan_to_view
 
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")  # Okabe-Ito
 VIEW_COLORS, OVERLAP_COLOR = ("#56B4E9", "#E69F00"), "#F0E442"
@@ -157,15 +157,20 @@ def _data_uri(figure: Figure, kind: str, mime: str, **options) -> str:
 
 
 @style
-def curves(lines: list[Series], title: str, bounds: tuple[float | None, float | None] = (None, None)) -> Figure:
-    """Lines over steps."""
+def curves(
+    lines: list[Series], title: str, bounds: tuple[float | None, float | None] = (None, None), log: bool = False
+) -> Figure:
+    """Lines over steps; on a log scale zeros leave gaps."""
     figure = Figure(figsize=(3.6, 2.2))
     ax = figure.add_subplot(title=title, xlabel="step")
     for line in lines:
         marker = "." if len(line.x) < 30 else None
         ax.plot(line.x, line.y, color=line.color, ls="--" if line.dashed else "-", lw=1.2, marker=marker, ms=4)
+    if log:
+        ax.set_yscale("log", nonpositive="mask")
+    else:
+        ax.ticklabel_format(axis="y", useOffset=False)
     ax.set_ylim(*bounds)
-    ax.ticklabel_format(axis="y", useOffset=False)
     return figure
 
 
@@ -304,6 +309,66 @@ def pair_aligned(pair: ViewPair, plane: Plane) -> Figure:
         image = _slice(volume, plane, volume.shape[plane.through] / 2)
         _show(ax, image, plane, unit_mm, interpolation="nearest", **options)
     return figure
+
+
+PLACES = {
+    "before": "not aligned: cell j of view 1 against cell j of view 2",
+    "cell": "aligned, centers=cell (the paper's reading)",
+    "receptive_field": "aligned, centers=receptive_field",
+}
+
+
+@style
+def places(
+    views: list[np.ndarray],
+    priors: list[Prior],
+    compared: dict[str, list[np.ndarray]],
+    window: tuple[float, float],
+    spacing_mm: np.ndarray,
+) -> Figure:
+    """Which places of a scan are compared, drawn on both views: a row of axial slices per way of aligning.
+
+    Args:
+        views: two float32 arrays [D, H, W].
+        priors: theirs.
+        compared: key of `PLACES` -> for either view the scan coordinates [3, d, h, w] that its features look at.
+        window: of the views' values that is shown.
+        spacing_mm: of the scan.
+    """
+    size = np.array(views[0].shape)
+    units_mm = [(prior.box[:, 1] - prior.box[:, 0]) * spacing_mm / size for prior in priors]
+    overlap = overlap_box(*(prior.box for prior in priors))
+    height = max(_proportion(size, AXIAL, unit) for unit in units_mm)
+    figure = Figure(figsize=(6, len(compared) * (2.9 * height + 0.3) + 0.4))
+    figure.suptitle(
+        "one line = two features that are compared; circle: where view 1's looks, cross: where view 2's looks",
+        fontsize=8,
+    )
+    for row, (name, found) in enumerate(compared.items()):
+        first, second = (_some_places(scan_points) for scan_points in found)
+        colors = matplotlib.colormaps["hsv"](np.linspace(0, 1, len(first), endpoint=False))
+        for k, (view, prior) in enumerate(zip(views, priors)):
+            ax = figure.add_subplot(len(compared), 2, 2 * row + k + 1)
+            ax.set_title(f"view {k + 1}, {PLACES[name]}" if k == 0 else f"view {k + 1}", fontsize=7)
+            middle = region_in_view(overlap, prior.box, prior.flip, size)[0].mean()
+            low, high = window
+            _show(ax, _slice(view, AXIAL, middle), AXIAL, units_mm[k], cmap="gray", vmin=low, vmax=high)
+            _letters(ax, AXIAL, prior.flip)
+            circles, crosses = (scan_to_view(points, prior.box, prior.flip, size) for points in (first, second))
+            for circle, cross, color in zip(circles, crosses, colors):
+                ax.plot(*np.stack([circle, cross]).T[[2, 1]], color=color, lw=0.7)
+            ax.scatter(*circles.T[[2, 1]], s=42, marker="o", facecolors="none", edgecolors=colors, linewidths=1.1)
+            ax.scatter(*crosses.T[[2, 1]], s=26, marker="x", c=colors, linewidths=1.1)
+            ax.set_xlim(0, size[2])
+            ax.set_ylim(size[1], 0)
+    return figure
+
+
+def _some_places(scan_points: np.ndarray) -> np.ndarray:
+    """At most 6 x 6 places of the middle plane: [3, d, h, w] -> [n, 3]."""
+    plane = scan_points[:, scan_points.shape[1] // 2]
+    steps = [-(-n // 6) for n in plane.shape[1:]]
+    return plane[:, :: steps[0], :: steps[1]].reshape(3, -1).T
 
 
 def _proportion(shape: tuple[int, ...], plane: Plane, unit_mm: np.ndarray) -> float:

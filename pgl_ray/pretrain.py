@@ -1,29 +1,36 @@
-"""python -m pgl_ray.pretrain [file.yaml] index=STORE run=RUN [a.b=c ...]: PGL pre-training (paper, Sec. 3 and 5.1)."""
+"""python -m pgl_ray.pretrain [file.yaml] index=STORE run=RUN [a.b=c ...]: pre-training by PGL (paper, Sec. 3 and 5.1),
+or by BYOL or Models Genesis on the same views."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from pgl_ray.config import FailedRun, PretrainConfig, build, command
 from pgl_ray.data import store, stream
-from pgl_ray.model.pgl import Pair, Pgl, geometry_of
+from pgl_ray.data.views import ablated
+from pgl_ray.model.byol import Byol
+from pgl_ray.model.genesis import Genesis
+from pgl_ray.model.pgl import Output, Pair, Pgl, feature_geometry
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
+from pgl_ray.prior import Geometry
 from pgl_ray.train import checkpoint, health, launch, optim
-
-HEALTH_EVERY = 5  # rows of metrics per health figure: its singular values cost as much as a small step
 
 
 @dataclass(frozen=True)
 class Result:
-    """Where a run lies and how it ended."""
+    """Where a run lies and how it ended; `health` is what the last health figures say."""
 
     run: str
     steps: int
     loss: float
+    health: str
     already_finished: bool
 
 
@@ -36,9 +43,9 @@ def run(config: PretrainConfig) -> Result:
     """
     index = store.read_index(config.index)
     plan = make_plan(config, index)
-    model = build_model(config)
+    model, _ = build_model(config)
     facts = {
-        "num_parameters": sum(p.numel() for p in model.online["encoder"].parameters()),
+        "num_parameters": sum(p.numel() for p in model.get_submodule("online.encoder").parameters()),
         "num_steps": plan.num_steps,
         "plan": plan.identity,
         "store": {"num_scans": len(plan.scan_ids), "labels": index.labels, "hu_window": index.hu_window},
@@ -47,26 +54,57 @@ def run(config: PretrainConfig) -> Result:
     done = checkpoint.committed_step(folder)
     if done < plan.num_steps:
         launch.connect(config.ray)
-        renderer = stream.PairRenderer(index.store, plan.scan_ids, config.seed, config.views, config.intensity)
+        renderer = make_renderer(config, index, plan)
         feed = partial(stream.dataset, plan, renderer, config.train.num_workers, num_cpus=launch.RENDER_CPUS)
         worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
-        print(f"pretrain: {len(plan.scan_ids)} scans, steps {done} to {plan.num_steps}, {folder}", flush=True)
-        launch.fit(worker, {**worker_config, "plan": plan}, feed, config.train, folder, plan.num_steps)
-    losses = [row["train/loss"] for row in checkpoint.read_metrics(folder) if "train/loss" in row]
-    return Result(folder, plan.num_steps, losses[-1], done >= plan.num_steps)
+        print(
+            f"pretrain: {config.method}, {len(plan.scan_ids)} scans, steps {done} to {plan.num_steps}, {folder}",
+            flush=True,
+        )
+        stopped = launch.fit(worker, {**worker_config, "plan": plan}, feed, config.train, folder, plan.num_steps)
+        if stopped:
+            raise FailedRun(stopped)
+    rows = checkpoint.read_metrics(folder)
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    return Result(folder, plan.num_steps, losses[-1], health.newest_verdict(rows), done >= plan.num_steps)
 
 
-def build_model(config: PretrainConfig) -> Pgl:
-    """Pgl at its initial weights, the same on every rank."""
-    with torch.random.fork_rng():
+def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
+    """The method's network at its initial weights, the same on every rank, and the geometry of its last map.
+
+    Raises:
+        ValueError: the encoder has no map of the output stride, or the view size is no multiple of it.
+    """
+    align, heads = config.align, (config.heads.hidden, config.heads.out)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = Encoder(**config.encoder.model_dump())
-        geometry = geometry_of(encoder, config.views.size, config.align.centers)
-        model = Pgl(encoder, config.heads.hidden, config.heads.out, geometry)
+        stride = align.output_stride if config.method == "pgl" else encoder.strides[-1]
+        level, geometry = feature_geometry(encoder, config.views.size, stride, align.centers, align.sampling_ratio)
+        if config.method == "pgl":
+            model = Pgl(encoder, *heads, level, geometry, align.mask_clamped)
+        elif config.method == "byol":
+            model = Byol(encoder, *heads)
+        else:
+            model = Genesis(encoder)
     init_kaiming_uniform(model.online, config.seed)
-    init_kaiming_uniform(model.predictor, config.seed + 1)
-    model.target.load_state_dict(model.online.state_dict())
-    return model
+    if config.method != "genesis":
+        init_kaiming_uniform(model.predictor, config.seed + 1)
+        model.target.load_state_dict(model.online.state_dict())
+    return model, geometry
+
+
+def make_renderer(config: PretrainConfig, index: store.Index, plan: stream.Plan) -> stream.PairRenderer:
+    """What turns rows of the plan into pairs of views, the ablations included."""
+    return stream.PairRenderer(
+        index.store,
+        plan.scan_ids,
+        config.seed,
+        ablated(config.views, config.align),
+        config.intensity,
+        shared_box=not config.align.crop,
+        deform=config.deform if config.method == "genesis" else None,
+    )
 
 
 def make_plan(config: PretrainConfig, index: store.Index) -> stream.Plan:
@@ -83,8 +121,8 @@ def make_plan(config: PretrainConfig, index: store.Index) -> stream.Plan:
     return stream.Plan.make(ids, config.pairs_per_scan, batch, config.epochs, config.max_steps, config.seed)
 
 
-def worker(worker_config: dict) -> None:
-    """The training loop on each rank."""
+def worker(worker_config: dict) -> str | None:
+    """The training loop on each rank; returns why it stopped early, the same on every rank, or none."""
     import ray.train
     import ray.train.torch
 
@@ -95,26 +133,28 @@ def worker(worker_config: dict) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
 
     # model and optimizer
-    pgl = build_model(config).to(device)
+    net, geometry = build_model(config)
+    net = net.to(device)
     if device.type == "cuda":
-        pgl = torch.nn.SyncBatchNorm.convert_sync_batchnorm(pgl)
-    lars = optim.build_lars(pgl, config.optim)
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    lars = optim.build_lars(net, config.optim)
 
     # schedules
     warmup = round(config.optim.warmup_epochs * plan.rows_per_epoch / plan.global_batch_size)
     schedule = optim.warmup_cosine(lars, min(warmup, max(1, plan.num_steps // 10)), plan.num_steps)
 
     # continue where the last committed checkpoint stands
-    step = 0
+    step, num_collapsed = 0, 0
     state = checkpoint.resumed(device)
     if state:
-        pgl.load_state_dict(state["model"])
+        net.load_state_dict(state["model"])
         lars.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        step = state["step"]
+        step, num_collapsed = state["step"], state["num_collapsed"]
     if step >= plan.num_steps:
-        return
-    model = ray.train.torch.prepare_model(pgl)
+        return None
+    # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
+    model = ray.train.torch.prepare_model(net, parallel_strategy_kwargs={"broadcast_buffers": False})
     metrics = checkpoint.Metrics(worker_config["run"], step) if rank == 0 else None
     autocast = launch.autocast(device, config.train.precision)
 
@@ -122,7 +162,7 @@ def worker(worker_config: dict) -> None:
         batch_size=plan.global_batch_size // world, prefetch_batches=2, drop_last=True
     )
     model.train()
-    waited, logged, since, num_rows = 0.0, step, time.monotonic(), 0
+    waited, logged, since, stopped = 0.0, step, time.monotonic(), None
     asked = time.monotonic()
     for batch in batches:
         waited += time.monotonic() - asked
@@ -130,83 +170,122 @@ def worker(worker_config: dict) -> None:
             raise FailedRun(f"the stream is out of step: {batch['step'].tolist()} at step {step}")
         if step == 0 and rank == 0:
             _keep_views(worker_config["run"], batch, plan)
+        pair = Pair.from_batch(batch)
+        if config.align.wrong_priors:
+            pair = pair.with_wrong_priors()
 
-        # two symmetric losses
-        with autocast:
-            output = model(Pair.from_batch(batch))
-
-        # step
-        lars.zero_grad(set_to_none=True)
-        output.loss.backward()
-        log = (step + 1) % config.train.log_every == 0 or step + 1 == plan.num_steps or step == 0
-        grad_norm = _norm(p.grad for p in pgl.parameters() if p.grad is not None) if log else None
-        lr = schedule.get_last_lr()[0]
-        lars.step()
-        schedule.step()
-
-        # target follows online
         decay = optim.ema_decay(step, plan.num_steps, config.ema_decay)
-        pgl.follow(decay)
+        done = train_step(model, net, lars, schedule, pair, decay, autocast)
         step += 1
-        num_rows += plan.global_batch_size
 
-        # report and checkpoint
+        # metrics, and the reasons to stop: every rank comes to the same
+        ends = step in (1, plan.num_steps)
+        log, check = ends or step % config.train.log_every == 0, ends or step % config.health.every == 0
         keep = step % config.train.checkpoint_every == 0 or step == plan.num_steps
-        if log or keep:
-            loss = output.loss.item()
-            if not np.isfinite(loss):
-                raise FailedRun(f"train/loss is {loss} at step {step}: lower optim.lr={config.optim.lr}")
-        if log:
+        if log or check or keep:
+            row = {"train/loss": done.output.loss.item(), "train/grad_norm": done.grad_norm.item()}
+            row = launch.mean_over_workers(row)
+            if not all(map(math.isfinite, row.values())):
+                stopped = (
+                    f"train/loss is {row['train/loss']} and train/grad_norm {row['train/grad_norm']} at step {step}: "
+                )
+                stopped += f"start a new run=... with a lower optim.lr than {config.optim.lr}"
+                break
+        if check:
+            row |= launch.mean_over_workers(health.panel(net, done.output, pair, geometry))
+            collapsed = health.collapse(row)
+            row["health/collapsed"] = float(collapsed is not None)
+            num_collapsed = num_collapsed + 1 if collapsed else 0
+            if config.health.stop_on_collapse and num_collapsed >= 2 and step < plan.num_steps:
+                stopped = f"stopped at step {step}: {health.verdict({'step': step} | row)}: start a new run=... with a "
+                stopped += "lower optim.lr or a larger batch; health.stop_on_collapse=false goes on with this one"
+                keep = True
+        if log or check:
             if metrics:
                 seconds = time.monotonic() - since
-                row = {
+                row |= {
                     "epoch": plan.epoch_at(step),
-                    "train/loss": loss,
-                    "train/lr": lr,
-                    "train/grad_norm": grad_norm.item(),
-                    "train/pairs_per_s": num_rows / seconds,
+                    "train/lr": done.lr,
+                    "train/pairs_per_s": (step - logged) * plan.global_batch_size / seconds,
                     "data/wait_s": waited / (step - logged),
                     "ema/decay": decay,
-                    "align/clamped_share": output.clamped_share.item(),
                 }
-                if step // config.train.log_every % HEALTH_EVERY == 0 or step in (1, plan.num_steps):
-                    row |= health.feature_health(output.query, output.key)
                 metrics.write(step, **row)
-            waited, logged, since, num_rows = 0.0, step, time.monotonic(), 0
+            waited, logged, since = 0.0, step, time.monotonic()
         if keep:
-            meta = _meta(config, worker_config["hu_window"])
-            state = {"step": step, "model": pgl.state_dict(), "optimizer": lars.state_dict()}
-            state |= {"schedule": schedule.state_dict(), "meta": meta}
-            checkpoint.report(state, step, {"train/loss": loss})
+            optim.average_buffers(net)
+            meta = _meta(config, net.get_submodule("online.encoder").last, worker_config["hu_window"])
+            state = {"step": step, "model": net.state_dict(), "optimizer": lars.state_dict()}
+            state |= {"schedule": schedule.state_dict(), "num_collapsed": num_collapsed, "meta": meta}
+            checkpoint.report(state, step, {"train/loss": row["train/loss"]})
+        if stopped:
+            break
         asked = time.monotonic()
     if metrics:
         metrics.close()
-    if step != plan.num_steps:
+    if step != plan.num_steps and not stopped:
         raise FailedRun(f"the stream ended at step {step} of {plan.num_steps}")
+    return stopped
 
 
-def _meta(config: PretrainConfig, hu_window: list[float]) -> dict:
-    """What must be known to use the weights elsewhere; plain values."""
+class Step(NamedTuple):
+    """What one training step did; nothing of it waits for the device."""
+
+    output: Output
+    grad_norm: Tensor
+    lr: float
+
+
+def train_step(
+    model: nn.Module,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    pair: Pair,
+    decay: float,
+    autocast: torch.autocast,
+) -> Step:
+    """One step: loss, gradient, update, and the target after it.
+
+    Args:
+        model: what is called: `net`, or its DDP wrapper.
+        net: Pgl, Byol or Genesis.
+        optimizer, schedule: of `net`.
+        pair: this worker's batch.
+        decay: of the target.
+        autocast: of the forward pass.
+    """
+    with autocast:
+        output = model(pair)
+    optimizer.zero_grad(set_to_none=True)
+    output.loss.backward()
+    grad_norm = health.norm(p.grad for p in net.parameters() if p.grad is not None)
+    lr = schedule.get_last_lr()[0]
+    optimizer.step()
+    schedule.step()
+    net.follow(decay)
+    return Step(output, grad_norm, lr)
+
+
+def _meta(config: PretrainConfig, level: int, hu_window: list[float]) -> dict:
+    """What must be known to use the weights elsewhere; plain values. Stages behind map `level` were not trained."""
     encoder = json.loads(config.encoder.model_dump_json())
-    return {"door": "pretrain", "encoder": encoder, "hu_window": hu_window, "config": config.model_dump_json()}
-
-
-def _norm(gradients) -> torch.Tensor:
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    meta = {"door": "pretrain", "method": config.method, "encoder": encoder, "level": level, "hu_window": hu_window}
+    return meta | {"config": config.model_dump_json()}
 
 
 def _keep_views(run: str, batch: dict, plan: stream.Plan, num: int = 4) -> None:
-    """Keeps the first pairs of the run for the report's pictures."""
-    names = ("view_1", "view_2", "box_1", "box_2", "flip_1", "flip_2")
+    """Keeps the first pairs of the run, with all that makes them again, for the report's pictures."""
+    names = ("view_1", "view_2", "box_1", "box_2", "flip_1", "flip_2", "epoch", "draw")
     arrays = {name: batch[name][:num].cpu().numpy() for name in names}
     arrays["scan_id"] = np.array([plan.scan_ids[i] for i in batch["scan"][:num].tolist()])
     np.savez_compressed(f"{run}/views.npz", **arrays)
 
 
 def describe(result: Result) -> str:
-    """The closing line."""
+    """What the health figures say, and the closing line."""
     state = "was finished already" if result.already_finished else f"done after {result.steps} steps"
-    return f"pretrain: {state}, loss {result.loss:.4f}; run in {result.run}"
+    return f"  health: {result.health}\npretrain: {state}, loss {result.loss:.4f}; run in {result.run}"
 
 
 def main() -> None:

@@ -36,11 +36,13 @@ class Geometry(NamedTuple):
         output_stride: s per axis, in view voxels per feature cell.
         center: per axis, the view edge coordinate of feature cell 0's centre: 0.5 for a ResNet's symmetric kernels
             (its cells sit at s * j + 0.5), s / 2 for the paper's RoIAlign reading (the middle of the cell).
+        sampling_ratio: points per bin and axis that are read and averaged; 1 = the bin's centre.
     """
 
     view_size: tuple[int, int, int]
     output_stride: tuple[int, int, int]
     center: tuple[float, float, float]
+    sampling_ratio: int = 1
 
 
 def overlap_box(box_1, box_2):
@@ -100,9 +102,10 @@ def view_to_scan(point, box, flip, view_size):
 def interpolation_matrices(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
     """FlipAlign and CSAlign of one view's features as one matrix per axis (Eq. 4 to 7).
 
-    Row k of an axis' matrix holds the linear weights that read the feature map at bin k's centre. The region has as
-    many bins as the feature map has cells, so RoIAlign followed by the resize is this one interpolation. Bin centres
-    beyond the outermost feature centres are clamped to them.
+    Row k of an axis' matrix holds the linear weights that read the feature map in bin k. The region has as many bins
+    as the feature map has cells, so RoIAlign followed by the resize is this one interpolation. Points beyond the
+    outermost feature centres are clamped to them. An average over a bin's points on three axes is the product of the
+    axes' averages, so a sampling ratio above 1 costs nothing.
 
     Args:
         box: [N, 3, 2] the views' boxes, scan frame.
@@ -113,34 +116,45 @@ def interpolation_matrices(box: Tensor, flip: Tensor, region: Tensor, geometry: 
     Returns:
         Three float32 tensors [N, n, n], axes D, H, W: bin x feature cell.
     """
-    coordinates, _ = feature_coordinates(box, flip, region, geometry)
     matrices = []
-    for index in coordinates:
-        cells = torch.arange(index.shape[-1], device=index.device, dtype=index.dtype)
-        matrices.append((1 - (index.unsqueeze(-1) - cells).abs()).clamp_min(0))  # the hat of linear interpolation
+    for index in feature_coordinates(box, flip, region, geometry):
+        num = index.shape[1]
+        cells = torch.arange(num, device=index.device, dtype=index.dtype)
+        hats = (1 - (index.clamp(0, num - 1).unsqueeze(-1) - cells).abs()).clamp_min(0)  # linear interpolation
+        matrices.append(hats.mean(2))
     return tuple(matrices)
 
 
-def feature_coordinates(
-    box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Continuous feature index of every bin centre of a region, flips undone.
+def clamped_bins(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
+    """Whether a bin, or one of its points, lies beyond the outermost feature centres of a view.
+
+    Args:
+        box, flip, region, geometry: as in `interpolation_matrices`.
 
     Returns:
-        (index, clamped), three tensors [N, n] each, axes D, H, W: float32 index in [0, n - 1], and whether the bin
-        lay beyond the outermost feature centres.
+        Three bool tensors [N, n], axes D, H, W.
     """
-    index, clamped = [], []
+    found = []
+    for index in feature_coordinates(box, flip, region, geometry):
+        found.append(((index < 0) | (index > index.shape[1] - 1)).any(2))
+    return tuple(found)
+
+
+def feature_coordinates(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
+    """Continuous feature index of every point of every bin of a region, flips undone, not clamped.
+
+    Returns:
+        Three float32 tensors [N, n, sampling_ratio], axes D, H, W; cell j's centre has index j.
+    """
+    found = []
     for axis in range(3):
         size, stride, center = geometry.view_size[axis], geometry.output_stride[axis], geometry.center[axis]
-        num = size // stride
+        num, ratio = size // stride, geometry.sampling_ratio
         start, stop = region[:, axis, 0].float(), region[:, axis, 1].float()
-        bins = (torch.arange(num, device=box.device) + 0.5) / num
+        bins = (torch.arange(num * ratio, device=box.device) + 0.5) / (num * ratio)
         point = start[:, None] + bins * (stop - start)[:, None]  # scan frame
         first, length = box[:, axis, 0].float()[:, None], (box[:, axis, 1] - box[:, axis, 0]).float()[:, None]
         view = (point - first) * (size / length)  # Eq. 5, and Eq. 6's factor P / S
         view = torch.where(flip[:, axis, None], size - view, view)  # the flipped view's own coordinates
-        exact = (view - center) / stride
-        index.append(exact.clamp(0, num - 1))
-        clamped.append((exact < 0) | (exact > num - 1))
-    return tuple(index), tuple(clamped)
+        found.append(((view - center) / stride).unflatten(1, (num, ratio)))
+    return tuple(found)

@@ -76,6 +76,7 @@ def _load(config: ProbeConfig, index: Index) -> Encoder:
         init_kaiming_uniform(encoder, config.seed)
     else:
         encoder, meta = load_encoder(config.init, settings)
+        encoder.stop_at(meta.get("level", encoder.last))  # what was trained
         if list(meta["hu_window"]) != list(index.hu_window):
             raise ValueError(
                 f"init={config.init} was trained with hu_window={meta['hu_window']}, "
@@ -163,7 +164,7 @@ def scan_features(encoder: Encoder, index: Index, scan: ScanRecord, config: Prob
     short = [(0, max(0, size - length)) for size, length in zip(config.size, volume.shape)]
     volume = np.pad(volume, short, constant_values=int(index.hu_window[0]))
     starts, window_of = assign_windows(voxels, volume.shape, config.size)
-    features = torch.empty(len(voxels), sum(encoder.channels), device=device)
+    features = torch.empty(len(voxels), sum(encoder.channels[: encoder.last + 1]), device=device)
     for number, start in enumerate(starts):
         crop = volume[tuple(slice(s, s + size) for s, size in zip(start, config.size))]
         crop = torch.from_numpy(normalise(crop, index.hu_window, scan.mean_hu, scan.std_hu)).to(device)
@@ -171,7 +172,7 @@ def scan_features(encoder: Encoder, index: Index, scan: ScanRecord, config: Prob
         point = torch.from_numpy(voxels[inside] - start + 0.5).to(device)  # the voxel's middle, window edge coordinates
         with torch.no_grad():
             maps = encoder(crop[None, None])
-        levels = zip(maps, encoder.strides, encoder.centers)
+        levels = zip(maps, encoder.strides, encoder.centers, strict=False)
         features[torch.from_numpy(inside).to(device)] = torch.cat(
             [read_map(m[0], point, s, c) for m, s, c in levels], 1
         )

@@ -1,6 +1,7 @@
 """python -m pgl_ray.report run=RUN [a.b=c ...], or run=[A,B,C] to compare: one self-contained HTML page with tables,
 curves and pictures. What a run lacks is left out, and a line says so."""
 
+import base64
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -33,6 +34,7 @@ def run(config: ReportConfig) -> str:
     evaluated = [r for r in tuned if r.summary]
     missing = [f"{r.name} is not evaluated: python -m pgl_ray.evaluate run={r.path}" for r in tuned if not r.summary]
     missing += [f"{r.name} has no metrics yet" for r in runs if not r.rows]
+    num_pairs = NUM_PAIRS if len(pretrained) == 1 else 1
     content = {
         "title": config.title,
         "notes": config.notes,
@@ -44,8 +46,12 @@ def run(config: ReportConfig) -> str:
         "probes": tables.probes(runs),
         "pretrained": pretrained,
         "verdicts": [tables.verdict(r) for r in pretrained],
+        "health": tables.health(pretrained),
+        "alignments": [found for r in pretrained if (found := alignment(r))],
         "pretrain_curves": pretrain_curves(pretrained),
-        "pairs": [pair for r in pretrained for pair in _or_missing(missing, r.name, lambda r=r: view_pairs(r))],
+        "pairs": [
+            pair for r in pretrained for pair in _or_missing(missing, r.name, lambda r=r: view_pairs(r, num_pairs))
+        ],
         "tuned": tuned,
         "finetune_curves": finetune_curves(tuned),
         "bars": organ_bars(evaluated) if evaluated else None,
@@ -94,10 +100,10 @@ def _metric(one: Run, key: str, dashed: bool = False) -> pictures.Series:
     return _series(one, ((row["step"], row[key]) for row in one.rows if key in row), dashed)
 
 
-def _plot(title: str, lines: list[pictures.Series], *bounds: float | None) -> str:
+def _plot(title: str, lines: list[pictures.Series], *bounds: float | None, log: bool = False) -> str:
     """A data URI, or "" where no run has the metric."""
     drawn = [line for line in lines if line.x]
-    return pictures.to_svg(pictures.curves(drawn, title, bounds)) if drawn else ""
+    return pictures.to_svg(pictures.curves(drawn, title, bounds, log)) if drawn else ""
 
 
 def pretrain_curves(runs: list[Run]) -> dict[str, str]:
@@ -109,15 +115,39 @@ def pretrain_curves(runs: list[Run]) -> dict[str, str]:
                 seconds_per_step = one.config["global_batch_size"] / row["train/pairs_per_s"]
                 yield row["step"], row["data/wait_s"] / seconds_per_step
 
-    cosines = [_metric(r, "health/cosine_aligned") for r in runs]
-    cosines += [_metric(r, "health/cosine_shuffled", dashed=True) for r in runs]
+    def compared(name: str, dashed: bool = False) -> list[pictures.Series]:
+        """Of what the loss compares: places, or BYOL's views."""
+        keys = (f"health/{name}", f"health/view_{name}")
+        return [_metric(r, next((k for k in keys if any(k in row for row in r.rows)), ""), dashed) for r in runs]
+
+    def pairs_of(solid: str, dashed: str) -> list[pictures.Series]:
+        return [_metric(r, solid) for r in runs] + [_metric(r, dashed, dashed=True) for r in runs]
+
+    comparing = [r for r in runs if r.config.get("method") != "genesis"]
+    restoring = [r for r in runs if r.config.get("method") == "genesis"]
+    encoder_cosines = pairs_of("health/encoder_cosine_aligned", "health/encoder_cosine_shuffled")
     return {
-        "loss": _plot("loss", [_metric(r, "train/loss") for r in runs], 0, None),
+        "loss": _plot("loss", [_metric(r, "train/loss") for r in comparing], 0, None),
+        "restoration": _plot("loss of Models Genesis", [_metric(r, "train/loss") for r in restoring], 0, None),
         "lr": _plot("learning rate", [_metric(r, "train/lr") for r in runs], 0, None),
-        "decay": _plot("EMA decay", [_metric(r, "ema/decay") for r in runs], None, None),
-        "std": _plot("feature_std", [_metric(r, "health/feature_std") for r in runs], 0, 1.1),
-        "rank": _plot("effective rank", [_metric(r, "health/effective_rank") for r in runs], 0, None),
-        "cosine": _plot("cosine of query and key", cosines, None, 1),
+        "decay": _plot("EMA decay", [_metric(r, "ema/decay") for r in comparing], None, None),
+        "grad": _plot("gradient norm", [_metric(r, "train/grad_norm") for r in runs], 0, None),
+        "weights": _plot("weight norms", pairs_of("weight/encoder_norm", "weight/heads_norm"), 0, None),
+        "std": _plot("feature_std", compared("feature_std"), 0, 1.1),
+        "rank": _plot("effective rank", compared("effective_rank"), 0, None),
+        "cosine": _plot(
+            "cosine of query and key", compared("cosine_aligned") + compared("cosine_shuffled", dashed=True), None, 1
+        ),
+        "retrieval": _plot("retrieval@1", compared("retrieval"), None, 1.2, log=True),
+        "encoder_std": _plot("encoder: feature_std", [_metric(r, "health/encoder_feature_std") for r in runs], 0, 1.1),
+        "encoder_rank": _plot(
+            "encoder: effective rank", [_metric(r, "health/encoder_effective_rank") for r in runs], 0, None
+        ),
+        "encoder_cosine": _plot("encoder: cosine of both views", encoder_cosines, None, 1),
+        "encoder_retrieval": _plot(
+            "encoder: retrieval@1", [_metric(r, "health/encoder_retrieval") for r in runs], None, 1.2, log=True
+        ),
+        "clamped": _plot("share of clamped bins", [_metric(r, "align/clamped_share") for r in runs], 0, 1),
         "speed": _plot("view pairs per second", [_metric(r, "train/pairs_per_s") for r in runs], 0, None),
         "wait": _plot("share of time spent waiting", [_series(r, waited(r)) for r in runs], 0, 1),
     }
@@ -157,7 +187,16 @@ def _whole(record: ScanRecord) -> np.ndarray:
     return np.array([(0, size) for size in record.shape])
 
 
-def view_pairs(one: Run) -> list[dict[str, Any]]:
+def alignment(one: Run) -> dict[str, Any] | None:
+    """What check_align left in a run's folder: its table and its picture as a data URI."""
+    table, picture = one.path / "check_align.json", one.path / "check_align.png"
+    if not (table.is_file() and picture.is_file()):
+        return None
+    encoded = base64.b64encode(picture.read_bytes()).decode()
+    return {"name": one.name, **tables.alignment(tables.read_json(table)), "src": f"data:image/png;base64,{encoded}"}
+
+
+def view_pairs(one: Run, num_pairs: int) -> list[dict[str, Any]]:
     """Pictures and voxel correlations of the run's first pairs.
 
     Raises:
@@ -167,7 +206,7 @@ def view_pairs(one: Run) -> list[dict[str, Any]]:
     with np.load(one.path / "views.npz") as file:
         views = {key: file[key] for key in file.files}
     found = []
-    for i, scan_id in enumerate(views["scan_id"][:NUM_PAIRS].tolist()):
+    for i, scan_id in enumerate(views["scan_id"][:num_pairs].tolist()):
         pair = view_pair(views, i, index, records[scan_id])
         first, second = (pictures.cut_region(*each, pair.overlap) for each in zip(pair.views, pair.boxes, pair.flips))
         found.append(

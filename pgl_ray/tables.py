@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 from scipy import stats
 
 from pgl_ray.train.checkpoint import read_metrics
+from pgl_ray.train.health import newest_verdict
 
 SCORES = {"dice": "Dice", "iou": "IoU", "hd_mm": "HD, mm", "hd95_mm": "HD95, mm"}
 LOWER_IS_BETTER = ("hd_mm", "hd95_mm")
-COLLAPSED_STD, COLLAPSED_RANK = 0.1, 2.0  # below either, features of different places are nearly one vector
 
 
 @dataclass(frozen=True)
@@ -306,18 +306,43 @@ def _read_probe(path: Path) -> dict[str, Any] | None:
 
 def verdict(run: Run) -> str:
     """Whether a pre-training run's features collapsed, and by which figure."""
-    rows = [row for row in run.rows if "health/feature_std" in row]
-    if not rows:
-        return f"{run.name}: no health figures yet."
-    names = ("feature_std", "effective_rank", "cosine_aligned", "cosine_shuffled")
-    std, rank, aligned, shuffled = (rows[-1][f"health/{name}"] for name in names)
-    figures = f"feature_std {std:.2f}, effective rank {rank:.1f} at step {rows[-1]['step']}"
-    if std < COLLAPSED_STD:
-        return f"{run.name}: collapsed, feature_std is below {COLLAPSED_STD} ({figures})."
-    if rank < COLLAPSED_RANK:
-        return f"{run.name}: collapsed, the effective rank is below {COLLAPSED_RANK:.0f} ({figures})."
-    told = "do not yet agree more" if aligned <= shuffled else "agree more"
-    return (
-        f"{run.name}: not collapsed ({figures}). Aligned places {told} than shuffled ones "
-        f"(cosine {aligned:.2f} against {shuffled:.2f})."
-    )
+    return f"{run.name}: {newest_verdict(run.rows)}."
+
+
+HEALTH = ("feature_std", "effective_rank", "cosine_aligned", "cosine_shuffled", "retrieval")
+
+
+def health(runs: list[Run]) -> list[dict[str, Any]]:
+    """The last health figures of each pre-training run as text: of what the loss compares, then of the map."""
+    rows = []
+    for run in runs:
+        last = next((row for row in reversed(run.rows) if "health/collapsed" in row), None)
+        if last:
+            compared = "" if "health/feature_std" in last else "view_"
+            parts = [[last.get(f"health/{part}{key}") for key in HEALTH] for part in (compared, "encoder_")]
+            figures = [number(value, ".2f") for part in parts for value in part]
+            loss, clamped = last.get("train/loss"), last.get("align/clamped_share")
+            method, share = run.config.get("method", "pgl"), number(clamped, ".0%")
+            facts = {"name": run.name, "number": run.number, "method": method, "step": f"{last['step']:.0f}"}
+            rows.append(facts | {"loss": number(loss, ".3f"), "figures": figures, "clamped": share})
+    return rows
+
+
+def alignment(facts: dict[str, Any]) -> dict[str, Any]:
+    """check_align.json as a table: one row per convention and kind of bins, D, H, W in scan voxels and mm."""
+    rows = []
+    for name, found in facts["conventions"].items():
+        for key, text in (
+            ("mean", "mean, all bins"),
+            ("max", "largest, all bins"),
+            ("max_not_clamped", "largest, bins not clamped"),
+        ):
+            cells = [
+                f"{number(voxels, '.2f')} ({number(mm, '.1f')} mm)"
+                for voxels, mm in zip(found["voxels"][key], found["mm"][key], strict=True)
+            ]
+            rows.append((name, text, cells))
+        rows.append((name, "allowed, bins not clamped", [f"{allowed:.2f}" for allowed in found["allowed_voxels"]]))
+        rows.append((name, "share of clamped bins", [f"{share:.0%}" for share in found["clamped_share"]]))
+    verdict = "as small as this geometry allows" if facts["passed"] else "LARGER than this geometry allows"
+    return {"rows": rows, "verdict": f"The residual is {verdict} ({facts['num_pairs']} pairs of {facts['scans']})."}

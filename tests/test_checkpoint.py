@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 
-from pgl_ray.config import PretrainConfig, load
+from pgl_ray import finetune
+from pgl_ray.config import FinetuneConfig, PretrainConfig, load
+from pgl_ray.data.store import Index
+from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import checkpoint
@@ -84,6 +87,25 @@ def test_encoder_and_segmenter_are_read_back_exactly(saved):
         assert meta["encoder"]["width"] == 8
     model, _ = checkpoint.load_segmenter(str(folder / "tuned.pt"))
     torch.testing.assert_close(model(x), expected)
+
+
+def test_fine_tuning_takes_all_but_the_head_from_a_genesis_run(saved, tmp_path):
+    settings = {"depths": [1, 1, 1, 1], "width": 8, "stage_strides": "early"}
+    restorer = Genesis(Encoder(**settings))
+    meta = {"door": "pretrain", "method": "genesis", "encoder": settings, "hu_window": [-1024.0, 325.0]}
+    torch.save({"model": restorer.state_dict(), "meta": meta}, tmp_path / "genesis.pt")
+    index = Index(store="s", scans=[], labels={"a": 1, "b": 2}, hu_window=(-1024.0, 325.0))
+    config = load(FinetuneConfig, ["index=s", "run=r", f"init={tmp_path}/genesis.pt"])
+    model, _ = finetune.build_model(config, index)
+    given, own = restorer.online.state_dict(), model.state_dict()
+    for name, value in own.items():
+        if name.startswith("head."):
+            assert value.shape != given[name].shape
+        else:
+            assert torch.equal(value, given[name]), name
+    other = Segmenter(Encoder(depths=(1, 1, 1, 1), width=16), 3)
+    with pytest.raises(ValueError, match="another architecture"):
+        checkpoint.load_restorer(other, str(tmp_path / "genesis.pt"))
 
 
 def test_another_architecture_is_refused(saved):

@@ -12,7 +12,7 @@ from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 
 DOORS = ["prepare", "inspect", "pretrain", "finetune", "evaluate", "predict", "probe", "tune", "bench", "export"]
-DOORS += ["report", "demo"]
+DOORS += ["report", "demo", "check_align"]
 
 
 def call(monkeypatch, capsys, door, *args) -> tuple[int, str]:

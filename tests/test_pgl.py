@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from pgl_ray.config import PretrainConfig, load
-from pgl_ray.model.pgl import Pair, Pgl, geometry_of
+from pgl_ray.model.pgl import Pair, Pgl, feature_geometry
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.pretrain import build_model
-from pgl_ray.train.health import feature_health
 
 SMALL = ["index=a", "run=b", "encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=16", "heads.out=12"]
 SMALL += ["views.size=[16,48,32]"]
@@ -18,7 +16,7 @@ SMALL += ["views.size=[16,48,32]"]
 
 @pytest.fixture(scope="module")
 def pgl() -> Pgl:
-    return build_model(load(PretrainConfig, SMALL))
+    return build_model(load(PretrainConfig, SMALL))[0]
 
 
 def pair(seed=0, num=3) -> Pair:
@@ -34,13 +32,14 @@ def test_default_heads_and_encoder_are_the_papers():
     config = load(PretrainConfig, ["index=a", "run=b"])
     with torch.device("meta"):
         encoder = Encoder(**config.encoder.model_dump())
-        model = Pgl(encoder, config.heads.hidden, config.heads.out, geometry_of(encoder, config.views.size, "cell"))
+        geometry = feature_geometry(encoder, config.views.size, config.align.output_stride, "cell")
+        model = Pgl(encoder, config.heads.hidden, config.heads.out, *geometry)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     assert count(model.online["encoder"]) == 46_155_072
     assert count(model.online["projector"]) == 2048 * 4096 + 2 * 4096 + 4096 * 256 + 256
     assert count(model.predictor) == 256 * 4096 + 2 * 4096 + 4096 * 256 + 256
     assert model.geometry.output_stride == (8, 16, 16)
-    assert geometry_of(encoder, (16, 96, 96), "receptive_field").center == (0.5, 0.5, 0.5)
+    assert feature_geometry(encoder, (16, 96, 96), (8, 16, 16))[1].center == (0.5, 0.5, 0.5)
 
 
 def test_loss_is_symmetric_and_bounded(pgl):
@@ -70,7 +69,7 @@ def test_target_gets_no_gradient_and_follows_in_closed_form(pgl):
 
 
 def test_same_seed_same_weights_other_seed_others():
-    models = [build_model(load(PretrainConfig, [*SMALL, f"seed={seed}"])) for seed in (0, 0, 1)]
+    models = [build_model(load(PretrainConfig, [*SMALL, f"seed={seed}"]))[0] for seed in (0, 0, 1)]
     weights = [torch.cat([p.flatten() for p in m.parameters() if p.dim() > 1]) for m in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.allclose(weights[0], weights[2])
@@ -78,18 +77,4 @@ def test_same_seed_same_weights_other_seed_others():
 
 def test_view_size_must_be_a_multiple_of_the_stride():
     with pytest.raises(ValueError, match=r"views.size=\(16, 50, 32\) must be a multiple of the output stride"):
-        geometry_of(Encoder(width=8, depths=(1, 1, 1, 1)), (16, 50, 32), "cell")
-
-
-def test_health_tells_collapse_from_spread():
-    rng = torch.Generator().manual_seed(0)
-    spread = torch.randn(8, 16, 2, 3, 4, generator=rng)
-    healthy = feature_health(spread, spread)
-    assert healthy["health/feature_std"] > 0.9
-    assert healthy["health/effective_rank"] > 12
-    assert healthy["health/cosine_aligned"] == pytest.approx(1)
-    assert abs(healthy["health/cosine_shuffled"]) < 0.1
-    one = F.normalize(torch.ones(8, 16, 2, 3, 4), dim=1) + 1e-4 * spread
-    collapsed = feature_health(one, one)
-    assert collapsed["health/feature_std"] < 0.01
-    assert collapsed["health/cosine_shuffled"] > 0.99
+        feature_geometry(Encoder(width=8, depths=(1, 1, 1, 1)), (16, 50, 32), (8, 16, 16))

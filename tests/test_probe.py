@@ -34,7 +34,10 @@ class OneMap(torch.nn.Module):
     def __init__(self, transform, channels, strides):
         super().__init__()
         self.transform, self.channels, self.strides = transform, (channels,) * 5, strides
-        self.centers = ((0.5, 0.5, 0.5),) * 5  # cell j holds voxel stride * j, whose middle lies at stride * j + 0.5
+        self.last, self.centers = (
+            4,
+            ((0.5, 0.5, 0.5),) * 5,
+        )  # cell j holds voxel stride * j, whose middle lies at stride * j + 0.5
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, x):

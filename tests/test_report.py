@@ -62,6 +62,7 @@ def pretrain_rows(std=0.7, rank=12.0, aligned=0.8, shuffled=0.2):
         row = {"step": step, "time_s": time_s, "epoch": step / 6, "train/loss": 4.0 / step, "train/lr": 0.1}
         row |= {"train/pairs_per_s": 4.0, "data/wait_s": 0.5, "ema/decay": 0.99}
         health = {"feature_std": std, "effective_rank": rank, "cosine_aligned": aligned, "cosine_shuffled": shuffled}
+        health["collapsed"] = float(std < 0.1 or rank < 2)
         rows.append(row | {f"health/{key}": value for key, value in health.items()})
     return rows
 
@@ -209,7 +210,7 @@ def test_page_has_every_section(page):
         assert heading in text
     assert text.count("A pair of views") == report.NUM_PAIRS
     assert "Predicted and true labels" in text and text.count("axial slice") == report.NUM_OVERLAYS
-    assert "pgl: not collapsed (feature_std 0.70, effective rank 12.0 at step 20). Aligned places agree more" in text
+    assert "pgl: not collapsed (feature_std 0.70, effective rank 12.0 at step 20); aligned places agree more" in text
     assert "left out" not in text and "not evaluated" not in text
 
 
@@ -352,11 +353,11 @@ def test_an_evaluation_without_any_score_is_shown(tmp_path, scans):
 @pytest.mark.parametrize(
     ("health", "words"),
     [
-        ({"std": 0.03}, "collapsed, feature_std is below 0.1"),
-        ({"rank": 1.2}, "collapsed, the effective rank is below 2"),
+        ({"std": 0.03}, "features collapsed: feature_std is below 0.1"),
+        ({"rank": 1.2}, "features collapsed: the effective rank is below 2"),
         (
             {"aligned": 0.4, "shuffled": 0.5},
-            "not collapsed (feature_std 0.70, effective rank 12.0 at step 20). Aligned places do not yet agree more",
+            "not collapsed (feature_std 0.70, effective rank 12.0 at step 20); aligned places do not yet agree more",
         ),
     ],
 )

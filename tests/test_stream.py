@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pgl_ray.config import IntensityConfig, PatchConfig, ViewsConfig
+from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import store, stream
 
 VIEWS = ViewsConfig(size=(8, 24, 16))
@@ -81,6 +81,27 @@ def test_pairs_do_not_depend_on_their_batch(small_store):
     assert together["view_1"].shape == (6, 1, 8, 24, 16) and together["view_1"].dtype == np.float16
     assert np.isfinite(together["view_1"]).all()
     assert not np.array_equal(together["view_1"], together["view_2"])
+
+
+def test_any_pair_can_be_built_again_bit_for_bit(small_store):
+    """From (scan_id, epoch, draw), the index and the seed, deformations and ablations included."""
+    ids = tuple(f"scan_{i}" for i in range(5))
+    kinds = (
+        stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig()),
+        stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True, deform=DeformConfig()),
+    )
+    for renderer in kinds:
+        batch = renderer(index_rows(np.concatenate(list(make_plan().batches(0)))[:8]))
+        for i in (0, 3, 7):
+            again = renderer.rebuild(ids[batch["scan"][i]], int(batch["epoch"][i]), int(batch["draw"][i]))
+            for name in set(batch) - {"step"}:
+                np.testing.assert_array_equal(again[name][0], batch[name][i], err_msg=name)
+    assert set(batch) - {"deformed_1", "deformed_2"} == {
+        *("step", "epoch", "scan", "draw", "view_1", "view_2", "box_1", "box_2", "flip_1", "flip_2")
+    }
+    np.testing.assert_array_equal(batch["box_1"], batch["box_2"])
+    plain = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True)
+    np.testing.assert_array_equal(plain.rebuild("scan_2", 1, 0)["view_1"], kinds[1].rebuild("scan_2", 1, 0)["view_1"])
 
 
 def test_a_view_shows_what_its_prior_says(small_store):

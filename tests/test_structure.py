@@ -15,6 +15,7 @@ DOOR_TO_DOOR = {
     ("finetune", "evaluate"),
     ("pretrain", "probe"),
     ("bench", "pretrain"),
+    ("check_align", "pictures"),
 }
 DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's two halves, no doors themselves
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.layers import GaussianFilter
 
-from pgl_ray.config import IntensityConfig, ViewsConfig
+from pgl_ray.config import AlignConfig, IntensityConfig, ViewsConfig
 from pgl_ray.data import views as v
 from pgl_ray.prior import Prior, scan_to_view
 
@@ -42,7 +42,8 @@ def test_fallback_guarantees_overlap():
     for seed in range(20):
         first, second = v.sample_pair(np.random.default_rng(seed), (500, 500, 500), views)
         lengths = np.minimum(first.box[:, 1], second.box[:, 1]) - np.maximum(first.box[:, 0], second.box[:, 0])
-        assert (lengths > 0).all()
+        smaller = min((prior.box[:, 1] - prior.box[:, 0]).prod() for prior in (first, second))
+        assert (lengths > 0).all() and lengths.prod() >= 0.4 * smaller
 
 
 def test_foreground_keeps_the_middle_in_the_body():
@@ -56,10 +57,40 @@ def test_foreground_keeps_the_middle_in_the_body():
     np.testing.assert_array_equal(a[0].box, b[0].box)
 
 
-def test_unreachable_overlap_is_refused():
-    views = ViewsConfig(size=(16, 96, 96), crop_scale=(0.5, 2.0), min_overlap=0.99, overlap_of="union")
-    with pytest.raises(ValueError, match="min_overlap"):
-        v.sample_pair(np.random.default_rng(0), (100, 300, 300), views)
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.booleans(), st.booleans())
+def test_ablations(seed, flip, crop):
+    """w/o F: no flips. w/o CS: one crop of exactly the view size for both views. Else as ever."""
+    views, rng = ViewsConfig(size=(8, 16, 24)), np.random.default_rng(seed)
+    ablated = v.ablated(views, AlignConfig(flip=flip, crop=crop))
+    first, second = v.sample_pair(rng, (60, 90, 120), ablated, shared_box=not crop)
+    assert flip or not (first.flip.any() or second.flip.any())
+    assert crop == (not np.array_equal(first.box, second.box))
+    lengths = np.array([prior.box[:, 1] - prior.box[:, 0] for prior in (first, second)])
+    assert crop or (lengths == (8, 16, 24)).all()
+    assert not crop or (lengths > (8, 16, 24)).all()
+    if flip and crop:
+        assert ablated == views
+
+
+def test_without_cs_the_flips_of_both_views_differ():
+    views = v.ablated(ViewsConfig(size=(8, 16, 24)), AlignConfig(crop=False))
+    pairs = [v.sample_pair(np.random.default_rng(i), (60, 90, 120), views, shared_box=True) for i in range(40)]
+    np.testing.assert_allclose(np.mean([a.flip != b.flip for a, b in pairs]), 0.5, atol=0.15)
+
+
+@pytest.mark.parametrize("of", ["smaller", "larger", "union"])
+@pytest.mark.parametrize("bound", [0.9, 1.0])
+def test_any_overlap_is_reached(of, bound):
+    """Where even concentric boxes of the drawn sizes overlap too little, the second takes the first one's size."""
+    views = ViewsConfig(size=(16, 96, 96), crop_scale=(0.5, 2.0), min_overlap=bound, overlap_of=of)
+    for seed in range(30):
+        first, second = v.sample_pair(np.random.default_rng(seed), (20, 300, 100), views)
+        lengths = np.minimum(first.box[:, 1], second.box[:, 1]) - np.maximum(first.box[:, 0], second.box[:, 0])
+        volumes = [(prior.box[:, 1] - prior.box[:, 0]).prod() for prior in (first, second)]
+        common = lengths.clip(0).prod()
+        whole = {"smaller": min(volumes), "larger": max(volumes), "union": sum(volumes) - common}[of]
+        assert common >= bound * whole
 
 
 def test_draws_differ_by_seed_epoch_scan_and_draw():

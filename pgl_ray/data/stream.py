@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pgl_ray.config import IntensityConfig, PatchConfig, ViewsConfig
+from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
+from pgl_ray.data.deform import deform
 
 AIR = -1024  # HU outside a scan
 
@@ -146,7 +147,13 @@ class PairRenderer:
     """Index rows -> pairs of views with their priors.
 
     The batch has view_1, view_2 float16 [B, 1, D, H, W]; box_1, box_2 int32 [B, 3, 2] in the scan frame; flip_1,
-    flip_2 uint8 [B, 3]; and step, epoch, scan, draw int64 [B].
+    flip_2 uint8 [B, 3]; with `deform` also deformed_1, deformed_2, like the views; and step, epoch, scan, draw int64
+    [B].
+
+    Attributes:
+        store, scan_ids, seed, views, intensity: what is cropped, and how.
+        shared_box: both views of a pair show one crop.
+        deform: Models Genesis' deformations; none: no such columns. The views are the same either way.
     """
 
     store: str
@@ -154,6 +161,8 @@ class PairRenderer:
     seed: int
     views: ViewsConfig
     intensity: IntensityConfig
+    shared_box: bool = False
+    deform: DeformConfig | None = None
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)  # one task per core already
@@ -164,17 +173,35 @@ class PairRenderer:
             out["view_" + view] = np.empty((num, 1, *self.views.size), np.float16)
             out["box_" + view] = np.empty((num, 3, 2), np.int32)
             out["flip_" + view] = np.empty((num, 3), np.uint8)
+            if self.deform:
+                out["deformed_" + view] = np.empty_like(out["view_" + view])
         for i in range(num):
             scan_id = self.scan_ids[rows["scan"][i]]
             rng = v.generator(self.seed, int(rows["epoch"][i]), scan_id, int(rows["draw"][i]))
             record = records[scan_id]
-            priors = v.sample_pair(rng, record.shape, self.views, record.foreground_box)
+            priors = v.sample_pair(rng, record.shape, self.views, record.foreground_box, self.shared_box)
             for view, prior in zip(("1", "2"), priors, strict=True):
                 params = v.sample_intensity(rng, self.intensity)
                 crop = _crop(self.store, scan_id, prior, self.views.size, index.hu_window)
                 out["view_" + view][i, 0] = v.apply_intensity(crop, params).numpy()
                 out["box_" + view][i], out["flip_" + view][i] = prior.box, prior.flip
+            for view in ("1", "2") if self.deform else ():
+                seen = torch.from_numpy(out["view_" + view][i, 0].astype(np.float32))
+                out["deformed_" + view][i, 0] = deform(seen, rng, self.deform).numpy()
         return out
+
+    def rebuild(self, scan_id: str, epoch: int, draw: int) -> dict[str, np.ndarray]:
+        """One pair of a run again, bit for bit, with its priors: a batch of one row.
+
+        Args:
+            scan_id: one of `scan_ids`.
+            epoch, draw: as recorded with the pair.
+        """
+        row = {"step": 0, "epoch": epoch, "scan": self.scan_ids.index(scan_id), "draw": draw}
+        threads = torch.get_num_threads()
+        batch = self({name: np.array([value]) for name, value in row.items()})
+        torch.set_num_threads(threads)
+        return batch
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgl_ray.config import CropConfig, IntensityConfig, ViewsConfig
+from pgl_ray.config import AlignConfig, CropConfig, IntensityConfig, ViewsConfig
 from pgl_ray.prior import Prior, overlap_share
 
 MAX_TRIES = 20
@@ -71,35 +71,50 @@ def centred_start(
     return np.clip(rng.integers(bounds[:, 0], bounds[:, 1]) - length // 2, low, high - 1)
 
 
+def ablated(views: ViewsConfig, align: AlignConfig) -> ViewsConfig:
+    """The views of an ablation: without flips (`align.flip=false`), without scaling (`align.crop=false`)."""
+    flips = {} if align.flip else {"flip_prob": 0.0}
+    return views.model_copy(update=flips if align.crop else flips | {"crop_scale": (1.0, 1.0)})
+
+
 def sample_pair(
-    rng: np.random.Generator, shape: tuple[int, int, int], views: ViewsConfig, body: tuple[int, ...] | None = None
+    rng: np.random.Generator,
+    shape: tuple[int, int, int],
+    views: ViewsConfig,
+    body: tuple[int, ...] | None = None,
+    shared_box: bool = False,
 ) -> tuple[Prior, Prior]:
     """Draws two priors of one scan whose boxes overlap by at least `views.min_overlap`.
 
     The second box is drawn again up to MAX_TRIES times; then the last one is moved towards the first one's middle
-    until the bound holds, so the bound is never silently missed.
+    until the bound holds; where even the middle is not enough it takes the first one's size, too. So the bound always
+    holds.
 
-    Raises:
-        ValueError: the bound cannot be reached even by concentric boxes (`union` or `larger` close to 1).
+    Args:
+        rng: random numbers.
+        shape: of the scan (D, H, W).
+        views: sizes, scales, flip probability and the bound.
+        body: the scan's foreground box, used with `views.foreground`.
+        shared_box: both views take the first box (`align.crop=false`); their flips differ.
     """
     first = sample_prior(rng, shape, views, body)
+    if shared_box:
+        return first, Prior(first.box, rng.random(3) < views.flip_prob)
     for _ in range(MAX_TRIES):
         second = sample_prior(rng, shape, views, body)
         if overlap_share(first.box, second.box, views.overlap_of) >= views.min_overlap:
             return first, second
-    length = second.box[:, 1] - second.box[:, 0]
-    low, high = start_range(shape, length)
-    middle = np.clip(first.box.sum(-1) // 2 - length // 2, low, high - 1)
-    for part in np.linspace(0, 1, 33)[1:]:
-        start = np.rint(second.box[:, 0] + part * (middle - second.box[:, 0])).astype(np.int64)
-        box = np.stack([start, start + length], -1)
-        if overlap_share(first.box, box, views.overlap_of) >= views.min_overlap:
-            return first, Prior(box, second.flip)
-    share = overlap_share(first.box, box, views.overlap_of)
-    raise ValueError(
-        f"views.min_overlap={views.min_overlap} of {views.overlap_of} cannot be reached with "
-        f"views.crop_scale={views.crop_scale} (concentric boxes reach {share:.2f}): lower it"
-    )
+    for shaped in (second, first):
+        length = shaped.box[:, 1] - shaped.box[:, 0]
+        low, high = start_range(shape, length)
+        middle = np.clip(first.box.sum(-1) // 2 - length // 2, low, high - 1)
+        begin = np.clip(second.box[:, 0], low, high - 1)
+        for part in np.linspace(0, 1, 33)[1:]:
+            start = np.rint(begin + part * (middle - begin)).astype(np.int64)
+            box = np.stack([start, start + length], -1)
+            if overlap_share(first.box, box, views.overlap_of) >= views.min_overlap:
+                return first, Prior(box, second.flip)
+    raise AssertionError("a box of the same size and middle overlaps wholly")
 
 
 class Intensity(NamedTuple):

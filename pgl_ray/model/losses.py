@@ -8,20 +8,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def local_consistency_loss(query: Tensor, key: Tensor) -> Tensor:
+def local_consistency_loss(query: Tensor, key: Tensor, valid: Tensor | None = None) -> Tensor:
     """Squared distance of the l2-normalised features, averaged over batch and voxels (Eq. 8).
 
-    Computed in float32 whatever autocast is on. No gradient reaches the key: the target path only gives the answer.
+    Computed in float32 or above whatever autocast is on. No gradient reaches the key: the target path only gives the
+    answer.
 
     Args:
         query: [N, C, ...] predictions of the online path.
         key: [N, C, ...] aligned features of the target path.
+        valid: bool [N, ...] of the voxels that count; none = all. A sample weighs the same however many it has; one
+            without any is left out, and a batch without any gives 0.
 
     Returns:
         Scalar in [0, 4]; 0 = same direction, 2 = orthogonal, 4 = opposite.
     """
-    query, key = F.normalize(query.float(), dim=1), F.normalize(key.detach().float(), dim=1)
-    return (query - key).square().sum(1).mean()
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key = F.normalize(query.to(dtype), dim=1), F.normalize(key.detach().to(dtype), dim=1)
+    distance = (query - key).square().sum(1).flatten(1)
+    if valid is None:
+        return distance.mean()
+    valid = valid.flatten(1).to(dtype)
+    counts = valid.sum(1)
+    return ((distance * valid).sum(1) / counts.clamp_min(1)).sum() / (counts > 0).sum().clamp_min(1)
 
 
 def segmentation_loss(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pgl_ray.model.losses import local_consistency_loss
 from pgl_ray.model.resnet import Encoder
-from pgl_ray.prior import Geometry, feature_coordinates, interpolation_matrices, overlap_box
+from pgl_ray.prior import Geometry, clamped_bins, interpolation_matrices, overlap_box
 
 
 class Pair(NamedTuple):
@@ -18,6 +18,7 @@ class Pair(NamedTuple):
         view_1, view_2: [N, 1, D, H, W].
         box_1, box_2: [N, 3, 2], scan frame.
         flip_1, flip_2: bool [N, 3].
+        deformed_1, deformed_2: like the views, for Models Genesis alone.
     """
 
     view_1: Tensor
@@ -26,6 +27,8 @@ class Pair(NamedTuple):
     box_2: Tensor
     flip_1: Tensor
     flip_2: Tensor
+    deformed_1: Tensor | None = None
+    deformed_2: Tensor | None = None
 
     @classmethod
     def from_batch(cls, batch: dict[str, Tensor]) -> "Pair":
@@ -34,27 +37,52 @@ class Pair(NamedTuple):
             *(batch[name].float() for name in ("view_1", "view_2")),
             *(batch[name] for name in ("box_1", "box_2")),
             *(batch[name].bool() for name in ("flip_1", "flip_2")),
+            *(batch[name].float() if name in batch else None for name in ("deformed_1", "deformed_2")),
         )
+
+    def with_wrong_priors(self) -> "Pair":
+        """Every pair with its neighbour's boxes and flips: a control that no alignment survives."""
+        names = ("box_1", "box_2", "flip_1", "flip_2")
+        return self._replace(**{name: getattr(self, name).roll(1, 0) for name in names})
+
+    @property
+    def views(self) -> Tensor:
+        """[2N, 1, D, H, W], the first views, then the second ones; so are all of these."""
+        return torch.cat([self.view_1, self.view_2])
+
+    @property
+    def boxes(self) -> Tensor:
+        return torch.cat([self.box_1, self.box_2])
+
+    @property
+    def flips(self) -> Tensor:
+        return torch.cat([self.flip_1, self.flip_2])
+
+    @property
+    def regions(self) -> Tensor:
+        """[2N, 3, 2], the overlap of each pair, twice."""
+        return overlap_box(self.box_1, self.box_2).repeat(2, 1, 1)
 
 
 class Output(NamedTuple):
-    """What a forward pass gives.
+    """What a forward pass gives; all but the loss is detached, for the health panel.
 
     Attributes:
-        loss: scalar, Eq. 9, in [0, 8].
-        query: [N, C, d, h, w] predictor output of view 1, aligned.
-        key: [N, C, d, h, w] target features of view 2, aligned.
-        clamped_share: scalar, share of bins beyond the outermost feature centres, mean of the three axes.
+        loss: scalar.
+        maps: [2N, C, d, h, w] the online encoder's maps of both views, not aligned; none for Models Genesis, whose
+            encoder sees deformed views.
+        query: [N, C, ...] what the loss compares of view 1: the online path's predictions; none for Models Genesis.
+        key: [N, C, ...] of view 2: the target path's features.
     """
 
     loss: Tensor
-    query: Tensor
-    key: Tensor
-    clamped_share: Tensor
+    maps: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
 
 
 def mlp(in_channels: int, hidden: int, out: int) -> nn.Sequential:
-    """Conv1x1(hidden)-BN-ReLU-Conv1x1(out) (Sec. 3.3)."""
+    """Conv1x1(hidden)-BN-ReLU-Conv1x1(out) (Sec. 3.3); on pooled maps it is BYOL's two-layer perceptron."""
     return nn.Sequential(
         nn.Conv3d(in_channels, hidden, 1, bias=False),
         nn.BatchNorm3d(hidden),
@@ -63,26 +91,44 @@ def mlp(in_channels: int, hidden: int, out: int) -> nn.Sequential:
     )
 
 
-def geometry_of(encoder: Encoder, view_size: tuple[int, int, int], centers: str) -> Geometry:
-    """Frame of the encoder's last feature map.
+def feature_geometry(
+    encoder: Encoder,
+    view_size: tuple[int, int, int],
+    output_stride: tuple[int, int, int],
+    centers: str = "receptive_field",
+    sampling_ratio: int = 1,
+) -> tuple[int, Geometry]:
+    """Which of the encoder's maps has an output stride, and that map's frame.
 
     Args:
         encoder: its own strides and receptive-field centres count.
         view_size: P (D, H, W).
+        output_stride: s (D, H, W).
         centers: "receptive_field" or "cell" (the paper's RoIAlign).
+        sampling_ratio: points per bin and axis.
+
+    Returns:
+        The number of the deepest map of that stride, and its geometry.
 
     Raises:
-        ValueError: the view size is not a multiple of the output stride.
+        ValueError: no map of that stride, or the view size is no multiple of it.
     """
-    strides = encoder.strides[-1]
+    strides = tuple(output_stride)
+    if strides not in encoder.strides:
+        possible = ", ".join(str(list(found)) for found in dict.fromkeys(encoder.strides))
+        raise ValueError(
+            f"align.output_stride={list(strides)}: an encoder with stage_strides={encoder.stage_strides} has maps of "
+            f"output stride {possible}: take one of them"
+        )
     if any(size % stride for size, stride in zip(view_size, strides, strict=True)):
-        raise ValueError(f"views.size={tuple(view_size)} must be a multiple of the output stride {tuple(strides)}")
-    center = encoder.centers[-1] if centers == "receptive_field" else tuple(stride / 2 for stride in strides)
-    return Geometry(tuple(view_size), tuple(strides), tuple(center))
+        raise ValueError(f"views.size={tuple(view_size)} must be a multiple of the output stride {strides}")
+    level = max(i for i, found in enumerate(encoder.strides) if found == strides)
+    center = encoder.centers[level] if centers == "receptive_field" else tuple(stride / 2 for stride in strides)
+    return level, Geometry(tuple(view_size), strides, tuple(center), sampling_ratio)
 
 
 def align(features: Tensor, matrices: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Reads a feature map at a region's bins, one contraction per axis, in float32.
+    """Reads a feature map at a region's bins, one contraction per axis, in float32 or above.
 
     Args:
         features: [N, C, d, h, w].
@@ -91,11 +137,23 @@ def align(features: Tensor, matrices: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     Returns:
         [N, C, bins_d, bins_h, bins_w].
     """
-    a_d, a_h, a_w = matrices
     with torch.autocast(features.device.type, enabled=False):
-        out = torch.einsum("ncdhw,nkw->ncdhk", features.float(), a_w)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        a_d, a_h, a_w = (matrix.to(features.dtype) for matrix in matrices)
+        out = torch.einsum("ncdhw,nkw->ncdhk", features, a_w)
         out = torch.einsum("ncdhw,njh->ncdjw", out, a_h)
         return torch.einsum("ncdhw,nid->ncihw", out, a_d)
+
+
+def valid_bins(pair: Pair, geometry: Geometry) -> Tensor:
+    """Which bins of the overlap are clamped in neither view (with a sampling ratio above 1, none of their points).
+
+    Returns:
+        bool [N, bins_d, bins_h, bins_w].
+    """
+    axes = clamped_bins(pair.boxes, pair.flips, pair.regions, geometry)
+    d, h, w = (~torch.logical_or(*clamped.chunk(2)) for clamped in axes)
+    return d[:, :, None, None] & h[:, None, :, None] & w[:, None, None, :]
 
 
 class Pgl(nn.Module):
@@ -105,34 +163,42 @@ class Pgl(nn.Module):
     its parameters follow Eq. 10, its running statistics follow its own batches and are used nowhere in training.
     """
 
-    def __init__(self, encoder: Encoder, hidden: int, out: int, geometry: Geometry):
+    def __init__(
+        self, encoder: Encoder, hidden: int, out: int, level: int, geometry: Geometry, mask_clamped: bool = False
+    ):
+        """
+        Args:
+            encoder: owned from now on; its stages behind the map are switched off.
+            hidden, out: channels of projector and predictor.
+            level, geometry: the map that is compared, from `feature_geometry`.
+            mask_clamped: leave clamped bins out of the loss.
+        """
         super().__init__()
-        self.geometry = geometry
-        self.online = nn.ModuleDict({"encoder": encoder, "projector": mlp(encoder.channels[-1], hidden, out)})
+        self.geometry, self.mask_clamped = geometry, mask_clamped
+        encoder.stop_at(level)
+        self.online = nn.ModuleDict({"encoder": encoder, "projector": mlp(encoder.channels[level], hidden, out)})
         self.predictor = mlp(out, hidden, out)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, pair: Pair) -> Output:
-        """Both symmetric losses of a batch (Eq. 8 and 9)."""
-        views = torch.cat([pair.view_1, pair.view_2])
-        boxes, flips = torch.cat([pair.box_1, pair.box_2]), torch.cat([pair.flip_1, pair.flip_2])
-        region = overlap_box(pair.box_1, pair.box_2).repeat(2, 1, 1)
-        matrices = interpolation_matrices(boxes, flips, region, self.geometry)
-        query = self.predictor(align(self._project(self.online, views), matrices))
+        """Both symmetric losses of a batch (Eq. 8 and 9), in [0, 8]."""
+        views = pair.views
+        matrices = interpolation_matrices(pair.boxes, pair.flips, pair.regions, self.geometry)
+        maps = self.online["encoder"](views)[-1]
+        query = self.predictor(align(self.online["projector"](maps), matrices))
         with torch.no_grad():
-            key = align(self._project(self.target, views), matrices)
-            clamped = feature_coordinates(boxes, flips, region, self.geometry)[1]
-            clamped_share = torch.stack([c.float().mean() for c in clamped]).mean()
-        query_1, query_2 = query.chunk(2)
-        key_1, key_2 = key.chunk(2)
-        loss = local_consistency_loss(query_1, key_2) + local_consistency_loss(query_2, key_1)
-        return Output(loss, query_1.detach(), key_2, clamped_share)
+            key = align(self.target["projector"](self.target["encoder"](views)[-1]), matrices)
+        (query_1, query_2), (key_1, key_2) = query.chunk(2), key.chunk(2)
+        valid = valid_bins(pair, self.geometry) if self.mask_clamped else None
+        loss = local_consistency_loss(query_1, key_2, valid) + local_consistency_loss(query_2, key_1, valid)
+        return Output(loss, maps.detach(), query_1.detach(), key_2)
 
-    @staticmethod
-    def _project(path: nn.ModuleDict, views: Tensor) -> Tensor:
-        return path["projector"](path["encoder"](views)[-1])
-
-    @torch.no_grad()
     def follow(self, decay: float) -> None:
-        """The target's parameters follow the online path's: mu = decay * mu + (1 - decay) * theta (Eq. 10)."""
-        torch._foreach_lerp_(list(self.target.parameters()), list(self.online.parameters()), 1 - decay)
+        """The target follows (Eq. 10)."""
+        follow(self.target, self.online, decay)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, online: nn.Module, decay: float) -> None:
+    """Parameters alone: mu = decay * mu + (1 - decay) * theta (Eq. 10)."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - decay)

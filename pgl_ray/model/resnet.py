@@ -18,6 +18,7 @@ class Encoder(ResNet):
 
     Attributes:
         depths, stage_strides: as given; with channels[0], the width, they build the same network again.
+        last: number of the last map that `forward` computes; 4 unless `stop_at` says otherwise.
         channels: of the five maps: stem, layer1, ..., layer4.
         strides: output stride (D, H, W) of each map, in view voxels per cell.
         centers: view edge coordinate (D, H, W) of cell 0's centre in each map; cell j sits at stride * j + center.
@@ -51,7 +52,7 @@ class Encoder(ResNet):
         for stage, stride in zip(self._stages(), STAGE_STRIDES[stage_strides]):
             # MONAI fixes 1,2,2,2; the stride of a bottleneck sits in its 3x3x3 convolution and in its shortcut
             stage[0].conv2.stride = stage[0].downsample[0].stride = (stride,) * 3
-        self.depths, self.stage_strides = tuple(depths), stage_strides
+        self.depths, self.stage_strides, self.last = tuple(depths), stage_strides, 4
         self.channels = (width, *(stage[-1].conv3.out_channels for stage in self._stages()))
         geometry = list(accumulate(self._convolutions(), _through, initial=((1, 1, 1), (0.5, 0.5, 0.5))))
         maps = list(accumulate((3 * depth for depth in depths), initial=1))  # convolutions up to each map
@@ -65,12 +66,19 @@ class Encoder(ResNet):
             x: [N, 1, D, H, W] z-scored voxels.
 
         Returns:
-            Five tensors [N, channels[i], ceil(D / stride_d), ceil(H / stride_h), ceil(W / stride_w)].
+            Five tensors [N, channels[i], ceil(D / stride_d), ceil(H / stride_h), ceil(W / stride_w)], or fewer after
+            `stop_at`.
         """
         maps = [self.act(self.bn1(self.conv1(x)))]
-        for stage in self._stages():
+        for stage in self._stages()[: self.last]:
             maps.append(stage(maps[-1]))
         return maps
+
+    def stop_at(self, level: int) -> None:
+        """Makes map `level` (0 = stem, 4 = layer4) the last: the stages behind it are neither run nor trained."""
+        self.last = level
+        for stage in self._stages()[level:]:
+            stage.requires_grad_(False)
 
     def _stages(self) -> list[nn.Sequential]:
         return [self.layer1, self.layer2, self.layer3, self.layer4]

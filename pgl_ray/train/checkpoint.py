@@ -21,7 +21,7 @@ from pgl_ray.model.segmenter import Segmenter
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 STATE = "state.pt"
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
-MAY_DIFFER = {"ray", "train"}  # sections that a continued run may change
+MAY_DIFFER = {"ray", "train", "health"}  # sections that a continued run may change
 
 
 # -- run folders ------------------------------------------------------------------------------------------------------
@@ -246,11 +246,25 @@ def load_encoder(run: str, expected: dict[str, Any] | None = None) -> tuple[Enco
     meta = state["meta"]
     if expected is not None and _plain(expected) != _plain(meta["encoder"]):
         raise ValueError(f"{run} holds an encoder {_plain(meta['encoder'])}, the config asks for {_plain(expected)}")
-    prefix = PREFIX[meta["door"]]
-    weights = {key.removeprefix(prefix): v for key, v in state["model"].items() if key.startswith(prefix)}
     encoder = Encoder(**meta["encoder"])
-    _fill(encoder, weights, run)
+    _fill(encoder, _below(PREFIX[meta["door"]], state["model"]), run)
     return encoder, meta
+
+
+def load_restorer(model: Segmenter, run: str) -> None:
+    """Fills all of a segmentation network but its head from a Models Genesis run, whose network is the same.
+
+    Raises:
+        ValueError: no checkpoint, or one of another architecture.
+    """
+    weights = _below("online.", _state_of(run)["model"])
+    head = {f"head.{key}": value for key, value in model.head.state_dict().items()}
+    _fill(model, weights | head, run)
+
+
+def _below(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The entries whose keys start with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmenter, dict[str, Any]]:

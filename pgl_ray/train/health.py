@@ -1,8 +1,58 @@
-"""Figures that tell whether features mean something: spread, rank, and agreement where the priors say so."""
+"""The health panel: figures that tell whether features mean something, and what they say in plain words."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from pgl_ray.model.pgl import Output, Pair, align, valid_bins
+from pgl_ray.prior import Geometry, clamped_bins, interpolation_matrices
+
+COLLAPSED_STD, COLLAPSED_RANK = 0.1, 2.0  # below either, features of different places are nearly one vector
+MIN_ROWS = 8  # fewer vectors have neither spread nor rank
+MAX_ROWS = 1024  # that rank and retrieval look at, spread over the batch
+FEW, MANY = 4, 8  # health rows whose mean retrieval means something, and that are averaged at most
+MAX_ELEMENTS = 2**26  # of one block of the similarity matrix
+
+
+@torch.no_grad()
+def panel(model: nn.Module, output: Output, pair: Pair, geometry: Geometry) -> dict[str, float]:
+    """All figures of one worker's batch.
+
+    Args:
+        model: Pgl, Byol or Genesis.
+        output: of the batch.
+        pair: the batch.
+        geometry: of the map that is compared.
+
+    Returns:
+        health/...: of the places that PGL's loss compares (`feature_health`).
+        health/view_...: of the whole views that BYOL's loss compares.
+        health/encoder_...: of the online encoder's map of the plain views, aligned by the priors, for every method.
+        align/clamped_share: bins beyond the outermost feature centres, the mean of views and axes.
+        align/valid_pairs_share: pairs with a bin that is clamped in neither view.
+        weight/encoder_norm, weight/heads_norm: l2 norms of all parameters of the online encoder, and of all other
+            trained ones.
+    """
+    matrices = interpolation_matrices(pair.boxes, pair.flips, pair.regions, geometry)
+    maps = align(output.maps if output.maps is not None else model.plain_maps(pair.views), matrices)
+    maps_1, maps_2 = (maps - maps.mean((0, 2, 3, 4), keepdim=True)).chunk(2)  # after a ReLU all cosines are high
+    row = {f"health/encoder_{name}": value for name, value in feature_health(maps_1, maps_2).items()}
+    if output.query is not None:
+        kind = "" if output.query.shape[2:].numel() > 1 else "view_"
+        row |= {f"health/{kind}{name}": value for name, value in feature_health(output.query, output.key).items()}
+    clamped = clamped_bins(pair.boxes, pair.flips, pair.regions, geometry)
+    row["align/clamped_share"] = torch.stack([axis.float().mean() for axis in clamped]).mean().item()
+    row["align/valid_pairs_share"] = valid_bins(pair, geometry).flatten(1).any(1).float().mean().item()
+    norms = {"encoder": [], "heads": []}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            norms["encoder" if name.startswith("online.encoder.") else "heads"].append(weight)
+    return row | {f"weight/{part}_norm": norm(weights).item() for part, weights in norms.items()}
+
+
+def norm(tensors) -> Tensor:
+    """l2 norm of all tensors together."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
 
 @torch.no_grad()
@@ -10,27 +60,103 @@ def feature_health(query: Tensor, key: Tensor) -> dict[str, float]:
     """Health of aligned features of one batch.
 
     Args:
-        query: [N, C, ...] predictor output of view 1.
-        key: [N, C, ...] target features of view 2 at the same places.
+        query: [N, C, ...] features of view 1.
+        key: [N, C, ...] features of view 2 at the same places.
 
     Returns:
-        health/feature_std: mean per-channel standard deviation of the l2-normalised keys over all voxels of the batch,
-            times sqrt(C): 1 for directions spread evenly, 0 when all features are one vector (collapse).
-        health/effective_rank: exponential of the entropy of the keys' covariance spectrum (Roy and Vetterli 2007); 1
-            when collapsed.
-        health/cosine_aligned: mean cosine of query and key of one place.
-        health/cosine_shuffled: the same with another scan's key, or with another voxel's in a batch of one pair.
+        feature_std: mean per-channel standard deviation of the l2-normalised keys over all places of the batch, times
+            sqrt(C): 1 for directions spread evenly, 0 when all features are one vector (collapse).
+        effective_rank: exponential of the entropy of the keys' covariance spectrum (Roy and Vetterli 2007); 1 when
+            collapsed. Of at most MAX_ROWS keys.
+        cosine_aligned: mean cosine of query and key of one place.
+        cosine_shuffled: the same with another scan's key, or with another place's in a batch of one pair.
+        retrieval: share of queries whose most similar key among all places of the batch is their own (retrieval@1;
+            strictly most similar, so bins that are clamped to one centre are never found). Of at most MAX_ROWS queries.
+        retrieval_chance: the retrieval of features that know their scan and not the place in it: the share of queries
+            whose most similar key is of their own pair, over the places of a pair; at least 1 / places of the batch.
+        Nothing at all for fewer than MIN_ROWS places, or features that are not finite.
     """
-    q, k = (F.normalize(t.float().flatten(2), dim=1) for t in (query, key))  # [N, C, voxels]
-    rows = k.transpose(1, 2).flatten(0, 1)
-    std = rows.std(0).mean() * rows.shape[1] ** 0.5
-    spectrum = torch.linalg.svdvals(rows - rows.mean(0)).double() ** 2
+    q, k = (F.normalize(t.float().flatten(2), dim=1) for t in (query, key))  # [N, C, places]
+    queries, keys = (t.transpose(1, 2).flatten(0, 1) for t in (q, k))
+    if len(keys) < MIN_ROWS or not (queries.isfinite().all() and keys.isfinite().all()):
+        return {}
+    # drawn, not evenly spaced: a step that shares a factor with the places of a pair would see but a few of them
+    asked = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))[:MAX_ROWS].to(keys.device)
+    spread = keys[asked].double()
+    spread = spread - spread.mean(0)
+    gram = spread @ spread.T if len(spread) < spread.shape[1] else spread.T @ spread
+    spectrum = torch.linalg.eigvalsh(gram).clamp_min(0)
     share = spectrum / spectrum.sum().clamp_min(1e-30)
     entropy = -(share * share.clamp_min(1e-30).log()).sum()
     other = k.roll(1, 0) if len(k) > 1 else k.roll(1, 2)
+    num_places = k[0, 0].numel()
+    found, own_pair = 0, 0
+    for part in asked.split(max(1, MAX_ELEMENTS // len(keys))):
+        similar = queries[part] @ keys.T
+        own_pair += (similar.argmax(1) // num_places == part // num_places).sum().item()
+        rows = torch.arange(len(part), device=keys.device)
+        own = similar[rows, part].clone()
+        similar[rows, part] = -2.0
+        found += (own > similar.amax(1)).sum().item()  # among equal keys there is nothing to find
     return {
-        "health/feature_std": std.item(),
-        "health/effective_rank": entropy.exp().item(),
-        "health/cosine_aligned": (q * k).sum(1).mean().item(),
-        "health/cosine_shuffled": (q * other).sum(1).mean().item(),
+        "feature_std": (keys.std(0).mean() * keys.shape[1] ** 0.5).item(),
+        "effective_rank": entropy.exp().item(),
+        "cosine_aligned": (q * k).sum(1).mean().item(),
+        "cosine_shuffled": (q * other).sum(1).mean().item(),
+        "retrieval": found / len(asked),
+        "retrieval_chance": max(own_pair / len(asked) / num_places, 1 / len(keys)),
     }
+
+
+# -- in words ---------------------------------------------------------------------------------------------------------
+
+
+def collapse(row: dict[str, float]) -> str | None:
+    """Why the features of a row of metrics count as collapsed, or none.
+
+    Judged on the places that the loss compares, and where it compares none (BYOL, Models Genesis) on the encoder's map
+    and on the spread of BYOL's views.
+    """
+    prefix = "health/" if "health/feature_std" in row else "health/encoder_"
+    spreads = [row[key] for key in (f"{prefix}feature_std", "health/view_feature_std") if key in row]
+    if spreads and min(spreads) < COLLAPSED_STD:
+        return f"features collapsed: feature_std is below {COLLAPSED_STD}"
+    if row.get(f"{prefix}effective_rank", COLLAPSED_RANK) < COLLAPSED_RANK:
+        return f"features collapsed: the effective rank is below {COLLAPSED_RANK:.0f}"
+    return None
+
+
+def verdict(row: dict[str, float]) -> str:
+    """What a row of metrics with health figures says, as half a sentence."""
+    prefix = "health/" if "health/feature_std" in row else "health/encoder_"
+    if f"{prefix}feature_std" not in row:
+        return "too few features in a batch to judge their health"
+    std, rank = (row[f"{prefix}{name}"] for name in ("feature_std", "effective_rank"))
+    figures = f"feature_std {std:.2f}, effective rank {rank:.1f} at step {row['step']:.0f}"
+    reason = collapse(row)
+    if reason:
+        return f"{reason} ({figures})"
+    aligned, shuffled = row[f"{prefix}cosine_aligned"], row[f"{prefix}cosine_shuffled"]
+    told = "do not yet agree more" if aligned <= shuffled else "agree more"
+    return (
+        f"not collapsed ({figures}); aligned places {told} than shuffled ones "
+        f"(cosine {aligned:.2f} against {shuffled:.2f})"
+    )
+
+
+def newest_verdict(rows: list[dict[str, float]]) -> str:
+    """The verdict of the last row that has health figures, and whether the last few of them show that places are found.
+
+    One batch's retrieval is noise (a few hits, and all of air looks alike); a mean of several is not.
+    """
+    judged = [row for row in rows if "health/collapsed" in row]
+    if not judged:
+        return "no health figures yet"
+    text, last = verdict(judged[-1]), judged[-MANY:]
+    if all("health/encoder_retrieval_chance" in row for row in last):
+        found = sum(row["health/encoder_retrieval"] for row in last) / len(last)
+        chance = sum(row["health/encoder_retrieval_chance"] for row in last) / len(last)
+        text += f"; places are found again in the other view {found / chance:.1f} times as often as by the scan alone"
+        if len(last) >= FEW and found < 2 * chance:
+            text += " (wrong priors look like this, or a training that has hardly begun)"
+    return text

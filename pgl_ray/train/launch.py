@@ -170,6 +170,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
+def mean_over_workers(figures: dict[str, float]) -> dict[str, float]:
+    """Mean of each figure over all workers, which all call this; every worker gets the same answer."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return figures
+    rows: list[dict[str, float]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(rows, figures)
+    return {key: sum(row[key] for row in rows) / len(rows) for key in figures}
+
+
 class Progress:
     """Prints a line about a run's newest metrics while it runs, from the run's own metrics.jsonl."""
 
@@ -214,6 +223,8 @@ class Progress:
         parts = [f"  step {row['step']}/{self.num_steps}", f"loss {row['train/loss']:.4f}"]
         parts += [f"{row[key]:.1f} {key.rsplit('/', 1)[1][:-6]}/s" for key in row if key.endswith("_per_s")]
         parts += [f"val Dice {row['val/dice']:.3f}" for row in rows[-1:] if "val/dice" in row]
+        judged = [row["health/collapsed"] for row in rows if "health/collapsed" in row]
+        parts += ["features COLLAPSED" for share in judged[-1:] if share >= 0.5]
         if steps and row["step"] < self.num_steps:
             parts.append(f"{_clock((self.num_steps - row['step']) * seconds / steps)} left")
         return ", ".join(parts)

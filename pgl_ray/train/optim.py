@@ -54,3 +54,21 @@ def polynomial(optimizer: torch.optim.Optimizer, num_steps: int, power: float) -
 def ema_decay(step: int, num_steps: int, start: float) -> float:
     """BYOL's cosine from `start` at step 0 to 1 at `num_steps`: 1 - (1 - start) (cos(pi step / num_steps) + 1) / 2."""
     return 1 - (1 - start) * (math.cos(math.pi * step / num_steps) + 1) / 2
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module) -> None:
+    """Brings BatchNorm's running statistics in line: each becomes the mean over all workers, in place.
+
+    The rule where BatchNorm is not synchronised (CPU). In training mode nothing reads them, so training is the same
+    with and without; a checkpoint holds the mean. One worker's, or synchronised ones, stay as they are.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if buffers:
+        together = torch.cat([buffer.flatten() for buffer in buffers])
+        torch.distributed.all_reduce(together)
+        together /= torch.distributed.get_world_size()
+        for buffer, mean in zip(buffers, together.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))

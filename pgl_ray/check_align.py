@@ -1,0 +1,359 @@
+"""python -m pgl_ray.check_align [file.yaml] [index=STORE] [run=RUN] [a.b=c ...]: does the aligner bring the same
+anatomy together, for this encoder, these views and these scans?
+
+Views of coordinate ramps, in place of CT, go through the configured encoder's own layers, reduced to the voxel under
+each kernel's centre, and through the aligner. What comes out of either view is the scan coordinate that each compared
+feature looks at. The two views' coordinates should be equal; their distance is the residual.
+"""
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pgl_ray import pictures
+from pgl_ray.config import CheckAlignConfig, FailedRun, build, command
+from pgl_ray.data import store
+from pgl_ray.data import views as v
+from pgl_ray.data.phantom import make_phantom
+from pgl_ray.data.stream import AIR
+from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
+from pgl_ray.model.resnet import Encoder
+from pgl_ray.prior import Geometry, Prior, clamped_bins, interpolation_matrices, overlap_share
+from pgl_ray.train.checkpoint import write_json
+
+AXES = ("D", "H", "W")
+CONVENTIONS = ("receptive_field", "cell")
+EXACT = 0.01  # voxels; float32 coordinates of a scan of 1000 slices
+BATCH = 16  # pairs at a time
+FLIP_PAIRS = list(itertools.product(itertools.product((False, True), repeat=3), repeat=2))
+BODY_MM = (240.0, 336.0, 336.0)  # what a phantom needs to be whole
+
+
+class Scan(NamedTuple):
+    """A scan as far as crops go."""
+
+    name: str
+    reader: Any  # has `shape` and `read(box)`
+    spacing_mm: np.ndarray
+    foreground_box: tuple[int, ...] | None
+    window: tuple[float, float]
+    mean_hu: float
+    std_hu: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured and where it lies.
+
+    Attributes:
+        facts: what check_align.json holds: per convention, axis by axis, the mean and the largest residual in voxels
+            and mm over all bins and over those clamped in neither view, and the share of clamped bins.
+        folder: of check_align.json and check_align.png.
+    """
+
+    facts: dict[str, Any]
+    folder: str
+
+
+def run(config: CheckAlignConfig) -> Result:
+    """Checks both conventions; writes table and picture.
+
+    Raises:
+        ValueError: an output stride that the encoder does not have, a run or a store that is none.
+        FailedRun: the residual is larger than the geometry allows.
+    """
+    config, folder = _resolve(config)
+    scans = _scans(config)
+    encoder = Encoder(config.encoder.depths, 1, config.encoder.stage_strides)
+    stride, size = config.align.output_stride, config.views.size
+    ratio = config.align.sampling_ratio
+    geometries = {name: feature_geometry(encoder, size, stride, name, ratio) for name in CONVENTIONS}
+    encoder.stop_at(geometries["cell"][0])
+    centre_taps(encoder)
+
+    rng, drawn = np.random.default_rng(config.seed), []
+    for i in range(config.num_pairs):
+        drawn.append(_draw(rng, scans[rng.integers(len(scans))], config, FLIP_PAIRS[i % len(FLIP_PAIRS)]))
+    parts = {name: [] for name in CONVENTIONS}
+    for start in range(0, len(drawn), BATCH):
+        batch = drawn[start : start + BATCH]
+        pair = _pair_of_ramps([priors for _, priors in batch], size)
+        maps = look(encoder, pair)
+        used = pair
+        if config.align.wrong_priors:
+            used = _pair_of_ramps([drawn[i - 1][1] for i in range(start, start + len(batch))], size)
+        spacing = torch.from_numpy(np.stack([scan.spacing_mm for scan, _ in batch]))
+        for name in CONVENTIONS:
+            parts[name].append(_residuals(maps, used, geometries[name][1], spacing, exact=name == "receptive_field"))
+
+    conventions = {name: _summary(parts[name]) for name in CONVENTIONS}
+    facts = {
+        "view_size": list(size),
+        "output_stride": list(stride),
+        "stage_strides": config.encoder.stage_strides,
+        "crop_scale": list(v.ablated(config.views, config.align).crop_scale),
+        "num_pairs": config.num_pairs,
+        "scans": config.index or "a phantom",
+        "configured": config.align.centers,
+        "conventions": conventions,
+        "passed": all(found["passed"] for found in conventions.values()),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "check_align.json", facts)
+    _draw_picture(drawn, encoder, geometries, config, folder / "check_align.png")
+    result = Result(facts, str(folder))
+    if not facts["passed"]:
+        print(_table(facts))
+        worst = max(found["excess_voxels"] for found in conventions.values())
+        if not worst:
+            raise FailedRun(
+                f"nothing could be checked: no bin of views.size={size} with align.output_stride={stride} lies between "
+                f"the feature centres of both views; take larger views or a smaller stride (table in {folder})"
+            )
+        raise FailedRun(
+            f"the residual exceeds what the geometry allows by {worst:.2f} voxels: aligned features do not show the "
+            f"same places (align.wrong_priors={config.align.wrong_priors}); table and picture in {folder}"
+        )
+    return result
+
+
+def _resolve(config: CheckAlignConfig) -> tuple[CheckAlignConfig, Path]:
+    """The config to check, a run's where one is given, and the folder for the results."""
+    if not config.run:
+        return config, Path(config.output)
+    record = Path(config.run, "run.json")
+    found = json.loads(record.read_text()) if record.is_file() else {}
+    if found.get("door") != "pretrain":
+        raise ValueError(f"run={config.run} is no pre-training run: give the folder of one, or a config file")
+    values = _merged(found["config"], config.model_dump(mode="json", exclude_unset=True))
+    folder = config.output if "output" in config.model_fields_set else config.run
+    return build(CheckAlignConfig, values), Path(folder)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """What is typed beside run=RUN goes before what the run was started with."""
+    both = base.keys() & over.keys()
+    deeper = {k: _merged(base[k], over[k]) for k in both if isinstance(base[k], dict) and isinstance(over[k], dict)}
+    return base | over | deeper
+
+
+def _scans(config: CheckAlignConfig) -> list[Scan]:
+    """The scans of the store, or one phantom twice as large as the views."""
+    if config.index:
+        index = store.read_index(config.index)
+        records = [record for record in index.scans if config.split in (None, record.split)]
+        if not records:
+            raise ValueError(f"index={config.index} has no scan in split={config.split!r}")
+        return [
+            Scan(
+                record.scan_id,
+                store.open_volume(index.store, record),
+                np.array(record.spacing_mm),
+                record.foreground_box,
+                index.hu_window,
+                record.mean_hu,
+                record.std_hu,
+            )
+            for record in records
+        ]
+    shape = tuple(2 * size for size in config.views.size)
+    spacing = tuple(length / size for length, size in zip(BODY_MM, shape, strict=True))
+    volume = make_phantom(config.seed, shape, spacing).volume
+    clipped = np.clip(volume, -1024, 325)
+    whole = (0, shape[0], 0, shape[1], 0, shape[2])
+    scaling = ((-1024.0, 325.0), float(clipped.mean()), float(clipped.std()))
+    return [Scan("a phantom", _InMemory(volume), np.array(spacing), whole, *scaling)]
+
+
+class _InMemory:
+    def __init__(self, volume: np.ndarray):
+        self.volume, self.shape = volume, volume.shape
+
+    def read(self, box: np.ndarray) -> np.ndarray:
+        return self.volume[tuple(slice(*axis) for axis in box)]
+
+
+def _draw(rng: np.random.Generator, scan: Scan, config: CheckAlignConfig, flips) -> tuple[Scan, tuple[Prior, Prior]]:
+    """A pair of priors as pre-training draws them, but with these flips, where flips are on at all."""
+    views, shape = v.ablated(config.views, config.align), scan.reader.shape
+    priors = v.sample_pair(rng, shape, views, scan.foreground_box, shared_box=not config.align.crop)
+    flips = flips if views.flip_prob else ((False,) * 3,) * 2
+    return scan, tuple(Prior(prior.box, np.array(flip)) for prior, flip in zip(priors, flips, strict=True))
+
+
+# -- ramps ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def centre_taps(encoder: Encoder) -> None:
+    """Turns an encoder into one that passes on the voxel under each kernel's centre, times a power of two."""
+    for part in encoder.eval().modules():
+        if isinstance(part, nn.Conv3d):
+            part.weight.zero_()
+            middle = [size // 2 for size in part.kernel_size]
+            for out in range(part.out_channels):
+                part.weight[(out, out % part.in_channels, *middle)] = 1
+        elif isinstance(part, nn.BatchNorm3d):
+            nn.init.ones_(part.weight), nn.init.zeros_(part.bias), nn.init.zeros_(part.running_mean)
+            part.running_var.fill_(1 - part.eps)
+
+
+def _pair_of_ramps(priors: list[tuple[Prior, Prior]], size: tuple[int, int, int]) -> Pair:
+    """Views with three channels, the scan coordinates (D, H, W) of what each voxel shows: [N, 3, D, H, W]."""
+    views = [torch.stack([_ramps(pair[i], size) for pair in priors]) for i in (0, 1)]
+    boxes = [torch.from_numpy(np.stack([pair[i].box for pair in priors])) for i in (0, 1)]
+    flips = [torch.from_numpy(np.stack([pair[i].flip for pair in priors])) for i in (0, 1)]
+    return Pair(*views, *boxes, *flips)
+
+
+def _ramps(prior: Prior, size: tuple[int, int, int]) -> Tensor:
+    """One view of the three ramps, made as a CT's view is."""
+    voxels = [np.arange(*axis, dtype=np.float32) + 0.5 for axis in prior.box]
+    ramps = np.meshgrid(*voxels, indexing="ij")
+    return torch.stack([v.resize_and_flip(ramp, size, prior.flip) for ramp in ramps])
+
+
+@torch.no_grad()
+def look(encoder: Encoder, pair: Pair) -> Tensor:
+    """Where each cell of the last map looks: scan coordinates [2N, 3, d, h, w], the first views, then the second."""
+    ramps = pair.views
+    shift = 1 - ramps.min()  # ReLU passes what is positive
+    seen = encoder(ramps.flatten(0, 1).unsqueeze(1) + shift)[-1][:, 0]
+    one = encoder(torch.ones_like(ramps[:1, :1]))[-1][0, 0]  # what the blocks' sums multiply by
+    return (seen / one - shift).unflatten(0, ramps.shape[:2])
+
+
+class _Part(NamedTuple):
+    """Of one batch: residuals [N, 3, bins...] in voxels, valid [N, bins...], clamped [N, 3], allowed [N, 3]."""
+
+    residual: Tensor
+    spacing_mm: Tensor
+    valid: Tensor
+    clamped: Tensor
+    allowed: Tensor
+
+
+def _residuals(maps: Tensor, pair: Pair, geometry: Geometry, spacing_mm: Tensor, exact: bool) -> _Part:
+    first, second = align(maps, interpolation_matrices(pair.boxes, pair.flips, pair.regions, geometry)).chunk(2)
+    clamped = torch.stack(
+        [axis.float().mean(1) for axis in clamped_bins(pair.boxes, pair.flips, pair.regions, geometry)], 1
+    )
+    # a view voxel is S / P scan voxels; the middle of a cell lies (s - 1) / 2 view voxels off its receptive field's
+    zoom = (pair.boxes[..., 1] - pair.boxes[..., 0]) / torch.tensor(geometry.view_size)
+    off = torch.zeros(3) if exact else (torch.tensor(geometry.output_stride) - 1) / 2
+    enlarged = (1 - zoom).clamp_min(0) / 2  # an enlarged crop repeats its outermost half voxel
+    one, two = (zoom * off + enlarged).chunk(2)
+    means = clamped.unflatten(0, (2, -1)).mean(0)
+    return _Part((first - second).abs(), spacing_mm, valid_bins(pair, geometry), means, one + two + EXACT)
+
+
+def _summary(parts: list[_Part]) -> dict[str, Any]:
+    """Figures of one convention over all pairs; lists run over D, H, W."""
+    residual, spacing, valid, clamped, allowed = (torch.cat(each) for each in zip(*parts, strict=True))
+    mm = residual * spacing[:, :, None, None, None]
+    inside = valid[:, None].expand_as(residual)
+
+    def figures(values: Tensor) -> dict[str, list[float]]:
+        kept = [values[:, axis][inside[:, axis]] for axis in range(3)]
+        return {
+            "mean": values.mean((0, 2, 3, 4)).tolist(),
+            "max": values.amax((0, 2, 3, 4)).tolist(),
+            "mean_not_clamped": [each.mean().item() if len(each) else None for each in kept],
+            "max_not_clamped": [each.max().item() if len(each) else None for each in kept],
+        }
+
+    excess = (residual - allowed[:, :, None, None, None])[inside]
+    return {
+        "voxels": figures(residual),
+        "mm": figures(mm),
+        "clamped_share": clamped.mean(0).tolist(),
+        "bins_clamped_in_no_axis": valid.float().mean().item(),
+        "allowed_voxels": allowed.amax(0).tolist(),
+        "excess_voxels": max(0.0, excess.max().item()) if len(excess) else 0.0,
+        "passed": len(excess) > 0 and bool((excess <= 0).all()),
+    }
+
+
+# -- what people look at ----------------------------------------------------------------------------------------------
+
+
+def _draw_picture(drawn: list, encoder: Encoder, geometries: dict, config: CheckAlignConfig, path: Path) -> None:
+    """A pair whose views are flipped differently, overlap well and show a body, with the places that are compared."""
+
+    def interest(one: tuple[Scan, tuple[Prior, Prior]]) -> tuple[int, float]:
+        first, second = one[1]
+        return int((first.flip != second.flip)[1:].sum()), overlap_share(first.box, second.box, "union")
+
+    def render(scan: Scan, prior: Prior) -> np.ndarray:
+        crop = v.normalise(v.read_padded(scan.reader, prior.box, AIR), scan.window, scan.mean_hu, scan.std_hu)
+        return v.resize_and_flip(crop, config.views.size, prior.flip).numpy()
+
+    best = sorted(drawn, key=interest)[-8:]
+    scan, priors = max(best, key=lambda one: render(one[0], one[1][0]).std())
+    pair = _pair_of_ramps([priors], config.views.size)
+    maps = look(encoder, pair)
+    used = pair
+    if config.align.wrong_priors:
+        other = next((d[1] for d in drawn if d[1] is not priors), priors)
+        used = _pair_of_ramps([other], config.views.size)
+    places = {"before": maps}
+    for name in reversed(CONVENTIONS):
+        matrices = interpolation_matrices(used.boxes, used.flips, used.regions, geometries[name][1])
+        places[name] = align(maps, matrices)
+    views = [render(scan, prior) for prior in priors]
+    shown = {name: [each.numpy() for each in found] for name, found in places.items()}
+    window = tuple((hu - scan.mean_hu) / max(scan.std_hu, 1e-3) for hu in pictures.DISPLAY_HU)
+    figure = pictures.places(views, priors, shown, window, scan.spacing_mm)
+    aside = path.with_name(path.name + ".part")
+    figure.savefig(aside, format="png", dpi=130)
+    aside.replace(path)
+
+
+def _table(facts: dict[str, Any]) -> str:
+    """Both conventions side by side, axis by axis."""
+    size, stride = ("x".join(map(str, facts["view_size"])), "/".join(map(str, facts["output_stride"])))
+    found = [facts["conventions"][name] for name in CONVENTIONS]
+    heads = [f"centers={name}{' *' if name == facts['configured'] else ''}" for name in CONVENTIONS]
+
+    def line(text: str, cells: list[list[str]]) -> str:
+        return f"{text:<34}" + " |".join("".join(f"{cell:>10}" for cell in part) for part in cells)
+
+    lines = [
+        f"views {size}, output stride {stride}, stage strides {facts['stage_strides']}; "
+        f"{facts['num_pairs']} pairs of views of {facts['scans']}",
+        f"{'distance of compared places':<34}" + " |".join(f"{head:>30}" for head in heads) + "   * configured",
+        line("", [list(AXES)] * 2),
+    ]
+    for key, text in (
+        ("mean", "mean, all bins"),
+        ("max", "largest, all bins"),
+        ("mean_not_clamped", "mean, bins not clamped"),
+        ("max_not_clamped", "largest, bins not clamped"),
+    ):
+        for unit, spec in (("voxels", ".2f"), ("mm", ".1f")):
+            cells = [["-" if a is None else f"{a:{spec}}" for a in part[unit][key]] for part in found]
+            lines.append(line(f"{text}, {unit}", cells))
+    lines.append(line("allowed there, voxels", [[f"{a:.2f}" for a in part["allowed_voxels"]] for part in found]))
+    lines.append(line("clamped bins", [[f"{share:.0%}" for share in part["clamped_share"]] for part in found]))
+    free = [["", "", f"{part['bins_clamped_in_no_axis']:.0%}"] for part in found]
+    lines.append(line("bins clamped on no axis of a pair", free))
+    return "\n".join(lines)
+
+
+def describe(result: Result) -> str:
+    """The table and the closing line."""
+    return f"{_table(result.facts)}\ncheck_align: the aligner is right for this geometry; picture in {result.folder}"
+
+
+def main() -> None:
+    command("check_align", CheckAlignConfig, run, describe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""check_align: exact for the right geometry, exit 1 for a wrong one, and what it leaves behind."""
+
+import json
+
+import pytest
+
+from pgl_ray import check_align
+from pgl_ray.config import CheckAlignConfig, FailedRun, PretrainConfig, load
+
+SMALL = ["views.size=[16,48,32]", "encoder.depths=[1,1,2,1]", "num_pairs=64"]
+
+
+def check(tmp_path, *args):
+    return check_align.run(load(CheckAlignConfig, [*SMALL, f"output={tmp_path}/out", *args]))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [[], ["encoder.stage_strides=late"], ["align.output_stride=[4,8,8]"], ["align.flip=false", "align.crop=false"]],
+)
+def test_the_aligner_is_exact_for_its_geometry(args, tmp_path):
+    result = check(tmp_path, *args)
+    facts = json.loads((tmp_path / "out" / "check_align.json").read_text())
+    assert facts["passed"] and (tmp_path / "out" / "check_align.png").stat().st_size > 10_000
+    field, cell = (facts["conventions"][name] for name in check_align.CONVENTIONS)
+    assert max(field["voxels"]["max_not_clamped"]) < 0.01
+    assert all(0 <= share < 1 for share in field["clamped_share"])
+    if args[0:1] == ["align.flip=false"]:  # one crop, no flips: both views look at the same places anyway
+        assert max(cell["voxels"]["max"]) < 0.01
+    else:
+        assert min(cell["voxels"]["mean"]) > 5 * max(field["voxels"]["mean_not_clamped"]) + 0.5
+    assert "the aligner is right" in check_align.describe(result)
+
+
+def test_wrong_priors_fail(tmp_path, capsys):
+    with pytest.raises(FailedRun, match=r"exceeds what the geometry allows by \d+.*align.wrong_priors=True"):
+        check(tmp_path, "align.wrong_priors=true")
+    assert "centers=receptive_field *" in capsys.readouterr().out
+
+
+def test_a_wrong_centre_fails(tmp_path, monkeypatch):
+    """An encoder whose layers centre their cells half a voxel off what the aligner believes."""
+    right = check_align.feature_geometry
+
+    def wrong(*args):
+        level, geometry = right(*args)
+        return level, geometry._replace(center=tuple(c + 0.5 for c in geometry.center))
+
+    monkeypatch.setattr(check_align, "feature_geometry", wrong)
+    with pytest.raises(FailedRun, match="exceeds"):
+        check(tmp_path)
+
+
+def test_nothing_to_check_is_no_pass(tmp_path):
+    with pytest.raises(FailedRun, match=r"nothing could be checked: .*views.size=\(8, 48, 32\)"):
+        check(tmp_path, "views.size=[8,48,32]")
+
+
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_sampling_ratios_are_checked(ratio, tmp_path):
+    assert check(tmp_path, f"align.sampling_ratio={ratio}", "align.output_stride=[4,8,8]").facts["passed"]
+
+
+def test_a_runs_config_is_checked_with_what_is_typed_beside_it(tmp_path):
+    config = load(PretrainConfig, ["index=s", "run=r", "views.size=[16,32,48]", "align.output_stride=[4,8,8]"])
+    values = json.loads(config.model_dump_json()) | {"index": None}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"door": "pretrain", "config": values}))
+    run = [f"run={tmp_path}/run", "num_pairs=64", "encoder.depths=[1,1,1,1]"]
+    facts = check_align.run(load(CheckAlignConfig, run)).facts
+    assert (facts["view_size"], facts["output_stride"]) == ([16, 32, 48], [4, 8, 8])
+    assert (tmp_path / "run" / "check_align.png").is_file()
+    facts = check_align.run(load(CheckAlignConfig, [*run, "align.output_stride=[8,16,16]"])).facts
+    assert (facts["view_size"], facts["output_stride"]) == ([16, 32, 48], [8, 16, 16])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is no pre-training run"):
+        check(tmp_path, f"run={tmp_path}")

@@ -1,0 +1,86 @@
+"""Models Genesis' deformations against their definitions (Zhou et al. 2019, Sec. 2)."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from pgl_ray.config import DeformConfig
+from pgl_ray.data.deform import deform
+
+SIZE = (16, 48, 40)
+OFF = {"nonlinear_prob": 0, "shuffle_prob": 0, "cutout_prob": 0}
+
+
+def smooth(seed=0) -> torch.Tensor:
+    noise = np.random.default_rng(seed).normal(size=SIZE)
+    return torch.from_numpy(ndimage.gaussian_filter(noise, 3) * 20).float()
+
+
+def deformed(seed=0, view=None, **changes) -> torch.Tensor:
+    return deform(smooth() if view is None else view, np.random.default_rng(seed), DeformConfig(**OFF | changes))
+
+
+def test_nothing_drawn_is_nothing_done_and_the_view_is_left_alone():
+    view = smooth()
+    kept = view.clone()
+    assert torch.equal(deformed(view=view), view)
+    for seed in range(10):
+        deformed(seed, view, nonlinear_prob=1, shuffle_prob=1, cutout_prob=1, inner_share=0.5)
+    assert torch.equal(view, kept)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nonlinear_is_monotone_and_keeps_the_range(seed):
+    view, out = smooth(), deformed(seed, nonlinear_prob=1)
+    order = view.flatten().argsort()
+    assert (out.flatten()[order].diff() >= -1e-5).all()
+    torch.testing.assert_close(out.aminmax(), view.aminmax(), atol=1e-4, rtol=0)
+    assert (out - view).abs().max() > 0.05 * (view.max() - view.min())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shuffling_permutes_voxels_locally(seed):
+    view, out = smooth(), deformed(seed, shuffle_prob=1)
+    assert torch.equal(view.flatten().sort().values, out.flatten().sort().values)
+    assert (out != view).float().mean() > 0.2
+    blurred = [ndimage.uniform_filter(each.numpy(), 9) for each in (view, out)]
+    assert np.corrcoef(blurred[0].ravel(), blurred[1].ravel())[0, 1] > 0.95  # the coarse picture stays
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_inner_cutout_changes_windows_alone(seed):
+    view, out = smooth(), deformed(seed, cutout_prob=1, inner_share=1)
+    changed = (out != view).numpy()
+    assert 0 < changed.mean() <= 5 / 27 + 0.01
+    assert out[torch.from_numpy(changed)].min() >= view.min() and out.max() <= view.max()
+    labels, num = ndimage.label(changed)
+    assert 1 <= num <= 5
+    for found in ndimage.find_objects(labels):  # no window is smaller than a sixth of the view per axis
+        assert all(s.stop - s.start >= np.ceil(n / 6) for s, n in zip(found, SIZE, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_outer_cutout_keeps_windows_alone(seed):
+    view, out = smooth(), deformed(seed, cutout_prob=1, inner_share=0)
+    kept = (out == view).numpy()
+    assert (3 / 7) ** 3 * 0.9 < kept.mean() < 0.9
+    labels, num = ndimage.label(kept)
+    sizes = np.bincount(labels.ravel())[1:]
+    window = labels == 1 + sizes.argmax()
+    assert sizes.max() > 0.99 * kept.sum() or num <= 5 + (sizes < 3).sum()  # but for noise that hits the value
+    reach = [s.stop - s.start for s in ndimage.find_objects(window.astype(int))[0]]
+    assert all(length >= np.ceil(3 * n / 7) for length, n in zip(reach, SIZE, strict=True))
+    assert out.min() >= view.min() and out.max() <= view.max()
+
+
+def test_the_generator_decides():
+    settings = {"nonlinear_prob": 0.9, "shuffle_prob": 0.5, "cutout_prob": 0.9}
+    assert torch.equal(deformed(3, **settings), deformed(3, **settings))
+    assert not torch.equal(deformed(3, **settings), deformed(4, **settings))
+
+
+def test_a_blank_view_stays_finite():
+    blank = torch.full(SIZE, -1.5)
+    for seed in range(5):
+        assert torch.isfinite(deformed(seed, blank, nonlinear_prob=1, shuffle_prob=1, cutout_prob=1)).all()

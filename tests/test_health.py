@@ -1,0 +1,128 @@
+"""The health panel: its figures against their definitions, and that it notices collapse and wrong priors."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pgl_ray.config import PretrainConfig, load
+from pgl_ray.model.pgl import Output, Pair
+from pgl_ray.pretrain import build_model
+from pgl_ray.prior import view_to_scan
+from pgl_ray.train import health
+
+
+def spread(seed=0) -> torch.Tensor:
+    return torch.randn(8, 16, 2, 3, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def named(found: dict) -> dict:
+    return {f"health/{name}": value for name, value in found.items()}
+
+
+def test_byol_is_judged_by_its_views_spread_and_the_encoders_map():
+    healthy = {"health/encoder_feature_std": 0.9, "health/encoder_effective_rank": 9.0}
+    assert health.collapse(healthy | {"health/view_feature_std": 0.8, "health/view_effective_rank": 1.5}) is None
+    assert health.collapse(healthy | {"health/view_feature_std": 0.01})
+    assert health.collapse({"health/encoder_feature_std": 0.9, "health/encoder_effective_rank": 1.1})
+
+
+@pytest.mark.parametrize("cells", [(2, 6, 6), (4, 12, 12)])
+def test_all_places_of_a_large_batch_are_looked_at(cells, monkeypatch):
+    """Of 128 pairs only some rows are read: they must not be the same few places of every pair."""
+    seen = []
+    draw = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *a, **k: seen.append(draw(*a, **k)) or seen[-1])
+    features = torch.randn(128, 4, *cells, generator=torch.Generator().manual_seed(0))
+    found = health.feature_health(features, features)
+    rows, places = seen[0][: health.MAX_ROWS], math.prod(cells)
+    assert len(set((rows % places).tolist())) > 0.8 * min(places, health.MAX_ROWS)
+    assert found["retrieval"] == 1 and found["effective_rank"] > 3.5
+
+
+def test_figures_equal_their_definitions():
+    query, key = spread(0) + 2 * spread(1), spread(1)
+    got = health.feature_health(query, key)
+    q, k = (t.permute(0, 2, 3, 4, 1).reshape(-1, 16).double().numpy() for t in (query, key))
+    q, k = (t / np.linalg.norm(t, axis=1, keepdims=True) for t in (q, k))
+    assert got["feature_std"] == pytest.approx(k.std(0, ddof=1).mean() * 4, rel=1e-4)
+    energy = np.linalg.svd(k - k.mean(0), compute_uv=False) ** 2
+    share = energy / energy.sum()
+    assert got["effective_rank"] == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-4)
+    assert got["cosine_aligned"] == pytest.approx((q * k).sum(1).mean(), abs=1e-5)
+    found = np.mean([(q[i] @ k.T).argmax() == i for i in range(len(q))])
+    assert 0.1 < found < 1 and got["retrieval"] == pytest.approx(found)
+
+
+def test_spread_is_healthy():
+    found = health.feature_health(spread(), spread())
+    assert found["feature_std"] > 0.9 and found["effective_rank"] > 12
+    assert found["cosine_aligned"] == pytest.approx(1) and found["retrieval"] == 1
+    assert abs(found["cosine_shuffled"]) < 0.1
+    assert health.collapse(named(found)) is None
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        F.normalize(torch.ones(8, 16, 2, 3, 4), dim=1) + 1e-4 * spread(),  # one vector everywhere
+        torch.zeros(8, 16, 2, 3, 4),
+        spread()[:, :1] * torch.ones(1, 16, 1, 1, 1),  # two opposite vectors
+    ],
+)
+def test_collapse_is_noticed(features):
+    found = health.feature_health(features, features)
+    assert health.collapse(named(found)).startswith("features collapsed: ")
+    assert health.verdict({"step": 7} | named(found)).startswith("features collapsed: ")
+
+
+def test_equal_features_are_never_retrieved():
+    one = torch.ones(8, 16, 2, 3, 4)
+    assert health.feature_health(one, one)["retrieval"] == 0
+
+
+def test_few_vectors_have_no_health():
+    assert health.feature_health(spread()[:2, :, :1, :1, :1], spread()[:2, :, :1, :1, :1]) == {}
+    assert health.collapse({}) is None
+    for value in (math.nan, math.inf):
+        broken = torch.full((8, 16, 2, 3, 4), value)
+        assert health.feature_health(broken, broken) == {}
+    assert "too few" in health.verdict({"step": 1, "health/collapsed": 0.0})
+
+
+def knowing(pair: Pair, model) -> torch.Tensor:
+    """Maps of an ideal encoder: features that are a function of the scan and the place alone."""
+    rng = np.random.default_rng(0)
+    waves, geometry = rng.normal(size=(24, 3)) / 8, model.geometry
+    maps = np.empty((2 * len(pair.view_1), 24, 2, 3, 2))
+    for i, (box, flip) in enumerate(zip(pair.boxes.numpy(), pair.flips.numpy(), strict=True)):
+        for place in itertools.product(range(2), range(3), range(2)):
+            seen = np.array(geometry.output_stride) * place + 0.5
+            at = view_to_scan(seen, box, flip, np.array(geometry.view_size))
+            maps[(i, slice(None), *place)] = np.cos(waves @ at + np.arange(24) * (1 + i % len(pair.view_1)))
+    return torch.from_numpy(maps).float()
+
+
+def test_wrong_priors_show_in_the_panel():
+    args = ["index=a", "run=b", "encoder.width=8", "encoder.depths=[1,1,1,1]", "views.size=[16,48,32]"]
+    model, geometry = build_model(load(PretrainConfig, [*args, "heads.hidden=8", "heads.out=8"]))
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randint(0, 18, (2, 6, 3), generator=rng)
+    boxes = torch.stack([start, start + torch.tensor([20, 60, 40])], -1)
+    flips = torch.rand(2, 6, 3, generator=rng) < 0.5
+    pair = Pair(torch.zeros(6, 1, 1, 1, 1), torch.zeros(6, 1, 1, 1, 1), *boxes, *flips)
+    output = Output(torch.tensor(0.0), knowing(pair, model))
+    right, wrong = (health.panel(model, output, p, geometry) for p in (pair, pair.with_wrong_priors()))
+    assert right["health/encoder_cosine_aligned"] > wrong["health/encoder_cosine_aligned"] + 0.15
+    assert all(1 / 72 <= row["health/encoder_retrieval_chance"] <= 1 / 12 for row in (right, wrong))
+    judged = [row | {"health/collapsed": 0.0} for row in (right, wrong)]
+    said = [health.newest_verdict([{"step": i} | row for i in range(4)]) for row in judged]
+    assert "wrong priors look like this" in said[1] and "wrong priors" not in said[0]
+    assert right["health/encoder_retrieval"] > 2 * wrong["health/encoder_retrieval"]
+    norms = [p.norm().item() ** 2 for p in model.online["encoder"].parameters()]
+    assert right["weight/encoder_norm"] == pytest.approx(math.sqrt(sum(norms)), rel=1e-4)
+    assert 0 < right["align/clamped_share"] < 1 and 0 < right["align/valid_pairs_share"] <= 1
+    assert health.collapse(right) is None
