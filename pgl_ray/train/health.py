@@ -157,6 +157,6 @@ def newest_verdict(rows: list[dict[str, float]]) -> str:
         found = sum(row["health/encoder_retrieval"] for row in last) / len(last)
         chance = sum(row["health/encoder_retrieval_chance"] for row in last) / len(last)
         text += f"; places are found again in the other view {found / chance:.1f} times as often as by the scan alone"
-        if len(last) >= FEW and found < 2 * chance:
+        if len(last) >= FEW and found <= chance:
             text += " (wrong priors look like this, or a training that has hardly begun)"
     return text
