@@ -121,7 +121,7 @@ def test_a_killed_training_continues_and_ends_the_same(ray_cluster, tmp_path):
 def test_a_collapse_stops_the_run_on_all_workers(ray_cluster, tmp_path, capfd):
     """Blank scans leave nothing to tell places apart: both workers agree, keep a checkpoint and end, once."""
     for name in ("a", "b"):
-        write_scan(tmp_path / "store", name, np.zeros((24, 64, 64), np.int16), np.eye(4), split="train")
+        write_scan(tmp_path / "store", name, np.zeros((24, 80, 80), np.int16), np.eye(4), split="train")
     write_index(tmp_path / "store", {}, (-1024.0, 325.0))
     changes = {"health": {"every": 1, "stop_on_collapse": True}, "method": "byol", "global_batch_size": 16}
     changes |= {"intensity": dict.fromkeys(("noise_prob", "blur_prob", "gain_prob", "gamma_prob"), 0.0)}
