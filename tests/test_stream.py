@@ -1,5 +1,7 @@
 """The plan and the renderers: what a batch holds depends on (seed, epoch, scan, draw) alone."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -50,14 +52,29 @@ def test_a_plan_continued_is_the_rest_of_the_plan():
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_blocks_are_worker_batches_in_step_order(workers):
-    plan = make_plan()
-    blocks = plan.blocks(2, workers)
-    assert [b["step"][0].as_py() for b in blocks] == [s for s in range(2, 10) for _ in range(workers)]
-    assert {b.num_rows for b in blocks} == {4 // workers}
-    got = np.concatenate([np.stack([b[c].to_numpy() for c in ("epoch", "scan", "draw")], 1) for b in blocks])
-    np.testing.assert_array_equal(got, np.concatenate(list(plan.batches(2))))
+def test_rows_are_those_of_a_walk_row_by_row():
+    """Against the plain definition: epoch by epoch, a permutation each, cut into batches."""
+    plan = make_plan(draws_per_scan=3)
+    line = [
+        (epoch, *divmod(place, 3)) for epoch in range(4) for place in np.random.default_rng((3, epoch)).permutation(15)
+    ]
+    assert plan.rows(0, plan.num_steps).tolist() == [list(row) for row in line[: plan.num_steps * 4]]
+    columns = plan.columns(3, 6)
+    assert columns["step"].tolist() == np.repeat([3, 4, 5], 4).tolist()
+    np.testing.assert_array_equal(np.stack([columns[c] for c in ("epoch", "scan", "draw")], 1), plan.rows(3, 6))
+
+
+def test_a_long_plan_costs_no_more_than_a_short_one():
+    """10,000 scans x 500 epochs: the last steps come as fast as the first of a small plan, and nothing is kept."""
+    ids = [f"scan_{i}" for i in range(10_000)]
+    plan = stream.Plan.make(ids, 1, 128, epochs=500, max_steps=None, seed=0)
+    plan.rows(0, 1), plan.rows(plan.num_steps - 1, plan.num_steps)
+    tracemalloc.start()
+    for step in range(plan.num_steps - 100, plan.num_steps):
+        assert plan.rows(step, step + 1).shape == (128, 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 2**20
 
 
 def test_too_short_a_plan_is_refused():

@@ -7,10 +7,9 @@ on (seed, epoch, scan, draw) alone, never on the number of workers, on arrival o
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConfig
@@ -19,6 +18,8 @@ from pgl_ray.data import views as v
 from pgl_ray.data.deform import deform
 
 AIR = -1024  # HU outside a scan
+BLOCKS_AHEAD = 256  # blocks of rows that are laid out at a time
+LAY_OUT_CPUS = 0.01  # Ray CPUs of that
 
 
 @dataclass(frozen=True)
@@ -71,49 +72,84 @@ class Plan:
         """Epochs done after `step` steps."""
         return step * self.global_batch_size / self.rows_per_epoch
 
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows of the steps `start` to `stop`: int64 [(stop - start) * global_batch_size, 3] of (epoch, scan number,
+        draw). No step costs more than another, wherever in the run it stands."""
+        at = np.arange(start * self.global_batch_size, stop * self.global_batch_size)
+        epoch, place = np.divmod(at, self.rows_per_epoch)
+        order = np.empty_like(at)
+        for e in np.unique(epoch).tolist():
+            here = epoch == e
+            order[here] = _order(self.seed, e, self.rows_per_epoch)[place[here]]
+        return np.stack([epoch, *np.divmod(order, self.draws_per_scan)], -1)
+
     def batches(self, start: int) -> Iterator[np.ndarray]:
         """Global batches from step `start` on: int64 [global_batch_size, 3] of (epoch, scan number, draw)."""
-        epoch, order = -1, None
-        for step in range(start, self.num_steps):
-            rows = np.empty((self.global_batch_size, 3), np.int64)
-            for i in range(self.global_batch_size):
-                e, place = divmod(step * self.global_batch_size + i, self.rows_per_epoch)
-                if e != epoch:
-                    epoch, order = e, np.random.default_rng((self.seed, e)).permutation(self.rows_per_epoch)
-                rows[i] = e, order[place] // self.draws_per_scan, order[place] % self.draws_per_scan
-            yield rows
+        return (self.rows(step, step + 1) for step in range(start, self.num_steps))
 
-    def blocks(self, start: int, num_workers: int) -> list[pa.Table]:
-        """The rest of the plan as Arrow tables, one per step and worker."""
-        tables = []
-        for step, rows in enumerate(self.batches(start), start):
-            for part in np.split(rows, num_workers):
-                columns = {"epoch": part[:, 0], "scan": part[:, 1], "draw": part[:, 2]}
-                tables.append(pa.table({"step": np.full(len(part), step), **columns}))
-        return tables
+    def columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """What renderers are given of the steps `start` to `stop`: step, epoch, scan, draw, int64 [rows]."""
+        epoch, scan, draw = self.rows(start, stop).T
+        step = np.repeat(np.arange(start, stop), self.global_batch_size)
+        return {"step": step, "epoch": epoch, "scan": scan, "draw": draw}
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, num: int) -> np.ndarray:
+    """The rows of an epoch in the order they are drawn."""
+    return np.random.default_rng((seed, epoch)).permutation(num)
 
 
 def dataset(plan: Plan, render: Callable[[dict], dict], num_workers: int, start: int, num_cpus: float):
-    """A Ray Dataset of rendered batches from step `start` on.
+    """A Ray Dataset of rendered batches from step `start` on: block k of a step is worker k's batch.
 
     Called in Ray Train's controller at every start of a worker group; what the driver set in its DataContext does not
-    reach there, so it is set here.
+    reach there, so it is set here. The plan is laid out as the stream goes on, `BLOCKS_AHEAD` blocks of rows at a time:
+    nothing grows with the length of the run but one row of two numbers per `BLOCKS_AHEAD` blocks.
 
     Args:
         plan: what to draw.
         render: index columns -> columns of a batch; picklable.
-        num_workers: workers the blocks go to in turn.
+        num_workers: workers the blocks go to in turn; every one gets as many.
         start: first step.
         num_cpus: Ray CPUs of one rendering task.
     """
     import ray.data
+    from ray.data._internal.execution import backpressure_policy as policies
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = 2**30  # a block is a batch: never split it
-    blocks = plan.blocks(start, num_workers)
-    return ray.data.from_arrow(blocks).map_batches(render, batch_size=None, num_cpus=num_cpus)
+    ways = [*policies.ENABLED_BACKPRESSURE_POLICIES, _keep_ahead(policies.BackpressurePolicy)]
+    context.set_config(policies.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, ways)
+    stride = max(1, BLOCKS_AHEAD // num_workers)
+    starts = range(start, plan.num_steps, stride)
+    segments = [{"start": at, "stop": min(at + stride, plan.num_steps)} for at in starts]
+    segments = ray.data.from_items(segments, override_num_blocks=len(segments))  # from_arrow would take a task for each
+    rows = segments.map_batches(partial(_lay_out, plan), batch_size=None, num_cpus=LAY_OUT_CPUS)
+    # Ray fuses this with the line above, and neither with the renderer: one block of rows, one rendering task
+    rows = rows.repartition(target_num_rows_per_block=plan.global_batch_size // num_workers)
+    return rows.map_batches(render, batch_size=None, num_cpus=num_cpus)
+
+
+def _lay_out(plan: Plan, segment: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    (start,), (stop,) = segment["start"].tolist(), segment["stop"].tolist()
+    return plan.columns(start, stop)
+
+
+def _keep_ahead(base: type) -> type:
+    """Ray bounds what waits between two operators by its bytes, which for rows of the plan is no bound: this one goes by
+    their number. Made here since this module is imported without Ray, too."""
+
+    class KeepAhead(base):
+        def can_add_input(self, op) -> bool:
+            if "_lay_out" not in op.name:
+                return True
+            waiting = sum(self._topology[after].total_enqueued_input_blocks() for after in op.output_dependencies)
+            return waiting < BLOCKS_AHEAD and not op.num_active_tasks()
+
+    return KeepAhead
 
 
 # -- renderers: run in Ray Data's tasks -------------------------------------------------------------------------------
