@@ -1,6 +1,7 @@
 """The plan and the renderers: what a batch holds depends on (seed, epoch, scan, draw) alone."""
 
 import tracemalloc
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -75,6 +76,23 @@ def test_a_long_plan_costs_no_more_than_a_short_one():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10 * 2**20
+
+
+def test_a_run_killed_again_and_again_draws_the_exact_list_of_an_undisturbed_one():
+    """Mid-epoch, each start with another number of workers, from the last checkpoint on: what a checkpoint holds counts,
+    what was drawn behind it is drawn again, the same."""
+    plan = make_plan(draws_per_scan=3, global_batch_size=6, epochs=7)
+    undisturbed = [tuple(row) for row in plan.rows(0, plan.num_steps).tolist()]
+    assert len(set(undisturbed)) == len(undisturbed) == plan.num_steps * 6
+    done, committed = [], 0
+    for num_workers, killed_at in ((1, 4), (3, 8), (2, 11), (6, plan.num_steps)):
+        del done[committed * 6 :]
+        for rows in islice(plan.batches(committed), killed_at - committed):
+            parts = np.split(rows, num_workers)  # block k of a step goes to worker k
+            assert {len(part) for part in parts} == {6 // num_workers}
+            done += [tuple(row) for part in parts for row in part.tolist()]
+        committed = killed_at - killed_at % 3 if killed_at < plan.num_steps else killed_at  # a checkpoint every 3 steps
+    assert done == undisturbed
 
 
 def test_too_short_a_plan_is_refused():
