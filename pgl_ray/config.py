@@ -183,6 +183,21 @@ class AlignConfig(Section):
     """A control, never for use: every pair is aligned by another pair's priors. The health panel must show it."""
 
 
+class StreamConfig(Section):
+    """How views reach the workers."""
+
+    augment_on: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the intensity operations of the views run: cpu = with the crop, in Ray Data's tasks; gpu = a batch at a
+    time on the training device. The views are the same to float16's rounding. auto = gpu where the workers have CUDA;
+    method=genesis deforms finished views, so it always takes cpu."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """A scan that cannot be read while training: fail = the run ends with an error; skip = its place in the batch is
+    taken by a copy of the batch's next readable pair, so all batches keep their size, and the metrics
+    (data/skipped_share) and skipped.json in the run's folder say which scans were left out how often."""
+    max_skipped_share: Share = 0.01
+    """Share of pairs that may be skipped before the run ends with an error."""
+
+
 class HealthConfig(Section):
     """The health panel: whether features spread, and whether they know places."""
 
@@ -393,6 +408,7 @@ class PretrainConfig(Section):
     heads: HeadsConfig = HeadsConfig()
     align: AlignConfig = AlignConfig()
     deform: DeformConfig = DeformConfig()
+    stream: StreamConfig = StreamConfig()
     health: HealthConfig = HealthConfig()
     optim: LarsConfig = LarsConfig()
     train: TrainConfig = TrainConfig()
@@ -401,6 +417,8 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _divisible(self):
         _check_divisible(self.global_batch_size, self.train.num_workers)
+        if self.method == "genesis" and self.stream.augment_on == "gpu":
+            raise ValueError("method=genesis deforms finished views: stream.augment_on must be cpu or auto")
         if self.align.wrong_priors and not (self.align.flip or self.align.crop):
             raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")
         if self.align.mask_clamped and any(p == s for p, s in zip(self.views.size, self.align.output_stride)):

@@ -1,12 +1,16 @@
 """The plan and the renderers: what a batch holds depends on (seed, epoch, scan, draw) alone."""
 
+import json
+import shutil
 import tracemalloc
 from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 
-from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConfig
+from pgl_ray import pretrain
+from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, StreamConfig, ViewsConfig
 from pgl_ray.data import store, stream
 
 VIEWS = ViewsConfig(size=(8, 24, 16))
@@ -132,7 +136,7 @@ def test_any_pair_can_be_built_again_bit_for_bit(small_store):
             for name in set(batch) - {"step"}:
                 np.testing.assert_array_equal(again[name][0], batch[name][i], err_msg=name)
     assert set(batch) - {"deformed_1", "deformed_2"} == {
-        *("step", "epoch", "scan", "draw", "view_1", "view_2", "box_1", "box_2", "flip_1", "flip_2")
+        *("step", "epoch", "scan", "draw", "missed", "view_1", "view_2", "box_1", "box_2", "flip_1", "flip_2")
     }
     np.testing.assert_array_equal(batch["box_1"], batch["box_2"])
     plain = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True)
@@ -165,3 +169,66 @@ def test_patches_carry_classes_and_what_is_labelled(small_store):
     assert set(np.unique(batch["target"])) == {0, 1, 2}  # label values 2 and 7
     assert batch["labelled"][:3].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
     assert (batch["target"] > 0).any((1, 2, 3, 4)).all()  # foreground_share=1: an organ in every patch
+
+
+def test_augmenting_on_the_training_device_gives_the_same_views(small_store):
+    """Both routes from the same rows: what differs is float16's rounding before instead of behind the operations."""
+    ids = tuple(f"scan_{i}" for i in range(5))
+    often = IntensityConfig(noise_prob=0.5, blur_prob=0.5, blur_sigma=(0.3, 1.0))
+    rows = index_rows(np.concatenate(list(make_plan().batches(0))))
+    there = stream.PairRenderer(small_store, ids, 3, VIEWS, often)(rows)
+    left = stream.PairRenderer(small_store, ids, 3, VIEWS, often, augment=False)(rows)
+    assert not np.array_equal(there["view_1"], left["view_1"])
+    done = stream.finish({name: torch.from_numpy(value) for name, value in left.items()}, often)
+    for view in ("view_1", "view_2"):
+        got, expected = done[view].numpy(), there[view].astype(np.float32)
+        assert got.dtype == np.float32
+        assert np.abs(got - expected).max() < 0.03 and np.abs(got - expected).mean() < 1e-3
+    for name in ("box_1", "box_2", "flip_1", "flip_2", "epoch", "scan", "draw"):
+        np.testing.assert_array_equal(done[name].numpy(), there[name])
+    assert stream.finish(done | {}, often) is not done and stream.finish(there, often) is there
+
+
+def cut(small_store, tmp_path, scan_id: str) -> str:
+    """A copy of the store with one shard cut off after its chunk index was read by nobody yet."""
+    broken = tmp_path / "broken"
+    shutil.copytree(small_store, broken)
+    shard = broken / f"scans/{scan_id}/0/c/0/0/0"
+    shard.write_bytes(b"\0" * 100 + shard.read_bytes()[100:])  # the first chunk
+    return str(broken)
+
+
+def test_a_damaged_scan_ends_the_stream_or_is_skipped_and_counted(small_store, tmp_path):
+    ids = tuple(f"scan_{i}" for i in range(5))
+    broken = cut(small_store, tmp_path, "scan_2")
+    rows = index_rows(make_plan().rows(0, 5))
+    whole = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig())(rows)
+    with pytest.raises(RuntimeError, match=r"volume of scan 'scan_2' is damaged in chunk \(0, 0, 0\)"):
+        stream.PairRenderer(broken, ids, 3, VIEWS, IntensityConfig())(rows)
+    got = stream.PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(rows)
+    bad = got["missed"] >= 0
+    assert set(got["missed"][bad]) == {2} and bad.sum() == (rows["scan"] == 2).sum() == 4
+    for name in set(whole) - {"missed"}:
+        np.testing.assert_array_equal(got[name][~bad], whole[name][~bad], err_msg=name)
+        assert got[name].shape == whole[name].shape
+    for i in np.flatnonzero(bad):  # the next readable row, with its own numbers
+        other = next(j % 20 for j in range(i, i + 20) if not bad[j % 20])
+        for name in set(whole) - {"missed", "step"}:
+            np.testing.assert_array_equal(got[name][i], whole[name][other], err_msg=name)
+    np.testing.assert_array_equal(rows["scan"], make_plan().rows(0, 5)[:, 1])  # Ray's own columns are left alone
+    with pytest.raises(RuntimeError, match="not one of the 1 pairs"):
+        one = {name: value[rows["scan"] == 2][:1] for name, value in rows.items()}
+        stream.PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(one)
+
+
+def test_skipped_pairs_are_counted_and_bounded(tmp_path):
+    plan = make_plan()
+    counter = pretrain.Skipped(plan, StreamConfig(on_error="skip", max_skipped_share=0.2), 2)
+    counter.add(torch.tensor([-1, -1, 3, -1]))
+    counter.add(torch.tensor([-1, -1, -1, -1]))
+    assert counter.share(4, str(tmp_path)) == (1 / 8, None)
+    assert json.loads((tmp_path / "skipped.json").read_text()) == {"scan_3": 1}
+    counter.add(torch.tensor([3, 1, -1, -1]))
+    share, why = counter.share(5, str(tmp_path))
+    assert share == 3 / 12
+    assert "25.0%" in why and "stream.max_skipped_share=0.2" in why and "scan_3, scan_1" in why

@@ -183,13 +183,17 @@ class PairRenderer:
     """Index rows -> pairs of views with their priors.
 
     The batch has view_1, view_2 float16 [B, 1, D, H, W]; box_1, box_2 int32 [B, 3, 2] in the scan frame; flip_1,
-    flip_2 uint8 [B, 3]; with `deform` also deformed_1, deformed_2, like the views; and step, epoch, scan, draw int64
-    [B].
+    flip_2 uint8 [B, 3]; with `deform` also deformed_1, deformed_2, like the views; step, epoch, scan, draw int64 [B] of
+    the pair that is shown; and missed int64 [B], see `skip`. `finish` does what is left to do on the training device.
 
     Attributes:
         store, scan_ids, seed, views, intensity: what is cropped, and how.
         shared_box: both views of a pair show one crop.
         deform: Models Genesis' deformations; none: no such columns. The views are the same either way.
+        augment: do the intensity operations here; otherwise their parameters come along, intensity_1, intensity_2
+            float32 [B, 4] and noise_seed_1, noise_seed_2 int64 [B].
+        skip: a row whose scan cannot be read shows a copy of the next readable row of the batch instead of raising;
+            missed is that scan's number, and -1 in all other rows.
     """
 
     store: str
@@ -199,32 +203,61 @@ class PairRenderer:
     intensity: IntensityConfig
     shared_box: bool = False
     deform: DeformConfig | None = None
+    augment: bool = True
+    skip: bool = False
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)  # one task per core already
-        index, records = _records(self.store)
         num = len(rows["step"])
-        out = dict(rows)
+        out = dict(rows) | {"missed": np.full(num, -1)}
         for view in ("1", "2"):
             out["view_" + view] = np.empty((num, 1, *self.views.size), np.float16)
             out["box_" + view] = np.empty((num, 3, 2), np.int32)
             out["flip_" + view] = np.empty((num, 3), np.uint8)
             if self.deform:
                 out["deformed_" + view] = np.empty_like(out["view_" + view])
+            if not self.augment:
+                out["intensity_" + view] = np.empty((num, 4), np.float32)
+                out["noise_seed_" + view] = np.empty(num, np.int64)
+        unread, fault = [], None
         for i in range(num):
-            scan_id = self.scan_ids[rows["scan"][i]]
-            rng = v.generator(self.seed, int(rows["epoch"][i]), scan_id, int(rows["draw"][i]))
-            record = records[scan_id]
-            priors = v.sample_pair(rng, record.shape, self.views, record.foreground_box, self.shared_box)
-            for view, prior in zip(("1", "2"), priors, strict=True):
-                params = v.sample_intensity(rng, self.intensity)
-                crop = _crop(self.store, scan_id, prior, self.views.size, index.hu_window)
-                out["view_" + view][i, 0] = v.apply_intensity(crop, params).numpy()
-                out["box_" + view][i], out["flip_" + view][i] = prior.box, prior.flip
-            for view in ("1", "2") if self.deform else ():
-                seen = torch.from_numpy(out["view_" + view][i, 0].astype(np.float32))
-                out["deformed_" + view][i, 0] = deform(seen, rng, self.deform).numpy()
+            try:
+                self._render(i, rows, out)
+            except (RuntimeError, OSError) as error:  # what ArrayReader and the file system say of a broken scan
+                if not self.skip:
+                    raise
+                unread, fault = [*unread, i], error
+        if len(unread) == num:
+            raise RuntimeError(f"not one of the {num} pairs of a batch could be read; the last: {fault}")
+        if unread:
+            out |= {name: column.copy() for name, column in rows.items()}  # the caller's are left as they are
+        for i in unread:
+            other = next(j % num for j in range(i, i + num) if j % num not in unread)
+            for name in out.keys() - {"step", "missed"}:
+                out[name][i] = out[name][other]
+            out["missed"][i] = rows["scan"][i]
         return out
+
+    def _render(self, i: int, rows: dict[str, np.ndarray], out: dict[str, np.ndarray]) -> None:
+        """Row i of a batch."""
+        index, records = _records(self.store)
+        scan_id = self.scan_ids[rows["scan"][i]]
+        rng = v.generator(self.seed, int(rows["epoch"][i]), scan_id, int(rows["draw"][i]))
+        record = records[scan_id]
+        priors = v.sample_pair(rng, record.shape, self.views, record.foreground_box, self.shared_box)
+        for view, prior in zip(("1", "2"), priors, strict=True):
+            params = v.sample_intensity(rng, self.intensity)
+            crop = _crop(self.store, scan_id, prior, self.views.size, index.hu_window)
+            if self.augment:
+                crop = v.apply_intensity(crop, params)
+            else:
+                out["intensity_" + view][i] = params.noise_std, params.blur_sigma, params.gain, params.gamma
+                out["noise_seed_" + view][i] = params.noise_seed
+            out["view_" + view][i, 0] = crop.numpy()
+            out["box_" + view][i], out["flip_" + view][i] = prior.box, prior.flip
+        for view in ("1", "2") if self.deform else ():
+            seen = torch.from_numpy(out["view_" + view][i, 0].astype(np.float32))
+            out["deformed_" + view][i, 0] = deform(seen, rng, self.deform).numpy()
 
     def rebuild(self, scan_id: str, epoch: int, draw: int) -> dict[str, np.ndarray]:
         """One pair of a run again, bit for bit, with its priors: a batch of one row.
@@ -238,6 +271,22 @@ class PairRenderer:
         batch = self({name: np.array([value]) for name, value in row.items()})
         torch.set_num_threads(threads)
         return batch
+
+
+def finish(batch: dict[str, torch.Tensor], intensity: IntensityConfig) -> dict[str, torch.Tensor]:
+    """The intensity operations of a batch whose renderer left them out, where its tensors lie; else the batch itself.
+
+    Args:
+        batch: of a PairRenderer.
+        intensity: its ranges.
+    """
+    if "intensity_1" not in batch:
+        return batch
+    done = {}
+    for view in ("1", "2"):
+        params = batch["intensity_" + view], batch["noise_seed_" + view]
+        done["view_" + view] = v.apply_intensities(batch["view_" + view], *params, intensity.blur_sigma[1])
+    return batch | done
 
 
 @dataclass(frozen=True)
