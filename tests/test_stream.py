@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConfig
-from pgl_ray.data import store, stream
+from pgl_ray.data import kernels, store, stream
 
 VIEWS = ViewsConfig(size=(8, 24, 16))
 
@@ -120,6 +120,18 @@ def test_a_view_shows_what_its_prior_says(small_store):
         got = batch["view_1"][i, 0].astype(np.float64).mean((0, 2))
         inside = (at > 0.5) & (at < 48.5)
         np.testing.assert_allclose(got[inside], expected[inside], atol=0.05)
+
+
+def test_without_the_compiled_kernels_the_views_are_the_same(small_store, monkeypatch):
+    """To half a float16 step of either side; priors exactly."""
+    rows = index_rows(np.concatenate(list(make_plan().batches(0)))[:8])
+    renderer = stream.PairRenderer(small_store, tuple(f"scan_{i}" for i in range(5)), 3, VIEWS, IntensityConfig())
+    fast = renderer(rows)
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    plain = renderer(rows)
+    for name in fast:
+        near = 2e-3 if name.startswith("view") else 0
+        np.testing.assert_allclose(fast[name].astype(np.float64), plain[name], atol=near, rtol=near, err_msg=name)
 
 
 def test_patches_carry_classes_and_what_is_labelled(small_store):

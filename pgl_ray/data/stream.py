@@ -135,11 +135,12 @@ def _label(store: str, scan_id: str):
     return store_room.open_label(store, _records(store)[1][scan_id])
 
 
-def _crop(store: str, scan_id: str, prior, size, window) -> torch.Tensor:
+def _crops(store: str, scan_id: str, priors, size, window) -> list[torch.Tensor]:
+    """Views of a scan without intensity operations, float32 [D, H, W] each."""
     record = _records(store)[1][scan_id]
-    voxels = v.read_padded(_volume(store, scan_id), prior.box, AIR)
-    crop = v.normalise(voxels, window, record.mean_hu, record.std_hu)
-    return v.resize_and_flip(crop, size, prior.flip)
+    crops = v.read_all_padded(_volume(store, scan_id), [prior.box for prior in priors], AIR)
+    scaling = window, record.mean_hu, record.std_hu
+    return [v.render(crop, size, prior.flip, *scaling) for crop, prior in zip(crops, priors, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,12 @@ class PairRenderer:
             rng = v.generator(self.seed, int(rows["epoch"][i]), scan_id, int(rows["draw"][i]))
             record = records[scan_id]
             priors = v.sample_pair(rng, record.shape, self.views, record.foreground_box, self.shared_box)
-            for view, prior in zip(("1", "2"), priors, strict=True):
+            crops = _crops(self.store, scan_id, priors, self.views.size, index.hu_window)
+            for view, prior, crop in zip(("1", "2"), priors, crops, strict=True):
                 params = v.sample_intensity(rng, self.intensity)
-                crop = _crop(self.store, scan_id, prior, self.views.size, index.hu_window)
-                out["view_" + view][i, 0] = v.apply_intensity(crop, params).numpy()
+                torch.from_numpy(out["view_" + view][i, 0]).copy_(
+                    v.apply_intensity(crop, params)
+                )  # numpy's cast is slow
                 out["box_" + view][i], out["flip_" + view][i] = prior.box, prior.flip
             for view in ("1", "2") if self.deform else ():
                 seen = torch.from_numpy(out["view_" + view][i, 0].astype(np.float32))
@@ -235,10 +238,10 @@ class PatchRenderer:
             rng = v.generator(self.seed, int(rows["epoch"][i]), record.scan_id, int(rows["draw"][i]))
             prior = self._prior(rng, record)
             params = v.sample_intensity(rng, self.intensity)
-            crop = _crop(self.store, record.scan_id, prior, size, index.hu_window)
+            (crop,) = _crops(self.store, record.scan_id, [prior], size, index.hu_window)
             label = v.read_padded(_label(self.store, record.scan_id), prior.box, 0)
             classes = lookup[label].astype(np.float32)
-            out["patch"][i, 0] = v.apply_intensity(crop, params).numpy()
+            torch.from_numpy(out["patch"][i, 0]).copy_(v.apply_intensity(crop, params))
             out["target"][i, 0] = v.resize_and_flip(classes, size, prior.flip, "nearest-exact").numpy()
             out["labelled"][i] = [1, *(value in record.labelled for value in values)]
         return out

@@ -4,6 +4,8 @@ Everything random is drawn from one Generator per (seed, epoch, scan, draw), so 
 """
 
 import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgl_ray.config import AlignConfig, CropConfig, IntensityConfig, ViewsConfig
+from pgl_ray.data import kernels
 from pgl_ray.prior import Prior, overlap_share
 
 MAX_TRIES = 20
@@ -167,14 +170,23 @@ def read_padded(reader, box: np.ndarray, fill: int) -> np.ndarray:
     """Reads a box that may reach beyond the array; voxels outside are `fill`.
 
     Args:
-        reader: an object with `shape` and `read(box)` (data.store.ArrayReader).
+        reader: an object with `shape` and `read_boxes(boxes)` (data.shard.ArrayReader).
         box: int [3, 2].
         fill: value outside.
     """
-    inside = np.clip(box, 0, np.asarray(reader.shape)[:, None])
+    return read_all_padded(reader, [box], fill)[0]
+
+
+def read_all_padded(reader, boxes: Sequence[np.ndarray], fill: int) -> list[np.ndarray]:
+    """`read_padded` of several boxes in one go: what they share is read once."""
+    insides = [np.clip(box, 0, np.asarray(reader.shape)[:, None]) for box in boxes]
+    found = reader.read_boxes(insides)
+    return [_padded(*each, fill) for each in zip(found, insides, boxes, strict=True)]
+
+
+def _padded(voxels: np.ndarray, inside: np.ndarray, box: np.ndarray, fill: int) -> np.ndarray:
     if (inside == box).all():
-        return reader.read(box)
-    voxels = reader.read(inside)
+        return voxels
     padded = np.full(box[:, 1] - box[:, 0], fill, voxels.dtype)
     start = inside[:, 0] - box[:, 0]
     padded[tuple(slice(s, s + n) for s, n in zip(start, voxels.shape, strict=True))] = voxels
@@ -201,6 +213,41 @@ def resize_and_flip(crop: np.ndarray, size: tuple[int, int, int], flip: np.ndarr
     return tensor.flip([axis for axis in range(3) if flip[axis]])
 
 
+def render(
+    crop: np.ndarray, size: tuple[int, int, int], flip: np.ndarray, window: tuple[float, float], mean: float, std: float
+) -> Tensor:
+    """Window, z-score, resize and flip of a crop: `resize_and_flip(normalise(crop))` to 1e-5, in one compiled pass.
+
+    Args:
+        crop: int16 [d, h, w], HU.
+        size: P (D, H, W).
+        flip: bool [3].
+        window, mean, std: as in `normalise`.
+
+    Returns:
+        float32 [D, H, W].
+    """
+    compiled = kernels.load() if crop.dtype == np.int16 else None
+    if compiled is None:
+        return resize_and_flip(normalise(crop, window, mean, std), size, flip)
+    tables = [_table(old, new, bool(back)) for old, new, back in zip(crop.shape, size, flip, strict=True)]
+    scale = 1 / max(std, 1.0)
+    numbers = [np.float32(value) for value in (*window, scale, -mean * scale)]
+    view = torch.empty(tuple(size))
+    compiled.resize(np.ascontiguousarray(crop), *numbers, *tables, view.numpy())
+    return view
+
+
+@lru_cache(maxsize=1024)
+def _table(old: int, new: int, back: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Linear resize of one axis in the half-pixel convention: (first voxel, second voxel, weight of the second)."""
+    ratio = np.float32(old) / np.float32(new)  # float32 as torch has it
+    at = np.maximum(ratio * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), np.float32(0))
+    first = np.minimum(at.astype(np.int64), old - 1)
+    parts = first, np.minimum(first + 1, old - 1), np.minimum(at - first.astype(np.float32), np.float32(1))
+    return tuple(np.ascontiguousarray(part[::-1] if back else part) for part in parts)
+
+
 def apply_intensity(view: Tensor, params: Intensity) -> Tensor:
     """Operations 3 to 6 of Sec. 3.2 on one view, in the paper's order.
 
@@ -214,16 +261,17 @@ def apply_intensity(view: Tensor, params: Intensity) -> Tensor:
     """
     if params.noise_std > 0:
         source = torch.Generator().manual_seed(params.noise_seed)
-        view = view + params.noise_std * torch.randn(view.shape, generator=source)
+        view = torch.add(view, torch.randn(view.shape, generator=source), alpha=params.noise_std)
     if params.blur_sigma > 0:
         view = blur(view, params.blur_sigma)
     if params.gain != 1:
         low, high = view.aminmax()
-        view = (view * params.gain).clamp(low, high)
+        view = (view * params.gain).clamp_(low, high)
     if params.gamma != 1:
         low, high = view.aminmax()
         span = (high - low).clamp_min(1e-6)
-        view = ((view - low) / span).clamp(0, 1) ** params.gamma * span + low
+        unit = (view - low).div_(span).clamp_(1e-38, 1)  # the logarithm of 0 times a gamma of 0 is no number
+        view = unit.log2_().mul_(params.gamma).exp2_().mul_(span).add_(low)  # a fourth of the time of pow
     return view
 
 
@@ -237,6 +285,10 @@ def blur(view: Tensor, sigma: float) -> Tensor:
     radius = max(1, round(3 * sigma))
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float32) / sigma) ** 2)
     taps = taps / taps.sum()
+    if compiled := kernels.load():
+        blurred = torch.empty(view.shape)
+        compiled.blur(view.contiguous().numpy(), taps.numpy(), blurred.numpy())
+        return blurred
     out = view[None, None]
     for axis in range(3):
         shape, pad = [1, 1, 1, 1, 1], [0] * 6
