@@ -129,6 +129,14 @@ class IntensityConfig(Section):
         return self
 
 
+class StreamConfig(Section):
+    """How pairs of views are read and made."""
+
+    pairs_per_region: Positive = 1
+    """Pairs drawn inside one region of a scan, twice the view size per axis, which is read once; it divides
+    `pairs_per_scan`. 1 is the paper: every pair is drawn from the whole scan."""
+
+
 class DeformConfig(Section):
     """Models Genesis' deformations of a view, for method=genesis (Zhou et al. 2019; probabilities of their code)."""
 
@@ -389,6 +397,7 @@ class PretrainConfig(Section):
     """Target decay omega at the start; it rises to 1 on BYOL's cosine (Eq. 10). Not used by genesis."""
     views: ViewsConfig = ViewsConfig()
     intensity: IntensityConfig = IntensityConfig()
+    stream: StreamConfig = StreamConfig()
     encoder: EncoderConfig = EncoderConfig()
     heads: HeadsConfig = HeadsConfig()
     align: AlignConfig = AlignConfig()
@@ -401,6 +410,11 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _divisible(self):
         _check_divisible(self.global_batch_size, self.train.num_workers)
+        if self.pairs_per_scan % self.stream.pairs_per_region:
+            raise ValueError(
+                f"stream.pairs_per_region={self.stream.pairs_per_region} must divide pairs_per_scan="
+                f"{self.pairs_per_scan}: raise pairs_per_scan and lower epochs"
+            )
         if self.align.wrong_priors and not (self.align.flip or self.align.crop):
             raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")
         if self.align.mask_clamped and any(p == s for p, s in zip(self.views.size, self.align.output_stride)):

@@ -104,6 +104,7 @@ def make_renderer(config: PretrainConfig, index: store.Index, plan: stream.Plan)
         config.intensity,
         shared_box=not config.align.crop,
         deform=config.deform if config.method == "genesis" else None,
+        pairs_per_region=config.stream.pairs_per_region,
     )
 
 
@@ -118,7 +119,8 @@ def make_plan(config: PretrainConfig, index: store.Index) -> stream.Plan:
         has = sorted({scan.split for scan in index.scans})
         raise ValueError(f"index={config.index} has no scan in split={config.split!r}; it has: {has}")
     batch = config.global_batch_size
-    return stream.Plan.make(ids, config.pairs_per_scan, batch, config.epochs, config.max_steps, config.seed)
+    lasts, regions = (config.epochs, config.max_steps), config.stream.pairs_per_region
+    return stream.Plan.make(ids, config.pairs_per_scan, batch, *lasts, config.seed, regions)
 
 
 def worker(worker_config: dict) -> str | None:

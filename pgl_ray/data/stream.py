@@ -19,6 +19,7 @@ from pgl_ray.data import views as v
 from pgl_ray.data.deform import deform
 
 AIR = -1024  # HU outside a scan
+REGIONS_MIXED = 16  # regions whose pairs are shuffled with one another; up to 31 at an epoch's end
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Plan:
         global_batch_size: rows per step over all workers.
         num_steps: length of the run.
         seed: of order and rows.
+        pairs_per_region: rows in turn that share a region of their scan; divides `draws_per_scan`.
     """
 
     scan_ids: tuple[str, ...]
@@ -42,9 +44,10 @@ class Plan:
     global_batch_size: int
     num_steps: int
     seed: int
+    pairs_per_region: int = 1
 
     @classmethod
-    def make(cls, scan_ids, draws_per_scan, global_batch_size, epochs, max_steps, seed) -> "Plan":
+    def make(cls, scan_ids, draws_per_scan, global_batch_size, epochs, max_steps, seed, pairs_per_region=1) -> "Plan":
         """Plan for `max_steps` steps, or for `epochs` passes where that is none.
 
         Raises:
@@ -56,12 +59,13 @@ class Plan:
                 f"{epochs} epochs of {len(scan_ids)} scans x {draws_per_scan} draws do not fill one batch of "
                 f"global_batch_size={global_batch_size}: lower it or raise epochs"
             )
-        return cls(tuple(scan_ids), draws_per_scan, global_batch_size, steps, seed)
+        return cls(tuple(scan_ids), draws_per_scan, global_batch_size, steps, seed, pairs_per_region)
 
     @property
     def identity(self) -> str:
         """Hash of all that decides which row is drawn when; a run that continues must have the same."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+        text = repr(self).replace(", pairs_per_region=1)", ")")  # as it was before there were regions
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def rows_per_epoch(self) -> int:
@@ -79,9 +83,23 @@ class Plan:
             for i in range(self.global_batch_size):
                 e, place = divmod(step * self.global_batch_size + i, self.rows_per_epoch)
                 if e != epoch:
-                    epoch, order = e, np.random.default_rng((self.seed, e)).permutation(self.rows_per_epoch)
+                    epoch, order = e, self.order(e)
                 rows[i] = e, order[place] // self.draws_per_scan, order[place] % self.draws_per_scan
             yield rows
+
+    def order(self, epoch: int) -> np.ndarray:
+        """An epoch's rows (scan number * draws_per_scan + draw) as they are drawn, int64 [rows_per_epoch].
+
+        Where rows share regions, those of REGIONS_MIXED regions at a time are shuffled, so that a process that renders
+        some of them can keep their regions.
+        """
+        rng = np.random.default_rng((self.seed, epoch))
+        if self.pairs_per_region == 1:
+            return rng.permutation(self.rows_per_epoch)
+        regions = rng.permutation(self.rows_per_epoch // self.pairs_per_region)
+        rows = regions[:, None] * self.pairs_per_region + np.arange(self.pairs_per_region)
+        cuts = np.arange(REGIONS_MIXED, len(rows) - REGIONS_MIXED + 1, REGIONS_MIXED)
+        return np.concatenate([rng.permutation(part.reshape(-1)) for part in np.split(rows, cuts)])
 
     def blocks(self, start: int, num_workers: int) -> list[pa.Table]:
         """The rest of the plan as Arrow tables, one per step and worker."""
@@ -135,10 +153,18 @@ def _label(store: str, scan_id: str):
     return store_room.open_label(store, _records(store)[1][scan_id])
 
 
-def _crops(store: str, scan_id: str, priors, size, window) -> list[torch.Tensor]:
-    """Views of a scan without intensity operations, float32 [D, H, W] each."""
+@lru_cache(maxsize=2 * REGIONS_MIXED)
+def _region(store: str, scan_id: str, box: tuple[int, ...]) -> v.Region:
+    """A region of a scan, kept while its pairs are drawn: int16, 2.4 MB for views of 16x96x96."""
+    bounds, volume = np.reshape(box, (3, 2)), _volume(store, scan_id)
+    return v.Region(volume.read(bounds), bounds[:, 0], volume.shape)
+
+
+def _crops(store: str, scan_id: str, priors, size, window, region=None) -> list[torch.Tensor]:
+    """Views of a scan without intensity operations, float32 [D, H, W] each; cut from a region where one is given."""
     record = _records(store)[1][scan_id]
-    crops = v.read_all_padded(_volume(store, scan_id), [prior.box for prior in priors], AIR)
+    reader = _volume(store, scan_id) if region is None else _region(store, scan_id, tuple(region.ravel().tolist()))
+    crops = v.read_all_padded(reader, [prior.box for prior in priors], AIR)
     scaling = window, record.mean_hu, record.std_hu
     return [v.render(crop, size, prior.flip, *scaling) for crop, prior in zip(crops, priors, strict=True)]
 
@@ -155,6 +181,7 @@ class PairRenderer:
         store, scan_ids, seed, views, intensity: what is cropped, and how.
         shared_box: both views of a pair show one crop.
         deform: Models Genesis' deformations; none: no such columns. The views are the same either way.
+        pairs_per_region: draws in turn that share a region of their scan; 1: each is drawn from the whole scan.
     """
 
     store: str
@@ -164,6 +191,7 @@ class PairRenderer:
     intensity: IntensityConfig
     shared_box: bool = False
     deform: DeformConfig | None = None
+    pairs_per_region: int = 1
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)  # one task per core already
@@ -178,10 +206,8 @@ class PairRenderer:
                 out["deformed_" + view] = np.empty_like(out["view_" + view])
         for i in range(num):
             scan_id = self.scan_ids[rows["scan"][i]]
-            rng = v.generator(self.seed, int(rows["epoch"][i]), scan_id, int(rows["draw"][i]))
-            record = records[scan_id]
-            priors = v.sample_pair(rng, record.shape, self.views, record.foreground_box, self.shared_box)
-            crops = _crops(self.store, scan_id, priors, self.views.size, index.hu_window)
+            region, priors, rng = self._draw(records[scan_id], int(rows["epoch"][i]), int(rows["draw"][i]))
+            crops = _crops(self.store, scan_id, priors, self.views.size, index.hu_window, region)
             for view, prior, crop in zip(("1", "2"), priors, crops, strict=True):
                 params = v.sample_intensity(rng, self.intensity)
                 torch.from_numpy(out["view_" + view][i, 0]).copy_(
@@ -192,6 +218,15 @@ class PairRenderer:
                 seen = torch.from_numpy(out["view_" + view][i, 0].astype(np.float32))
                 out["deformed_" + view][i, 0] = deform(seen, rng, self.deform).numpy()
         return out
+
+    def _draw(self, record: store_room.ScanRecord, epoch: int, draw: int):
+        """The region of a pair, if any, its priors and what goes on to draw its intensity operations."""
+        key, body = (self.seed, epoch, record.scan_id), record.foreground_box
+        rng = v.generator(*key, draw)
+        if self.pairs_per_region == 1:
+            return None, v.sample_pair(rng, record.shape, self.views, body, self.shared_box), rng
+        region = v.sample_region(*key, draw // self.pairs_per_region, record.shape, self.views, body)
+        return region, v.sample_pair_in(region, rng, self.views, body, self.shared_box), rng
 
     def rebuild(self, scan_id: str, epoch: int, draw: int) -> dict[str, np.ndarray]:
         """One pair of a run again, bit for bit, with its priors: a batch of one row.

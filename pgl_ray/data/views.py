@@ -20,10 +20,10 @@ from pgl_ray.prior import Prior, overlap_share
 MAX_TRIES = 20
 
 
-def generator(seed: int, epoch: int, scan_id: str, draw: int) -> np.random.Generator:
-    """The random numbers of one draw from one scan in one epoch."""
+def generator(seed: int, epoch: int, scan_id: str, draw: int, *of: int) -> np.random.Generator:
+    """The random numbers of one draw from one scan in one epoch; `of`, not 0, names another kind of draw."""
     scan_key = int.from_bytes(hashlib.sha256(scan_id.encode()).digest()[:8], "little")
-    return np.random.default_rng((seed, epoch, scan_key, draw))
+    return np.random.default_rng((seed, epoch, scan_key, draw, *of))
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -120,6 +120,62 @@ def sample_pair(
     raise AssertionError("a box of the same size and middle overlaps wholly")
 
 
+REGION_SCALE = 2  # a region's size as a multiple of the view size
+
+
+def sample_region(
+    seed: int,
+    epoch: int,
+    scan_id: str,
+    number: int,
+    shape: tuple[int, int, int],
+    views: CropConfig,
+    body: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """Draws the part of a scan that several pairs are cropped from.
+
+    Args:
+        seed, epoch, scan_id: as in `generator`.
+        number: of the region in scan and epoch.
+        shape: of the scan (D, H, W).
+        views: size, scales and foreground.
+        body: the scan's foreground box; used with `views.foreground`.
+
+    Returns:
+        int64 [3, 2], inside the scan: REGION_SCALE times the view size, or more where crops may be as large.
+    """
+    rng = generator(seed, epoch, scan_id, number, 1)
+    length = np.ceil(max(REGION_SCALE, views.crop_scale[1]) * np.asarray(views.size)).astype(np.int64)
+    length = np.minimum(length, shape)
+    start = rng.integers(*start_range(shape, length))
+    if views.foreground and body is not None:
+        start = centred_start(rng, body, shape, length)
+    return np.stack([start, start + length], -1)
+
+
+def sample_pair_in(
+    region: np.ndarray,
+    rng: np.random.Generator,
+    views: ViewsConfig,
+    body: tuple[int, ...] | None = None,
+    shared_box: bool = False,
+) -> tuple[Prior, Prior]:
+    """`sample_pair` inside a region as if it were the scan; the boxes are in the scan frame.
+
+    Args:
+        region: int [3, 2], by `sample_region`.
+        rng, views, body, shared_box: as in `sample_pair`.
+    """
+    origin = region[:, :1]
+    if body is not None:
+        inside = np.clip(np.reshape(body, (3, 2)), origin, region[:, 1:])
+        body = tuple((inside - origin).reshape(-1).tolist()) if (inside[:, 0] < inside[:, 1]).all() else None
+    shape = tuple((region[:, 1] - region[:, 0]).tolist())
+    pair = sample_pair(rng, shape, views, body, shared_box)
+    first, second = (Prior(prior.box + origin, prior.flip) for prior in pair)
+    return first, second
+
+
 class Intensity(NamedTuple):
     """Sampled intensity operations of one view; the neutral values mean `not applied`."""
 
@@ -182,6 +238,24 @@ def read_all_padded(reader, boxes: Sequence[np.ndarray], fill: int) -> list[np.n
     insides = [np.clip(box, 0, np.asarray(reader.shape)[:, None]) for box in boxes]
     found = reader.read_boxes(insides)
     return [_padded(*each, fill) for each in zip(found, insides, boxes, strict=True)]
+
+
+class Region(NamedTuple):
+    """A part of a scan in memory, to be read as the scan is.
+
+    Attributes:
+        voxels: of the part.
+        start: int [3], of the part in the scan.
+        shape: of the scan.
+    """
+
+    voxels: np.ndarray
+    start: np.ndarray
+    shape: tuple[int, int, int]
+
+    def read_boxes(self, boxes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Voxels of boxes that lie inside the part, int [3, 2] in the scan frame; cuts of `voxels`, not copies."""
+        return [self.voxels[tuple(slice(*axis) for axis in box - self.start[:, None])] for box in boxes]
 
 
 def _padded(voxels: np.ndarray, inside: np.ndarray, box: np.ndarray, fill: int) -> np.ndarray:
