@@ -338,14 +338,19 @@ def apply_intensity(view: Tensor, params: Intensity) -> Tensor:
         view = torch.add(view, torch.randn(view.shape, generator=source), alpha=params.noise_std)
     if params.blur_sigma > 0:
         view = blur(view, params.blur_sigma)
+    compiled = kernels.load()
+    if compiled and (params.gain != 1 or params.gamma != 1):
+        done, view = torch.empty(view.shape), view.reshape(-1)
+        numbers = [np.float32(value) for value in (*view.aminmax(), params.gain, params.gamma)]
+        compiled.gain_and_gamma(view.numpy(), *numbers, done.view(-1).numpy())
+        return done
     if params.gain != 1:
         low, high = view.aminmax()
         view = (view * params.gain).clamp_(low, high)
     if params.gamma != 1:
         low, high = view.aminmax()
         span = (high - low).clamp_min(1e-6)
-        unit = (view - low).div_(span).clamp_(1e-38, 1)  # the logarithm of 0 times a gamma of 0 is no number
-        view = unit.log2_().mul_(params.gamma).exp2_().mul_(span).add_(low)  # a fourth of the time of pow
+        view = ((view - low) / span).clamp(0, 1) ** params.gamma * span + low
     return view
 
 
