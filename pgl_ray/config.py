@@ -184,8 +184,11 @@ class AlignConfig(Section):
 
 
 class StreamConfig(Section):
-    """How views reach the workers."""
+    """How pairs of views are read and made, and how they reach the workers."""
 
+    pairs_per_region: Positive = 1
+    """Pairs drawn inside one region of a scan, twice the view size per axis, which is read once; it divides
+    `pairs_per_scan`. 1 is the paper: every pair is drawn from the whole scan."""
     augment_on: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the intensity operations of the views run: cpu = with the crop, in Ray Data's tasks; gpu = a batch at a
     time on the training device. The views are the same to float16's rounding. auto = gpu where the workers have CUDA;
@@ -404,11 +407,11 @@ class PretrainConfig(Section):
     """Target decay omega at the start; it rises to 1 on BYOL's cosine (Eq. 10). Not used by genesis."""
     views: ViewsConfig = ViewsConfig()
     intensity: IntensityConfig = IntensityConfig()
+    stream: StreamConfig = StreamConfig()
     encoder: EncoderConfig = EncoderConfig()
     heads: HeadsConfig = HeadsConfig()
     align: AlignConfig = AlignConfig()
     deform: DeformConfig = DeformConfig()
-    stream: StreamConfig = StreamConfig()
     health: HealthConfig = HealthConfig()
     optim: LarsConfig = LarsConfig()
     train: TrainConfig = TrainConfig()
@@ -419,6 +422,11 @@ class PretrainConfig(Section):
         _check_divisible(self.global_batch_size, self.train.num_workers)
         if self.method == "genesis" and self.stream.augment_on == "gpu":
             raise ValueError("method=genesis deforms finished views: stream.augment_on must be cpu or auto")
+        if self.pairs_per_scan % self.stream.pairs_per_region:
+            raise ValueError(
+                f"stream.pairs_per_region={self.stream.pairs_per_region} must divide pairs_per_scan="
+                f"{self.pairs_per_scan}: raise pairs_per_scan and lower epochs"
+            )
         if self.align.wrong_priors and not (self.align.flip or self.align.crop):
             raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")
         if self.align.mask_clamped and any(p == s for p, s in zip(self.views.size, self.align.output_stride)):

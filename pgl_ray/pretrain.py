@@ -111,6 +111,7 @@ def make_renderer(
         deform=config.deform if config.method == "genesis" else None,
         augment=not on_gpu or config.method == "genesis",
         skip=config.stream.on_error == "skip",
+        pairs_per_region=config.stream.pairs_per_region,
     )
 
 
@@ -125,7 +126,8 @@ def make_plan(config: PretrainConfig, index: store.Index) -> stream.Plan:
         has = sorted({scan.split for scan in index.scans})
         raise ValueError(f"index={config.index} has no scan in split={config.split!r}; it has: {has}")
     batch = config.global_batch_size
-    return stream.Plan.make(ids, config.pairs_per_scan, batch, config.epochs, config.max_steps, config.seed)
+    lasts, regions = (config.epochs, config.max_steps), config.stream.pairs_per_region
+    return stream.Plan.make(ids, config.pairs_per_scan, batch, *lasts, config.seed, regions)
 
 
 def worker(worker_config: dict) -> str | None:

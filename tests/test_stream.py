@@ -1,5 +1,6 @@
 """The plan and the renderers: what a batch holds depends on (seed, epoch, scan, draw) alone."""
 
+import hashlib
 import json
 import shutil
 import tracemalloc
@@ -8,10 +9,12 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+import zarr
 
 from pgl_ray import pretrain
-from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, StreamConfig, ViewsConfig
-from pgl_ray.data import store, stream
+from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
+from pgl_ray.data import kernels, store, stream
+from pgl_ray.data import views as v
 
 VIEWS = ViewsConfig(size=(8, 24, 16))
 
@@ -104,6 +107,27 @@ def test_too_short_a_plan_is_refused():
         make_plan(global_batch_size=64, epochs=1)
 
 
+def test_one_pair_per_region_is_the_plan_there_always_was():
+    plan = make_plan()
+    assert plan.identity == "a862fe9563042d21"  # runs begun before there were regions go on
+    assert hashlib.sha256(np.concatenate(list(plan.batches(0))).tobytes()).hexdigest()[:16] == "d2c0a8c87decf15a"
+    assert make_plan(pairs_per_region=2).identity != plan.identity
+
+
+@pytest.mark.parametrize(("scans", "share"), [(100, 8), (37, 4), (7, 3)])
+def test_regions_are_mixed(scans, share):
+    """Every row once per epoch; the rows of a region lie near one another, yet among those of 16 to 31 regions."""
+    plan = stream.Plan.make([f"s{i}" for i in range(scans)], 2 * share, 16, 3, None, 0, share)
+    for epoch in range(2):
+        order = plan.order(epoch)
+        assert sorted(order) == list(range(scans * 2 * share))
+        regions, most = order // share, 31 * share
+        assert max(np.ptp(np.flatnonzero(regions == region)) for region in set(regions)) < most
+        batches = [set(part) for part in np.split(regions, range(16, len(regions), 16)) if len(part) == 16]
+        assert min(map(len, batches)) >= 3
+    assert not np.array_equal(plan.order(0), plan.order(1))
+
+
 def index_rows(rows: np.ndarray) -> dict:
     return {"step": np.zeros(len(rows), np.int64), "epoch": rows[:, 0], "scan": rows[:, 1], "draw": rows[:, 2]}
 
@@ -159,6 +183,68 @@ def test_a_view_shows_what_its_prior_says(small_store):
         got = batch["view_1"][i, 0].astype(np.float64).mean((0, 2))
         inside = (at > 0.5) & (at < 48.5)
         np.testing.assert_allclose(got[inside], expected[inside], atol=0.05)
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_pairs_of_a_region(small_store, foreground):
+    """They lie in one region, are what the whole scan shows there, and depend on nothing but (epoch, scan, draw)."""
+    views = ViewsConfig(size=(4, 16, 12), foreground=foreground)
+    off = IntensityConfig(noise_prob=0, blur_prob=0, gain_prob=0, gamma_prob=0)
+    ids = tuple(f"scan_{i}" for i in range(5))
+    renderer = stream.PairRenderer(small_store, ids, 3, views, off, pairs_per_region=4)
+    rows = np.array([[e, s, d] for e in range(2) for s in range(5) for d in range(8)])
+    rows = np.random.default_rng(0).permutation(rows)
+    batch = renderer(index_rows(rows))
+    stream._region.cache_clear()
+    again = renderer(index_rows(rows[::-1]))
+    index, starts = store.read_index(small_store), set()
+    for name in batch:
+        np.testing.assert_array_equal(again[name][::-1], batch[name])
+    for key in {(e, s, d // 4) for e, s, d in rows.tolist()}:
+        of_key = (rows[:, 0] == key[0]) & (rows[:, 1] == key[1]) & (rows[:, 2] // 4 == key[2])
+        boxes = np.concatenate([batch["box_1"][of_key], batch["box_2"][of_key]])
+        low, high = boxes[..., 0].min(0), boxes[..., 1].max(0)
+        starts.add(tuple(low))
+        assert len(boxes) == 8 and (high - low <= (8, 32, 24)).all()
+        assert len({box.tobytes() for box in boxes}) > 4
+    assert len(starts) > 10
+    for i in range(0, len(rows), 7):
+        record = index.scans[rows[i, 1]]
+        volume = zarr.open_array(f"{small_store}/scans/{record.scan_id}/0", mode="r")[:]
+        for view in ("1", "2"):
+            cut = volume[tuple(slice(*axis) for axis in batch["box_" + view][i])]
+            assert cut.shape == tuple(np.ptp(batch["box_" + view][i], axis=1))
+            plain = v.normalise(cut, index.hu_window, record.mean_hu, record.std_hu)
+            expected = v.resize_and_flip(plain, views.size, batch["flip_" + view][i].astype(bool))
+            np.testing.assert_allclose(batch["view_" + view][i, 0], expected, atol=2e-3, rtol=2e-3)
+
+
+def test_regions_of_scans_smaller_than_a_crop(small_store):
+    """The region is the scan along such an axis, and crops reach beyond it as they always do."""
+    ids, views = tuple(f"scan_{i}" for i in range(5)), ViewsConfig(size=(16, 48, 16))
+    batch = stream.PairRenderer(small_store, ids, 3, views, IntensityConfig(), pairs_per_region=8)(
+        index_rows(np.array([[0, s, d] for s in range(5) for d in range(8)]))
+    )
+    assert np.isfinite(batch["view_1"]).all()
+    assert (batch["box_1"][:, 0, 0] < 0).any() and (batch["box_1"][:, 1, 1] >= 50).all()
+    assert (batch["box_1"][:, 2, 0] >= 0).all()
+
+
+def test_pairs_per_region_divides_pairs_per_scan():
+    with pytest.raises(ValueError, match=r"stream\.pairs_per_region=8 must divide pairs_per_scan=4"):
+        build(PretrainConfig, {"index": "i", "run": "r", "pairs_per_scan": 4, "stream": {"pairs_per_region": 8}})
+
+
+def test_without_the_compiled_kernels_the_views_are_the_same(small_store, monkeypatch):
+    """To half a float16 step of either side; priors exactly."""
+    rows = index_rows(np.concatenate(list(make_plan().batches(0)))[:8])
+    renderer = stream.PairRenderer(small_store, tuple(f"scan_{i}" for i in range(5)), 3, VIEWS, IntensityConfig())
+    fast = renderer(rows)
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    plain = renderer(rows)
+    for name in fast:
+        near = 2e-3 if name.startswith("view") else 0
+        np.testing.assert_allclose(fast[name].astype(np.float64), plain[name], atol=near, rtol=near, err_msg=name)
 
 
 def test_patches_carry_classes_and_what_is_labelled(small_store):

@@ -20,6 +20,7 @@ from pgl_ray.data.deform import deform
 AIR = -1024  # HU outside a scan
 BLOCKS_AHEAD = 256  # blocks of rows that are laid out at a time
 LAY_OUT_CPUS = 0.01  # Ray CPUs of that
+REGIONS_MIXED = 16  # regions whose pairs are shuffled with one another; up to 31 at an epoch's end
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Plan:
         global_batch_size: rows per step over all workers.
         num_steps: length of the run.
         seed: of order and rows.
+        pairs_per_region: rows in turn that share a region of their scan; divides `draws_per_scan`.
     """
 
     scan_ids: tuple[str, ...]
@@ -43,9 +45,10 @@ class Plan:
     global_batch_size: int
     num_steps: int
     seed: int
+    pairs_per_region: int = 1
 
     @classmethod
-    def make(cls, scan_ids, draws_per_scan, global_batch_size, epochs, max_steps, seed) -> "Plan":
+    def make(cls, scan_ids, draws_per_scan, global_batch_size, epochs, max_steps, seed, pairs_per_region=1) -> "Plan":
         """Plan for `max_steps` steps, or for `epochs` passes where that is none.
 
         Raises:
@@ -57,12 +60,13 @@ class Plan:
                 f"{epochs} epochs of {len(scan_ids)} scans x {draws_per_scan} draws do not fill one batch of "
                 f"global_batch_size={global_batch_size}: lower it or raise epochs"
             )
-        return cls(tuple(scan_ids), draws_per_scan, global_batch_size, steps, seed)
+        return cls(tuple(scan_ids), draws_per_scan, global_batch_size, steps, seed, pairs_per_region)
 
     @property
     def identity(self) -> str:
         """Hash of all that decides which row is drawn when; a run that continues must have the same."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+        text = repr(self).replace(", pairs_per_region=1)", ")")  # as it was before there were regions
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def rows_per_epoch(self) -> int:
@@ -80,7 +84,7 @@ class Plan:
         order = np.empty_like(at)
         for e in np.unique(epoch).tolist():
             here = epoch == e
-            order[here] = _order(self.seed, e, self.rows_per_epoch)[place[here]]
+            order[here] = self.order(e)[place[here]]
         return np.stack([epoch, *np.divmod(order, self.draws_per_scan)], -1)
 
     def batches(self, start: int) -> Iterator[np.ndarray]:
@@ -93,11 +97,24 @@ class Plan:
         step = np.repeat(np.arange(start, stop), self.global_batch_size)
         return {"step": step, "epoch": epoch, "scan": scan, "draw": draw}
 
+    def order(self, epoch: int) -> np.ndarray:
+        """An epoch's rows (scan number * draws_per_scan + draw) as they are drawn, int64 [rows_per_epoch].
+
+        Where rows share regions, those of REGIONS_MIXED regions at a time are shuffled, so that a process that renders
+        some of them can keep their regions.
+        """
+        return _order(self.seed, epoch, self.rows_per_epoch, self.pairs_per_region)
+
 
 @lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, num: int) -> np.ndarray:
-    """The rows of an epoch in the order they are drawn."""
-    return np.random.default_rng((seed, epoch)).permutation(num)
+def _order(seed: int, epoch: int, num_rows: int, pairs_per_region: int) -> np.ndarray:
+    rng = np.random.default_rng((seed, epoch))
+    if pairs_per_region == 1:
+        return rng.permutation(num_rows)
+    regions = rng.permutation(num_rows // pairs_per_region)
+    rows = regions[:, None] * pairs_per_region + np.arange(pairs_per_region)
+    cuts = np.arange(REGIONS_MIXED, len(rows) - REGIONS_MIXED + 1, REGIONS_MIXED)
+    return np.concatenate([rng.permutation(part.reshape(-1)) for part in np.split(rows, cuts)])
 
 
 def dataset(plan: Plan, render: Callable[[dict], dict], num_workers: int, start: int, num_cpus: float):
@@ -171,11 +188,20 @@ def _label(store: str, scan_id: str):
     return store_room.open_label(store, _records(store)[1][scan_id])
 
 
-def _crop(store: str, scan_id: str, prior, size, window) -> torch.Tensor:
+@lru_cache(maxsize=2 * REGIONS_MIXED)
+def _region(store: str, scan_id: str, box: tuple[int, ...]) -> v.Region:
+    """A region of a scan, kept while its pairs are drawn: int16, 2.4 MB for views of 16x96x96."""
+    bounds, volume = np.reshape(box, (3, 2)), _volume(store, scan_id)
+    return v.Region(volume.read(bounds), bounds[:, 0], volume.shape)
+
+
+def _crops(store: str, scan_id: str, priors, size, window, region=None) -> list[torch.Tensor]:
+    """Views of a scan without intensity operations, float32 [D, H, W] each; cut from a region where one is given."""
     record = _records(store)[1][scan_id]
-    voxels = v.read_padded(_volume(store, scan_id), prior.box, AIR)
-    crop = v.normalise(voxels, window, record.mean_hu, record.std_hu)
-    return v.resize_and_flip(crop, size, prior.flip)
+    reader = _volume(store, scan_id) if region is None else _region(store, scan_id, tuple(region.ravel().tolist()))
+    crops = v.read_all_padded(reader, [prior.box for prior in priors], AIR)
+    scaling = window, record.mean_hu, record.std_hu
+    return [v.render(crop, size, prior.flip, *scaling) for crop, prior in zip(crops, priors, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -194,6 +220,7 @@ class PairRenderer:
             float32 [B, 4] and noise_seed_1, noise_seed_2 int64 [B].
         skip: a row whose scan cannot be read shows a copy of the next readable row of the batch instead of raising;
             missed is that scan's number, and -1 in all other rows.
+        pairs_per_region: draws in turn that share a region of their scan; 1: each is drawn from the whole scan.
     """
 
     store: str
@@ -205,6 +232,7 @@ class PairRenderer:
     deform: DeformConfig | None = None
     augment: bool = True
     skip: bool = False
+    pairs_per_region: int = 1
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)  # one task per core already
@@ -242,22 +270,29 @@ class PairRenderer:
         """Row i of a batch."""
         index, records = _records(self.store)
         scan_id = self.scan_ids[rows["scan"][i]]
-        rng = v.generator(self.seed, int(rows["epoch"][i]), scan_id, int(rows["draw"][i]))
-        record = records[scan_id]
-        priors = v.sample_pair(rng, record.shape, self.views, record.foreground_box, self.shared_box)
-        for view, prior in zip(("1", "2"), priors, strict=True):
+        region, priors, rng = self.draw(records[scan_id], int(rows["epoch"][i]), int(rows["draw"][i]))
+        crops = _crops(self.store, scan_id, priors, self.views.size, index.hu_window, region)
+        for view, prior, crop in zip(("1", "2"), priors, crops, strict=True):
             params = v.sample_intensity(rng, self.intensity)
-            crop = _crop(self.store, scan_id, prior, self.views.size, index.hu_window)
             if self.augment:
                 crop = v.apply_intensity(crop, params)
             else:
                 out["intensity_" + view][i] = params.noise_std, params.blur_sigma, params.gain, params.gamma
                 out["noise_seed_" + view][i] = params.noise_seed
-            out["view_" + view][i, 0] = crop.numpy()
+            torch.from_numpy(out["view_" + view][i, 0]).copy_(crop)  # numpy's cast is slow
             out["box_" + view][i], out["flip_" + view][i] = prior.box, prior.flip
         for view in ("1", "2") if self.deform else ():
             seen = torch.from_numpy(out["view_" + view][i, 0].astype(np.float32))
             out["deformed_" + view][i, 0] = deform(seen, rng, self.deform).numpy()
+
+    def draw(self, record: store_room.ScanRecord, epoch: int, draw: int):
+        """The region of a pair, if any, its priors and what goes on to draw its intensity operations."""
+        key, body = (self.seed, epoch, record.scan_id), record.foreground_box
+        rng = v.generator(*key, draw)
+        if self.pairs_per_region == 1:
+            return None, v.sample_pair(rng, record.shape, self.views, body, self.shared_box), rng
+        region = v.sample_region(*key, draw // self.pairs_per_region, record.shape, self.views, body)
+        return region, v.sample_pair_in(region, rng, self.views, body, self.shared_box), rng
 
     def rebuild(self, scan_id: str, epoch: int, draw: int) -> dict[str, np.ndarray]:
         """One pair of a run again, bit for bit, with its priors: a batch of one row.
@@ -320,10 +355,10 @@ class PatchRenderer:
             rng = v.generator(self.seed, int(rows["epoch"][i]), record.scan_id, int(rows["draw"][i]))
             prior = self._prior(rng, record)
             params = v.sample_intensity(rng, self.intensity)
-            crop = _crop(self.store, record.scan_id, prior, size, index.hu_window)
+            (crop,) = _crops(self.store, record.scan_id, [prior], size, index.hu_window)
             label = v.read_padded(_label(self.store, record.scan_id), prior.box, 0)
             classes = lookup[label].astype(np.float32)
-            out["patch"][i, 0] = v.apply_intensity(crop, params).numpy()
+            torch.from_numpy(out["patch"][i, 0]).copy_(v.apply_intensity(crop, params))
             out["target"][i, 0] = v.resize_and_flip(classes, size, prior.flip, "nearest-exact").numpy()
             out["labelled"][i] = [1, *(value in record.labelled for value in values)]
         return out
