@@ -443,14 +443,16 @@ class PretrainConfig(Section):
 
 
 class BenchConfig(PretrainConfig):
-    """Where the time of a pre-training goes: rendering views against the training step, on this machine."""
+    """Where the time of a pre-training goes: the stream of views against the training step, on this machine."""
 
     run: str = ""
     """Not used: nothing is kept."""
-    bench_pairs: Positive = 8
-    """View pairs per timed batch."""
+    bench_pairs: Positive | None = None
+    """View pairs of a timed training step; none: those of one worker on a GPU, at most 8 of them on a CPU."""
     bench_repeats: Positive = 3
-    """Timed batches; the median counts."""
+    """Timed steps; the median counts."""
+    bench_s: Annotated[float, Field(gt=0)] = 4.0
+    """Seconds that the stream is measured, each of three times, after half as long to get going."""
 
 
 class CheckAlignConfig(PretrainConfig):

@@ -1,10 +1,11 @@
 """The plan and the renderers: what a batch holds depends on (seed, epoch, scan, draw) alone."""
 
 import hashlib
+import itertools
 import json
 import shutil
 import tracemalloc
-from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,7 +95,7 @@ def test_a_run_killed_again_and_again_draws_the_exact_list_of_an_undisturbed_one
     done, committed = [], 0
     for num_workers, killed_at in ((1, 4), (3, 8), (2, 11), (6, plan.num_steps)):
         del done[committed * 6 :]
-        for rows in islice(plan.batches(committed), killed_at - committed):
+        for rows in itertools.islice(plan.batches(committed), killed_at - committed):
             parts = np.split(rows, num_workers)  # block k of a step goes to worker k
             assert {len(part) for part in parts} == {6 // num_workers}
             done += [tuple(row) for part in parts for row in part.tolist()]
@@ -318,3 +319,34 @@ def test_skipped_pairs_are_counted_and_bounded(tmp_path):
     share, why = counter.share(5, str(tmp_path))
     assert share == 3 / 12
     assert "25.0%" in why and "stream.max_skipped_share=0.2" in why and "scan_3, scan_1" in why
+
+
+@pytest.mark.parametrize("per_region", [1, 4])
+def test_stages_and_bytes_are_measured(small_store, per_region):
+    """Bytes: against the chunks that the boxes touch, counted from zarr's own shard index."""
+    ids = tuple(f"scan_{i}" for i in range(5))
+    renderer = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), pairs_per_region=per_region)
+    plan = make_plan(draws_per_scan=4, pairs_per_region=per_region)
+    rows = index_rows(plan.rows(0, 5))
+    costs = stream.measure(renderer, rows)
+    assert set(costs) == {"draw", "read", "decode", "resize", "intensity", "bytes_read", "crop_bytes"}
+    assert all(np.isfinite(value) and value >= 0 for value in costs.values())
+    batch = renderer(rows)
+    lengths = np.concatenate([batch[name][..., 1] - batch[name][..., 0] for name in ("box_1", "box_2")])
+    assert costs["crop_bytes"] == 2 * lengths.prod(-1).sum() / 20
+    if per_region == 1:
+        volumes = {i: store.open_volume(small_store, store.read_index(small_store).scans[i]) for i in range(5)}
+        total = 0
+        for i, scan in enumerate(batch["scan"]):
+            reader, touched = volumes[scan], set()
+            for name in ("box_1", "box_2"):
+                box = np.clip(batch[name][i], 0, np.array(reader.shape)[:, None])
+                first, last = box[:, 0] // reader.chunk, (box[:, 1] - 1) // reader.chunk
+                touched |= set(itertools.product(*(range(a, b + 1) for a, b in zip(first, last, strict=True))))
+            footer = next(iter(Path(small_store, f"scans/scan_{scan}").rglob("0/c/0/0/0"))).read_bytes()
+            grid = [-(-n // c) for n, c in zip(reader.shape, reader.chunk, strict=True)]
+            sizes = np.frombuffer(footer[-4 - 16 * np.prod(grid) : -4], "<u8").reshape(*grid, 2)[..., 1]
+            total += sum(int(sizes[place]) for place in touched)
+        assert costs["bytes_read"] == total / 20
+    quiet = stream.measure(stream.replace(renderer, augment=False), rows)
+    assert quiet["intensity"] == 0

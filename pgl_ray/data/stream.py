@@ -5,8 +5,9 @@ on (seed, epoch, scan, draw) alone, never on the number of workers, on arrival o
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -117,7 +118,9 @@ def _order(seed: int, epoch: int, num_rows: int, pairs_per_region: int) -> np.nd
     return np.concatenate([rng.permutation(part.reshape(-1)) for part in np.split(rows, cuts)])
 
 
-def dataset(plan: Plan, render: Callable[[dict], dict], num_workers: int, start: int, num_cpus: float):
+def dataset(
+    plan: Plan, render: Callable[[dict], dict], num_workers: int, start: int, num_cpus: float, stop: int | None = None
+):
     """A Ray Dataset of rendered batches from step `start` on: block k of a step is worker k's batch.
 
     Called in Ray Train's controller at every start of a worker group; what the driver set in its DataContext does not
@@ -130,6 +133,7 @@ def dataset(plan: Plan, render: Callable[[dict], dict], num_workers: int, start:
         num_workers: workers the blocks go to in turn; every one gets as many.
         start: first step.
         num_cpus: Ray CPUs of one rendering task.
+        stop: step to end before; none: the plan's end.
     """
     import ray.data
     from ray.data._internal.execution import backpressure_policy as policies
@@ -141,8 +145,8 @@ def dataset(plan: Plan, render: Callable[[dict], dict], num_workers: int, start:
     ways = [*policies.ENABLED_BACKPRESSURE_POLICIES, _keep_ahead(policies.BackpressurePolicy)]
     context.set_config(policies.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, ways)
     stride = max(1, BLOCKS_AHEAD // num_workers)
-    starts = range(start, plan.num_steps, stride)
-    segments = [{"start": at, "stop": min(at + stride, plan.num_steps)} for at in starts]
+    stop = min(stop or plan.num_steps, plan.num_steps)
+    segments = [{"start": at, "stop": min(at + stride, stop)} for at in range(start, stop, stride)]
     segments = ray.data.from_items(segments, override_num_blocks=len(segments))  # from_arrow would take a task for each
     rows = segments.map_batches(partial(_lay_out, plan), batch_size=None, num_cpus=LAY_OUT_CPUS)
     # Ray fuses this with the line above, and neither with the renderer: one block of rows, one rendering task
@@ -195,11 +199,15 @@ def _region(store: str, scan_id: str, box: tuple[int, ...]) -> v.Region:
     return v.Region(volume.read(bounds), bounds[:, 0], volume.shape)
 
 
+def _reader(store: str, scan_id: str, region: np.ndarray | None):
+    """What reads a scan's voxels, or those of its region alone."""
+    return _volume(store, scan_id) if region is None else _region(store, scan_id, tuple(region.ravel().tolist()))
+
+
 def _crops(store: str, scan_id: str, priors, size, window, region=None) -> list[torch.Tensor]:
     """Views of a scan without intensity operations, float32 [D, H, W] each; cut from a region where one is given."""
     record = _records(store)[1][scan_id]
-    reader = _volume(store, scan_id) if region is None else _region(store, scan_id, tuple(region.ravel().tolist()))
-    crops = v.read_all_padded(reader, [prior.box for prior in priors], AIR)
+    crops = v.read_all_padded(_reader(store, scan_id, region), [prior.box for prior in priors], AIR)
     scaling = window, record.mean_hu, record.std_hu
     return [v.render(crop, size, prior.flip, *scaling) for crop, prior in zip(crops, priors, strict=True)]
 
@@ -306,6 +314,66 @@ class PairRenderer:
         batch = self({name: np.array([value]) for name, value in row.items()})
         torch.set_num_threads(threads)
         return batch
+
+
+def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """What the stages of rendering cost on one core, by leaving out one after the other.
+
+    Args:
+        renderer: is called as it is, and without its intensity operations.
+        rows: of the plan, in its order, so that pairs share regions as they will.
+
+    Returns:
+        CPU ms per pair: draw (priors), read (bytes of the chunks that are touched, from the page cache where they are
+        in it), decode, resize (window, z-score, resize, flip), intensity; and bytes_read, crop_bytes per pair (of the
+        stored type).
+    """
+    num, records = len(rows["step"]), _records(renderer.store)[1]
+    drawn = []
+
+    def draw() -> None:
+        drawn.clear()
+        for scan, epoch, number in zip(*(rows[name].tolist() for name in ("scan", "epoch", "draw")), strict=True):
+            scan_id = renderer.scan_ids[scan]
+            region, priors, _ = renderer.draw(records[scan_id], epoch, number)
+            drawn.append((scan_id, region, [prior.box for prior in priors]))
+
+    def fetch() -> int:
+        done, seen = 0, set()
+        for scan_id, region, boxes in drawn:
+            reader = _volume(renderer.store, scan_id)
+            if region is not None:
+                key = scan_id, region.tobytes()
+                boxes = [] if key in seen else [region]
+                seen.add(key)
+            shape = np.asarray(reader.shape)[:, None]
+            done += reader.fetch([np.clip(box, 0, shape) for box in boxes])
+        return done
+
+    def read() -> None:
+        for scan_id, region, boxes in drawn:
+            v.read_all_padded(_reader(renderer.store, scan_id, region), boxes, AIR)
+
+    seconds = {}
+    stages = {"draw": draw, "fetch": fetch, "read": read, "plain": partial(replace(renderer, augment=False), rows)}
+    for name, work in (stages | {"whole": partial(renderer, rows)}).items():
+        work()  # opens files, compiles
+        _region.cache_clear()
+        began = time.process_time()
+        work()
+        seconds[name] = time.process_time() - began
+    itemsize = _volume(renderer.store, drawn[0][0]).stored_dtype.itemsize
+    costs = {
+        "draw": seconds["draw"],
+        "read": seconds["fetch"],
+        "decode": seconds["read"] - seconds["fetch"],
+        "resize": seconds["plain"] - seconds["read"] - seconds["draw"],
+        "intensity": seconds["whole"] - seconds["plain"] if renderer.augment else 0.0,
+    }
+    return {name: max(0.0, 1000 * cost / num) for name, cost in costs.items()} | {
+        "bytes_read": fetch() / num,
+        "crop_bytes": sum(int(np.prod(b[:, 1] - b[:, 0])) for *_, boxes in drawn for b in boxes) * itemsize / num,
+    }
 
 
 def finish(batch: dict[str, torch.Tensor], intensity: IntensityConfig) -> dict[str, torch.Tensor]:
