@@ -39,7 +39,7 @@ class Scan(NamedTuple):
     """A scan as far as crops go."""
 
     name: str
-    reader: Any  # has `shape` and `read(box)`
+    reader: Any  # has `shape` and `read_boxes(boxes)`
     spacing_mm: np.ndarray
     foreground_box: tuple[int, ...] | None
     window: tuple[float, float]
@@ -175,8 +175,8 @@ class _InMemory:
     def __init__(self, volume: np.ndarray):
         self.volume, self.shape = volume, volume.shape
 
-    def read(self, box: np.ndarray) -> np.ndarray:
-        return self.volume[tuple(slice(*axis) for axis in box)]
+    def read_boxes(self, boxes: list[np.ndarray]) -> list[np.ndarray]:
+        return [self.volume[tuple(slice(*axis) for axis in box)] for box in boxes]
 
 
 def _draw(rng: np.random.Generator, scan: Scan, config: CheckAlignConfig, flips) -> tuple[Scan, tuple[Prior, Prior]]:

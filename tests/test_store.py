@@ -51,6 +51,9 @@ def test_random_boxes_equal_zarrs(tmp_path, shape, chunk):
             found = reader.read(corners)
             assert found.dtype == expected.dtype and found.flags.c_contiguous
             np.testing.assert_array_equal(found, expected)
+        boxes = [np.sort([rng.integers(0, size + 1, 2) for size in shape], axis=1) for _ in range(5)]
+        for box, found in zip(boxes, reader.read_boxes(boxes), strict=True):
+            np.testing.assert_array_equal(found, array[tuple(slice(*corner) for corner in box)])
         out = np.full([s + 2 for s in shape], 99, array.dtype)
         reader.read(np.array([(0, s) for s in shape]), out=out[1:-1, 1:-1, 1:-1])
         np.testing.assert_array_equal(out, np.pad(array[:], 1, constant_values=99))

@@ -6,8 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.layers import GaussianFilter
+from scipy import stats
 
 from pgl_ray.config import AlignConfig, IntensityConfig, ViewsConfig
+from pgl_ray.data import kernels
 from pgl_ray.data import views as v
 from pgl_ray.prior import Prior, scan_to_view
 
@@ -124,8 +126,8 @@ class Array:
     def __init__(self, values):
         self.values, self.shape = values, values.shape
 
-    def read(self, box):
-        return self.values[tuple(slice(a, b) for a, b in box)]
+    def read_boxes(self, boxes):
+        return [self.values[tuple(slice(a, b) for a, b in box)] for box in boxes]
 
 
 def test_small_scans_are_padded_with_air():
@@ -134,6 +136,63 @@ def test_small_scans_are_padded_with_air():
     expected = np.full((5, 2, 4), -1024)
     expected[1:3, :, :2] = values[:, 1:3, 2:]
     np.testing.assert_array_equal(got, expected)
+
+
+LENGTHS = st.tuples(st.integers(1, 30), st.integers(1, 60), st.integers(1, 60))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), LENGTHS, LENGTHS, st.tuples(st.booleans(), st.booleans(), st.booleans()))
+def test_the_compiled_render_equals_torch(seed, shape, size, flip):
+    """Any shape, up and down, air and metal; every flip."""
+    rng = np.random.default_rng(seed)
+    crop = rng.choice([-32768, -1024, 32767, *rng.integers(-1200, 600, 20)], shape).astype(np.int16)
+    window, mean, std = (-1024.0, 325.5), rng.uniform(-800, 200), rng.uniform(200, 500)
+    expected = v.resize_and_flip(v.normalise(crop, window, mean, std), size, np.array(flip))
+    got = v.render(crop, size, np.array(flip), window, mean, std)
+    assert kernels.load() is not None
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_crops_of_any_layout_are_rendered():
+    """Cuts of a larger array, and labels or floats that no kernel takes."""
+    scaling = (-1024.0, 325.0), -200.0, 300.0
+    region = np.random.default_rng(0).integers(-1000, 400, (20, 40, 44)).astype(np.int16)
+    cut, flip = region[3:15, 5:33, 2:40], np.array([True, False, True])
+    expected = v.resize_and_flip(v.normalise(cut, *scaling), (8, 24, 24), flip)
+    for crop in (cut, np.asfortranarray(cut), cut.astype(np.float32)):
+        torch.testing.assert_close(v.render(crop, (8, 24, 24), flip, *scaling), expected, atol=1e-5, rtol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), LENGTHS, st.floats(0.05, 1.0))
+def test_compiled_noise_and_blur_equal_torch(seed, shape, sigma):
+    """Also on views smaller than the blur's kernel; the noise comes from its seed on both routes."""
+    view = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    given, params = view.clone(), v.Intensity(0.2, seed, sigma, 1.0, 1.0)
+    got = v.apply_intensity(view, params)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "load", lambda: None)
+        expected = v.apply_intensity(view, params)
+    assert torch.equal(view, given)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    noisy = view + 0.2 * v.noise(torch.tensor([seed]), shape)[0]
+    torch.testing.assert_close(v.apply_intensity(view, params._replace(blur_sigma=0)), noisy)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), LENGTHS, st.sampled_from([0.0, 0.75, 1.0, 1.25, 2.0]), st.just(0) | st.floats(0.01, 4))
+def test_compiled_gain_and_gamma_equal_numpy(seed, shape, gain, gamma):
+    """In double precision, views of one value and whole numbers (many voxels at the ends of the range) included."""
+    rng = np.random.default_rng(seed)
+    view = rng.normal(0, rng.choice([0, 1e-3, 1, 3]), shape).astype(np.float32)
+    view = view.round() if seed % 2 else view
+    got = v.apply_intensity(torch.from_numpy(view), v.Intensity(0.0, 0, 0.0, gain, gamma)).numpy()
+    expected = (view * np.float32(gain)).clip(view.min(), view.max()).astype(np.float64)
+    low, span = expected.min(), max(np.ptp(expected), 1e-6)
+    if gamma != 1:
+        expected = ((expected - low) / span).clip(0, 1) ** gamma * span + low
+    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
 
 
 def test_normalise():
@@ -168,3 +227,53 @@ def test_intensity_probabilities():
     np.testing.assert_allclose(shares, [0.1, 0.2, 0.5, 0.5], atol=0.03)
     variances = [p.noise_std**2 for p in drawn if p.noise_std]
     assert min(variances) >= 0 and max(variances) <= 0.1
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_a_batch_is_augmented_as_its_views_are(data):
+    """Any mix of drawn and neutral parameters, bounds included."""
+    size = data.draw(st.tuples(*[st.integers(1, 9)] * 3))
+    count = data.draw(st.integers(1, 4))
+
+    def either(low, high, neutral):
+        return st.one_of(st.just(neutral), st.floats(low, high, width=32))
+
+    drawn = [
+        v.Intensity(
+            data.draw(either(0.0, 0.3125, 0.0)),
+            data.draw(st.integers(0, 2**62 - 1)),
+            data.draw(either(0.25, 1.0, 0.0)),
+            data.draw(either(0.75, 1.25, 1.0)),
+            data.draw(either(0.6875, 1.5, 1.0)),
+        )
+        for _ in range(count)
+    ]
+    views = torch.randn(count, 1, *size, generator=torch.Generator().manual_seed(0))
+    intensity = torch.tensor([(p.noise_std, p.blur_sigma, p.gain, p.gamma) for p in drawn])
+    got = v.apply_intensities(views, intensity, torch.tensor([p.noise_seed for p in drawn]), 1.0)
+    for one, view, params in zip(got, views, drawn, strict=True):
+        torch.testing.assert_close(one[0], v.apply_intensity(view[0], params), atol=1e-4, rtol=1e-4)
+
+
+def test_noise_is_normal_and_of_its_seed_alone():
+    seeds = torch.tensor([0, 1, 2**62 - 1])
+    drawn = v.noise(seeds, (16, 48, 48))
+    assert drawn.dtype == torch.float32 and drawn.shape == (3, 16, 48, 48)
+    assert torch.equal(drawn[1], v.noise(seeds[1:2], (16, 48, 48))[0])
+    flat = drawn.flatten(1).double().numpy()
+    for row in flat:
+        assert stats.kstest(row, "norm").pvalue > 1e-3
+        assert abs(np.corrcoef(row[:-1], row[1:])[0, 1]) < 0.02 and abs(np.corrcoef(row[::2], row[1::2])[0, 1]) < 0.02
+    assert np.abs(np.corrcoef(flat) - np.eye(3)).max() < 0.02
+    # splitmix64 in Python's own integers
+    state, mask = int(seeds[2]), 2**64 - 1
+    def mix(z):
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+        return z ^ (z >> 31)
+    bits = mix(mix(state) + 5 * 0x9E3779B97F4A7C15 & mask)
+    length = np.sqrt(-2 * np.log(((bits >> 40) + 1) / 2**24))
+    expected = length * np.cos((bits >> 12 & 0xFFFFFF) * 2 * np.pi / 2**24)
+    first_half = drawn[2].flatten()[: drawn[2].numel() // 2]
+    np.testing.assert_allclose(first_half[5], expected, atol=1e-5)

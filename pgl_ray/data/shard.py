@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
+from pgl_ray.data import kernels
 from pgl_ray.data.place import open_place
 
 ARRAY_PATHS = {"volume": "0", "label": "labels/organs/0"}  # inside a scan's group
@@ -107,7 +108,8 @@ class ArrayReader:
         self._table = code_table(metadata.get("attributes", {}))
         self.dtype = stored if self._table is None else self._table.dtype
         self.chunk = tuple(sharding["chunk_shape"])
-        self.fill_value = metadata["fill_value"] if self._table is None else self._table[metadata["fill_value"]]
+        self._fill_code = metadata["fill_value"]
+        self.stored_dtype = stored
         self._scratch = np.empty(self.chunk, stored)
         try:
             self._file = open_place(store).open(f"scans/{scan_id}/{ARRAY_PATHS[kind]}/{SHARD}")
@@ -135,23 +137,60 @@ class ArrayReader:
             ValueError: the box reaches beyond the array.
             RuntimeError: a chunk is damaged; names scan and chunk.
         """
-        bounds = np.asarray(box).tolist()
-        if any(not 0 <= start <= stop <= size for (start, stop), size in zip(bounds, self.shape)):
-            raise ValueError(f"box {bounds} reaches beyond the {self.kind} of {self.scan_id}, shape {self.shape}")
-        if out is None:
-            out = np.empty([stop - start for start, stop in bounds], self.dtype)
-        axes = [_parts(start, stop, step) for (start, stop), step in zip(bounds, self.chunk)]
-        touched = list(product(*axes))
-        spans = [self._span((d, h, w)) for (d, *_), (h, *_), (w, *_) in touched]
+        return self.read_boxes([box], None if out is None else [out])[0]
+
+    def read_boxes(self, boxes: Sequence[np.ndarray], outs: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """Voxels of several boxes; a chunk that more than one touches is read and decoded once.
+
+        Args:
+            boxes: int [3, 2] each, half-open, inside the array.
+            outs: arrays of the boxes' shapes to fill; none: new ones in C order.
+
+        Raises:
+            ValueError, RuntimeError: as read.
+        """
+        codes, touched = [], {}
+        for i, box in enumerate(boxes):
+            bounds = np.asarray(box).tolist()
+            if any(not 0 <= start <= stop <= size for (start, stop), size in zip(bounds, self.shape)):
+                raise ValueError(f"box {bounds} reaches beyond the {self.kind} of {self.scan_id}, shape {self.shape}")
+            plain = self._table is None and outs is not None
+            shape = [stop - start for start, stop in bounds]
+            codes.append(outs[i] if plain else np.empty(shape, self._scratch.dtype))
+            axes = [_parts(start, stop, step) for (start, stop), step in zip(bounds, self.chunk)]
+            for (d, from_d, to_d), (h, from_h, to_h), (w, from_w, to_w) in product(*axes):
+                copies = touched.setdefault((d, h, w), [])
+                copies.append((codes[i], (to_d, to_h, to_w), (from_d, from_h, from_w)))
+        spans = [self._span(place) for place in touched]
         found = self._file.ranges([span for span in spans if span])
-        for ((d, from_d, to_d), (h, from_h, to_h), (w, from_w, to_w)), span in zip(touched, spans):
-            if span is None:
-                out[to_d, to_h, to_w] = self.fill_value
-                continue
-            self._decode(next(found), span[1], (d, h, w))
-            part = self._scratch[from_d, from_h, from_w]
-            out[to_d, to_h, to_w] = part if self._table is None else self._table[part]
-        return out
+        for (place, copies), span in zip(touched.items(), spans):
+            if span is not None:
+                self._decode(next(found), span[1], place)
+            for target, to, origin in copies:
+                target[to] = self._fill_code if span is None else self._scratch[origin]
+        if self._table is None:
+            return codes
+        outs = outs or [np.empty(part.shape, self.dtype) for part in codes]
+        for part, out in zip(codes, outs):
+            self._look_up(part, out)
+        return outs
+
+    def fetch(self, boxes: Sequence[np.ndarray]) -> int:
+        """Reads the stored bytes that `read_boxes` would decode, and leaves them; the number of bytes."""
+        places = set()
+        for box in boxes:
+            axes = [_parts(start, stop, step) for (start, stop), step in zip(np.asarray(box).tolist(), self.chunk)]
+            places |= {(d, h, w) for (d, *_), (h, *_), (w, *_) in product(*axes)}
+        spans = [span for place in sorted(places) if (span := self._span(place))]
+        return sum(map(len, self._file.ranges(spans)))
+
+    def _look_up(self, codes: np.ndarray, out: np.ndarray) -> None:
+        """Writes the HU of codes, in a compiled loop where there is one."""
+        compiled = kernels.load() if out.flags.c_contiguous else None
+        if compiled:
+            compiled.look_up(self._table, codes.reshape(-1), out.reshape(-1))
+        else:
+            out[...] = self._table[codes]
 
     def _span(self, place: tuple[int, int, int]) -> tuple[int, int] | None:
         offset, length = self._index[place].tolist()

@@ -4,6 +4,9 @@ Everything random is drawn from one Generator per (seed, epoch, scan, draw), so 
 """
 
 import hashlib
+import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -12,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgl_ray.config import AlignConfig, CropConfig, IntensityConfig, ViewsConfig
+from pgl_ray.data import kernels
 from pgl_ray.prior import Prior, overlap_share
 
 MAX_TRIES = 20
 
 
-def generator(seed: int, epoch: int, scan_id: str, draw: int) -> np.random.Generator:
-    """The random numbers of one draw from one scan in one epoch."""
+def generator(seed: int, epoch: int, scan_id: str, draw: int, *of: int) -> np.random.Generator:
+    """The random numbers of one draw from one scan in one epoch; `of`, not 0, names another kind of draw."""
     scan_key = int.from_bytes(hashlib.sha256(scan_id.encode()).digest()[:8], "little")
-    return np.random.default_rng((seed, epoch, scan_key, draw))
+    return np.random.default_rng((seed, epoch, scan_key, draw, *of))
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
@@ -117,6 +121,62 @@ def sample_pair(
     raise AssertionError("a box of the same size and middle overlaps wholly")
 
 
+REGION_SCALE = 2  # a region's size as a multiple of the view size
+
+
+def sample_region(
+    seed: int,
+    epoch: int,
+    scan_id: str,
+    number: int,
+    shape: tuple[int, int, int],
+    views: CropConfig,
+    body: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """Draws the part of a scan that several pairs are cropped from.
+
+    Args:
+        seed, epoch, scan_id: as in `generator`.
+        number: of the region in scan and epoch.
+        shape: of the scan (D, H, W).
+        views: size, scales and foreground.
+        body: the scan's foreground box; used with `views.foreground`.
+
+    Returns:
+        int64 [3, 2], inside the scan: REGION_SCALE times the view size, or more where crops may be as large.
+    """
+    rng = generator(seed, epoch, scan_id, number, 1)
+    length = np.ceil(max(REGION_SCALE, views.crop_scale[1]) * np.asarray(views.size)).astype(np.int64)
+    length = np.minimum(length, shape)
+    start = rng.integers(*start_range(shape, length))
+    if views.foreground and body is not None:
+        start = centred_start(rng, body, shape, length)
+    return np.stack([start, start + length], -1)
+
+
+def sample_pair_in(
+    region: np.ndarray,
+    rng: np.random.Generator,
+    views: ViewsConfig,
+    body: tuple[int, ...] | None = None,
+    shared_box: bool = False,
+) -> tuple[Prior, Prior]:
+    """`sample_pair` inside a region as if it were the scan; the boxes are in the scan frame.
+
+    Args:
+        region: int [3, 2], by `sample_region`.
+        rng, views, body, shared_box: as in `sample_pair`.
+    """
+    origin = region[:, :1]
+    if body is not None:
+        inside = np.clip(np.reshape(body, (3, 2)), origin, region[:, 1:])
+        body = tuple((inside - origin).reshape(-1).tolist()) if (inside[:, 0] < inside[:, 1]).all() else None
+    shape = tuple((region[:, 1] - region[:, 0]).tolist())
+    pair = sample_pair(rng, shape, views, body, shared_box)
+    first, second = (Prior(prior.box + origin, prior.flip) for prior in pair)
+    return first, second
+
+
 class Intensity(NamedTuple):
     """Sampled intensity operations of one view; the neutral values mean `not applied`."""
 
@@ -167,14 +227,41 @@ def read_padded(reader, box: np.ndarray, fill: int) -> np.ndarray:
     """Reads a box that may reach beyond the array; voxels outside are `fill`.
 
     Args:
-        reader: an object with `shape` and `read(box)` (data.store.ArrayReader).
+        reader: an object with `shape` and `read_boxes(boxes)` (data.shard.ArrayReader).
         box: int [3, 2].
         fill: value outside.
     """
-    inside = np.clip(box, 0, np.asarray(reader.shape)[:, None])
+    return read_all_padded(reader, [box], fill)[0]
+
+
+def read_all_padded(reader, boxes: Sequence[np.ndarray], fill: int) -> list[np.ndarray]:
+    """`read_padded` of several boxes in one go: what they share is read once."""
+    insides = [np.clip(box, 0, np.asarray(reader.shape)[:, None]) for box in boxes]
+    found = reader.read_boxes(insides)
+    return [_padded(*each, fill) for each in zip(found, insides, boxes, strict=True)]
+
+
+class Region(NamedTuple):
+    """A part of a scan in memory, to be read as the scan is.
+
+    Attributes:
+        voxels: of the part.
+        start: int [3], of the part in the scan.
+        shape: of the scan.
+    """
+
+    voxels: np.ndarray
+    start: np.ndarray
+    shape: tuple[int, int, int]
+
+    def read_boxes(self, boxes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Voxels of boxes that lie inside the part, int [3, 2] in the scan frame; cuts of `voxels`, not copies."""
+        return [self.voxels[tuple(slice(*axis) for axis in box - self.start[:, None])] for box in boxes]
+
+
+def _padded(voxels: np.ndarray, inside: np.ndarray, box: np.ndarray, fill: int) -> np.ndarray:
     if (inside == box).all():
-        return reader.read(box)
-    voxels = reader.read(inside)
+        return voxels
     padded = np.full(box[:, 1] - box[:, 0], fill, voxels.dtype)
     start = inside[:, 0] - box[:, 0]
     padded[tuple(slice(s, s + n) for s, n in zip(start, voxels.shape, strict=True))] = voxels
@@ -201,6 +288,41 @@ def resize_and_flip(crop: np.ndarray, size: tuple[int, int, int], flip: np.ndarr
     return tensor.flip([axis for axis in range(3) if flip[axis]])
 
 
+def render(
+    crop: np.ndarray, size: tuple[int, int, int], flip: np.ndarray, window: tuple[float, float], mean: float, std: float
+) -> Tensor:
+    """Window, z-score, resize and flip of a crop: `resize_and_flip(normalise(crop))` to 1e-5, in one compiled pass.
+
+    Args:
+        crop: int16 [d, h, w], HU.
+        size: P (D, H, W).
+        flip: bool [3].
+        window, mean, std: as in `normalise`.
+
+    Returns:
+        float32 [D, H, W].
+    """
+    compiled = kernels.load() if crop.dtype == np.int16 else None
+    if compiled is None:
+        return resize_and_flip(normalise(crop, window, mean, std), size, flip)
+    tables = [_table(old, new, bool(back)) for old, new, back in zip(crop.shape, size, flip, strict=True)]
+    scale = 1 / max(std, 1.0)
+    numbers = [np.float32(value) for value in (*window, scale, -mean * scale)]
+    view = torch.empty(tuple(size))
+    compiled.resize(np.ascontiguousarray(crop), *numbers, *tables, view.numpy())
+    return view
+
+
+@lru_cache(maxsize=1024)
+def _table(old: int, new: int, back: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Linear resize of one axis in the half-pixel convention: (first voxel, second voxel, weight of the second)."""
+    ratio = np.float32(old) / np.float32(new)  # float32 as torch has it
+    at = np.maximum(ratio * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), np.float32(0))
+    first = np.minimum(at.astype(np.int64), old - 1)
+    parts = first, np.minimum(first + 1, old - 1), np.minimum(at - first.astype(np.float32), np.float32(1))
+    return tuple(np.ascontiguousarray(part[::-1] if back else part) for part in parts)
+
+
 def apply_intensity(view: Tensor, params: Intensity) -> Tensor:
     """Operations 3 to 6 of Sec. 3.2 on one view, in the paper's order.
 
@@ -213,13 +335,19 @@ def apply_intensity(view: Tensor, params: Intensity) -> Tensor:
         params: what was drawn.
     """
     if params.noise_std > 0:
-        source = torch.Generator().manual_seed(params.noise_seed)
-        view = view + params.noise_std * torch.randn(view.shape, generator=source)
+        drawn = noise(torch.tensor([params.noise_seed]), view.shape)[0]
+        view = torch.add(view, drawn, alpha=params.noise_std)
     if params.blur_sigma > 0:
         view = blur(view, params.blur_sigma)
+    compiled = kernels.load()
+    if compiled and (params.gain != 1 or params.gamma != 1):
+        done, view = torch.empty(view.shape), view.reshape(-1)
+        numbers = [np.float32(value) for value in (*view.aminmax(), params.gain, params.gamma)]
+        compiled.gain_and_gamma(view.numpy(), *numbers, done.view(-1).numpy())
+        return done
     if params.gain != 1:
         low, high = view.aminmax()
-        view = (view * params.gain).clamp(low, high)
+        view = (view * params.gain).clamp_(low, high)
     if params.gamma != 1:
         low, high = view.aminmax()
         span = (high - low).clamp_min(1e-6)
@@ -237,6 +365,10 @@ def blur(view: Tensor, sigma: float) -> Tensor:
     radius = max(1, round(3 * sigma))
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float32) / sigma) ** 2)
     taps = taps / taps.sum()
+    if compiled := kernels.load():
+        blurred = torch.empty(view.shape)
+        compiled.blur(view.contiguous().numpy(), taps.numpy(), blurred.numpy())
+        return blurred
     out = view[None, None]
     for axis in range(3):
         shape, pad = [1, 1, 1, 1, 1], [0] * 6
@@ -244,3 +376,71 @@ def blur(view: Tensor, sigma: float) -> Tensor:
         pad[2 * (2 - axis)] = pad[2 * (2 - axis) + 1] = radius
         out = F.conv3d(F.pad(out, pad, mode="replicate"), taps.view(shape))
     return out[0, 0]
+
+
+def apply_intensities(views: Tensor, intensity: Tensor, noise_seed: Tensor, max_sigma: float) -> Tensor:
+    """`apply_intensity` of a whole batch with each view's own parameters, on any device.
+
+    Every operation runs on all views, with neutral parameters where it was not drawn, so that nothing waits for the
+    device. Agrees with `apply_intensity` to 1e-4.
+
+    Args:
+        views: [N, 1, D, H, W], z-scored.
+        intensity: [N, 4] of noise_std, blur_sigma, gain, gamma.
+        noise_seed: int64 [N].
+        max_sigma: at least the largest blur_sigma.
+
+    Returns:
+        float32 [N, 1, D, H, W].
+    """
+    noise_std, sigma, gain, gamma = intensity.float()[:, :, None, None, None, None].unbind(1)
+    out = views.float() + noise_std * noise(noise_seed, views.shape[1:])
+    out = _blur_each(out, sigma, max(1, round(3 * max_sigma)))
+    low, high = out.amin((1, 2, 3, 4), keepdim=True), out.amax((1, 2, 3, 4), keepdim=True)
+    out = (out * gain).clamp(low, high)
+    low, high = out.amin((1, 2, 3, 4), keepdim=True), out.amax((1, 2, 3, 4), keepdim=True)
+    span = (high - low).clamp_min(1e-6)
+    return torch.where(gamma == 1, out, ((out - low) / span).clamp(0, 1) ** gamma * span + low)
+
+
+def _blur_each(views: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """`blur` with a sigma per view, [N, 1, 1, 1, 1]; 0: none. The kernel is as long as each sigma's own."""
+    at = torch.arange(-radius, radius + 1, device=views.device)
+    own = torch.floor(3 * sigma + 0.5).clamp_min(1)
+    taps = torch.exp(-0.5 * (at / sigma.clamp_min(1e-3)) ** 2) * (at.abs() <= own)
+    taps = taps / taps.sum(-1, keepdim=True)  # [N, 1, 1, 1, taps]
+    for axis in (2, 3, 4):
+        pad, size = [0] * 6, views.shape[axis]
+        pad[2 * (4 - axis)] = pad[2 * (4 - axis) + 1] = radius
+        padded = F.pad(views, pad, mode="replicate")
+        views = sum(taps[..., i, None] * padded.narrow(axis, i, size) for i in range(2 * radius + 1))
+    return views
+
+
+def noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers from seeds, the same on every device to float32's rounding.
+
+    A counter through splitmix64 (Steele et al. 2014), then Box and Muller's transform of two 24-bit halves.
+
+    Args:
+        seeds: int64 [N].
+        shape: of each view.
+
+    Returns:
+        float32 [N, *shape].
+    """
+    num = math.prod(shape)
+    state = _mix(seeds)[:, None] + torch.arange(-(-num // 2), device=seeds.device) * -0x61C8864680B583EB
+    bits = _mix(state)
+    first, second = ((bits >> 40) & 0xFFFFFF).float(), ((bits >> 12) & 0xFFFFFF).float()
+    length = torch.sqrt(-2 * torch.log((first + 1) / 2**24))
+    angle = second * (2 * math.pi / 2**24)
+    drawn = torch.stack([length * torch.cos(angle), length * torch.sin(angle)], 1)
+    return drawn.flatten(1)[:, :num].reshape(len(seeds), *shape)
+
+
+def _mix(state: Tensor) -> Tensor:
+    """splitmix64's output function on int64, which torch multiplies modulo 2**64."""
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return state ^ ((state >> 31) & (2**33 - 1))
