@@ -160,11 +160,15 @@ def _region(store: str, scan_id: str, box: tuple[int, ...]) -> v.Region:
     return v.Region(volume.read(bounds), bounds[:, 0], volume.shape)
 
 
+def _reader(store: str, scan_id: str, region: np.ndarray | None):
+    """What reads a scan's voxels, or those of its region alone."""
+    return _volume(store, scan_id) if region is None else _region(store, scan_id, tuple(region.ravel().tolist()))
+
+
 def _crops(store: str, scan_id: str, priors, size, window, region=None) -> list[torch.Tensor]:
     """Views of a scan without intensity operations, float32 [D, H, W] each; cut from a region where one is given."""
     record = _records(store)[1][scan_id]
-    reader = _volume(store, scan_id) if region is None else _region(store, scan_id, tuple(region.ravel().tolist()))
-    crops = v.read_all_padded(reader, [prior.box for prior in priors], AIR)
+    crops = v.read_all_padded(_reader(store, scan_id, region), [prior.box for prior in priors], AIR)
     scaling = window, record.mean_hu, record.std_hu
     return [v.render(crop, size, prior.flip, *scaling) for crop, prior in zip(crops, priors, strict=True)]
 
