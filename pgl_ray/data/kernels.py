@@ -1,4 +1,4 @@
-"""Compiled kernels of the streaming hot path (numba): crop -> view in one pass, intensity operations, 8-bit codes -> HU.
+"""Compiled kernels of the streaming hot path (numba): crop -> view, intensity operations, 8-bit codes -> HU.
 
 They release the GIL. numba keeps their machine code beside this file or in the user's cache folder: the first use
 on a machine compiles for some seconds, the first in a process takes about a second, most of it numba's import.
