@@ -41,26 +41,23 @@ def _resize(crop, low, high, scale, shift, z, y, x, out):
         crop: int16 [d, h, w], HU, C order.
         low, high: float32, HU window.
         scale, shift: float32; view = scale * HU + shift.
-        z, y, x: per axis a table (int64 first, int64 second, float32 weight of the second), one entry per view voxel.
+        z, y, x: per axis a table (uint64 first, uint64 second, float32 weight of the second), one entry per view voxel;
+            a signed index would be tested for being negative, which costs a quarter of the time.
         out: float32 [D, H, W].
     """
     (z_0, z_1, z_w), (y_0, y_1, y_w), (x_0, x_1, x_w) = z, y, x
-    width, one = crop.shape[2], np.float32(1)
-    row = np.empty(width, np.float32)
+    height, width = crop.shape[1:]
+    plane, row = np.empty((height, width), np.float32), np.empty(width, np.float32)
+    flat = plane.reshape(-1)
     for i in range(out.shape[0]):
+        below, above, weight = crop[z_0[i]].reshape(-1), crop[z_1[i]].reshape(-1), z_w[i]
+        for k in range(len(flat)):
+            first = min(max(np.float32(below[k]), low), high)
+            flat[k] = first + weight * (min(max(np.float32(above[k]), low), high) - first)
         for j in range(out.shape[1]):
-            w_11 = z_w[i] * y_w[j]
-            w_10, w_01 = z_w[i] - w_11, y_w[j] - w_11
-            w_00 = one - z_w[i] - w_01
-            row_00, row_01 = crop[z_0[i], y_0[j]], crop[z_0[i], y_1[j]]
-            row_10, row_11 = crop[z_1[i], y_0[j]], crop[z_1[i], y_1[j]]
+            left, right, share = plane[y_0[j]], plane[y_1[j]], y_w[j]
             for k in range(width):
-                row[k] = (
-                    w_00 * min(max(np.float32(row_00[k]), low), high)
-                    + w_01 * min(max(np.float32(row_01[k]), low), high)
-                    + w_10 * min(max(np.float32(row_10[k]), low), high)
-                    + w_11 * min(max(np.float32(row_11[k]), low), high)
-                )
+                row[k] = left[k] + share * (right[k] - left[k])
             line = out[i, j]
             for k in range(out.shape[2]):
                 first = row[x_0[k]]
