@@ -1,24 +1,37 @@
 """python -m pgl_ray.bench [file.yaml] index=STORE [a.b=c ...]: what a pre-training would spend its time on here.
 
-Times one core that renders views and one training step on a batch that is there already, each without the other, and
-says which of them limits the configured run and how long that would take on this machine.
+Times the stream of views alone, through Ray Data; the training step alone, on a batch that is there already; and both
+together. Says which of them limits the configured run, what to change, and how long the run would take.
 """
 
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pgl_ray.config import BenchConfig, command
-from pgl_ray.data import store
+from pgl_ray.data import store, stream
 from pgl_ray.model.inference import pick_device
 from pgl_ray.model.pgl import Pair
 from pgl_ray.pretrain import build_model, make_plan, make_renderer, train_step
 from pgl_ray.train import launch, optim
+
+STAGES = {  # of the stream: what helps where one of them is the dearest
+    "draw": "render on more CPU cores",
+    "read": "keep the store on a faster disk, or in memory",
+    "decode": "take stream.pairs_per_region=8 with pairs_per_scan=8, or a store prepared with encoding=uint8",
+    "resize": "render on more CPU cores",
+    "intensity": "set stream.augment_on=gpu, or render on more CPU cores",
+    "transport": "render on more CPU cores, or take a larger global_batch_size",
+}
+GPU_FLOPS = 200e12  # per s that a training reaches on an H200: a quarter of what its matrix products reach in bfloat16
+WAITS = 0.1  # share of the time that the step may wait before the stream counts as what limits the run
 
 
 @dataclass(frozen=True)
@@ -26,20 +39,39 @@ class Result:
     """Rates of this machine and what they mean for the configured run.
 
     Attributes:
-        data_pairs_per_s: finished view pairs of one core.
-        step_pairs_per_s: pairs that the training step takes, one worker.
-        cores: of this machine.
+        data_pairs_per_s: through Ray Data to one consumer that does nothing else.
+        step_pairs_per_s: that the training step takes, one worker.
+        both_pairs_per_s: with the stream and the step side by side.
+        wait_share: share of that time in which the step waits for the stream.
+        stage_ms: CPU ms per pair of each of `STAGES`, on one core.
+        read_ratio: bytes read per pair over those of its two crops.
+        cores, num_workers: of this machine; of the configured run.
         num_pairs: of the configured run.
-        hours: of the configured run with one worker on this machine.
+        tflop_per_pair: of the training step.
+        memory_gib: of one worker's training at the configured batch size, measured or estimated.
+        device: "cuda" or "cpu".
         limit: "data" or "step".
     """
 
     data_pairs_per_s: float
     step_pairs_per_s: float
+    both_pairs_per_s: float
+    wait_share: float
+    stage_ms: dict[str, float]
+    read_ratio: float
     cores: int
+    num_workers: int
     num_pairs: int
-    hours: float
+    tflop_per_pair: float
+    memory_gib: float
+    device: str
     limit: str
+
+    @property
+    def hours(self) -> float:
+        """Of the configured run on this machine: all its cores render, and every worker has a device like this one."""
+        step = self.step_pairs_per_s * (self.num_workers if self.device == "cuda" else 1)
+        return self.num_pairs / min(self.data_pairs_per_s, step) / 3600
 
 
 def run(config: BenchConfig) -> Result:
@@ -47,41 +79,117 @@ def run(config: BenchConfig) -> Result:
 
     Raises:
         ValueError: wrong config or no store.
+        FailedRun: no Ray cluster.
     """
     index = store.read_index(config.index)
     plan = make_plan(config, index)
-    renderer = make_renderer(config, index, plan)
-    rng = np.random.default_rng(config.seed)
+    device = pick_device(config.train.device)
+    renderer = make_renderer(config, index, plan, device.type == "cuda")
+    cores, worker_batch = len(os.sched_getaffinity(0)), config.global_batch_size // config.train.num_workers
+    num_pairs = config.bench_pairs or (worker_batch if device.type == "cuda" else min(worker_batch, 8))
 
-    # data only, one core
-    def render() -> dict[str, np.ndarray]:
-        scans = rng.integers(len(plan.scan_ids), size=config.bench_pairs)
-        epochs = rng.integers(2**31, size=config.bench_pairs)
-        return renderer({"step": np.zeros_like(scans), "epoch": epochs, "scan": scans, "draw": np.zeros_like(scans)})
-
-    data = config.bench_pairs / _median_seconds(render, config.bench_repeats)
+    # the stages of rendering, one core
+    rows = plan.columns(0, -(-min(worker_batch, 64) // plan.global_batch_size))
+    rows = {name: column[: min(worker_batch, 64)] for name, column in rows.items()}
+    costs = stream.measure(renderer, rows)
+    read_ratio = costs.pop("bytes_read") / costs.pop("crop_bytes")
 
     # step only, all cores or the GPU
-    cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.train.threads_per_worker or cores)
-    device = pick_device(config.train.device)
-    batch = {key: torch.from_numpy(value).to(device) for key, value in render().items()}
-    torch.set_num_threads(config.train.threads_per_worker or cores)  # a renderer takes one
-    step = config.bench_pairs / _median_seconds(_step(config, device, Pair.from_batch(batch)), config.bench_repeats)
-
-    num_pairs = plan.num_steps * plan.global_batch_size
-    limit = "data" if data * cores < step else "step"
-    hours = num_pairs / min(data * cores, step) / 3600
-    return Result(data, step, cores, num_pairs, hours, limit)
-
-
-def _step(config: BenchConfig, device: torch.device, pair: Pair) -> Callable[[], None]:
     net = build_model(config)[0].to(device).train()
+    step = _step(config, device, net)
+    ready = renderer({name: np.resize(column, num_pairs) for name, column in rows.items()})
+    torch.set_num_threads(config.train.threads_per_worker or cores)  # a renderer takes one
+    batch = {name: torch.from_numpy(value).to(device) for name, value in ready.items()}
+    flops, memory = _cost(config, step, batch, net, worker_batch)
+    step_rate = num_pairs / _median_seconds(lambda: step(batch), config.bench_repeats)
+
+    # the stream only: pairs that are ready made, which leaves the transport, then real ones
+    launch.connect(config.ray)
+    given = renderer({name: np.resize(column, worker_batch) for name, column in rows.items()})
+
+    def ready_made(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return given | rows
+
+    transported = _consume(_stream(plan, ready_made, worker_batch), config.bench_s)
+    costs["transport"] = 1000 * transported.cpu_s / (transported.num_batches * worker_batch)
+    data = _consume(_stream(plan, renderer, worker_batch), config.bench_s)
+    data_rate = data.num_batches * worker_batch / data.wall_s
+
+    # both, batches of the step's size
+    def train(batch: dict[str, torch.Tensor]) -> None:
+        step({name: value.to(device, non_blocking=True) for name, value in batch.items()})
+
+    both = _consume(_stream(plan, renderer, num_pairs), config.bench_s, train)
+    return Result(
+        data_rate,
+        step_rate,
+        both.num_batches * num_pairs / both.wall_s,
+        both.wait_s / both.wall_s,
+        costs,
+        read_ratio,
+        cores,
+        config.train.num_workers,
+        plan.num_steps * plan.global_batch_size,
+        flops / 1e12,
+        memory / 2**30,
+        device.type,
+        "data" if both.wait_s / both.wall_s > WAITS and data_rate < step_rate else "step",
+    )
+
+
+def _stream(plan: stream.Plan, render: Callable, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of a plan through Ray Data, cut for one worker."""
+    steps = 2**31 // batch_size
+    cut = stream.Plan(plan.scan_ids, plan.draws_per_scan, batch_size, steps, plan.seed, plan.pairs_per_region)
+    data = stream.dataset(cut, render, 1, 0, launch.RENDER_CPUS, stop=2**16)
+    return iter(data.iterator().iter_torch_batches(batch_size=batch_size, prefetch_batches=2, drop_last=True))
+
+
+@dataclass(frozen=True)
+class _Consumed:
+    num_batches: int
+    wall_s: float
+    wait_s: float
+    cpu_s: float
+
+
+def _consume(batches: Iterator, seconds: float, work: Callable[[dict], None] = lambda batch: None) -> _Consumed:
+    """Takes batches for some time, after those that wait for processes to start and lie ready in buffers by then."""
+    num, waited, began, cpu = 0, 0.0, time.perf_counter(), 0.0
+    work(next(batches))
+    for part in (seconds / 2, seconds):
+        num, waited, began, cpu = 0, 0.0, time.perf_counter(), _cpu_seconds()
+        while time.perf_counter() - began < part:
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            work(batch)
+            num += 1
+    return _Consumed(num, time.perf_counter() - began, waited, _cpu_seconds() - cpu)
+
+
+def _cpu_seconds() -> float:
+    """CPU time so far of this process and all it has started, Ray's on this machine included."""
+    import psutil
+
+    total, this = 0.0, psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.Error:  # it has ended since
+            continue
+        total += times.user + times.system
+    return total
+
+
+def _step(config: BenchConfig, device: torch.device, net: nn.Module) -> Callable[[dict], None]:
     lars = optim.build_lars(net, config.optim)
     schedule = optim.warmup_cosine(lars, 1, 2**31)
     autocast = launch.autocast(device, config.train.precision)
 
-    def step() -> None:
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        pair = Pair.from_batch(stream.finish(batch, config.intensity))
         train_step(net, net, lars, schedule, pair, config.ema_decay, autocast)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -89,9 +197,31 @@ def _step(config: BenchConfig, device: torch.device, pair: Pair) -> Callable[[],
     return step
 
 
+def _cost(
+    config: BenchConfig, step: Callable[[dict], None], batch: dict, net: nn.Module, worker_batch: int
+) -> tuple[float, float]:
+    """FLOP per pair, and bytes on the device at a worker's batch size: what one step keeps for its backward pass grows
+    with the batch, weights, gradients and momentum do not."""
+    num, kept = len(batch["step"]), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        step(batch)
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in net.parameters()}
+    activations = sum(size for place, size in kept.items() if place not in weights)
+    fixed = sum(weights.values()) + 2 * sum(p.nbytes for p in net.parameters() if p.requires_grad)
+    if torch.cuda.is_available() and next(net.parameters()).is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        step(batch)
+        activations = max(0, torch.cuda.max_memory_allocated() - fixed)
+    return counter.get_total_flops() / num, fixed + activations / num * worker_batch
+
+
 def _median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median wall time, after one call that does not count."""
-    work()
+    """Median wall time; the work has run before."""
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -102,17 +232,31 @@ def _median_seconds(work: Callable[[], object], repeats: int) -> float:
 
 def describe(result: Result) -> str:
     """A table, the sentence that matters, and the closing line."""
-    data = result.data_pairs_per_s * result.cores
-    mend = {
-        "data": "views limit it: give it more CPU cores",
-        "step": "the training step limits it: a GPU or a smaller encoder helps, more CPU cores for the views do not",
-    }[result.limit]
+    stages = ", ".join(f"{name} {result.stage_ms[name]:.2f}" for name in STAGES)
+    worst = max(STAGES, key=lambda name: result.stage_ms[name])
+    waits = f"the step waits for the stream {result.wait_share:.0%} of the time"
+    if result.limit == "data":
+        mend = f"The stream limits the run ({waits}), {worst} most of all: {STAGES[worst]}."
+    elif result.device == "cuda":
+        mend = f"The training step limits the run ({waits}): more or faster GPUs help, more CPU cores do not."
+    else:
+        mend = f"The training step limits the run ({waits}): train on a GPU or take a smaller encoder."
+    gpu_hours = result.num_pairs * result.tflop_per_pair * 1e12 / GPU_FLOPS / 3600
+    planned = f"about {gpu_hours:.1f} GPU-hours on an H200 at {GPU_FLOPS / 1e12:.0f} TFLOP/s"
+    if result.device == "cuda":
+        planned = f"{result.hours * result.num_workers:.1f} GPU-hours here, {planned}"
+    kind = "measured" if result.device == "cuda" else "float32, estimated; bfloat16 takes about half"
     return (
-        f"  views, one core       {result.data_pairs_per_s:8.1f} pairs/s\n"
-        f"  views, {result.cores:3d} cores      {data:8.1f} pairs/s\n"
-        f"  training step         {result.step_pairs_per_s:8.1f} pairs/s\n"
+        f"  data only, {result.cores:3d} cores  {result.data_pairs_per_s:8.1f} pairs/s\n"
+        f"  step only             {result.step_pairs_per_s:8.1f} pairs/s\n"
+        f"  both                  {result.both_pairs_per_s:8.1f} pairs/s, {waits}\n"
+        f"  CPU ms per pair       {stages}\n"
+        f"  bytes read            {result.read_ratio:8.2f} times the crops' own\n"
+        f"  training              {result.tflop_per_pair:8.3f} TFLOP per pair; {planned}\n"
+        f"  memory per worker     {result.memory_gib:8.1f} GiB ({kind})\n"
         f"  {mend}\n"
-        f"bench: {result.num_pairs:,} pairs would take {result.hours:.1f} hours here with one worker"
+        f"bench: {result.num_pairs:,} pairs would take {result.hours:.1f} hours here with "
+        f"{result.num_workers} worker{'s' if result.num_workers > 1 else ''}"
     )
 
 

@@ -129,14 +129,6 @@ class IntensityConfig(Section):
         return self
 
 
-class StreamConfig(Section):
-    """How pairs of views are read and made."""
-
-    pairs_per_region: Positive = 1
-    """Pairs drawn inside one region of a scan, twice the view size per axis, which is read once; it divides
-    `pairs_per_scan`. 1 is the paper: every pair is drawn from the whole scan."""
-
-
 class DeformConfig(Section):
     """Models Genesis' deformations of a view, for method=genesis (Zhou et al. 2019; probabilities of their code)."""
 
@@ -189,6 +181,24 @@ class AlignConfig(Section):
     """false = the paper's `w/o CS`: both views show one crop of exactly the view size, so the overlap is all of it."""
     wrong_priors: bool = False
     """A control, never for use: every pair is aligned by another pair's priors. The health panel must show it."""
+
+
+class StreamConfig(Section):
+    """How pairs of views are read and made, and how they reach the workers."""
+
+    pairs_per_region: Positive = 1
+    """Pairs drawn inside one region of a scan, twice the view size per axis, which is read once; it divides
+    `pairs_per_scan`. 1 is the paper: every pair is drawn from the whole scan."""
+    augment_on: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the intensity operations of the views run: cpu = with the crop, in Ray Data's tasks; gpu = a batch at a
+    time on the training device. The views are the same to float16's rounding. auto = gpu where the workers have CUDA;
+    method=genesis deforms finished views, so it always takes cpu."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """A scan that cannot be read while training: fail = the run ends with an error; skip = its place in the batch is
+    taken by a copy of the batch's next readable pair, so all batches keep their size, and the metrics
+    (data/skipped_share) and skipped.json in the run's folder say which scans were left out how often."""
+    max_skipped_share: Share = 0.01
+    """Share of pairs that may be skipped before the run ends with an error."""
 
 
 class HealthConfig(Section):
@@ -410,6 +420,8 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _divisible(self):
         _check_divisible(self.global_batch_size, self.train.num_workers)
+        if self.method == "genesis" and self.stream.augment_on == "gpu":
+            raise ValueError("method=genesis deforms finished views: stream.augment_on must be cpu or auto")
         if self.pairs_per_scan % self.stream.pairs_per_region:
             raise ValueError(
                 f"stream.pairs_per_region={self.stream.pairs_per_region} must divide pairs_per_scan="
@@ -431,14 +443,16 @@ class PretrainConfig(Section):
 
 
 class BenchConfig(PretrainConfig):
-    """Where the time of a pre-training goes: rendering views against the training step, on this machine."""
+    """Where the time of a pre-training goes: the stream of views against the training step, on this machine."""
 
     run: str = ""
     """Not used: nothing is kept."""
-    bench_pairs: Positive = 8
-    """View pairs per timed batch."""
+    bench_pairs: Positive | None = None
+    """View pairs of a timed training step; none: those of one worker on a GPU, at most 8 of them on a CPU."""
     bench_repeats: Positive = 3
-    """Timed batches; the median counts."""
+    """Timed steps; the median counts."""
+    bench_s: Annotated[float, Field(gt=0)] = 4.0
+    """Seconds that the stream is measured, each of three times, after half as long to get going."""
 
 
 class CheckAlignConfig(PretrainConfig):

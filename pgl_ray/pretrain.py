@@ -4,15 +4,17 @@ or by BYOL or Models Genesis on the same views."""
 import json
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pgl_ray.config import FailedRun, PretrainConfig, build, command
+from pgl_ray.config import FailedRun, PretrainConfig, StreamConfig, build, command
 from pgl_ray.data import store, stream
 from pgl_ray.data.views import ablated
 from pgl_ray.model.byol import Byol
@@ -54,7 +56,7 @@ def run(config: PretrainConfig) -> Result:
     done = checkpoint.committed_step(folder)
     if done < plan.num_steps:
         launch.connect(config.ray)
-        renderer = make_renderer(config, index, plan)
+        renderer = make_renderer(config, index, plan, launch.check_resources(config.train))
         feed = partial(stream.dataset, plan, renderer, config.train.num_workers, num_cpus=launch.RENDER_CPUS)
         worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
         print(
@@ -94,8 +96,11 @@ def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
     return model, geometry
 
 
-def make_renderer(config: PretrainConfig, index: store.Index, plan: stream.Plan) -> stream.PairRenderer:
-    """What turns rows of the plan into pairs of views, the ablations included."""
+def make_renderer(
+    config: PretrainConfig, index: store.Index, plan: stream.Plan, has_gpu: bool = False
+) -> stream.PairRenderer:
+    """What turns rows of the plan into pairs of views, the ablations included; `has_gpu`: the workers have one."""
+    on_gpu = config.stream.augment_on == "gpu" or (config.stream.augment_on == "auto" and has_gpu)
     return stream.PairRenderer(
         index.store,
         plan.scan_ids,
@@ -104,6 +109,8 @@ def make_renderer(config: PretrainConfig, index: store.Index, plan: stream.Plan)
         config.intensity,
         shared_box=not config.align.crop,
         deform=config.deform if config.method == "genesis" else None,
+        augment=not on_gpu or config.method == "genesis",
+        skip=config.stream.on_error == "skip",
         pairs_per_region=config.stream.pairs_per_region,
     )
 
@@ -161,8 +168,12 @@ def worker(worker_config: dict) -> str | None:
     autocast = launch.autocast(device, config.train.precision)
 
     batches = ray.train.get_dataset_shard("train").iter_torch_batches(
-        batch_size=plan.global_batch_size // world, prefetch_batches=2, drop_last=True
+        batch_size=plan.global_batch_size // world,
+        prefetch_batches=2,
+        drop_last=True,
+        pin_memory=device.type == "cuda",
     )
+    skipped = Skipped(plan, config.stream, step)
     model.train()
     waited, logged, since, stopped = 0.0, step, time.monotonic(), None
     asked = time.monotonic()
@@ -170,6 +181,8 @@ def worker(worker_config: dict) -> str | None:
         waited += time.monotonic() - asked
         if not (batch["step"] == step).all():
             raise FailedRun(f"the stream is out of step: {batch['step'].tolist()} at step {step}")
+        skipped.add(batch["missed"])
+        batch = stream.finish(batch, config.intensity)
         if step == 0 and rank == 0:
             _keep_views(worker_config["run"], batch, plan)
         pair = Pair.from_batch(batch)
@@ -202,6 +215,10 @@ def worker(worker_config: dict) -> str | None:
                 stopped = f"stopped at step {step}: {health.verdict({'step': step} | row)}: start a new run=... with a "
                 stopped += "lower optim.lr or a larger batch; health.stop_on_collapse=false goes on with this one"
                 keep = True
+        if (log or check) and config.stream.on_error == "skip":
+            row["data/skipped_share"], stopped = skipped.share(step, worker_config["run"] if metrics else None)
+            if stopped:
+                break
         if log or check:
             if metrics:
                 seconds = time.monotonic() - since
@@ -210,6 +227,7 @@ def worker(worker_config: dict) -> str | None:
                     "train/lr": done.lr,
                     "train/pairs_per_s": (step - logged) * plan.global_batch_size / seconds,
                     "data/wait_s": waited / (step - logged),
+                    "data/wait_share": waited / seconds,
                     "ema/decay": decay,
                 }
                 metrics.write(step, **row)
@@ -228,6 +246,43 @@ def worker(worker_config: dict) -> str | None:
     if step != plan.num_steps and not stopped:
         raise FailedRun(f"the stream ended at step {step} of {plan.num_steps}")
     return stopped
+
+
+class Skipped:
+    """Counts the pairs that were left out since this start of the workers because their scan could not be read."""
+
+    def __init__(self, plan: stream.Plan, config: StreamConfig, step: int):
+        self.plan, self.config, self.start = plan, config, step
+        self.waiting: list[Tensor] = []
+        self.rows: Counter[int] = Counter()
+
+    def add(self, missed: Tensor) -> None:
+        """Takes a batch's column; does not wait for the device."""
+        self.waiting.append(missed)
+
+    def share(self, step: int, run: str | None) -> tuple[float, str | None]:
+        """Share of all workers' pairs, and why the run must stop, or none; all workers call this and get the same.
+
+        Args:
+            step: steps done.
+            run: where skipped.json is written; none: nowhere.
+        """
+        missed = torch.cat(self.waiting).tolist() if self.waiting else []
+        self.waiting = []
+        for rows in launch.of_all_workers([scan for scan in missed if scan >= 0]):
+            self.rows.update(rows)
+        named = {self.plan.scan_ids[scan]: num for scan, num in self.rows.most_common()}
+        if run and named:
+            checkpoint.write_json(Path(run) / "skipped.json", named)
+        share = self.rows.total() / ((step - self.start) * self.plan.global_batch_size)
+        if share <= self.config.max_skipped_share:
+            return share, None
+        shown = ", ".join(list(named)[:5]) + ("" if len(named) <= 5 else f" and {len(named) - 5} more")
+        return share, (
+            f"{share:.1%} of the pairs up to step {step} were skipped, more than stream.max_skipped_share="
+            f"{self.config.max_skipped_share}, because these scans cannot be read: {shown}; python -m pgl_ray.prepare "
+            "verify store=... says what is wrong with them"
+        )
 
 
 class Step(NamedTuple):

@@ -1,5 +1,6 @@
 """Every door's command line: one clear line on stderr, exit code 2 for wrong use, no traceback."""
 
+import dataclasses
 import importlib
 import sys
 
@@ -133,10 +134,29 @@ def test_export_gives_monai_every_key_and_says_what_goes_in(monkeypatch, capsys,
         assert file.metadata()["hu_window"] == "[-1024.0, 325.0]" and "D" in file.metadata()["axes"]
 
 
-def test_bench_measures_both_halves(monkeypatch, capsys, labelled):
+@pytest.mark.cluster
+def test_bench_measures_both_halves(ray_cluster, monkeypatch, capsys, labelled):
     args = ["encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=8", "heads.out=8", "views.size=[16,32,48]"]
-    args += ["bench_pairs=2", "bench_repeats=1", "global_batch_size=2"]
+    args += ["bench_pairs=2", "bench_repeats=1", "bench_s=0.5", "global_batch_size=2"]
     monkeypatch.setattr(sys, "argv", ["bench", f"index={labelled}", *args])
     importlib.import_module("pgl_ray.bench").main()
     out = capsys.readouterr().out
-    assert "views, one core" in out and "1,000 pairs would take" in out
+    assert "data only" in out and "step only" in out and "both" in out and "limits the run" in out
+    assert "1,000 pairs would take" in out and "GPU-hours on an H200" in out
+
+
+def test_bench_says_what_limits_and_what_to_change():
+    from pgl_ray import bench
+
+    stages = dict.fromkeys(bench.STAGES, 0.1) | {"decode": 2.0}
+    slow_data = bench.Result(
+        100.0, 500.0, 90.0, 0.8, stages, 1.9, 4, 2, 904_000, 0.136, 20.0, "cuda", "data"
+    )
+    assert slow_data.hours == 904_000 / 100 / 3600
+    text = bench.describe(slow_data)
+    assert "The stream limits the run (the step waits for the stream 80% of the time), decode most of all" in text
+    assert "stream.pairs_per_region=8" in text and "decode 2.00" in text and "1.90 times the crops' own" in text
+    assert f"{904_000 / 100 / 3600 * 2:.1f} GPU-hours here, about 0.2 GPU-hours on an H200" in text
+    slow_step = dataclasses.replace(slow_data, data_pairs_per_s=5000.0, wait_share=0.0, limit="step", device="cpu")
+    assert slow_step.hours == 904_000 / 500 / 3600
+    assert "The training step limits the run" in bench.describe(slow_step)

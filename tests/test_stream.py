@@ -1,12 +1,19 @@
 """The plan and the renderers: what a batch holds depends on (seed, epoch, scan, draw) alone."""
 
 import hashlib
+import itertools
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
 
-from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, PretrainConfig, ViewsConfig, build
+from pgl_ray import pretrain
+from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
 from pgl_ray.data import kernels, store, stream
 from pgl_ray.data import views as v
 
@@ -54,14 +61,46 @@ def test_a_plan_continued_is_the_rest_of_the_plan():
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_blocks_are_worker_batches_in_step_order(workers):
-    plan = make_plan()
-    blocks = plan.blocks(2, workers)
-    assert [b["step"][0].as_py() for b in blocks] == [s for s in range(2, 10) for _ in range(workers)]
-    assert {b.num_rows for b in blocks} == {4 // workers}
-    got = np.concatenate([np.stack([b[c].to_numpy() for c in ("epoch", "scan", "draw")], 1) for b in blocks])
-    np.testing.assert_array_equal(got, np.concatenate(list(plan.batches(2))))
+def test_rows_are_those_of_a_walk_row_by_row():
+    """Against the plain definition: epoch by epoch, a permutation each, cut into batches."""
+    plan = make_plan(draws_per_scan=3)
+    line = [
+        (epoch, *divmod(place, 3)) for epoch in range(4) for place in np.random.default_rng((3, epoch)).permutation(15)
+    ]
+    assert plan.rows(0, plan.num_steps).tolist() == [list(row) for row in line[: plan.num_steps * 4]]
+    columns = plan.columns(3, 6)
+    assert columns["step"].tolist() == np.repeat([3, 4, 5], 4).tolist()
+    np.testing.assert_array_equal(np.stack([columns[c] for c in ("epoch", "scan", "draw")], 1), plan.rows(3, 6))
+
+
+def test_a_long_plan_costs_no_more_than_a_short_one():
+    """10,000 scans x 500 epochs: the last steps come as fast as the first of a small plan, and nothing is kept."""
+    ids = [f"scan_{i}" for i in range(10_000)]
+    plan = stream.Plan.make(ids, 1, 128, epochs=500, max_steps=None, seed=0)
+    plan.rows(0, 1), plan.rows(plan.num_steps - 1, plan.num_steps)
+    tracemalloc.start()
+    for step in range(plan.num_steps - 100, plan.num_steps):
+        assert plan.rows(step, step + 1).shape == (128, 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 2**20
+
+
+def test_a_run_killed_again_and_again_draws_the_exact_list_of_an_undisturbed_one():
+    """Mid-epoch, each start with another number of workers, from the last checkpoint on: what a checkpoint holds counts,
+    what was drawn behind it is drawn again, the same."""
+    plan = make_plan(draws_per_scan=3, global_batch_size=6, epochs=7)
+    undisturbed = [tuple(row) for row in plan.rows(0, plan.num_steps).tolist()]
+    assert len(set(undisturbed)) == len(undisturbed) == plan.num_steps * 6
+    done, committed = [], 0
+    for num_workers, killed_at in ((1, 4), (3, 8), (2, 11), (6, plan.num_steps)):
+        del done[committed * 6 :]
+        for rows in itertools.islice(plan.batches(committed), killed_at - committed):
+            parts = np.split(rows, num_workers)  # block k of a step goes to worker k
+            assert {len(part) for part in parts} == {6 // num_workers}
+            done += [tuple(row) for part in parts for row in part.tolist()]
+        committed = killed_at - killed_at % 3 if killed_at < plan.num_steps else killed_at  # a checkpoint every 3 steps
+    assert done == undisturbed
 
 
 def test_too_short_a_plan_is_refused():
@@ -122,7 +161,7 @@ def test_any_pair_can_be_built_again_bit_for_bit(small_store):
             for name in set(batch) - {"step"}:
                 np.testing.assert_array_equal(again[name][0], batch[name][i], err_msg=name)
     assert set(batch) - {"deformed_1", "deformed_2"} == {
-        *("step", "epoch", "scan", "draw", "view_1", "view_2", "box_1", "box_2", "flip_1", "flip_2")
+        *("step", "epoch", "scan", "draw", "missed", "view_1", "view_2", "box_1", "box_2", "flip_1", "flip_2")
     }
     np.testing.assert_array_equal(batch["box_1"], batch["box_2"])
     plain = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True)
@@ -217,3 +256,97 @@ def test_patches_carry_classes_and_what_is_labelled(small_store):
     assert set(np.unique(batch["target"])) == {0, 1, 2}  # label values 2 and 7
     assert batch["labelled"][:3].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
     assert (batch["target"] > 0).any((1, 2, 3, 4)).all()  # foreground_share=1: an organ in every patch
+
+
+def test_augmenting_on_the_training_device_gives_the_same_views(small_store):
+    """Both routes from the same rows: what differs is float16's rounding before instead of behind the operations."""
+    ids = tuple(f"scan_{i}" for i in range(5))
+    often = IntensityConfig(noise_prob=0.5, blur_prob=0.5, blur_sigma=(0.3, 1.0))
+    rows = index_rows(np.concatenate(list(make_plan().batches(0))))
+    there = stream.PairRenderer(small_store, ids, 3, VIEWS, often)(rows)
+    left = stream.PairRenderer(small_store, ids, 3, VIEWS, often, augment=False)(rows)
+    assert not np.array_equal(there["view_1"], left["view_1"])
+    done = stream.finish({name: torch.from_numpy(value) for name, value in left.items()}, often)
+    for view in ("view_1", "view_2"):
+        got, expected = done[view].numpy(), there[view].astype(np.float32)
+        assert got.dtype == np.float32
+        assert np.abs(got - expected).max() < 0.03 and np.abs(got - expected).mean() < 1e-3
+    for name in ("box_1", "box_2", "flip_1", "flip_2", "epoch", "scan", "draw"):
+        np.testing.assert_array_equal(done[name].numpy(), there[name])
+    assert stream.finish(done | {}, often) is not done and stream.finish(there, often) is there
+
+
+def cut(small_store, tmp_path, scan_id: str) -> str:
+    """A copy of the store with one shard cut off after its chunk index was read by nobody yet."""
+    broken = tmp_path / "broken"
+    shutil.copytree(small_store, broken)
+    shard = broken / f"scans/{scan_id}/0/c/0/0/0"
+    shard.write_bytes(b"\0" * 100 + shard.read_bytes()[100:])  # the first chunk
+    return str(broken)
+
+
+def test_a_damaged_scan_ends_the_stream_or_is_skipped_and_counted(small_store, tmp_path):
+    ids = tuple(f"scan_{i}" for i in range(5))
+    broken = cut(small_store, tmp_path, "scan_2")
+    rows = index_rows(make_plan().rows(0, 5))
+    whole = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig())(rows)
+    with pytest.raises(RuntimeError, match=r"volume of scan 'scan_2' is damaged in chunk \(0, 0, 0\)"):
+        stream.PairRenderer(broken, ids, 3, VIEWS, IntensityConfig())(rows)
+    got = stream.PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(rows)
+    bad = got["missed"] >= 0
+    assert set(got["missed"][bad]) == {2} and bad.sum() == (rows["scan"] == 2).sum() == 4
+    for name in set(whole) - {"missed"}:
+        np.testing.assert_array_equal(got[name][~bad], whole[name][~bad], err_msg=name)
+        assert got[name].shape == whole[name].shape
+    for i in np.flatnonzero(bad):  # the next readable row, with its own numbers
+        other = next(j % 20 for j in range(i, i + 20) if not bad[j % 20])
+        for name in set(whole) - {"missed", "step"}:
+            np.testing.assert_array_equal(got[name][i], whole[name][other], err_msg=name)
+    np.testing.assert_array_equal(rows["scan"], make_plan().rows(0, 5)[:, 1])  # Ray's own columns are left alone
+    with pytest.raises(RuntimeError, match="not one of the 1 pairs"):
+        one = {name: value[rows["scan"] == 2][:1] for name, value in rows.items()}
+        stream.PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(one)
+
+
+def test_skipped_pairs_are_counted_and_bounded(tmp_path):
+    plan = make_plan()
+    counter = pretrain.Skipped(plan, StreamConfig(on_error="skip", max_skipped_share=0.2), 2)
+    counter.add(torch.tensor([-1, -1, 3, -1]))
+    counter.add(torch.tensor([-1, -1, -1, -1]))
+    assert counter.share(4, str(tmp_path)) == (1 / 8, None)
+    assert json.loads((tmp_path / "skipped.json").read_text()) == {"scan_3": 1}
+    counter.add(torch.tensor([3, 1, -1, -1]))
+    share, why = counter.share(5, str(tmp_path))
+    assert share == 3 / 12
+    assert "25.0%" in why and "stream.max_skipped_share=0.2" in why and "scan_3, scan_1" in why
+
+
+@pytest.mark.parametrize("per_region", [1, 4])
+def test_stages_and_bytes_are_measured(small_store, per_region):
+    """Bytes: against the chunks that the boxes touch, counted from zarr's own shard index."""
+    ids = tuple(f"scan_{i}" for i in range(5))
+    renderer = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), pairs_per_region=per_region)
+    plan = make_plan(draws_per_scan=4, pairs_per_region=per_region)
+    rows = index_rows(plan.rows(0, 5))
+    costs = stream.measure(renderer, rows)
+    assert set(costs) == {"draw", "read", "decode", "resize", "intensity", "bytes_read", "crop_bytes"}
+    assert all(np.isfinite(value) and value >= 0 for value in costs.values())
+    batch = renderer(rows)
+    lengths = np.concatenate([batch[name][..., 1] - batch[name][..., 0] for name in ("box_1", "box_2")])
+    assert costs["crop_bytes"] == 2 * lengths.prod(-1).sum() / 20
+    if per_region == 1:
+        volumes = {i: store.open_volume(small_store, store.read_index(small_store).scans[i]) for i in range(5)}
+        total = 0
+        for i, scan in enumerate(batch["scan"]):
+            reader, touched = volumes[scan], set()
+            for name in ("box_1", "box_2"):
+                box = np.clip(batch[name][i], 0, np.array(reader.shape)[:, None])
+                first, last = box[:, 0] // reader.chunk, (box[:, 1] - 1) // reader.chunk
+                touched |= set(itertools.product(*(range(a, b + 1) for a, b in zip(first, last, strict=True))))
+            footer = next(iter(Path(small_store, f"scans/scan_{scan}").rglob("0/c/0/0/0"))).read_bytes()
+            grid = [-(-n // c) for n, c in zip(reader.shape, reader.chunk, strict=True)]
+            sizes = np.frombuffer(footer[-4 - 16 * np.prod(grid) : -4], "<u8").reshape(*grid, 2)[..., 1]
+            total += sum(int(sizes[place]) for place in touched)
+        assert costs["bytes_read"] == total / 20
+    quiet = stream.measure(stream.replace(renderer, augment=False), rows)
+    assert quiet["intensity"] == 0

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.networks.layers import GaussianFilter
+from scipy import stats
 
 from pgl_ray.config import AlignConfig, IntensityConfig, ViewsConfig
 from pgl_ray.data import kernels
@@ -150,7 +151,7 @@ def test_the_compiled_render_equals_torch(seed, shape, size, flip):
     expected = v.resize_and_flip(v.normalise(crop, window, mean, std), size, np.array(flip))
     got = v.render(crop, size, np.array(flip), window, mean, std)
     assert kernels.load() is not None
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_crops_of_any_layout_are_rendered():
@@ -175,7 +176,7 @@ def test_compiled_noise_and_blur_equal_torch(seed, shape, sigma):
         expected = v.apply_intensity(view, params)
     assert torch.equal(view, given)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    noisy = view + 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    noisy = view + 0.2 * v.noise(torch.tensor([seed]), shape)[0]
     torch.testing.assert_close(v.apply_intensity(view, params._replace(blur_sigma=0)), noisy)
 
 
@@ -226,3 +227,53 @@ def test_intensity_probabilities():
     np.testing.assert_allclose(shares, [0.1, 0.2, 0.5, 0.5], atol=0.03)
     variances = [p.noise_std**2 for p in drawn if p.noise_std]
     assert min(variances) >= 0 and max(variances) <= 0.1
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_a_batch_is_augmented_as_its_views_are(data):
+    """Any mix of drawn and neutral parameters, bounds included."""
+    size = data.draw(st.tuples(*[st.integers(1, 9)] * 3))
+    count = data.draw(st.integers(1, 4))
+
+    def either(low, high, neutral):
+        return st.one_of(st.just(neutral), st.floats(low, high, width=32))
+
+    drawn = [
+        v.Intensity(
+            data.draw(either(0.0, 0.3125, 0.0)),
+            data.draw(st.integers(0, 2**62 - 1)),
+            data.draw(either(0.25, 1.0, 0.0)),
+            data.draw(either(0.75, 1.25, 1.0)),
+            data.draw(either(0.6875, 1.5, 1.0)),
+        )
+        for _ in range(count)
+    ]
+    views = torch.randn(count, 1, *size, generator=torch.Generator().manual_seed(0))
+    intensity = torch.tensor([(p.noise_std, p.blur_sigma, p.gain, p.gamma) for p in drawn])
+    got = v.apply_intensities(views, intensity, torch.tensor([p.noise_seed for p in drawn]), 1.0)
+    for one, view, params in zip(got, views, drawn, strict=True):
+        torch.testing.assert_close(one[0], v.apply_intensity(view[0], params), atol=1e-4, rtol=1e-4)
+
+
+def test_noise_is_normal_and_of_its_seed_alone():
+    seeds = torch.tensor([0, 1, 2**62 - 1])
+    drawn = v.noise(seeds, (16, 48, 48))
+    assert drawn.dtype == torch.float32 and drawn.shape == (3, 16, 48, 48)
+    assert torch.equal(drawn[1], v.noise(seeds[1:2], (16, 48, 48))[0])
+    flat = drawn.flatten(1).double().numpy()
+    for row in flat:
+        assert stats.kstest(row, "norm").pvalue > 1e-3
+        assert abs(np.corrcoef(row[:-1], row[1:])[0, 1]) < 0.02 and abs(np.corrcoef(row[::2], row[1::2])[0, 1]) < 0.02
+    assert np.abs(np.corrcoef(flat) - np.eye(3)).max() < 0.02
+    # splitmix64 in Python's own integers
+    state, mask = int(seeds[2]), 2**64 - 1
+    def mix(z):
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+        return z ^ (z >> 31)
+    bits = mix(mix(state) + 5 * 0x9E3779B97F4A7C15 & mask)
+    length = np.sqrt(-2 * np.log(((bits >> 40) + 1) / 2**24))
+    expected = length * np.cos((bits >> 12 & 0xFFFFFF) * 2 * np.pi / 2**24)
+    first_half = drawn[2].flatten()[: drawn[2].numel() // 2]
+    np.testing.assert_allclose(first_half[5], expected, atol=1e-5)

@@ -109,6 +109,7 @@ class ArrayReader:
         self.dtype = stored if self._table is None else self._table.dtype
         self.chunk = tuple(sharding["chunk_shape"])
         self._fill_code = metadata["fill_value"]
+        self.stored_dtype = stored
         self._scratch = np.empty(self.chunk, stored)
         try:
             self._file = open_place(store).open(f"scans/{scan_id}/{ARRAY_PATHS[kind]}/{SHARD}")
@@ -173,6 +174,15 @@ class ArrayReader:
         for part, out in zip(codes, outs):
             self._look_up(part, out)
         return outs
+
+    def fetch(self, boxes: Sequence[np.ndarray]) -> int:
+        """Reads the stored bytes that `read_boxes` would decode, and leaves them; the number of bytes."""
+        places = set()
+        for box in boxes:
+            axes = [_parts(start, stop, step) for (start, stop), step in zip(np.asarray(box).tolist(), self.chunk)]
+            places |= {(d, h, w) for (d, *_), (h, *_), (w, *_) in product(*axes)}
+        spans = [span for place in sorted(places) if (span := self._span(place))]
+        return sum(map(len, self._file.ranges(spans)))
 
     def _look_up(self, codes: np.ndarray, out: np.ndarray) -> None:
         """Writes the HU of codes, in a compiled loop where there is one."""

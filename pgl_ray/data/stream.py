@@ -5,12 +5,12 @@ on (seed, epoch, scan, draw) alone, never on the number of workers, on arrival o
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConfig
@@ -19,6 +19,8 @@ from pgl_ray.data import views as v
 from pgl_ray.data.deform import deform
 
 AIR = -1024  # HU outside a scan
+BLOCKS_AHEAD = 256  # blocks of rows that are laid out at a time
+LAY_OUT_CPUS = 0.01  # Ray CPUs of that
 REGIONS_MIXED = 16  # regions whose pairs are shuffled with one another; up to 31 at an epoch's end
 
 
@@ -75,17 +77,26 @@ class Plan:
         """Epochs done after `step` steps."""
         return step * self.global_batch_size / self.rows_per_epoch
 
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows of the steps `start` to `stop`: int64 [(stop - start) * global_batch_size, 3] of (epoch, scan number,
+        draw). No step costs more than another, wherever in the run it stands."""
+        at = np.arange(start * self.global_batch_size, stop * self.global_batch_size)
+        epoch, place = np.divmod(at, self.rows_per_epoch)
+        order = np.empty_like(at)
+        for e in np.unique(epoch).tolist():
+            here = epoch == e
+            order[here] = self.order(e)[place[here]]
+        return np.stack([epoch, *np.divmod(order, self.draws_per_scan)], -1)
+
     def batches(self, start: int) -> Iterator[np.ndarray]:
         """Global batches from step `start` on: int64 [global_batch_size, 3] of (epoch, scan number, draw)."""
-        epoch, order = -1, None
-        for step in range(start, self.num_steps):
-            rows = np.empty((self.global_batch_size, 3), np.int64)
-            for i in range(self.global_batch_size):
-                e, place = divmod(step * self.global_batch_size + i, self.rows_per_epoch)
-                if e != epoch:
-                    epoch, order = e, self.order(e)
-                rows[i] = e, order[place] // self.draws_per_scan, order[place] % self.draws_per_scan
-            yield rows
+        return (self.rows(step, step + 1) for step in range(start, self.num_steps))
+
+    def columns(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        """What renderers are given of the steps `start` to `stop`: step, epoch, scan, draw, int64 [rows]."""
+        epoch, scan, draw = self.rows(start, stop).T
+        step = np.repeat(np.arange(start, stop), self.global_batch_size)
+        return {"step": step, "epoch": epoch, "scan": scan, "draw": draw}
 
     def order(self, epoch: int) -> np.ndarray:
         """An epoch's rows (scan number * draws_per_scan + draw) as they are drawn, int64 [rows_per_epoch].
@@ -93,45 +104,73 @@ class Plan:
         Where rows share regions, those of REGIONS_MIXED regions at a time are shuffled, so that a process that renders
         some of them can keep their regions.
         """
-        rng = np.random.default_rng((self.seed, epoch))
-        if self.pairs_per_region == 1:
-            return rng.permutation(self.rows_per_epoch)
-        regions = rng.permutation(self.rows_per_epoch // self.pairs_per_region)
-        rows = regions[:, None] * self.pairs_per_region + np.arange(self.pairs_per_region)
-        cuts = np.arange(REGIONS_MIXED, len(rows) - REGIONS_MIXED + 1, REGIONS_MIXED)
-        return np.concatenate([rng.permutation(part.reshape(-1)) for part in np.split(rows, cuts)])
-
-    def blocks(self, start: int, num_workers: int) -> list[pa.Table]:
-        """The rest of the plan as Arrow tables, one per step and worker."""
-        tables = []
-        for step, rows in enumerate(self.batches(start), start):
-            for part in np.split(rows, num_workers):
-                columns = {"epoch": part[:, 0], "scan": part[:, 1], "draw": part[:, 2]}
-                tables.append(pa.table({"step": np.full(len(part), step), **columns}))
-        return tables
+        return _order(self.seed, epoch, self.rows_per_epoch, self.pairs_per_region)
 
 
-def dataset(plan: Plan, render: Callable[[dict], dict], num_workers: int, start: int, num_cpus: float):
-    """A Ray Dataset of rendered batches from step `start` on.
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, num_rows: int, pairs_per_region: int) -> np.ndarray:
+    rng = np.random.default_rng((seed, epoch))
+    if pairs_per_region == 1:
+        return rng.permutation(num_rows)
+    regions = rng.permutation(num_rows // pairs_per_region)
+    rows = regions[:, None] * pairs_per_region + np.arange(pairs_per_region)
+    cuts = np.arange(REGIONS_MIXED, len(rows) - REGIONS_MIXED + 1, REGIONS_MIXED)
+    return np.concatenate([rng.permutation(part.reshape(-1)) for part in np.split(rows, cuts)])
+
+
+def dataset(
+    plan: Plan, render: Callable[[dict], dict], num_workers: int, start: int, num_cpus: float, stop: int | None = None
+):
+    """A Ray Dataset of rendered batches from step `start` on: block k of a step is worker k's batch.
 
     Called in Ray Train's controller at every start of a worker group; what the driver set in its DataContext does not
-    reach there, so it is set here.
+    reach there, so it is set here. The plan is laid out as the stream goes on, `BLOCKS_AHEAD` blocks of rows at a time:
+    nothing grows with the length of the run but one row of two numbers per `BLOCKS_AHEAD` blocks.
 
     Args:
         plan: what to draw.
         render: index columns -> columns of a batch; picklable.
-        num_workers: workers the blocks go to in turn.
+        num_workers: workers the blocks go to in turn; every one gets as many.
         start: first step.
         num_cpus: Ray CPUs of one rendering task.
+        stop: step to end before; none: the plan's end.
     """
     import ray.data
+    from ray.data._internal.execution import backpressure_policy as policies
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = 2**30  # a block is a batch: never split it
-    blocks = plan.blocks(start, num_workers)
-    return ray.data.from_arrow(blocks).map_batches(render, batch_size=None, num_cpus=num_cpus)
+    ways = [*policies.ENABLED_BACKPRESSURE_POLICIES, _keep_ahead(policies.BackpressurePolicy)]
+    context.set_config(policies.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, ways)
+    stride = max(1, BLOCKS_AHEAD // num_workers)
+    stop = min(stop or plan.num_steps, plan.num_steps)
+    segments = [{"start": at, "stop": min(at + stride, stop)} for at in range(start, stop, stride)]
+    segments = ray.data.from_items(segments, override_num_blocks=len(segments))  # from_arrow would take a task for each
+    rows = segments.map_batches(partial(_lay_out, plan), batch_size=None, num_cpus=LAY_OUT_CPUS)
+    # Ray fuses this with the line above, and neither with the renderer: one block of rows, one rendering task
+    rows = rows.repartition(target_num_rows_per_block=plan.global_batch_size // num_workers)
+    return rows.map_batches(render, batch_size=None, num_cpus=num_cpus)
+
+
+def _lay_out(plan: Plan, segment: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    (start,), (stop,) = segment["start"].tolist(), segment["stop"].tolist()
+    return plan.columns(start, stop)
+
+
+def _keep_ahead(base: type) -> type:
+    """Ray bounds what waits between two operators by its bytes, which for rows of the plan is no bound: this one goes by
+    their number. Made here since this module is imported without Ray, too."""
+
+    class KeepAhead(base):
+        def can_add_input(self, op) -> bool:
+            if "_lay_out" not in op.name:
+                return True
+            waiting = sum(self._topology[after].total_enqueued_input_blocks() for after in op.output_dependencies)
+            return waiting < BLOCKS_AHEAD and not op.num_active_tasks()
+
+    return KeepAhead
 
 
 # -- renderers: run in Ray Data's tasks -------------------------------------------------------------------------------
@@ -178,13 +217,17 @@ class PairRenderer:
     """Index rows -> pairs of views with their priors.
 
     The batch has view_1, view_2 float16 [B, 1, D, H, W]; box_1, box_2 int32 [B, 3, 2] in the scan frame; flip_1,
-    flip_2 uint8 [B, 3]; with `deform` also deformed_1, deformed_2, like the views; and step, epoch, scan, draw int64
-    [B].
+    flip_2 uint8 [B, 3]; with `deform` also deformed_1, deformed_2, like the views; step, epoch, scan, draw int64 [B] of
+    the pair that is shown; and missed int64 [B], see `skip`. `finish` does what is left to do on the training device.
 
     Attributes:
         store, scan_ids, seed, views, intensity: what is cropped, and how.
         shared_box: both views of a pair show one crop.
         deform: Models Genesis' deformations; none: no such columns. The views are the same either way.
+        augment: do the intensity operations here; otherwise their parameters come along, intensity_1, intensity_2
+            float32 [B, 4] and noise_seed_1, noise_seed_2 int64 [B].
+        skip: a row whose scan cannot be read shows a copy of the next readable row of the batch instead of raising;
+            missed is that scan's number, and -1 in all other rows.
         pairs_per_region: draws in turn that share a region of their scan; 1: each is drawn from the whole scan.
     """
 
@@ -195,35 +238,62 @@ class PairRenderer:
     intensity: IntensityConfig
     shared_box: bool = False
     deform: DeformConfig | None = None
+    augment: bool = True
+    skip: bool = False
     pairs_per_region: int = 1
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)  # one task per core already
-        index, records = _records(self.store)
         num = len(rows["step"])
-        out = dict(rows)
+        out = dict(rows) | {"missed": np.full(num, -1)}
         for view in ("1", "2"):
             out["view_" + view] = np.empty((num, 1, *self.views.size), np.float16)
             out["box_" + view] = np.empty((num, 3, 2), np.int32)
             out["flip_" + view] = np.empty((num, 3), np.uint8)
             if self.deform:
                 out["deformed_" + view] = np.empty_like(out["view_" + view])
+            if not self.augment:
+                out["intensity_" + view] = np.empty((num, 4), np.float32)
+                out["noise_seed_" + view] = np.empty(num, np.int64)
+        unread, fault = [], None
         for i in range(num):
-            scan_id = self.scan_ids[rows["scan"][i]]
-            region, priors, rng = self._draw(records[scan_id], int(rows["epoch"][i]), int(rows["draw"][i]))
-            crops = _crops(self.store, scan_id, priors, self.views.size, index.hu_window, region)
-            for view, prior, crop in zip(("1", "2"), priors, crops, strict=True):
-                params = v.sample_intensity(rng, self.intensity)
-                torch.from_numpy(out["view_" + view][i, 0]).copy_(
-                    v.apply_intensity(crop, params)
-                )  # numpy's cast is slow
-                out["box_" + view][i], out["flip_" + view][i] = prior.box, prior.flip
-            for view in ("1", "2") if self.deform else ():
-                seen = torch.from_numpy(out["view_" + view][i, 0].astype(np.float32))
-                out["deformed_" + view][i, 0] = deform(seen, rng, self.deform).numpy()
+            try:
+                self._render(i, rows, out)
+            except (RuntimeError, OSError) as error:  # what ArrayReader and the file system say of a broken scan
+                if not self.skip:
+                    raise
+                unread, fault = [*unread, i], error
+        if len(unread) == num:
+            raise RuntimeError(f"not one of the {num} pairs of a batch could be read; the last: {fault}")
+        if unread:
+            out |= {name: column.copy() for name, column in rows.items()}  # the caller's are left as they are
+        for i in unread:
+            other = next(j % num for j in range(i, i + num) if j % num not in unread)
+            for name in out.keys() - {"step", "missed"}:
+                out[name][i] = out[name][other]
+            out["missed"][i] = rows["scan"][i]
         return out
 
-    def _draw(self, record: store_room.ScanRecord, epoch: int, draw: int):
+    def _render(self, i: int, rows: dict[str, np.ndarray], out: dict[str, np.ndarray]) -> None:
+        """Row i of a batch."""
+        index, records = _records(self.store)
+        scan_id = self.scan_ids[rows["scan"][i]]
+        region, priors, rng = self.draw(records[scan_id], int(rows["epoch"][i]), int(rows["draw"][i]))
+        crops = _crops(self.store, scan_id, priors, self.views.size, index.hu_window, region)
+        for view, prior, crop in zip(("1", "2"), priors, crops, strict=True):
+            params = v.sample_intensity(rng, self.intensity)
+            if self.augment:
+                crop = v.apply_intensity(crop, params)
+            else:
+                out["intensity_" + view][i] = params.noise_std, params.blur_sigma, params.gain, params.gamma
+                out["noise_seed_" + view][i] = params.noise_seed
+            torch.from_numpy(out["view_" + view][i, 0]).copy_(crop)  # numpy's cast is slow
+            out["box_" + view][i], out["flip_" + view][i] = prior.box, prior.flip
+        for view in ("1", "2") if self.deform else ():
+            seen = torch.from_numpy(out["view_" + view][i, 0].astype(np.float32))
+            out["deformed_" + view][i, 0] = deform(seen, rng, self.deform).numpy()
+
+    def draw(self, record: store_room.ScanRecord, epoch: int, draw: int):
         """The region of a pair, if any, its priors and what goes on to draw its intensity operations."""
         key, body = (self.seed, epoch, record.scan_id), record.foreground_box
         rng = v.generator(*key, draw)
@@ -244,6 +314,82 @@ class PairRenderer:
         batch = self({name: np.array([value]) for name, value in row.items()})
         torch.set_num_threads(threads)
         return batch
+
+
+def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """What the stages of rendering cost on one core, by leaving out one after the other.
+
+    Args:
+        renderer: is called as it is, and without its intensity operations.
+        rows: of the plan, in its order, so that pairs share regions as they will.
+
+    Returns:
+        CPU ms per pair: draw (priors), read (bytes of the chunks that are touched, from the page cache where they are
+        in it), decode, resize (window, z-score, resize, flip), intensity; and bytes_read, crop_bytes per pair (of the
+        stored type).
+    """
+    num, records = len(rows["step"]), _records(renderer.store)[1]
+    drawn = []
+
+    def draw() -> None:
+        drawn.clear()
+        for scan, epoch, number in zip(*(rows[name].tolist() for name in ("scan", "epoch", "draw")), strict=True):
+            scan_id = renderer.scan_ids[scan]
+            region, priors, _ = renderer.draw(records[scan_id], epoch, number)
+            drawn.append((scan_id, region, [prior.box for prior in priors]))
+
+    def fetch() -> int:
+        done, seen = 0, set()
+        for scan_id, region, boxes in drawn:
+            reader = _volume(renderer.store, scan_id)
+            if region is not None:
+                key = scan_id, region.tobytes()
+                boxes = [] if key in seen else [region]
+                seen.add(key)
+            shape = np.asarray(reader.shape)[:, None]
+            done += reader.fetch([np.clip(box, 0, shape) for box in boxes])
+        return done
+
+    def read() -> None:
+        for scan_id, region, boxes in drawn:
+            v.read_all_padded(_reader(renderer.store, scan_id, region), boxes, AIR)
+
+    seconds = {}
+    stages = {"draw": draw, "fetch": fetch, "read": read, "plain": partial(replace(renderer, augment=False), rows)}
+    for name, work in (stages | {"whole": partial(renderer, rows)}).items():
+        work()  # opens files, compiles
+        _region.cache_clear()
+        began = time.process_time()
+        work()
+        seconds[name] = time.process_time() - began
+    itemsize = _volume(renderer.store, drawn[0][0]).stored_dtype.itemsize
+    costs = {
+        "draw": seconds["draw"],
+        "read": seconds["fetch"],
+        "decode": seconds["read"] - seconds["fetch"],
+        "resize": seconds["plain"] - seconds["read"] - seconds["draw"],
+        "intensity": seconds["whole"] - seconds["plain"] if renderer.augment else 0.0,
+    }
+    return {name: max(0.0, 1000 * cost / num) for name, cost in costs.items()} | {
+        "bytes_read": fetch() / num,
+        "crop_bytes": sum(int(np.prod(b[:, 1] - b[:, 0])) for *_, boxes in drawn for b in boxes) * itemsize / num,
+    }
+
+
+def finish(batch: dict[str, torch.Tensor], intensity: IntensityConfig) -> dict[str, torch.Tensor]:
+    """The intensity operations of a batch whose renderer left them out, where its tensors lie; else the batch itself.
+
+    Args:
+        batch: of a PairRenderer.
+        intensity: its ranges.
+    """
+    if "intensity_1" not in batch:
+        return batch
+    done = {}
+    for view in ("1", "2"):
+        params = batch["intensity_" + view], batch["noise_seed_" + view]
+        done["view_" + view] = v.apply_intensities(batch["view_" + view], *params, intensity.blur_sigma[1])
+    return batch | done
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Everything random is drawn from one Generator per (seed, epoch, scan, draw), so 
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -343,8 +344,8 @@ def apply_intensity(view: Tensor, params: Intensity) -> Tensor:
         params: what was drawn.
     """
     if params.noise_std > 0:
-        source = torch.Generator().manual_seed(params.noise_seed)
-        view = torch.add(view, torch.randn(view.shape, generator=source), alpha=params.noise_std)
+        drawn = noise(torch.tensor([params.noise_seed]), view.shape)[0]
+        view = torch.add(view, drawn, alpha=params.noise_std)
     if params.blur_sigma > 0:
         view = blur(view, params.blur_sigma)
     compiled = kernels.load()
@@ -384,3 +385,71 @@ def blur(view: Tensor, sigma: float) -> Tensor:
         pad[2 * (2 - axis)] = pad[2 * (2 - axis) + 1] = radius
         out = F.conv3d(F.pad(out, pad, mode="replicate"), taps.view(shape))
     return out[0, 0]
+
+
+def apply_intensities(views: Tensor, intensity: Tensor, noise_seed: Tensor, max_sigma: float) -> Tensor:
+    """`apply_intensity` of a whole batch with each view's own parameters, on any device.
+
+    Every operation runs on all views, with neutral parameters where it was not drawn, so that nothing waits for the
+    device. Agrees with `apply_intensity` to 1e-4.
+
+    Args:
+        views: [N, 1, D, H, W], z-scored.
+        intensity: [N, 4] of noise_std, blur_sigma, gain, gamma.
+        noise_seed: int64 [N].
+        max_sigma: at least the largest blur_sigma.
+
+    Returns:
+        float32 [N, 1, D, H, W].
+    """
+    noise_std, sigma, gain, gamma = intensity.float()[:, :, None, None, None, None].unbind(1)
+    out = views.float() + noise_std * noise(noise_seed, views.shape[1:])
+    out = _blur_each(out, sigma, max(1, round(3 * max_sigma)))
+    low, high = out.amin((1, 2, 3, 4), keepdim=True), out.amax((1, 2, 3, 4), keepdim=True)
+    out = (out * gain).clamp(low, high)
+    low, high = out.amin((1, 2, 3, 4), keepdim=True), out.amax((1, 2, 3, 4), keepdim=True)
+    span = (high - low).clamp_min(1e-6)
+    return torch.where(gamma == 1, out, ((out - low) / span).clamp(0, 1) ** gamma * span + low)
+
+
+def _blur_each(views: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """`blur` with a sigma per view, [N, 1, 1, 1, 1]; 0: none. The kernel is as long as each sigma's own."""
+    at = torch.arange(-radius, radius + 1, device=views.device)
+    own = torch.floor(3 * sigma + 0.5).clamp_min(1)
+    taps = torch.exp(-0.5 * (at / sigma.clamp_min(1e-3)) ** 2) * (at.abs() <= own)
+    taps = taps / taps.sum(-1, keepdim=True)  # [N, 1, 1, 1, taps]
+    for axis in (2, 3, 4):
+        pad, size = [0] * 6, views.shape[axis]
+        pad[2 * (4 - axis)] = pad[2 * (4 - axis) + 1] = radius
+        padded = F.pad(views, pad, mode="replicate")
+        views = sum(taps[..., i, None] * padded.narrow(axis, i, size) for i in range(2 * radius + 1))
+    return views
+
+
+def noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers from seeds, the same on every device to float32's rounding.
+
+    A counter through splitmix64 (Steele et al. 2014), then Box and Muller's transform of two 24-bit halves.
+
+    Args:
+        seeds: int64 [N].
+        shape: of each view.
+
+    Returns:
+        float32 [N, *shape].
+    """
+    num = math.prod(shape)
+    state = _mix(seeds)[:, None] + torch.arange(-(-num // 2), device=seeds.device) * -0x61C8864680B583EB
+    bits = _mix(state)
+    first, second = ((bits >> 40) & 0xFFFFFF).float(), ((bits >> 12) & 0xFFFFFF).float()
+    length = torch.sqrt(-2 * torch.log((first + 1) / 2**24))
+    angle = second * (2 * math.pi / 2**24)
+    drawn = torch.stack([length * torch.cos(angle), length * torch.sin(angle)], 1)
+    return drawn.flatten(1)[:, :num].reshape(len(seeds), *shape)
+
+
+def _mix(state: Tensor) -> Tensor:
+    """splitmix64's output function on int64, which torch multiplies modulo 2**64."""
+    state = (state ^ ((state >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    state = (state ^ ((state >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return state ^ ((state >> 31) & (2**33 - 1))

@@ -21,7 +21,8 @@ from pgl_ray.model.segmenter import Segmenter
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 STATE = "state.pt"
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
-MAY_DIFFER = {"ray", "train", "health"}  # sections that a continued run may change
+# what a continued run may change
+MAY_DIFFER = {"ray", "train", "health", "stream.on_error", "stream.max_skipped_share", "stream.augment_on"}
 
 
 # -- run folders ------------------------------------------------------------------------------------------------------
@@ -48,7 +49,8 @@ def open_run(config: Section, door: str, facts: dict[str, Any]) -> str:
         if found["door"] != door:
             raise ValueError(f"run={config.run} is a {found['door']} run: choose another run=...")
         skip = MAY_DIFFER | {"run", "index"}
-        changed = sorted(_differences({k: v for k, v in wanted.items() if k not in skip}, found["config"]))
+        names = _differences({k: v for k, v in wanted.items() if k not in skip}, found["config"])
+        changed = sorted(name for name in names if name.split(" ")[0] not in MAY_DIFFER)
         if changed:
             raise ValueError(f"run={config.run} was started with another {', '.join(changed)}: choose another run=...")
         if found["plan"] != facts["plan"]:

@@ -84,7 +84,7 @@ def fit(
     from ray.data import ExecutionOptions
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    use_gpu = _check_resources(train)
+    use_gpu = check_resources(train)
     folder = Path(run)
     trainer = TorchTrainer(
         worker,
@@ -112,7 +112,7 @@ def fit(
             raise FailedRun(_first_cause(error)) from error
 
 
-def _check_resources(train: TrainConfig) -> bool:
+def check_resources(train: TrainConfig) -> bool:
     """Refuses what would wait for ever; returns whether the workers get GPUs."""
     import ray
 
@@ -141,6 +141,7 @@ def _first_cause(error: Exception) -> str:
     # Ray wraps the traceback as text and adds advice below it: the exception's own line is the last that names a class.
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Run)(\(\w+\))?: ", line)]
+    named = [line for line in named if "UserCodeException" not in line] or named  # Ray Data's, around the renderer's own
     return f"worker {rank} failed: {(named or lines)[-1]}"
 
 
@@ -170,12 +171,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
+def of_all_workers(value: Any) -> list[Any]:
+    """What each worker has, by rank; all workers call this."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def mean_over_workers(figures: dict[str, float]) -> dict[str, float]:
     """Mean of each figure over all workers, which all call this; every worker gets the same answer."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return figures
-    rows: list[dict[str, float]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(rows, figures)
+    rows = of_all_workers(figures)
     return {key: sum(row[key] for row in rows) / len(rows) for key in figures}
 
 
@@ -222,6 +229,8 @@ class Progress:
         steps, seconds = row["step"] - first[0], time.monotonic() - first[1]
         parts = [f"  step {row['step']}/{self.num_steps}", f"loss {row['train/loss']:.4f}"]
         parts += [f"{row[key]:.1f} {key.rsplit('/', 1)[1][:-6]}/s" for key in row if key.endswith("_per_s")]
+        parts += [f"waiting for data {row[key]:.0%} of the time" for key in row if key == "data/wait_share"]
+        parts += [f"{row[key]:.2%} of the pairs skipped" for key in row if key == "data/skipped_share" and row[key]]
         parts += [f"val Dice {row['val/dice']:.3f}" for row in rows[-1:] if "val/dice" in row]
         judged = [row["health/collapsed"] for row in rows if "health/collapsed" in row]
         parts += ["features COLLAPSED" for share in judged[-1:] if share >= 0.5]

@@ -1,0 +1,41 @@
+"""The stream through Ray Data: what reaches which worker, and how much of it lies about."""
+
+import numpy as np
+import pytest
+
+from pgl_ray.data import stream
+
+pytestmark = pytest.mark.cluster
+
+
+def plan_of(num_scans: int, batch: int = 12, **changes) -> stream.Plan:
+    limits = {"epochs": 500, "max_steps": None, "seed": 1} | changes
+    return stream.Plan.make([f"scan_{i}" for i in range(num_scans)], 1, batch, **limits)
+
+
+def take(plan: stream.Plan, num_workers: int, start: int, num_steps: int) -> list[dict]:
+    """The first steps of a stream, as one consumer gets the workers' batches in turn."""
+
+    def mark(rows: dict) -> dict:  # instead of rendering; in here, so that Ray's tasks need not import the tests
+        num = len(rows["step"])
+        return rows | {"block": np.full(num, num), "view": np.zeros((num, 50_000), np.float16)}
+
+    data = stream.dataset(plan, mark, num_workers, start, 0.5)
+    batches, size = [], plan.global_batch_size // num_workers
+    for batch in data.iterator().iter_torch_batches(batch_size=size, prefetch_batches=2, drop_last=True):
+        batches.append({name: batch[name].numpy() for name in ("step", "epoch", "scan", "draw", "block")})
+        if len(batches) == num_steps * num_workers:
+            break
+    return batches
+
+
+def test_a_stream_continued_by_other_workers_loses_no_pair_and_repeats_none(ray_cluster):
+    """500 epochs of 10,000 scans: two workers get as far as step 4, three go on; to compare, the plan itself."""
+    plan = plan_of(10_000)
+    batches = take(plan, 2, 0, 4) + take(plan, 3, 4, 4)
+    per_step = [2] * 4 + [3] * 4
+    assert [set(b["step"].tolist()) for b in batches] == [{s} for s, n in enumerate(per_step) for _ in range(n)]
+    assert [set(b["block"].tolist()) for b in batches] == [{12 // n} for n in per_step for _ in range(n)]
+    rows = np.concatenate([np.stack([b[c] for c in ("epoch", "scan", "draw")], 1) for b in batches])
+    np.testing.assert_array_equal(rows, plan.rows(0, 8))
+    assert len({tuple(row) for row in rows.tolist()}) == len(rows)
