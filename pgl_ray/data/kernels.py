@@ -17,6 +17,7 @@ class Kernels(NamedTuple):
     resize: Callable
     blur: Callable
     gain_and_gamma: Callable
+    random_bits: Callable
     look_up: Callable
 
 
@@ -29,9 +30,11 @@ def load() -> Kernels | None:
         return None
     options = {"nogil": True, "fastmath": {"contract", "nnan", "nsz"}}
     try:
-        return Kernels(*(njit(cache=True, **options)(each) for each in (_resize, _blur, _gain_and_gamma, _look_up)))
+        return Kernels(
+            *(njit(cache=True, **options)(each) for each in (_resize, _blur, _gain_and_gamma, _random_bits, _look_up))
+        )
     except RuntimeError:  # no folder to keep machine code in
-        return Kernels(*(njit(**options)(each) for each in (_resize, _blur, _gain_and_gamma, _look_up)))
+        return Kernels(*(njit(**options)(each) for each in (_resize, _blur, _gain_and_gamma, _random_bits, _look_up)))
 
 
 def _resize(crop, low, high, scale, shift, z, y, x, out):
@@ -151,6 +154,28 @@ def _gain_and_gamma(view, low, high, gain, gamma, out):
             bits[k] = (bits[k] + 127) << 23
         for k in range(len(source)):
             target[k] = (power[k] * unit[k] if exponents[k] > -123 else of_zero) * span + bottom
+
+
+def _random_bits(state, first, second):
+    """Two 24-bit numbers per step of splitmix64's counter, as `views.noise` draws them.
+
+    Args:
+        state: uint64, the counter's start.
+        first, second: float32 [n], to be filled.
+    """
+    step, factor_1, factor_2 = (
+        np.uint64(0x9E3779B97F4A7C15),
+        np.uint64(0xBF58476D1CE4E5B9),
+        np.uint64(0x94D049BB133111EB),
+    )
+    mask = np.uint64(0xFFFFFF)
+    for k in range(len(first)):
+        bits = state + np.uint64(k) * step
+        bits = (bits ^ (bits >> np.uint64(30))) * factor_1
+        bits = (bits ^ (bits >> np.uint64(27))) * factor_2
+        bits ^= bits >> np.uint64(31)
+        first[k] = np.float32(np.int32((bits >> np.uint64(40)) & mask))
+        second[k] = np.float32(np.int32((bits >> np.uint64(12)) & mask))
 
 
 def _look_up(table, codes, out):

@@ -439,13 +439,23 @@ def noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
         float32 [N, *shape].
     """
     num = math.prod(shape)
-    state = _mix(seeds)[:, None] + torch.arange(-(-num // 2), device=seeds.device) * -0x61C8864680B583EB
-    bits = _mix(state)
-    first, second = ((bits >> 40) & 0xFFFFFF).float(), ((bits >> 12) & 0xFFFFFF).float()
-    length = torch.sqrt(-2 * torch.log((first + 1) / 2**24))
-    angle = second * (2 * math.pi / 2**24)
+    first, second = _random_bits(_mix(seeds), -(-num // 2))
+    length = first.add_(1).div_(2**24).log_().mul_(-2).sqrt_()
+    angle = second.mul_(2 * math.pi / 2**24)
     drawn = torch.stack([length * torch.cos(angle), length * torch.sin(angle)], 1)
     return drawn.flatten(1)[:, :num].reshape(len(seeds), *shape)
+
+
+def _random_bits(starts: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Two 24-bit numbers per step of a counter, float32 [N, num] each."""
+    compiled = kernels.load() if starts.device.type == "cpu" else None
+    if compiled is None:
+        bits = _mix(starts[:, None] + torch.arange(num, device=starts.device) * -0x61C8864680B583EB)
+        return ((bits >> 40) & 0xFFFFFF).float(), ((bits >> 12) & 0xFFFFFF).float()
+    first, second = torch.empty(len(starts), num), torch.empty(len(starts), num)
+    for start, *rows in zip(starts.numpy().view(np.uint64), first.numpy(), second.numpy(), strict=True):
+        compiled.random_bits(start, *rows)
+    return first, second
 
 
 def _mix(state: Tensor) -> Tensor:
