@@ -1,7 +1,7 @@
 """Compiled kernels of the streaming hot path (numba): crop -> view, intensity operations, 8-bit codes -> HU.
 
 They release the GIL. numba keeps their machine code beside this file or in the user's cache folder: the first use
-on a machine compiles for some seconds, the first in a process takes about a second, most of it numba's import.
+on a machine compiles for two seconds of CPU time, the first in a process takes half a second.
 """
 
 from collections.abc import Callable
