@@ -242,9 +242,9 @@ def describe(result: Result) -> str:
     else:
         mend = f"The training step limits the run ({waits}): train on a GPU or take a smaller encoder."
     gpu_hours = result.num_pairs * result.tflop_per_pair * 1e12 / GPU_FLOPS / 3600
-    planned = f"about {gpu_hours:.1f} GPU-hours on an H200 at {GPU_FLOPS / 1e12:.0f} TFLOP/s"
+    planned = f"about {_amount(gpu_hours)} GPU-hours on an H200 at {GPU_FLOPS / 1e12:.0f} TFLOP/s"
     if result.device == "cuda":
-        planned = f"{result.hours * result.num_workers:.1f} GPU-hours here, {planned}"
+        planned = f"{_amount(result.hours * result.num_workers)} GPU-hours here, {planned}"
     kind = "measured" if result.device == "cuda" else "float32, estimated; bfloat16 takes about half"
     return (
         f"  data only, {result.cores:3d} cores  {result.data_pairs_per_s:8.1f} pairs/s\n"
@@ -255,9 +255,13 @@ def describe(result: Result) -> str:
         f"  training              {result.tflop_per_pair:8.3f} TFLOP per pair; {planned}\n"
         f"  memory per worker     {result.memory_gib:8.1f} GiB ({kind})\n"
         f"  {mend}\n"
-        f"bench: {result.num_pairs:,} pairs would take {result.hours:.1f} hours here with "
+        f"bench: {result.num_pairs:,} pairs would take {_amount(result.hours)} hours here with "
         f"{result.num_workers} worker{'s' if result.num_workers > 1 else ''}"
     )
+
+
+def _amount(number: float) -> str:
+    return f"{number:.2g}" if number < 10 else f"{number:,.0f}"
 
 
 def main() -> None:

@@ -73,12 +73,9 @@ def overlap_share(box_1: np.ndarray, box_2: np.ndarray, of: str) -> np.ndarray:
         of: "smaller", "larger" or "union".
     """
     common, first, second = volume_of(overlap_box(box_1, box_2)), volume_of(box_1), volume_of(box_2)
-    whole = {
-        "smaller": np.minimum(first, second),
-        "larger": np.maximum(first, second),
-        "union": first + second - common,
-    }[of]
-    return common / whole
+    if of == "union":
+        return common / (first + second - common)
+    return common / (np.minimum if of == "smaller" else np.maximum)(first, second)
 
 
 def scan_to_view(point, box, flip, view_size):

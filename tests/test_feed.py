@@ -9,12 +9,20 @@ pytestmark = pytest.mark.cluster
 
 
 def plan_of(num_scans: int, batch: int = 12, **changes) -> stream.Plan:
-    limits = {"epochs": 500, "max_steps": None, "seed": 1} | changes
+    limits = {"epochs": 20, "max_steps": None, "seed": 1} | changes
     return stream.Plan.make([f"scan_{i}" for i in range(num_scans)], 1, batch, **limits)
 
 
-def take(plan: stream.Plan, num_workers: int, start: int, num_steps: int) -> list[dict]:
-    """The first steps of a stream, as one consumer gets the workers' batches in turn."""
+def take(plan: stream.Plan, num_workers: int, start: int, num_steps: int, folder) -> list[dict]:
+    """The first steps of a stream, as one consumer gets the workers' batches in turn; a file in `folder` for each part
+    of the plan that was laid out."""
+
+    class Counted(stream.Plan):
+        def columns(self, first: int, last: int) -> dict:
+            (folder / f"{num_workers}_{first}").touch()
+            return super().columns(first, last)
+
+    plan = Counted(**vars(plan))
 
     def mark(rows: dict) -> dict:  # instead of rendering; in here, so that Ray's tasks need not import the tests
         num = len(rows["step"])
@@ -29,13 +37,15 @@ def take(plan: stream.Plan, num_workers: int, start: int, num_steps: int) -> lis
     return batches
 
 
-def test_a_stream_continued_by_other_workers_loses_no_pair_and_repeats_none(ray_cluster):
-    """500 epochs of 10,000 scans: two workers get as far as step 4, three go on; to compare, the plan itself."""
+def test_a_stream_continued_by_other_workers_loses_no_pair_and_repeats_none(ray_cluster, tmp_path):
+    """20 epochs of 10,000 scans: two workers get as far as step 4, three go on; to compare, the plan itself. No more
+    of it is laid out than what may lie ahead of the renderers."""
     plan = plan_of(10_000)
-    batches = take(plan, 2, 0, 4) + take(plan, 3, 4, 4)
+    batches = take(plan, 2, 0, 4, tmp_path) + take(plan, 3, 4, 4, tmp_path)
     per_step = [2] * 4 + [3] * 4
     assert [set(b["step"].tolist()) for b in batches] == [{s} for s, n in enumerate(per_step) for _ in range(n)]
     assert [set(b["block"].tolist()) for b in batches] == [{12 // n} for n in per_step for _ in range(n)]
     rows = np.concatenate([np.stack([b[c] for c in ("epoch", "scan", "draw")], 1) for b in batches])
     np.testing.assert_array_equal(rows, plan.rows(0, 8))
     assert len({tuple(row) for row in rows.tolist()}) == len(rows)
+    assert len(list(tmp_path.iterdir())) <= 4 < plan.num_steps // stream.BLOCKS_AHEAD

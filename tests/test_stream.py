@@ -87,8 +87,8 @@ def test_a_long_plan_costs_no_more_than_a_short_one():
 
 
 def test_a_run_killed_again_and_again_draws_the_exact_list_of_an_undisturbed_one():
-    """Mid-epoch, each start with another number of workers, from the last checkpoint on: what a checkpoint holds counts,
-    what was drawn behind it is drawn again, the same."""
+    """Mid-epoch, each start with another number of workers, from the last checkpoint on: what a checkpoint holds
+    counts, what was drawn behind it is drawn again, the same."""
     plan = make_plan(draws_per_scan=3, global_batch_size=6, epochs=7)
     undisturbed = [tuple(row) for row in plan.rows(0, plan.num_steps).tolist()]
     assert len(set(undisturbed)) == len(undisturbed) == plan.num_steps * 6

@@ -268,10 +268,12 @@ def test_noise_is_normal_and_of_its_seed_alone():
     assert np.abs(np.corrcoef(flat) - np.eye(3)).max() < 0.02
     # splitmix64 in Python's own integers
     state, mask = int(seeds[2]), 2**64 - 1
+
     def mix(z):
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
         return z ^ (z >> 31)
+
     bits = mix(mix(state) + 5 * 0x9E3779B97F4A7C15 & mask)
     length = np.sqrt(-2 * np.log(((bits >> 40) + 1) / 2**24))
     expected = length * np.cos((bits >> 12 & 0xFFFFFF) * 2 * np.pi / 2**24)

@@ -22,6 +22,7 @@ from pgl_ray.config import FailedRun
 
 STRAGGLERS_S = 20  # how long workers of a killed run may live on
 HEARTBEAT_S, SILENCE_S = 5, 30  # of the lock in a bucket
+LARGEST_READ = 2**20  # bytes after which no neighbour is added
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -186,9 +187,17 @@ class _LocalFile:
         self.size = os.fstat(self._file).st_size
 
     def ranges(self, spans: list[tuple[int, int]]) -> Iterator[bytes]:
-        """The bytes of each (offset, length); fewer where the file ends before."""
-        for offset, length in spans:
-            yield os.pread(self._file, length, offset)
+        """The bytes of each (offset, length); fewer where the file ends before. Neighbours are read together."""
+        done = 0
+        while done < len(spans):
+            begin, length = spans[done]
+            end, after = begin + length, done + 1
+            while after < len(spans) and spans[after][0] == end and end - begin < LARGEST_READ:
+                end, after = end + spans[after][1], after + 1
+            data = os.pread(self._file, end - begin, begin)
+            for offset, length in spans[done:after]:
+                yield data[offset - begin : offset - begin + length]
+            done = after
 
     def close(self) -> None:
         if self._file >= 0:

@@ -19,8 +19,7 @@ from pgl_ray.data import views as v
 from pgl_ray.data.deform import deform
 
 AIR = -1024  # HU outside a scan
-BLOCKS_AHEAD = 256  # blocks of rows that are laid out at a time
-LAY_OUT_CPUS = 0.01  # Ray CPUs of that
+BLOCKS_AHEAD = 256  # blocks of rows laid out at a time, by a task of 1 CPU: Ray Data's repartition takes no less
 REGIONS_MIXED = 16  # regions whose pairs are shuffled with one another; up to 31 at an epoch's end
 
 
@@ -148,24 +147,30 @@ def dataset(
     stop = min(stop or plan.num_steps, plan.num_steps)
     segments = [{"start": at, "stop": min(at + stride, stop)} for at in range(start, stop, stride)]
     segments = ray.data.from_items(segments, override_num_blocks=len(segments))  # from_arrow would take a task for each
-    rows = segments.map_batches(partial(_lay_out, plan), batch_size=None, num_cpus=LAY_OUT_CPUS)
-    # Ray fuses this with the line above, and neither with the renderer: one block of rows, one rendering task
+    rows = segments.map_batches(LayOut(plan), batch_size=None)
+    # Ray fuses this with the line above, as their CPUs agree, and neither with the renderer: a block, a rendering task
     rows = rows.repartition(target_num_rows_per_block=plan.global_batch_size // num_workers)
     return rows.map_batches(render, batch_size=None, num_cpus=num_cpus)
 
 
-def _lay_out(plan: Plan, segment: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    (start,), (stop,) = segment["start"].tolist(), segment["stop"].tolist()
-    return plan.columns(start, stop)
+@dataclass(frozen=True)
+class LayOut:
+    """First and past-the-last step -> their rows; a class of its own because Ray names its operator after it."""
+
+    plan: Plan
+
+    def __call__(self, segment: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        (start,), (stop,) = segment["start"].tolist(), segment["stop"].tolist()
+        return self.plan.columns(start, stop)
 
 
 def _keep_ahead(base: type) -> type:
-    """Ray bounds what waits between two operators by its bytes, which for rows of the plan is no bound: this one goes by
-    their number. Made here since this module is imported without Ray, too."""
+    """Ray bounds what waits between two operators by its bytes, which for rows of the plan is no bound: this one goes
+    by their number. Made here since this module is imported without Ray, too."""
 
     class KeepAhead(base):
         def can_add_input(self, op) -> bool:
-            if "_lay_out" not in op.name:
+            if LayOut.__name__ not in op.name:
                 return True
             waiting = sum(self._topology[after].total_enqueued_input_blocks() for after in op.output_dependencies)
             return waiting < BLOCKS_AHEAD and not op.num_active_tasks()

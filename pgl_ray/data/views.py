@@ -44,13 +44,20 @@ def sample_prior(
         views: sizes, scales and flip probability.
         body: the scan's foreground box (d0, d1, h0, h1, w0, w1); used with `views.foreground`.
     """
-    size = np.asarray(views.size)
-    least, most = np.ceil(views.crop_scale[0] * size - 1e-9), np.floor(views.crop_scale[1] * size + 1e-9)
-    length = rng.integers(least, np.maximum(least, most) + 1).astype(np.int64)
+    length = rng.integers(*_length_range(views.size, views.crop_scale))
     start = rng.integers(*start_range(shape, length))
     if views.foreground and body is not None:
         start = centred_start(rng, body, shape, length)
-    return Prior(np.stack([start, start + length], -1), rng.random(3) < views.flip_prob)
+    box = np.empty((3, 2), np.int64)
+    box[:, 0], box[:, 1] = start, start + length
+    return Prior(box, rng.random(3) < views.flip_prob)
+
+
+@lru_cache(maxsize=16)
+def _length_range(size: tuple[int, int, int], scale: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """First and past-the-last length of a crop."""
+    least, most = np.ceil(scale[0] * np.asarray(size) - 1e-9), np.floor(scale[1] * np.asarray(size) + 1e-9)
+    return least.astype(np.int64), np.maximum(least, most).astype(np.int64) + 1
 
 
 def start_range(shape: tuple[int, int, int], length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +113,8 @@ def sample_pair(
         return first, Prior(first.box, rng.random(3) < views.flip_prob)
     for _ in range(MAX_TRIES):
         second = sample_prior(rng, shape, views, body)
-        if overlap_share(first.box, second.box, views.overlap_of) >= views.min_overlap:
+        apart = (second.box[:, 0] >= first.box[:, 1]) | (second.box[:, 1] <= first.box[:, 0])
+        if not apart.any() and overlap_share(first.box, second.box, views.overlap_of) >= views.min_overlap:
             return first, second
     for shaped in (second, first):
         length = shaped.box[:, 1] - shaped.box[:, 0]
@@ -316,10 +324,11 @@ def render(
 @lru_cache(maxsize=1024)
 def _table(old: int, new: int, back: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Linear resize of one axis in the half-pixel convention: (first voxel, second voxel, weight of the second)."""
-    ratio = np.float32(old) / np.float32(new)  # float32 as torch has it
-    at = np.maximum(ratio * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), np.float32(0))
+    ratio = np.float64(np.float32(old) / np.float32(new))  # float32 with one rounding, as torch's fused multiply-add
+    at = np.maximum((ratio * (np.arange(new) + 0.5) - 0.5).astype(np.float32), np.float32(0))
     first = np.minimum(at.astype(np.int64), old - 1)
-    parts = first, np.minimum(first + 1, old - 1), np.minimum(at - first.astype(np.float32), np.float32(1))
+    weight = np.minimum(at - first.astype(np.float32), np.float32(1))
+    parts = first.astype(np.uint64), np.minimum(first + 1, old - 1).astype(np.uint64), weight
     return tuple(np.ascontiguousarray(part[::-1] if back else part) for part in parts)
 
 
@@ -430,13 +439,23 @@ def noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
         float32 [N, *shape].
     """
     num = math.prod(shape)
-    state = _mix(seeds)[:, None] + torch.arange(-(-num // 2), device=seeds.device) * -0x61C8864680B583EB
-    bits = _mix(state)
-    first, second = ((bits >> 40) & 0xFFFFFF).float(), ((bits >> 12) & 0xFFFFFF).float()
-    length = torch.sqrt(-2 * torch.log((first + 1) / 2**24))
-    angle = second * (2 * math.pi / 2**24)
+    first, second = _random_bits(_mix(seeds), -(-num // 2))
+    length = first.add_(1).div_(2**24).log_().mul_(-2).sqrt_()
+    angle = second.mul_(2 * math.pi / 2**24)
     drawn = torch.stack([length * torch.cos(angle), length * torch.sin(angle)], 1)
     return drawn.flatten(1)[:, :num].reshape(len(seeds), *shape)
+
+
+def _random_bits(starts: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Two 24-bit numbers per step of a counter, float32 [N, num] each."""
+    compiled = kernels.load() if starts.device.type == "cpu" else None
+    if compiled is None:
+        bits = _mix(starts[:, None] + torch.arange(num, device=starts.device) * -0x61C8864680B583EB)
+        return ((bits >> 40) & 0xFFFFFF).float(), ((bits >> 12) & 0xFFFFFF).float()
+    first, second = torch.empty(len(starts), num), torch.empty(len(starts), num)
+    for start, *rows in zip(starts.numpy().view(np.uint64), first.numpy(), second.numpy(), strict=True):
+        compiled.random_bits(start, *rows)
+    return first, second
 
 
 def _mix(state: Tensor) -> Tensor:

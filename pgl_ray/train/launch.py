@@ -16,6 +16,7 @@ from pgl_ray.train.quiet import QUIET
 
 COLLECTIVE_TIMEOUT_S = 3600  # one rank may validate a large scan while the others wait; dead ranks are noticed at once
 RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
+FEED_CPUS = 1  # that the stream must have at least: it lays out its plan with one
 
 
 def connect(config: RayConfig) -> None:
@@ -124,10 +125,10 @@ def check_resources(train: TrainConfig) -> bool:
             f"train.num_workers={train.num_workers} need a GPU each, the cluster has {gpus:.0f}: lower it, "
             "or take train.device=cpu"
         )
-    need = train.num_workers * train.cpus_per_worker + RENDER_CPUS
+    need = train.num_workers * train.cpus_per_worker + FEED_CPUS
     if need > cpus:
         raise ValueError(
-            f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker} + {RENDER_CPUS} "
+            f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker} + {FEED_CPUS} "
             f"for the views = {need:g} CPUs, the cluster has {cpus:g}: lower one of them or raise ray.num_cpus"
         )
     return use_gpu
@@ -141,7 +142,9 @@ def _first_cause(error: Exception) -> str:
     # Ray wraps the traceback as text and adds advice below it: the exception's own line is the last that names a class.
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Run)(\(\w+\))?: ", line)]
-    named = [line for line in named if "UserCodeException" not in line] or named  # Ray Data's, around the renderer's own
+    named = [
+        line for line in named if "UserCodeException" not in line
+    ] or named  # Ray Data's, around the renderer's own
     return f"worker {rank} failed: {(named or lines)[-1]}"
 
 
