@@ -154,17 +154,18 @@ class _Consumed:
     cpu_s: float
 
 
-def _consume(batches: Iterator, seconds: float, work: Callable[[dict], None] = lambda batch: None) -> _Consumed:
-    """Takes batches for some time, after those that wait for processes to start and lie ready in buffers by then."""
+def _consume(batches: Iterator, seconds: float, work: Callable[[dict], None] | None = None) -> _Consumed:
+    """Takes batches for some time, after those that wait for processes to start or lie ready in buffers."""
     num, waited, began, cpu = 0, 0.0, time.perf_counter(), 0.0
-    work(next(batches))
-    for part in (seconds / 2, seconds):
+    next(batches)
+    for part, least in ((seconds / 2, 0 if work else 24), (seconds, 1)):
         num, waited, began, cpu = 0, 0.0, time.perf_counter(), _cpu_seconds()
-        while time.perf_counter() - began < part:
+        while time.perf_counter() - began < part or num < least:
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            work(batch)
+            if work:
+                work(batch)
             num += 1
     return _Consumed(num, time.perf_counter() - began, waited, _cpu_seconds() - cpu)
 
