@@ -69,9 +69,11 @@ class Result:
 
     @property
     def hours(self) -> float:
-        """Of the configured run on this machine: all its cores render, and every worker has a device like this one."""
-        step = self.step_pairs_per_s * (self.num_workers if self.device == "cuda" else 1)
-        return self.num_pairs / min(self.data_pairs_per_s, step) / 3600
+        """Of the configured run on this machine: every worker has a GPU like this one and all cores render; without a
+        GPU, stream and step share the cores, so what both reached together counts."""
+        if self.device != "cuda":
+            return self.num_pairs / self.both_pairs_per_s / 3600
+        return self.num_pairs / min(self.data_pairs_per_s, self.step_pairs_per_s * self.num_workers) / 3600
 
 
 def run(config: BenchConfig) -> Result:
@@ -134,7 +136,7 @@ def run(config: BenchConfig) -> Result:
         flops / 1e12,
         memory / 2**30,
         device.type,
-        "data" if both.wait_s / both.wall_s > WAITS and data_rate < step_rate else "step",
+        "data" if both.wait_s / both.wall_s > WAITS else "step",
     )
 
 

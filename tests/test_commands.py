@@ -156,5 +156,5 @@ def test_bench_says_what_limits_and_what_to_change():
     assert "stream.pairs_per_region=8" in text and "decode 2.00" in text and "1.90 times the crops' own" in text
     assert "5 GPU-hours here, about 0.17 GPU-hours on an H200" in text
     slow_step = dataclasses.replace(slow_data, data_pairs_per_s=5000.0, wait_share=0.0, limit="step", device="cpu")
-    assert slow_step.hours == 904_000 / 500 / 3600
+    assert slow_step.hours == 904_000 / slow_step.both_pairs_per_s / 3600
     assert "The training step limits the run" in bench.describe(slow_step)
