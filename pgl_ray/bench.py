@@ -103,7 +103,7 @@ def run(config: BenchConfig) -> Result:
     ready = renderer({name: np.resize(column, num_pairs) for name, column in rows.items()})
     torch.set_num_threads(config.train.threads_per_worker or cores)  # a renderer takes one
     batch = {name: torch.from_numpy(value).to(device) for name, value in ready.items()}
-    flops, memory = _cost(config, step, batch, net, worker_batch)
+    flops, memory = _cost(step, batch, net, worker_batch)
     step_rate = num_pairs / _median_seconds(lambda: step(batch), config.bench_repeats)
 
     # the stream only: pairs that are ready made, which leaves the transport, then real ones
@@ -200,9 +200,7 @@ def _step(config: BenchConfig, device: torch.device, net: nn.Module) -> Callable
     return step
 
 
-def _cost(
-    config: BenchConfig, step: Callable[[dict], None], batch: dict, net: nn.Module, worker_batch: int
-) -> tuple[float, float]:
+def _cost(step: Callable[[dict], None], batch: dict, net: nn.Module, worker_batch: int) -> tuple[float, float]:
     """FLOP per pair, and bytes on the device at a worker's batch size: what one step keeps for its backward pass grows
     with the batch, weights, gradients and momentum do not."""
     num, kept = len(batch["step"]), {}

@@ -40,7 +40,7 @@ def run(config: InspectConfig) -> str:
         ValueError: no store there.
     """
     index, settings = store.read_index(config.store), store.read_settings(config.store)
-    notes = {record.scan_id: warnings(record, index) for record in index.scans}
+    notes = {record.scan_id: warnings(record) for record in index.scans}
     for record, others in duplicates(index).items():
         notes[record].append(f"the same voxels as {', '.join(others)}")
     sizes = _sizes(index)
@@ -69,7 +69,7 @@ def run(config: InspectConfig) -> str:
 THRESHOLDS = [name for name in dir() if name.startswith(("LEAST_", "MOST_", "FEWEST_"))]
 
 
-def warnings(record: ScanRecord, index: Index) -> list[str]:
+def warnings(record: ScanRecord) -> list[str]:
     """What a human should look at in a scan, each with its figure."""
     counts = np.array(record.histogram) / sum(record.histogram)
     low = counts[: _bin(-128)].sum()

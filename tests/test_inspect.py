@@ -50,17 +50,17 @@ def odd(tmp_path_factory):
 def test_what_is_wrong_is_said_with_its_figure(odd, name):
     index = store.read_index(odd)
     record = next(record for record in index.scans if record.scan_id == name)
-    assert any(WRONG[name][1] in note for note in inspect.warnings(record, index)), inspect.warnings(record, index)
+    assert any(WRONG[name][1] in note for note in inspect.warnings(record)), inspect.warnings(record)
 
 
 def test_good_scans_do_not_stand_out_and_twins_are_found(odd):
     index = store.read_index(odd)
     for record in index.scans:
         if record.scan_id.startswith("good"):
-            assert not inspect.warnings(record, index)
+            assert not inspect.warnings(record)
     assert inspect.duplicates(index) == {"good 1": ["twin"], "twin": ["good 1"]}
     twin = next(record for record in index.scans if record.scan_id == "twin")
-    assert inspect.warnings(twin, index) == ["its label map is empty"]
+    assert inspect.warnings(twin) == ["its label map is empty"]
 
 
 def test_the_page_is_whole_and_stands_alone(odd, tmp_path):
@@ -92,5 +92,5 @@ def test_the_store_of_real_scans(real_data, tmp_path):
         scan = ct.read_scan(found)
         store.write_scan(tmp_path, name.split("/")[-1], scan.voxels, scan.affine)
     index = store.write_index(tmp_path, {}, (-1024.0, 325.0))
-    notes = {record.scan_id: inspect.warnings(record, index) for record in index.scans}
+    notes = {record.scan_id: inspect.warnings(record) for record in index.scans}
     assert not notes["pt_2"] and not notes["LIDC-IDRI-0001"] and "cuts the body" in notes["STS_001"][0]
