@@ -9,8 +9,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# The same examples in every run of the normal tests; PGL_RAY_LONG=1 draws new ones.
+settings.register_profile("fixed", derandomize=True)
+if not os.environ.get("PGL_RAY_LONG"):
+    settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

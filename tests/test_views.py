@@ -192,7 +192,7 @@ def test_compiled_gain_and_gamma_equal_numpy(seed, shape, gain, gamma):
     low, span = expected.min(), max(np.ptp(expected), 1e-6)
     if gamma != 1:
         expected = ((expected - low) / span).clip(0, 1) ** gamma * span + low
-    np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(got, expected, atol=1e-6 + 2e-6 * np.ptp(view), rtol=0)  # what the kernel promises
 
 
 def test_normalise():
