@@ -563,6 +563,13 @@ class EvaluateConfig(Section):
     """Folder of the results; none: <run>/evaluation."""
     save_predictions: bool = True
     """Write each predicted label map as NIfTI beside the metrics."""
+    tta: bool = False
+    """Test-time augmentation: average the logits of all eight flips of every window (eight times the work)."""
+    compare: FilePath | None = None
+    """Another run (or folder of results) that was evaluated on the same scans: differences, their 95 % intervals, and
+    Wilcoxon's signed-rank test over the scans."""
+    seed: Seed = 0
+    """Seed of the bootstrap draws behind the intervals."""
     inference: InferenceConfig = InferenceConfig()
 
 

@@ -116,7 +116,7 @@ class Metrics:
         from tensorboardX import SummaryWriter
 
         path = metrics_path(run)
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
+        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= start]
         aside = path.with_name(path.name + ".part")
         aside.write_text("".join(line + "\n" for line in kept))
         aside.replace(path)
@@ -138,14 +138,14 @@ class Metrics:
         self.events.close()
 
 
-def _lines(path: Path) -> list[str]:
+def whole_lines(path: Path) -> list[str]:
     """Whole lines of a file that may still be written to."""
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
     """Rows of a run's metrics.jsonl; none if it is not there yet."""
-    return [json.loads(line) for line in _lines(metrics_path(run))]
+    return [json.loads(line) for line in whole_lines(metrics_path(run))]
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
