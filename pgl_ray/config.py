@@ -210,6 +210,37 @@ class HealthConfig(Section):
     """End the run with an error when two health rows in a row say that the features collapsed."""
 
 
+class ProbeSettings(Section):
+    """Scans and voxels of a voxel probe."""
+
+    index: FilePath | None = None
+    """Store written by prepare, with labels; none: the one that is trained on."""
+    size: Triple | None = None
+    """Window that the encoder sees, in voxels (D, H, W); none: views.size."""
+    split: str = "train"
+    """Split the labelled training scans are taken from."""
+    num_scans: Positive = 5
+    """Labelled scans to train on."""
+    test_split: str = "test"
+    """Split the classifier is tested on."""
+    num_test_scans: Positive = 10
+    """Scans to test on."""
+    voxels_per_class: Positive = 100
+    """Voxels drawn per scan and class, background included."""
+    seed: Seed = 0
+    """Seed of scans, voxels and of init=random."""
+
+
+class ProbeCurveConfig(ProbeSettings):
+    """A voxel probe of the encoder while it is pre-trained: probe/balanced_accuracy and the recalls in the metrics."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two probes, beside those at the first and the last step; 0: none. The first worker does it, on
+    scans that it reads once and keeps in memory, and the others wait."""
+    num_test_scans: Positive = 5
+    """Scans to test on."""
+
+
 class LarsConfig(Section):
     """LARS with linear warm-up and a cosine to zero, without restart (paper, Sec. 5.1; BYOL)."""
 
@@ -413,6 +444,7 @@ class PretrainConfig(Section):
     align: AlignConfig = AlignConfig()
     deform: DeformConfig = DeformConfig()
     health: HealthConfig = HealthConfig()
+    probe: ProbeCurveConfig = ProbeCurveConfig()
     optim: LarsConfig = LarsConfig()
     train: TrainConfig = TrainConfig()
     ray: RayConfig = RayConfig()
@@ -585,29 +617,17 @@ class PredictConfig(Section):
     inference: InferenceConfig = InferenceConfig()
 
 
-class ProbeConfig(Section):
+class ProbeConfig(ProbeSettings):
     """Linear classifier on the frozen encoder's features at labelled voxels."""
 
     index: FilePath
     """Store written by prepare, with labels."""
+    size: Triple = (16, 96, 96)
+    """Window that the encoder sees, in voxels (D, H, W)."""
     init: Init = "random"
     """Encoder: `random`, a run's folder, or a file as for fine-tuning."""
     encoder: EncoderConfig | None = None
     """Encoder; none: the checkpoint's, or the default for init=random."""
-    size: Triple = (16, 96, 96)
-    """Window that the encoder sees, in voxels (D, H, W)."""
-    split: str = "train"
-    """Split the labelled training scans are taken from."""
-    num_scans: Positive = 5
-    """Labelled scans to train on."""
-    test_split: str = "test"
-    """Split the classifier is tested on."""
-    num_test_scans: Positive = 10
-    """Scans to test on."""
-    voxels_per_class: Positive = 100
-    """Voxels drawn per scan and class, background included."""
-    seed: Seed = 0
-    """Seed of scans, voxels and of init=random."""
     output: FilePath | None = None
     """JSON file for the result; none: <init>/probe.json, or no file for init=random."""
 
