@@ -57,11 +57,11 @@ def run(config: PretrainConfig) -> Result:
         "plan": plan.identity,
         "store": {"num_scans": len(plan.scan_ids), "labels": index.labels, "hu_window": index.hu_window},
     }
+    if config.probe.every and checkpoint.committed_step(config.run) < plan.num_steps:
+        make_probe(config)  # refuses what would only fail in the first worker
     folder = checkpoint.open_run(config, "pretrain", facts)
     done = checkpoint.committed_step(folder)
     if done < plan.num_steps:
-        if config.probe.every:
-            make_probe(config)  # refuses what would only fail in the first worker
         launch.connect(config.ray)
         renderer = make_renderer(config, index, plan, launch.check_resources(config.train))
         feed = partial(stream.dataset, plan, renderer, config.train.num_workers, num_cpus=launch.RENDER_CPUS)
