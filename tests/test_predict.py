@@ -2,6 +2,7 @@
 
 import gzip
 import sys
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -37,6 +38,7 @@ class Bands(nn.Module):
 
     def __init__(self, hu):
         super().__init__()
+        self.head = SimpleNamespace(out_channels=3)
         clipped = np.clip(hu, *WINDOW).astype(np.float64)
         bounds = (np.array([-0.5, 199.5]) - clipped.mean()) / clipped.std()
         self.bounds = nn.Parameter(torch.tensor(bounds, dtype=torch.float32))
