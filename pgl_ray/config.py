@@ -556,6 +556,8 @@ class PredictConfig(Section):
     """A CT volume, a DICOM series' folder, or a folder of several."""
     output: FilePath
     """Label map (.nii.gz) for one volume or series, or a folder for many."""
+    viewer: bool = True
+    """Beside each label map, an HTML page with the scan, the labels and the organs' volumes, and pictures (PNG)."""
     inference: InferenceConfig = InferenceConfig()
 
 
