@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from pgl_ray import evaluate
-from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build, command
+from pgl_ray.config import EncoderConfig, FailedRun, FinetuneConfig, InferenceConfig, build, command
 from pgl_ray.data import store, stream
+from pgl_ray.data.facts import training_facts
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import summarise
-from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
+from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import checkpoint, launch, optim
 
@@ -42,6 +44,7 @@ def run(config: FinetuneConfig) -> Result:
     index = store.read_index(config.index)
     train_ids, val_ids = split_scans(config, index)
     model, meta = build_model(config, index)
+    meta["data"] = training_facts(index, [*train_ids, *val_ids])
     limits = (config.epochs, config.max_steps, config.seed)
     plan = stream.Plan.make(train_ids, config.patches_per_scan, config.global_batch_size, *limits)
     facts = {
@@ -65,7 +68,7 @@ def run(config: FinetuneConfig) -> Result:
             f"steps {done[1] if done else 0} to {plan.num_steps}, {folder}",
             flush=True,
         )
-        if meta["init_level"] < 4:
+        if meta["init_level"] < len(model.encoder.channels) - 1:
             print(
                 f"finetune: {config.init} was trained up to stage {meta['init_level']} of the encoder "
                 "(align.output_stride): the stages behind it start at random",
@@ -105,7 +108,7 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
         ValueError: the checkpoint of `config.init` is missing or of another architecture or HU window.
     """
     if config.init == "random":
-        encoder = Encoder(**config.encoder.model_dump()) if config.encoder else Encoder()
+        encoder = build_encoder(**(config.encoder or EncoderConfig()).model_dump())
     else:
         expected = config.encoder.model_dump() if config.encoder else None
         encoder, source = checkpoint.load_encoder(config.init, expected)
@@ -124,11 +127,7 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
             checkpoint.load_restorer(model, config.init)
     meta = {
         "door": "finetune",
-        "encoder": {
-            "depths": list(encoder.depths),
-            "width": encoder.channels[0],
-            "stage_strides": encoder.stage_strides,
-        },
+        "encoder": encoder.settings,
         "hu_window": list(index.hu_window),
         "spacing_mm": index.spacing_mm and list(index.spacing_mm),
         "labels": dict(index.labels),

@@ -208,7 +208,10 @@ def _predict(model: Segmenter, meta: dict[str, Any], job: Job, maker: str, confi
     if config.viewer:
         size = f"{' x '.join(map(str, scan.voxels.shape))} voxels"
         spacing = f"{' x '.join(f'{length:.3g}' for length in scan.spacing_mm)} mm (D, H, W)"
-        texts = {"title": job.source.name, "subtitle": f"{size} of {spacing}; labels by {config.run}"}
+        texts = {
+            "title": job.target.name.removesuffix(".nii.gz"),
+            "subtitle": f"{size} of {spacing}; labels by {config.run}",
+        }
         page, picture = viewer.make_page(scan.voxels, label, scan.affine, organs, texts | {"made_by": made_by})
         store.write_aside(job.beside(".html"), page.encode())
         store.write_aside(job.beside(".png"), picture)

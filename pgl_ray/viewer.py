@@ -58,14 +58,16 @@ def make_page(
     cut = tuple(slice(None, None, n) for n in step)
     small = affine @ np.diag([*step, 1.0])
     colors = [(0.0, 0.0, 0.0), *(to_rgb(organ_color(number)) for number in range(1, len(organs) + 1))]
-    red, green, blue = (np.rint(np.array(colors).T * 255).astype(int)).tolist()
+    channels = np.rint(np.array(colors).T * 255).astype(int).tolist()
     data = {
         "scan": _nifti(_greys(voxels[cut]), small, (GREY_HU, -1024.0)),
         "labels": _nifti(numbers[cut], small, (1.0, 0.0)),
         "window": WINDOWS["soft tissue"],
         "centre": _centre_mm(numbers, affine),
         "colormap": {
-            **{"R": red, "G": green, "B": blue, "A": [0, *[255] * len(organs)], "I": list(range(len(colors)))},
+            **dict(zip("RGB", channels)),
+            "A": [0, *[255] * len(organs)],
+            "I": list(range(len(colors))),
             "labels": ["", *(organ.name for organ in organs)],
         },
     }

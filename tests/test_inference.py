@@ -85,7 +85,7 @@ SHAPES = [(21, 18, 26), (5, 18, 10), (40, 12, 16), (33, 47, 16), (8, 12, 16)]
 )
 @pytest.mark.parametrize("sum_bytes", [2**32, 40_000])
 def test_slabs_and_strips_are_monais_whole_volume(monkeypatch, shape, task, overlap, batch_size, sum_bytes):
-    """The oracle keeps all logits; classes differ only where its best two (or a logit and 0) are closer than rounding."""
+    """The oracle keeps all logits; classes differ only where its best two (or one and 0) are closer than rounding."""
     monkeypatch.setattr(inference, "SUM_BYTES", sum_bytes)
     torch.manual_seed(0)
     size, model = (8, 12, 16), Conv(3).eval()

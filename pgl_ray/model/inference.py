@@ -1,7 +1,7 @@
 """Whole scans through a segmenter: sliding window, then one class index per voxel."""
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
 from typing import Literal
 
 import numpy as np
@@ -63,7 +63,7 @@ def _strips(num_outputs: int, size: tuple[int, int, int], shape: tuple[int, ...]
     row_bytes = 4 * num_outputs * size[0] * shape[2]
     num = min(shape[1], -(-row_bytes * shape[1] // SUM_BYTES))
     edges = [i * shape[1] // num for i in range(num + 1)]
-    return [slice(*pair) for pair in zip(edges, edges[1:])]
+    return [slice(*pair) for pair in pairwise(edges)]
 
 
 def _starts(size: int, length: int, overlap: float) -> list[int]:
