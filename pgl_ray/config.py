@@ -634,12 +634,17 @@ class TuneConfig(Section):
 
 
 class ExportConfig(Section):
-    """A run's weights as safetensors, for use without pgl_ray."""
+    """A run's weights in a file for other code, with what the network expects as input."""
 
     run: FilePath
-    """Pre-training run (its encoder) or fine-tuning run (its segmentation network)."""
+    """Pre-training or fine-tuning run."""
     output: FilePath
-    """File to write, *.safetensors."""
+    """File to write: *.safetensors (weights, for MONAI and `pgl_ray.export.load`), *.pt2 (torch.export), *.onnx, or
+    *.pth (nnU-Net, for encoder.kind=resenc)."""
+    part: Literal["auto", "encoder", "segmenter"] = "auto"
+    """What to export; auto: the encoder of a pre-training run, the segmentation network of a fine-tuning run."""
+    size: Triple | None = None
+    """Window (D, H, W) that a .pt2 or .onnx file takes, any number at a time; none: the run's views or patches."""
 
 
 class ReportConfig(Section):

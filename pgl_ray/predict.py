@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ from pgl_ray.config import FailedRun, PredictConfig, command
 from pgl_ray.data import ct, dicom, itk, store
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.layout import series_names
+from pgl_ray.data.place import check_writable
 from pgl_ray.data.resample import onto_grid, resample
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
@@ -60,43 +60,31 @@ def run(config: PredictConfig) -> Result:
     jobs = _jobs(Path(config.input), Path(config.output))
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
-    _check_writable(config, jobs[0].target.parent)
+    check_writable(f"output={config.output}", jobs[0].target.absolute().parent)
     maker = _maker(model, meta, config)
     many = Path(config.input).is_dir()
     finished = {job for job in jobs if _is_finished(job, maker, config.viewer)}
     done_before = f", {len(finished)} of them done before" if finished else ""
     print(f"predict: {len(jobs)} scan{'s' * (len(jobs) != 1)} on {device}{done_before}", flush=True)
+    names = {job: job.target.name.removesuffix(".nii.gz") if job.slices else job.source.name for job in jobs}
     failed, began, todo = [], time.monotonic(), [job for job in jobs if job not in finished]
     for done, job in enumerate(todo, 1):
         try:
             for note in _predict(model, meta, job, maker, config):
-                print(f"predict: note: {job.target.name}: {note}", flush=True)
+                print(f"predict: note: {names[job]}: {note}", flush=True)
         except (ValueError, OSError, MemoryError) as error:
             if not many:
                 raise
-            failed.append(job.source.name)
+            failed.append(names[job])
             reason = " ".join(str(error).split()) or f"{job.source}: not enough memory"
             print(f"predict: left out: {reason}", flush=True)
         rate = (time.monotonic() - began) / done
         progress = f"{done}/{len(todo)} scans, {rate:.1f} s per scan, {(len(todo) - done) * rate:.0f} s left"
-        print(f"predict: {progress}; {job.source.name}", flush=True)
+        print(f"predict: {progress}; {names[job]}", flush=True)
     if failed:
-        names = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
-        raise FailedRun(f"{len(failed)} of {len(jobs)} files failed: {names}; the others are in {config.output}")
+        listed = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
+        raise FailedRun(f"{len(failed)} of {len(jobs)} files failed: {listed}; the others are in {config.output}")
     return Result(config.output, len(jobs), len(finished))
-
-
-def _check_writable(config: PredictConfig, folder: Path) -> None:
-    """Finds out before the work is done whether its result can be kept.
-
-    Raises:
-        ValueError: the folder cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"output={config.output} cannot be written: {error.strerror or error}") from None
 
 
 def _maker(model: Segmenter, meta: dict[str, Any], config: PredictConfig) -> str:
