@@ -143,14 +143,35 @@ class DeformConfig(Section):
 
 
 class EncoderConfig(Section):
-    """3D ResNet with bottleneck blocks (paper, Sec. 3.3)."""
+    """3D ResNet with bottleneck blocks (paper, Sec. 3.3), or nnU-Net's residual encoder."""
 
-    depths: tuple[Positive, Positive, Positive, Positive] = (3, 4, 6, 3)
-    """Residual blocks per stage; 3-4-6-3 is ResNet-50."""
+    kind: Literal["resnet", "resenc"] = "resnet"
+    """resnet: the paper's; resenc: nnU-Net's ResEnc-L, whose weights nnU-Net fine-tunes (export to .pth)."""
+    depths: tuple[Positive, ...] = (3, 4, 6, 3)
+    """Residual blocks per stage; 3-4-6-3 is ResNet-50; of kind=resenc 1-3-4-6-6-6 where not said otherwise."""
     width: Positive = 64
-    """Channels of the stem; stage i puts out width * 4 * 2**i channels."""
+    """Channels of the stem; stage i puts out width * 4 * 2**i channels. Of kind=resenc 32 where not said otherwise;
+    stage i puts out width * 2**i, at most 10 * width."""
     stage_strides: Literal["early", "late"] = "early"
-    """Strides of the four stages: early = 2,2,2,1 (15 GFLOP per 16x96x96 view), late = 1,2,2,2 (80 GFLOP)."""
+    """Strides of the four stages: early = 2,2,2,1 (15 GFLOP per 16x96x96 view), late = 1,2,2,2 (80 GFLOP).
+    kind=resenc knows early alone: 1, then 1,2,2 (D, H, W), then 2."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resencs_own_size(cls, values):
+        if isinstance(values, dict) and values.get("kind") == "resenc":
+            return {"depths": (1, 3, 4, 6, 6, 6), "width": 32, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if self.kind == "resnet" and len(self.depths) != 4:
+            raise ValueError(f"encoder.depths={list(self.depths)}: kind=resnet has 4 stages")
+        if self.kind == "resenc" and not 5 <= len(self.depths) <= 7:
+            raise ValueError(f"encoder.depths={list(self.depths)}: kind=resenc has 5 to 7 stages")
+        if self.kind == "resenc" and self.stage_strides != "early":
+            raise ValueError(f"encoder.stage_strides={self.stage_strides}: kind=resenc knows early alone")
+        return self
 
 
 class HeadsConfig(Section):
@@ -614,6 +635,8 @@ class PredictConfig(Section):
     """A CT volume, a DICOM series' folder, or a folder of several."""
     output: FilePath
     """Label map (.nii.gz) for one volume or series, or a folder for many."""
+    viewer: bool = True
+    """Beside each label map, an HTML page with the scan, the labels and the organs' volumes, and pictures (PNG)."""
     inference: InferenceConfig = InferenceConfig()
 
 
@@ -657,12 +680,17 @@ class TuneConfig(Section):
 
 
 class ExportConfig(Section):
-    """A run's weights as safetensors, for use without pgl_ray."""
+    """A run's weights in a file for other code, with what the network expects as input."""
 
     run: FilePath
-    """Pre-training run (its encoder) or fine-tuning run (its segmentation network)."""
+    """Pre-training or fine-tuning run."""
     output: FilePath
-    """File to write, *.safetensors."""
+    """File to write: *.safetensors (weights, for MONAI and `pgl_ray.export.load`), *.pt2 (torch.export), *.onnx, or
+    *.pth (nnU-Net, for encoder.kind=resenc)."""
+    part: Literal["auto", "encoder", "segmenter"] = "auto"
+    """What to export; auto: the encoder of a pre-training run, the segmentation network of a fine-tuning run."""
+    size: Triple | None = None
+    """Window (D, H, W) that a .pt2 or .onnx file takes, any number at a time; none: the run's views or patches."""
 
 
 class ReportConfig(Section):

@@ -15,9 +15,11 @@ import torch
 from pgl_ray import evaluate
 from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build, command
 from pgl_ray.data import store, stream
+from pgl_ray.data.facts import training_facts
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import summarise
-from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
+from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import checkpoint, health, launch, optim, weights
 
@@ -44,6 +46,7 @@ def run(config: FinetuneConfig) -> Result:
     index = store.read_index(config.index)
     train_ids, val_ids = split_scans(config, index)
     model, meta, loaded = build_model(config, index)
+    meta["data"] = training_facts(index, [*train_ids, *val_ids])
     limits = (config.epochs, config.max_steps, config.seed)
     plan = stream.Plan.make(train_ids, config.patches_per_scan, config.global_batch_size, *limits)
     facts = {
@@ -71,7 +74,7 @@ def run(config: FinetuneConfig) -> Result:
         )
         for line in loaded.lines() if loaded else ():
             print(f"  weights: {line}", flush=True)
-        if meta["init_level"] < 4:
+        if meta["init_level"] < len(model.encoder.channels) - 1:
             print(
                 f"finetune: {config.init} was trained up to stage {meta['init_level']} of the encoder "
                 "(align.output_stride): the stages behind it start at random",
@@ -115,7 +118,7 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
     """
     settings, source = config.encoder.model_dump() if config.encoder else None, None
     if config.init == "random":
-        encoder = Encoder(**(settings or {}))
+        encoder = build_encoder(**(settings or {}))
     else:
         encoder, source = weights.read(config.init, settings, index.hu_window, config.allow_partial)
     num_outputs = len(index.labels) + (config.task == "multiclass")
@@ -126,11 +129,7 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
         encoder.requires_grad_(False)
     meta = {
         "door": "finetune",
-        "encoder": {
-            "depths": list(encoder.depths),
-            "width": encoder.channels[0],
-            "stage_strides": encoder.stage_strides,
-        },
+        "encoder": encoder.settings,
         "hu_window": list(index.hu_window),
         "spacing_mm": index.spacing_mm and list(index.spacing_mm),
         "labels": dict(index.labels),

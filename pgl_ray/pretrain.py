@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from pgl_ray import probe
 from pgl_ray.config import FailedRun, PretrainConfig, StreamConfig, build, command
 from pgl_ray.data import store, stream
+from pgl_ray.data.facts import training_facts
 from pgl_ray.data.views import ablated
 from pgl_ray.model.byol import Byol
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.pgl import Output, Pair, Pgl, feature_geometry
-from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
+from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.prior import Geometry
 from pgl_ray.train import checkpoint, health, launch, optim
 
@@ -66,6 +68,7 @@ def run(config: PretrainConfig) -> Result:
         renderer = make_renderer(config, index, plan, launch.check_resources(config.train))
         feed = partial(stream.dataset, plan, renderer, config.train.num_workers, num_cpus=launch.RENDER_CPUS)
         worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
+        worker_config["data"] = training_facts(index, plan.scan_ids)
         print(
             f"pretrain: {config.method}, {len(plan.scan_ids)} scans, steps {done} to {plan.num_steps}, {folder}",
             flush=True,
@@ -103,7 +106,7 @@ def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
     align, heads = config.align, (config.heads.hidden, config.heads.out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder = Encoder(**config.encoder.model_dump())
+        encoder = build_encoder(**config.encoder.model_dump())
         stride = align.output_stride if config.method == "pgl" else encoder.strides[-1]
         level, geometry = feature_geometry(encoder, config.views.size, stride, align.centers, align.sampling_ratio)
         if config.method == "pgl":
@@ -264,7 +267,7 @@ def worker(worker_config: dict) -> str | None:
             waited, logged, since = 0.0, step, time.monotonic()
         if keep:
             optim.average_buffers(net)
-            meta = _meta(config, net.get_submodule("online.encoder").last, worker_config["hu_window"])
+            meta = _meta(config, net.get_submodule("online.encoder").last, worker_config)
             state = {"step": step, "model": net.state_dict(), "optimizer": lars.state_dict()}
             state |= {"schedule": schedule.state_dict(), "num_collapsed": num_collapsed, "meta": meta}
             checkpoint.report(state, step, {"train/loss": row["train/loss"]})
@@ -354,10 +357,11 @@ def train_step(
     return Step(output, grad_norm, lr)
 
 
-def _meta(config: PretrainConfig, level: int, hu_window: list[float]) -> dict:
+def _meta(config: PretrainConfig, level: int, worker_config: dict) -> dict:
     """What must be known to use the weights elsewhere; plain values. Stages behind map `level` were not trained."""
     encoder = json.loads(config.encoder.model_dump_json())
-    meta = {"door": "pretrain", "method": config.method, "encoder": encoder, "level": level, "hu_window": hu_window}
+    meta = {"door": "pretrain", "method": config.method, "encoder": encoder, "level": level}
+    meta |= {key: worker_config[key] for key in ("hu_window", "data")}
     return meta | {"config": config.model_dump_json()}
 
 

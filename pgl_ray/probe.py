@@ -20,6 +20,7 @@ from torch import Tensor
 from pgl_ray.config import FailedRun, ProbeConfig, ProbeSettings, command
 from pgl_ray.data.store import BODY_HU, Index, ScanRecord, class_lookup, open_label, open_volume, read_index
 from pgl_ray.data.views import generator, normalise
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.train import weights
 from pgl_ray.train.checkpoint import write_json
@@ -74,7 +75,7 @@ def _load(config: ProbeConfig, index: Index) -> Encoder:
     """The encoder to probe, on CUDA where there is one."""
     settings = config.encoder.model_dump() if config.encoder else None
     if config.init == "random":
-        encoder = Encoder(**(settings or {}))
+        encoder = build_encoder(**(settings or {}))
         init_kaiming_uniform(encoder, config.seed)
     else:
         encoder, source = weights.read(config.init, settings, index.hu_window)

@@ -17,6 +17,7 @@ DOOR_TO_DOOR = {
     ("bench", "pretrain"),
     ("check_align", "pictures"),
 }
+DOOR_TO_DOOR |= {("predict", "viewer"), ("viewer", "pictures")}  # the page beside a label map, no door itself
 DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's two halves, no doors themselves
 
 
