@@ -82,7 +82,12 @@ def run(config: FinetuneConfig) -> Result:
             )
         worker_config = {"config": config.model_dump_json(), "run": folder, "plan": plan, "meta": meta}
         worker_config |= {"val_ids": val_ids}
-        stopped = launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps)
+        try:
+            stopped = launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps)
+        except FailedRun as error:
+            if "OutOfMemory" not in str(error) and "low on memory" not in str(error):
+                raise
+            raise FailedRun(f"Ray ended a worker because the machine ran out of memory: {_smaller(config)}") from error
         if stopped:
             raise FailedRun(stopped)
     best = checkpoint.read_state(Path(folder) / BEST)
@@ -198,7 +203,7 @@ def worker(worker_config: dict) -> str | None:
         except RuntimeError as error:
             if not launch.out_of_memory(error):
                 raise
-            stopped = _too_large(config, step + 1, device)
+            stopped = f"out of memory on {device} at step {step + 1} {_smaller(config)}"
             if world > 1:
                 raise FailedRun(stopped) from error  # the other ranks wait for this one's gradient
             break
@@ -314,13 +319,13 @@ def backward(
     return loss.detach()
 
 
-def _too_large(config: FinetuneConfig, step: int, device: torch.device) -> str:
-    """What to say when memory ran out, with the batch to try."""
+def _smaller(config: FinetuneConfig) -> str:
+    """The batch to try where memory is too short."""
     whole = config.global_batch_size // config.train.num_workers
     now, size = whole // config.accumulate, "x".join(map(str, config.patch.size))
-    text = f"out of memory on {device} at step {step} with {now} patches of {size} at a time: "
+    text = f"with {now} patches of {size} at a time; "
     if now == 1:
-        return text + "a patch alone is too large: lower patch.size, or take train.precision=bfloat16"
+        return text + "one alone is too large: lower patch.size, or take train.precision=bfloat16"
     fewer = max(n for n in range(1, now // 2 + 1) if whole % n == 0)
     return (
         f"{text}try accumulate={whole // fewer}, the same batch {fewer} at a time, "
