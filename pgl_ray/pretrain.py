@@ -100,7 +100,8 @@ def make_renderer(
     config: PretrainConfig, index: store.Index, plan: stream.Plan, has_gpu: bool = False
 ) -> stream.PairRenderer:
     """What turns rows of the plan into pairs of views, the ablations included; `has_gpu`: the workers have one."""
-    on_gpu = config.stream.augment_on == "gpu" or (config.stream.augment_on == "auto" and has_gpu)
+    resize = config.stream.resize_on == "cpu"
+    on_gpu = not resize or config.stream.augment_on == "gpu" or (config.stream.augment_on == "auto" and has_gpu)
     return stream.PairRenderer(
         index.store,
         plan.scan_ids,
@@ -110,6 +111,7 @@ def make_renderer(
         shared_box=not config.align.crop,
         deform=config.deform if config.method == "genesis" else None,
         augment=not on_gpu or config.method == "genesis",
+        resize=resize,
         skip=config.stream.on_error == "skip",
         pairs_per_region=config.stream.pairs_per_region,
     )
@@ -182,7 +184,7 @@ def worker(worker_config: dict) -> str | None:
         if not (batch["step"] == step).all():
             raise FailedRun(f"the stream is out of step: {batch['step'].tolist()} at step {step}")
         skipped.add(batch["missed"])
-        batch = stream.finish(batch, config.intensity)
+        batch = stream.finish(batch, config.views.size, config.intensity, worker_config["hu_window"])
         if step == 0 and rank == 0:
             _keep_views(worker_config["run"], batch, plan)
         pair = Pair.from_batch(batch)

@@ -128,11 +128,12 @@ def rows_of(index: store.Index, share: int) -> Iterator[dict[str, np.ndarray]]:
         yield {"step": np.zeros(len(batch), np.int64), "epoch": batch[:, 0], "scan": batch[:, 1], "draw": batch[:, 2]}
 
 
-def ours(encoding: str, share: int, augment: bool = True) -> Callable:
+def ours(encoding: str, share: int, augment: bool = True, resize: bool = True) -> Callable:
     def make(volumes, scratch):
         index = our_store(volumes, scratch, encoding)
         ids = tuple(scan.scan_id for scan in index.scans)
-        renderer = stream.PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, augment=augment, pairs_per_region=share)
+        kept = {"augment": augment, "resize": resize, "pairs_per_region": share}
+        renderer = stream.PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, **kept)
         batches = rows_of(index, share)
 
         def work(pairs: int) -> None:
@@ -160,29 +161,6 @@ def without_kernels(make: Callable) -> Callable:
         return work
 
     return plain
-
-
-def crops_only(encoding: str, share: int) -> Callable:
-    """What is left on the CPU where the GPU resizes, flips and augments: priors and crops."""
-
-    def make(volumes, scratch):
-        index = our_store(volumes, scratch, encoding)
-        ids = tuple(scan.scan_id for scan in index.scans)
-        renderer = stream.PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, pairs_per_region=share)
-        records, batches = {scan.scan_id: scan for scan in index.scans}, rows_of(index, share)
-
-        def work(pairs: int) -> None:
-            for _ in range(-(-pairs // 64)):
-                rows = next(batches)
-                for epoch, scan, draw in zip(rows["epoch"].tolist(), rows["scan"], rows["draw"].tolist()):
-                    region, priors, _ = renderer.draw(records[ids[scan]], epoch, draw)
-                    reader = stream._reader(index.store, ids[scan], region)
-                    for crop in v.read_all_padded(reader, [prior.box for prior in priors], stream.AIR):
-                        np.ascontiguousarray(crop)
-
-        return work
-
-    return make
 
 
 # -- peers: each takes boxes from our sampler, so all cut the same kind of pair ---------------------------------------
@@ -378,10 +356,10 @@ WAYS = (  # name, pairs per round, what makes the work
     ("pgl_ray, int16, K = 1, plain torch", 128, without_kernels(ours("int16", 1))),
     ("pgl_ray, intensity on the GPU, int16, K = 8", 256, ours("int16", 8, augment=False)),
     ("pgl_ray, intensity on the GPU, uint8, K = 8", 256, ours("uint8", 8, augment=False)),
-    ("pgl_ray, crops only, int16, K = 1", 256, crops_only("int16", 1)),
-    ("pgl_ray, crops only, int16, K = 8", 512, crops_only("int16", 8)),
-    ("pgl_ray, crops only, uint8, K = 1", 256, crops_only("uint8", 1)),
-    ("pgl_ray, crops only, uint8, K = 8", 512, crops_only("uint8", 8)),
+    ("pgl_ray, crops only, int16, K = 1", 256, ours("int16", 1, augment=False, resize=False)),
+    ("pgl_ray, crops only, int16, K = 8", 512, ours("int16", 8, augment=False, resize=False)),
+    ("pgl_ray, crops only, uint8, K = 1", 256, ours("uint8", 1, augment=False, resize=False)),
+    ("pgl_ray, crops only, uint8, K = 8", 512, ours("uint8", 8, augment=False, resize=False)),
     ("tensorstore + our kernels", 128, tensorstore),
     ("zarr-python + torch", 48, without_kernels(zarr_python)),
     ("MONAI CacheDataset, tuned", 64, monai),
