@@ -99,7 +99,7 @@ def run(config: BenchConfig) -> Result:
     # step only, all cores or the GPU
     torch.set_num_threads(config.train.threads_per_worker or cores)
     net = build_model(config)[0].to(device).train()
-    step = _step(config, device, net)
+    step = _step(config, device, net, index.hu_window)
     ready = renderer({name: np.resize(column, num_pairs) for name, column in rows.items()})
     torch.set_num_threads(config.train.threads_per_worker or cores)  # a renderer takes one
     batch = {name: torch.from_numpy(value).to(device) for name, value in ready.items()}
@@ -186,13 +186,15 @@ def _cpu_seconds() -> float:
     return total
 
 
-def _step(config: BenchConfig, device: torch.device, net: nn.Module) -> Callable[[dict], None]:
+def _step(
+    config: BenchConfig, device: torch.device, net: nn.Module, hu_window: tuple[float, float]
+) -> Callable[[dict], None]:
     lars = optim.build_lars(net, config.optim)
     schedule = optim.warmup_cosine(lars, 1, 2**31)
     autocast = launch.autocast(device, config.train.precision)
 
     def step(batch: dict[str, torch.Tensor]) -> None:
-        pair = Pair.from_batch(stream.finish(batch, config.intensity))
+        pair = Pair.from_batch(stream.finish(batch, config.views.size, config.intensity, hu_window))
         train_step(net, net, lars, schedule, pair, config.ema_decay, autocast)
         if device.type == "cuda":
             torch.cuda.synchronize()

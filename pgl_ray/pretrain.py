@@ -126,7 +126,8 @@ def make_renderer(
     config: PretrainConfig, index: store.Index, plan: stream.Plan, has_gpu: bool = False
 ) -> stream.PairRenderer:
     """What turns rows of the plan into pairs of views, the ablations included; `has_gpu`: the workers have one."""
-    on_gpu = config.stream.augment_on == "gpu" or (config.stream.augment_on == "auto" and has_gpu)
+    resize = config.stream.resize_on == "cpu"
+    on_gpu = not resize or config.stream.augment_on == "gpu" or (config.stream.augment_on == "auto" and has_gpu)
     return stream.PairRenderer(
         index.store,
         plan.scan_ids,
@@ -136,6 +137,7 @@ def make_renderer(
         shared_box=not config.align.crop,
         deform=config.deform if config.method == "genesis" else None,
         augment=not on_gpu or config.method == "genesis",
+        resize=resize,
         skip=config.stream.on_error == "skip",
         pairs_per_region=config.stream.pairs_per_region,
     )
@@ -206,10 +208,10 @@ def worker(worker_config: dict) -> str | None:
     asked = time.monotonic()
     for batch in batches:
         waited += time.monotonic() - asked
-        if not (batch["step"] == step).all():
-            raise FailedRun(f"the stream is out of step: {batch['step'].tolist()} at step {step}")
+        if step == logged:  # of every start, and from time to time: a comparison waits for the device
+            _check_rows(batch, plan, step, rank, world)
         skipped.add(batch["missed"])
-        batch = stream.finish(batch, config.intensity)
+        batch = stream.finish(batch, config.views.size, config.intensity, worker_config["hu_window"])
         if step == 0 and rank == 0:
             _keep_views(worker_config["run"], batch, plan)
         pair = Pair.from_batch(batch)
@@ -279,6 +281,17 @@ def worker(worker_config: dict) -> str | None:
     if step != plan.num_steps and not stopped:
         raise FailedRun(f"the stream ended at step {step} of {plan.num_steps}")
     return stopped
+
+
+def _check_rows(batch: dict[str, Tensor], plan: stream.Plan, step: int, rank: int, world: int) -> None:
+    """A worker's batch must be its part of the step's rows, exactly: no pair twice, none lost, whatever happened."""
+    size = plan.global_batch_size // world
+    due = {name: column[rank * size : (rank + 1) * size] for name, column in plan.columns(step, step + 1).items()}
+    shown = batch["missed"].cpu().numpy() < 0
+    for name, column in due.items():
+        got = batch[name].cpu().numpy()
+        if not np.array_equal(got[shown], column[shown]):
+            raise FailedRun(f"the stream is out of step at step {step} of rank {rank}: {name} {got.tolist()}")
 
 
 class Skipped:

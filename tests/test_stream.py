@@ -23,7 +23,10 @@ VIEWS = ViewsConfig(size=(8, 24, 16))
 @pytest.fixture(scope="module")
 def small_store(tmp_path_factory) -> str:
     """Five scans of noise over a ramp, three of them labelled with the values 2 and 7."""
-    folder = tmp_path_factory.mktemp("store")
+    return write_store(tmp_path_factory.mktemp("store"))
+
+
+def write_store(folder: Path, **settings) -> str:
     rng = np.random.default_rng(0)
     for i in range(5):
         shape = (14 + i, 50, 44 + i)
@@ -32,8 +35,8 @@ def small_store(tmp_path_factory) -> str:
         label[4:8, 10:20, 10:20], label[6:10, 30:44, 20:30] = 2, 7
         known = (2, 7) if i < 2 else (2,)
         kept = {"label": label, "labelled": known} if i < 3 else {}
-        store.write_scan(folder, f"scan_{i}", volume, np.diag([3.0, 1, 1, 1]), split="train", **kept)
-    store.write_index(folder, {"b": 7, "a": 2}, (-1024.0, 325.0))
+        store.write_scan(folder, f"scan_{i}", volume, np.diag([3.0, 1, 1, 1]), split="train", **kept, **settings)
+    store.write_index(folder, {"b": 7, "a": 2}, (-1024.0, 325.0), encoding=settings.get("encoding", "int16"))
     return str(folder)
 
 
@@ -187,8 +190,10 @@ def test_a_view_shows_what_its_prior_says(small_store):
 
 
 @pytest.mark.parametrize("foreground", [False, True])
-def test_pairs_of_a_region(small_store, foreground):
-    """They lie in one region, are what the whole scan shows there, and depend on nothing but (epoch, scan, draw)."""
+def test_pairs_of_a_region(tmp_path, foreground):
+    """They lie in one region of whole chunks, are what the whole scan shows there, and depend on nothing but (epoch,
+    scan, draw)."""
+    small_store = write_store(tmp_path, chunk=(4, 8, 6))
     views = ViewsConfig(size=(4, 16, 12), foreground=foreground)
     off = IntensityConfig(noise_prob=0, blur_prob=0, gain_prob=0, gamma_prob=0)
     ids = tuple(f"scan_{i}" for i in range(5))
@@ -206,7 +211,8 @@ def test_pairs_of_a_region(small_store, foreground):
         boxes = np.concatenate([batch["box_1"][of_key], batch["box_2"][of_key]])
         low, high = boxes[..., 0].min(0), boxes[..., 1].max(0)
         starts.add(tuple(low))
-        assert len(boxes) == 8 and (high - low <= (8, 32, 24)).all()
+        most = np.array([8, 32, 24]) + np.where(high > index.scans[key[1]].shape - np.array([4, 8, 6]), (3, 7, 5), 0)
+        assert len(boxes) == 8 and (high - low <= most).all()
         assert len({box.tobytes() for box in boxes}) > 4
     assert len(starts) > 10
     for i in range(0, len(rows), 7):
@@ -266,14 +272,36 @@ def test_augmenting_on_the_training_device_gives_the_same_views(small_store):
     there = stream.PairRenderer(small_store, ids, 3, VIEWS, often)(rows)
     left = stream.PairRenderer(small_store, ids, 3, VIEWS, often, augment=False)(rows)
     assert not np.array_equal(there["view_1"], left["view_1"])
-    done = stream.finish({name: torch.from_numpy(value) for name, value in left.items()}, often)
+    left = {name: torch.from_numpy(value) for name, value in left.items()}
+    done = stream.finish(left, VIEWS.size, often, (-1024.0, 325.0))
     for view in ("view_1", "view_2"):
         got, expected = done[view].numpy(), there[view].astype(np.float32)
         assert got.dtype == np.float32
         assert np.abs(got - expected).max() < 0.03 and np.abs(got - expected).mean() < 1e-3
     for name in ("box_1", "box_2", "flip_1", "flip_2", "epoch", "scan", "draw"):
         np.testing.assert_array_equal(done[name].numpy(), there[name])
-    assert stream.finish(done | {}, often) is not done and stream.finish(there, often) is there
+    assert stream.finish(there, VIEWS.size, often, (-1024.0, 325.0)) is there
+
+
+@pytest.mark.parametrize("encoding", ["int16", "uint8"])
+@pytest.mark.parametrize("per_region", [1, 4])
+def test_resizing_on_the_training_device_gives_the_same_views(tmp_path, encoding, per_region):
+    """Scans smaller than a crop, whose boxes reach into the air, included."""
+    folder, views = write_store(tmp_path, chunk=(4, 8, 6), encoding=encoding), ViewsConfig(size=(14, 24, 16))
+    off = IntensityConfig(noise_prob=0, blur_prob=0, gain_prob=0, gamma_prob=0)
+    kept = {"views": views, "intensity": off, "augment": False, "pairs_per_region": per_region}
+    rows = index_rows(np.concatenate(list(make_plan(draws_per_scan=4).batches(0))))
+    there = stream.PairRenderer(folder, tuple(f"scan_{i}" for i in range(5)), 3, **kept)(rows)
+    left = stream.PairRenderer(folder, tuple(f"scan_{i}" for i in range(5)), 3, resize=False, **kept)(rows)
+    assert left["crop_1"].dtype == encoding and left["crop_1"].shape[1:] == (1, 19, 33, 22)
+    assert (left["box_1"][:, 0, 0] < 0).any()
+    left = {name: torch.from_numpy(value) for name, value in left.items()}
+    done = stream.finish(left, views.size, off, (-1024.0, 325.0))
+    for view in ("view_1", "view_2"):
+        assert done[view].dtype == torch.float32
+        np.testing.assert_allclose(done[view].numpy(), there[view].astype(np.float32), atol=2e-3, rtol=2e-3)
+    for name in there.keys() - {"view_1", "view_2"}:
+        np.testing.assert_array_equal(done[name].numpy(), there[name])
 
 
 def cut(small_store, tmp_path, scan_id: str) -> str:

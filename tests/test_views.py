@@ -102,6 +102,53 @@ def test_draws_differ_by_seed_epoch_scan_and_draw():
     assert v.generator(0, 0, "a", 0).random() == v.generator(0, 0, "a", 0).random()
 
 
+def test_random_numbers_of_many_draws():
+    """Uniform, without correlation between neighbours, and of their (seed, epoch, scan, draw, kind) alone."""
+    epochs, ids, draws = np.repeat([0, 1], 200), [f"scan_{i % 20}" for i in range(400)], np.arange(400) // 20 % 10
+    u = v.uniforms(7, epochs, ids, draws, 100)
+    assert u.shape == (400, 100) and u.dtype == np.float64 and (u >= 0).all() and (u < 1).all()
+    assert stats.kstest(u.ravel(), "uniform").pvalue > 1e-3
+    assert len(np.unique(u[:, 0])) == 400
+    for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1]), (u[200:], u[:200]), (u[20:], u[:-20])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.03
+    np.testing.assert_array_equal(v.uniforms(7, epochs[[250]], [ids[250]], draws[[250]], 40)[0], u[250, :40])
+    for others in ((8, epochs, ids, draws, 100), (7, epochs, ids, draws, 100, 1)):
+        assert abs(np.corrcoef(v.uniforms(*others).ravel(), u.ravel())[0, 1]) < 0.03
+
+
+def test_pairs_of_many_scans_are_those_of_each():
+    """Drawn together or one by one; scans of all sizes, some pairs of which must be moved together."""
+    rng = np.random.default_rng(0)
+    shape = np.array([(20, 60, 70), (500, 600, 500), (10, 30, 30), (90, 300, 90)] * 5)
+    body = np.stack([shape // 4, shape // 2], -1)
+    u, views = rng.random((20, v.PAIR_NUMBERS)), ViewsConfig(size=(16, 48, 48), foreground=True)
+    boxes, flips = v.sample_pairs(u, shape, views, body)
+    assert boxes.shape == (20, 2, 3, 2) and flips.shape == (20, 2, 3)
+    for i in range(20):
+        (box,), (flip,) = v.sample_pairs(u[i : i + 1], shape[i : i + 1], views, body[i : i + 1])
+        np.testing.assert_array_equal(box, boxes[i])
+        np.testing.assert_array_equal(flip, flips[i])
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.tuples(*[st.integers(1, 90)] * 3), st.booleans(), st.integers(0, 2**31))
+def test_regions_are_whole_chunks_and_reach_every_voxel(shape, chunk, foreground, seed):
+    views, rng = ViewsConfig(size=(8, 24, 16), foreground=foreground), np.random.default_rng(seed)
+    body = np.array([[n // 3, max(n // 3 + 1, n // 2)] for n in shape])
+    u = np.concatenate([rng.random((300, 3)), np.zeros((1, 3)), np.full((1, 3), 1 - 1e-9)])
+    many = np.tile(shape, (len(u), 1))
+    regions = v.sample_regions(u, many, np.tile(chunk, (len(u), 1)), views, np.tile(body, (len(u), 1, 1)))
+    start, stop = regions[..., 0], regions[..., 1]
+    assert (start >= 0).all() and (stop <= shape).all() and (start % chunk == 0).all()
+    assert ((stop % chunk == 0) | (stop == shape)).all()
+    assert (stop - start >= np.minimum((16, 48, 32), shape)).all()
+    assert (stop - start < np.ceil(np.array([16, 48, 32]) / chunk) * chunk + chunk).all()
+    if foreground:
+        assert ((stop > body[:, 0]) & (start < body[:, 1])).all()
+    else:
+        assert (start.min(0) == 0).all() and (stop.max(0) == shape).all()
+
+
 def test_resize_keeps_world_coordinates():
     """A linear ramp, cropped, resized and flipped, still tells where each view voxel came from."""
     size, box = (16, 24, 20), np.array([[3, 25], [5, 36], [2, 29]])

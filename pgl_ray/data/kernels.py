@@ -37,11 +37,13 @@ def load() -> Kernels | None:
         return Kernels(*(njit(**options)(each) for each in (_resize, _blur, _gain_and_gamma, _random_bits, _look_up)))
 
 
-def _resize(crop, low, high, scale, shift, z, y, x, out):
+def _resize(crop, planes, rows, height, width, low, high, scale, shift, z, y, x, out):
     """Clips, resizes linearly, normalises and flips; a flip is a reversed table.
 
     Args:
-        crop: int16 [d, h, w], HU, C order.
+        crop: int16, HU, 1-D: voxel (d, h, w) of the crop stands at planes * d + rows * h + w.
+        planes, rows: int64, from a plane, or row, of the crop to the next.
+        height, width: int64, of the crop.
         low, high: float32, HU window.
         scale, shift: float32; view = scale * HU + shift.
         z, y, x: per axis a table (uint64 first, uint64 second, float32 weight of the second), one entry per view voxel;
@@ -49,14 +51,18 @@ def _resize(crop, low, high, scale, shift, z, y, x, out):
         out: float32 [D, H, W].
     """
     (z_0, z_1, z_w), (y_0, y_1, y_w), (x_0, x_1, x_w) = z, y, x
-    height, width = crop.shape[1:]
     plane, row = np.empty((height, width), np.float32), np.empty(width, np.float32)
     flat = plane.reshape(-1)
+    strips, length = (1, height * width) if rows == width else (height, width)  # long loops are quicker
     for i in range(out.shape[0]):
-        below, above, weight = crop[z_0[i]].reshape(-1), crop[z_1[i]].reshape(-1), z_w[i]
-        for k in range(len(flat)):
-            first = min(max(np.float32(below[k]), low), high)
-            flat[k] = first + weight * (min(max(np.float32(above[k]), low), high) - first)
+        weight = z_w[i]
+        for j in range(strips):
+            at_0, at_1 = np.int64(z_0[i]) * planes + j * rows, np.int64(z_1[i]) * planes + j * rows
+            below, above = crop[at_0 : at_0 + length], crop[at_1 : at_1 + length]
+            line = flat[j * length : (j + 1) * length]
+            for k in range(length):
+                first = min(max(np.float32(below[k]), low), high)
+                line[k] = first + weight * (min(max(np.float32(above[k]), low), high) - first)
         for j in range(out.shape[1]):
             left, right, share = plane[y_0[j]], plane[y_1[j]], y_w[j]
             for k in range(width):

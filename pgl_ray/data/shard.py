@@ -94,20 +94,20 @@ class ArrayReader:
         scan_id: the scan.
         kind: "volume" or "label".
         metadata_json: text of the array's zarr.json, from the record.
+        codes: read 8-bit codes as they are.
 
     Raises:
         RuntimeError: the shard is missing, cut off or damaged.
     """
 
-    def __init__(self, store: str | Path, scan_id: str, kind: str, metadata_json: str):
+    def __init__(self, store: str | Path, scan_id: str, kind: str, metadata_json: str, codes: bool = False):
         metadata = json.loads(metadata_json)
-        sharding = metadata["codecs"][0]["configuration"]
         self.scan_id, self.kind = scan_id, kind
         self.shape = tuple(metadata["shape"])
         stored = np.dtype(metadata["data_type"])
-        self._table = code_table(metadata.get("attributes", {}))
+        self._table = None if codes else code_table(metadata.get("attributes", {}))
         self.dtype = stored if self._table is None else self._table.dtype
-        self.chunk = tuple(sharding["chunk_shape"])
+        self.chunk = chunk_of(metadata_json)
         self._fill_code = metadata["fill_value"]
         self.stored_dtype = stored
         self._scratch = np.empty(self.chunk, stored)
@@ -231,6 +231,11 @@ class ArrayReader:
     def close(self) -> None:
         """Closes the file; the reader is of no use afterwards."""
         self._file.close()
+
+
+def chunk_of(metadata_json: str) -> tuple[int, int, int]:
+    """Inner chunk of an array in voxels, from the text of its zarr.json."""
+    return tuple(json.loads(metadata_json)["codecs"][0]["configuration"]["chunk_shape"])
 
 
 def code_table(attributes: dict) -> np.ndarray | None:

@@ -541,9 +541,14 @@ def count_labels(label: np.ndarray) -> dict[int, int]:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def open_volume(store: str | Path, record: ScanRecord) -> ArrayReader:
-    """Reader of a scan's HU."""
-    return ArrayReader(store, record.scan_id, "volume", record.array_metadata)
+def open_volume(store: str | Path, record: ScanRecord, codes: bool = False) -> ArrayReader:
+    """Reader of a scan's HU, or of what is stored for them."""
+    return ArrayReader(store, record.scan_id, "volume", record.array_metadata, codes)
+
+
+def hu_of_codes(hu_window: tuple[float, float]) -> np.ndarray:
+    """int16 HU [256] of the 8-bit codes of a store with a HU window."""
+    return code_table(_codes(hu_window)[1])
 
 
 def open_label(store: str | Path, record: ScanRecord) -> ArrayReader:

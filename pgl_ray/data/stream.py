@@ -5,10 +5,12 @@ on (seed, epoch, scan, draw) alone, never on the number of workers, on arrival o
 """
 
 import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConf
 from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
 from pgl_ray.data.deform import deform
+from pgl_ray.data.shard import chunk_of
 
 AIR = -1024  # HU outside a scan
 BLOCKS_AHEAD = 256  # blocks of rows laid out at a time, by a task of 1 CPU: Ray Data's repartition takes no less
@@ -188,8 +191,8 @@ def _records(store: str) -> tuple[store_room.Index, dict[str, store_room.ScanRec
 
 
 @lru_cache(maxsize=256)
-def _volume(store: str, scan_id: str):
-    return store_room.open_volume(store, _records(store)[1][scan_id])
+def _volume(store: str, scan_id: str, codes: bool = False):
+    return store_room.open_volume(store, _records(store)[1][scan_id], codes)
 
 
 @lru_cache(maxsize=256)
@@ -197,24 +200,47 @@ def _label(store: str, scan_id: str):
     return store_room.open_label(store, _records(store)[1][scan_id])
 
 
+@lru_cache(maxsize=4096)
+def _chunk(store: str, scan_id: str) -> tuple[int, int, int]:
+    return chunk_of(_records(store)[1][scan_id].array_metadata)
+
+
 @lru_cache(maxsize=2 * REGIONS_MIXED)
-def _region(store: str, scan_id: str, box: tuple[int, ...]) -> v.Region:
+def _region(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> v.Region:
     """A region of a scan, kept while its pairs are drawn: int16, 2.4 MB for views of 16x96x96."""
-    bounds, volume = np.reshape(box, (3, 2)), _volume(store, scan_id)
+    bounds, volume = np.reshape(box, (3, 2)), _volume(store, scan_id, codes)
     return v.Region(volume.read(bounds), bounds[:, 0], volume.shape)
 
 
-def _reader(store: str, scan_id: str, region: np.ndarray | None):
+def _reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = False):
     """What reads a scan's voxels, or those of its region alone."""
-    return _volume(store, scan_id) if region is None else _region(store, scan_id, tuple(region.ravel().tolist()))
+    if region is None:
+        return _volume(store, scan_id, codes)
+    return _region(store, scan_id, tuple(region.ravel().tolist()), codes)
 
 
-def _crops(store: str, scan_id: str, priors, size, window, region=None) -> list[torch.Tensor]:
-    """Views of a scan without intensity operations, float32 [D, H, W] each; cut from a region where one is given."""
-    record = _records(store)[1][scan_id]
-    crops = v.read_all_padded(_reader(store, scan_id, region), [prior.box for prior in priors], AIR)
-    scaling = window, record.mean_hu, record.std_hu
-    return [v.render(crop, size, prior.flip, *scaling) for crop, prior in zip(crops, priors, strict=True)]
+class Drawn(NamedTuple):
+    """What was drawn for the rows of a batch.
+
+    Attributes:
+        rows: of the plan.
+        scan_ids: [B].
+        region: int64 [B, 3, 2]; none: the whole scans.
+        box, flip: int64 [B, 2, 3, 2] and bool [B, 2, 3], the two priors.
+        intensity, noise_seed: float64 [B, 2, 4] and int64 [B, 2], as in `views.Intensity`.
+    """
+
+    rows: dict[str, np.ndarray]
+    scan_ids: list[str]
+    region: np.ndarray | None
+    box: np.ndarray
+    flip: np.ndarray
+    intensity: np.ndarray
+    noise_seed: np.ndarray
+
+    def part(self, i: int) -> tuple[str, np.ndarray | None]:
+        """Scan and region of row i."""
+        return self.scan_ids[i], None if self.region is None else self.region[i]
 
 
 @dataclass(frozen=True)
@@ -231,6 +257,9 @@ class PairRenderer:
         deform: Models Genesis' deformations; none: no such columns. The views are the same either way.
         augment: do the intensity operations here; otherwise their parameters come along, intensity_1, intensity_2
             float32 [B, 4] and noise_seed_1, noise_seed_2 int64 [B].
+        resize: resize and flip here; otherwise there are crop_1, crop_2 [B, 1, d, h, w] of the stored type (int16 HU,
+            or 8-bit codes) instead of the views, each in the first corner of an array as large as the largest crop, 0
+            beyond it, and scaling float32 [B, 2], the scan's mean and standard deviation in HU. Not with `augment`.
         skip: a row whose scan cannot be read shows a copy of the next readable row of the batch instead of raising;
             missed is that scan's number, and -1 in all other rows.
         pairs_per_region: draws in turn that share a region of their scan; 1: each is drawn from the whole scan.
@@ -244,26 +273,37 @@ class PairRenderer:
     shared_box: bool = False
     deform: DeformConfig | None = None
     augment: bool = True
+    resize: bool = True
     skip: bool = False
     pairs_per_region: int = 1
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         torch.set_num_threads(1)  # one task per core already
-        num = len(rows["step"])
+        num, drawn = len(rows["step"]), self.draw(rows)
         out = dict(rows) | {"missed": np.full(num, -1)}
-        for view in ("1", "2"):
-            out["view_" + view] = np.empty((num, 1, *self.views.size), np.float16)
-            out["box_" + view] = np.empty((num, 3, 2), np.int32)
-            out["flip_" + view] = np.empty((num, 3), np.uint8)
+        if not self.resize:
+            scans = [_records(self.store)[1][scan_id] for scan_id in drawn.scan_ids]
+            out["scaling"] = np.array([(scan.mean_hu, scan.std_hu) for scan in scans], np.float32)
+        for k, view in enumerate(("1", "2")):
+            out["box_" + view], out["flip_" + view] = (
+                drawn.box[:, k].astype(np.int32),
+                drawn.flip[:, k].astype(np.uint8),
+            )
+            if self.resize:
+                out["view_" + view] = np.empty((num, 1, *self.views.size), np.float16)
+            else:
+                out["crop_" + view] = np.zeros(
+                    (num, 1, *v.largest_crop(self.views)), json.loads(scans[0].array_metadata)["data_type"]
+                )
             if self.deform:
                 out["deformed_" + view] = np.empty_like(out["view_" + view])
             if not self.augment:
-                out["intensity_" + view] = np.empty((num, 4), np.float32)
-                out["noise_seed_" + view] = np.empty(num, np.int64)
+                out["intensity_" + view] = drawn.intensity[:, k].astype(np.float32)
+                out["noise_seed_" + view] = drawn.noise_seed[:, k]
         unread, fault = [], None
         for i in range(num):
             try:
-                self._render(i, rows, out)
+                (self._render if self.resize else self._cut)(i, drawn, out)
             except (RuntimeError, OSError) as error:  # what ArrayReader and the file system say of a broken scan
                 if not self.skip:
                     raise
@@ -279,33 +319,52 @@ class PairRenderer:
             out["missed"][i] = rows["scan"][i]
         return out
 
-    def _render(self, i: int, rows: dict[str, np.ndarray], out: dict[str, np.ndarray]) -> None:
-        """Row i of a batch."""
-        index, records = _records(self.store)
-        scan_id = self.scan_ids[rows["scan"][i]]
-        region, priors, rng = self.draw(records[scan_id], int(rows["epoch"][i]), int(rows["draw"][i]))
-        crops = _crops(self.store, scan_id, priors, self.views.size, index.hu_window, region)
-        for view, prior, crop in zip(("1", "2"), priors, crops, strict=True):
-            params = v.sample_intensity(rng, self.intensity)
-            if self.augment:
-                crop = v.apply_intensity(crop, params)
-            else:
-                out["intensity_" + view][i] = params.noise_std, params.blur_sigma, params.gain, params.gamma
-                out["noise_seed_" + view][i] = params.noise_seed
-            torch.from_numpy(out["view_" + view][i, 0]).copy_(crop)  # numpy's cast is slow
-            out["box_" + view][i], out["flip_" + view][i] = prior.box, prior.flip
-        for view in ("1", "2") if self.deform else ():
-            seen = torch.from_numpy(out["view_" + view][i, 0].astype(np.float32))
-            out["deformed_" + view][i, 0] = deform(seen, rng, self.deform).numpy()
-
-    def draw(self, record: store_room.ScanRecord, epoch: int, draw: int):
-        """The region of a pair, if any, its priors and what goes on to draw its intensity operations."""
-        key, body = (self.seed, epoch, record.scan_id), record.foreground_box
-        rng = v.generator(*key, draw)
+    def draw(self, rows: dict[str, np.ndarray]) -> "Drawn":
+        """All that is random of some rows but Genesis' deformations."""
+        scan_ids, key = [self.scan_ids[scan] for scan in rows["scan"].tolist()], (self.seed, rows["epoch"])
+        scans = [_records(self.store)[1][scan_id] for scan_id in scan_ids]
+        shape = np.array([scan.shape for scan in scans])
+        body = np.array([scan.foreground_box for scan in scans]).reshape(-1, 3, 2) if self.views.foreground else None
+        u = v.uniforms(*key, scan_ids, rows["draw"], v.PAIR_NUMBERS + 2 * v.INTENSITY_NUMBERS)
+        of_pair, of_views = np.split(u, [v.PAIR_NUMBERS], axis=1)
+        region = None
         if self.pairs_per_region == 1:
-            return None, v.sample_pair(rng, record.shape, self.views, body, self.shared_box), rng
-        region = v.sample_region(*key, draw // self.pairs_per_region, record.shape, self.views, body)
-        return region, v.sample_pair_in(region, rng, self.views, body, self.shared_box), rng
+            box, flip = v.sample_pairs(of_pair, shape, self.views, body, self.shared_box)
+        else:
+            of_region = v.uniforms(*key, scan_ids, rows["draw"] // self.pairs_per_region, 3, of=1)
+            chunk = np.array([_chunk(self.store, scan_id) for scan_id in scan_ids])
+            region = v.sample_regions(of_region, shape, chunk, self.views, body)
+            box, flip = v.sample_pairs_in(region, of_pair, self.views, body, self.shared_box)
+        of_views = of_views.reshape(-1, 2, v.INTENSITY_NUMBERS)
+        return Drawn(rows, scan_ids, region, box, flip, *v.sample_intensities(of_views, self.intensity))
+
+    def _render(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray]) -> None:
+        """Views of row i."""
+        index, records = _records(self.store)
+        crops = v.read_all_padded(_reader(self.store, *drawn.part(i)), drawn.box[i], AIR)
+        scan, rng = records[drawn.scan_ids[i]], None
+        for k, crop in enumerate(crops):
+            view = v.render(crop, self.views.size, drawn.flip[i, k], index.hu_window, scan.mean_hu, scan.std_hu)
+            if self.augment:
+                (std, *others), seed = drawn.intensity[i, k].tolist(), int(drawn.noise_seed[i, k])
+                view = v.apply_intensity(view, v.Intensity(std, seed, *others))
+            shown = out[f"view_{k + 1}"][i, 0]
+            torch.from_numpy(shown).copy_(view)  # numpy's cast is slow
+            if self.deform:
+                rng = rng or v.generator(
+                    self.seed, int(drawn.rows["epoch"][i]), scan.scan_id, int(drawn.rows["draw"][i])
+                )
+                out[f"deformed_{k + 1}"][i, 0] = deform(torch.from_numpy(shown.astype(np.float32)), rng, self.deform)
+
+    def _cut(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray]) -> None:
+        """Crops of row i, as they are stored."""
+        reader = _reader(self.store, *drawn.part(i), codes=True)
+        window = _records(self.store)[0].hu_window
+        air = (
+            AIR if out["crop_1"].dtype == np.int16 else round(255 * (max(AIR, window[0]) - window[0]) / np.ptp(window))
+        )
+        for k, crop in enumerate(v.read_all_padded(reader, drawn.box[i], air)):
+            out[f"crop_{k + 1}"][(i, 0, *map(slice, crop.shape))] = crop
 
     def rebuild(self, scan_id: str, epoch: int, draw: int) -> dict[str, np.ndarray]:
         """One pair of a run again, bit for bit, with its priors: a batch of one row.
@@ -330,22 +389,16 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
 
     Returns:
         CPU ms per pair: draw (priors), read (bytes of the chunks that are touched, from the page cache where they are
-        in it), decode, resize (window, z-score, resize, flip), intensity; and bytes_read, crop_bytes per pair (of the
-        stored type).
+        in it), decode, resize (window, z-score, resize, flip; or what it takes to put crops into a batch), intensity;
+        and bytes_read, crop_bytes per pair (of the stored type).
     """
-    num, records = len(rows["step"]), _records(renderer.store)[1]
-    drawn = []
-
-    def draw() -> None:
-        drawn.clear()
-        for scan, epoch, number in zip(*(rows[name].tolist() for name in ("scan", "epoch", "draw")), strict=True):
-            scan_id = renderer.scan_ids[scan]
-            region, priors, _ = renderer.draw(records[scan_id], epoch, number)
-            drawn.append((scan_id, region, [prior.box for prior in priors]))
+    num, codes = len(rows["step"]), not renderer.resize
+    drawn = renderer.draw(rows)
 
     def fetch() -> int:
         done, seen = 0, set()
-        for scan_id, region, boxes in drawn:
+        for i, boxes in enumerate(drawn.box):
+            scan_id, region = drawn.part(i)
             reader = _volume(renderer.store, scan_id)
             if region is not None:
                 key = scan_id, region.tobytes()
@@ -356,18 +409,19 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
         return done
 
     def read() -> None:
-        for scan_id, region, boxes in drawn:
-            v.read_all_padded(_reader(renderer.store, scan_id, region), boxes, AIR)
+        for i, boxes in enumerate(drawn.box):
+            v.read_all_padded(_reader(renderer.store, *drawn.part(i), codes), boxes, AIR if not codes else 0)
 
     seconds = {}
-    stages = {"draw": draw, "fetch": fetch, "read": read, "plain": partial(replace(renderer, augment=False), rows)}
-    for name, work in (stages | {"whole": partial(renderer, rows)}).items():
+    stages = {"draw": partial(renderer.draw, rows), "fetch": fetch, "read": read}
+    stages |= {"plain": partial(replace(renderer, augment=False), rows), "whole": partial(renderer, rows)}
+    for name, work in stages.items():
         work()  # opens files, compiles
         _region.cache_clear()
         began = time.process_time()
         work()
         seconds[name] = time.process_time() - began
-    itemsize = _volume(renderer.store, drawn[0][0]).stored_dtype.itemsize
+    itemsize = _volume(renderer.store, drawn.scan_ids[0]).stored_dtype.itemsize
     costs = {
         "draw": seconds["draw"],
         "read": seconds["fetch"],
@@ -377,24 +431,34 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
     }
     return {name: max(0.0, 1000 * cost / num) for name, cost in costs.items()} | {
         "bytes_read": fetch() / num,
-        "crop_bytes": sum(int(np.prod(b[:, 1] - b[:, 0])) for *_, boxes in drawn for b in boxes) * itemsize / num,
+        "crop_bytes": int((drawn.box[..., 1] - drawn.box[..., 0]).prod(-1).sum()) * itemsize / num,
     }
 
 
-def finish(batch: dict[str, torch.Tensor], intensity: IntensityConfig) -> dict[str, torch.Tensor]:
-    """The intensity operations of a batch whose renderer left them out, where its tensors lie; else the batch itself.
+def finish(
+    batch: dict[str, torch.Tensor], size: tuple[int, int, int], intensity: IntensityConfig, hu_window: Sequence[float]
+) -> dict[str, torch.Tensor]:
+    """What the renderer of a batch left to do, where the batch's tensors lie; the views are the same to float16's
+    rounding.
 
     Args:
         batch: of a PairRenderer.
+        size: P (D, H, W), of the views.
         intensity: its ranges.
+        hu_window: of the store.
     """
-    if "intensity_1" not in batch:
-        return batch
     done = {}
     for view in ("1", "2"):
-        params = batch["intensity_" + view], batch["noise_seed_" + view]
-        done["view_" + view] = v.apply_intensities(batch["view_" + view], *params, intensity.blur_sigma[1])
-    return batch | done
+        if "crop_" + view in batch:
+            crops, prior = batch["crop_" + view], (batch["box_" + view], batch["flip_" + view])
+            if crops.dtype == torch.uint8:
+                crops = torch.from_numpy(store_room.hu_of_codes(hu_window)).to(crops.device)[crops.int()]
+            done["view_" + view] = v.render_each(crops, *prior, size, hu_window, batch["scaling"])
+        if "intensity_" + view in batch:
+            params = batch["intensity_" + view], batch["noise_seed_" + view]
+            views = done.get("view_" + view, batch.get("view_" + view))
+            done["view_" + view] = v.apply_intensities(views, *params, intensity.blur_sigma[1])
+    return batch | done if done else batch
 
 
 @dataclass(frozen=True)
@@ -428,7 +492,8 @@ class PatchRenderer:
             rng = v.generator(self.seed, int(rows["epoch"][i]), record.scan_id, int(rows["draw"][i]))
             prior = self._prior(rng, record)
             params = v.sample_intensity(rng, self.intensity)
-            (crop,) = _crops(self.store, record.scan_id, [prior], size, index.hu_window)
+            (crop,) = v.read_all_padded(_volume(self.store, record.scan_id), [prior.box], AIR)
+            crop = v.render(crop, size, prior.flip, index.hu_window, record.mean_hu, record.std_hu)
             label = v.read_padded(_label(self.store, record.scan_id), prior.box, 0)
             classes = lookup[label].astype(np.float32)
             torch.from_numpy(out["patch"][i, 0]).copy_(v.apply_intensity(crop, params))

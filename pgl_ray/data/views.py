@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
 from pgl_ray.config import AlignConfig, CropConfig, IntensityConfig, ViewsConfig
@@ -19,15 +20,69 @@ from pgl_ray.data import kernels
 from pgl_ray.prior import Prior, overlap_share
 
 MAX_TRIES = 20
+_STEP = -0x61C8864680B583EB  # of splitmix64's counter, modulo 2**64
 
 
-def generator(seed: int, epoch: int, scan_id: str, draw: int, *of: int) -> np.random.Generator:
-    """The random numbers of one draw from one scan in one epoch; `of`, not 0, names another kind of draw."""
-    scan_key = int.from_bytes(hashlib.sha256(scan_id.encode()).digest()[:8], "little")
-    return np.random.default_rng((seed, epoch, scan_key, draw, *of))
+@lru_cache(maxsize=2**16)
+def _scan_key(scan_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(scan_id.encode()).digest()[:8], "little")
+
+
+def generator(seed: int, epoch: int, scan_id: str, draw: int) -> np.random.Generator:
+    """The random numbers of one draw from one scan in one epoch, for what is drawn one by one."""
+    return np.random.default_rng((seed, epoch, _scan_key(scan_id), draw))
+
+
+def uniforms(seed: int, epoch: np.ndarray, scan_ids: Sequence[str], draw: np.ndarray, num: int, of: int = 0):
+    """The random numbers of many draws at once; each row depends on its own (seed, epoch, scan, draw) alone.
+
+    A counter through splitmix64 (Steele et al. 2014), as `noise`.
+
+    Args:
+        seed: of the run.
+        epoch, draw: int [N].
+        scan_ids: [N].
+        num: numbers per draw.
+        of: another number, another kind of draw.
+
+    Returns:
+        float64 [N, num], in [0, 1).
+    """
+    scan = np.array([_scan_key(each) for each in scan_ids], np.uint64).view(np.int64)
+    state = torch.full((len(scan),), seed) ^ _mix(torch.tensor(of + 1))
+    for part in (scan, epoch, draw):
+        state = _mix(state + _STEP) ^ torch.from_numpy(part.copy())
+    bits = _mix(_mix(state + _STEP)[:, None] + torch.arange(1, num + 1) * _STEP)
+    return ((bits >> 11) & (2**53 - 1)).numpy() * 2.0**-53
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def sample_boxes(u: np.ndarray, shape: np.ndarray, views: CropConfig, body: np.ndarray | None = None) -> np.ndarray:
+    """Crop boxes from uniform random numbers.
+
+    Per axis the crop's length is a whole number within `crop_scale` times the view size. Where a scan is smaller than
+    the crop, the box reaches beyond the scan by a random part on either side; what lies outside is air.
+
+    Args:
+        u: [..., 2, 3], for length and place.
+        shape: of the scan, int [..., 3].
+        views: sizes, scales and whether the middle is a foreground voxel.
+        body: the scan's foreground box, int [..., 3, 2]; used with `views.foreground`.
+
+    Returns:
+        int64 [..., 3, 2].
+    """
+    least, past = _length_range(views.size, views.crop_scale)
+    length = least + (u[..., 0, :] * (past - least)).astype(np.int64)
+    low, high = start_range(shape, length)
+    if views.foreground and body is not None:
+        middle = body[..., 0] + (u[..., 1, :] * (body[..., 1] - body[..., 0])).astype(np.int64)
+        start = np.clip(middle - length // 2, low, high - 1)
+    else:
+        start = low + (u[..., 1, :] * (high - low)).astype(np.int64)
+    return np.stack([start, start + length], -1)
 
 
 def sample_prior(
@@ -35,22 +90,14 @@ def sample_prior(
 ) -> Prior:
     """Draws one crop box and its flips.
 
-    Per axis the crop's length is a whole number within `crop_scale` times the view size. Where a scan is smaller than
-    the crop, the box reaches beyond the scan by a random part on either side; what lies outside is air.
-
     Args:
         rng: random numbers.
         shape: of the scan (D, H, W).
         views: sizes, scales and flip probability.
         body: the scan's foreground box (d0, d1, h0, h1, w0, w1); used with `views.foreground`.
     """
-    length = rng.integers(*_length_range(views.size, views.crop_scale))
-    start = rng.integers(*start_range(shape, length))
-    if views.foreground and body is not None:
-        start = centred_start(rng, body, shape, length)
-    box = np.empty((3, 2), np.int64)
-    box[:, 0], box[:, 1] = start, start + length
-    return Prior(box, rng.random(3) < views.flip_prob)
+    bounds = None if body is None else np.reshape(body, (3, 2))
+    return Prior(sample_boxes(rng.random((2, 3)), np.asarray(shape), views, bounds), rng.random(3) < views.flip_prob)
 
 
 @lru_cache(maxsize=16)
@@ -60,7 +107,12 @@ def _length_range(size: tuple[int, int, int], scale: tuple[float, float]) -> tup
     return least.astype(np.int64), np.maximum(least, most).astype(np.int64) + 1
 
 
-def start_range(shape: tuple[int, int, int], length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def largest_crop(views: CropConfig) -> tuple[int, int, int]:
+    """Voxels per axis that no crop exceeds."""
+    return tuple((_length_range(views.size, views.crop_scale)[1] - 1).tolist())
+
+
+def start_range(shape: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """First and past-the-last start of a box of a length: inside the scan, or around it where the scan is smaller."""
     room = np.asarray(shape) - length
     return np.minimum(room, 0), np.maximum(room, 0) + 1
@@ -88,6 +140,62 @@ def ablated(views: ViewsConfig, align: AlignConfig) -> ViewsConfig:
     return views.model_copy(update=flips if align.crop else flips | {"crop_scale": (1.0, 1.0)})
 
 
+PAIR_NUMBERS = 9 * (1 + MAX_TRIES)  # uniform numbers that a pair's priors take
+
+
+def sample_pairs(
+    u: np.ndarray,
+    shape: np.ndarray,
+    views: ViewsConfig,
+    body: np.ndarray | None = None,
+    shared_box: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the priors of many pairs; the two boxes of each overlap by at least `views.min_overlap`.
+
+    The second box is drawn again up to MAX_TRIES times; then the last one is moved towards the first one's middle
+    until the bound holds; where even the middle is not enough it takes the first one's size, too. So the bound always
+    holds.
+
+    Args:
+        u: [N, PAIR_NUMBERS], uniform random numbers.
+        shape: of the scans, int [N, 3].
+        views: sizes, scales, flip probability and the bound.
+        body: the scans' foreground boxes, int [N, 3, 2]; used with `views.foreground`.
+        shared_box: both views take the first box (`align.crop=false`); their flips differ.
+
+    Returns:
+        int64 [N, 2, 3, 2] boxes and bool [N, 2, 3] flips.
+    """
+    u = u.reshape(-1, 1 + MAX_TRIES, 3, 3)
+    boxes = sample_boxes(u[:, :, :2], shape[:, None], views, None if body is None else body[:, None])
+    flips, first = u[:, :2, 2] < views.flip_prob, boxes[:, 0]
+    if shared_box:
+        return np.stack([first, first], 1), flips
+    enough = overlap_share(first[:, None], boxes[:, 1:], views.overlap_of) >= views.min_overlap
+    second = boxes[np.arange(len(u)), 1 + enough.argmax(1)]
+    alone = ~enough.any(1)
+    if alone.any():
+        second[alone] = _moved(first[alone], boxes[alone, -1], shape[alone], views)
+    return np.stack([first, second], 1), flips
+
+
+def _moved(first: np.ndarray, second: np.ndarray, shape: np.ndarray, views: ViewsConfig) -> np.ndarray:
+    """Second boxes, brought so near to the first ones that they overlap enough, all [N, 3, 2]."""
+    tried = []
+    for shaped in (second, first):
+        length = shaped[..., 1] - shaped[..., 0]
+        low, high = start_range(shape, length)
+        middle = np.clip(first.sum(-1) // 2 - length // 2, low, high - 1)
+        begin = np.clip(second[..., 0], low, high - 1)
+        part = np.linspace(0, 1, 33)[1:, None]
+        start = np.rint(begin[:, None] + part * (middle - begin)[:, None]).astype(np.int64)
+        tried.append(np.stack([start, start + length[:, None]], -1))
+    tried = np.concatenate(tried, 1)
+    enough = overlap_share(first[:, None], tried, views.overlap_of) >= views.min_overlap
+    assert enough.any(1).all(), "a box of the same size and middle overlaps wholly"
+    return tried[np.arange(len(tried)), enough.argmax(1)]
+
+
 def sample_pair(
     rng: np.random.Generator,
     shape: tuple[int, int, int],
@@ -95,94 +203,73 @@ def sample_pair(
     body: tuple[int, ...] | None = None,
     shared_box: bool = False,
 ) -> tuple[Prior, Prior]:
-    """Draws two priors of one scan whose boxes overlap by at least `views.min_overlap`.
-
-    The second box is drawn again up to MAX_TRIES times; then the last one is moved towards the first one's middle
-    until the bound holds; where even the middle is not enough it takes the first one's size, too. So the bound always
-    holds.
+    """`sample_pairs` of one scan.
 
     Args:
         rng: random numbers.
         shape: of the scan (D, H, W).
-        views: sizes, scales, flip probability and the bound.
-        body: the scan's foreground box, used with `views.foreground`.
-        shared_box: both views take the first box (`align.crop=false`); their flips differ.
+        views, shared_box: as in `sample_pairs`.
+        body: the scan's foreground box (d0, d1, h0, h1, w0, w1).
     """
-    first = sample_prior(rng, shape, views, body)
-    if shared_box:
-        return first, Prior(first.box, rng.random(3) < views.flip_prob)
-    for _ in range(MAX_TRIES):
-        second = sample_prior(rng, shape, views, body)
-        apart = (second.box[:, 0] >= first.box[:, 1]) | (second.box[:, 1] <= first.box[:, 0])
-        if not apart.any() and overlap_share(first.box, second.box, views.overlap_of) >= views.min_overlap:
-            return first, second
-    for shaped in (second, first):
-        length = shaped.box[:, 1] - shaped.box[:, 0]
-        low, high = start_range(shape, length)
-        middle = np.clip(first.box.sum(-1) // 2 - length // 2, low, high - 1)
-        begin = np.clip(second.box[:, 0], low, high - 1)
-        for part in np.linspace(0, 1, 33)[1:]:
-            start = np.rint(begin + part * (middle - begin)).astype(np.int64)
-            box = np.stack([start, start + length], -1)
-            if overlap_share(first.box, box, views.overlap_of) >= views.min_overlap:
-                return first, Prior(box, second.flip)
-    raise AssertionError("a box of the same size and middle overlaps wholly")
+    bounds = None if body is None else np.reshape(body, (1, 3, 2))
+    (boxes,), (flips,) = sample_pairs(rng.random((1, PAIR_NUMBERS)), np.array([shape]), views, bounds, shared_box)
+    return Prior(boxes[0], flips[0]), Prior(boxes[1], flips[1])
 
 
 REGION_SCALE = 2  # a region's size as a multiple of the view size
 
 
-def sample_region(
-    seed: int,
-    epoch: int,
-    scan_id: str,
-    number: int,
-    shape: tuple[int, int, int],
-    views: CropConfig,
-    body: tuple[int, ...] | None = None,
+def sample_regions(
+    u: np.ndarray, shape: np.ndarray, chunk: np.ndarray, views: CropConfig, body: np.ndarray | None = None
 ) -> np.ndarray:
-    """Draws the part of a scan that several pairs are cropped from.
+    """Draws the parts of scans that several pairs each are cropped from. They are made of whole chunks, so nothing is
+    decoded that no pair can show.
 
     Args:
-        seed, epoch, scan_id: as in `generator`.
-        number: of the region in scan and epoch.
-        shape: of the scan (D, H, W).
+        u: [N, 3], uniform random numbers.
+        shape: of the scans, int [N, 3].
+        chunk: of their arrays, int [N, 3].
         views: size, scales and foreground.
-        body: the scan's foreground box; used with `views.foreground`.
+        body: the scans' foreground boxes, int [N, 3, 2]; with `views.foreground` a region holds a voxel of them.
 
     Returns:
-        int64 [3, 2], inside the scan: REGION_SCALE times the view size, or more where crops may be as large.
+        int64 [N, 3, 2], inside the scan: REGION_SCALE times the view size, or more where crops may be as large, in
+        whole chunks; a rest of the scan that is smaller than a chunk is taken along.
     """
-    rng = generator(seed, epoch, scan_id, number, 1)
-    length = np.ceil(max(REGION_SCALE, views.crop_scale[1]) * np.asarray(views.size)).astype(np.int64)
-    length = np.minimum(length, shape)
-    start = rng.integers(*start_range(shape, length))
+    least = np.ceil(max(REGION_SCALE, views.crop_scale[1]) * np.asarray(views.size)).astype(np.int64)
+    length = -(-least // chunk) * chunk
+    room = np.maximum(shape - length, 0)
     if views.foreground and body is not None:
-        start = centred_start(rng, body, shape, length)
-    return np.stack([start, start + length], -1)
+        middle = body[..., 0] + (u * (body[..., 1] - body[..., 0])).astype(np.int64)
+        start = np.clip(middle - length // 2, 0, room)
+    else:
+        start = (u * (room + 1)).astype(np.int64)
+    start = np.minimum((start + chunk // 2) // chunk, room // chunk) * chunk
+    stop = start + length
+    return np.stack([start, np.where(stop + chunk > shape, shape, stop)], -1)
 
 
-def sample_pair_in(
+def sample_pairs_in(
     region: np.ndarray,
-    rng: np.random.Generator,
+    u: np.ndarray,
     views: ViewsConfig,
-    body: tuple[int, ...] | None = None,
+    body: np.ndarray | None = None,
     shared_box: bool = False,
-) -> tuple[Prior, Prior]:
-    """`sample_pair` inside a region as if it were the scan; the boxes are in the scan frame.
+) -> tuple[np.ndarray, np.ndarray]:
+    """`sample_pairs` inside regions as if they were the scans; the boxes are in the scan frame.
 
     Args:
-        region: int [3, 2], by `sample_region`.
-        rng, views, body, shared_box: as in `sample_pair`.
+        region: int [N, 3, 2], by `sample_regions`.
+        u, views, body, shared_box: as in `sample_pairs`; where a region and the foreground box have nothing in common,
+            the whole region is the foreground.
     """
-    origin = region[:, :1]
+    origin = region[..., :1]
     if body is not None:
-        inside = np.clip(np.reshape(body, (3, 2)), origin, region[:, 1:])
-        body = tuple((inside - origin).reshape(-1).tolist()) if (inside[:, 0] < inside[:, 1]).all() else None
-    shape = tuple((region[:, 1] - region[:, 0]).tolist())
-    pair = sample_pair(rng, shape, views, body, shared_box)
-    first, second = (Prior(prior.box + origin, prior.flip) for prior in pair)
-    return first, second
+        inside = np.clip(body, origin, region[..., 1:])
+        held = (inside[..., 0] < inside[..., 1]).all(-1)[:, None, None]
+        body = np.where(held, inside, region) - origin
+    boxes, flips = sample_pairs(u, region[..., 1] - region[..., 0], views, body, shared_box)
+    return boxes + origin[:, None], flips
 
 
 class Intensity(NamedTuple):
@@ -195,22 +282,30 @@ class Intensity(NamedTuple):
     gamma: float  # 1: none
 
 
+INTENSITY_NUMBERS = 9  # uniform numbers that a view's intensity operations take
+
+
+def sample_intensities(u: np.ndarray, config: IntensityConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Draws operations 3 to 6 of Sec. 3.2 for many views.
+
+    Args:
+        u: [..., INTENSITY_NUMBERS], uniform random numbers.
+        config: probabilities and ranges.
+
+    Returns:
+        float64 [..., 4] of noise_std, blur_sigma, gain, gamma, and int64 [...] of noise_seed, as in `Intensity`.
+    """
+    ranges = np.array([config.noise_variance, config.blur_sigma, config.gain, config.gamma])
+    drawn = ranges[:, 0] + u[..., 4:8] * (ranges[:, 1] - ranges[:, 0])
+    drawn[..., 0] = np.sqrt(drawn[..., 0])
+    chosen = u[..., :4] < (config.noise_prob, config.blur_prob, config.gain_prob, config.gamma_prob)
+    return np.where(chosen, drawn, (0.0, 0.0, 1.0, 1.0)), (u[..., 8] * 2**53).astype(np.int64)
+
+
 def sample_intensity(rng: np.random.Generator, config: IntensityConfig) -> Intensity:
-    """Draws operations 3 to 6 of Sec. 3.2 for one view."""
-    noise, blur, gain, gamma = rng.random(4) < (
-        config.noise_prob,
-        config.blur_prob,
-        config.gain_prob,
-        config.gamma_prob,
-    )
-    drawn = [rng.uniform(*r) for r in (config.noise_variance, config.blur_sigma, config.gain, config.gamma)]
-    return Intensity(
-        noise_std=float(np.sqrt(drawn[0])) if noise else 0.0,
-        noise_seed=int(rng.integers(2**62)),
-        blur_sigma=drawn[1] if blur else 0.0,
-        gain=drawn[2] if gain else 1.0,
-        gamma=drawn[3] if gamma else 1.0,
-    )
+    """`sample_intensities` of one view."""
+    (std, *others), seed = sample_intensities(rng.random(INTENSITY_NUMBERS), config)
+    return Intensity(float(std), int(seed), *map(float, others))
 
 
 # -- rendering --------------------------------------------------------------------------------------------------------
@@ -317,8 +412,49 @@ def render(
     scale = 1 / max(std, 1.0)
     numbers = [np.float32(value) for value in (*window, scale, -mean * scale)]
     view = torch.empty(tuple(size))
-    compiled.resize(np.ascontiguousarray(crop), *numbers, *tables, view.numpy())
+    if crop.strides[2] != 2 or min(crop.strides) < 2:
+        crop = np.ascontiguousarray(crop)
+    (planes, rows, _), (depth, height, width) = (step // 2 for step in crop.strides), crop.shape
+    line = as_strided(crop, ((depth - 1) * planes + (height - 1) * rows + width,), (2,))
+    compiled.resize(line, planes, rows, height, width, *numbers, *tables, view.numpy())
     return view
+
+
+def render_each(
+    crops: Tensor, box: Tensor, flip: Tensor, size: tuple[int, int, int], window: Sequence[float], scaling: Tensor
+) -> Tensor:
+    """`render` of a batch of crops of any sizes, on any device: along each axis one product with a matrix per crop.
+
+    Args:
+        crops: [N, 1, d, h, w], HU, each in the first corner of its array.
+        box: int [N, 3, 2], whose lengths are the crops'.
+        flip: [N, 3], not 0 where flipped.
+        size: P (D, H, W).
+        window: HU bounds.
+        scaling: float32 [N, 2], mean and standard deviation in HU.
+
+    Returns:
+        float32 [N, 1, D, H, W], as `render`'s to 1e-4.
+    """
+    views = crops.float().clamp(*window)
+    length = box[..., 1] - box[..., 0]
+    z, y, x = (
+        _matrices(length[:, axis], flip[:, axis], views.shape[2 + axis], size[axis])[:, None] for axis in range(3)
+    )
+    views = (z @ views.flatten(3)).unflatten(3, views.shape[3:])
+    views = y[:, None] @ views @ x[:, None].mT
+    mean, std = scaling[:, :, None, None, None, None].unbind(1)
+    return (views - mean) / std.clamp_min(1)
+
+
+def _matrices(length: Tensor, flip: Tensor, num: int, new: int) -> Tensor:
+    """`_table` of a batch, float32 [N, new, num]; voxels from `length` on weigh nothing."""
+    at = torch.arange(new, device=length.device, dtype=torch.float64) + 0.5
+    ratio = (length.float() / new).double()
+    at = (ratio[:, None] * at - 0.5).float().clamp_min(0)
+    at = torch.where(flip.bool()[:, None], at.flip(1), at)
+    at = torch.minimum(at, (length - 1).float()[:, None])
+    return (1 - (at[:, :, None] - torch.arange(num, device=length.device)).abs()).clamp_min(0)
 
 
 @lru_cache(maxsize=1024)
@@ -450,7 +586,7 @@ def _random_bits(starts: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Two 24-bit numbers per step of a counter, float32 [N, num] each."""
     compiled = kernels.load() if starts.device.type == "cpu" else None
     if compiled is None:
-        bits = _mix(starts[:, None] + torch.arange(num, device=starts.device) * -0x61C8864680B583EB)
+        bits = _mix(starts[:, None] + torch.arange(num, device=starts.device) * _STEP)
         return ((bits >> 40) & 0xFFFFFF).float(), ((bits >> 12) & 0xFFFFFF).float()
     first, second = torch.empty(len(starts), num), torch.empty(len(starts), num)
     for start, *rows in zip(starts.numpy().view(np.uint64), first.numpy(), second.numpy(), strict=True):

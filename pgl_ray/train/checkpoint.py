@@ -24,8 +24,17 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 STATE = "state.pt"
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
 # what a continued run may change
-MAY_DIFFER = {"ray", "train", "health", "stream.on_error", "stream.max_skipped_share", "stream.augment_on"}
-MAY_DIFFER |= {"accumulate", "probe"}  # memory, and who watches
+MAY_DIFFER = {
+    "ray",
+    "train",
+    "health",
+    "stream.on_error",
+    "stream.max_skipped_share",
+    "stream.augment_on",
+    "stream.resize_on",
+    "accumulate",
+    "probe",
+}
 
 
 # -- run folders ------------------------------------------------------------------------------------------------------

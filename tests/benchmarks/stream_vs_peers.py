@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ BODY = Path(os.environ.get("PGL_RAY_TEST_DATA", "../shared/data")) / "body/image
 WINDOW = (-1024.0, 325.0)
 VIEWS, INTENSITY = ViewsConfig(), IntensityConfig()
 LARGEST = (22, 134, 134)  # crop
-RATE = "pgl_ray, int16, K = 1"  # what the others are compared with
+RATES = {"K = 1": "pgl_ray, int16, K = 1", "K = 8": "pgl_ray, int16, K = 8"}  # what the others are compared with
 
 
 def main() -> None:
@@ -88,11 +89,13 @@ def measure(ways: dict, rounds: int) -> dict[str, list[float]]:
 
 
 def table(rates: dict[str, list[float]]) -> str:
-    ours = statistics.median(rates[RATE])
-    lines = [f"{'':<44} {'pairs/s/core':>12} {'lowest':>8} {'highest':>8} {'K = 1 is':>10}"]
+    """Medians; ratios are medians over rounds, in each of which all ways ran one after the other."""
+    heads = "".join(f"{name + ' is':>10}" for name in RATES)
+    lines = [f"{'':<44} {'pairs/s/core':>12} {'lowest':>8} {'highest':>8}{heads}"]
     for name, values in sorted(rates.items(), key=lambda item: -statistics.median(item[1])):
-        rate = statistics.median(values)
-        lines.append(f"{name:<44} {rate:12.1f} {min(values):8.1f} {max(values):8.1f} {ours / rate:8.1f} x")
+        ratios = [statistics.median(a / b for a, b in zip(rates[ours], values)) for ours in RATES.values()]
+        shown = "".join(f"{ratio:8.1f} x" for ratio in ratios)
+        lines.append(f"{name:<44} {statistics.median(values):12.1f} {min(values):8.1f} {max(values):8.1f}{shown}")
     return "\n".join(lines)
 
 
@@ -128,11 +131,12 @@ def rows_of(index: store.Index, share: int) -> Iterator[dict[str, np.ndarray]]:
         yield {"step": np.zeros(len(batch), np.int64), "epoch": batch[:, 0], "scan": batch[:, 1], "draw": batch[:, 2]}
 
 
-def ours(encoding: str, share: int, augment: bool = True) -> Callable:
+def ours(encoding: str, share: int, augment: bool = True, resize: bool = True) -> Callable:
     def make(volumes, scratch):
         index = our_store(volumes, scratch, encoding)
         ids = tuple(scan.scan_id for scan in index.scans)
-        renderer = stream.PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, augment=augment, pairs_per_region=share)
+        kept = {"augment": augment, "resize": resize, "pairs_per_region": share}
+        renderer = stream.PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, **kept)
         batches = rows_of(index, share)
 
         def work(pairs: int) -> None:
@@ -160,29 +164,6 @@ def without_kernels(make: Callable) -> Callable:
         return work
 
     return plain
-
-
-def crops_only(encoding: str, share: int) -> Callable:
-    """What is left on the CPU where the GPU resizes, flips and augments: priors and crops."""
-
-    def make(volumes, scratch):
-        index = our_store(volumes, scratch, encoding)
-        ids = tuple(scan.scan_id for scan in index.scans)
-        renderer = stream.PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, pairs_per_region=share)
-        records, batches = {scan.scan_id: scan for scan in index.scans}, rows_of(index, share)
-
-        def work(pairs: int) -> None:
-            for _ in range(-(-pairs // 64)):
-                rows = next(batches)
-                for epoch, scan, draw in zip(rows["epoch"].tolist(), rows["scan"], rows["draw"].tolist()):
-                    region, priors, _ = renderer.draw(records[ids[scan]], epoch, draw)
-                    reader = stream._reader(index.store, ids[scan], region)
-                    for crop in v.read_all_padded(reader, [prior.box for prior in priors], stream.AIR):
-                        np.ascontiguousarray(crop)
-
-        return work
-
-    return make
 
 
 # -- peers: each takes boxes from our sampler, so all cut the same kind of pair ---------------------------------------
@@ -285,11 +266,18 @@ def monai(volumes, scratch):
     return work
 
 
-def torchio(volumes, scratch):
-    """Queue over volumes in RAM, 16 patches of the largest crop a volume; two count as a pair, overlap or not."""
+def torchio(volumes, scratch, from_files: bool = False):
+    """Queue over volumes in RAM or in .nii.gz files, 16 patches of the largest crop a volume; two count as a pair,
+    overlap or not."""
     import torchio as tio
 
-    subjects = [tio.Subject(ct=tio.ScalarImage(tensor=torch.from_numpy(scaled(x))[None])) for x in volumes.values()]
+    subjects = []
+    for scan_id, volume in volumes.items():
+        image = tio.ScalarImage(tensor=torch.from_numpy(scaled(volume))[None])
+        if from_files:
+            image.save(f"{scratch}/{scan_id}.nii.gz")
+            image = tio.ScalarImage(f"{scratch}/{scan_id}.nii.gz")
+        subjects.append(tio.Subject(ct=image))
     chain = tio.Compose(
         [
             tio.Resize(VIEWS.size),
@@ -371,22 +359,23 @@ def counted() -> Iterator[list[int]]:
 
 
 WAYS = (  # name, pairs per round, what makes the work
-    (RATE, 256, ours("int16", 1)),
-    ("pgl_ray, int16, K = 8", 256, ours("int16", 8)),
+    (RATES["K = 1"], 256, ours("int16", 1)),
+    (RATES["K = 8"], 256, ours("int16", 8)),
     ("pgl_ray, uint8, K = 1", 256, ours("uint8", 1)),
     ("pgl_ray, uint8, K = 8", 256, ours("uint8", 8)),
     ("pgl_ray, int16, K = 1, plain torch", 128, without_kernels(ours("int16", 1))),
     ("pgl_ray, intensity on the GPU, int16, K = 8", 256, ours("int16", 8, augment=False)),
     ("pgl_ray, intensity on the GPU, uint8, K = 8", 256, ours("uint8", 8, augment=False)),
-    ("pgl_ray, crops only, int16, K = 1", 256, crops_only("int16", 1)),
-    ("pgl_ray, crops only, int16, K = 8", 512, crops_only("int16", 8)),
-    ("pgl_ray, crops only, uint8, K = 1", 256, crops_only("uint8", 1)),
-    ("pgl_ray, crops only, uint8, K = 8", 512, crops_only("uint8", 8)),
+    ("pgl_ray, crops only, int16, K = 1", 256, ours("int16", 1, augment=False, resize=False)),
+    ("pgl_ray, crops only, int16, K = 8", 512, ours("int16", 8, augment=False, resize=False)),
+    ("pgl_ray, crops only, uint8, K = 1", 256, ours("uint8", 1, augment=False, resize=False)),
+    ("pgl_ray, crops only, uint8, K = 8", 512, ours("uint8", 8, augment=False, resize=False)),
     ("tensorstore + our kernels", 128, tensorstore),
     ("zarr-python + torch", 48, without_kernels(zarr_python)),
     ("MONAI CacheDataset, tuned", 64, monai),
     ("blosc2 + batchgeneratorsv2 (nnssl), tuned", 64, blosc2_batchgenerators),
-    ("TorchIO Queue", 16, torchio),
+    ("TorchIO Queue, volumes in RAM", 16, torchio),
+    ("TorchIO Queue, as used: from .nii.gz", 16, partial(torchio, from_files=True)),
 )
 
 
