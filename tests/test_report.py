@@ -63,6 +63,7 @@ def pretrain_rows(std=0.7, rank=12.0, aligned=0.8, shuffled=0.2):
         row |= {"train/pairs_per_s": 4.0, "data/wait_s": 0.5, "ema/decay": 0.99}
         health = {"feature_std": std, "effective_rank": rank, "cosine_aligned": aligned, "cosine_shuffled": shuffled}
         health["collapsed"] = float(std < 0.1 or rank < 2)
+        row["probe/balanced_accuracy"] = 0.4 + step / 100
         rows.append(row | {f"health/{key}": value for key, value in health.items()})
     return rows
 
@@ -197,6 +198,7 @@ def test_page_says_the_planted_numbers(page):
     error = np.std([0.81, 0.80, 0.83, 0.79, 0.82, 0.84], ddof=1) / 6**0.5
     assert f"0.815 ± {error:.3f}" in text and "<b>0.815</b>" in page
     assert "0.705" in text and "<b>0.705</b>" not in page
+    assert "Balanced accuracy of a linear classifier" in text  # the probe's curve
     assert "<b>10.7</b>" in page and "<b>10.8</b>" not in page  # the lower HD is the better one
     assert "0.512" in text and "0.345" in text and "0.900" not in text  # a stranger's probe is left out
     assert "1.23 M" in text and "2.0 min" in text  # 90 s before, 30 s after the run was continued
