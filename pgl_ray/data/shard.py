@@ -107,7 +107,7 @@ class ArrayReader:
         stored = np.dtype(metadata["data_type"])
         self._table = None if codes else code_table(metadata.get("attributes", {}))
         self.dtype = stored if self._table is None else self._table.dtype
-        self.chunk = chunk_of(metadata_json)
+        self.chunk = chunk_of(metadata)
         self._fill_code = metadata["fill_value"]
         self.stored_dtype = stored
         self._scratch = np.empty(self.chunk, stored)
@@ -233,9 +233,9 @@ class ArrayReader:
         self._file.close()
 
 
-def chunk_of(metadata_json: str) -> tuple[int, int, int]:
-    """Inner chunk of an array in voxels, from the text of its zarr.json."""
-    return tuple(json.loads(metadata_json)["codecs"][0]["configuration"]["chunk_shape"])
+def chunk_of(metadata: dict) -> tuple[int, int, int]:
+    """Inner chunk of an array in voxels, from its zarr.json."""
+    return tuple(metadata["codecs"][0]["configuration"]["chunk_shape"])
 
 
 def code_table(attributes: dict) -> np.ndarray | None:

@@ -202,7 +202,7 @@ def _label(store: str, scan_id: str):
 
 @lru_cache(maxsize=4096)
 def _chunk(store: str, scan_id: str) -> tuple[int, int, int]:
-    return chunk_of(_records(store)[1][scan_id].array_metadata)
+    return chunk_of(json.loads(_records(store)[1][scan_id].array_metadata))
 
 
 @lru_cache(maxsize=2 * REGIONS_MIXED)
