@@ -12,12 +12,16 @@ RAY_ALLOWED = {"data/stream.py", "train/launch.py", "train/checkpoint.py"}
 DOOR_TO_DOOR = {
     ("tune", "pretrain"),
     ("tune", "finetune"),
+    ("tune", "probe"),
+    ("tune", "evaluate"),
+    ("tune", "report"),
     ("finetune", "evaluate"),
     ("pretrain", "probe"),
     ("bench", "pretrain"),
     ("check_align", "pictures"),
 }
-DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's two halves, no doors themselves
+DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's halves, no doors themselves
+DOOR_TO_DOOR |= {("report", "sweeps"), ("tune", "sweeps"), ("sweeps", "tables"), ("sweeps", "pictures")}
 
 
 def imports(path: Path) -> set[str]:
