@@ -59,6 +59,11 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _without_null(value: Any) -> Any:
+    """A dict without the keys that are set to null."""
+    return {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
+
+
 def _check_range(name: str, value: tuple[float, float]) -> None:
     if not value[0] <= value[1]:
         raise ValueError(f"{name}: lower bound {value[0]} is above upper bound {value[1]}")
@@ -624,11 +629,12 @@ class TuneConfig(Section):
     """The same of fine-tuning. With `init` (or where an arm sets finetune.init) there is no pre-training before it."""
     base_evaluate: dict[str, Any] | None = None
     """The same of the evaluation of the fine-tuned network; none: no evaluation."""
-    arms: dict[str, dict[str, Any]] = {}
-    """Name -> dotted keys and values that belong together; every arm meets every point of the space."""
-    space: dict[str, dict[Verb, list[Any]]] = {}
+    arms: Annotated[dict[str, dict[str, Any]], BeforeValidator(_without_null)] = {}
+    """Name -> dotted keys and values that belong together; every arm meets every point of the space. `arms.NAME=null`
+    leaves one out."""
+    space: Annotated[dict[str, dict[Verb, list[Any]]], BeforeValidator(_without_null)] = {}
     """Dotted key (pretrain.ema_decay, finetune.optim.lr) -> one of Ray Tune's verbs and its arguments. `a + b` gives
-    two keys one value."""
+    two keys one value. On a command line: 'space[finetune.optim.lr].choice=[1,2]'."""
     judge: str = "val/dice"
     """Figure of the last stage that trials are judged by, of the metrics; higher is better."""
     first_judge: str | None = None

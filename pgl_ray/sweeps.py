@@ -194,31 +194,27 @@ def _column(values: list[Any]) -> pa.Array:
 # -- the progress table -----------------------------------------------------------------------------------------------
 
 
-def progress(shown: list[Trial], found: list[Trial], num: int, judge: str) -> str:
-    """A table of trials, and a line about the whole sweep.
-
-    Args:
-        shown: trials of the table.
-        found: all that began.
-        num: planned trials.
-        judge: name of the score.
-    """
-    width = max([8, *(len(trial.title) for trial in shown)])
-    lines = [f"{'trial':<10}{'settings':<{width + 2}}{'stage':<22}{f'best {judge}':>16}{'left':>10}"]
+def table(shown: list[Trial], head: bool = True) -> str:
+    """Trial, settings, stage, best figure and time left of its stage, a line each, under a head."""
+    lines = [f"{'trial':<10}{'stage':<20}{'best':>7}{'left':>9}  settings"] if head else []
     for trial in shown:
         stage, left = _where(trial)
         score = "-" if trial.score is None else f"{trial.score:.4f}"
-        lines.append(f"{trial.name:<10}{trial.title:<{width + 2}}{stage:<22}{score:>16}{left:>10}")
-        lines += [f"{'':<10}{trial.error[:150]}"] if trial.error else []
-    counts = {state: sum(trial.state == state for trial in found) for state in (*ENDED, "failed")}
-    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none done"
-    ended = [trial for trial in found if trial.state in ENDED and "took_s" in trial.record]
-    rest = num - sum(counts.values())
-    if ended and rest > 0:
-        text += (
-            f"; about {clock(rest * sum(trial.record['took_s'] for trial in ended) / len(ended))} of trial time left"
-        )
-    return "\n".join(["", *lines, f"tune: {text}, of {num}"])
+        lines.append(f"{trial.name:<10}{stage:<20}{score:>7}{left:>9}  {trial.title}")
+        lines += [f"{'':<10}{trial.error[:200]}"] if trial.error else []
+    return "\n".join(lines)
+
+
+def counts(found: list[Trial], num: int) -> str:
+    """A line about the whole sweep: how the trials of `num` ended, and how long the rest may take."""
+    ended = {state: sum(trial.state == state for trial in found) for state in (*ENDED, "failed")}
+    text = ", ".join(f"{count} {state}" for state, count in ended.items() if count) or "0 done"
+    took = [trial.record["took_s"] for trial in found if trial.state in ENDED]
+    rest = num - sum(ended.values())
+    now = sum(time.time() - trial.record["since"] for trial in found if trial.state == "running")
+    if took and rest > 0:
+        text += f"; about {clock(max(0.0, rest * sum(took) / len(took) - now))} left, one after another"
+    return f"  {text}, of {num}"
 
 
 def _where(trial: Trial) -> tuple[str, str]:

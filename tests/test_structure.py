@@ -10,18 +10,17 @@ ROOMS = {"data", "model", "train"}
 DOORS = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "config", "prior"}
 RAY_ALLOWED = {"data/stream.py", "train/launch.py", "train/checkpoint.py"}
 DOOR_TO_DOOR = {
-    ("tune", "pretrain"),
-    ("tune", "finetune"),
-    ("tune", "probe"),
-    ("tune", "evaluate"),
-    ("tune", "report"),
+    *(("trial", stage) for stage in ("pretrain", "probe", "finetune", "evaluate")),
+    *(("tune", other) for other in ("trial", "pretrain", "finetune", "report", "sweeps")),
+    ("trial", "sweeps"),
     ("finetune", "evaluate"),
     ("pretrain", "probe"),
     ("bench", "pretrain"),
     ("check_align", "pictures"),
 }
 DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's halves, no doors themselves
-DOOR_TO_DOOR |= {("report", "sweeps"), ("tune", "sweeps"), ("sweeps", "tables"), ("sweeps", "pictures")}
+DOOR_TO_DOOR |= {("report", "sweep_report"), ("sweeps", "tables")}
+DOOR_TO_DOOR |= {("sweep_report", other) for other in ("sweeps", "tables", "pictures")}
 
 
 def imports(path: Path) -> set[str]:
