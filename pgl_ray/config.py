@@ -492,14 +492,20 @@ class FinetuneConfig(Section):
     run: FilePath
     """Folder of the run; the same command again continues an interrupted run."""
     init: Init = "random"
-    """Initialisation of the encoder: `random` (Kaiming uniform), or a pre-training run's folder. From a run with
-    method=genesis ASPP and decoder come along."""
+    """Initialisation of the encoder: `random` (Kaiming uniform), a run's folder (with method=genesis ASPP and decoder
+    come along), a .safetensors file of `export`, or a .pth file with the keys of MONAI's resnet50 (MedicalNet)."""
+    allow_partial: bool = False
+    """Take of `init` the tensors whose names and shapes fit, and say which; false: a mismatch is an error."""
+    freeze: bool = False
+    """Leave the encoder as `init` has it: no gradients, and its BatchNorm as in inference."""
     seed: Seed = 0
     """Seed of the split, the patches and the initialisation."""
     split: str = "train"
     """Split of the index that the scans are taken from."""
     num_scans: Positive | None = None
-    """Labelled scans to use, validation included, drawn with the seed; none: all."""
+    """Labelled scans to use, validation included, drawn with the seed; none: `scan_share` of them."""
+    scan_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the labelled scans to use, validation included, e.g. 0.2; a smaller share is part of a larger one."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of them kept for validation, at least one scan."""
     task: Literal["multiclass", "binary"] = "multiclass"
@@ -511,6 +517,10 @@ class FinetuneConfig(Section):
     """Length of the run in steps instead of epochs."""
     global_batch_size: Positive = 8
     """Patches per step over all workers."""
+    accumulate: Positive = 1
+    """Parts that a worker's patches of a step go through the network in, where memory is short. The gradient is that of
+    the whole, the Dice of Eq. 11 and 12 included (which costs a second forward pass); BatchNorm sees a part at a
+    time."""
     patches_per_scan: Positive = 8
     """Patches per scan and epoch."""
     foreground_share: Share = 0.0
@@ -524,13 +534,22 @@ class FinetuneConfig(Section):
     validate_every: Positive = 5
     """Epochs between two validations."""
     patience: Positive = 4
-    """Validations without a better mean Dice after which training stops as overfitted."""
+    """Validations without a better mean Dice after which training stops as overfitted; those before the first Dice
+    above 0 do not count. The network of the best validation is kept."""
     train: TrainConfig = TrainConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
     def _divisible(self):
         _check_divisible(self.global_batch_size, self.train.num_workers)
+        batch = self.global_batch_size // self.train.num_workers
+        if batch % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate} must divide a worker's {batch} patches (global_batch_size / "
+                "train.num_workers)"
+            )
+        if self.num_scans is not None and self.scan_share != 1:
+            raise ValueError(f"num_scans={self.num_scans} and scan_share={self.scan_share}: give one of them")
         return self
 
 
@@ -560,6 +579,13 @@ class EvaluateConfig(Section):
     """Folder of the results; none: <run>/evaluation."""
     save_predictions: bool = True
     """Write each predicted label map as NIfTI beside the metrics."""
+    tta: bool = False
+    """Test-time augmentation: average the logits of all eight flips of every window (eight times the work)."""
+    compare: FilePath | None = None
+    """Another run (or folder of results) that was evaluated on the same scans: differences, their 95 % intervals, and
+    Wilcoxon's signed-rank test over the scans."""
+    seed: Seed = 0
+    """Seed of the bootstrap draws behind the intervals."""
     inference: InferenceConfig = InferenceConfig()
 
 
@@ -581,7 +607,7 @@ class ProbeConfig(Section):
     index: FilePath
     """Store written by prepare, with labels."""
     init: Init = "random"
-    """Encoder: `random`, or a pre-training run's folder."""
+    """Encoder: `random`, a run's folder, or a file as for fine-tuning."""
     encoder: EncoderConfig | None = None
     """Encoder; none: the checkpoint's, or the default for init=random."""
     size: Triple = (16, 96, 96)

@@ -1,6 +1,8 @@
 """python -m pgl_ray.evaluate run=RUN index=STORE [a.b=c ...]: Dice, IoU, HD and HD95 on labelled scans (Sec. 5.1)."""
 
 import gzip
+import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -11,15 +13,20 @@ import nibabel as nib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from pgl_ray.config import EvaluateConfig, InferenceConfig, command
 from pgl_ray.data.store import Index, ScanRecord, class_lookup, open_label, open_volume, read_index, write_aside
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
-from pgl_ray.model.inference import pick_device, segment
-from pgl_ray.model.metrics import SCORES, organ_metrics, summarise
+from pgl_ray.model.inference import pick_device, segment, time_forward
+from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, summarise
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train.checkpoint import load_segmenter, write_json
+from pgl_ray.train.checkpoint import file_of, load_segmenter, whole_lines, write_json
+
+SCANS, TABLE = "scans.jsonl", "metrics.parquet"
+MEAN = "mean of organs"
+FORWARD_SIZE = (64, 192, 192)  # D, H, W, that the paper gives its 30 ms for
 
 
 class Scored(NamedTuple):
@@ -44,39 +51,63 @@ class Result(NamedTuple):
 
 
 def run(config: EvaluateConfig) -> Result:
-    """Evaluates and writes metrics.parquet, summary.json and predictions/.
+    """Evaluates and writes metrics.parquet, summary.json, predictions/, and the comparison if one is asked for.
+
+    Scans that this network was evaluated on before, in the same way, are not evaluated again (scans.jsonl knows them);
+    what another network left in the folder is removed.
 
     Raises:
-        ValueError: run or index cannot be used, or do not belong together.
+        ValueError: run or index cannot be used, or do not belong together, or there is nothing to compare with.
     """
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
     index = read_index(config.index)
     records = _choose(config, meta, index)
+    others = _read_others(config.compare, records) if config.compare else None
     folder = Path(config.output or os.path.join(config.run, "evaluation"))
     folder.mkdir(parents=True, exist_ok=True)
+    found = _continue(folder, _identity(config), records)
+    left = [record for record in records if record.scan_id not in found]
 
-    print(f"evaluate: {len(records)} scans of split={config.split!r} on {device}", flush=True)
-    rows, began = [], time.monotonic()
-    for done, scored in enumerate(score_scans(model, meta, index, records, config.inference), 1):
-        rows += scored.rows
-        if config.save_predictions:
-            _write_prediction(folder / "predictions", scored, index)
-        rate = (time.monotonic() - began) / done
-        left = (len(records) - done) * rate
-        progress = f"{done}/{len(records)} scans, {rate:.1f} s per scan, {left:.0f} s left"
-        dice = _text(summarise(scored.rows)["dice"], 0, 3)
-        print(f"evaluate: {progress}; {scored.record.scan_id}: dice {dice}", flush=True)
+    known = f", {len(found)} of them known already" if found else ""
+    print(f"evaluate: {len(records)} scans of split={config.split!r} on {device}{known}", flush=True)
+    began = time.monotonic()
+    scored_scans = score_scans(model, meta, index, left, config.inference, flips=config.tta)
+    with (folder / SCANS).open("a") as file:
+        for done, scored in enumerate(scored_scans, 1):
+            found[scored.record.scan_id] = scored.rows
+            if config.save_predictions:
+                _write_prediction(folder / "predictions", scored, index)
+            line = {"scan_id": scored.record.scan_id, "scan": _content(scored.record), "rows": scored.rows}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            rate = (time.monotonic() - began) / done
+            progress = f"{done}/{len(left)} scans, {rate:.1f} s per scan, {(len(left) - done) * rate:.0f} s left"
+            dice = _text(summarise(scored.rows)["dice"], 0, 3)
+            print(f"evaluate: {progress}; {scored.record.scan_id}: dice {dice}", flush=True)
 
-    summary = summarise(rows) | {
-        "num_scans": len(records),
-        "split": config.split,
-        "index": str(Path(config.index).absolute()),
-        "seconds_per_scan": (time.monotonic() - began) / len(records),
-    }
-    _write_table(folder / "metrics.parquet", rows)
-    write_json(folder / "summary.json", summary)
+    if left or not (folder / "summary.json").exists():
+        rows = [row for record in records for row in found[record.scan_id]]
+        summary = summarise(rows) | {
+            "ci95": intervals(rows, config.seed),
+            "num_scans": len(records),
+            "split": config.split,
+            "index": str(Path(config.index).absolute()),
+            "seconds_per_scan": (time.monotonic() - began) / max(1, len(left)),
+            "forward_ms": time_forward(model, FORWARD_SIZE, 10 if device.type == "cuda" else 1),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        }
+        _write_table(folder / TABLE, rows)
+        write_json(folder / "summary.json", summary)
+    summary = json.loads((folder / "summary.json").read_text())
     print(table(summary), flush=True)
+    size = "x".join(map(str, FORWARD_SIZE))
+    print(f"one {size} volume through the network: {summary['forward_ms']:.0f} ms ({summary['device']})", flush=True)
+    if others is not None:
+        rows = [row for record in records for row in found[record.scan_id]]
+        compared = compare(rows, others, config.seed) | {"run": config.run, "other": config.compare}
+        write_json(folder / f"compare_{Path(config.compare).name}.json", compared)
+        print(comparison(compared), flush=True)
     return Result(str(folder), summary)
 
 
@@ -87,6 +118,7 @@ def score_scans(
     records: list[ScanRecord],
     inference: InferenceConfig,
     distances: bool = True,
+    flips: bool = False,
 ) -> Iterator[Scored]:
     """Segments and scores scans one by one, each on its own grid; fine-tuning validates with it.
 
@@ -97,6 +129,7 @@ def score_scans(
         records: labelled scans.
         inference: overlap and batch size of the windows.
         distances: whether to compute HD and HD95, too.
+        flips: whether to average over all flips of a window.
     """
     values = index.label_values
     lookup = class_lookup(values)
@@ -113,6 +146,7 @@ def score_scans(
             air=float(normalise(np.array(AIR), *scaling)),
             overlap=inference.overlap,
             batch_size=inference.batch_size,
+            flips=flips,
         )
         organs = {organ: values.index(v) + 1 for organ, v in index.labels.items() if v in record.labelled}
         scores = organ_metrics(prediction, target, organs, record.spacing_mm, meta["task"], distances)
@@ -141,6 +175,65 @@ def _choose(config: EvaluateConfig, meta: dict[str, Any], index: Index) -> list[
     return records
 
 
+def _read_others(run: str, records: list[ScanRecord]) -> list[dict[str, Any]]:
+    """The rows of another evaluation of the same scans.
+
+    Raises:
+        ValueError: there is none, or it is one of other scans.
+    """
+    path = next((p for p in (Path(run, "evaluation", TABLE), Path(run, TABLE)) if p.is_file()), None)
+    if path is None:
+        raise ValueError(f"compare={run} is not evaluated: python -m pgl_ray.evaluate run={run} on the same scans")
+    rows = pq.read_table(path).to_pylist()
+    ours, theirs = {record.scan_id for record in records if record.labelled}, {row["scan_id"] for row in rows}
+    if ours != theirs:
+        raise ValueError(
+            f"compare={run} was evaluated on {len(theirs)} scans, {len(theirs - ours)} of which are not among the "
+            f"{len(ours)} of this evaluation: evaluate both with the same index, split and num_scans"
+        )
+    return rows
+
+
+# -- what was done before ---------------------------------------------------------------------------------------------
+
+
+def _identity(config: EvaluateConfig) -> dict[str, Any]:
+    """All that decides what a scan's rows and prediction are, but the scan."""
+    checkpoint = hashlib.sha256(file_of(config.run).read_bytes()).hexdigest()
+    kept = {"tta": config.tta, "save_predictions": config.save_predictions, "overlap": config.inference.overlap}
+    return {"checkpoint": checkpoint} | kept
+
+
+def _content(record: ScanRecord) -> str:
+    """Hash of a scan's voxels and of what is labelled in it."""
+    facts = (record.content_hash, record.source_hash, record.labelled, record.label_voxels, record.spacing_mm)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _continue(folder: Path, identity: dict[str, Any], records: list[ScanRecord]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by scan_id of the records that were evaluated before, by the same network in the same way.
+
+    All else that an evaluation left in the folder is removed, so that no prediction lies beside another's scores.
+
+    Raises:
+        ValueError: the folder holds predictions that no evaluation wrote.
+    """
+    first, *lines = map(json.loads, whole_lines(folder / SCANS)) if (folder / SCANS).exists() else [None]
+    wanted = {record.scan_id: _content(record) for record in records}
+    same = [line for line in lines if wanted.get(line["scan_id"]) == line["scan"]] if first == identity else []
+    found = {line["scan_id"]: line["rows"] for line in same}
+    predictions = list((folder / "predictions").glob("*.nii.gz"))
+    if first is None and predictions and not (folder / "summary.json").exists():
+        raise ValueError(f"output={folder} holds predictions/ that are not of an evaluation: choose another output=...")
+    if len(found) < len(records) or len(lines) > len(found) or first != identity:
+        stale = [folder / TABLE, folder / "summary.json", *folder.glob("compare_*.json")]
+        for path in stale + [p for p in predictions if p.name.removesuffix(".nii.gz") not in found]:
+            path.unlink(missing_ok=True)
+    text = "".join(json.dumps(line) + "\n" for line in [identity, *same])
+    write_aside(folder / SCANS, text.encode())
+    return found
+
+
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
@@ -161,18 +254,42 @@ def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as text: a line per organ, and their mean."""
-    lines = [f"{'organ':<28}{'dice':>7}{'iou':>7}{'hd_mm':>8}{'hd95_mm':>9}{'scans':>7}{'missed':>8}{'invented':>10}"]
-    for organ, scores in [*summary["organs"].items(), ("mean of organs", summary)]:
-        numbers = [_text(scores[name], *shape) for name, shape in zip(SCORES, ((7, 3), (7, 3), (8, 1), (9, 1)))]
+    """The summary as text: a line per organ, and their mean, with the 95 % interval of the Dice."""
+    head = f"{'organ':<28}{'dice':>7}{'95 % interval':>16}{'iou':>7}{'hd_mm':>8}{'hd95_mm':>9}"
+    lines = [f"{head}{'scans':>7}{'missed':>8}{'invented':>10}"]
+    for organ, scores in [*summary["organs"].items(), (MEAN, summary)]:
+        bounds = (summary["ci95"]["organs"][organ] if organ != MEAN else summary["ci95"])["dice"]
+        shapes = ((7, 3), (7, 3), (8, 1), (9, 1))
+        dice, *numbers = [_text(scores[name], *shape) for name, shape in zip(SCORES, shapes)]
         counts = (("num_scans", 7), ("num_missed", 8), ("num_invented", 10))
         numbers += [f"{scores[name]:>{width}}" for name, width in counts if name in scores]
-        lines.append(f"{organ[:27]:<28}{''.join(numbers)}")
+        lines.append(f"{organ[:27]:<28}{dice}{_interval(bounds):>16}{''.join(numbers)}")
     return "\n".join(lines)
 
 
-def _text(value: float | None, width: int, digits: int) -> str:
-    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
+def comparison(compared: dict[str, Any]) -> str:
+    """The differences of two runs as text: a line per organ, and their mean."""
+    ours, theirs = (os.path.basename(os.path.normpath(compared[key])) for key in ("run", "other"))
+    head = f"{'organ':<28}{'dice':>8}{'95 % interval':>18}{'p':>8}{'hd95_mm':>9}{'scans':>7}"
+    lines = [f"{ours} minus {theirs}", head]
+    for organ, scores in [*compared["organs"].items(), (MEAN, compared)]:
+        dice, hd95 = scores["dice"], scores["hd95_mm"]["difference"]
+        cells = _text(dice["difference"], 8, 3, "+") + f"{_interval(dice['ci95'], '+'):>18}" + _text(dice["p"], 8, 3)
+        lines.append(f"{organ[:27]:<28}{cells}{_text(hd95, 9, 1, '+')}{dice['num_scans']:>7}")
+    num = compared["dice"]["num_scans"]
+    lines.append(
+        "p: Wilcoxon's signed-rank test over scans, two-sided, not corrected for the number of organs; with "
+        f"{num} scans it is at least {2 / 2**num:.2g}"
+    )
+    return "\n".join(lines)
+
+
+def _interval(bounds: list[float] | None, sign: str = "") -> str:
+    return f"[{bounds[0]:{sign}.3f}, {bounds[1]:{sign}.3f}]" if bounds else "-"
+
+
+def _text(value: float | None, width: int, digits: int, sign: str = "") -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{sign}{width}.{digits}f}"
 
 
 def describe(result: Result) -> str:

@@ -1,8 +1,10 @@
 """python -m pgl_ray.finetune [file.yaml] index=STORE run=RUN [init=PRETRAINED] [a.b=c ...]: supervised training of the
 segmentation network (paper, Sec. 5.1 and Appendix B)."""
 
+import dataclasses
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import summarise
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import checkpoint, launch, optim
+from pgl_ray.train import checkpoint, health, launch, optim, weights
 
 BEST = "best.pt"
 
@@ -41,15 +43,17 @@ def run(config: FinetuneConfig) -> Result:
     """
     index = store.read_index(config.index)
     train_ids, val_ids = split_scans(config, index)
-    model, meta = build_model(config, index)
+    model, meta, loaded = build_model(config, index)
     limits = (config.epochs, config.max_steps, config.seed)
     plan = stream.Plan.make(train_ids, config.patches_per_scan, config.global_batch_size, *limits)
     facts = {
         "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "num_steps": plan.num_steps,
         "plan": plan.identity,
         "store": {"num_scans": len(index.scans), "labels": index.labels, "hu_window": index.hu_window},
         "scans": {"train": train_ids, "val": val_ids},
+        "weights": dataclasses.asdict(loaded) if loaded else None,
     }
     folder = checkpoint.open_run(config, "finetune", facts)
     done = checkpoint.committed(folder)
@@ -61,10 +65,12 @@ def run(config: FinetuneConfig) -> Result:
         )
         feed = partial(stream.dataset, plan, renderer, config.train.num_workers, num_cpus=launch.RENDER_CPUS)
         print(
-            f"finetune: init={config.init}, {len(train_ids)} scans to train on, {len(val_ids)} to validate, "
-            f"steps {done[1] if done else 0} to {plan.num_steps}, {folder}",
+            f"finetune: init={config.init}{', encoder frozen' if config.freeze else ''}, {len(train_ids)} scans to "
+            f"train on, {len(val_ids)} to validate, steps {done[1] if done else 0} to {plan.num_steps}, {folder}",
             flush=True,
         )
+        for line in loaded.lines() if loaded else ():
+            print(f"  weights: {line}", flush=True)
         if meta["init_level"] < 4:
             print(
                 f"finetune: {config.init} was trained up to stage {meta['init_level']} of the encoder "
@@ -73,7 +79,9 @@ def run(config: FinetuneConfig) -> Result:
             )
         worker_config = {"config": config.model_dump_json(), "run": folder, "plan": plan, "meta": meta}
         worker_config |= {"val_ids": val_ids}
-        launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps)
+        stopped = launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps)
+        if stopped:
+            raise FailedRun(stopped)
     best = checkpoint.read_state(Path(folder) / BEST)
     return Result(folder, checkpoint.committed_step(folder), best["val_dice"], finished)
 
@@ -87,10 +95,11 @@ def split_scans(config: FinetuneConfig, index: store.Index) -> tuple[list[str], 
     if not index.labels:
         raise ValueError(f"index={config.index} holds no labels: prepare it from a source with label maps")
     ids = [scan.scan_id for scan in index.labelled(config.split)]
-    num = config.num_scans or len(ids)
+    num = config.num_scans or round(config.scan_share * len(ids))
     if num > len(ids) or num < 2:
+        asked = f"num_scans={config.num_scans}" if config.num_scans else f"scan_share={config.scan_share:g}"
         raise ValueError(
-            f"num_scans={config.num_scans}: split={config.split!r} of {config.index} has {len(ids)} labelled scans, "
+            f"{asked}: split={config.split!r} of {config.index} has {len(ids)} labelled scans, "
             f"and at least 2 are needed (one to train on, one to validate)"
         )
     chosen = [ids[i] for i in np.random.default_rng((config.seed, 1)).permutation(len(ids))[:num]]
@@ -98,30 +107,23 @@ def split_scans(config: FinetuneConfig, index: store.Index) -> tuple[list[str], 
     return sorted(chosen[num_val:]), sorted(chosen[:num_val])
 
 
-def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, dict]:
-    """The network at its initial weights, and the meta dict of its checkpoints.
+def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, dict, weights.Report | None]:
+    """The network at its initial weights, the meta dict of its checkpoints, and what was loaded, if anything.
 
     Raises:
-        ValueError: the checkpoint of `config.init` is missing or of another architecture or HU window.
+        ValueError: `config.init` is missing, or of another architecture or HU window.
     """
+    settings, source = config.encoder.model_dump() if config.encoder else None, None
     if config.init == "random":
-        encoder = Encoder(**config.encoder.model_dump()) if config.encoder else Encoder()
+        encoder = Encoder(**(settings or {}))
     else:
-        expected = config.encoder.model_dump() if config.encoder else None
-        encoder, source = checkpoint.load_encoder(config.init, expected)
-        if list(source["hu_window"]) != list(index.hu_window):
-            raise ValueError(
-                f"init={config.init} was trained with hu_window={source['hu_window']}, "
-                f"index={config.index} has {list(index.hu_window)}"
-            )
-    pretrained = {key: value.clone() for key, value in encoder.state_dict().items()}
+        encoder, source = weights.read(config.init, settings, index.hu_window, config.allow_partial)
     num_outputs = len(index.labels) + (config.task == "multiclass")
     model = Segmenter(encoder, num_outputs)
     init_kaiming_uniform(model, config.seed)
-    if config.init != "random":
-        encoder.load_state_dict(pretrained)
-        if source.get("method") == "genesis":
-            checkpoint.load_restorer(model, config.init)
+    loaded = weights.fill(model, weights.for_segmenter(source, model), config.allow_partial) if source else None
+    if config.freeze:
+        encoder.requires_grad_(False)
     meta = {
         "door": "finetune",
         "encoder": {
@@ -135,14 +137,14 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
         "task": config.task,
         "num_outputs": num_outputs,
         "patch_size": list(config.patch.size),
-        "init_level": encoder.last if config.init == "random" else source.get("level", encoder.last),
+        "init_level": source.meta.get("level", encoder.last) if source else encoder.last,
         "config": config.model_dump_json(),
     }
-    return model, meta
+    return model, meta, loaded
 
 
-def worker(worker_config: dict) -> None:
-    """The training loop on each rank."""
+def worker(worker_config: dict) -> str | None:
+    """The training loop on each rank; returns why it had to stop, the same on every rank, or none."""
     import ray.train
     import ray.train.torch
 
@@ -171,8 +173,9 @@ def worker(worker_config: dict) -> None:
         schedule.load_state_dict(state["schedule"])
         step, best, stale = state["step"], state["best"], state["stale"]
         if state["stopped"] or step >= plan.num_steps:
-            return
-    model = ray.train.torch.prepare_model(segmenter)
+            return None
+    # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
+    model = ray.train.torch.prepare_model(segmenter, parallel_strategy_kwargs={"broadcast_buffers": False})
     metrics = checkpoint.Metrics(str(folder), step) if rank == 0 else None
     autocast = launch.autocast(device, config.train.precision)
     steps_per_val = max(1, round(config.validate_every * plan.rows_per_epoch / plan.global_batch_size))
@@ -180,8 +183,9 @@ def worker(worker_config: dict) -> None:
     batches = ray.train.get_dataset_shard("train").iter_torch_batches(
         batch_size=plan.global_batch_size // world, prefetch_batches=2, drop_last=True
     )
-    model.train()
-    waited, logged, since, stopped = 0.0, step, time.monotonic(), False
+    train_mode(segmenter, config.freeze)
+    waited, logged, since, stopped, overfitted = 0.0, step, time.monotonic(), None, False
+    unseen: list[torch.Tensor] = []  # loss and norm of the gradient of the steps since they were last looked at
     asked = time.monotonic()
     for batch in batches:
         waited += time.monotonic() - asked
@@ -189,35 +193,49 @@ def worker(worker_config: dict) -> None:
             raise FailedRun(f"the stream is out of step: {batch['step'].tolist()} at step {step}")
 
         # loss and step
-        with autocast:
-            logits = model(batch["patch"].float())
-            loss = segmentation_loss(logits, batch["target"].long(), config.task, batch["labelled"].bool())
         sgd.zero_grad(set_to_none=True)
-        loss.backward()
+        try:
+            loss = backward(model, segmenter, batch, config.task, config.accumulate, autocast)
+        except RuntimeError as error:
+            if not launch.out_of_memory(error):
+                raise
+            stopped = _too_large(config, step + 1, device)
+            if world > 1:
+                raise FailedRun(stopped) from error  # the other ranks wait for this one's gradient
+            break
+        unseen.append(torch.stack([loss, health.norm(p.grad for p in segmenter.parameters() if p.grad is not None)]))
         lr = schedule.get_last_lr()[0]
         sgd.step()
         schedule.step()
         step += 1
+
+        # not finite: every rank comes to the same, and no checkpoint is written any more
         last = step == plan.num_steps
+        log, validates = last or step == 1 or step % config.train.log_every == 0, last or step % steps_per_val == 0
+        keep = last or step % config.train.checkpoint_every == 0
+        if log or validates or keep:
+            seen = launch.of_all_workers(torch.stack(unseen).tolist())
+            values, unseen = np.mean(seen, 0), []
+            if not np.isfinite(values).all():
+                stopped = _not_finite(config, values, step, best, folder)
+                break
 
         # metrics
-        if step % config.train.log_every == 0 or last or step == 1:
-            value = loss.item()
-            if not np.isfinite(value):
-                raise FailedRun(f"train/loss is {value} at step {step}: lower optim.lr={config.optim.lr}")
+        if log:
             if metrics:
                 rate = (step - logged) * plan.global_batch_size / (time.monotonic() - since)
-                row = {"epoch": plan.epoch_at(step), "train/loss": value, "train/lr": lr}
-                wait = waited / (step - logged)
-                metrics.write(step, **row, **{"train/patches_per_s": rate, "data/wait_s": wait})
+                row = {"epoch": plan.epoch_at(step), "train/loss": values[-1, 0], "train/grad_norm": values[-1, 1]}
+                row |= {"train/lr": lr, "train/patches_per_s": rate, "data/wait_s": waited / (step - logged)}
+                metrics.write(step, **row)
             waited, logged, since = 0.0, step, time.monotonic()
 
         # validate, keep the best, stop when it overfits
-        validated = step % steps_per_val == 0 or last
-        if validated:
+        if validates or keep:
+            optim.average_buffers(segmenter)
+        if validates:
             scores = validate(segmenter, meta, index, val_records, rank, world)
-            model.train()
-            stale = 0 if scores["val/dice"] > best else stale + 1
+            train_mode(segmenter, config.freeze)
+            stale = 0 if scores["val/dice"] > best or not best else stale + 1
             if stale == 0:
                 best = scores["val/dice"]
                 if rank == 0:
@@ -226,20 +244,99 @@ def worker(worker_config: dict) -> None:
             if metrics:
                 metrics.write(step, epoch=plan.epoch_at(step), **scores)
             since = time.monotonic()
-        stopped = stale >= config.patience
-        if step % config.train.checkpoint_every == 0 or last or stopped:
-            state = {"step": step, "best": best, "stale": stale, "stopped": stopped, "meta": meta}
-            if not np.isfinite(loss.item()):
-                raise FailedRun(f"train/loss is {loss.item()} at step {step}: lower optim.lr={config.optim.lr}")
+        overfitted = stale >= config.patience
+        if keep or overfitted:
+            state = {"step": step, "best": best, "stale": stale, "stopped": overfitted, "meta": meta}
             state |= {"model": segmenter.state_dict(), "optimizer": sgd.state_dict()}
             checkpoint.report({**state, "schedule": schedule.state_dict()}, step, {"best": best})
-        if stopped:
+        if overfitted:
             break
         asked = time.monotonic()
     if metrics:
         metrics.close()
-    if step != plan.num_steps and not stopped:
+    if step != plan.num_steps and not overfitted and not stopped:
         raise FailedRun(f"the stream ended at step {step} of {plan.num_steps}")
+    return stopped
+
+
+def train_mode(model: Segmenter, freeze: bool) -> None:
+    """Training mode, but for a frozen encoder: its BatchNorm neither uses nor collects statistics of the batch."""
+    model.train()
+    if freeze:
+        model.encoder.eval()
+
+
+def backward(
+    model: torch.nn.Module,
+    net: Segmenter,
+    batch: dict[str, torch.Tensor],
+    task: str,
+    parts: int,
+    autocast: torch.autocast,
+) -> torch.Tensor:
+    """Adds the gradient of a worker's batch to its parameters; the loss, without gradient.
+
+    In parts, the gradient is still that of the whole batch's loss. It is no mean over parts, for Dice's sums run over
+    the batch: a first pass without gradient gives all logits, the loss is differentiated there, and a second pass
+    carries each part's share on through the network.
+
+    Args:
+        model: what is called: `net`, or its DDP wrapper, which adds up over the workers at the last part.
+        net: the network.
+        batch: of a PatchRenderer.
+        task: of the loss.
+        parts: divides the batch.
+        autocast: of the forward passes.
+    """
+    target, labelled = batch["target"].long(), batch["labelled"].bool()
+    if parts == 1:
+        with autocast:
+            loss = segmentation_loss(model(batch["patch"].float()), target, task, labelled)
+        loss.backward()
+        return loss.detach()
+    patches = batch["patch"].chunk(parts)
+    norms = [part for part in net.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # the running statistics take each part in once, in the second pass
+    with torch.no_grad(), autocast:
+        logits = torch.cat([net(patch.float()).float() for patch in patches])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    logits.requires_grad_()
+    loss = segmentation_loss(logits, target, task, labelled)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    for number, (patch, share) in enumerate(zip(patches, gradient.chunk(parts), strict=True), 1):
+        alone = model.no_sync() if model is not net and number < parts else nullcontext()
+        with alone:
+            with autocast:
+                found = model(patch.float())
+            found.backward(share.to(found.dtype))
+    return loss.detach()
+
+
+def _too_large(config: FinetuneConfig, step: int, device: torch.device) -> str:
+    """What to say when memory ran out, with the batch to try."""
+    whole = config.global_batch_size // config.train.num_workers
+    now, size = whole // config.accumulate, "x".join(map(str, config.patch.size))
+    text = f"out of memory on {device} at step {step} with {now} patches of {size} at a time: "
+    if now == 1:
+        return text + "a patch alone is too large: lower patch.size, or take train.precision=bfloat16"
+    fewer = max(n for n in range(1, now // 2 + 1) if whole % n == 0)
+    return (
+        f"{text}try accumulate={whole // fewer}, the same batch {fewer} at a time, "
+        f"or a new run=... with global_batch_size={fewer * config.train.num_workers}"
+    )
+
+
+def _not_finite(config: FinetuneConfig, values: np.ndarray, step: int, best: float, folder: Path) -> str:
+    """What to say of losses and gradients [steps, 2], the last of them of `step`."""
+    first = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
+    kept = f"{folder / BEST} keeps the best network so far (val/dice {best:.4f})" if best >= 0 else "nothing was kept"
+    return (
+        f"train/loss is {values[first, 0]} and train/grad_norm {values[first, 1]} at step "
+        f"{step - len(values) + 1 + first}: start a new run=... with a lower optim.lr than {config.optim.lr}; {kept}"
+    )
 
 
 def validate(
@@ -251,17 +348,10 @@ def validate(
         The same on every rank: val/dice, the mean over organs that occur, and val/dice_<organ>.
     """
     model.eval()
-    if world > 1:
-        for buffer in model.buffers():  # DDP brings BatchNorm's statistics in line at the next training step only
-            torch.distributed.broadcast(buffer, 0)
     rows = []
     for scored in evaluate.score_scans(model, meta, index, records[rank::world], InferenceConfig(), distances=False):
         rows += scored.rows
-    if world > 1:
-        parts = [None] * world
-        torch.distributed.all_gather_object(parts, rows)
-        rows = [row for part in parts for row in part]
-    summary = summarise(rows)
+    summary = summarise([row for part in launch.of_all_workers(rows) for row in part])
     scores = {f"val/dice_{organ}": found["dice"] for organ, found in summary["organs"].items()}
     scores = {key: float(value) for key, value in scores.items() if value is not None}
     return {"val/dice": summary["dice"] or 0.0, **scores}

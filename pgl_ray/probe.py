@@ -20,7 +20,8 @@ from pgl_ray.config import FailedRun, ProbeConfig, command
 from pgl_ray.data.store import BODY_HU, Index, ScanRecord, class_lookup, open_label, open_volume, read_index
 from pgl_ray.data.views import generator, normalise
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
-from pgl_ray.train.checkpoint import load_encoder, write_json
+from pgl_ray.train import weights
+from pgl_ray.train.checkpoint import write_json
 
 BACKGROUND = "background"
 L2 = 1e-3  # of the classifier, times the number of features: then wide and narrow encoders are held alike
@@ -75,13 +76,9 @@ def _load(config: ProbeConfig, index: Index) -> Encoder:
         encoder = Encoder(**(settings or {}))
         init_kaiming_uniform(encoder, config.seed)
     else:
-        encoder, meta = load_encoder(config.init, settings)
-        encoder.stop_at(meta.get("level", encoder.last))  # what was trained
-        if list(meta["hu_window"]) != list(index.hu_window):
-            raise ValueError(
-                f"init={config.init} was trained with hu_window={meta['hu_window']}, "
-                f"index={config.index} has {list(index.hu_window)}"
-            )
+        encoder, source = weights.read(config.init, settings, index.hu_window)
+        weights.fill(encoder, source)
+        encoder.stop_at(source.meta.get("level", encoder.last))  # what was trained
     return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -6,6 +6,7 @@ import sys
 
 import nibabel as nib
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -72,6 +73,7 @@ class Levels(nn.Module):
 
 
 def known_run(monkeypatch, folder, labels=LABELS, window=WINDOW):
+    monkeypatch.setattr(evaluate, "FORWARD_SIZE", (4, 8, 8))
     records = store.read_index(folder / "s").labelled("test")
     meta = {"hu_window": list(window), "labels": labels, "task": "multiclass", "patch_size": [64, 64, 64]}
     monkeypatch.setattr(evaluate, "load_segmenter", lambda run, device: (Levels(records).eval(), meta))
@@ -79,6 +81,8 @@ def known_run(monkeypatch, folder, labels=LABELS, window=WINDOW):
 
 def config(folder, **values):
     (folder / "r").mkdir(exist_ok=True)
+    if not (folder / "r/best.pt").exists():
+        (folder / "r/best.pt").write_bytes(b"what known_run stands for")
     return build(EvaluateConfig, {"run": str(folder / "r"), "index": str(folder / "s"), **values})
 
 
@@ -117,7 +121,11 @@ def test_fewer_scans_and_no_predictions(folder, monkeypatch):
     known_run(monkeypatch, folder)
     result = evaluate.run(config(folder, num_scans=1, save_predictions=False))
     assert result.summary["num_scans"] == 1
-    assert sorted(p.name for p in (folder / "r/evaluation").iterdir()) == ["metrics.parquet", "summary.json"]
+    assert sorted(p.name for p in (folder / "r/evaluation").iterdir()) == [
+        "metrics.parquet",
+        "scans.jsonl",
+        "summary.json",
+    ]
 
 
 def test_scoring_without_distances_for_validation(folder, monkeypatch):
@@ -140,7 +148,8 @@ def test_a_real_segmenter_end_to_end(folder, task, outputs):
     meta |= {"patch_size": [12, 24, 24], "num_outputs": outputs}
     (folder / "r").mkdir()
     save_best(folder / "r/best.pt", {"model": model.state_dict(), "meta": meta, "step": 1, "val_dice": 0.0})
-    evaluate.run(config(folder, inference={"batch_size": 4, "device": "cpu"}))
+    summary = evaluate.run(config(folder, inference={"batch_size": 4, "device": "cpu"})).summary
+    assert summary["forward_ms"] > 0 and summary["device"] == "cpu"
     index = store.read_index(folder / "s")
     values = np.unique(nib.load(folder / "r/evaluation/predictions/a.nii.gz").dataobj).tolist()
     assert values in {"multiclass": ([0, 3], [0, 7], [0, 3, 7]), "binary": ([3, 7],)}[task]  # softmax, or sigmoids
@@ -159,12 +168,70 @@ def test_a_real_segmenter_end_to_end(folder, task, outputs):
             assert math.isnan(row["dice"])
 
 
-def test_a_second_evaluation_replaces_the_first(folder, monkeypatch):
+def test_what_was_evaluated_is_not_evaluated_again(folder, monkeypatch):
+    """Interrupted after a scan, continued, repeated, another network, fewer scans; no prediction of another is left."""
     known_run(monkeypatch, folder)
-    evaluate.run(config(folder))
+    segmented, segment = [], evaluate.segment
+
+    def counted(model, volume, *args, **options):
+        segmented.append(volume.shape)
+        if len(segmented) == 2:
+            raise KeyboardInterrupt
+        return segment(model, volume, *args, **options)
+
+    monkeypatch.setattr(evaluate, "segment", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(config(folder))
+    out = folder / "r/evaluation"
+    with (out / "scans.jsonl").open("a") as file:
+        file.write('{"scan_id": "b", "ro')  # killed while writing
+    first = evaluate.run(config(folder)).summary
+    assert segmented == [(11, 20, 17), (13, 21, 30), (13, 21, 30), (10, 19, 18)]
+    assert evaluate.run(config(folder)).summary == first and len(segmented) == 4
+    assert pq.read_table(out / "metrics.parquet").num_rows == 5
+
     evaluate.run(config(folder, num_scans=1))
-    assert pq.read_table(folder / "r/evaluation/metrics.parquet").num_rows == 2
-    assert not [p for p in (folder / "r/evaluation").rglob("*") if ".part" in p.name]
+    assert pq.read_table(out / "metrics.parquet").num_rows == 2 and len(segmented) == 4
+    assert [p.name for p in (out / "predictions").iterdir()] == ["a.nii.gz"]
+    evaluate.run(config(folder))
+    (folder / "r/best.pt").write_bytes(b"another network")
+    monkeypatch.setattr(evaluate, "_write_prediction", lambda *_: None)
+    evaluate.run(config(folder))
+    assert len(segmented) == 9 and not list((out / "predictions").iterdir())
+    evaluate.run(config(folder, inference={"overlap": 0.25}))
+    assert len(segmented) == 12
+    assert not [p for p in out.rglob("*") if ".part" in p.name]
+
+
+def test_predictions_of_something_else_are_left_alone(folder, monkeypatch):
+    known_run(monkeypatch, folder)
+    (folder / "mine/predictions").mkdir(parents=True)
+    (folder / "mine/predictions/x.nii.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match="choose another output"):
+        evaluate.run(config(folder, output=str(folder / "mine")))
+    assert (folder / "mine/predictions/x.nii.gz").exists()
+
+
+def test_two_runs_are_compared_on_the_same_scans(folder, monkeypatch, capsys):
+    known_run(monkeypatch, folder)
+    other = folder / "other"
+    other.mkdir()
+    with pytest.raises(ValueError, match="other is not evaluated"):
+        evaluate.run(config(folder, compare=str(other)))
+    evaluate.run(config(folder))
+    rows = pq.read_table(folder / "r/evaluation/metrics.parquet").to_pylist()
+    for row in rows:
+        row["dice"] = {"a": 0.5, "b": 0.75}.get(row["scan_id"], math.nan)
+    pq.write_table(pa.Table.from_pylist(rows), other / "metrics.parquet")
+    evaluate.run(config(folder, compare=str(other)))
+    found = json.loads((folder / "r/evaluation/compare_other.json").read_text())
+    assert found["organs"]["spleen"]["dice"]["difference"] == pytest.approx((0.5 + 0.25) / 2)
+    assert found["dice"]["num_scans"] == 2 and found["dice"]["p"] == 0.5
+    printed = capsys.readouterr().out
+    assert "r minus other" in printed and "with 2 scans it is at least 0.5" in printed
+    pq.write_table(pa.Table.from_pylist(rows[:1]), other / "metrics.parquet")
+    with pytest.raises(ValueError, match="evaluated on 1 scans, 0 of which are not among the 3"):
+        evaluate.run(config(folder, compare=str(other)))
 
 
 @pytest.mark.parametrize(

@@ -79,3 +79,28 @@ def test_pick_device(monkeypatch):
         inference.pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert inference.pick_device("auto").type == "cuda" and inference.pick_device("cpu").type == "cpu"
+
+
+def test_flips_are_averaged_in_logits(monkeypatch):
+    """Against all eight flips of the volume by numpy; the model is asymmetric on every axis."""
+    volume = np.random.default_rng(0).normal(size=(6, 8, 10)).astype(np.float32)
+    ramp = torch.arange(480.0).view(1, 1, 6, 8, 10) / 100
+
+    class Asymmetric(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return torch.cat([x * ramp, x.square() + ramp], 1)
+
+    model, seen = Asymmetric(), []
+    monkeypatch.setattr(inference, "_class_index", lambda logits, task: seen.append(logits) or logits)
+    segment(model, volume, volume.shape, "multiclass", 0.0, flips=True)
+    expected = np.zeros((2, *volume.shape))
+    for axes in [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]:
+        flipped = torch.from_numpy(np.flip(volume, axes).copy())[None, None]
+        with torch.no_grad():
+            logits = model(flipped)[0].numpy()
+        expected += np.flip(logits, [axis + 1 for axis in axes]) / 8
+    np.testing.assert_allclose(seen[0], expected, rtol=1e-4, atol=1e-4)

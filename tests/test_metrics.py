@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
-from scipy import ndimage
+from scipy import ndimage, stats
 
-from pgl_ray.model.metrics import mask_metrics, organ_metrics, summarise
+from pgl_ray.model.metrics import compare, intervals, mask_metrics, organ_metrics, summarise
 
 SPACING = (3.0, 0.7, 1.3)
 
@@ -124,3 +124,61 @@ def test_summary_averages_over_scans_then_over_organs():
     assert c["dice"] is None and c["num_scans"] == 0
     assert summary["dice"] == pytest.approx((0.4 + 0.45) / 2) and summary["hd_mm"] == pytest.approx((15 + 2) / 2)
     assert summarise([])["dice"] is None
+
+
+def rows_of(table):
+    """A Dice table [scans, organs] as rows; NaN where an organ is in neither mask, None where it is not labelled."""
+    rows = []
+    for number, scores in enumerate(table):
+        named = zip("ab", scores)
+        rows += [row(organ, dice) | {"scan_id": f"s{number}"} for organ, dice in named if dice is not None]
+    return rows
+
+
+def test_intervals_against_scipy_and_a_walk_through_the_draws():
+    rng = np.random.default_rng(0)
+    table = rng.uniform(0.3, 0.9, (12, 2))
+    found = intervals(rows_of(table))
+    for k, organ in enumerate("ab"):
+        theirs = stats.bootstrap((table[:, k],), np.mean, method="percentile", n_resamples=5000, rng=1)
+        assert found["organs"][organ]["dice"] == pytest.approx(list(theirs.confidence_interval), abs=0.02)
+    wide = found["organs"]["a"]["dice"]
+    assert wide[0] < table[:, 0].mean() < wide[1] and found["organs"]["a"]["hd_mm"] is None
+    # organs of a scan are drawn together, and an organ that is not among the drawn ones does not count
+    holes = [[0.2, 0.9], [0.4, None], [0.6, None]]
+    means = []
+    for draw in np.random.default_rng(5).integers(0, 3, (4000, 3)):
+        parts = [[holes[i][k] for i in draw if holes[i][k] is not None] for k in (0, 1)]
+        means.append(np.mean([np.mean(part) for part in parts if part]))
+    found = intervals(rows_of(holes))
+    assert found["dice"] == pytest.approx(list(np.percentile(means, (2.5, 97.5))), abs=0.02)
+    assert found["organs"]["b"]["dice"] is None  # one scan tells nothing of its scatter
+    assert intervals(rows_of(holes), seed=0) == found and intervals(rows_of(holes[:1]))["dice"] is None
+    assert intervals([])["dice"] is None
+
+
+def test_a_paired_comparison_is_scipys():
+    rng = np.random.default_rng(1)
+    theirs = rng.uniform(0.3, 0.8, (9, 2))
+    ours = theirs + rng.normal(0.05, 0.05, theirs.shape)
+    found = compare(rows_of(ours), rows_of(theirs))
+    by_scan = (ours - theirs).mean(1)
+    assert found["dice"]["difference"] == pytest.approx(by_scan.mean())
+    assert found["dice"]["p"] == pytest.approx(stats.wilcoxon(by_scan).pvalue)
+    bounds = stats.bootstrap((by_scan,), np.mean, method="percentile", n_resamples=5000, rng=1).confidence_interval
+    assert found["dice"]["ci95"] == pytest.approx(list(bounds), abs=0.01)
+    for k, organ in enumerate("ab"):
+        mine = found["organs"][organ]["dice"]
+        assert mine["p"] == pytest.approx(stats.wilcoxon(ours[:, k], theirs[:, k]).pvalue)
+        assert mine["difference"] == pytest.approx((ours - theirs)[:, k].mean()) and mine["num_scans"] == 9
+    back = compare(rows_of(theirs), rows_of(ours))["dice"]
+    assert back["difference"] == pytest.approx(-found["dice"]["difference"]) and back["p"] == found["dice"]["p"]
+
+    ours[0, 1] = math.nan  # in neither mask there, invented here
+    found = compare(rows_of(ours), rows_of(theirs))
+    assert (found["dice"]["num_scans"], found["dice"]["num_left_out"]) == (9, 1)
+    assert found["organs"]["b"]["dice"]["num_scans"] == 8
+    same = compare(rows_of(theirs), rows_of(theirs))["dice"]
+    assert (same["difference"], same["ci95"], same["p"]) == (0, [0, 0], 1)
+    alone = compare(rows_of(theirs[:1]), rows_of(theirs[:1] / 2))["dice"]
+    assert alone["p"] is alone["ci95"] is None and alone["difference"] > 0

@@ -140,8 +140,20 @@ class Index:
     spacing_mm: tuple[float, float, float] | None = None
 
     def labelled(self, split: str) -> list[ScanRecord]:
-        """Scans of a split that have a label map."""
-        return [scan for scan in self.scans if scan.split == split and scan.label_metadata is not None]
+        """Scans of a split that have a label map.
+
+        Raises:
+            ValueError: a map holds a value without a name: it would pass for background.
+        """
+        found = [scan for scan in self.scans if scan.split == split and scan.label_metadata is not None]
+        for scan in found:
+            unknown = sorted(set(scan.label_voxels) - set(self.label_values))
+            if unknown:
+                raise ValueError(
+                    f"scan {scan.scan_id!r} of {self.store} has label values {unknown} that have no name; known: "
+                    f"{self.labels}; prepare the store again with all of them in labels.names"
+                )
+        return found
 
     @property
     def label_values(self) -> tuple[int, ...]:

@@ -3,16 +3,20 @@
 An organ that is empty in both masks has no score (NaN) and counts nowhere. One that is empty in one of them has Dice
 and IoU 0 and no surface distance: HD and HD95 are NaN, left out of the means, and the summary says how often
 (`num_missed`, `num_invented`), for the paper does not say what a missed organ costs.
+
+Intervals are percentile bootstraps over scans (Efron and Tibshirani 1993): all organs of a scan are drawn together, for
+they are not independent, and the mean over organs is formed anew in each draw.
 """
 
 import math
 from typing import Literal
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, stats
 from scipy.spatial import KDTree
 
 SCORES = ("dice", "iou", "hd_mm", "hd95_mm")
+NUM_DRAWS = 5000  # of a bootstrap
 
 
 def organ_metrics(
@@ -104,3 +108,106 @@ def summarise(rows: list[dict]) -> dict:
 def _mean(values: list[float]) -> float | None:
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else None
+
+
+# -- intervals and tests ----------------------------------------------------------------------------------------------
+
+
+def intervals(rows: list[dict], seed: int = 0) -> dict:
+    """95 % intervals of the means that `summarise` gives, over the choice of scans.
+
+    Args:
+        rows: as for `summarise`, with "scan_id".
+        seed: of the draws.
+
+    Returns:
+        Score -> [low, high] of the mean over organs, and under "organs" the same per organ; None with fewer than two
+        scans that have a score.
+    """
+    scans, organs = _names(rows)
+    draws = _draws(len(scans), seed)
+    found: dict = {"organs": {organ: {} for organ in organs}}
+    for score in SCORES:
+        values = _table(rows, score, scans, organs)
+        per_organ, mean = _means(values, draws)
+        known = (~np.isnan(values)).sum(0)
+        for k, organ in enumerate(organs):
+            found["organs"][organ][score] = _bounds(per_organ[:, k]) if known[k] > 1 else None
+        found[score] = _bounds(mean) if (~np.isnan(values)).any(1).sum() > 1 else None
+    return found
+
+
+def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
+    """Two runs on the same scans, paired by scan and organ.
+
+    A pair in which either has no score is left out: of an organ that is in neither mask, or for HD missed or invented.
+    A scan counts by the mean of its organs' differences.
+
+    Args:
+        rows, others: of the two runs, as for `summarise`, with "scan_id".
+        seed: of the bootstrap.
+
+    Returns:
+        Per score "num_scans", "num_left_out" (pairs), "difference" (mean over organs of the mean over scans, rows minus
+        others), "ci95" [low, high] of it, and "p" of Wilcoxon's signed-rank test (two-sided) of the scans' differences;
+        under "organs" the same per organ. None = no value.
+    """
+    scans, organs = _names(rows + others)
+    draws = _draws(len(scans), seed)
+    found: dict = {"organs": {organ: {} for organ in organs}}
+    for score in SCORES:
+        pair = [_table(part, score, scans, organs) for part in (rows, others)]
+        difference = pair[0] - pair[1]
+        either = ~np.isnan(pair[0]) | ~np.isnan(pair[1])
+        per_organ, mean = _means(difference, draws)
+        for k, organ in enumerate(organs):
+            own = difference[:, [k]]
+            found["organs"][organ][score] = _paired(own, either[:, [k]], per_organ[:, k])
+        found[score] = _paired(difference, either, mean)
+    return found
+
+
+def _paired(difference: np.ndarray, either: np.ndarray, drawn: np.ndarray) -> dict:
+    """What `compare` says of one score; difference, either [scans, organs], drawn [draws]."""
+    known = ~np.isnan(difference)
+    by_scan = np.array([row[~np.isnan(row)].mean() for row in difference if not np.isnan(row).all()])
+    by_organ = [column[~np.isnan(column)].mean() for column in difference.T if not np.isnan(column).all()]
+    enough = len(by_scan) > 1
+    return {
+        "num_scans": len(by_scan),
+        "num_left_out": int((either & ~known).sum()),
+        "difference": float(np.mean(by_organ)) if by_organ else None,
+        "ci95": _bounds(drawn) if enough else None,
+        "p": (float(stats.wilcoxon(by_scan).pvalue) if by_scan.any() else 1.0) if enough else None,
+    }
+
+
+def _names(rows: list[dict]) -> tuple[list[str], list[str]]:
+    """Scans and organs, in the order in which they come."""
+    return list(dict.fromkeys(row["scan_id"] for row in rows)), list(dict.fromkeys(row["organ"] for row in rows))
+
+
+def _table(rows: list[dict], score: str, scans: list[str], organs: list[str]) -> np.ndarray:
+    """One score as [scans, organs]; NaN where there is none."""
+    found = {(row["scan_id"], row["organ"]): row[score] for row in rows}
+    values = [found.get((scan, organ), math.nan) for scan in scans for organ in organs]
+    return np.reshape(values, (len(scans), len(organs))).astype(float)
+
+
+def _draws(num_scans: int, seed: int) -> np.ndarray:
+    """How often each scan is drawn, int [NUM_DRAWS, scans]."""
+    if not num_scans:
+        return np.zeros((NUM_DRAWS, 0), int)
+    return np.random.default_rng(seed).multinomial(num_scans, np.full(num_scans, 1 / num_scans), NUM_DRAWS)
+
+
+def _means(values: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the drawn scans [draws, organs], and of these over organs [draws]; NaN where nothing was drawn."""
+    counts = draws @ (~np.isnan(values))
+    per_organ = np.where(counts > 0, draws @ np.nan_to_num(values) / np.maximum(counts, 1), np.nan)
+    known = (counts > 0).sum(1)
+    return per_organ, np.where(known > 0, np.nansum(per_organ, 1) / np.maximum(known, 1), np.nan)
+
+
+def _bounds(drawn: np.ndarray) -> list[float]:
+    return [float(bound) for bound in np.nanpercentile(drawn, (2.5, 97.5))]

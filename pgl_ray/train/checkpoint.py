@@ -23,6 +23,7 @@ STATE = "state.pt"
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
 # what a continued run may change
 MAY_DIFFER = {"ray", "train", "health", "stream.on_error", "stream.max_skipped_share", "stream.augment_on"}
+MAY_DIFFER |= {"accumulate", "probe"}  # memory, and who watches
 
 
 # -- run folders ------------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class Metrics:
         from tensorboardX import SummaryWriter
 
         path = metrics_path(run)
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
+        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= start]
         aside = path.with_name(path.name + ".part")
         aside.write_text("".join(line + "\n" for line in kept))
         aside.replace(path)
@@ -137,14 +138,14 @@ class Metrics:
         self.events.close()
 
 
-def _lines(path: Path) -> list[str]:
+def whole_lines(path: Path) -> list[str]:
     """Whole lines of a file that may still be written to."""
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
     """Rows of a run's metrics.jsonl; none if it is not there yet."""
-    return [json.loads(line) for line in _lines(metrics_path(run))]
+    return [json.loads(line) for line in whole_lines(metrics_path(run))]
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -201,16 +202,21 @@ def save_best(path: Path, state: dict[str, Any]) -> None:
     aside.replace(path)
 
 
-def _state_of(run: str) -> dict[str, Any]:
+def state_of(run: str) -> dict[str, Any]:
     """State of a run folder (its best or newest checkpoint), of a checkpoint folder, or of a .pt file."""
-    state = read_state(_file_of(run))
+    state = read_state(file_of(run))
     meta = state.get("meta") if isinstance(state, dict) else None
     if not isinstance(meta, dict) or meta.get("door") not in PREFIX or "model" not in state:
         raise ValueError(f"{run} is no checkpoint of pgl_ray: give the folder of a pretrain or finetune run")
     return state
 
 
-def _file_of(run: str) -> Path:
+def file_of(run: str) -> Path:
+    """The file that a run's network is read from: best.pt, or of a pre-training the newest committed checkpoint.
+
+    Raises:
+        ValueError: no run, or no checkpoint in it.
+    """
     path = Path(run)
     if not path.exists():
         raise ValueError(f"run {run} does not exist")
@@ -231,12 +237,11 @@ def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], run: str) -
         raise ValueError(f"{run} holds weights of another architecture: {' '.join(str(error).split())[:160]}") from None
 
 
-def load_encoder(run: str, expected: dict[str, Any] | None = None) -> tuple[Encoder, dict[str, Any]]:
+def load_encoder(run: str) -> tuple[Encoder, dict[str, Any]]:
     """The online encoder of a pre-training run, or the encoder of a fine-tuned one.
 
     Args:
         run: run folder, checkpoint folder or .pt file.
-        expected: encoder settings that the checkpoint must have; none accepts any.
 
     Returns:
         The encoder on the CPU and the checkpoint's meta dict (its key "encoder" holds the settings).
@@ -244,27 +249,14 @@ def load_encoder(run: str, expected: dict[str, Any] | None = None) -> tuple[Enco
     Raises:
         ValueError: no checkpoint, or one of another architecture.
     """
-    state = _state_of(run)
+    state = state_of(run)
     meta = state["meta"]
-    if expected is not None and _plain(expected) != _plain(meta["encoder"]):
-        raise ValueError(f"{run} holds an encoder {_plain(meta['encoder'])}, the config asks for {_plain(expected)}")
     encoder = Encoder(**meta["encoder"])
-    _fill(encoder, _below(PREFIX[meta["door"]], state["model"]), run)
+    _fill(encoder, below(PREFIX[meta["door"]], state["model"]), run)
     return encoder, meta
 
 
-def load_restorer(model: Segmenter, run: str) -> None:
-    """Fills all of a segmentation network but its head from a Models Genesis run, whose network is the same.
-
-    Raises:
-        ValueError: no checkpoint, or one of another architecture.
-    """
-    weights = _below("online.", _state_of(run)["model"])
-    head = {f"head.{key}": value for key, value in model.head.state_dict().items()}
-    _fill(model, weights | head, run)
-
-
-def _below(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def below(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The entries whose keys start with a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
@@ -278,14 +270,10 @@ def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmen
     Raises:
         ValueError: not a fine-tuning run.
     """
-    state = _state_of(run)
+    state = state_of(run)
     meta = state["meta"]
     if meta["door"] != "finetune":
         raise ValueError(f"{run} is a {meta['door']} run: give a fine-tuning run")
     model = Segmenter(Encoder(**meta["encoder"]), meta["num_outputs"])
     _fill(model, state["model"], run)
     return model.to(device).eval(), meta
-
-
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(value))

@@ -24,9 +24,9 @@ def build_lars(model: nn.Module, config: LarsConfig) -> torch.optim.Optimizer:
 
 
 def build_sgd(model: nn.Module, config: SgdConfig) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum."""
+    """SGD with Nesterov momentum over the trainable parameters."""
     return torch.optim.SGD(
-        model.parameters(),
+        [p for p in model.parameters() if p.requires_grad],
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -58,14 +58,16 @@ def ema_decay(step: int, num_steps: int, start: float) -> float:
 
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
-    """Brings BatchNorm's running statistics in line: each becomes the mean over all workers, in place.
+    """Brings BatchNorm's running statistics in line: each becomes the mean over all workers, in place; modules in
+    evaluation mode (frozen ones) keep theirs.
 
     The rule where BatchNorm is not synchronised (CPU). In training mode nothing reads them, so training is the same
     with and without; a checkpoint holds the mean. One worker's, or synchronised ones, stay as they are.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    live = [buffer for part in model.modules() if part.training for buffer in part.buffers(recurse=False)]
+    buffers = [buffer for buffer in live if buffer.is_floating_point()]
     if buffers:
         together = torch.cat([buffer.flatten() for buffer in buffers])
         torch.distributed.all_reduce(together)

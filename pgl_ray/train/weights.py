@@ -1,0 +1,212 @@
+"""Initial weights from runs, exported safetensors, MONAI's and MedicalNet's ResNets, and what of them fits."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pgl_ray.model.resnet import Encoder
+from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train import checkpoint
+
+SHOWN = 3  # names of a kind that a line shows
+
+
+@dataclass(frozen=True)
+class Source:
+    """Tensors to start from.
+
+    Attributes:
+        init: where they come from, as given.
+        tensors: by the keys of the network that they are for.
+        wanted: keys that the network should find among them.
+        left_out: keys of the file that nothing starts from: heads, targets, classifiers, stages that were not trained.
+        meta: what the file says of itself: "encoder", "hu_window", "level", "method", ...; {} where it says nothing.
+    """
+
+    init: str
+    tensors: dict[str, Tensor]
+    wanted: list[str]
+    left_out: list[str]
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of each tensor; names are those of the network.
+
+    Attributes:
+        init: where the weights come from, as given.
+        loaded: tensors that were taken over.
+        missing: the network has them, the file does not.
+        unexpected: the file has them, the network does not.
+        other_shape: name -> (shape in the file, shape in the network).
+        left_out: keys of the file that nothing starts from.
+    """
+
+    init: str
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    other_shape: dict[str, tuple[list[int], list[int]]]
+    left_out: list[str]
+
+    def mismatches(self) -> str:
+        """What does not fit, in half a sentence; "" if all does."""
+        shapes = [f"{name} {_times(theirs)}, here {_times(ours)}" for name, (theirs, ours) in self.other_shape.items()]
+        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes))
+        return ", ".join(f"{len(found)} {kind} ({_some(found)})" for kind, found in kinds if found)
+
+    def lines(self) -> list[str]:
+        """One line, and a second one where something did not fit."""
+        num = len(self.loaded) + len(self.missing) + len(self.other_shape)
+        text = f"{len(self.loaded)} of {num} tensors from {self.init}"
+        if self.left_out:
+            text += f", {len(self.left_out)} of its others left out ({_some(self.left_out)})"
+        wrong = self.mismatches()
+        return [text, f"at random or not used: {wrong}"] if wrong else [text]
+
+
+def _times(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def read(
+    init: str, settings: dict[str, Any] | None, hu_window: tuple[float, float], allow_partial: bool = False
+) -> tuple[Encoder, Source]:
+    """An encoder of the right architecture, not yet filled, and the tensors for it.
+
+    Args:
+        init: folder or .pt file of a run; .safetensors as `export` writes it; .pth of plain tensors with the keys of
+            MONAI's ResNets (MedicalNet's too), with or without a prefix such as "module.".
+        settings: of the encoder; none: the file's own, and where it has none the default.
+        hu_window: of the scans that it will see.
+        allow_partial: whether the file's encoder may have other settings.
+
+    Raises:
+        ValueError: no such file, another HU window, or another architecture.
+    """
+    file, meta = _read(init)
+    if "hu_window" in meta and list(meta["hu_window"]) != list(hu_window):
+        raise ValueError(
+            f"init={init} was trained with hu_window={list(meta['hu_window'])}, the index has {list(hu_window)}"
+        )
+    wanted, known = json.loads(json.dumps([settings, meta.get("encoder")]))
+    if wanted and known and not allow_partial and wanted != known:
+        raise ValueError(
+            f"init={init} holds an encoder {known}, the config asks for {wanted}: leave encoder.* out, or take what "
+            "fits by allow_partial=true"
+        )
+    encoder = Encoder(**(wanted or known or {}))
+    return encoder, _for_encoder(init, file, meta, encoder)
+
+
+def for_segmenter(source: Source, model: Segmenter) -> Source:
+    """The same for a segmentation network: its encoder alone, or, from a run of Models Genesis, whose network is the
+    same, all but the head."""
+    tensors = {f"encoder.{name}": value for name, value in source.tensors.items()}
+    wanted, left_out = [f"encoder.{name}" for name in source.wanted], source.left_out
+    if source.meta.get("method") == "genesis" and "door" in source.meta:
+        parts = ("aspp.", "ups.")
+        restorer = checkpoint.below("online.", checkpoint.state_of(source.init)["model"])
+        tensors |= {name: value for name, value in restorer.items() if name.startswith(parts)}
+        wanted += [name for name in model.state_dict() if name.startswith(parts)]
+        left_out = [name for name in left_out if not name.removeprefix("online.").startswith(parts)]
+    return Source(source.init, tensors, wanted, left_out, source.meta)
+
+
+def fill(module: nn.Module, source: Source, allow_partial: bool = False) -> Report:
+    """Copies tensors into a network; counters of batches (num_batches_tracked) may be missing.
+
+    Raises:
+        ValueError: names or shapes differ and allow_partial is not set, or nothing fits.
+    """
+    own, given = module.state_dict(), source.tensors
+    common = [name for name in given if name in own]
+    other_shape = {n: (list(given[n].shape), list(own[n].shape)) for n in common if given[n].shape != own[n].shape}
+    report = Report(
+        init=source.init,
+        loaded=[name for name in common if name not in other_shape],
+        missing=[n for n in source.wanted if n not in given and not n.endswith("num_batches_tracked")],
+        unexpected=[name for name in given if name not in own],
+        other_shape=other_shape,
+        left_out=source.left_out,
+    )
+    wrong = report.mismatches()
+    if not report.loaded:
+        raise ValueError(f"init={source.init} holds nothing that fits the network: {wrong}")
+    if wrong and not allow_partial:
+        raise ValueError(f"init={source.init} does not fit the network: {wrong}; allow_partial=true takes the rest")
+    module.load_state_dict({name: given[name] for name in report.loaded}, strict=False)
+    return report
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _read(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a file by its own keys, and what it says of itself."""
+    path = Path(init)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.is_dir() or not path.exists():
+        state = checkpoint.state_of(init)
+        return state["model"], state["meta"]
+    state = checkpoint.read_state(path)
+    if isinstance(state, dict) and isinstance(state.get("meta"), dict):
+        state = checkpoint.state_of(init)
+        return state["model"], state["meta"]
+    tensors = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"init={init} is no checkpoint of pgl_ray and holds no tensors by name")
+    return tensors, {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise ValueError(f"init={path}: safetensors is not installed: pip install 'pgl_ray[export]'") from None
+    if not path.is_file():
+        raise ValueError(f"init={path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            texts = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"init={path} is damaged or no safetensors file: {error}") from None
+    try:
+        meta = {key: json.loads(texts[key]) for key in ("encoder", "hu_window", "level") if key in texts}
+    except ValueError as error:
+        raise ValueError(f"init={path}: its metadata are damaged: {error}") from None
+    return tensors, meta
+
+
+def _for_encoder(init: str, file: dict[str, Tensor], meta: dict[str, Any], encoder: Encoder) -> Source:
+    """The encoder's tensors of a file, by its names; those of stages that were not trained are left out."""
+    own = list(encoder.state_dict())
+    door = meta.get("door")
+    prefix = checkpoint.PREFIX[door] if door else _prefix(file, own[0])
+    untrained = tuple(f"layer{stage}." for stage in range(meta.get("level", encoder.last) + 1, encoder.last + 1))
+    out = ("fc.", *untrained)  # MONAI's classifier
+    tensors = {n: value for n, value in checkpoint.below(prefix, file).items() if not n.startswith(out)}
+    left_out = [name for name in file if not name.startswith(prefix) or name.removeprefix(prefix) not in tensors]
+    return Source(init, tensors, [name for name in own if not name.startswith(out)], left_out, meta)
+
+
+def _prefix(names: Iterable[str], first: str) -> str:
+    """What stands before the encoder's keys, e.g. "module." (DDP) or "encoder." (a segmentation network).
+
+    Args:
+        names: of the file.
+        first: key of the encoder's stem; the blocks may have keys that end alike, but those are longer.
+    """
+    found = [name.removesuffix(first) for name in names if name == first or name.endswith(f".{first}")]
+    return min(found, key=len, default="")
