@@ -420,7 +420,9 @@ class PretrainConfig(Section):
     pairs_per_scan: Positive = 1
     """View pairs per scan and epoch."""
     ema_decay: Share = 0.996
-    """Target decay omega at the start; it rises to 1 on BYOL's cosine (Eq. 10). Not used by genesis."""
+    """Target decay omega at the start (Eq. 10). Not used by genesis."""
+    ema_schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: omega rises to 1 as in BYOL; constant: it stays as it is at the start."""
     views: ViewsConfig = ViewsConfig()
     intensity: IntensityConfig = IntensityConfig()
     stream: StreamConfig = StreamConfig()

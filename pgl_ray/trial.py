@@ -64,7 +64,7 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
     init = tuning.init if tuning else "random"
     if shared:
         _check_geometry(shared.method, shared.encoder, shared.views.size, shared.align.output_stride)
-        same = shared.model_dump(mode="json", exclude={"run", "ray", "health"})
+        same = shared.model_dump(mode="json", exclude={"run", "ray", "health", "probe"})
         init = str(Path(config.run).absolute() / "pretrain" / hash_of(same)[:12])
         found["pretrain"] = shared.model_copy(update={"run": init})
     if found["probe"]:

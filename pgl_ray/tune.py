@@ -298,6 +298,7 @@ def _cpus(train: TrainConfig) -> float:
 
 def _fit(config: TuneConfig, folder: Path, left: list[Trial], num: int, room: int, done: list[sweeps.Trial]) -> None:
     """Runs the trials that are left. Ray Tune's own folder is of no use afterwards: it is made anew at each start."""
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other output of Ray Tune prints a box at verbose=0, too
     from ray import tune
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
