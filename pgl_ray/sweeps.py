@@ -205,15 +205,15 @@ def table(shown: list[Trial], head: bool = True) -> str:
     return "\n".join(lines)
 
 
-def counts(found: list[Trial], num: int) -> str:
-    """A line about the whole sweep: how the trials of `num` ended, and how long the rest may take."""
+def counts(found: list[Trial], num: int, room: int = 1) -> str:
+    """A line about the whole sweep: how the trials of `num` ended, and how long the rest takes, `room` at a time."""
     ended = {state: sum(trial.state == state for trial in found) for state in (*ENDED, "failed")}
     text = ", ".join(f"{count} {state}" for state, count in ended.items() if count) or "0 done"
     took = [trial.record["took_s"] for trial in found if trial.state in ENDED]
     rest = num - sum(ended.values())
     now = sum(time.time() - trial.record["since"] for trial in found if trial.state == "running")
     if took and rest > 0:
-        text += f"; about {clock(max(0.0, rest * sum(took) / len(took) - now))} left, one after another"
+        text += f"; about {clock(max(0.0, rest * sum(took) / len(took) - now) / room)} left"
     return f"  {text}, of {num}"
 
 

@@ -65,7 +65,7 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
     if shared:
         _check_geometry(shared.method, shared.encoder, shared.views.size, shared.align.output_stride)
         same = shared.model_dump(mode="json", exclude={"run", "ray", "health", "probe"})
-        init = str(Path(config.run).absolute() / "pretrain" / hash_of(same)[:12])
+        init = str(Path(config.run).absolute() / "pretrain" / _hash(same)[:12])
         found["pretrain"] = shared.model_copy(update={"run": init})
     if found["probe"]:
         found["probe"] = found["probe"].model_copy(update={"init": init, "output": str(folder / "probe.json")})
@@ -75,6 +75,7 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
 
 
 def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], folder: Path) -> Section | None:
+    """One door's config: base, then overrides ({dotted key: value}); none where the stage has no base."""
     base = getattr(config, f"base_{stage}")
     if base is None:
         return None
@@ -102,23 +103,27 @@ def _check_geometry(method: str, encoder: EncoderConfig, view_size: tuple, outpu
 
 
 def dotted(key: str) -> list[str]:
+    """The dotted keys of one key of a space."""
     return [part.strip() for part in key.split("+")]
 
 
 def decoded(value: Any) -> Any:
+    """A value that Ray Tune drew; lists travel as text."""
     return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
 
 
 def values_of(trial: dict[str, Any]) -> dict[str, Any]:
+    """The values of a trial as Ray Tune has it, the arm first."""
     values = {key: decoded(value) for key, value in trial["values"].items()}
     return ({"arm": values.pop("arm")} if "arm" in values else {}) | values
 
 
 def name_of(values: dict[str, Any]) -> str:
-    return hash_of(values)[:8]
+    """A trial's name, from its values."""
+    return _hash(values)[:8]
 
 
-def hash_of(value: Any) -> str:
+def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -143,9 +148,8 @@ def run(point: dict[str, Any]) -> None:
         if earlier.score is not None:
             _report(earlier.score, end_of(config), name)
         return
-    if not earlier:
-        sweeps.note(folder, values=values, started=time.time())
-    sweeps.note(folder, state="running", error=None, since=time.time())
+    facts = {} if earlier else {"values": values, "started": time.time()}
+    sweeps.note(folder, state="running", error=None, since=time.time(), **facts)
     try:
         score, collapse = _stages(config, values, folder)
         sweeps.end(folder, "collapsed" if collapse else "done", collapse, score)
@@ -342,7 +346,8 @@ def _fork(source: Path, target: Path, config: FinetuneConfig) -> bool:
     dump(config, aside / "config.yaml")
     state = checkpoint.read_state(aside / place.name / checkpoint.STATE)
     factor = config.optim.lr / old
-    state["schedule"]["base_lrs"] = [lr * factor for lr in state["schedule"]["base_lrs"]]
+    for key in ("base_lrs", "_last_lr"):
+        state["schedule"][key] = [lr * factor for lr in state["schedule"][key]]
     for group in state["optimizer"]["param_groups"]:
         group |= {key: group[key] * factor for key in ("lr", "initial_lr") if key in group}
     checkpoint.save_best(aside / place.name / checkpoint.STATE, state)

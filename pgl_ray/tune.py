@@ -124,11 +124,11 @@ def check(config: TuneConfig) -> list[Trial]:
     if num > config.max_trials:
         raise ValueError(f"the space has {num} trials, max_trials={config.max_trials}: shrink it or raise the bound")
     _check_search(config)
-    trials = [] if config.search == "optuna" else _draw(config)
+    trials = _draw(config)
     for trial in trials:
         with _named(_title(trial.values)):
             stage_configs(config, trial.values, Path(config.run))
-    return trials
+    return [] if config.search == "optuna" else trials  # what Optuna draws is of the same kind
 
 
 def _check_judges(config: TuneConfig) -> None:
@@ -249,7 +249,8 @@ def _remember(config: TuneConfig, folder: Path) -> None:
         found = json.loads(path.read_text())
         fixed = ["index", "judge", *(f"base_{stage}" for stage in STAGES)]
         changed = [key for key in fixed if found.get(key) != wanted[key]]
-        changed += [f"arms.{arm}" for arm in found["arms"] if wanted["arms"].get(arm, {}) != found["arms"][arm]]
+        both = set(found["arms"]) & set(wanted["arms"])
+        changed += [f"arms.{arm}" for arm in sorted(both) if wanted["arms"][arm] != found["arms"][arm]]
         if changed:
             raise ValueError(
                 f"run={config.run} is a sweep with another {', '.join(changed)} (sweep.json there): choose another "
@@ -320,7 +321,7 @@ def _fit(config: TuneConfig, folder: Path, left: list[Trial], num: int, room: in
             scheduler=_scheduler(config, done),
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(folder), verbose=0, callbacks=[_callback(config, folder)]
+            name="tune", storage_path=str(folder), verbose=0, callbacks=[_callback(config, folder, room)]
         ),
     )
     tuner.fit()
@@ -372,7 +373,7 @@ def _scheduler(config: TuneConfig, done: list[sweeps.Trial]) -> Any:
     return FIFOScheduler()
 
 
-def _callback(config: TuneConfig, folder: Path) -> Any:
+def _callback(config: TuneConfig, folder: Path, room: int) -> Any:
     """Prints the table, and notes which trials Tune stopped or lost."""
     from ray import tune
 
@@ -394,7 +395,7 @@ def _callback(config: TuneConfig, folder: Path) -> Any:
             shown = [t for t in found.values() if (t.name in new and self.before is not None) or t.state == "running"]
             if shown and (new or due):
                 print(sweeps.table(shown, head=self.before is None or not any(self.before.values())), flush=True)
-                print(sweeps.counts(list(found.values()), _num_trials(config)), flush=True)
+                print(sweeps.counts(list(found.values()), _num_trials(config), room), flush=True)
                 self.shown = time.monotonic()
             self.before = states
 
