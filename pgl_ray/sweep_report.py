@@ -134,12 +134,20 @@ def _end(config: dict[str, Any]) -> int:
 
 
 def means(axis: pictures.Axis, scores: list[float], ended: list[bool]) -> list[tuple[float, float, float | None]]:
-    """Mean score at each category over trials that ended, with half of Student's 95 % interval for two or more."""
+    """Mean score at each category, or in each third of the numbers, over trials that ended.
+
+    Returns:
+        (place, mean, half of Student's 95 % interval or none for a single trial).
+    """
+    pairs = sorted((x, score) for x, score, end in zip(axis.values, scores, ended) if end)
+    if axis.labels:
+        groups = [[pair for pair in pairs if pair[0] == value] for value in sorted(set(axis.values))]
+    else:
+        groups = [list(map(tuple, part)) for part in np.array_split(pairs, 3)] if len(pairs) >= 6 else []
     found = []
-    for value in sorted(set(axis.values)) if axis.labels else []:
-        here = [s for s, x, end in zip(scores, axis.values, ended) if x == value and end]
-        if here:
-            found.append((value, float(np.mean(here)), reach(here)))
+    for group in filter(None, groups):
+        here = [score for _, score in group]
+        found.append((float(np.median([x for x, _ in group])), float(np.mean(here)), reach(here)))
     return found
 
 
@@ -189,10 +197,9 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
     arms = list(config["arms"])
     colors = {arm: pictures.RUN_COLORS[k % len(pictures.RUN_COLORS)] for k, arm in enumerate(arms)}
     cells = {point: {arm: found[arm] for arm in arms if arm in found} for point, found in cells.items()}
-    published = _published(config)
-    blocks = [_block(point, found, published, colors) for point, found in cells.items()]
-    largest = list(cells.values())[-1]
-    shown = [runs[0] for runs in largest.values()][:8]
+    points, published = sorted(cells, key=lambda point: _num_scans(cells[point])), _published(config)
+    blocks = [_block(point, cells[point], published if point == points[-1] else {}, colors) for point in points]
+    shown = [runs[0] for runs in cells[points[-1]].values()]
     try:
         labels = overlays(shown)
     except Exception as error:  # store moved, scan gone, predictions not kept: the numbers stand
@@ -204,6 +211,12 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
         "over": _over_labels(trials, colors),
         "overlays": labels,
     }
+
+
+def _num_scans(cells: dict[str, list[tables.Run]]) -> int:
+    """Labelled scans of a point's trials, validation included."""
+    scans = next(iter(cells.values()))[0].record["scans"]
+    return len(scans["train"]) + len(scans["val"])
 
 
 def _evaluated(run: Path, arm: str) -> tables.Run:
@@ -229,7 +242,7 @@ def _published(config: dict[str, Any]) -> dict[str, Any]:
 def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, Any], colors: dict[str, str]) -> dict:
     """The tables of one point of the space."""
     organs = list(dict.fromkeys(row["organ"] for runs in cells.values() for run in runs for row in run.scores))
-    columns = [*organs, None] if len(organs) > 1 else [None]
+    columns = [None, *organs] if len(organs) > 1 else [None]
     found = []
     for score, (head, factor) in SCORES.items():
         rows = []
@@ -275,8 +288,8 @@ def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
         if found:
             worth = "within" if found.low <= 0 <= found.high else "more than"
             lines.append(
-                f"{arm} against {first}: {100 * found.mean:+.2f} % Dice, {worth} the noise of {found.num_scans} scans "
-                f"(95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f}); ahead with {ahead} of "
+                f"{arm} against {first}: {100 * found.mean:+.2f} points of Dice, {worth} the noise of "
+                f"{found.num_scans} scans (95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f}); ahead with {ahead} of "
                 f"{len(pairs)} seeds."
             )
     return lines
@@ -303,8 +316,7 @@ def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:
     for trial in trials:
         dice, run = sweeps.evaluation(trial).get("dice"), trial.run("finetune")
         if trial.state == "done" and dice is not None and "arm" in trial.values:
-            scans = tables.read_json(run / "run.json")["scans"]
-            num = len(scans["train"]) + len(scans["val"])
+            num = _num_scans({"": [_evaluated(run, "")]})
             found.setdefault(trial.values["arm"], {}).setdefault(num, []).append(100 * dice)
     if len({num for points in found.values() for num in points}) < 2:
         return ""

@@ -133,7 +133,7 @@ def test_a_collapse_stops_the_run_on_all_workers(ray_cluster, tmp_path, capfd):
 
 
 def test_a_sweep_runs_the_doors(ray_cluster, tmp_path, capfd):
-    """tune_spaces/smoke.yaml with one learning rate that cannot work: its trial fails, the other one's settings train."""
+    """tune_spaces/smoke.yaml with a learning rate that cannot work: its trial fails, the other one is the best."""
     write_phantoms(tmp_path / "raw", 0, 3, 0, seed=0, shape=(24, 64, 64), spacing_mm=(10.0, 5.0, 5.0))
     prepare.run(c.PrepareConfig(source=str(tmp_path / "raw"), store=str(tmp_path / "store")))
     space = [str(Path(__file__).parents[1] / "tune_spaces" / "smoke.yaml"), f"index={tmp_path}/store"]

@@ -357,11 +357,11 @@ def test_a_grid_becomes_the_papers_tables(tmp_path):
     content = sweep_report.content(tmp_path / "sweep", lambda runs: {"scans": [], "legend": []})
     [block] = content["grid"]["blocks"]
     table = block["tables"][0]
-    assert block["heads"] == ["liver", "tumour", "mean"]
+    assert block["heads"] == ["mean", "liver", "tumour"]
     texts = {(row["name"], row["paper"]): row["cells"] for row in table["rows"]}
-    assert texts["random", False][0] == f"55.00 ± {100 * np.std([0.5, 0.6], ddof=1):.2f}"
-    assert texts["pgl", False][2] == f"{(80 + 50) / 2:.2f} ± {100 * np.std([0.55, 0.75], ddof=1):.2f}"
-    assert texts["paper, Table 2", True] == ["96.43", "55.66", "76.05"]  # of the last arm, pgl
+    assert texts["random", False][1] == f"55.00 ± {100 * np.std([0.5, 0.6], ddof=1):.2f}"
+    assert texts["pgl", False][0] == f"{(80 + 50) / 2:.2f} ± {100 * np.std([0.55, 0.75], ddof=1):.2f}"
+    assert texts["paper, Table 2", True] == ["76.05", "96.43", "55.66"]  # of the last arm, pgl
     assert [row["name"] for row in table["rows"]] == [
         "random",
         "paper, Table 2",
@@ -370,7 +370,7 @@ def test_a_grid_becomes_the_papers_tables(tmp_path):
         "paper, Table 6",
     ]
     assert block["sentences"] == [
-        "pgl against random: +25.00 % Dice, more than the noise of 2 scans (95 % interval +25.00 to +25.00); "
+        "pgl against random: +25.00 points of Dice, more than the noise of 2 scans (95 % interval +25.00 to +25.00); "
         "ahead with 2 of 2 seeds."
     ]
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
