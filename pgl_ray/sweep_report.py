@@ -289,8 +289,8 @@ def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
             worth = "within" if found.low <= 0 <= found.high else "more than"
             lines.append(
                 f"{arm} against {first}: {100 * found.mean:+.2f} points of Dice, {worth} the noise of "
-                f"{found.num_scans} scans (95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f}); ahead with {ahead} of "
-                f"{len(pairs)} seeds."
+                f"{found.num_scans} scans (95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f}); "
+                f"ahead with {ahead} of {len(pairs)} seeds."
             )
     return lines
 
