@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from pgl_ray import finetune, pretrain, report, sweeps
 from pgl_ray.config import (
     FailedRun,
+    FinetuneConfig,
     ReportConfig,
     TrainConfig,
     TuneConfig,
@@ -35,6 +36,7 @@ from pgl_ray.config import (
     command,
     keys,
 )
+from pgl_ray.data import stream
 from pgl_ray.data.store import read_index
 from pgl_ray.train import launch
 from pgl_ray.train.checkpoint import write_json
@@ -228,17 +230,32 @@ def _check_stores(config: TuneConfig, trials: list[Trial]) -> None:
         ValueError: of the first such trial.
     """
     read = functools.cache(read_index)
+    read(config.index)
     for values in [trial.values for trial in trials] or [{}]:
         with _named(_title(values) or "base"):
             configs = stage_configs(config, values, Path(config.run))
             if "pretrain" in configs:
                 pretrain.make_plan(configs["pretrain"], read(configs["pretrain"].index))
             if "finetune" in configs:
-                finetune.split_scans(configs["finetune"], read(configs["finetune"].index))
+                train_ids, _ = finetune.split_scans(configs["finetune"], read(configs["finetune"].index))
+                if config.scheduler.kind == "pbt":
+                    _check_checkpoints(config.scheduler.grace, configs["finetune"], train_ids)
             if "evaluate" in configs and not read(configs["evaluate"].index).labelled(configs["evaluate"].split):
                 raise ValueError(
                     f"index={configs['evaluate'].index} has no labelled scan in split={configs['evaluate'].split!r}"
                 )
+
+
+def _check_checkpoints(grace: int, config: FinetuneConfig, train_ids: list[str]) -> None:
+    """Population based training copies checkpoints: there must be one by each change."""
+    counts = (config.patches_per_scan, config.global_batch_size, config.epochs, config.max_steps)
+    num_steps = stream.Plan.make(train_ids, *counts, config.seed).num_steps
+    most = max(1, num_steps * grace // 100)
+    if config.train.checkpoint_every > most:
+        raise ValueError(
+            f"scheduler.kind=pbt copies checkpoints: base_finetune.train.checkpoint_every="
+            f"{config.train.checkpoint_every} must be at most {most}, scheduler.grace={grace} % of {num_steps} steps"
+        )
 
 
 def _remember(config: TuneConfig, folder: Path) -> None:
