@@ -22,6 +22,7 @@ from pgl_ray.data import store
 from pgl_ray.data import views as v
 from pgl_ray.data.phantom import make_phantom
 from pgl_ray.data.stream import AIR
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.prior import Geometry, Prior, clamped_bins, interpolation_matrices, overlap_share
@@ -70,7 +71,7 @@ def run(config: CheckAlignConfig) -> Result:
     """
     config, folder = _resolve(config)
     scans = _scans(config)
-    encoder = Encoder(config.encoder.depths, 1, config.encoder.stage_strides)
+    encoder = build_encoder(**{**config.encoder.model_dump(), "width": 1})
     stride, size = config.align.output_stride, config.views.size
     ratio = config.align.sampling_ratio
     geometries = {name: feature_geometry(encoder, size, stride, name, ratio) for name in CONVENTIONS}
@@ -196,12 +197,16 @@ def centre_taps(encoder: Encoder) -> None:
     for part in encoder.eval().modules():
         if isinstance(part, nn.Conv3d):
             part.weight.zero_()
+            if part.bias is not None:
+                part.bias.zero_()
             middle = [size // 2 for size in part.kernel_size]
             for out in range(part.out_channels):
                 part.weight[(out, out % part.in_channels, *middle)] = 1
         elif isinstance(part, nn.BatchNorm3d):
             nn.init.ones_(part.weight), nn.init.zeros_(part.bias), nn.init.zeros_(part.running_mean)
             part.running_var.fill_(1 - part.eps)
+        elif isinstance(part, nn.InstanceNorm3d):
+            part.forward = nn.Identity()  # no weights make it one
 
 
 def _pair_of_ramps(priors: list[tuple[Prior, Prior]], size: tuple[int, int, int]) -> Pair:

@@ -148,14 +148,35 @@ class DeformConfig(Section):
 
 
 class EncoderConfig(Section):
-    """3D ResNet with bottleneck blocks (paper, Sec. 3.3)."""
+    """3D ResNet with bottleneck blocks (paper, Sec. 3.3), or nnU-Net's residual encoder."""
 
-    depths: tuple[Positive, Positive, Positive, Positive] = (3, 4, 6, 3)
-    """Residual blocks per stage; 3-4-6-3 is ResNet-50."""
+    kind: Literal["resnet", "resenc"] = "resnet"
+    """resnet: the paper's; resenc: nnU-Net's ResEnc-L, whose weights nnU-Net fine-tunes (export to .pth)."""
+    depths: tuple[Positive, ...] = (3, 4, 6, 3)
+    """Residual blocks per stage; 3-4-6-3 is ResNet-50; of kind=resenc 1-3-4-6-6-6 where not said otherwise."""
     width: Positive = 64
-    """Channels of the stem; stage i puts out width * 4 * 2**i channels."""
+    """Channels of the stem; stage i puts out width * 4 * 2**i channels. Of kind=resenc 32 where not said otherwise;
+    stage i puts out width * 2**i, at most 10 * width."""
     stage_strides: Literal["early", "late"] = "early"
-    """Strides of the four stages: early = 2,2,2,1 (15 GFLOP per 16x96x96 view), late = 1,2,2,2 (80 GFLOP)."""
+    """Strides of the four stages: early = 2,2,2,1 (15 GFLOP per 16x96x96 view), late = 1,2,2,2 (80 GFLOP).
+    kind=resenc knows early alone: 1, then 1,2,2 (D, H, W), then 2."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resencs_own_size(cls, values):
+        if isinstance(values, dict) and values.get("kind") == "resenc":
+            return {"depths": (1, 3, 4, 6, 6, 6), "width": 32, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if self.kind == "resnet" and len(self.depths) != 4:
+            raise ValueError(f"encoder.depths={list(self.depths)}: kind=resnet has 4 stages")
+        if self.kind == "resenc" and not 5 <= len(self.depths) <= 7:
+            raise ValueError(f"encoder.depths={list(self.depths)}: kind=resenc has 5 to 7 stages")
+        if self.kind == "resenc" and self.stage_strides != "early":
+            raise ValueError(f"encoder.stage_strides={self.stage_strides}: kind=resenc knows early alone")
+        return self
 
 
 class HeadsConfig(Section):
@@ -213,6 +234,37 @@ class HealthConfig(Section):
     """Steps between two rows of health figures (their singular values cost as much as a small step)."""
     stop_on_collapse: bool = False
     """End the run with an error when two health rows in a row say that the features collapsed."""
+
+
+class ProbeSettings(Section):
+    """Scans and voxels of a voxel probe."""
+
+    index: FilePath | None = None
+    """Store written by prepare, with labels; none: the one that is trained on."""
+    size: Triple | None = None
+    """Window that the encoder sees, in voxels (D, H, W); none: views.size."""
+    split: str = "train"
+    """Split the labelled training scans are taken from."""
+    num_scans: Positive = 5
+    """Labelled scans to train on."""
+    test_split: str = "test"
+    """Split the classifier is tested on."""
+    num_test_scans: Positive = 10
+    """Scans to test on."""
+    voxels_per_class: Positive = 100
+    """Voxels drawn per scan and class, background included."""
+    seed: Seed = 0
+    """Seed of scans, voxels and of init=random."""
+
+
+class ProbeCurveConfig(ProbeSettings):
+    """A voxel probe of the encoder while it is pre-trained: probe/balanced_accuracy and the recalls in the metrics."""
+
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two probes, beside those at the first and the last step; 0: none. The first worker does it, on
+    scans that it reads once and keeps in memory, and the others wait."""
+    num_test_scans: Positive = 5
+    """Scans to test on."""
 
 
 class LarsConfig(Section):
@@ -431,6 +483,7 @@ class PretrainConfig(Section):
     align: AlignConfig = AlignConfig()
     deform: DeformConfig = DeformConfig()
     health: HealthConfig = HealthConfig()
+    probe: ProbeCurveConfig = ProbeCurveConfig()
     optim: LarsConfig = LarsConfig()
     train: TrainConfig = TrainConfig()
     ray: RayConfig = RayConfig()
@@ -600,32 +653,22 @@ class PredictConfig(Section):
     """A CT volume, a DICOM series' folder, or a folder of several."""
     output: FilePath
     """Label map (.nii.gz) for one volume or series, or a folder for many."""
+    viewer: bool = True
+    """Beside each label map, an HTML page with the scan, the labels and the organs' volumes, and pictures (PNG)."""
     inference: InferenceConfig = InferenceConfig()
 
 
-class ProbeConfig(Section):
+class ProbeConfig(ProbeSettings):
     """Linear classifier on the frozen encoder's features at labelled voxels."""
 
     index: FilePath
     """Store written by prepare, with labels."""
+    size: Triple = (16, 96, 96)
+    """Window that the encoder sees, in voxels (D, H, W)."""
     init: Init = "random"
     """Encoder: `random`, a run's folder, or a file as for fine-tuning."""
     encoder: EncoderConfig | None = None
     """Encoder; none: the checkpoint's, or the default for init=random."""
-    size: Triple = (16, 96, 96)
-    """Window that the encoder sees, in voxels (D, H, W)."""
-    split: str = "train"
-    """Split the labelled training scans are taken from."""
-    num_scans: Positive = 5
-    """Labelled scans to train on."""
-    test_split: str = "test"
-    """Split the classifier is tested on."""
-    num_test_scans: Positive = 10
-    """Scans to test on."""
-    voxels_per_class: Positive = 100
-    """Voxels drawn per scan and class, background included."""
-    seed: Seed = 0
-    """Seed of scans, voxels and of init=random."""
     output: FilePath | None = None
     """JSON file for the result; none: <init>/probe.json, or no file for init=random."""
 
@@ -685,12 +728,17 @@ class TuneConfig(Section):
 
 
 class ExportConfig(Section):
-    """A run's weights as safetensors, for use without pgl_ray."""
+    """A run's weights in a file for other code, with what the network expects as input."""
 
     run: FilePath
-    """Pre-training run (its encoder) or fine-tuning run (its segmentation network)."""
+    """Pre-training or fine-tuning run."""
     output: FilePath
-    """File to write, *.safetensors."""
+    """File to write: *.safetensors (weights, for MONAI and `pgl_ray.export.load`), *.pt2 (torch.export), *.onnx, or
+    *.pth (nnU-Net, for encoder.kind=resenc)."""
+    part: Literal["auto", "encoder", "segmenter"] = "auto"
+    """What to export; auto: the encoder of a pre-training run, the segmentation network of a fine-tuning run."""
+    size: Triple | None = None
+    """Window (D, H, W) that a .pt2 or .onnx file takes, any number at a time; none: the run's views or patches."""
 
 
 class ReportConfig(Section):

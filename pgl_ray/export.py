@@ -1,64 +1,318 @@
-"""python -m pgl_ray.export run=RUN output=FILE.safetensors: a run's weights for use elsewhere.
+"""python -m pgl_ray.export run=RUN output=FILE [a.b=c ...]: a run's weights for use elsewhere, by the file's suffix.
 
-A pre-training run gives its encoder, whose keys are those of monai's resnet50 (bottleneck, shortcut B, no max-pool), so
-`load_state_dict` finds every key; a fine-tuning run gives the whole segmentation network. The file's metadata say what
-the network expects as input.
+    .safetensors   weights: of the paper's encoder they have the keys of monai's resnet50 (bottleneck, shortcut B, no
+                   max-pool), so `load_state_dict` finds every key; `load` rebuilds the network
+    .pt2           torch.export: runs without pgl_ray and MONAI
+    .onnx          runs without torch
+    .pth           nnU-Net: an encoder of kind=resenc with the plan that its pre-trained trainer reads
+
+Every file says what the network expects as input, and is read back and compared with the network before it is kept.
 """
 
 import json
+import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 import pgl_ray
-from pgl_ray.config import ExportConfig, command
+from pgl_ray.config import ExportConfig, FailedRun, PatchConfig, command
+from pgl_ray.data.facts import disagreements
+from pgl_ray.data.place import check_writable
+from pgl_ray.data.store import statistics
+from pgl_ray.data.views import normalise
+from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.resenc import ResEncoder
+from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import checkpoint
 
 INPUT = {
     "axes": "N,1,D,H,W",
-    "orientation": "D towards the head, H towards the back, W towards the patient's left (S, P, L)",
+    "orientation": "SPL: D towards the head (S), H towards the back (P), W towards the patient's left (L)",
     "normalisation": "clip HU to hu_window, subtract the clipped scan's mean, divide by its standard deviation",
 }
+CITATION = "Xie, Y., Zhang, J., Liao, Z., Xia, Y., & Shen, C. PGL: Prior-Guided Local Self-supervised Learning for 3D "
+CITATION += "Medical Image Segmentation."
+TOLERANCE = 1e-4  # of an exported network's outputs, as a share of the largest
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was written."""
+    """What was written.
+
+    Attributes:
+        output: the file.
+        part: "encoder" or "segmenter".
+        num_parameters: of it.
+        max_difference: largest absolute difference of the read-back network's outputs from PyTorch's.
+        largest: largest absolute output.
+    """
 
     output: str
-    door: str
+    part: str
     num_parameters: int
+    max_difference: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an exported network expects.
+
+    Attributes:
+        metadata: of the file, decoded.
+    """
+
+    metadata: dict[str, Any]
+
+    def prepare(self, voxels: np.ndarray, affine: np.ndarray) -> Tensor:
+        """HU as the network's input; warns (UserWarning) where the scan is unlike those of the training.
+
+        Args:
+            voxels: [D, H, W], HU.
+            affine: [4, 4], voxel index (d, h, w, 1) -> RAS+ mm, as `pgl_ray.data.ct.read_scan` gives it.
+
+        Returns:
+            float32 [1, 1, D, H, W].
+
+        Raises:
+            ValueError: not one 3D volume, or voxels that are not finite.
+        """
+        voxels = np.asarray(voxels)
+        if voxels.ndim != 3 or not np.isfinite(voxels).all():
+            raise ValueError(f"voxels of shape {voxels.shape}: expected one 3D volume (D, H, W) of finite HU")
+        whole = np.rint(np.clip(voxels, -32768, 32767)).astype(np.int16)
+        window, facts = self.metadata["hu_window"], self.metadata.get("training_scans")
+        for text in disagreements(facts, window, whole, affine) if facts else []:
+            warnings.warn(f"unlike the scans that the network was trained on: {text}", stacklevel=2)
+        return torch.from_numpy(normalise(voxels, window, *statistics(whole, window)))[None, None]
+
+
+def load(path: str | Path) -> tuple[nn.Module, Expected]:
+    """Rebuilds the network of a .safetensors file that `export` wrote.
+
+    Returns:
+        The encoder (its maps, finest first) or the segmentation network (logits), in eval mode, and what it expects.
+
+    Raises:
+        ValueError: missing, damaged, or not written by pgl_ray.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            raw = file.metadata() or {}
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+    if "part" not in raw or "architecture" not in raw:
+        raise ValueError(f"{path} says nothing about its network: was it written by pgl_ray's export?")
+    metadata = {key: json.loads(value) if value[:1] in "[{" else value for key, value in raw.items()}
+    network = _build(metadata["architecture"])
+    network.load_state_dict(weights)
+    return network.eval(), Expected(metadata)
+
+
+def _build(architecture: dict[str, Any]) -> nn.Module:
+    encoder = build_encoder(**architecture["encoder"])
+    return Segmenter(encoder, architecture["num_outputs"]) if "num_outputs" in architecture else encoder
 
 
 def run(config: ExportConfig) -> Result:
-    """Writes the file aside, then renames it.
+    """Writes the file aside, compares it with the network, then renames it.
 
     Raises:
-        ValueError: no checkpoint, a wrong suffix, or safetensors is not installed.
+        ValueError: no checkpoint, an unknown suffix, a part that the run or the format has not, a missing package.
+        FailedRun: the file's network computes something else.
     """
+    output = Path(config.output)
+    writers = {".safetensors": _safetensors, ".pt2": _torch_export, ".onnx": _onnx, ".pth": _nnunet}
+    if output.suffix not in writers:
+        raise ValueError(f"output={config.output}: expected a name that ends in {', '.join(writers)}")
+    check_writable(f"output={config.output}", output.absolute().parent)
+    network, part, meta = _network(config, nnunet=output.suffix == ".pth")
+    metadata = _metadata(network, part, meta)
+    trained = json.loads(meta["config"])
+    sized = trained.get("views") or trained.get("patch") or {}
+    size = config.size or meta.get("patch_size") or sized.get("size") or PatchConfig().size
+    examples = [torch.randn((n, 1, *size), generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
+    aside = output.with_name(f".part{os.getpid()}.{output.name}")
     try:
-        from safetensors.torch import save_file
+        with torch.no_grad():
+            computed = writers[output.suffix](network, metadata, examples, aside)
+            truth = [_as_list(network(x)) for x in examples]
+        differences = [float((a - b).abs().max()) for pair in zip(computed, truth) for a, b in zip(*pair, strict=True)]
+        largest = max(float(value.abs().max()) for values in truth for value in values)
+        if not max(differences) <= TOLERANCE * largest:
+            raise FailedRun(f"{output.name} computes something else: {max(differences):.3g} of at most {largest:.3g}")
+        aside.replace(output)
+    finally:
+        aside.unlink(missing_ok=True)
+    return Result(str(output), part, sum(p.numel() for p in network.parameters()), max(differences), largest)
+
+
+def _network(config: ExportConfig, nnunet: bool) -> tuple[nn.Module, str, dict[str, Any]]:
+    """The network to export, in eval mode, which part it is, and the checkpoint's meta dict."""
+    encoder, meta = checkpoint.load_encoder(config.run)
+    own = "encoder" if meta["door"] == "pretrain" or nnunet else "segmenter"
+    part = own if config.part == "auto" else config.part
+    if part == "segmenter" and own == "encoder":
+        why = "nnU-Net takes an encoder alone" if nnunet else f"run={config.run} is a pretrain run"
+        raise ValueError(f"part=segmenter: {why}: take part=encoder")
+    if nnunet and not isinstance(encoder, ResEncoder):
+        raise ValueError(
+            f"output={config.output}: nnU-Net cannot express the bottleneck ResNet of run={config.run}: pre-train with "
+            "encoder.kind=resenc, or export .safetensors"
+        )
+    if part == "segmenter":
+        return checkpoint.load_segmenter(config.run)[0], part, meta
+    encoder.stop_at(meta.get("level", encoder.last))  # what is behind was not trained
+    return encoder.eval(), part, meta
+
+
+def _metadata(network: nn.Module, part: str, meta: dict[str, Any]) -> dict[str, str]:
+    """What must be known to use the weights; JSON where it is more than a text."""
+    encoder = network if part == "encoder" else network.encoder
+    facts = meta.get("data")
+    spacing = "each scan's own, see training_scans" if facts else "not recorded"
+    spacing = (facts or {}).get("resampled_mm") or meta.get("spacing_mm") or spacing
+    architecture = {"encoder": encoder.settings}
+    found: dict[str, Any] = {"part": part, **INPUT, "hu_window": meta["hu_window"], "spacing_mm": spacing}
+    if part == "segmenter":
+        architecture["num_outputs"] = meta["num_outputs"]
+        found |= {key: meta[key] for key in ("labels", "task", "patch_size")}
+    else:
+        maps = [{"output_stride": stride, "center": center} for stride, center in zip(encoder.strides, encoder.centers)]
+        found |= {"maps": maps, "last_trained_map": encoder.last, "method": meta.get("method", "pgl")}
+    found |= {"architecture": architecture, "training_scans": facts or {}, "config": meta["config"]}
+    found |= {"made_by": f"pgl_ray {pgl_ray.__version__} {meta['door']}", "format": "pt"}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
+
+
+def _as_list(value: Tensor | list[Tensor]) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+# -- formats: each writes a file, reads it back and computes the examples with it ------------------------------------
+
+
+def _safetensors(network: nn.Module, metadata: dict[str, str], examples: list[Tensor], path: Path) -> list[list]:
+    try:
+        from safetensors.torch import save
     except ImportError:
         raise ValueError("safetensors is not installed: pip install 'pgl_ray[export]'") from None
-    if not config.output.endswith(".safetensors"):
-        raise ValueError(f"output={config.output}: expected a name that ends in .safetensors")
-    encoder, meta = checkpoint.load_encoder(config.run)
-    model = encoder if meta["door"] == "pretrain" else checkpoint.load_segmenter(config.run)[0]
-    kept = ("encoder", "level", "hu_window", "labels", "task", "num_outputs", "patch_size")
-    metadata = INPUT | {key: json.dumps(meta[key]) for key in kept if key in meta}
-    metadata |= {"format": "pt", "made_by": f"pgl_ray {pgl_ray.__version__} {meta['door']}", "config": meta["config"]}
-    output = Path(config.output)
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f"{output.name}.part{os.getpid()}")
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, aside, metadata)
-    aside.replace(output)
-    return Result(str(output), meta["door"], sum(p.numel() for p in model.parameters()))
+    weights = {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}
+    path.write_bytes(save(weights, metadata))  # with the usual permissions
+    again = load(path)[0]
+    encoder, own = (part.encoder if isinstance(part, Segmenter) else part for part in (again, network))
+    encoder.stop_at(own.last)
+    return [_as_list(again(x)) for x in examples]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch's exporters tell of operators of torchvision and of their own deprecations."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _program(network: nn.Module, examples: list[Tensor]) -> torch.export.ExportedProgram:
+    """The network for windows of one size, any number at a time."""
+    with _quiet():
+        return torch.export.export(network, (examples[1],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+
+
+def _torch_export(network: nn.Module, metadata: dict[str, str], examples: list[Tensor], path: Path) -> list[list]:
+    with _quiet():
+        torch.export.save(_program(network, examples), path, extra_files={"pgl_ray.json": json.dumps(metadata)})
+        again = torch.export.load(path).module()
+    return [_as_list(again(x)) for x in examples]
+
+
+def _onnx(network: nn.Module, metadata: dict[str, str], examples: list[Tensor], path: Path) -> list[list]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'pgl_ray[onnx]'") from None
+    with _quiet():
+        program = torch.onnx.export(_program(network, examples), dynamo=True, verbose=False, input_names=["volume"])
+        program.model.metadata_props.update(metadata)
+        program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [[torch.from_numpy(out) for out in session.run(None, {"volume": x.numpy()})] for x in examples]
+
+
+def _nnunet(network: ResEncoder, metadata: dict[str, str], examples: list[Tensor], path: Path) -> list[list]:
+    """As nnU-Net's `preprocess_like_nnssl` and `PretrainedTrainer` read it (torch.load with weights_only=True)."""
+    known = {key: json.loads(metadata[key]) for key in ("training_scans", "config")}
+    facts, views = known["training_scans"], known["config"].get("views", {})
+    spacing = facts.get("resampled_mm")
+    settings = {
+        "data_identifier": "pgl_ray",
+        "preprocessor_name": "DefaultPreprocessor",
+        "spacing_style": "fixed" if spacing else "noresample",
+        "normalization_schemes": ["ZScoreNormalization"],
+        "use_mask_for_norm": [False],
+        "spacing": spacing,
+        "patch_size": list(views.get("size", examples[0].shape[2:])),
+    }
+    plan = {
+        "architecture_plans": {
+            "arch_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
+            "arch_kwargs": network.nnunet_arch(),
+            "arch_kwargs_requiring_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        },
+        "pretrain_plan": {
+            "dataset_name": "pgl_ray",
+            "plans_name": "pgl_ray",
+            "original_median_spacing_after_transp": facts["spacing_mm"][1] if facts else [1.0, 1.0, 1.0],
+            "image_reader_writer": "SimpleITKIO",
+            "transpose_forward": [0, 1, 2],
+            "transpose_backward": [0, 1, 2],
+            "experiment_planner_used": metadata["made_by"],
+            "configurations": {"pgl_ray": settings},
+        },
+        "pretrain_num_input_channels": 1,
+        "recommended_downstream_patchsize": list(PatchConfig().size),
+        "key_to_encoder": "encoder.stages",
+        "key_to_stem": "encoder.stem",
+        "keys_to_in_proj": ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"],
+        "key_to_lpe": None,
+    }
+    weights = {f"encoder.{key}": value for key, value in network.state_dict().items()}
+    citations = [{"type": "Pretraining Method", "name": "PGL", "apa_citations": [CITATION]}]
+    kept = {"network_weights": weights, "nnssl_adaptation_plan": plan, "citations": citations}
+    torch.save({**kept, "trainer_name": "pgl_ray", "metadata": metadata}, path)
+    again = build_encoder(**network.settings).eval()
+    read = torch.load(path, weights_only=True)["network_weights"]
+    again.load_state_dict({key.removeprefix("encoder."): value for key, value in read.items()})
+    again.stop_at(network.last)
+    return [_as_list(again(x)) for x in examples]
 
 
 def describe(result: Result) -> str:
     """The closing line."""
-    part = "encoder" if result.door == "pretrain" else "segmentation network"
-    return f"export: {part} with {result.num_parameters:,} parameters in {result.output}"
+    part = "encoder" if result.part == "encoder" else "segmentation network"
+    checked = f"largest difference from PyTorch {result.max_difference:.2g}, outputs up to {result.largest:.3g}"
+    return f"export: {part} with {result.num_parameters:,} parameters in {result.output}; read back: {checked}"
 
 
 def main() -> None:

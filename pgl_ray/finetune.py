@@ -15,9 +15,11 @@ import torch
 from pgl_ray import evaluate
 from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build, command
 from pgl_ray.data import store, stream
+from pgl_ray.data.facts import training_facts
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import summarise
-from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
+from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import checkpoint, health, launch, optim, weights
 
@@ -44,6 +46,7 @@ def run(config: FinetuneConfig) -> Result:
     index = store.read_index(config.index)
     train_ids, val_ids = split_scans(config, index)
     model, meta, loaded = build_model(config, index)
+    meta["data"] = training_facts(index, [*train_ids, *val_ids])
     limits = (config.epochs, config.max_steps, config.seed)
     plan = stream.Plan.make(train_ids, config.patches_per_scan, config.global_batch_size, *limits)
     facts = {
@@ -71,7 +74,7 @@ def run(config: FinetuneConfig) -> Result:
         )
         for line in loaded.lines() if loaded else ():
             print(f"  weights: {line}", flush=True)
-        if meta["init_level"] < 4:
+        if meta["init_level"] < len(model.encoder.channels) - 1:
             print(
                 f"finetune: {config.init} was trained up to stage {meta['init_level']} of the encoder "
                 "(align.output_stride): the stages behind it start at random",
@@ -79,7 +82,12 @@ def run(config: FinetuneConfig) -> Result:
             )
         worker_config = {"config": config.model_dump_json(), "run": folder, "plan": plan, "meta": meta}
         worker_config |= {"val_ids": val_ids}
-        stopped = launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps)
+        try:
+            stopped = launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps)
+        except FailedRun as error:
+            if "OutOfMemory" not in str(error) and "low on memory" not in str(error):
+                raise
+            raise FailedRun(f"Ray ended a worker because the machine ran out of memory: {_smaller(config)}") from error
         if stopped:
             raise FailedRun(stopped)
     best = checkpoint.read_state(Path(folder) / BEST)
@@ -115,7 +123,7 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
     """
     settings, source = config.encoder.model_dump() if config.encoder else None, None
     if config.init == "random":
-        encoder = Encoder(**(settings or {}))
+        encoder = build_encoder(**(settings or {}))
     else:
         encoder, source = weights.read(config.init, settings, index.hu_window, config.allow_partial)
     num_outputs = len(index.labels) + (config.task == "multiclass")
@@ -126,11 +134,7 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
         encoder.requires_grad_(False)
     meta = {
         "door": "finetune",
-        "encoder": {
-            "depths": list(encoder.depths),
-            "width": encoder.channels[0],
-            "stage_strides": encoder.stage_strides,
-        },
+        "encoder": encoder.settings,
         "hu_window": list(index.hu_window),
         "spacing_mm": index.spacing_mm and list(index.spacing_mm),
         "labels": dict(index.labels),
@@ -199,7 +203,7 @@ def worker(worker_config: dict) -> str | None:
         except RuntimeError as error:
             if not launch.out_of_memory(error):
                 raise
-            stopped = _too_large(config, step + 1, device)
+            stopped = f"out of memory on {device} at step {step + 1} {_smaller(config)}"
             if world > 1:
                 raise FailedRun(stopped) from error  # the other ranks wait for this one's gradient
             break
@@ -315,13 +319,13 @@ def backward(
     return loss.detach()
 
 
-def _too_large(config: FinetuneConfig, step: int, device: torch.device) -> str:
-    """What to say when memory ran out, with the batch to try."""
+def _smaller(config: FinetuneConfig) -> str:
+    """The batch to try where memory is too short."""
     whole = config.global_batch_size // config.train.num_workers
     now, size = whole // config.accumulate, "x".join(map(str, config.patch.size))
-    text = f"out of memory on {device} at step {step} with {now} patches of {size} at a time: "
+    text = f"with {now} patches of {size} at a time; "
     if now == 1:
-        return text + "a patch alone is too large: lower patch.size, or take train.precision=bfloat16"
+        return text + "one alone is too large: lower patch.size, or take train.precision=bfloat16"
     fewer = max(n for n in range(1, now // 2 + 1) if whole % n == 0)
     return (
         f"{text}try accumulate={whole // fewer}, the same batch {fewer} at a time, "

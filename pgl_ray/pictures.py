@@ -57,6 +57,7 @@ class Plane(NamedTuple):
 
 
 AXIAL, CORONAL = Plane("axial", 0, 1, 2, "upper"), Plane("coronal", 1, 0, 2, "lower")
+SAGITTAL = Plane("sagittal", 2, 0, 1, "lower")
 
 
 class Series(NamedTuple):
@@ -426,15 +427,20 @@ def overlay(shown: Overlay, values: tuple[int, ...]) -> Figure:
         if label is None:
             _letters(ax, AXIAL, np.zeros(3, bool))
             continue
-        paint = np.zeros((*label.shape, 4))
-        for number, value in enumerate(values, 1):
-            paint[label == value] = to_rgba(organ_color(number), 0.55)
-        _show(ax, paint, AXIAL, shown.unit_mm, interpolation="nearest")
+        _show(ax, _paint(label, values), AXIAL, shown.unit_mm, interpolation="nearest")
         if wrong is not None and wrong.any():
             y, x = (np.arange(size) + 0.5 for size in wrong.shape)
             ax.contour(x, y, wrong, [0.5], colors="white", linewidths=0.6)
         _numbers(ax, label, values)
     return figure
+
+
+def _paint(label: np.ndarray, values: tuple[int, ...]) -> np.ndarray:
+    """RGBA [rows, columns, 4] of label values; the k-th value has the legend's number k, from 1 on."""
+    paint = np.zeros((*label.shape, 4))
+    for number, value in enumerate(values, 1):
+        paint[label == value] = to_rgba(organ_color(number), 0.55)
+    return paint
 
 
 def _numbers(ax: Axes, label: np.ndarray, values: tuple[int, ...]) -> None:
@@ -446,6 +452,42 @@ def _numbers(ax: Axes, label: np.ndarray, values: tuple[int, ...]) -> None:
         row, column = places[((places - places.mean(0)) ** 2).sum(1).argmin()] + 0.5
         text = ax.text(column, row, str(number), color="white", fontsize=6, ha="center", va="center")
         text.set_path_effects([patheffects.withStroke(linewidth=1.5, foreground="black")])
+
+
+@style
+def montage(volume: np.ndarray, numbers: np.ndarray, spacing_mm: np.ndarray, organs: list[str]) -> Figure:
+    """Slices of a scan with its labels: three axial ones, a coronal and a sagittal one, each plain and painted.
+
+    Args:
+        volume: int16 [D, H, W], HU.
+        numbers: [D, H, W], the legend's number of each voxel, 0 outside the organs.
+        spacing_mm: (D, H, W).
+        organs: names, the k-th one has number k, from 1 on.
+    """
+    labelled = [np.flatnonzero(numbers.any(tuple(k for k in range(3) if k != axis))) for axis in range(3)]
+    labelled = [found if len(found) else np.arange(n) for found, n in zip(labelled, volume.shape)]
+    middles = [found[len(found) // 2] for found in labelled]
+    cuts = [(AXIAL, labelled[0][int((len(labelled[0]) - 1) * share)]) for share in (0.2, 0.5, 0.8)]
+    cuts += [(CORONAL, middles[1]), (SAGITTAL, middles[2])]
+    proportions = [_proportion(volume.shape, plane, spacing_mm) for plane, _ in cuts]
+    figure = Figure(figsize=(2 * len(cuts), 2 * 2 * max(proportions) + 0.25 * (1 + math.ceil(len(organs) / 6))))
+    grid = figure.add_gridspec(2, len(cuts))
+    for k, (plane, index) in enumerate(cuts):
+        image, label = (_slice(array, plane, index + 0.5) for array in (volume, numbers))
+        for row in (0, 1):
+            ax = figure.add_subplot(grid[row, k])
+            _show(ax, image, plane, spacing_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
+            if row:
+                values = tuple(range(1, len(organs) + 1))
+                _show(ax, _paint(label, values), plane, spacing_mm, interpolation="nearest")
+                _numbers(ax, label, values)
+            else:
+                _letters(ax, plane, np.zeros(3, bool))
+                ax.set_title(f"{plane.name}, {'DHW'[plane.through]} = {index} of {volume.shape[plane.through]}")
+    patches = [Rectangle((0, 0), 1, 1, fc=organ_color(number)) for number in range(1, len(organs) + 1)]
+    names = [f"{number} {name.replace('_', ' ')}" for number, name in enumerate(organs, 1)]
+    figure.legend(patches, names, loc="outside lower center", ncols=6, frameon=False, fontsize=7)
+    return figure
 
 
 # -- sweeps -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """python -m pgl_ray.predict run=RUN input=CT output=LABELS [a.b=c ...]: label maps in each CT's own geometry."""
 
+import hashlib
+import json
 import os
 import time
 from collections import Counter
@@ -7,59 +9,113 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+import pgl_ray
+from pgl_ray import viewer
 from pgl_ray.config import FailedRun, PredictConfig, command
-from pgl_ray.data import ct, dicom, store
+from pgl_ray.data import ct, dicom, itk, store
+from pgl_ray.data.facts import disagreements
 from pgl_ray.data.layout import series_names
+from pgl_ray.data.place import check_writable
 from pgl_ray.data.resample import onto_grid, resample
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
 from pgl_ray.model.inference import pick_device, segment
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train.checkpoint import load_segmenter
+from pgl_ray.train.checkpoint import load_segmenter, write_json
 
 
 class Result(NamedTuple):
-    """Where the label maps lie, and how many there are."""
+    """Where the label maps lie, how many there are, and how many of them were there before."""
 
     output: str
     num_scans: int
+    num_finished_before: int
+
+
+class Job(NamedTuple):
+    """A CT (a file, or a folder and the slices of a DICOM series in it) and its label map."""
+
+    source: Path
+    slices: tuple[str, ...]
+    target: Path
+
+    def beside(self, suffix: str) -> Path:
+        """The file of another kind beside the label map."""
+        return self.target.with_name(self.target.name.removesuffix(".nii.gz") + suffix)
 
 
 def run(config: PredictConfig) -> Result:
     """Writes one label map (.nii.gz) per CT: the label values of the run's store on exactly the CT's grid.
 
+    Beside each label map lie facts about it (.json: volumes in mL, by what it was made) and, with `viewer`, a page
+    (.html) and pictures (.png) of it. A scan that was done before, by the same network and settings, is left as it is.
     A file of a folder that cannot be read is named and left out; the others are done.
 
     Raises:
         ValueError: run, input or output cannot be used.
-        FailedRun: some files of the folder failed.
+        FailedRun: some files of the folder failed, or the memory does not suffice.
     """
     jobs = _jobs(Path(config.input), Path(config.output))
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
-    print(f"predict: {len(jobs)} scan{'s' * (len(jobs) != 1)} on {device}", flush=True)
-    failed, began = [], time.monotonic()
-    for done, (source, slices, target) in enumerate(jobs, 1):
+    check_writable(f"output={config.output}", jobs[0].target.absolute().parent)
+    maker = _maker(model, meta, config)
+    many = Path(config.input).is_dir()
+    finished = {job for job in jobs if _is_finished(job, maker, config.viewer)}
+    done_before = f", {len(finished)} of them done before" if finished else ""
+    print(f"predict: {len(jobs)} scan{'s' * (len(jobs) != 1)} on {device}{done_before}", flush=True)
+    names = {job: job.target.name.removesuffix(".nii.gz") if job.slices else job.source.name for job in jobs}
+    failed, began, todo = [], time.monotonic(), [job for job in jobs if job not in finished]
+    for done, job in enumerate(todo, 1):
         try:
-            _predict(model, meta, source, slices, target, config)
-        except (ValueError, OSError) as error:
-            if not Path(config.input).is_dir():
+            for note in _predict(model, meta, job, maker, config):
+                print(f"predict: note: {names[job]}: {note}", flush=True)
+        except (ValueError, OSError, MemoryError) as error:
+            if not many:
                 raise
-            failed.append(source.name)
-            print(f"predict: left out: {' '.join(str(error).split())}", flush=True)
+            failed.append(names[job])
+            reason = " ".join(str(error).split()) or f"{job.source}: not enough memory"
+            print(f"predict: left out: {reason}", flush=True)
         rate = (time.monotonic() - began) / done
-        progress = f"{done}/{len(jobs)} scans, {rate:.1f} s per scan, {(len(jobs) - done) * rate:.0f} s left"
-        print(f"predict: {progress}; {source.name}", flush=True)
+        progress = f"{done}/{len(todo)} scans, {rate:.1f} s per scan, {(len(todo) - done) * rate:.0f} s left"
+        print(f"predict: {progress}; {names[job]}", flush=True)
     if failed:
-        raise FailedRun(
-            f"{len(failed)} of {len(jobs)} files failed: {', '.join(failed)}; the others are in {config.output}"
-        )
-    return Result(config.output, len(jobs))
+        listed = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
+        raise FailedRun(f"{len(failed)} of {len(jobs)} files failed: {listed}; the others are in {config.output}")
+    return Result(config.output, len(jobs), len(finished))
 
 
-def _jobs(source: Path, output: Path) -> list[tuple[Path, tuple[str, ...], Path]]:
-    """CTs (a file, or a folder and the slices of a DICOM series in it) and their label maps.
+def _maker(model: Segmenter, meta: dict[str, Any], config: PredictConfig) -> str:
+    """Hash of all that decides a label map but the scan: weights, what they expect, and the windows' overlap."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    plain = {key: meta.get(key) for key in ("hu_window", "labels", "task", "patch_size", "spacing_mm")}
+    digest.update(json.dumps([plain, config.inference.overlap], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _stamp(job: Job) -> str:
+    """Hash of names, sizes and times of a CT's files."""
+    files = [job.source / name for name in job.slices] if job.source.is_dir() else itk.files_of(job.source)
+    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _is_finished(job: Job, maker: str, viewer: bool) -> bool:
+    """Whether the label map was made by the same network from the same files; the facts are written last."""
+    try:
+        facts = json.loads(job.beside(".json").read_text())
+        made = facts["maker"] == maker and facts["stamp"] == _stamp(job)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return made and all(job.beside(end).is_file() for end in (".nii.gz", *((".html", ".png") if viewer else ())))
+
+
+def _jobs(source: Path, output: Path) -> list[Job]:
+    """What is to be done.
 
     Raises:
         ValueError: no CT there, two CTs of one name, or an output that would replace a CT.
@@ -69,7 +125,7 @@ def _jobs(source: Path, output: Path) -> list[tuple[Path, tuple[str, ...], Path]
     if not source.is_dir():
         if not output.name.endswith(".nii.gz") or output.is_dir():
             raise ValueError(f"output={output} must be a file that ends in .nii.gz, for input is one CT")
-        jobs = [(source, (), output)]
+        jobs = [Job(source, (), output)]
     else:
         found = dicom.find(source).series
         files = sorted(path for path in source.iterdir() if path.is_file() and ct.is_volume(path))
@@ -78,7 +134,7 @@ def _jobs(source: Path, output: Path) -> list[tuple[Path, tuple[str, ...], Path]
         if not scans:
             raise ValueError(f"input={source} holds no CT ({', '.join(ct.SUFFIXES)}) at its top level, nor DICOM below")
         if len(found) == len(scans) == 1 and output.name.endswith(".nii.gz"):
-            return [(*scans[0][:2], output)]
+            return [Job(*scans[0][:2], output)]
         if output.exists() and not output.is_dir():
             raise ValueError(f"output={output} is a file: give a folder, for input is one")
         twice = [name for name, count in Counter(name for *_, name in scans).items() if count > 1]
@@ -86,53 +142,77 @@ def _jobs(source: Path, output: Path) -> list[tuple[Path, tuple[str, ...], Path]
             raise ValueError(
                 f"input={source} holds several files named {', '.join(twice)}: their label maps would collide"
             )
-        jobs = [(path, slices, output / f"{name}.nii.gz") for path, slices, name in scans]
+        jobs = [Job(path, slices, output / f"{name}.nii.gz") for path, slices, name in scans]
     for path, _, target in jobs:
         if target.resolve() == path.resolve():
             raise ValueError(f"output={output} would replace the CT {path}: choose another")
     return jobs
 
 
-def _predict(
-    model: Segmenter,
-    meta: dict[str, Any],
-    source: Path,
-    slices: tuple[str, ...],
-    target: Path,
-    config: PredictConfig,
-) -> None:
-    """Segments one CT, at the voxel size that the network was trained on. Written aside, then renamed."""
-    scan = ct.read_scan(source, slices)
+def _predict(model: Segmenter, meta: dict[str, Any], job: Job, maker: str, config: PredictConfig) -> list[str]:
+    """Segments one CT, at the voxel size that the network was trained on.
+
+    Returns:
+        In what the CT is unlike the training scans.
+    """
+    stamp = _stamp(job)
+    scan = ct.read_scan(job.source, job.slices)
+    notes = disagreements(meta["data"], meta["hu_window"], scan.voxels, scan.affine) if "data" in meta else []
     voxels, affine = scan.voxels, scan.affine
     if meta.get("spacing_mm"):
         voxels, _, affine = resample(voxels, None, affine, tuple(meta["spacing_mm"]))
+        notes = [note for note in notes if not note.startswith("its voxels are")]
     window = tuple(meta["hu_window"])
     mean, std = store.statistics(voxels, window)
-    classes = segment(
-        model,
-        normalise(voxels, window, mean, std),
-        meta["patch_size"],
-        meta["task"],
-        air=float(normalise(np.array(AIR), window, mean, std)),
-        overlap=config.inference.overlap,
-        batch_size=config.inference.batch_size,
-    )
+    try:
+        classes = segment(
+            model,
+            normalise(voxels, window, mean, std),
+            meta["patch_size"],
+            meta["task"],
+            air=float(normalise(np.array(AIR), window, mean, std)),
+            overlap=config.inference.overlap,
+            batch_size=config.inference.batch_size,
+        )
+    except torch.OutOfMemoryError:
+        half = config.inference.batch_size // 2
+        mend = f"take inference.batch_size={half}" if half else "take inference.device=cpu"
+        raise FailedRun(
+            f"{job.source}: the GPU's memory does not hold inference.batch_size={config.inference.batch_size} windows "
+            f"of {tuple(meta['patch_size'])} voxels: {mend}"
+        ) from None
     if voxels is not scan.voxels:
         classes = onto_grid(classes, affine, scan.affine, scan.voxels.shape)
     values = sorted(meta["labels"].values())
-    values = np.array([0, *values], np.min_scalar_type(values[-1]))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".part{os.getpid()}.{target.name}")
+    label = np.array([0, *values], np.min_scalar_type(values[-1]))[classes]
+    organs = viewer.legend(label, meta["labels"], scan.affine, nested=meta["task"] == "binary")
+    aside = job.target.with_name(f".part{os.getpid()}.{job.target.name}")
     try:
-        ct.write_label(aside, values[classes], source, slices)
-        aside.replace(target)
+        ct.write_label(aside, label, job.source, job.slices)
+        aside.replace(job.target)
     finally:
         aside.unlink(missing_ok=True)
+    made_by = f"pgl_ray {pgl_ray.__version__}"
+    if config.viewer:
+        size = f"{' x '.join(map(str, scan.voxels.shape))} voxels"
+        spacing = f"{' x '.join(f'{length:.3g}' for length in scan.spacing_mm)} mm (D, H, W)"
+        texts = {
+            "title": job.target.name.removesuffix(".nii.gz"),
+            "subtitle": f"{size} of {spacing}; labels by {config.run}",
+        }
+        page, picture = viewer.make_page(scan.voxels, label, scan.affine, organs, texts | {"made_by": made_by})
+        store.write_aside(job.beside(".html"), page.encode())
+        store.write_aside(job.beside(".png"), picture)
+    facts = {"input": str(job.source), "run": config.run, "organs": [organ._asdict() for organ in organs]}
+    facts |= {"notes": notes, "made_by": made_by, "maker": maker, "stamp": stamp}
+    write_json(job.beside(".json"), facts)
+    return notes
 
 
 def describe(result: Result) -> str:
     """The closing line."""
-    return f"predict: {result.num_scans} label map{'s' * (result.num_scans != 1)} in {result.output}"
+    before = f", {result.num_finished_before} of them done before" if result.num_finished_before else ""
+    return f"predict: {result.num_scans} label map{'s' * (result.num_scans != 1)} in {result.output}{before}"
 
 
 def main() -> None:

@@ -14,26 +14,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pgl_ray import probe
 from pgl_ray.config import FailedRun, PretrainConfig, StreamConfig, build, command
 from pgl_ray.data import store, stream
+from pgl_ray.data.facts import training_facts
 from pgl_ray.data.views import ablated
 from pgl_ray.model.byol import Byol
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.pgl import Output, Pair, Pgl, feature_geometry
-from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
+from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.prior import Geometry
 from pgl_ray.train import checkpoint, health, launch, optim
+
+ACCURACY = "probe/balanced_accuracy"  # of the metrics; a sweep may judge by it
 
 
 @dataclass(frozen=True)
 class Result:
-    """Where a run lies and how it ended; `health` is what the last health figures say."""
+    """Where a run lies and how it ended; `health` is what the last health figures say, `probe` the last balanced
+    accuracy of the voxel probe, none where none was asked for."""
 
     run: str
     steps: int
     loss: float
     health: str
     already_finished: bool
+    probe: float | None = None
 
 
 def run(config: PretrainConfig) -> Result:
@@ -52,6 +59,8 @@ def run(config: PretrainConfig) -> Result:
         "plan": plan.identity,
         "store": {"num_scans": len(plan.scan_ids), "labels": index.labels, "hu_window": index.hu_window},
     }
+    if config.probe.every and checkpoint.committed_step(config.run) < plan.num_steps:
+        make_probe(config)  # refuses what would only fail in the first worker
     folder = checkpoint.open_run(config, "pretrain", facts)
     done = checkpoint.committed_step(folder)
     if done < plan.num_steps:
@@ -59,6 +68,7 @@ def run(config: PretrainConfig) -> Result:
         renderer = make_renderer(config, index, plan, launch.check_resources(config.train))
         feed = partial(stream.dataset, plan, renderer, config.train.num_workers, num_cpus=launch.RENDER_CPUS)
         worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
+        worker_config["data"] = training_facts(index, plan.scan_ids)
         print(
             f"pretrain: {config.method}, {len(plan.scan_ids)} scans, steps {done} to {plan.num_steps}, {folder}",
             flush=True,
@@ -68,7 +78,23 @@ def run(config: PretrainConfig) -> Result:
             raise FailedRun(stopped)
     rows = checkpoint.read_metrics(folder)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    return Result(folder, plan.num_steps, losses[-1], health.newest_verdict(rows), done >= plan.num_steps)
+    probed = [row[ACCURACY] for row in rows if ACCURACY in row]
+    finished = done >= plan.num_steps
+    return Result(folder, plan.num_steps, losses[-1], health.newest_verdict(rows), finished, *probed[-1:])
+
+
+def make_probe(config: PretrainConfig) -> probe.Probe:
+    """The voxel probe of `config.probe`, its scans read.
+
+    Raises:
+        ValueError: no labelled scans, or a store of another HU window than the one that is trained on.
+    """
+    where = config.probe.index or config.index
+    index, window = store.read_index(where), store.read_index(config.index).hu_window
+    if index.hu_window != window:
+        raise ValueError(f"probe.index={where} has hu_window={index.hu_window}, index={config.index} has {window}")
+    settings = {"index": where, "size": config.probe.size or config.views.size}
+    return probe.Probe(index, config.probe.model_copy(update=settings))
 
 
 def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
@@ -80,7 +106,7 @@ def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
     align, heads = config.align, (config.heads.hidden, config.heads.out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder = Encoder(**config.encoder.model_dump())
+        encoder = build_encoder(**config.encoder.model_dump())
         stride = align.output_stride if config.method == "pgl" else encoder.strides[-1]
         level, geometry = feature_geometry(encoder, config.views.size, stride, align.centers, align.sampling_ratio)
         if config.method == "pgl":
@@ -174,6 +200,7 @@ def worker(worker_config: dict) -> str | None:
         pin_memory=device.type == "cuda",
     )
     skipped = Skipped(plan, config.stream, step)
+    judge = make_probe(config) if config.probe.every and rank == 0 else None
     model.train()
     waited, logged, since, stopped = 0.0, step, time.monotonic(), None
     asked = time.monotonic()
@@ -197,7 +224,8 @@ def worker(worker_config: dict) -> str | None:
         ends = step in (1, plan.num_steps)
         log, check = ends or step % config.train.log_every == 0, ends or step % config.health.every == 0
         keep = step % config.train.checkpoint_every == 0 or step == plan.num_steps
-        if log or check or keep:
+        probes = config.probe.every > 0 and (ends or step % config.probe.every == 0)
+        if log or check or keep or probes:
             row = {"train/loss": done.output.loss.item(), "train/grad_norm": done.grad_norm.item()}
             row = launch.mean_over_workers(row)
             if not all(map(math.isfinite, row.values())):
@@ -219,7 +247,12 @@ def worker(worker_config: dict) -> str | None:
             row["data/skipped_share"], stopped = skipped.share(step, worker_config["run"] if metrics else None)
             if stopped:
                 break
-        if log or check:
+        if probes and judge:
+            result = judge.judge(net.get_submodule("online.encoder"), f"step {step}")
+            row |= {ACCURACY: result.balanced_accuracy, "probe/seconds": result.seconds}
+            row |= {f"probe/recall_{name}": value for name, value in result.recall.items()}
+            since += result.seconds  # no part of the training's speed
+        if log or check or probes:
             if metrics:
                 seconds = time.monotonic() - since
                 row |= {
@@ -234,7 +267,7 @@ def worker(worker_config: dict) -> str | None:
             waited, logged, since = 0.0, step, time.monotonic()
         if keep:
             optim.average_buffers(net)
-            meta = _meta(config, net.get_submodule("online.encoder").last, worker_config["hu_window"])
+            meta = _meta(config, net.get_submodule("online.encoder").last, worker_config)
             state = {"step": step, "model": net.state_dict(), "optimizer": lars.state_dict()}
             state |= {"schedule": schedule.state_dict(), "num_collapsed": num_collapsed, "meta": meta}
             checkpoint.report(state, step, {"train/loss": row["train/loss"]})
@@ -324,10 +357,11 @@ def train_step(
     return Step(output, grad_norm, lr)
 
 
-def _meta(config: PretrainConfig, level: int, hu_window: list[float]) -> dict:
+def _meta(config: PretrainConfig, level: int, worker_config: dict) -> dict:
     """What must be known to use the weights elsewhere; plain values. Stages behind map `level` were not trained."""
     encoder = json.loads(config.encoder.model_dump_json())
-    meta = {"door": "pretrain", "method": config.method, "encoder": encoder, "level": level, "hu_window": hu_window}
+    meta = {"door": "pretrain", "method": config.method, "encoder": encoder, "level": level}
+    meta |= {key: worker_config[key] for key in ("hu_window", "data")}
     return meta | {"config": config.model_dump_json()}
 
 
@@ -342,7 +376,8 @@ def _keep_views(run: str, batch: dict, plan: stream.Plan, num: int = 4) -> None:
 def describe(result: Result) -> str:
     """What the health figures say, and the closing line."""
     state = "was finished already" if result.already_finished else f"done after {result.steps} steps"
-    return f"  health: {result.health}\npretrain: {state}, loss {result.loss:.4f}; run in {result.run}"
+    probed = "" if result.probe is None else f"  voxel probe: balanced accuracy {result.probe:.4f}\n"
+    return f"  health: {result.health}\n{probed}pretrain: {state}, loss {result.loss:.4f}; run in {result.run}"
 
 
 def main() -> None:

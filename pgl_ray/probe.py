@@ -10,15 +10,17 @@ import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgl_ray.config import FailedRun, ProbeConfig, command
+from pgl_ray.config import FailedRun, ProbeConfig, ProbeSettings, command
 from pgl_ray.data.store import BODY_HU, Index, ScanRecord, class_lookup, open_label, open_volume, read_index
 from pgl_ray.data.views import generator, normalise
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.train import weights
 from pgl_ray.train.checkpoint import write_json
@@ -73,7 +75,7 @@ def _load(config: ProbeConfig, index: Index) -> Encoder:
     """The encoder to probe, on CUDA where there is one."""
     settings = config.encoder.model_dump() if config.encoder else None
     if config.init == "random":
-        encoder = Encoder(**(settings or {}))
+        encoder = build_encoder(**(settings or {}))
         init_kaiming_uniform(encoder, config.seed)
     else:
         encoder, source = weights.read(config.init, settings, index.hu_window)
@@ -83,46 +85,74 @@ def _load(config: ProbeConfig, index: Index) -> Encoder:
 
 
 def probe_encoder(encoder: Encoder, index: Index, config: ProbeConfig) -> ProbeResult:
-    """Trains and tests the classifier on an encoder as it is.
-
-    The encoder works in eval mode, so that a voxel's features depend on its window alone, and is put back afterwards.
-    An untrained encoder has running statistics of 0 and 1, so the scale of its features means nothing: every feature
-    is standardised on the training voxels.
-
-    Args:
-        encoder: on the device to compute on.
-        index: a store with labels.
-        config: `index`, `encoder` and `output` are not read, `init` only names the result.
-    """
+    """Reads the scans, then trains and tests the classifier on an encoder as it is; see `Probe`."""
     began = time.monotonic()
-    train_scans, test_scans = choose_scans(index, config)
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        train = [scan_features(encoder, index, scan, config) for scan in train_scans]
-        test = [scan_features(encoder, index, scan, config) for scan in test_scans]
-    finally:
-        encoder.train(was_training)
-    (x, y), (x_test, y_test) = (tuple(torch.cat(parts) for parts in zip(*found)) for found in (train, test))
-    if len(y.unique()) < 2 or len(y_test) == 0:
-        raise ValueError(
-            f"index={config.index}: the scans drawn show {len(y.unique())} classes to train on and {len(y_test)} "
-            f"voxels to test on: raise num_scans={config.num_scans} or num_test_scans={config.num_test_scans}"
-        )
-    if not (x.isfinite().all() and x_test.isfinite().all()):
-        raise FailedRun(f"init={config.init}: the encoder's features are not finite")
-    mean, std = x.mean(0), x.std(0)
-    scale = torch.where(std > 1e-4 * mean.abs(), 1 / std, 0)  # a constant feature says nothing
-    names = {0: BACKGROUND} | dict(enumerate(sorted(index.labels, key=index.labels.get), 1))
-    weight, bias = fit_linear((x - mean) * scale, y, len(names))
-    hit = ((x_test - mean) * scale @ weight + bias).argmax(1) == y_test
-    recall = {names[k]: hit[y_test == k].float().mean().item() for k in y_test.unique().tolist()}
-    balanced = float(np.mean(list(recall.values())))
-    seconds = round(time.monotonic() - began, 2)
-    return ProbeResult(balanced, recall, config.init, len(train_scans), len(test_scans), seconds)
+    result = Probe(index, config).judge(encoder, config.init)
+    return dataclasses.replace(result, seconds=round(time.monotonic() - began, 2))
 
 
-def choose_scans(index: Index, config: ProbeConfig) -> tuple[list[ScanRecord], list[ScanRecord]]:
+class Probe:
+    """Labelled scans that are read once and judge any number of encoders, by the same voxels.
+
+    Keeps the scans' voxels in memory, 2 bytes each.
+    """
+
+    def __init__(self, index: Index, config: ProbeSettings):
+        """
+        Args:
+            index: a store with labels.
+            config: its `index` only serves messages.
+
+        Raises:
+            ValueError: no labelled scans, or too few to tell two classes apart.
+        """
+        self.names = {0: BACKGROUND} | dict(enumerate(sorted(index.labels, key=index.labels.get), 1))
+        chosen = choose_scans(index, config)
+        self.train, self.test = ([read_sample(index, scan, config) for scan in scans] for scans in chosen)
+        shown = {k for sample in self.train for k in sample.classes.tolist()}
+        num_test = sum(len(sample.classes) for sample in self.test)
+        if len(shown) < 2 or not num_test:
+            raise ValueError(
+                f"index={config.index}: the scans drawn show {len(shown)} classes to train on and {num_test} "
+                f"voxels to test on: raise num_scans={config.num_scans} or num_test_scans={config.num_test_scans}"
+            )
+
+    def judge(self, encoder: Encoder, init: str = "") -> ProbeResult:
+        """Trains and tests the classifier on an encoder as it is.
+
+        The encoder works in eval mode, so that a voxel's features depend on its window alone, and is put back
+        afterwards. An untrained encoder has running statistics of 0 and 1, so the scale of its features means nothing:
+        every feature is standardised on the training voxels.
+
+        Args:
+            encoder: on the device to compute on.
+            init: names it in the result.
+
+        Raises:
+            FailedRun: its features are not finite.
+        """
+        began = time.monotonic()
+        was_training = {module: module.training for module in encoder.modules()}
+        encoder.eval()
+        try:
+            found = [[scan_features(encoder, sample) for sample in part] for part in (self.train, self.test)]
+        finally:
+            for module, training in was_training.items():
+                module.training = training
+        (x, y), (x_test, y_test) = (tuple(torch.cat(parts) for parts in zip(*part)) for part in found)
+        if not (x.isfinite().all() and x_test.isfinite().all()):
+            raise FailedRun(f"init={init}: the encoder's features are not finite")
+        mean, std = x.mean(0), x.std(0)
+        scale = torch.where(std > 1e-4 * mean.abs(), 1 / std, 0)  # a constant feature says nothing
+        weight, bias = fit_linear((x - mean) * scale, y, len(self.names))
+        hit = ((x_test - mean) * scale @ weight + bias).argmax(1) == y_test
+        recall = {self.names[k]: hit[y_test == k].float().mean().item() for k in y_test.unique().tolist()}
+        balanced = float(np.mean(list(recall.values())))
+        seconds = round(time.monotonic() - began, 2)
+        return ProbeResult(balanced, recall, init, len(self.train), len(self.test), seconds)
+
+
+def choose_scans(index: Index, config: ProbeSettings) -> tuple[list[ScanRecord], list[ScanRecord]]:
     """Scans to train on, drawn with the seed, and to test on, the first ones by scan_id; none is in both.
 
     Raises:
@@ -146,7 +176,34 @@ def choose_scans(index: Index, config: ProbeConfig) -> tuple[list[ScanRecord], l
 # -- voxels -----------------------------------------------------------------------------------------------------------
 
 
-def scan_features(encoder: Encoder, index: Index, scan: ScanRecord, config: ProbeConfig) -> tuple[Tensor, Tensor]:
+class Sample(NamedTuple):
+    """What a probe keeps of a scan.
+
+    Attributes:
+        volume: int16 HU [D, H, W], at least a window on every axis.
+        voxels, classes: those drawn, int64 [voxels, 3] and [voxels].
+        size: of the windows.
+        scaling: HU window, mean and standard deviation.
+    """
+
+    volume: np.ndarray
+    voxels: np.ndarray
+    classes: np.ndarray
+    size: tuple[int, int, int]
+    scaling: tuple
+
+
+def read_sample(index: Index, scan: ScanRecord, config: ProbeSettings) -> Sample:
+    """Reads a scan and draws its voxels; a scan smaller than a window is continued by the lowest HU."""
+    whole = np.array([(0, size) for size in scan.shape])
+    volume = open_volume(index.store, scan).read(whole)
+    drawn = draw_voxels(index, scan, volume, open_label(index.store, scan).read(whole), config)
+    short = [(0, max(0, size - length)) for size, length in zip(config.size, volume.shape)]
+    volume = np.pad(volume, short, constant_values=int(index.hu_window[0]))
+    return Sample(volume, *drawn, config.size, (index.hu_window, scan.mean_hu, scan.std_hu))
+
+
+def scan_features(encoder: Encoder, sample: Sample) -> tuple[Tensor, Tensor]:
     """Features and classes of the voxels drawn from one scan.
 
     The scan is covered by windows that overlap by half; a voxel is read in the window whose centre is nearest.
@@ -154,17 +211,13 @@ def scan_features(encoder: Encoder, index: Index, scan: ScanRecord, config: Prob
     Returns:
         float32 [voxels, sum of channels] and int64 [voxels], on the encoder's device.
     """
+    volume, voxels, classes, size, scaling = sample
     device = next(encoder.parameters()).device
-    whole = np.array([(0, size) for size in scan.shape])
-    volume = open_volume(index.store, scan).read(whole)
-    voxels, classes = draw_voxels(index, scan, volume, open_label(index.store, scan).read(whole), config)
-    short = [(0, max(0, size - length)) for size, length in zip(config.size, volume.shape)]
-    volume = np.pad(volume, short, constant_values=int(index.hu_window[0]))
-    starts, window_of = assign_windows(voxels, volume.shape, config.size)
+    starts, window_of = assign_windows(voxels, volume.shape, size)
     features = torch.empty(len(voxels), sum(encoder.channels[: encoder.last + 1]), device=device)
     for number, start in enumerate(starts):
-        crop = volume[tuple(slice(s, s + size) for s, size in zip(start, config.size))]
-        crop = torch.from_numpy(normalise(crop, index.hu_window, scan.mean_hu, scan.std_hu)).to(device)
+        crop = volume[tuple(slice(s, s + length) for s, length in zip(start, size))]
+        crop = torch.from_numpy(normalise(crop, *scaling)).to(device)
         inside = np.flatnonzero(window_of == number)
         point = torch.from_numpy(voxels[inside] - start + 0.5).to(device)  # the voxel's middle, window edge coordinates
         with torch.no_grad():
@@ -177,7 +230,7 @@ def scan_features(encoder: Encoder, index: Index, scan: ScanRecord, config: Prob
 
 
 def draw_voxels(
-    index: Index, scan: ScanRecord, volume: np.ndarray, label: np.ndarray, config: ProbeConfig
+    index: Index, scan: ScanRecord, volume: np.ndarray, label: np.ndarray, config: ProbeSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """Up to `voxels_per_class` voxels of every class; the same ones whatever the encoder.
 

@@ -150,6 +150,7 @@ def pretrain_curves(runs: list[Run]) -> dict[str, str]:
         "encoder_retrieval": _plot(
             "encoder: retrieval@1", [_metric(r, "health/encoder_retrieval") for r in runs], None, 1.2, log=True
         ),
+        "probe": _plot("voxel probe", [_metric(r, "probe/balanced_accuracy") for r in runs], 0, 1),
         "clamped": _plot("share of clamped bins", [_metric(r, "align/clamped_share") for r in runs], 0, 1),
         "speed": _plot("view pairs per second", [_metric(r, "train/pairs_per_s") for r in runs], 0, None),
         "wait": _plot("share of time spent waiting", [_series(r, waited(r)) for r in runs], 0, 1),

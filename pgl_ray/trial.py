@@ -31,8 +31,8 @@ from pgl_ray.config import (
     build,
     dump,
 )
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import feature_geometry
-from pgl_ray.model.resnet import Encoder
 from pgl_ray.train import checkpoint, launch
 from pgl_ray.train.checkpoint import write_json
 from pgl_ray.train.quiet import quiet_worker
@@ -99,7 +99,7 @@ def _check_geometry(method: str, encoder: EncoderConfig, view_size: tuple, outpu
     """Refuses an output stride that the encoder has no map of."""
     if method == "pgl":
         with torch.device("meta"):
-            feature_geometry(Encoder(**encoder.model_dump()), view_size, output_stride)
+            feature_geometry(build_encoder(**encoder.model_dump()), view_size, output_stride)
 
 
 def dotted(key: str) -> list[str]:
@@ -143,7 +143,12 @@ def run(point: dict[str, Any]) -> None:
     name = point["trial"].get("name") or name_of(values)
     folder = Path(config.run) / "trials" / name
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = sweeps.read_trial(folder)
+    with _alone(str(folder)):
+        _run(config, values, folder)
+
+
+def _run(config: TuneConfig, values: dict[str, Any], folder: Path) -> None:
+    earlier, name = sweeps.read_trial(folder), folder.name
     if earlier and earlier.state in sweeps.ENDED:  # Optuna drew it a second time
         if earlier.score is not None:
             _report(earlier.score, end_of(config), name)
@@ -210,7 +215,8 @@ def _pretrain(config: PretrainConfig) -> str | None:
 
 @contextlib.contextmanager
 def _alone(run: str) -> Iterator[None]:
-    """One trial at a time in a shared pre-training; the kernel frees the lock of a killed one."""
+    """One process at a time in a trial's folder, and one trial in a shared pre-training; the kernel frees the lock of a
+    killed one."""
     Path(run).parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{run}.lock").open("a") as file:
         try:

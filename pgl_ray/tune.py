@@ -7,6 +7,7 @@ settings, and nowhere else: Ray Tune chooses, stops and places the trials that a
 """
 
 import contextlib
+import fcntl
 import functools
 import importlib
 import itertools
@@ -81,6 +82,22 @@ def run(config: TuneConfig) -> Result:
     trials = check(config)
     _check_stores(config, trials)
     _remember(config, folder)
+    with _locked(folder):
+        return _run(config, trials, folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time runs a sweep; the kernel frees the lock of a killed one."""
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"run={folder} is being run by another process: wait for it, or end it") from None
+        yield
+
+
+def _run(config: TuneConfig, trials: list[Trial], folder: Path) -> Result:
     launch.connect(config.ray)
     room = _room(config, trials)
     done = {t.name: t for t in sweeps.read_trials(folder) if t.state in sweeps.ENDED}

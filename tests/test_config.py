@@ -60,7 +60,7 @@ def test_the_papers_numbers_are_the_defaults():
     [
         (["index=a"], "run="),
         (["encodr.width=8"], "unknown key 'encodr'"),
-        (["encoder.widht=8"], "unknown key 'encoder.widht'; known here: depths, stage_strides, width"),
+        (["encoder.widht=8"], "unknown key 'encoder.widht'; known here: depths, kind, stage_strides, width"),
         (["epochs=many"], "epochs='many'"),
         (["views.size=[1,2]"], "views.size"),
         (["views.crop_scale=[2,1]"], "lower bound 2.0 is above upper bound 1.0"),

@@ -173,13 +173,12 @@ def test_out_of_memory_names_the_batch_to_try():
         torch.empty(2**60, dtype=torch.uint8)  # the CPU's own words
     assert launch.out_of_memory(error.value) and launch.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not launch.out_of_memory(RuntimeError("shape mismatch"))
-    text = finetune._too_large(config("train.num_workers=2", "global_batch_size=24"), 7, CPU)
-    assert "at step 7 with 12 patches of 64x192x192 at a time" in text
+    text = finetune._smaller(config("train.num_workers=2", "global_batch_size=24"))
+    assert "with 12 patches of 64x192x192 at a time" in text
     assert "try accumulate=2, the same batch 6 at a time" in text and "global_batch_size=12" in text
-    assert "accumulate=4, the same batch 3 at a time" in finetune._too_large(
-        config("train.num_workers=2", "global_batch_size=24", "accumulate=2"), 7, CPU
-    )
-    assert "a patch alone is too large" in finetune._too_large(config("accumulate=8"), 1, CPU)
+    parts = config("train.num_workers=2", "global_batch_size=24", "accumulate=2")
+    assert "accumulate=4, the same batch 3 at a time" in finetune._smaller(parts)
+    assert "one alone is too large" in finetune._smaller(config("accumulate=8"))
 
 
 def test_the_first_step_that_is_not_finite_is_named(tmp_path):

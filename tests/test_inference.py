@@ -1,8 +1,11 @@
 """Sliding window: what a window model sees and what the scan gets."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from monai.inferers import sliding_window_inference
 from torch import nn
 
 from pgl_ray.model import inference
@@ -15,6 +18,7 @@ class Bands(nn.Module):
     def __init__(self, thresholds, binary=False):
         super().__init__()
         self.thresholds, self.binary = nn.Parameter(torch.tensor(thresholds)), binary
+        self.head = SimpleNamespace(out_channels=len(thresholds) + (not binary))
         self.seen = []
 
     def forward(self, x):
@@ -47,6 +51,7 @@ def test_windows_are_blended_not_cut():
         def __init__(self):
             super().__init__()
             self.weight, self.calls = nn.Parameter(torch.zeros(1)), 0
+            self.head = SimpleNamespace(out_channels=2)
 
         def forward(self, x):
             self.calls += 1
@@ -58,18 +63,60 @@ def test_windows_are_blended_not_cut():
     assert (middle[:, :, :6] == 1).all() and (middle[:, :, 6:] == 0).all()
 
 
-@pytest.mark.parametrize("shape", [(21, 18, 26), (5, 18, 10)])
-def test_the_gpus_buffered_sums_are_the_same(monkeypatch, shape):
-    """MONAI's buffering, which the GPU path uses, run on the CPU."""
+class Conv(nn.Conv3d):
+    """Sees its window's border, so that neighbouring windows disagree."""
+
+    def __init__(self, num_outputs):
+        super().__init__(1, num_outputs, 5, padding=2)
+        self.head = SimpleNamespace(out_channels=num_outputs)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+SHAPES = [(21, 18, 26), (5, 18, 10), (40, 12, 16), (33, 47, 16), (8, 12, 16)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "task, overlap, batch_size", [("multiclass", 0.5, 1), ("binary", 0.3, 4), ("multiclass", 0, 3)]
+)
+@pytest.mark.parametrize("sum_bytes", [2**32, 40_000])
+def test_slabs_and_strips_are_monais_whole_volume(monkeypatch, shape, task, overlap, batch_size, sum_bytes):
+    """The oracle keeps all logits; classes differ only where its best two (or one and 0) are closer than rounding."""
+    monkeypatch.setattr(inference, "SUM_BYTES", sum_bytes)
+    torch.manual_seed(0)
+    size, model = (8, 12, 16), Conv(3).eval()
     volume = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    model = nn.Conv3d(1, 3, 3, padding=1)  # sees its window's border
-    plain = segment(model, volume, (8, 12, 16), "multiclass", 0.0)
-    original = inference.sliding_window_inference
-    monkeypatch.setattr(
-        inference, "sliding_window_inference", lambda *a, **k: original(*a, **k | {"buffer_steps": 1, "buffer_dim": 0})
-    )
-    buffered = segment(model, volume, (8, 12, 16), "multiclass", 0.0)
-    assert (plain != buffered).mean() < 1e-3  # sums in another order
+    found = segment(model, volume, size, task, -2.0, overlap=overlap, batch_size=batch_size)
+    x = torch.from_numpy(volume)[None, None]
+    with torch.no_grad():
+        logits = sliding_window_inference(x, size, batch_size, model, overlap=overlap, mode="gaussian", cval=-2.0)[0]
+    if task == "multiclass":
+        expected, best = logits.argmax(0), logits.topk(2, 0).values
+        margin = best[0] - best[1]
+    else:
+        expected = ((logits > 0) * torch.arange(1, 4)[:, None, None, None]).amax(0)
+        margin = logits.abs().amin(0)
+    differs = found != expected.numpy()
+    assert (margin.numpy()[differs] < 1e-5).all() and differs.mean() < 1e-2
+
+
+def test_the_sums_stay_bounded(monkeypatch):
+    """However long the scan, the sums are those of one window's depth, and of fewer rows where that is too much."""
+    sizes = []
+    original = inference._where_sums_fit
+    monkeypatch.setattr(inference, "_where_sums_fit", lambda *a: sizes.append(4 * np.prod(a[1])) or original(*a))
+    volume = np.zeros((50, 40, 30), np.float32)
+    for limit, windows in ((10**6, 12 * 4), (70_000, 12 * 2 * 3)):
+        monkeypatch.setattr(inference, "SUM_BYTES", limit)
+        sizes.clear()
+        model = Conv(3).eval()
+        segment(model, volume, (8, 16, 30), "multiclass", 0.0, overlap=0.5)
+        assert max(sizes) <= limit and max(sizes) <= 4 * 3 * 8 * 40 * 30
+        assert model.calls == windows and len(sizes) == (1 if limit == 10**6 else 2)
 
 
 def test_pick_device(monkeypatch):
@@ -89,13 +136,15 @@ def test_flips_are_averaged_in_logits(monkeypatch):
     class Asymmetric(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
+            self.weight, self.head = nn.Parameter(torch.zeros(1)), SimpleNamespace(out_channels=2)
 
         def forward(self, x):
             return torch.cat([x * ramp, x.square() + ramp], 1)
 
     model, seen = Asymmetric(), []
-    monkeypatch.setattr(inference, "_class_index", lambda logits, task: seen.append(logits) or logits)
+    ones = torch.ones(volume.shape)  # one window: its weights would only be divided out again
+    monkeypatch.setattr(inference, "compute_importance_map", lambda *_, **__: ones)
+    monkeypatch.setattr(inference, "_class_index", lambda logits, task: seen.append(logits.clone()) or logits[0].byte())
     segment(model, volume, volume.shape, "multiclass", 0.0, flips=True)
     expected = np.zeros((2, *volume.shape))
     for axes in [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pgl_ray.config import PretrainConfig, load
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, Pgl, feature_geometry
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.pretrain import build_model
@@ -31,7 +32,7 @@ def pair(seed=0, num=3) -> Pair:
 def test_default_heads_and_encoder_are_the_papers():
     config = load(PretrainConfig, ["index=a", "run=b"])
     with torch.device("meta"):
-        encoder = Encoder(**config.encoder.model_dump())
+        encoder = build_encoder(**config.encoder.model_dump())
         geometry = feature_geometry(encoder, config.views.size, config.align.output_stride, "cell")
         model = Pgl(encoder, config.heads.hidden, config.heads.out, *geometry)
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pgl_ray import config as c
 from pgl_ray import evaluate, finetune, predict, prepare, pretrain, probe, report, tune
@@ -39,7 +40,7 @@ def finetuning(store, run, init, workers, **changes) -> c.FinetuneConfig:
 
 def check_pretraining(result, store) -> None:
     rows = checkpoint.read_metrics(result.run)
-    assert [row["step"] for row in rows] == [1, 2, 4, 6, 8]
+    assert [row["step"] for row in rows if not row["step"] % 2 or row["step"] == 1] == [1, 2, 4, 6, 8]
     assert all(row["train/loss"] > 0 and row["train/grad_norm"] > 0 for row in rows)
     assert rows[-1]["health/encoder_feature_std"] > 0.1 and rows[-1]["weight/encoder_norm"] > 0
     assert checkpoint.committed_step(result.run) == 8
@@ -62,19 +63,27 @@ def test_phantoms_end_to_end(ray_cluster, tmp_path, monkeypatch):
     assert (again.converted, again.skipped) == (0, 7)
 
     # pre-training on 2 workers; the same command again does nothing; another config is refused
-    config = pretraining("store", "pgl", 2)
+    config = pretraining("store", "pgl", 2, probe={"every": 3, "num_scans": 2})
     pretrained = pretrain.run(config)
     check_pretraining(pretrained, store)
-    assert pretrain.run(config).already_finished
+    rows = checkpoint.read_metrics(pretrained.run)
+    probed = {row["step"]: row["probe/balanced_accuracy"] for row in rows if "probe/balanced_accuracy" in row}
+    assert list(probed) == [1, 3, 6, 8] and all(0 <= value <= 1 for value in probed.values())
+    assert pretrained.probe == probed[8] and "probe/recall_background" in rows[-1]
+    again = pretrain.run(config)
+    assert again.already_finished and again.probe == probed[8]
     with pytest.raises(ValueError, match="ema_decay"):
         pretrain.run(pretraining("store", "pgl", 2, ema_decay=0.9))
 
-    # fine-tuning on 2 workers from it
-    tuned = finetune.run(finetuning("store", "tuned", "pgl", 2))
+    # fine-tuning on 2 workers from it, their patches in two parts, the encoder frozen
+    tuned = finetune.run(finetuning("store", "tuned", "pgl", 2, global_batch_size=4, accumulate=2, freeze=True))
+    encoders = [checkpoint.load_encoder(run)[0].state_dict() for run in (pretrained.run, tuned.run)]
+    assert all(torch.equal(value, encoders[1][name]) for name, value in encoders[0].items())
     meta = checkpoint.load_segmenter(tuned.run)[1]
     assert meta["labels"] == read_index(str(store)).labels
     record = json.loads((tmp_path / "tuned" / "run.json").read_text())
     assert len(record["scans"]["train"]) == 2 and len(record["scans"]["val"]) == 1
+    assert len(record["weights"]["loaded"]) == len(encoders[0]) and record["weights"]["missing"] == []
 
     # evaluation, prediction on the input's own grid, probe, report
     summary = evaluate.run(c.EvaluateConfig(run=tuned.run, index=str(store))).summary
@@ -130,6 +139,22 @@ def test_a_collapse_stops_the_run_on_all_workers(ray_cluster, tmp_path, capfd):
     assert checkpoint.committed_step(tmp_path / "run") == 2
     assert [row["health/collapsed"] for row in checkpoint.read_metrics(tmp_path / "run")] == [1, 1]
     assert "features COLLAPSED" in capfd.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_ends_fine_tuning_at_once(ray_cluster, tmp_path):
+    """Named step, no restart, and the checkpoint before it stays."""
+    label = (np.arange(64) > 40).astype(np.uint8) * np.ones((24, 64, 1), np.uint8)
+    for name in ("a", "b"):
+        volume = np.random.default_rng(0).integers(-900, 300, label.shape).astype(np.int16)
+        write_scan(tmp_path / "store", name, volume, np.eye(4), label=label, labelled=(1,), split="train")
+    write_index(tmp_path / "store", {"half": 1}, (-1024.0, 325.0))
+    changes = {"optim": {"lr": 1e30}, "encoder": ENCODER, "max_steps": 8, "validate_every": 100}
+    changes |= {"train": {"log_every": 8, "checkpoint_every": 1}}
+    with pytest.raises(
+        c.FailedRun, match=r"train/(loss|grad_norm) .*at step [23]: .*lower optim.lr than 1e\+30; nothing"
+    ):
+        finetune.run(finetuning(tmp_path / "store", tmp_path / "run", "random", 1, **changes))
+    assert 1 <= checkpoint.committed_step(tmp_path / "run") <= 2
 
 
 def test_a_sweep_runs_the_doors(ray_cluster, tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 import gzip
 import sys
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -37,6 +38,7 @@ class Bands(nn.Module):
 
     def __init__(self, hu):
         super().__init__()
+        self.head = SimpleNamespace(out_channels=3)
         clipped = np.clip(hu, *WINDOW).astype(np.float64)
         bounds = (np.array([-0.5, 199.5]) - clipped.mean()) / clipped.std()
         self.bounds = nn.Parameter(torch.tensor(bounds, dtype=torch.float32))
@@ -52,7 +54,7 @@ def known(monkeypatch):
 
 
 def config(source, output, **values):
-    return build(PredictConfig, {"run": "r", "input": str(source), "output": str(output), **values})
+    return build(PredictConfig, {"run": "r", "input": str(source), "output": str(output), "viewer": False, **values})
 
 
 def affine_of(codes, oblique=0.0):
@@ -80,7 +82,7 @@ def test_nifti_keeps_its_own_grid(tmp_path, known, codes, oblique):
     assert np.array_equal(found.affine, nib.load(tmp_path / "ct.nii.gz").affine)
     assert found.header["qform_code"] == image.header["qform_code"]
     assert predict.describe(result) == f"predict: 1 label map in {tmp_path / 'deep/label.nii.gz'}"
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["label.nii.gz"]
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["label.json", "label.nii.gz"]
 
 
 @pytest.mark.parametrize("name", ["openkbp/images/pt_10.nii.gz", "body/images/ts_example_ct.nii.gz"])
@@ -123,7 +125,7 @@ def test_dicom_series(tmp_path, known):
     save([*first, *second], tmp_path / "in/p")
     result = predict.run(config(tmp_path / "in", tmp_path / "out"))
     assert result.num_scans == 2
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz"))
     assert names == ["p__series2.nii.gz", "p__series7.nii.gz"]
     back = sitk.ReadImage(str(tmp_path / "out/p__series2.nii.gz"))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(back), expected(raw))
@@ -147,7 +149,7 @@ def test_a_folder_goes_on_over_bad_files(tmp_path, known, capsys):
     (source / "notes.txt").write_text("skipped")
     with pytest.raises(FailedRun, match=r"2 of 4 files failed: b.nii.gz, d.nii.gz"):
         predict.run(config(source, out))
-    assert sorted(p.name for p in out.iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert sorted(p.name for p in out.glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
     assert np.array_equal(np.asarray(nib.load(out / "c.nii.gz").dataobj), expected(volume()))
     printed = capsys.readouterr().out
     assert printed.count("left out") == 2 and "4/4 scans" in printed

@@ -116,10 +116,8 @@ def test_recall_of_a_standardised_ridge_classifier(noisy):
     settings = config(noisy.store)
     result = probe.probe_encoder(encoder, noisy, settings)
     sets = probe.choose_scans(noisy, settings)
-    (x, y), (x_test, y_test) = (
-        [np.concatenate(parts) for parts in zip(*[probe.scan_features(encoder, noisy, s, settings) for s in scans])]
-        for scans in sets
-    )
+    found = [[probe.scan_features(encoder, probe.read_sample(noisy, s, settings)) for s in part] for part in sets]
+    (x, y), (x_test, y_test) = ([np.concatenate(parts) for parts in zip(*part)] for part in found)
     weight, bias = probe.fit_linear(torch.from_numpy((x - x.mean(0)) / x.std(0)), torch.from_numpy(y), 4)
     found = ((x_test - x.mean(0)) / x.std(0) @ weight.numpy() + bias.numpy()).argmax(1)
     assert set(result.recall) == {"background", "liver", "spleen"}  # no kidney to test on
@@ -161,7 +159,7 @@ def test_features_are_the_maps_at_the_voxels_true_position(tmp_path, shape):
     index = write_store(tmp_path, lambda label, rng: ramp, num_scans=1, shape=shape)
     scan, settings = index.scans[0], config(tmp_path)
     strides = ((1, 1, 1), (1, 2, 2), (2, 4, 4), (4, 8, 8), (8, 16, 16))
-    features, classes = probe.scan_features(OneMap(lambda x: x, 1, strides), index, scan, settings)
+    features, classes = probe.scan_features(OneMap(lambda x: x, 1, strides), probe.read_sample(index, scan, settings))
     voxels, drawn = probe.draw_voxels(index, scan, ramp, read_label(tmp_path, scan), settings)
     assert features.shape == (len(voxels), 5) and classes.tolist() == drawn.tolist()
 
@@ -250,14 +248,27 @@ def test_classifier_minimises_its_objective():
 
 def test_a_live_encoder_comes_back_as_it_was(planted):
     encoder = Encoder(**TINY).train()
+    encoder.layer1.eval()  # a part of it may be frozen
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     first = probe.probe_encoder(encoder, planted, config(planted.store))
-    assert encoder.training
+    assert [part.training for part in (encoder, encoder.layer1, encoder.layer2)] == [True, False, True]
     assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
     assert all(p.grad is None for p in encoder.parameters())
     with torch.no_grad():  # as inside a training loop's validation
         second = probe.probe_encoder(encoder, planted, config(planted.store))
     assert second.recall == first.recall
+
+
+def test_scans_are_read_once_for_many_encoders(planted, monkeypatch):
+    settings = config(planted.store)
+    reads, open_volume = [], probe.open_volume
+    monkeypatch.setattr(probe, "open_volume", lambda *args: reads.append(args) or open_volume(*args))
+    judge = probe.Probe(planted, settings)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        encoder = Encoder(**TINY)
+        assert judge.judge(encoder).recall == probe.probe_encoder(encoder, planted, settings).recall
+    assert len(reads) == (1 + 3) * 5  # the probe's own, and one each of those that it is compared with
 
 
 def test_scans_are_never_in_both_sets(planted):

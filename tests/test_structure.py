@@ -18,6 +18,7 @@ DOOR_TO_DOOR = {
     ("bench", "pretrain"),
     ("check_align", "pictures"),
 }
+DOOR_TO_DOOR |= {("predict", "viewer"), ("viewer", "pictures")}  # the page beside a label map, no door itself
 DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's halves, no doors themselves
 DOOR_TO_DOOR |= {("report", "sweep_report"), ("sweeps", "tables")}
 DOOR_TO_DOOR |= {("sweep_report", other) for other in ("sweeps", "tables", "pictures")}

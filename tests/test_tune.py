@@ -107,6 +107,17 @@ def test_the_second_of_two_equal_pretrainings_waits(tmp_path, monkeypatch):
     assert order == ["first", "second"]
 
 
+def test_a_sweep_is_run_by_one_process(tmp_path):
+    with (
+        tune._locked(tmp_path),
+        pytest.raises(ValueError, match="being run by another process"),
+        tune._locked(tmp_path),
+    ):
+        pass
+    with tune._locked(tmp_path):
+        pass
+
+
 def test_a_sweep_takes_more_trials_and_no_other_base(tmp_path):
     folder = tmp_path / "sweep"
     tune._remember(sweep(tmp_path, arms={"a": {}}), folder)

@@ -10,6 +10,7 @@ from monai.networks.nets.resnet import ResNet
 from pgl_ray import export, finetune
 from pgl_ray.config import ExportConfig, FinetuneConfig, load
 from pgl_ray.data.store import Index
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
@@ -93,6 +94,7 @@ def runs(tmp_path_factory):
     segmenter = Segmenter(Encoder(**TINY), 4)
     init_kaiming_uniform(segmenter, 7)
     tuned = meta | {"door": "finetune", "num_outputs": 4, "task": "multiclass", "labels": {}, "level": 4}
+    tuned |= {"patch_size": [16, 32, 48]}
     torch.save({"model": segmenter.state_dict(), "meta": tuned}, folder / "tuned.pt")
     return folder, {"pgl": online, "tuned": segmenter.state_dict()}
 
@@ -108,7 +110,7 @@ def test_a_run_and_its_exported_file_give_the_same_encoder(runs, tmp_path, name,
         export.run(ExportConfig(run=str(folder / f"{name}.pt"), output=str(init)))
     model, meta, report = finetuning(init)
     random, _, _ = finetuning("random", *ENCODER)
-    assert meta["encoder"] == TINY and meta["init_level"] == (3 if name == "pgl" else 4)
+    assert meta["encoder"] == {"kind": "resnet"} | TINY and meta["init_level"] == (3 if name == "pgl" else 4)
     for key, value in model.state_dict().items():
         trained = key.startswith("encoder.") and not (name == "pgl" and "layer4" in key)
         own = given[name][prefix + key.removeprefix("encoder.")] if trained else random.state_dict()[key]
@@ -116,6 +118,21 @@ def test_a_run_and_its_exported_file_give_the_same_encoder(runs, tmp_path, name,
     assert not report.mismatches()
     with pytest.raises(ValueError, match=r"trained with hu_window=\[-1024.0, 325.0\], the index has \[-500, 500\]"):
         weights.read(str(init), None, (-500, 500))
+
+
+def test_another_encoder_than_the_papers(tmp_path):
+    """ResEnc, pre-trained up to its fourth stage: the stages behind it start at random."""
+    settings = {"kind": "resenc", "depths": [1, 1, 1, 1, 1, 1], "width": 4, "stage_strides": "early"}
+    held = {f"online.encoder.{key}": value for key, value in build_encoder(**settings).state_dict().items()}
+    meta = {"door": "pretrain", "encoder": settings, "level": 3, "hu_window": list(WINDOW), "config": "{}"}
+    torch.save({"model": held, "meta": meta}, tmp_path / "pgl.pt")
+    model, meta, report = finetuning(tmp_path / "pgl.pt")
+    random, _, _ = finetuning("random", "encoder.kind=resenc", "encoder.depths=[1,1,1,1,1,1]", "encoder.width=4")
+    assert meta["encoder"] == settings and meta["init_level"] == 3 and not report.mismatches()
+    for key, value in model.encoder.state_dict().items():
+        trained = "stages.4" not in key and "stages.5" not in key
+        own = held[f"online.encoder.{key}"] if trained else random.encoder.state_dict()[key]
+        assert torch.equal(value, own), key
 
 
 def test_other_strides_are_refused_or_taken_on_request(runs):

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -35,6 +36,22 @@ def open_place(url: str | os.PathLike) -> "Place":
 def write_aside(path: Path, content: bytes) -> None:
     """Writes a file in one step: readers see the old one or the new one."""
     _write_aside(path, [content])
+
+
+def check_writable(given: str, folder: Path) -> None:
+    """Finds out before the work is done whether its result can be kept; makes the folder.
+
+    Args:
+        given: what the user wrote, for the message.
+
+    Raises:
+        ValueError: the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{given} cannot be written: {error.strerror or error}") from None
 
 
 def _write_aside(path: Path, parts: Iterable[bytes]) -> None:

@@ -1,16 +1,19 @@
 """Whole scans through a segmenter: sliding window, then one class index per voxel."""
 
 import time
+from collections.abc import Iterator
 from functools import partial
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise, product
 from typing import Literal
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
+from monai.data.utils import compute_importance_map
 from torch import Tensor
 
 from pgl_ray.model.segmenter import Segmenter
+
+SUM_BYTES = 4 * 2**30  # of the sums of logits held at once; what needs more is done in several strips of rows
 
 
 @torch.inference_mode()
@@ -26,8 +29,11 @@ def segment(
 ) -> np.ndarray:
     """Class index of every voxel, on the scan's own grid.
 
-    Windows are blended with Gaussian weights. The blended logits stay in main memory (4 bytes per voxel and output),
-    only windows go to the model's device.
+    Windows lie and are weighted (Gaussian) as in MONAI's `sliding_window_inference`, whose class indices these are but
+    for float32's rounding; but no logits of the whole scan are kept. Windows run along D, and the slices that no later
+    window reaches become class indices at once: the sums hold one window's depth of the scan, at most SUM_BYTES, on
+    the model's device where they fit. A single output whose slab is larger than that is cut into strips of rows, and
+    the windows at a cut are computed once for either side.
 
     Args:
         model: in eval mode.
@@ -43,22 +49,81 @@ def segment(
         uint8 [D, H, W]. multiclass: the likeliest class. binary: the last output with a positive logit, as a label
         value includes the larger ones.
     """
+    size = tuple(patch_size)
+    lack = [max(0, p - n) for p, n in zip(size, volume.shape)]
+    inner = tuple(slice(gap // 2, gap // 2 + n) for gap, n in zip(lack, volume.shape))
+    if any(lack):
+        volume = np.pad(volume, [(gap // 2, gap - gap // 2) for gap in lack], constant_values=air)
+    classes = np.empty(volume.shape, np.uint8)
+    weights = compute_importance_map(size, mode="gaussian", sigma_scale=0.125, device="cpu", dtype=torch.float32)
+    for rows in _strips(model.head.out_channels, size, volume.shape):
+        for slices, sums in _sums(model, volume, size, rows, weights, overlap, batch_size, flips):
+            classes[slices, rows] = _class_index(sums, task).cpu().numpy()
+    return classes[inner]
+
+
+def _strips(num_outputs: int, size: tuple[int, int, int], shape: tuple[int, ...]) -> list[slice]:
+    """Cuts H so that the sums of a slab stay below SUM_BYTES."""
+    row_bytes = 4 * num_outputs * size[0] * shape[2]
+    num = min(shape[1], -(-row_bytes * shape[1] // SUM_BYTES))
+    edges = [i * shape[1] // num for i in range(num + 1)]
+    return [slice(*pair) for pair in pairwise(edges)]
+
+
+def _starts(size: int, length: int, overlap: float) -> list[int]:
+    """Where windows begin along an axis: evenly, the last one moved back to the end."""
+    step = max(1, int(size * (1 - overlap))) if size < length else size
+    return sorted({min(start, length - size) for start in range(0, max(1, length - size + step), step)})
+
+
+def _sums(
+    model: Segmenter,
+    volume: np.ndarray,
+    size: tuple[int, int, int],
+    rows: slice,
+    weights: Tensor,
+    overlap: float,
+    batch_size: int,
+    flips: bool,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Weighted sums of the windows' logits for some rows of the scan, slab after slab of slices.
+
+    Dividing by the sum of the weights would change neither a largest logit nor a sign, so it is left out.
+
+    Yields:
+        Slices and their sums [outputs, slices, rows, W], no longer valid after the next one is asked for.
+    """
     device = next(model.parameters()).device
-    on_gpu = device.type != "cpu"
-    logits = sliding_window_inference(
-        torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None, None],
-        tuple(patch_size),
-        batch_size,
-        partial(_mean_over_flips, model) if flips else model,
-        overlap=overlap,
-        mode="gaussian",
-        cval=air,
-        sw_device=device,
-        device=torch.device("cpu"),
-        buffer_steps=1 if on_gpu else None,  # sums windows of one depth on the GPU before the copy
-        buffer_dim=0,
-    )
-    return _class_index(logits[0], task).numpy()
+    starts = [_starts(p, n, overlap) for p, n in zip(size, volume.shape)]
+    plane = [
+        (h, w) for h, w in product(*starts[1:]) if h < rows.stop and h + size[1] > rows.start
+    ]  # windows that reach the rows
+    shape = (model.head.out_channels, size[0], rows.stop - rows.start, volume.shape[2])
+    at = _where_sums_fit(device, shape)
+    sums, weights = torch.zeros(shape, device=at), weights.to(device)
+    forward = partial(_mean_over_flips, model) if flips else model
+    for d, following in zip(starts[0], [*starts[0][1:], volume.shape[0]]):
+        for first in range(0, len(plane), batch_size):
+            corners = plane[first : first + batch_size]
+            cuts = [np.s_[d : d + size[0], h : h + size[1], w : w + size[2]] for h, w in corners]
+            windows = torch.from_numpy(np.stack([volume[cut] for cut in cuts])).float()[:, None]
+            logits = (forward(windows.to(device)).float() * weights).to(at)
+            for (h, w), logit in zip(corners, logits):
+                low, high = max(h, rows.start), min(h + size[1], rows.stop)
+                target = sums[:, :, low - rows.start : high - rows.start, w : w + size[2]]
+                target += logit[:, :, low - h : high - h]
+        done = following - d
+        yield slice(d, following), sums[:, :done]
+        if done < size[0]:
+            sums[:, : size[0] - done] = sums[:, done:].clone()
+        sums[:, max(0, size[0] - done) :] = 0
+
+
+def _where_sums_fit(device: torch.device, shape: tuple[int, ...]) -> torch.device:
+    """The model's device where half of its free memory holds the sums, else the CPU."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2 * 4 * np.prod(shape):
+        return torch.device("cpu")
+    return device
 
 
 def _mean_over_flips(model: Segmenter, x: Tensor) -> Tensor:
@@ -96,9 +161,10 @@ def time_forward(model: Segmenter, size: tuple[int, int, int] = (64, 192, 192), 
 
 
 def _class_index(logits: Tensor, task: str) -> Tensor:
+    """[outputs, D, H, W] -> uint8 [D, H, W]."""
     if task == "multiclass":
-        return logits.argmax(0).to(torch.uint8)
-    index = torch.zeros(logits.shape[1:], dtype=torch.uint8)
+        return torch.stack([plane.argmax(0).to(torch.uint8) for plane in logits.unbind(1)])  # int64 one slice at a time
+    index = torch.zeros(logits.shape[1:], dtype=torch.uint8, device=logits.device)
     for channel, logit in enumerate(logits):
         index[logit > 0] = channel + 1
     return index

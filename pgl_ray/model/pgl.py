@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pgl_ray.model.losses import local_consistency_loss
+from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.prior import Geometry, clamped_bins, interpolation_matrices, overlap_box
 
@@ -92,7 +93,7 @@ def mlp(in_channels: int, hidden: int, out: int) -> nn.Sequential:
 
 
 def feature_geometry(
-    encoder: Encoder,
+    encoder: Encoder | ResEncoder,
     view_size: tuple[int, int, int],
     output_stride: tuple[int, int, int],
     centers: str = "receptive_field",
@@ -117,8 +118,8 @@ def feature_geometry(
     if strides not in encoder.strides:
         possible = ", ".join(str(list(found)) for found in dict.fromkeys(encoder.strides))
         raise ValueError(
-            f"align.output_stride={list(strides)}: an encoder with stage_strides={encoder.stage_strides} has maps of "
-            f"output stride {possible}: take one of them"
+            f"align.output_stride={list(strides)}: a {encoder.settings['kind']} encoder with stage_strides="
+            f"{encoder.stage_strides} has maps of output stride {possible}: take one of them"
         )
     if any(size % stride for size, stride in zip(view_size, strides, strict=True)):
         raise ValueError(f"views.size={tuple(view_size)} must be a multiple of the output stride {strides}")

@@ -17,7 +17,8 @@ class Encoder(ResNet):
     the strides, so other weights load. The stem strides H and W alone: the paper's views have few, thick slices.
 
     Attributes:
-        depths, stage_strides: as given; with channels[0], the width, they build the same network again.
+        settings: keyword arguments of `build_encoder` that build the same network again.
+        stage_strides: as given.
         last: number of the last map that `forward` computes; 4 unless `stop_at` says otherwise.
         channels: of the five maps: stem, layer1, ..., layer4.
         strides: output stride (D, H, W) of each map, in view voxels per cell.
@@ -52,7 +53,8 @@ class Encoder(ResNet):
         for stage, stride in zip(self._stages(), STAGE_STRIDES[stage_strides]):
             # MONAI fixes 1,2,2,2; the stride of a bottleneck sits in its 3x3x3 convolution and in its shortcut
             stage[0].conv2.stride = stage[0].downsample[0].stride = (stride,) * 3
-        self.depths, self.stage_strides, self.last = tuple(depths), stage_strides, 4
+        self.settings = {"kind": "resnet", "depths": list(depths), "width": width, "stage_strides": stage_strides}
+        self.stage_strides, self.last = stage_strides, 4
         self.channels = (width, *(stage[-1].conv3.out_channels for stage in self._stages()))
         geometry = list(accumulate(self._convolutions(), _through, initial=((1, 1, 1), (0.5, 0.5, 0.5))))
         maps = list(accumulate((3 * depth for depth in depths), initial=1))  # convolutions up to each map
@@ -111,5 +113,5 @@ def init_kaiming_uniform(module: nn.Module, seed: int) -> None:
             part.weight.copy_(nn.init.kaiming_uniform_(weight, nonlinearity="relu", generator=generator))
             if part.bias is not None:
                 part.bias.zero_()
-        elif isinstance(part, nn.BatchNorm3d):
+        elif isinstance(part, (nn.BatchNorm3d, nn.InstanceNorm3d)):
             part.reset_parameters()

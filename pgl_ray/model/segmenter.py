@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 
 # ASPP width and decoder widths for an encoder of width 64: what reproduces the paper's 48.54 M and 2.38 M parameters
@@ -20,7 +21,7 @@ class Segmenter(nn.Module):
         encoder: the `Encoder`; a pre-trained state dict loads into it directly.
     """
 
-    def __init__(self, encoder: Encoder, num_outputs: int):
+    def __init__(self, encoder: Encoder | ResEncoder, num_outputs: int):
         """
         Args:
             encoder: owned by the segmenter from now on.

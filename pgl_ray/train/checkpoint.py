@@ -15,6 +15,8 @@ import torch
 
 import pgl_ray
 from pgl_ray.config import Section, dump
+from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 
@@ -237,7 +239,7 @@ def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], run: str) -
         raise ValueError(f"{run} holds weights of another architecture: {' '.join(str(error).split())[:160]}") from None
 
 
-def load_encoder(run: str) -> tuple[Encoder, dict[str, Any]]:
+def load_encoder(run: str) -> tuple[Encoder | ResEncoder, dict[str, Any]]:
     """The online encoder of a pre-training run, or the encoder of a fine-tuned one.
 
     Args:
@@ -251,7 +253,8 @@ def load_encoder(run: str) -> tuple[Encoder, dict[str, Any]]:
     """
     state = state_of(run)
     meta = state["meta"]
-    encoder = Encoder(**meta["encoder"])
+    meta["encoder"] = {"kind": "resnet", **meta["encoder"]}  # before there were others it was not named
+    encoder = build_encoder(**meta["encoder"])
     _fill(encoder, below(PREFIX[meta["door"]], state["model"]), run)
     return encoder, meta
 
@@ -274,6 +277,6 @@ def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmen
     meta = state["meta"]
     if meta["door"] != "finetune":
         raise ValueError(f"{run} is a {meta['door']} run: give a fine-tuning run")
-    model = Segmenter(Encoder(**meta["encoder"]), meta["num_outputs"])
+    model = Segmenter(build_encoder(**meta["encoder"]), meta["num_outputs"])
     _fill(model, state["model"], run)
     return model.to(device).eval(), meta

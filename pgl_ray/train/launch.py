@@ -241,6 +241,8 @@ class Progress:
         parts += [f"waiting for data {row[key]:.0%} of the time" for key in row if key == "data/wait_share"]
         parts += [f"{row[key]:.2%} of the pairs skipped" for key in row if key == "data/skipped_share" and row[key]]
         parts += [f"val Dice {row['val/dice']:.3f}" for row in rows[-1:] if "val/dice" in row]
+        probed = [row["probe/balanced_accuracy"] for row in rows if "probe/balanced_accuracy" in row]
+        parts += [f"probe {accuracy:.3f}" for accuracy in probed[-1:]]
         judged = [row["health/collapsed"] for row in rows if "health/collapsed" in row]
         parts += ["features COLLAPSED" for share in judged[-1:] if share >= 0.5]
         if steps and row["step"] < self.num_steps:

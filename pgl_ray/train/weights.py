@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import checkpoint
@@ -80,7 +82,7 @@ def _some(names: list[str]) -> str:
 
 def read(
     init: str, settings: dict[str, Any] | None, hu_window: tuple[float, float], allow_partial: bool = False
-) -> tuple[Encoder, Source]:
+) -> tuple[Encoder | ResEncoder, Source]:
     """An encoder of the right architecture, not yet filled, and the tensors for it.
 
     Args:
@@ -98,13 +100,14 @@ def read(
         raise ValueError(
             f"init={init} was trained with hu_window={list(meta['hu_window'])}, the index has {list(hu_window)}"
         )
-    wanted, known = json.loads(json.dumps([settings, meta.get("encoder")]))
+    known = {"kind": "resnet", **meta["encoder"]} if "encoder" in meta else None  # runs of old do not name the kind
+    wanted, known = json.loads(json.dumps([settings, known]))
     if wanted and known and not allow_partial and wanted != known:
         raise ValueError(
             f"init={init} holds an encoder {known}, the config asks for {wanted}: leave encoder.* out, or take what "
             "fits by allow_partial=true"
         )
-    encoder = Encoder(**(wanted or known or {}))
+    encoder = build_encoder(**(wanted or known or {}))
     return encoder, _for_encoder(init, file, meta, encoder)
 
 
@@ -182,20 +185,29 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             texts = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"init={path} is damaged or no safetensors file: {error}") from None
+    if not texts.get("made_by", "").startswith("pgl_ray "):
+        return tensors, {}
     try:
-        meta = {key: json.loads(texts[key]) for key in ("encoder", "hu_window", "level") if key in texts}
-    except ValueError as error:
+        names = {"hu_window": "hu_window", "last_trained_map": "level", "architecture": "encoder"}
+        meta = {ours: json.loads(texts[theirs]) for theirs, ours in names.items() if theirs in texts}
+        meta["encoder"] = meta["encoder"]["encoder"]
+    except (ValueError, KeyError) as error:
         raise ValueError(f"init={path}: its metadata are damaged: {error}") from None
     return tensors, meta
 
 
-def _for_encoder(init: str, file: dict[str, Tensor], meta: dict[str, Any], encoder: Encoder) -> Source:
+def _for_encoder(init: str, file: dict[str, Tensor], meta: dict[str, Any], encoder: Encoder | ResEncoder) -> Source:
     """The encoder's tensors of a file, by its names; those of stages that were not trained are left out."""
-    own = list(encoder.state_dict())
+    own, last = list(encoder.state_dict()), encoder.last
+    encoder.stop_at(meta.get("level", last))
+    # ResEnc registers its layers twice
+    named = encoder.named_parameters(remove_duplicate=False)
+    frozen = [name for name, weight in named if not weight.requires_grad]
+    encoder.stop_at(last)
+    encoder.requires_grad_(True)
+    out = ("fc.", *{f"{name.rpartition('.')[0]}." for name in frozen})  # MONAI's classifier, and untrained layers
     door = meta.get("door")
     prefix = checkpoint.PREFIX[door] if door else _prefix(file, own[0])
-    untrained = tuple(f"layer{stage}." for stage in range(meta.get("level", encoder.last) + 1, encoder.last + 1))
-    out = ("fc.", *untrained)  # MONAI's classifier
     tensors = {n: value for n, value in checkpoint.below(prefix, file).items() if not n.startswith(out)}
     left_out = [name for name in file if not name.startswith(prefix) or name.removeprefix(prefix) not in tensors]
     return Source(init, tensors, [name for name in own if not name.startswith(out)], left_out, meta)

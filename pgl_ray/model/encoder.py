@@ -1,0 +1,25 @@
+"""Which encoder a config asks for."""
+
+from typing import Literal
+
+from pgl_ray.model.resenc import ResEncoder
+from pgl_ray.model.resnet import Encoder
+
+
+def build_encoder(
+    kind: Literal["resnet", "resenc"] = "resnet",
+    depths: tuple[int, ...] = (3, 4, 6, 3),
+    width: int = 64,
+    stage_strides: Literal["early", "late"] = "early",
+) -> Encoder | ResEncoder:
+    """The network of an `EncoderConfig`'s fields, or of a checkpoint's meta["encoder"].
+
+    Args:
+        kind: resnet, the paper's; resenc, nnU-Net's, which knows one way of strides.
+        depths, width, stage_strides: as the networks say.
+    """
+    match kind:
+        case "resnet":
+            return Encoder(depths, width, stage_strides)
+        case "resenc":
+            return ResEncoder(depths, width)
