@@ -340,7 +340,7 @@ def _fit(config: TuneConfig, folder: Path, left: list[Trial], num: int, room: in
     space: dict[str, Any] = {"sweep": config.model_dump_json()}  # as text: Tune would take its verbs for a second space
     search = None
     if config.search == "optuna":
-        search = _optuna(config, done)
+        search = _optuna(config, sweeps.read_trials(folder))
     else:
         space["trial"] = tune.grid_search([_as_continued(folder, trial) for trial in left])
         num = 1
@@ -367,20 +367,25 @@ def _as_continued(folder: Path, trial: Trial) -> dict[str, Any]:
     return {"name": trial.name, "values": found.values if found else trial.values}
 
 
-def _optuna(config: TuneConfig, done: list[sweeps.Trial]) -> Any:
-    """Optuna's search, which knows what finished trials gave."""
+def _optuna(config: TuneConfig, begun: list[sweeps.Trial]) -> Any:
+    """Optuna's search, which knows what ended trials gave and first draws those again that were interrupted."""
     from ray.tune.search.optuna import OptunaSearch
 
     space = {key: _domain(verbs) for key, verbs in config.space.items()}
     if config.arms:
         space["arm"] = _domain({"choice": list(config.arms)})
     space = OptunaSearch.convert_search_space({"trial": {"values": space}})
-    search = OptunaSearch(space=space, metric="score", mode="max", seed=config.seed + len(done))
-    for trial in done:
+    ended, interrupted = [], []
+    for trial in begun:
         point = {key: json.dumps(v) if isinstance(v, list) else v for key, v in trial.values.items()}
         point = {f"trial/values/{key}": value for key, value in point.items()}
-        if trial.score is not None and set(point) == set(space):
-            search.add_evaluated_point(point, trial.score)
+        if set(point) == set(space):  # of the space as it is now
+            (ended if trial.state in sweeps.ENDED else interrupted).append((point, trial.score))
+    seed = config.seed + len(begun)
+    again = [point for point, _ in interrupted] or None
+    search = OptunaSearch(space=space, metric="score", mode="max", points_to_evaluate=again, seed=seed)
+    for point, score in ended:
+        search.add_evaluated_point(point, score or 0.0)  # a collapsed one has none
     return search
 
 

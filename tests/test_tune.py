@@ -185,8 +185,11 @@ def test_optuna_knows_what_ended_trials_gave(tmp_path):
     config = sweep(tmp_path, space=space, search="optuna", num_trials=5)
     assert tune.check(config) == []
     values = {"finetune.optim.lr": 0.05, "finetune.patch.crop_scale": [0.9, 1.1]}
-    search = tune._optuna(config, [ended(tmp_path, values, 0.7)])
+    interrupted = {"finetune.optim.lr": 0.02, "finetune.patch.crop_scale": [1.1, 1.4]}
+    begun = [ended(tmp_path, values, 0.7), ended(tmp_path, interrupted, None, state="failed")]
+    search = tune._optuna(config, begun)
     assert search._ot_study.best_value == 0.7
+    assert trial.values_of(search.suggest("w")["trial"]) == interrupted
     drawn = trial.values_of(search.suggest("x")["trial"])
     assert 0.001 <= drawn["finetune.optim.lr"] <= 0.1
     assert drawn["finetune.patch.crop_scale"] in ([0.9, 1.1], [1.1, 1.4])
