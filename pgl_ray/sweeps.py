@@ -87,8 +87,11 @@ def note(folder: Path, **facts: Any) -> None:
 
 
 def end(folder: Path, state: str, error: str | None, score: float | None = None) -> None:
-    """Notes how a trial ended, and how long it ran since its start and before."""
+    """Notes how a trial ended, and how long it ran since its start and before. The first to say so is right: a trial that
+    is stopped may fail while its process ends."""
     record = read_json(folder / "trial.json")
+    if record["state"] != "running":
+        return
     took = record.get("took_s", 0.0) + time.time() - record["since"]
     note(folder, state=state, error=error, score=score, took_s=took)
 

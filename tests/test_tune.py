@@ -262,6 +262,7 @@ def test_a_continued_trial_replaces_what_it_reports_again(tmp_path):
         tmp_path, values={"arm": "x", "finetune.optim.lr": 0.0123456}, started=1, since=time.time() - 9, state="running"
     )
     sweeps.end(tmp_path, "stopped", None)
+    sweeps.end(tmp_path, "failed", "its process was ended")
     found = sweeps.read_trial(tmp_path)
     assert found.reports == [(10, 0.1), (20, 0.25)] and found.score == 0.25
     assert found.title == "x, lr 0.01235" and 9 <= found.record["took_s"] < 60
