@@ -87,8 +87,8 @@ def note(folder: Path, **facts: Any) -> None:
 
 
 def end(folder: Path, state: str, error: str | None, score: float | None = None) -> None:
-    """Notes how a trial ended, and how long it ran since its start and before. The first to say so is right: a trial that
-    is stopped may fail while its process ends."""
+    """Notes how a trial ended, and how long it ran. The first to say so is right: a trial that is stopped may fail while
+    its process ends."""
     record = read_json(folder / "trial.json")
     if record["state"] != "running":
         return
