@@ -87,8 +87,8 @@ def note(folder: Path, **facts: Any) -> None:
 
 
 def end(folder: Path, state: str, error: str | None, score: float | None = None) -> None:
-    """Notes how a trial ended, and how long it ran. The first to say so is right: a trial that is stopped may fail while
-    its process ends."""
+    """Notes how a trial ended, and how long it ran. The first to say so is right: while the process of a stopped trial
+    ends, the trial may fail."""
     record = read_json(folder / "trial.json")
     if record["state"] != "running":
         return
