@@ -45,7 +45,7 @@ from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, stage
 from pgl_ray.trial import run as run_trial
 
 LEARNING_RATE = "finetune.optim.lr"  # that pbt changes
-SHOW_S = 60.0  # between two tables
+LOOK_S, SHOW_S = 2.0, 60.0  # between two looks at the trials' folders, between two tables
 
 
 @dataclass(frozen=True)
@@ -418,7 +418,7 @@ def _callback(config: TuneConfig, folder: Path, room: int) -> Any:
 
     class Table(tune.Callback):
         def __init__(self):
-            self.shown, self.before = time.monotonic(), None
+            self.shown, self.looked, self.before = time.monotonic(), -math.inf, None
 
         def on_trial_complete(self, iteration, trials, trial, **info):
             _ended(folder, trial, "stopped", None)
@@ -427,6 +427,9 @@ def _callback(config: TuneConfig, folder: Path, room: int) -> Any:
             _ended(folder, trial, "failed", "its process died (out of memory?)")
 
         def on_step_end(self, iteration, trials, **info):
+            if time.monotonic() - self.looked < LOOK_S:
+                return
+            self.looked = time.monotonic()
             found = {trial.name: trial for trial in sweeps.read_trials(folder)}
             states = {trial.name: trial.state for trial in found.values()}
             new = {name for name, state in states.items() if (self.before or {}).get(name) != state}
