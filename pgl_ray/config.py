@@ -59,6 +59,11 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _without_null(value: Any) -> Any:
+    """A dict without the keys that are set to null."""
+    return {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
+
+
 def _check_range(name: str, value: tuple[float, float]) -> None:
     if not value[0] <= value[1]:
         raise ValueError(f"{name}: lower bound {value[0]} is above upper bound {value[1]}")
@@ -302,6 +307,8 @@ class TrainConfig(Section):
     """Where the workers compute; auto takes CUDA when the cluster has a GPU for every worker."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
     """Ray CPUs that one worker reserves; what remains renders the views."""
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """GPUs that one worker reserves where it computes on CUDA; 0.5 lets two trials of a sweep share one."""
     threads_per_worker: Annotated[int, Field(ge=0)] = 0
     """Torch threads per worker; 0 shares the node's cores evenly."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -314,6 +321,15 @@ class TrainConfig(Section):
     """Newest checkpoints that are kept."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of the worker group after a worker's death."""
+
+    @model_validator(mode="after")
+    def _one_gpu_each(self):
+        if self.gpus_per_worker < 1 and self.num_workers > 1:
+            raise ValueError(
+                f"train.gpus_per_worker={self.gpus_per_worker} goes with train.num_workers=1, not {self.num_workers}: "
+                "workers of one run cannot share a GPU"
+            )
+        return self
 
 
 class RayConfig(Section):
@@ -459,7 +475,9 @@ class PretrainConfig(Section):
     pairs_per_scan: Positive = 1
     """View pairs per scan and epoch."""
     ema_decay: Share = 0.996
-    """Target decay omega at the start; it rises to 1 on BYOL's cosine (Eq. 10). Not used by genesis."""
+    """Target decay omega at the start (Eq. 10). Not used by genesis."""
+    ema_schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: omega rises to 1 as in BYOL; constant: it stays as it is at the start."""
     views: ViewsConfig = ViewsConfig()
     intensity: IntensityConfig = IntensityConfig()
     stream: StreamConfig = StreamConfig()
@@ -662,25 +680,55 @@ class ProbeConfig(ProbeSettings):
     """JSON file for the result; none: <init>/probe.json, or no file for init=random."""
 
 
+class SchedulerConfig(Section):
+    """Which trials of a sweep are stopped early."""
+
+    kind: Literal["none", "asha", "pbt"] = "none"
+    """asha: at each rung the worse trials are stopped (Li et al. 2020); pbt: the worst quarter goes on from one of the
+    best, with its learning rate changed (Jaderberg et al. 2017)."""
+    grace: Annotated[int, Field(ge=1, le=99)] = 25
+    """Percent of a judged stage: where the first rung stands, or between two changes of pbt."""
+    reduction: Annotated[float, Field(gt=1)] = 2.0
+    """asha keeps about one in so many trials at a rung; the next one stands so many times further."""
+
+
 class TuneConfig(Section):
-    """A sweep: every trial is pretrain, then finetune, judged by validation Dice."""
+    """Trials of pretrain, probe, finetune and evaluate, those stages that have a base: a sweep, or a grid of arms."""
 
     run: FilePath
-    """Folder of the sweep; the same command again continues an interrupted sweep."""
+    """Folder of the sweep; the same command again continues an interrupted one, one with a larger space adds to it."""
     index: FilePath
-    """Store written by prepare, with labels."""
+    """Store written by prepare, with labels; a stage may take another: base_pretrain.index."""
     base_pretrain: dict[str, Any] | None = None
-    """What the trials' pre-training config says beyond the defaults; none: no pre-training, fine-tuning alone."""
-    base_finetune: dict[str, Any] = {}
-    """What the trials' fine-tuning config says beyond the defaults."""
-    space: dict[str, dict[Verb, list[Any]]]
-    """Dotted key (pretrain.ema_decay, finetune.optim.lr) -> one of Ray Tune's verbs and its arguments."""
+    """What the trials' pre-training config says beyond the defaults; none: no pre-training."""
+    base_probe: dict[str, Any] | None = None
+    """The same of a voxel probe of the pre-trained encoder; none: no probe."""
+    base_finetune: dict[str, Any] | None = {}
+    """The same of fine-tuning. With `init` (or where an arm sets finetune.init) there is no pre-training before it."""
+    base_evaluate: dict[str, Any] | None = None
+    """The same of the evaluation of the fine-tuned network; none: no evaluation."""
+    arms: Annotated[dict[str, dict[str, Any]], BeforeValidator(_without_null)] = {}
+    """Name -> dotted keys and values that belong together; every arm meets every point of the space. `arms.NAME=null`
+    leaves one out."""
+    space: Annotated[dict[str, dict[Verb, list[Any]]], BeforeValidator(_without_null)] = {}
+    """Dotted key (pretrain.ema_decay, finetune.optim.lr) -> one of Ray Tune's verbs and its arguments. `a + b` gives
+    two keys one value. On a command line: 'space[finetune.optim.lr].choice=[1,2]'."""
+    judge: str = "val/dice"
+    """Figure of the last stage that trials are judged by, of the metrics; higher is better."""
+    first_judge: str | None = None
+    """Figure of pre-training (of its metrics, or probe/balanced_accuracy) that the scheduler may stop trials by; none:
+    pre-training is not judged, only a collapse ends it."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+    search: Literal["random", "optuna"] = "random"
+    """How values are drawn: at random, or by Optuna's TPE from what earlier trials gave (extra `tune`)."""
     num_trials: Positive = 1
-    """Draws from the space; a grid_search multiplies them."""
+    """Draws from the space; a grid_search and the arms multiply them."""
     max_trials: Positive = 64
     """Largest number of trials that is accepted."""
-    max_concurrent: Positive = 1
-    """Trials at a time; the cluster must hold the workers of all of them."""
+    max_concurrent: Positive | None = None
+    """Trials at a time; none: as many as the cluster's CPUs and GPUs hold."""
+    published: Literal["bcv", "liver", "kits", "spleen"] | None = None
+    """Tables of conf/published.yaml that the report sets beside the arms of the same name."""
     seed: Seed = 0
     """Seed of the draws."""
     ray: RayConfig = RayConfig()
@@ -756,7 +804,7 @@ def load(model: type[Model], args: list[str]) -> Model:
             if eq and not key.endswith((".yaml", ".yml")):
                 part = OmegaConf.from_dotlist([arg])
             elif arg.endswith((".yaml", ".yml")):
-                part = OmegaConf.load(arg)
+                part = _own_section(model, OmegaConf.load(arg), arg)
             else:
                 raise ValueError(f"{arg!r}: expected a .yaml file or key=value")
             merged = OmegaConf.merge(merged, part)
@@ -765,6 +813,17 @@ def load(model: type[Model], args: list[str]) -> Model:
         except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, TypeError) as error:
             raise ValueError(f"{arg!r}: {' '.join(str(error).split())}") from None
     return build(model, OmegaConf.to_container(merged, resolve=False))
+
+
+def _own_section(model: type[Section], file: Any, name: str) -> Any:
+    """A door's part of a file that holds one section per door, as a sweep's best.yaml; any other file as it is."""
+    doors = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    if not file or not set(file) <= set(doors):
+        return file
+    own = next((part for part, config in doors.items() if issubclass(model, config)), None)
+    if own not in file:
+        raise ValueError(f"{name!r} has settings for {', '.join(file)} alone, none for this door")
+    return file[own]
 
 
 def build(model: type[Model], values: dict[str, Any]) -> Model:

@@ -218,7 +218,7 @@ def worker(worker_config: dict) -> str | None:
         if config.align.wrong_priors:
             pair = pair.with_wrong_priors()
 
-        decay = optim.ema_decay(step, plan.num_steps, config.ema_decay)
+        decay = optim.ema_decay(step, plan.num_steps, config.ema_decay, config.ema_schedule)
         done = train_step(model, net, lars, schedule, pair, decay, autocast)
         step += 1
 

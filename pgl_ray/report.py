@@ -1,5 +1,5 @@
-"""python -m pgl_ray.report run=RUN [a.b=c ...], or run=[A,B,C] to compare: one self-contained HTML page with tables,
-curves and pictures. What a run lacks is left out, and a line says so."""
+"""python -m pgl_ray.report run=RUN [a.b=c ...], run=[A,B,C] to compare, or run=SWEEP: one self-contained HTML page with
+tables, curves and pictures. What a run lacks is left out, and a line says so."""
 
 import base64
 import math
@@ -12,7 +12,7 @@ import jinja2
 import nibabel as nib
 import numpy as np
 
-from pgl_ray import pictures, tables
+from pgl_ray import pictures, sweep_report, tables
 from pgl_ray.config import ReportConfig, command
 from pgl_ray.data.store import Index, ScanRecord, open_label, open_volume, read_index
 from pgl_ray.data.stream import AIR
@@ -29,6 +29,9 @@ def run(config: ReportConfig) -> str:
     Raises:
         ValueError: a folder that is no run.
     """
+    if sweep_report.is_sweep(config.run):
+        found = sweep_report.content(Path(config.run[0]).absolute(), overlays)
+        return _write(config, {"title": config.title, "notes": config.notes, **found}, "sweep.html")
     runs = tables.read_runs(config.run)
     pretrained, tuned = ([r for r in runs if r.door == door] for door in ("pretrain", "finetune"))
     evaluated = [r for r in tuned if r.summary]
@@ -76,14 +79,14 @@ def _or_missing(missing: list[str], what: str, draw: Callable[[], Any]) -> Any:
         return []
 
 
-def _write(config: ReportConfig, content: dict[str, Any]) -> str:
+def _write(config: ReportConfig, content: dict[str, Any], template: str = "report.html") -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     blocks = {"trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
     path = Path(config.output or Path(config.run[0], "report.html")).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part{os.getpid()}")
-    aside.write_text(environment.get_template("report.html").render(content), encoding="utf-8")
+    aside.write_text(environment.get_template(template).render(content), encoding="utf-8")
     aside.replace(path)
     return str(path)
 

@@ -114,10 +114,14 @@ def overview(run: Run) -> dict[str, str]:
     }
 
 
-def _duration(rows: list[dict[str, float]]) -> str:
-    """Training time; the clock of metrics.jsonl starts again when a run is continued."""
+def duration_s(rows: list[dict[str, float]]) -> float:
+    """Training time in seconds; the clock of metrics.jsonl starts again when a run is continued."""
     times = [row["time_s"] for row in rows]
-    seconds = sum(now for now, after in zip(times, [*times[1:], -1]) if after < now)
+    return sum(now for now, after in zip(times, [*times[1:], -1]) if after < now)
+
+
+def _duration(rows: list[dict[str, float]]) -> str:
+    seconds = duration_s(rows)
     hours, rest = divmod(seconds, 3600)
     return f"{hours:.0f} h {rest // 60:.0f} min" if hours else f"{seconds / 60:.1f} min"
 

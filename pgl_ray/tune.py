@@ -1,204 +1,494 @@
-"""python -m pgl_ray.tune tune_spaces/X.yaml index=STORE run=SWEEP [a.b=c ...]: sweeps with Ray Tune.
+"""python -m pgl_ray.tune tune_spaces/X.yaml index=STORE run=SWEEP [a.b=c ...]: sweeps and grids with Ray Tune.
 
-A trial runs the doors themselves, pretrain.run and then finetune.run, and is judged by the validation Dice: the
-pre-training loss is not comparable between settings, and a collapsed network minimises it.
+A trial runs the doors themselves, pretrain.run, probe.run, finetune.run and evaluate.run, and is judged by the
+validation Dice: the pre-training loss is not comparable between settings, and a collapsed network minimises it. Where
+two trials pre-train alike, one of them does it and both use it. What a trial did lies in its folder, named after its
+settings, and nowhere else: Ray Tune chooses, stops and places the trials that are not finished.
 """
 
+import contextlib
+import fcntl
+import functools
+import importlib
+import itertools
 import json
+import logging
 import math
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from pgl_ray import finetune, pretrain
-from pgl_ray.config import FailedRun, FinetuneConfig, PretrainConfig, Section, TuneConfig, build, command, keys
+from pgl_ray import finetune, pretrain, report, sweeps
+from pgl_ray.config import (
+    FailedRun,
+    FinetuneConfig,
+    ReportConfig,
+    TrainConfig,
+    TuneConfig,
+    build,
+    command,
+    keys,
+)
+from pgl_ray.data import stream
 from pgl_ray.data.store import read_index
 from pgl_ray.train import launch
 from pgl_ray.train.checkpoint import write_json
-from pgl_ray.train.quiet import quiet_worker
+from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, stage_config, stage_configs, values_of
+from pgl_ray.trial import run as run_trial
 
-METRIC = "val_dice"
-STAGES = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+LEARNING_RATE = "finetune.optim.lr"  # that pbt changes
+LOOK_S, SHOW_S = 2.0, 60.0  # between two looks at the trials' folders, between two tables
 
 
 @dataclass(frozen=True)
 class Result:
-    """The sweep's table and its best trial."""
+    """The sweep's folder and its best trial, with its settings and score, and how many trials came to what."""
 
     folder: str
     best: dict[str, Any]
-    dice: float
-    num_trials: int
-    failed: list[str]
+    score: float
+    states: dict[str, int]
+
+
+class Trial(NamedTuple):
+    """A point of the space.
+
+    Attributes:
+        name: of its folder, from its values.
+        values: key of the space, or "arm", -> value.
+    """
+
+    name: str
+    values: dict[str, Any]
 
 
 def run(config: TuneConfig) -> Result:
-    """Runs, or continues, the sweep; writes trials.parquet and best_pretrain.yaml / best_finetune.yaml.
+    """Runs, or continues, the sweep; writes trials.parquet, best.yaml and report.html.
 
     Raises:
-        ValueError: an unknown key, an empty or too large space, a base config that does not load.
-        FailedRun: every trial failed.
+        ValueError: an unknown key, an empty or too large space, a base config that does not load, a figure that trials
+            cannot be judged by, resources that the cluster does not have.
+        FailedRun: no trial came to a score.
     """
     folder = Path(config.run).absolute()
-    check(config)
-    finetune.split_scans(_stage_configs(_plain(config), {}, folder)["finetune"], read_index(config.index))
+    trials = check(config)
+    _check_stores(config, trials)
     _remember(config, folder)
-    launch.connect(config.ray)
-    from ray import tune
+    with _locked(folder):
+        return _run(config, trials, folder)
 
-    trainable = tune.with_resources(_trial, {"cpu": 0.01})  # the trial itself only waits for its Ray Train workers
-    kept = folder / "tune"
-    if tune.Tuner.can_restore(str(kept)):
-        tuner = tune.Tuner.restore(str(kept), trainable=trainable, resume_errored=True, param_space=_space(config))
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            param_space=_space(config),
-            tune_config=tune.TuneConfig(
-                metric=METRIC,
-                mode="max",
-                num_samples=config.num_trials,
-                max_concurrent_trials=config.max_concurrent,
-                search_alg=tune.search.BasicVariantGenerator(random_state=config.seed),
-            ),
-            run_config=tune.RunConfig(name=kept.name, storage_path=str(folder), verbose=0),
-        )
-    print(f"tune: {_num_trials(config)} trials over {', '.join(config.space)}; {folder}", flush=True)
-    return _collect(config, folder, tuner.fit())
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time runs a sweep; the kernel frees the lock of a killed one."""
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"run={folder} is being run by another process: wait for it, or end it") from None
+        yield
+
+
+def _run(config: TuneConfig, trials: list[Trial], folder: Path) -> Result:
+    launch.connect(config.ray)
+    room = _room(config, trials)
+    done = {t.name: t for t in sweeps.read_trials(folder) if t.state in sweeps.ENDED}
+    left = [trial for trial in trials if trial.name not in done]
+    num_left = len(left) if trials else config.num_trials - len(done)
+    what = ", ".join([*(["arms"] if config.arms else []), *config.space])
+    print(f"tune: {_num_trials(config)} trials over {what}; {len(done)} done, {room} at a time; {folder}", flush=True)
+    if num_left > 0:
+        _fit(config, folder, left, num_left, room, list(done.values()))
+    return _collect(config, folder)
 
 
 # -- the space --------------------------------------------------------------------------------------------------------
 
 
-def check(config: TuneConfig) -> None:
-    """Refuses what would only fail in the first trial.
+def check(config: TuneConfig) -> list[Trial]:
+    """All trials, or none where Optuna draws them one after another; refuses what would only fail in a trial.
 
     Raises:
         ValueError: names the dotted key, the verb, or the number of trials.
     """
-    if not config.space:
-        raise ValueError("space is empty: give it at least one dotted key")
+    if not config.space and not config.arms:
+        raise ValueError("space is empty: give it at least one dotted key, or give arms")
+    if config.base_finetune is None and config.base_pretrain is None:
+        raise ValueError("base_finetune and base_pretrain are both null: there is nothing to run")
+    if config.base_finetune is None and config.base_evaluate is not None:
+        raise ValueError("base_evaluate needs base_finetune: what is evaluated is its network")
+    _check_judges(config)
+    for stage in STAGES:
+        with _named(f"base_{stage}"):
+            stage_config(config, stage, {}, Path(config.run))
     for key, verbs in config.space.items():
-        stage, _, dotted = key.partition(".")
-        known = [name for name, _, _ in keys(STAGES[stage])] if stage in STAGES else []
-        if dotted not in known or dotted in ("index", "run", "init"):
-            raise ValueError(f"space key {key!r} is not a key of pretrain.* or finetune.*")
-        if stage == "pretrain" and config.base_pretrain is None:
-            raise ValueError(f"space key {key!r} needs base_pretrain")
+        for name in dotted(key):
+            _check_key(config, name, f"space key {key!r}", ("index", "run", "init", "output"))
         if len(verbs) != 1 or not all(verbs.values()):
             raise ValueError(f"space key {key!r} needs one verb with its arguments, got {verbs}")
-    trials = _num_trials(config)
-    if trials > config.max_trials:
-        raise ValueError(f"the space has {trials} trials, max_trials={config.max_trials}: shrink it or raise the bound")
-    _stage_configs(_plain(config), {}, Path(config.run))
+        if "grid_search" in verbs and config.search == "optuna":
+            raise ValueError(f"space key {key!r}: search=optuna draws values, take choice instead of grid_search")
+    for arm, values in config.arms.items():
+        for name in values:
+            _check_key(config, name, f"arms.{arm}: {name!r}", ("index", "run", "output"))
+    num = _num_trials(config)
+    if num > config.max_trials:
+        raise ValueError(f"the space has {num} trials, max_trials={config.max_trials}: shrink it or raise the bound")
+    _check_search(config)
+    trials = _draw(config)
+    for trial in trials:
+        with _named(_title(trial.values)):
+            stage_configs(config, trial.values, Path(config.run))
+    return [] if config.search == "optuna" else trials  # what Optuna draws is of the same kind
 
 
-def _remember(config: TuneConfig, folder: Path) -> None:
-    """Writes sweep.json, or checks that a sweep that is there has the same settings."""
-    wanted = {key: value for key, value in _plain(config).items() if key not in ("ray", "max_concurrent")}
-    path = folder / "sweep.json"
-    if path.exists() and json.loads(path.read_text()) != wanted:
-        raise ValueError(f"run={config.run} is a sweep with other settings (sweep.json there): choose another run=...")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, wanted)
+def _check_judges(config: TuneConfig) -> None:
+    for name in ("judge", "first_judge"):
+        figure = getattr(config, name)
+        if figure and figure.startswith("train/"):
+            raise ValueError(
+                f"{name}={figure} cannot judge trials: a pre-training loss is not comparable between settings "
+                "(strides, views, decay), a collapsed network minimises it, and a training loss says nothing of other "
+                f"scans; take val/dice of fine-tuning, or {PROBE}"
+            )
+    if config.base_finetune is None and config.judge.startswith("val/"):
+        raise ValueError(f"judge={config.judge} is a figure of fine-tuning, and base_finetune is null: take {PROBE}")
+
+
+def _check_key(config: TuneConfig, name: str, what: str, fixed: tuple[str, ...]) -> None:
+    stage, _, key = name.partition(".")
+    known = [known for known, _, _ in keys(STAGES[stage])] if stage in STAGES else []
+    if key not in known or key in fixed:
+        raise ValueError(f"{what} is not a key of pretrain.*, probe.*, finetune.* or evaluate.*")
+    if getattr(config, f"base_{stage}") is None:
+        raise ValueError(f"{what} needs base_{stage}")
+
+
+def _check_search(config: TuneConfig) -> None:
+    if config.search == "optuna":
+        try:
+            import optuna  # noqa: F401
+        except ImportError:
+            raise ValueError("search=optuna needs Optuna: pip install 'pgl_ray[tune]', or search=random") from None
+    if config.scheduler.kind == "pbt":
+        verb = next(iter(config.space.get(LEARNING_RATE, {})), "")
+        if verb not in ("uniform", "loguniform", "choice") or config.search == "optuna" or config.num_trials < 2:
+            raise ValueError(
+                f"scheduler.kind=pbt changes {LEARNING_RATE} of a population: give that key a uniform, loguniform or "
+                "choice, num_trials of at least 4, and search=random"
+            )
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _title(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
 def _num_trials(config: TuneConfig) -> int:
     grids = [len(verb["grid_search"]) for verb in config.space.values() if "grid_search" in verb]
-    return config.num_trials * math.prod(grids)
+    arms = 1 if config.search == "optuna" else max(1, len(config.arms))
+    return config.num_trials * arms * math.prod(grids)
 
 
-def _space(config: TuneConfig) -> dict[str, Any]:
-    """Ray Tune's search space: a flat dict of dotted overrides beside the sweep's own config."""
+def _draw(config: TuneConfig) -> list[Trial]:
+    """Every point once; the arms run fastest, so that a sweep that is cut off has the same points of each."""
+    import numpy as np
+
+    rng = np.random.RandomState(config.seed)
+    grids = {key: verbs["grid_search"] for key, verbs in config.space.items() if "grid_search" in verbs}
+    axes = [*grids.values(), list(config.arms)] if config.arms else list(grids.values())
+    found = {}
+    for _ in range(config.num_trials):
+        for point in itertools.product(*axes):
+            values = {"arm": point[-1]} if config.arms else {}
+            values |= dict(zip(grids, point))
+            for key, verbs in config.space.items():
+                if key not in grids:
+                    drawn = _domain(verbs).sample(random_state=rng)
+                    values[key] = decoded(drawn.item() if isinstance(drawn, np.generic) else drawn)
+            trial = Trial(name_of(values), values)
+            found.setdefault(trial.name, trial)
+    return list(found.values())
+
+
+def _domain(verbs: dict[str, list[Any]]) -> Any:
+    """Ray Tune's domain of one key; lists among the choices as text, for Optuna takes none."""
     from ray import tune
 
-    space = {}
-    for key, verbs in config.space.items():
-        [(verb, args)] = verbs.items()
-        takes_list = verb in ("choice", "grid_search")
-        space[key] = getattr(tune, verb)(args) if takes_list else getattr(tune, verb)(*args)
-    # as text: Tune would take the verbs inside the config itself for a second search space
-    return {"overrides": space, "sweep": config.model_dump_json()}
+    [(verb, args)] = verbs.items()
+    if verb == "choice":
+        return tune.choice([json.dumps(arg) if isinstance(arg, list) else arg for arg in args])
+    with _named(f"{verb}{args}"):
+        try:
+            return getattr(tune, verb)(*args)
+        except TypeError as error:
+            raise ValueError(error) from None
 
 
-def _plain(config: TuneConfig) -> dict[str, Any]:
-    return json.loads(config.model_dump_json())
+def _check_stores(config: TuneConfig, trials: list[Trial]) -> None:
+    """Refuses trials whose store has not the scans that they name, and an encoder that is not there.
+
+    Raises:
+        ValueError: of the first such trial.
+    """
+    read = functools.cache(read_index)
+    read(config.index)
+    for values in [trial.values for trial in trials] or [{}]:
+        with _named(_title(values) or "base"):
+            configs = stage_configs(config, values, Path(config.run))
+            if "pretrain" in configs:
+                pretrain.make_plan(configs["pretrain"], read(configs["pretrain"].index))
+            if "finetune" in configs:
+                train_ids, _ = finetune.split_scans(configs["finetune"], read(configs["finetune"].index))
+                if config.scheduler.kind == "pbt":
+                    _check_checkpoints(config.scheduler.grace, configs["finetune"], train_ids)
+            if "evaluate" in configs and not read(configs["evaluate"].index).labelled(configs["evaluate"].split):
+                raise ValueError(
+                    f"index={configs['evaluate'].index} has no labelled scan in split={configs['evaluate'].split!r}"
+                )
 
 
-def _stage_configs(sweep: dict[str, Any], overrides: dict[str, Any], folder: Path) -> dict[str, Section]:
-    """The doors' configs of one trial: base, then the trial's dotted overrides."""
-    configs = {}
-    for stage, model in STAGES.items():
-        base = sweep[f"base_{stage}"]
-        if base is None:
-            continue
-        own = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith(stage)}
-        merged = OmegaConf.create(base)
-        for key, value in own.items():
-            OmegaConf.update(merged, key, value)
-        values = OmegaConf.to_container(merged) | {"index": sweep["index"], "run": str(folder / stage)}
-        if stage == "finetune" and "pretrain" in configs:
-            values["init"] = configs["pretrain"].run
-        configs[stage] = build(model, values)
-    return configs
+def _check_checkpoints(grace: int, config: FinetuneConfig, train_ids: list[str]) -> None:
+    """Population based training copies checkpoints: there must be one by each change."""
+    counts = (config.patches_per_scan, config.global_batch_size, config.epochs, config.max_steps)
+    num_steps = stream.Plan.make(train_ids, *counts, config.seed).num_steps
+    most = max(1, num_steps * grace // 100)
+    if config.train.checkpoint_every > most:
+        raise ValueError(
+            f"scheduler.kind=pbt copies checkpoints: base_finetune.train.checkpoint_every="
+            f"{config.train.checkpoint_every} must be at most {most}, scheduler.grace={grace} % of {num_steps} steps"
+        )
 
 
-# -- a trial ----------------------------------------------------------------------------------------------------------
+def _remember(config: TuneConfig, folder: Path) -> None:
+    """Writes sweep.json, or checks that a sweep that is there has the same bases; its space may grow."""
+    wanted = json.loads(config.model_dump_json())
+    path = folder / sweeps.SWEEP
+    if path.exists():
+        found = json.loads(path.read_text())
+        fixed = ["index", "judge", *(f"base_{stage}" for stage in STAGES)]
+        changed = [key for key in fixed if found.get(key) != wanted[key]]
+        both = set(found["arms"]) & set(wanted["arms"])
+        changed += [f"arms.{arm}" for arm in sorted(both) if wanted["arms"][arm] != found["arms"][arm]]
+        if changed:
+            raise ValueError(
+                f"run={config.run} is a sweep with another {', '.join(changed)} (sweep.json there): choose another "
+                "run=..."
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"run={config.run} exists and is no sweep of pgl_ray: choose another run=...")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
 
 
-def _trial(trial: dict[str, Any]) -> None:
-    """Runs one trial's doors; its run folders are named after the trial, so a restored trial continues them."""
+def _room(config: TuneConfig, trials: list[Trial]) -> int:
+    """How many trials run at a time.
+
+    Raises:
+        ValueError: the cluster is too small for one, or for max_concurrent of them; says what it has.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
+    points = [trial.values for trial in trials] or [{}]
+    configs = [one for values in points for one in stage_configs(config, values, Path()).values()]
+    trains, needs = {one.train for one in configs if hasattr(one, "train")}, []
+    for train in trains:
+        on_gpu = launch.check_resources(train)
+        needs.append((_cpus(train), train.num_workers * train.gpus_per_worker if on_gpu else 0))
+    cpus_each, gpus_each = (max(need) for need in zip(*needs))
+    room = int(min(cpus / cpus_each, gpus / gpus_each if gpus_each else math.inf))
+    if config.max_concurrent and config.max_concurrent > room:
+        raise ValueError(
+            f"max_concurrent={config.max_concurrent} trials of {cpus_each:g} CPUs and {gpus_each:g} GPUs each are more "
+            f"than the cluster has ({cpus:g} CPUs, {gpus:g} GPUs): at most {room}"
+        )
+    if len(ray.nodes()) == 1:  # a local cluster may count more CPUs than the machine has
+        room = min(room, int((os.cpu_count() or 1) / cpus_each)) if not gpus_each else room
+    return config.max_concurrent or max(1, room)
+
+
+def _cpus(train: TrainConfig) -> float:
+    return train.num_workers * train.cpus_per_worker + launch.FEED_CPUS
+
+
+# -- Ray Tune ---------------------------------------------------------------------------------------------------------
+
+
+def _fit(config: TuneConfig, folder: Path, left: list[Trial], num: int, room: int, done: list[sweeps.Trial]) -> None:
+    """Runs the trials that are left. Ray Tune's own folder is of no use afterwards: it is made anew at each start."""
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other output of Ray Tune prints a box at verbose=0, too
     from ray import tune
 
-    quiet_worker()
-    sweep = json.loads(trial["sweep"])
-    folder = Path(sweep["run"]) / "trials" / tune.get_context().get_trial_id()
-    configs = _stage_configs(sweep, trial["overrides"], folder)
-    if "pretrain" in configs:
-        pretrain.run(configs["pretrain"])
-    tune.report({METRIC: finetune.run(configs["finetune"]).val_dice})
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    space: dict[str, Any] = {"sweep": config.model_dump_json()}  # as text: Tune would take its verbs for a second space
+    search = None
+    if config.search == "optuna":
+        search = _optuna(config, sweeps.read_trials(folder))
+    else:
+        space["trial"] = tune.grid_search([_as_continued(folder, trial) for trial in left])
+        num = 1
+    shutil.rmtree(folder / "tune", ignore_errors=True)
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, {"cpu": 0.01}),  # it only waits for its workers, which reserve their own
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            num_samples=num,
+            max_concurrent_trials=room,
+            search_alg=search,
+            scheduler=_scheduler(config, done),
+        ),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(folder), verbose=0, callbacks=[_callback(config, folder, room)]
+        ),
+    )
+    tuner.fit()
+
+
+def _as_continued(folder: Path, trial: Trial) -> dict[str, Any]:
+    """A trial as Tune sees it; one that pbt has changed goes on as it was."""
+    found = sweeps.read_trial(folder / "trials" / trial.name)
+    return {"name": trial.name, "values": found.values if found else trial.values}
+
+
+def _optuna(config: TuneConfig, begun: list[sweeps.Trial]) -> Any:
+    """Optuna's search, which knows what ended trials gave and first draws those again that were interrupted."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    space = {key: _domain(verbs) for key, verbs in config.space.items()}
+    if config.arms:
+        space["arm"] = _domain({"choice": list(config.arms)})
+    space = OptunaSearch.convert_search_space({"trial": {"values": space}})
+    ended, interrupted = [], []
+    for trial in begun:
+        point = {key: json.dumps(v) if isinstance(v, list) else v for key, v in trial.values.items()}
+        point = {f"trial/values/{key}": value for key, value in point.items()}
+        if set(point) == set(space):  # of the space as it is now
+            (ended if trial.state in sweeps.ENDED else interrupted).append((point, trial.score))
+    seed = config.seed + len(begun)
+    again = [point for point, _ in interrupted] or None
+    search = OptunaSearch(space=space, metric="score", mode="max", points_to_evaluate=again, seed=seed)
+    for point, score in ended:
+        search.add_evaluated_point(point, score or 0.0)  # a collapsed one has none
+    return search
+
+
+def _scheduler(config: TuneConfig, done: list[sweeps.Trial]) -> Any:
+    """ASHA with the rungs of trials that ended before, PBT, or none. Time is percent of the judged stages."""
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
+
+    chosen, shared = config.scheduler, {"time_attr": "progress", "metric": "score", "mode": "max"}
+    if chosen.kind == "asha":
+        options = {"grace_period": chosen.grace, "reduction_factor": chosen.reduction, "stop_last_trials": False}
+        asha = ASHAScheduler(**shared, **options, max_t=end_of(config) - 1)
+        for trial in done:
+            stub = SimpleNamespace(trial_id=trial.name)
+            asha.on_trial_add(None, stub)
+            for progress, score in trial.reports:
+                asha.on_trial_result(None, stub, {"progress": progress, "score": score})
+        return asha
+    if chosen.kind == "pbt":
+        mutations = {"trial": {"values": {LEARNING_RATE: _domain(config.space[LEARNING_RATE])}}}
+        verbs = config.space[LEARNING_RATE]
+        if "choice" in verbs:
+            mutations = {"trial": {"values": {LEARNING_RATE: verbs["choice"]}}}
+        return PopulationBasedTraining(**shared, perturbation_interval=chosen.grace, hyperparam_mutations=mutations)
+    return FIFOScheduler()
+
+
+def _callback(config: TuneConfig, folder: Path, room: int) -> Any:
+    """Prints the table, and notes which trials Tune stopped or lost."""
+    from ray import tune
+
+    class Table(tune.Callback):
+        def __init__(self):
+            self.shown, self.looked, self.before = time.monotonic(), -math.inf, None
+
+        def on_trial_complete(self, iteration, trials, trial, **info):
+            _ended(folder, trial, "stopped", None)
+
+        def on_trial_error(self, iteration, trials, trial, **info):
+            _ended(folder, trial, "failed", "its process died (out of memory?)")
+
+        def on_step_end(self, iteration, trials, **info):
+            if time.monotonic() - self.looked < LOOK_S:
+                return
+            self.looked = time.monotonic()
+            found = {trial.name: trial for trial in sweeps.read_trials(folder)}
+            states = {trial.name: trial.state for trial in found.values()}
+            new = {name for name, state in states.items() if (self.before or {}).get(name) != state}
+            due = time.monotonic() - self.shown > SHOW_S
+            shown = [t for t in found.values() if (t.name in new and self.before is not None) or t.state == "running"]
+            if shown and (new or due):
+                print(sweeps.table(shown, head=self.before is None or not any(self.before.values())), flush=True)
+                print(sweeps.counts(list(found.values()), _num_trials(config), room), flush=True)
+                self.shown = time.monotonic()
+            self.before = states
+
+    return Table()
+
+
+def _ended(folder: Path, trial: Any, state: str, error: str | None) -> None:
+    name = trial.config["trial"].get("name") or name_of(values_of(trial.config["trial"]))
+    found = sweeps.read_trial(folder / "trials" / name)
+    if found and found.state == "running":
+        sweeps.end(folder / "trials" / name, state, error)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def _collect(config: TuneConfig, folder: Path, results) -> Result:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = []
-    for result in results:
-        error = str(result.error).strip().splitlines()[-1] if result.error else None
-        metrics = result.metrics or {}
-        row = {"trial": Path(result.path).name, METRIC: metrics.get(METRIC), "seconds": metrics.get("time_total_s")}
-        rows.append(row | {"error": error, "overrides": json.dumps(result.config["overrides"])})
-    pq.write_table(pa.Table.from_pylist(rows), folder / "trials.parquet")
-    failed = [f"{row['trial']}: {row['error']}" for row in rows if row["error"]]
-    good = [row for row in rows if row[METRIC] is not None]
-    if not good:
-        raise FailedRun(f"every trial failed; the first: {failed[0] if failed else 'no result'}")
-    best = max(good, key=lambda row: row[METRIC])
-    overrides = json.loads(best["overrides"])
-    for stage, stage_config in _stage_configs(_plain(config), overrides, folder / "best").items():
-        values = stage_config.model_dump(mode="json", exclude={"index", "run", "init"})
-        (folder / f"best_{stage}.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
-    write_json(folder / "best.json", {METRIC: best[METRIC], "overrides": overrides})
-    return Result(str(folder), overrides, best[METRIC], len(rows), failed)
+def _collect(config: TuneConfig, folder: Path) -> Result:
+    found = sweeps.read_trials(folder)
+    sweeps.write_table(folder)
+    scored = [trial for trial in found if trial.score is not None and trial.state == "done"]
+    if not scored:
+        failed = next((trial.error for trial in found if trial.error), "no result")
+        raise FailedRun(f"no trial of {len(found)} came to a score; the first: {failed}")
+    best = max(scored, key=lambda trial: trial.score)
+    configs = stage_configs(config, best.values, folder / "trials" / best.name)
+    sections = {
+        stage: stage_config.model_dump(mode="json", exclude={"index", "run", "init", "ray"})
+        for stage, stage_config in configs.items()
+        if stage in ("pretrain", "finetune")
+    }
+    text = f"# Best of {len(found)} trials by {config.judge}, {best.score:.4f}: {_title(best.values)}\n"
+    doors = " and ".join(f"python -m pgl_ray.{stage}" for stage in sections)
+    text += f"# {doors} take their own part: best.yaml index=... run=...\n"
+    aside = folder / f"best.yaml.part{os.getpid()}"
+    aside.write_text(text + OmegaConf.to_yaml(OmegaConf.create(sections)))
+    aside.replace(folder / "best.yaml")
+    report.run(build(ReportConfig, {"run": [str(folder)], "title": f"Sweep {folder.name}"}))
+    print("\n" + sweeps.table(sorted(found, key=lambda trial: -(trial.score or -1))))
+    states = dict(Counter(trial.state for trial in found))
+    return Result(str(folder), best.values, best.score, states)
 
 
 def describe(result: Result) -> str:
     """The closing line."""
-    settings = ", ".join(f"{key}={value}" for key, value in result.best.items())
-    failed = f", {len(result.failed)} failed" if result.failed else ""
-    return (
-        f"tune: best {METRIC} {result.dice:.4f} with {settings} of {result.num_trials} trials{failed}; {result.folder}"
-    )
+    counts = ", ".join(f"{num} {state}" for state, num in result.states.items())
+    return f"tune: best score {result.score:.4f} with {_title(result.best)}; {counts}; {result.folder}/report.html"
 
 
 def main() -> None:
-    command("tune", TuneConfig, run, describe)
+    own = importlib.import_module("pgl_ray.tune")  # Ray's processes import it by name; __main__ they cannot
+    command("tune", TuneConfig, own.run, own.describe)
 
 
 if __name__ == "__main__":

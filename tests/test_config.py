@@ -30,7 +30,9 @@ def minimal(model):
 
 
 @pytest.mark.parametrize(
-    "path", [p for d in ("conf", "data_prep") for p in sorted((ROOT / d).glob("*.yaml"))], ids=lambda p: p.name
+    "path",
+    [p for d in ("conf", "data_prep") for p in sorted((ROOT / d).glob("*.yaml")) if p.stem != "published"],
+    ids=lambda p: p.name,
 )
 def test_shipped_yaml_loads(path):
     """A config file is named after its door: pretrain.yaml, finetune_bcv.yaml; those of data_prep are for prepare."""

@@ -157,18 +157,24 @@ def test_a_loss_that_is_not_finite_ends_fine_tuning_at_once(ray_cluster, tmp_pat
     assert 1 <= checkpoint.committed_step(tmp_path / "run") <= 2
 
 
-def test_a_sweep_runs_the_doors(ray_cluster, tmp_path):
+def test_a_sweep_runs_the_doors(ray_cluster, tmp_path, capfd):
+    """tune_spaces/smoke.yaml with a learning rate that cannot work: its trial fails, the other one is the best."""
     write_phantoms(tmp_path / "raw", 0, 3, 0, seed=0, shape=(24, 64, 64), spacing_mm=(10.0, 5.0, 5.0))
     prepare.run(c.PrepareConfig(source=str(tmp_path / "raw"), store=str(tmp_path / "store")))
-    base = {"max_steps": 2, "global_batch_size": 2, "patch": {"size": [16, 32, 48]}, "encoder": ENCODER}
-    values = {"index": str(tmp_path / "store"), "run": str(tmp_path / "sweep"), "base_finetune": base}
-    values |= {"space": {"finetune.optim.lr": {"grid_search": [0.1, 0.01]}}}
-    result = tune.run(c.build(c.TuneConfig, values))
-    assert result.num_trials == 2 and not result.failed
-    table = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
-    assert result.dice == max(row["val_dice"] for row in table)
-    best = [str(tmp_path / "sweep" / "best_finetune.yaml"), "index=s", "run=r"]
-    assert c.load(c.FinetuneConfig, best).optim.lr == result.best["finetune.optim.lr"]
+    space = [str(Path(__file__).parents[1] / "tune_spaces" / "smoke.yaml"), f"index={tmp_path}/store"]
+    space += [f"run={tmp_path}/sweep", "space[finetune.optim.lr].grid_search=[0.1,1e30]"]
+    result = tune.run(c.load(c.TuneConfig, space))
+    assert result.states == {"done": 1, "failed": 1} and result.best == {"finetune.optim.lr": 0.1}
+    rows = {row["finetune.optim.lr"]: row for row in pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()}
+    assert rows[0.1]["score"] == result.score and rows[0.1]["patches"] == 8 and "loss" in rows[1e30]["error"]
+    assert (
+        rows[0.1]["pretrain"] == rows[1e30]["pretrain"] and len(list((tmp_path / "sweep" / "pretrain").glob("*/"))) == 1
+    )
+    best = [str(tmp_path / "sweep" / "best.yaml"), "index=s", "run=r"]
+    assert c.load(c.FinetuneConfig, best).optim.lr == 0.1 and c.load(c.PretrainConfig, best).encoder.width == 8
+    assert "1 failed" in (tmp_path / "sweep" / "report.html").read_text()
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) < 30 and not any("Trial" in line or "experiment" in line for line in lines)
 
 
 def test_real_scans_end_to_end(ray_cluster, real_data, tmp_path):

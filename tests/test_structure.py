@@ -10,15 +10,18 @@ ROOMS = {"data", "model", "train"}
 DOORS = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "config", "prior"}
 RAY_ALLOWED = {"data/stream.py", "train/launch.py", "train/checkpoint.py"}
 DOOR_TO_DOOR = {
-    ("tune", "pretrain"),
-    ("tune", "finetune"),
+    *(("trial", stage) for stage in ("pretrain", "probe", "finetune", "evaluate")),
+    *(("tune", other) for other in ("trial", "pretrain", "finetune", "report", "sweeps")),
+    ("trial", "sweeps"),
     ("finetune", "evaluate"),
     ("pretrain", "probe"),
     ("bench", "pretrain"),
     ("check_align", "pictures"),
 }
 DOOR_TO_DOOR |= {("predict", "viewer"), ("viewer", "pictures")}  # the page beside a label map, no door itself
-DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's two halves, no doors themselves
+DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's halves, no doors themselves
+DOOR_TO_DOOR |= {("report", "sweep_report"), ("sweeps", "tables")}
+DOOR_TO_DOOR |= {("sweep_report", other) for other in ("sweeps", "tables", "pictures")}
 
 
 def imports(path: Path) -> set[str]:

@@ -94,7 +94,7 @@ def fit(
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": train.gpus_per_worker} if use_gpu else {})},
         ),
         run_config=ray.train.RunConfig(
             name=folder.name,
@@ -119,10 +119,11 @@ def check_resources(train: TrainConfig) -> bool:
 
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
-    use_gpu = train.device == "cuda" or (train.device == "auto" and gpus >= train.num_workers)
-    if gpus < train.num_workers and (use_gpu or (train.device == "auto" and gpus > 0)):
+    wanted = train.num_workers * train.gpus_per_worker
+    use_gpu = train.device == "cuda" or (train.device == "auto" and gpus >= wanted)
+    if gpus < wanted and (use_gpu or (train.device == "auto" and gpus > 0)):
         raise ValueError(
-            f"train.num_workers={train.num_workers} need a GPU each, the cluster has {gpus:.0f}: lower it, "
+            f"train.num_workers={train.num_workers} need {wanted:g} GPUs, the cluster has {gpus:g}: lower it, "
             "or take train.device=cpu"
         )
     need = train.num_workers * train.cpus_per_worker + FEED_CPUS
@@ -245,10 +246,11 @@ class Progress:
         judged = [row["health/collapsed"] for row in rows if "health/collapsed" in row]
         parts += ["features COLLAPSED" for share in judged[-1:] if share >= 0.5]
         if steps and row["step"] < self.num_steps:
-            parts.append(f"{_clock((self.num_steps - row['step']) * seconds / steps)} left")
+            parts.append(f"{clock((self.num_steps - row['step']) * seconds / steps)} left")
         return ", ".join(parts)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"

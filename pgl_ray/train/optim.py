@@ -51,8 +51,17 @@ def polynomial(optimizer: torch.optim.Optimizer, num_steps: int, power: float) -
     return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / num_steps) ** power)
 
 
-def ema_decay(step: int, num_steps: int, start: float) -> float:
-    """BYOL's cosine from `start` at step 0 to 1 at `num_steps`: 1 - (1 - start) (cos(pi step / num_steps) + 1) / 2."""
+def ema_decay(step: int, num_steps: int, start: float, schedule: str = "cosine") -> float:
+    """Decay of the target at a step.
+
+    Args:
+        step: steps done.
+        num_steps: of the run.
+        start: decay at step 0.
+        schedule: cosine = BYOL's, to 1 at `num_steps`: 1 - (1 - start) (cos(pi step / num_steps) + 1) / 2; constant.
+    """
+    if schedule == "constant":
+        return start
     return 1 - (1 - start) * (math.cos(math.pi * step / num_steps) + 1) / 2
 
 
