@@ -275,3 +275,13 @@ def test_the_gpus_memory_names_what_to_change(tmp_path, known, monkeypatch):
     for batch_size, mend in ((4, "inference.batch_size=2"), (1, "inference.device=cpu")):
         with pytest.raises(FailedRun, match=f"take {mend}"):
             predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "x.nii.gz", inference={"batch_size": batch_size}))
+
+
+def test_too_little_memory_is_one_line(tmp_path, known, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(predict, "segment", full)
+    write(tmp_path / "ct.nii.gz")
+    with pytest.raises(FailedRun, match=r"ct.nii.gz: not enough memory for \(9, 23, 19\) voxels"):
+        predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "x.nii.gz"))

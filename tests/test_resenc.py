@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from test_resnet import check_centers
 from torch import nn
 
 from pgl_ray import check_align, pretrain
@@ -89,17 +90,7 @@ def test_centers_are_the_gradients_centre_of_mass():
             part.weight.data.fill_(1 / part.weight[0].numel())
         elif isinstance(part, nn.InstanceNorm3d):
             part.forward = lambda x: x
-    net = net.double().eval()
-    x = torch.ones(1, 1, 64, 128, 128, dtype=torch.float64, requires_grad=True)
-    for level, fmap in enumerate(net(x)):
-        cell = [n // 2 for n in fmap.shape[2:]]
-        (weight,) = torch.autograd.grad(fmap[0, :, cell[0], cell[1], cell[2]].sum(), x, retain_graph=True)
-        for axis in range(3):
-            profile = weight[0, 0].sum([a for a in range(3) if a != axis])
-            assert profile[0] == profile[-1] == 0  # nothing is cut off at the border
-            middle = (profile * (torch.arange(len(profile)) + 0.5)).sum() / profile.sum()
-            expected = net.strides[level][axis] * cell[axis] + net.centers[level][axis]
-            assert middle.item() == pytest.approx(expected, abs=1e-6)
+    check_centers(net.double().eval(), (64, 128, 128))
 
 
 def test_init_depends_on_the_seed_alone():
