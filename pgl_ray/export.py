@@ -117,10 +117,18 @@ def load(path: str | Path) -> tuple[nn.Module, Expected]:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
     if "part" not in raw or "architecture" not in raw:
         raise ValueError(f"{path} says nothing about its network: was it written by pgl_ray's export?")
-    metadata = {key: json.loads(value) if value[:1] in "[{" else value for key, value in raw.items()}
+    metadata = {key: _decoded(value) for key, value in raw.items()}
     network = _build(metadata["architecture"])
     network.load_state_dict(weights)
     return network.eval(), Expected(metadata)
+
+
+def _decoded(text: str) -> Any:
+    """JSON where it is some, else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _build(architecture: dict[str, Any]) -> nn.Module:
