@@ -206,7 +206,7 @@ def centre_taps(encoder: Encoder) -> None:
             nn.init.ones_(part.weight), nn.init.zeros_(part.bias), nn.init.zeros_(part.running_mean)
             part.running_var.fill_(1 - part.eps)
         elif isinstance(part, nn.InstanceNorm3d):
-            part.forward = nn.Identity()  # no weights make it one
+            part.forward = lambda x: x  # no weights make it the identity
 
 
 def _pair_of_ramps(priors: list[tuple[Prior, Prior]], size: tuple[int, int, int]) -> Pair:

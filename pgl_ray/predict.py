@@ -73,17 +73,18 @@ def run(config: PredictConfig) -> Result:
             for note in _predict(model, meta, job, maker, config):
                 print(f"predict: note: {names[job]}: {note}", flush=True)
         except (ValueError, OSError, MemoryError) as error:
-            if not many:
-                raise
-            failed.append(names[job])
             reason = " ".join(str(error).split()) or f"{job.source}: not enough memory"
+            if not many:
+                raise FailedRun(reason) if isinstance(error, MemoryError) else error from None
+            failed.append(names[job])
             print(f"predict: left out: {reason}", flush=True)
         rate = (time.monotonic() - began) / done
         progress = f"{done}/{len(todo)} scans, {rate:.1f} s per scan, {(len(todo) - done) * rate:.0f} s left"
         print(f"predict: {progress}; {names[job]}", flush=True)
     if failed:
         listed = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
-        raise FailedRun(f"{len(failed)} of {len(jobs)} files failed: {listed}; the others are in {config.output}")
+        others = f"; the others are in {config.output}" if len(failed) < len(jobs) else ""
+        raise FailedRun(f"{len(failed)} of {len(jobs)} files failed: {listed}{others}")
     return Result(config.output, len(jobs), len(finished))
 
 
@@ -174,7 +175,11 @@ def _predict(model: Segmenter, meta: dict[str, Any], job: Job, maker: str, confi
             overlap=config.inference.overlap,
             batch_size=config.inference.batch_size,
         )
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise MemoryError(f"{job.source}: not enough memory for {scan.voxels.shape} voxels (D, H, W)") from None
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         half = config.inference.batch_size // 2
         mend = f"take inference.batch_size={half}" if half else "take inference.device=cpu"
         raise FailedRun(

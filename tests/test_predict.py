@@ -1,6 +1,7 @@
 """predict: label maps on exactly the input's grid, whatever its orientation and format."""
 
 import gzip
+import json
 import sys
 from types import SimpleNamespace
 
@@ -199,3 +200,88 @@ def test_from_the_command_line_with_a_real_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         predict.main()
     assert error.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+# -- finished scans, notes, the page ----------------------------------------------------------------------------------
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_what_is_finished_is_not_done_again(tmp_path, known, monkeypatch, capsys):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("a", "b", "c"):
+        write(source / f"{name}.nii.gz")
+    assert predict.run(config(source, out)).num_finished_before == 0
+    before = times(out)
+    assert set(before) == {f"{name}.{end}" for name in "abc" for end in ("nii.gz", "json")}
+    result = predict.run(config(source, out))
+    assert result.num_finished_before == 3 and times(out) == before
+    assert "3 of them done before" in capsys.readouterr().out
+    write(source / "b.nii.gz", volume(1))  # another scan of that name
+    (out / "c.nii.gz").unlink()
+    result = predict.run(config(source, out))
+    changed = {name for name, time in times(out).items() if before[name] != time}
+    assert result.num_finished_before == 1 and changed == {"b.nii.gz", "b.json", "c.nii.gz", "c.json"}
+    assert predict.run(config(source, out, inference={"overlap": 0.2})).num_finished_before == 0  # other settings
+    assert predict.run(config(source, out, inference={"overlap": 0.2, "batch_size": 2})).num_finished_before == 3
+    other = lambda run, device: (Bands(volume(7)).eval(), META)  # noqa: E731 (another network)
+    monkeypatch.setattr(predict, "load_segmenter", other)
+    assert predict.run(config(source, out, inference={"overlap": 0.2})).num_finished_before == 0
+
+
+def test_page_and_facts_beside_the_label_map(tmp_path, known):
+    write(tmp_path / "ct.nii.gz")
+    predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "o/label.nii.gz", viewer=True))
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {f"label.{end}" for end in ("nii.gz", "json", "html", "png")}
+    found = json.loads((tmp_path / "o/label.json").read_text())
+    voxel_ml = 0.8 * 1.1 * 3 / 1000
+    for organ, value in (("spleen", 4), ("liver", 300)):
+        count = int((expected(volume()) == value).sum())
+        said = next(item for item in found["organs"] if item["name"] == organ)
+        assert said["voxels"] == count and said["volume_ml"] == pytest.approx(count * voxel_ml, abs=1e-3)
+    assert "liver" in (tmp_path / "o/label.html").read_text()
+    assert predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "o/label.nii.gz", viewer=True)).num_finished_before
+    (tmp_path / "o/label.png").unlink()
+    assert not predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "o/label.nii.gz", viewer=True)).num_finished_before
+
+
+def test_a_ct_unlike_the_training_scans_is_noted(tmp_path, monkeypatch, capsys):
+    data = {"spacing_mm": [[3, 0.5, 0.5], [3, 1, 1], [5, 2, 2]], "resampled_mm": None}
+    meta = META | {"data": data | {"mean_hu": [-400, -300], "std_hu": [400, 500]}}
+    monkeypatch.setattr(predict, "load_segmenter", lambda run, device: (Bands(volume()).eval(), meta))
+    write(tmp_path / "a.nii.gz", np.full(SHAPE, 1000, np.int16))
+    predict.run(config(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"))
+    assert "note: a.nii.gz: the mean of its voxels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["file/x.nii.gz", "/proc/nothing/x.nii.gz"])
+def test_an_output_that_cannot_be_written_is_found_first(tmp_path, known, monkeypatch, output):
+    monkeypatch.setattr(predict, "_predict", lambda *args: pytest.fail("work before the check"))
+    write(tmp_path / "ct.nii.gz")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match="cannot be written: "):
+        predict.run(config(tmp_path / "ct.nii.gz", tmp_path / output))
+
+
+def test_the_gpus_memory_names_what_to_change(tmp_path, known, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(predict, "segment", full)
+    write(tmp_path / "ct.nii.gz")
+    for batch_size, mend in ((4, "inference.batch_size=2"), (1, "inference.device=cpu")):
+        with pytest.raises(FailedRun, match=f"take {mend}"):
+            predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "x.nii.gz", inference={"batch_size": batch_size}))
+
+
+def test_too_little_memory_is_one_line(tmp_path, known, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(predict, "segment", full)
+    write(tmp_path / "ct.nii.gz")
+    with pytest.raises(FailedRun, match=r"ct.nii.gz: not enough memory for \(9, 23, 19\) voxels"):
+        predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "x.nii.gz"))

@@ -107,7 +107,7 @@ def _sums(
             corners = plane[first : first + batch_size]
             cuts = [np.s_[d : d + size[0], h : h + size[1], w : w + size[2]] for h, w in corners]
             windows = torch.from_numpy(np.stack([volume[cut] for cut in cuts])).float()[:, None]
-            logits = (forward(windows.to(device)).float() * weights).to(at)
+            logits = forward(windows.to(device)).float().mul_(weights).to(at)
             for (h, w), logit in zip(corners, logits):
                 low, high = max(h, rows.start), min(h + size[1], rows.stop)
                 target = sums[:, :, low - rows.start : high - rows.start, w : w + size[2]]

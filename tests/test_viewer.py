@@ -1,0 +1,95 @@
+"""The page beside a label map: what it holds lies where the scan lies, and it needs nothing from elsewhere."""
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import re
+
+import nibabel as nib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from pgl_ray import viewer
+from pgl_ray.viewer import Organ
+
+AFFINE = np.array([[0.1, 0.0, -1.5, 40], [0.05, 1.2, 0.02, -30], [3.0, 0, 0, 7], [0, 0, 0, 1]])  # d, h, w -> RAS+ mm
+TEXTS = {"title": "a <b> & c", "subtitle": "s", "made_by": "m"}
+
+
+def scan(shape=(9, 22, 31)):
+    rng = np.random.default_rng(0)
+    voxels = rng.integers(-1024, 1000, shape).astype(np.int16)
+    return voxels, rng.choice(np.array([0, 4, 300], np.uint16), shape)
+
+
+def page_of(voxels, label, names=None):
+    organs = viewer.legend(label, names or {"spleen": 4, "liver": 300}, AFFINE, nested=False)
+    return viewer.make_page(voxels, label, AFFINE, organs, TEXTS)
+
+
+def held(page):
+    """What the page's script reads: two images and the rest."""
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    images = [
+        nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(data.pop(name)))) for name in ("scan", "labels")
+    ]
+    return (*images, data)
+
+
+def same_place(image, index):
+    """World coordinates of a voxel (d, h, w) of a page's image, whose axes are W, H, D."""
+    return image.affine @ [*index[::-1], 1]
+
+
+def test_the_page_holds_scan_and_labels_on_the_scans_grid():
+    voxels, label = scan()
+    page, png = page_of(voxels, label)
+    ct, labels, data = held(page)
+    np.testing.assert_allclose(np.asarray(ct.dataobj).T, voxels, atol=viewer.GREY_HU / 2 + 1e-3)
+    assert np.array_equal(np.asarray(labels.dataobj).T, np.select([label == 4, label == 300], [1, 2]))
+    for image in (ct, labels):
+        np.testing.assert_allclose(same_place(image, (3, 5, 7)), AFFINE @ [3, 5, 7, 1], atol=1e-4)
+    assert data["colormap"]["labels"] == ["", "spleen", "liver"] and data["colormap"]["A"] == [0, 255, 255]
+    inside = np.argwhere(label > 0).mean(0)
+    np.testing.assert_allclose(data["centre"], (AFFINE @ [*inside, 1])[:3], atol=1e-6)
+    picture = imread(io.BytesIO(png), format="png")
+    assert picture.ndim == 3 and picture[..., :3].std() > 0.05 and base64.b64encode(png).decode() in page
+
+
+def test_a_large_scan_is_thinned_where_it_is_finest(monkeypatch):
+    monkeypatch.setattr(viewer, "MAX_VOXELS", 2000)
+    voxels, label = scan()
+    page, _ = page_of(voxels, label)
+    ct, labels, _ = held(page)
+    assert ct.shape == labels.shape == (16, 11, 9) and "One voxel of 1 x 2 x 2 (D, H, W)" in page  # 6138 -> 1584 voxels
+    assert np.array_equal(np.asarray(labels.dataobj).T > 0, label[:, ::2, ::2] > 0)
+    np.testing.assert_allclose(same_place(labels, (3, 4, 5)), AFFINE @ [3, 8, 10, 1], atol=1e-4)
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_shows_pictures_without_webgl():
+    page, _ = page_of(*scan(), names={"a</script><b>": 4, "liver": 300})
+    assert not re.search(r'(?:src|href)="(?!data:)', page) and "<noscript>" in page and 'id="viewer" hidden' in page
+    assert page.count("</script>") == 3 and "a &lt;b&gt; &amp; c" in page  # names and titles cannot end a script
+    script = (viewer.HERE / "niivue.umd.js").read_bytes()
+    licence = (viewer.HERE / "niivue.license.txt").read_text()
+    assert hashlib.sha256(script).hexdigest() in licence and "Redistribution and use" in page
+
+
+@pytest.mark.parametrize("nested, voxels", [(False, [6, 0, 3]), (True, [9, 3, 3])])
+def test_legend_counts_millilitres(nested, voxels):
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[0, 0] = 1
+    label[1, 1, :3] = 5
+    names = {"tumour": 5, "cyst": 3, "organ": 1}
+    found = viewer.legend(label, names, np.diag([2.0, 5.0, -10.0, 1.0]), nested)  # a voxel is 0.1 mL
+    ordered = [("organ", 1), ("cyst", 3), ("tumour", 5)]
+    assert found == [Organ(*organ, n, pytest.approx(0.1 * n)) for organ, n in zip(ordered, voxels)]
+
+
+def test_no_organ_found():
+    voxels, label = scan()
+    page, png = page_of(voxels, np.zeros_like(label))
+    assert held(page)[2]["centre"] is None and page.count(">not found<") == 2 and len(png) > 1000
