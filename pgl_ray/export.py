@@ -100,7 +100,8 @@ def load(path: str | Path) -> tuple[nn.Module, Expected]:
     """Rebuilds the network of a .safetensors file that `export` wrote.
 
     Returns:
-        The encoder (its maps, finest first) or the segmentation network (logits), in eval mode, and what it expects.
+        The encoder (its maps up to the last one that was trained, finest first) or the segmentation network (logits),
+        in eval mode, and what it expects.
 
     Raises:
         ValueError: missing, damaged, or not written by pgl_ray.
@@ -120,6 +121,8 @@ def load(path: str | Path) -> tuple[nn.Module, Expected]:
     metadata = {key: _decoded(value) for key, value in raw.items()}
     network = _build(metadata["architecture"])
     network.load_state_dict(weights)
+    if metadata["part"] == "encoder":
+        network.stop_at(metadata["last_trained_map"])
     return network.eval(), Expected(metadata)
 
 
@@ -222,8 +225,6 @@ def _safetensors(network: nn.Module, metadata: dict[str, str], examples: list[Te
     weights = {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}
     path.write_bytes(save(weights, metadata))  # with the usual permissions
     again = load(path)[0]
-    encoder, own = (part.encoder if isinstance(part, Segmenter) else part for part in (again, network))
-    encoder.stop_at(own.last)
     return [_as_list(again(x)) for x in examples]
 
 

@@ -74,7 +74,7 @@ def make_page(
     rows = [
         {**organ._asdict(), "number": number, "color": organ_color(number)} for number, organ in enumerate(organs, 1)
     ]
-    shrunk = f"Every {' x '.join(map(str, step))}. voxel (D, H, W) is shown." if max(step) > 1 else ""
+    shrunk = f"One voxel of {' x '.join(map(str, step))} (D, H, W) is shown." if max(step) > 1 else ""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )

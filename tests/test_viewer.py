@@ -64,7 +64,7 @@ def test_a_large_scan_is_thinned_where_it_is_finest(monkeypatch):
     voxels, label = scan()
     page, _ = page_of(voxels, label)
     ct, labels, _ = held(page)
-    assert ct.shape == labels.shape == (16, 11, 9) and "Every 1 x 2 x 2. voxel" in page  # 6138 -> 1584 voxels
+    assert ct.shape == labels.shape == (16, 11, 9) and "One voxel of 1 x 2 x 2 (D, H, W)" in page  # 6138 -> 1584 voxels
     assert np.array_equal(np.asarray(labels.dataobj).T > 0, label[:, ::2, ::2] > 0)
     np.testing.assert_allclose(same_place(labels, (3, 4, 5)), AFFINE @ [3, 8, 10, 1], atol=1e-4)
 
