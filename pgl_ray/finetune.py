@@ -85,9 +85,9 @@ def run(config: FinetuneConfig) -> Result:
         try:
             stopped = launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps)
         except FailedRun as error:
-            if "OutOfMemory" not in str(error) and "low on memory" not in str(error):
+            if launch.NO_MEMORY not in str(error):
                 raise
-            raise FailedRun(f"Ray ended a worker because the machine ran out of memory: {_smaller(config)}") from error
+            raise FailedRun(f"{error}, {_smaller(config)}") from error
         if stopped:
             raise FailedRun(stopped)
     best = checkpoint.read_state(Path(folder) / BEST)

@@ -142,3 +142,8 @@ def test_first_cause_is_the_rank_that_failed_by_itself():
     wrapped = "Traceback\n  x\nValueError: mine\nTo retry, see the docs."
     error.worker_failures = {0: RuntimeError("[gloo] peer closed"), 1: RuntimeError(wrapped)}
     assert _first_cause(error) == "worker 1 failed: ValueError: mine"
+    advice = (
+        "Top 10 memory users: ...\nTo adjust the kill threshold, set `RAY_memory_usage_threshold` when starting Ray."
+    )
+    error.worker_failures = {0: RuntimeError(advice)}
+    assert _first_cause(error).endswith("Ray ended a process because the machine's memory was nearly full")

@@ -16,6 +16,7 @@ from pgl_ray.train.quiet import QUIET
 
 COLLECTIVE_TIMEOUT_S = 3600  # one rank may validate a large scan while the others wait; dead ranks are noticed at once
 RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
+NO_MEMORY = "Ray ended a process because the machine's memory was nearly full"
 FEED_CPUS = 1  # that the stream must have at least: it lays out its plan with one
 
 
@@ -140,6 +141,8 @@ def _first_cause(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
     # When one rank dies the others fail in gloo or nccl: show the rank that failed by itself.
     rank, cause = min(failures.items(), key=lambda item: ("gloo" in str(item[1]) or "nccl" in str(item[1]), item[0]))
+    if "RAY_memory_usage_threshold" in str(cause):  # from a page of advice by Ray's memory monitor
+        return f"worker {rank} failed: {NO_MEMORY}"
     # Ray wraps the traceback as text and adds advice below it: the exception's own line is the last that names a class.
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Run)(\(\w+\))?: ", line)]
