@@ -347,7 +347,7 @@ def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]]) -> Non
     checkpoint.write_json(folder / "evaluation" / "summary.json", summary)
 
 
-def test_a_grid_becomes_the_papers_tables(tmp_path):
+def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     arms = {"random": {"finetune.init": "random"}, "pgl": {}}
     space = {"finetune.seed": {"grid_search": [0, 1]}, "finetune.num_scans": {"grid_search": [4]}}
     config = sweep(tmp_path, arms=arms, space=space, published="liver")
@@ -390,6 +390,10 @@ def test_a_grid_becomes_the_papers_tables(tmp_path):
     ]
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
     assert "paper, Table 6" in page and "overlays left out" in page and "pgl, seed 1, num_scans 4" in page
+    drawn = {"scans": [("data:,", "Scan p")], "legend": [(1, "liver", "#E69F00")]}
+    monkeypatch.setattr(report, "overlays", lambda runs: drawn if [r.name for r in runs] == ["random", "pgl"] else {})
+    page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
+    assert "Scan p" in page and "1 liver" in page
 
 
 def test_scores_that_cannot_be_drawn_leave_no_hole(tmp_path):
