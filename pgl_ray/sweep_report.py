@@ -31,7 +31,7 @@ def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[s
         overlays: draws the labels of several evaluated runs.
     """
     config, trials = tables.read_json(folder / sweeps.SWEEP), sweeps.read_trials(folder)
-    scored = [trial for trial in trials if trial.score is not None]
+    scored = [trial for trial in trials if trial.score is not None and trial.state in sweeps.ENDED]
     best = max((t for t in scored if t.state == "done"), key=lambda t: t.score, default=None)
     figures = {"parallel": "", "settings": [], "curves": ""}
     if len(scored) > 1:
@@ -279,12 +279,13 @@ def _cell(values: list[float]) -> str:
 
 
 def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
-    """Each arm against the first one, over the same scans, seeds taken together."""
+    """Each arm against the first one, over the same scans and seeds, seeds taken together."""
     (first, others), lines = next(iter(cells.items())), []
+    theirs = {run.config["seed"]: run for run in others}
     for arm, runs in list(cells.items())[1:]:
-        found = tables.paired_difference(_over_seeds(runs), _over_seeds(others))
-        pairs = list(zip(_by_seed(runs), _by_seed(others)))
-        ahead = sum(mine > theirs for mine, theirs in pairs)
+        pairs = [(run, theirs[run.config["seed"]]) for run in runs if run.config["seed"] in theirs]
+        found = tables.paired_difference(*(_over_seeds(list(part)) for part in zip(*pairs))) if pairs else None
+        ahead = sum((mine.summary["dice"] or 0.0) > (other.summary["dice"] or 0.0) for mine, other in pairs)
         if found:
             worth = "within" if found.low <= 0 <= found.high else "more than"
             lines.append(
@@ -303,11 +304,6 @@ def _over_seeds(runs: list[tables.Run]) -> list[dict[str, Any]]:
             if not math.isnan(row["dice"]):
                 found.setdefault((row["scan_id"], row["organ"]), []).append(row["dice"])
     return [{"scan_id": scan, "organ": organ, "dice": float(np.mean(v))} for (scan, organ), v in found.items()]
-
-
-def _by_seed(runs: list[tables.Run]) -> list[float]:
-    """Mean Dice of each run, by its seed."""
-    return [run.summary["dice"] or 0.0 for run in sorted(runs, key=lambda run: run.config["seed"])]
 
 
 def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:
