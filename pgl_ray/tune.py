@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -358,7 +359,9 @@ def _fit(config: TuneConfig, folder: Path, left: list[Trial], num: int, room: in
             name="tune", storage_path=str(folder), verbose=0, callbacks=[_callback(config, folder, room)]
         ),
     )
-    tuner.fit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice of Ray Tune on its own classes
+        tuner.fit()
 
 
 def _as_continued(folder: Path, trial: Trial) -> dict[str, Any]:
