@@ -320,6 +320,14 @@ def _room(config: TuneConfig, trials: list[Trial]) -> int:
             f"max_concurrent={config.max_concurrent} trials of {cpus_each:g} CPUs and {gpus_each:g} GPUs each are more "
             f"than the cluster has ({cpus:g} CPUs, {gpus:g} GPUs): at most {room}"
         )
+    if config.scheduler.kind == "pbt":
+        if room < len(trials):
+            raise ValueError(
+                f"scheduler.kind=pbt runs its {len(trials)} trials together: they need {len(trials) * cpus_each:g} CPUs "
+                f"and {len(trials) * gpus_each:g} GPUs, the cluster has {cpus:g} and {gpus:g}: lower num_trials, or let "
+                "them share a machine's cores by a higher ray.num_cpus"
+            )
+        return len(trials)
     if len(ray.nodes()) == 1:  # a local cluster may count more CPUs than the machine has
         room = min(room, int((os.cpu_count() or 1) / cpus_each)) if not gpus_each else room
     return config.max_concurrent or max(1, room)

@@ -140,6 +140,9 @@ def test_resources_that_the_cluster_lacks_are_refused(tmp_path, monkeypatch):
     assert tune._room(config, tune.check(config)) == 2  # 1.5 CPUs each
     with pytest.raises(ValueError, match=r"max_concurrent=3 trials of 1\.5 CPUs .* \(4 CPUs, 0 GPUs\): at most 2"):
         tune._room(config.model_copy(update={"max_concurrent": 3}), [])
+    pbt = config.model_copy(update={"scheduler": c.SchedulerConfig(kind="pbt")})
+    with pytest.raises(ValueError, match=r"its 8 trials together: they need 12 CPUs and 0 GPUs, the cluster has 4"):
+        tune._room(pbt, tune.check(config))
     base = {"max_steps": 4, "train": {"num_workers": 2, "device": "cuda"}}
     with pytest.raises(ValueError, match="need 2 GPUs, the cluster has 0"):
         tune._room(sweep(tmp_path, space=LR, base_finetune=base), [])
