@@ -322,10 +322,10 @@ def _room(config: TuneConfig, trials: list[Trial]) -> int:
         )
     if config.scheduler.kind == "pbt":
         if room < len(trials):
+            needs = f"{len(trials) * cpus_each:g} CPUs and {len(trials) * gpus_each:g} GPUs"
             raise ValueError(
-                f"scheduler.kind=pbt runs its {len(trials)} trials together: they need {len(trials) * cpus_each:g} CPUs "
-                f"and {len(trials) * gpus_each:g} GPUs, the cluster has {cpus:g} and {gpus:g}: lower num_trials, or let "
-                "them share a machine's cores by a higher ray.num_cpus"
+                f"scheduler.kind=pbt runs its {len(trials)} trials together: they need {needs}, the cluster has "
+                f"{cpus:g} and {gpus:g}: lower num_trials, or let them share a machine's cores by a higher ray.num_cpus"
             )
         return len(trials)
     if len(ray.nodes()) == 1:  # a local cluster may count more CPUs than the machine has
