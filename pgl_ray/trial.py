@@ -123,6 +123,16 @@ def name_of(values: dict[str, Any]) -> str:
     return _hash(values)[:8]
 
 
+def own_name(config: TuneConfig, trial_id: str, point: dict[str, Any]) -> str:
+    """The name of one of Ray Tune's trials. It stays that of the first start: pbt gives a trial another one's config
+    whole, with its name."""
+    path = Path(config.run) / "tune" / f"{trial_id}.name"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(point.get("name") or name_of(values_of(point)))
+    return path.read_text()
+
+
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -137,11 +147,12 @@ def end_of(config: TuneConfig) -> int:
 
 def run(point: dict[str, Any]) -> None:
     """Runs one trial's doors; each returns at once where it is finished, and continues where it was interrupted."""
+    from ray import tune
+
     quiet_worker()
     config = build(TuneConfig, json.loads(point["sweep"]))
     values = values_of(point["trial"])
-    name = point["trial"].get("name") or name_of(values)
-    folder = Path(config.run) / "trials" / name
+    folder = Path(config.run) / "trials" / own_name(config, tune.get_context().get_trial_id(), point["trial"])
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(str(folder)):
         _run(config, values, folder)

@@ -42,7 +42,7 @@ from pgl_ray.data import stream
 from pgl_ray.data.store import read_index
 from pgl_ray.train import launch
 from pgl_ray.train.checkpoint import write_json
-from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, stage_config, stage_configs, values_of
+from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, own_name, stage_config, stage_configs
 from pgl_ray.trial import run as run_trial
 
 LEARNING_RATE = "finetune.optim.lr"  # that pbt changes
@@ -432,10 +432,10 @@ def _callback(config: TuneConfig, folder: Path, room: int) -> Any:
             self.shown, self.looked, self.before = time.monotonic(), -math.inf, None
 
         def on_trial_complete(self, iteration, trials, trial, **info):
-            _ended(folder, trial, "stopped", None)
+            _ended(config, folder, trial, "stopped", None)
 
         def on_trial_error(self, iteration, trials, trial, **info):
-            _ended(folder, trial, "failed", "its process died (out of memory?)")
+            _ended(config, folder, trial, "failed", "its process died (out of memory?)")
 
         def on_step_end(self, iteration, trials, **info):
             if time.monotonic() - self.looked < LOOK_S:
@@ -455,11 +455,11 @@ def _callback(config: TuneConfig, folder: Path, room: int) -> Any:
     return Table()
 
 
-def _ended(folder: Path, trial: Any, state: str, error: str | None) -> None:
-    name = trial.config["trial"].get("name") or name_of(values_of(trial.config["trial"]))
-    found = sweeps.read_trial(folder / "trials" / name)
-    if found and found.state == "running":
-        sweeps.end(folder / "trials" / name, state, error)
+def _ended(config: TuneConfig, folder: Path, trial: Any, state: str, error: str | None) -> None:
+    """Notes how one of Ray Tune's trials ended, unless it did so itself."""
+    place = folder / "trials" / own_name(config, trial.trial_id, trial.config["trial"])
+    if (place / "trial.json").exists():
+        sweeps.end(place, state, error)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
