@@ -172,6 +172,7 @@ def _run(config: TuneConfig, values: dict[str, Any], folder: Path) -> None:
         _report(score or 0.0, end_of(config), name)
     except Exception as error:  # a failed trial does not end the sweep: its error goes to the table
         sweeps.end(folder, "failed", " ".join(str(error).split()) or type(error).__name__)
+        _report(0.0, 0, name)  # below every rung; Optuna learns that these settings are bad
 
 
 def _stages(config: TuneConfig, values: dict[str, Any], folder: Path) -> tuple[float | None, str | None]:
