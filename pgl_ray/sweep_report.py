@@ -59,6 +59,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "name": trial.name,
         "title": trial.title,
         "state": trial.state if trial.state in ("done", "failed") else f"{trial.state} in {trial.stage}",
+        "first": tables.number(_first(trial), ".4f"),
         "score": tables.number(trial.score, ".4f"),
         "probe": tables.number(sweeps.probed(trial), ".3f"),
         "test": tables.number(evaluation.get("dice"), ".4f"),
@@ -70,6 +71,12 @@ def _row(trial: Trial) -> dict[str, Any]:
         "pretrain": Path(trial.record["pretrain"]).name if trial.record.get("pretrain") else "–",
         "error": trial.error or "",
     }
+
+
+def _first(trial: Trial) -> float | None:
+    """What the first judge said last, in pre-training."""
+    found = [value for progress, value in trial.reports if progress <= trial.record.get("judged_from", 0)]
+    return found[-1] if found else None
 
 
 def _totals(trials: list[Trial]) -> str:
@@ -116,7 +123,8 @@ def _figures(config: dict[str, Any], trials: list[Trial]) -> dict[str, Any]:
     parallel = pictures.to_svg(pictures.parallel_coordinates(axes, scores, ended, judge)) if axes else ""
     lines = []
     for trial in trials:
-        points = [*trial.reports, *([(_end(config), trial.score)] if trial.state == "done" else [])]
+        reports = [point for point in trial.reports if point[0] > trial.record.get("judged_from", 0)]
+        points = [*reports, *([(_end(config), trial.score)] if trial.state == "done" else [])]
         lines.append((*([list(part) for part in zip(*points)] or [[], []]), trial.state == "done"))
     plots = [
         pictures.to_svg(pictures.setting_scores(axis, scores, ended, means(axis, scores, ended), judge))

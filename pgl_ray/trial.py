@@ -164,7 +164,8 @@ def _run(config: TuneConfig, values: dict[str, Any], folder: Path) -> None:
         if earlier.score is not None:
             _report(earlier.score, end_of(config), name)
         return
-    facts = {} if earlier else {"values": values, "started": time.time()}
+    first = 100 if config.first_judge and config.base_finetune is not None else 0
+    facts = {} if earlier else {"values": values, "started": time.time(), "judged_from": first}
     sweeps.note(folder, state="running", error=None, since=time.time(), **facts)
     try:
         score, collapse = _stages(config, values, folder)
