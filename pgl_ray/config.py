@@ -685,7 +685,7 @@ class SchedulerConfig(Section):
 
     kind: Literal["none", "asha", "pbt"] = "none"
     """asha: at each rung the worse trials are stopped (Li et al. 2020); pbt: the worst quarter goes on from one of the
-    best, with its learning rate changed (Jaderberg et al. 2017)."""
+    best, with its learning rate changed (Jaderberg et al. 2017); its trials run all at a time."""
     grace: Annotated[int, Field(ge=1, le=99)] = 25
     """Percent of a judged stage: where the first rung stands, or between two changes of pbt."""
     reduction: Annotated[float, Field(gt=1)] = 2.0

@@ -31,7 +31,7 @@ def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[s
         overlays: draws the labels of several evaluated runs.
     """
     config, trials = tables.read_json(folder / sweeps.SWEEP), sweeps.read_trials(folder)
-    scored = [trial for trial in trials if trial.score is not None]
+    scored = [trial for trial in trials if trial.score is not None and trial.state in sweeps.ENDED]
     best = max((t for t in scored if t.state == "done"), key=lambda t: t.score, default=None)
     figures = {"parallel": "", "settings": [], "curves": ""}
     if len(scored) > 1:
@@ -59,6 +59,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "name": trial.name,
         "title": trial.title,
         "state": trial.state if trial.state in ("done", "failed") else f"{trial.state} in {trial.stage}",
+        "first": tables.number(_first(trial), ".4f"),
         "score": tables.number(trial.score, ".4f"),
         "probe": tables.number(sweeps.probed(trial), ".3f"),
         "test": tables.number(evaluation.get("dice"), ".4f"),
@@ -70,6 +71,12 @@ def _row(trial: Trial) -> dict[str, Any]:
         "pretrain": Path(trial.record["pretrain"]).name if trial.record.get("pretrain") else "–",
         "error": trial.error or "",
     }
+
+
+def _first(trial: Trial) -> float | None:
+    """What the first judge said last, in pre-training."""
+    found = [value for progress, value in trial.reports if progress <= trial.record.get("judged_from", 0)]
+    return found[-1] if found else None
 
 
 def _totals(trials: list[Trial]) -> str:
@@ -116,7 +123,8 @@ def _figures(config: dict[str, Any], trials: list[Trial]) -> dict[str, Any]:
     parallel = pictures.to_svg(pictures.parallel_coordinates(axes, scores, ended, judge)) if axes else ""
     lines = []
     for trial in trials:
-        points = [*trial.reports, *([(_end(config), trial.score)] if trial.state == "done" else [])]
+        reports = [point for point in trial.reports if point[0] > trial.record.get("judged_from", 0)]
+        points = [*reports, *([(_end(config), trial.score)] if trial.state == "done" else [])]
         lines.append((*([list(part) for part in zip(*points)] or [[], []]), trial.state == "done"))
     plots = [
         pictures.to_svg(pictures.setting_scores(axis, scores, ended, means(axis, scores, ended), judge))
@@ -279,12 +287,13 @@ def _cell(values: list[float]) -> str:
 
 
 def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
-    """Each arm against the first one, over the same scans, seeds taken together."""
+    """Each arm against the first one, over the same scans and seeds, seeds taken together."""
     (first, others), lines = next(iter(cells.items())), []
+    theirs = {run.config["seed"]: run for run in others}
     for arm, runs in list(cells.items())[1:]:
-        found = tables.paired_difference(_over_seeds(runs), _over_seeds(others))
-        pairs = list(zip(_by_seed(runs), _by_seed(others)))
-        ahead = sum(mine > theirs for mine, theirs in pairs)
+        pairs = [(run, theirs[run.config["seed"]]) for run in runs if run.config["seed"] in theirs]
+        found = tables.paired_difference(*(_over_seeds(list(part)) for part in zip(*pairs))) if pairs else None
+        ahead = sum((mine.summary["dice"] or 0.0) > (other.summary["dice"] or 0.0) for mine, other in pairs)
         if found:
             worth = "within" if found.low <= 0 <= found.high else "more than"
             lines.append(
@@ -303,11 +312,6 @@ def _over_seeds(runs: list[tables.Run]) -> list[dict[str, Any]]:
             if not math.isnan(row["dice"]):
                 found.setdefault((row["scan_id"], row["organ"]), []).append(row["dice"])
     return [{"scan_id": scan, "organ": organ, "dice": float(np.mean(v))} for (scan, organ), v in found.items()]
-
-
-def _by_seed(runs: list[tables.Run]) -> list[float]:
-    """Mean Dice of each run, by its seed."""
-    return [run.summary["dice"] or 0.0 for run in sorted(runs, key=lambda run: run.config["seed"])]
 
 
 def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:

@@ -118,8 +118,9 @@ def read_trial(folder: Path) -> Trial | None:
     lines = (folder / "reports.jsonl").read_text().splitlines() if (folder / "reports.jsonl").exists() else []
     reports = [tuple(json.loads(line)) for line in lines]
     score = record.get("score")
-    if score is None and reports and record["state"] != "collapsed":
-        score = reports[-1][1]
+    judged = [value for progress, value in reports if progress > record.get("judged_from", 0)]
+    if score is None and judged and record["state"] != "collapsed":
+        score = judged[-1]  # what the first judge said is another figure
     facts = (record["state"], record.get("stage", ""), record.get("error"), score, reports, record)
     return Trial(folder.name, folder, record["values"], *facts)
 

@@ -123,6 +123,16 @@ def name_of(values: dict[str, Any]) -> str:
     return _hash(values)[:8]
 
 
+def own_name(config: TuneConfig, trial_id: str, point: dict[str, Any]) -> str:
+    """The name of one of Ray Tune's trials. It stays that of the first start: pbt gives a trial another one's config
+    whole, with its name."""
+    path = Path(config.run) / "tune" / f"{trial_id}.name"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(point.get("name") or name_of(values_of(point)))
+    return path.read_text()
+
+
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -137,11 +147,12 @@ def end_of(config: TuneConfig) -> int:
 
 def run(point: dict[str, Any]) -> None:
     """Runs one trial's doors; each returns at once where it is finished, and continues where it was interrupted."""
+    from ray import tune
+
     quiet_worker()
     config = build(TuneConfig, json.loads(point["sweep"]))
     values = values_of(point["trial"])
-    name = point["trial"].get("name") or name_of(values)
-    folder = Path(config.run) / "trials" / name
+    folder = Path(config.run) / "trials" / own_name(config, tune.get_context().get_trial_id(), point["trial"])
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(str(folder)):
         _run(config, values, folder)
@@ -153,7 +164,8 @@ def _run(config: TuneConfig, values: dict[str, Any], folder: Path) -> None:
         if earlier.score is not None:
             _report(earlier.score, end_of(config), name)
         return
-    facts = {} if earlier else {"values": values, "started": time.time()}
+    first = 100 if config.first_judge and config.base_finetune is not None else 0
+    facts = {} if earlier else {"values": values, "started": time.time(), "judged_from": first}
     sweeps.note(folder, state="running", error=None, since=time.time(), **facts)
     try:
         score, collapse = _stages(config, values, folder)
@@ -161,6 +173,7 @@ def _run(config: TuneConfig, values: dict[str, Any], folder: Path) -> None:
         _report(score or 0.0, end_of(config), name)
     except Exception as error:  # a failed trial does not end the sweep: its error goes to the table
         sweeps.end(folder, "failed", " ".join(str(error).split()) or type(error).__name__)
+        _report(0.0, 0, name)  # below every rung; Optuna learns that these settings are bad
 
 
 def _stages(config: TuneConfig, values: dict[str, Any], folder: Path) -> tuple[float | None, str | None]:

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from pgl_ray.data import stream
 from pgl_ray.data.store import read_index
 from pgl_ray.train import launch
 from pgl_ray.train.checkpoint import write_json
-from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, stage_config, stage_configs, values_of
+from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, own_name, stage_config, stage_configs
 from pgl_ray.trial import run as run_trial
 
 LEARNING_RATE = "finetune.optim.lr"  # that pbt changes
@@ -319,6 +320,14 @@ def _room(config: TuneConfig, trials: list[Trial]) -> int:
             f"max_concurrent={config.max_concurrent} trials of {cpus_each:g} CPUs and {gpus_each:g} GPUs each are more "
             f"than the cluster has ({cpus:g} CPUs, {gpus:g} GPUs): at most {room}"
         )
+    if config.scheduler.kind == "pbt":
+        if room < len(trials):
+            needs = f"{len(trials) * cpus_each:g} CPUs and {len(trials) * gpus_each:g} GPUs"
+            raise ValueError(
+                f"scheduler.kind=pbt runs its {len(trials)} trials together: they need {needs}, the cluster has "
+                f"{cpus:g} and {gpus:g}: lower num_trials, or let them share a machine's cores by a higher ray.num_cpus"
+            )
+        return len(trials)
     if len(ray.nodes()) == 1:  # a local cluster may count more CPUs than the machine has
         room = min(room, int((os.cpu_count() or 1) / cpus_each)) if not gpus_each else room
     return config.max_concurrent or max(1, room)
@@ -358,7 +367,9 @@ def _fit(config: TuneConfig, folder: Path, left: list[Trial], num: int, room: in
             name="tune", storage_path=str(folder), verbose=0, callbacks=[_callback(config, folder, room)]
         ),
     )
-    tuner.fit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice of Ray Tune on its own classes
+        tuner.fit()
 
 
 def _as_continued(folder: Path, trial: Trial) -> dict[str, Any]:
@@ -421,10 +432,10 @@ def _callback(config: TuneConfig, folder: Path, room: int) -> Any:
             self.shown, self.looked, self.before = time.monotonic(), -math.inf, None
 
         def on_trial_complete(self, iteration, trials, trial, **info):
-            _ended(folder, trial, "stopped", None)
+            _ended(config, folder, trial, "stopped", None)
 
         def on_trial_error(self, iteration, trials, trial, **info):
-            _ended(folder, trial, "failed", "its process died (out of memory?)")
+            _ended(config, folder, trial, "failed", "its process died (out of memory?)")
 
         def on_step_end(self, iteration, trials, **info):
             if time.monotonic() - self.looked < LOOK_S:
@@ -444,11 +455,11 @@ def _callback(config: TuneConfig, folder: Path, room: int) -> Any:
     return Table()
 
 
-def _ended(folder: Path, trial: Any, state: str, error: str | None) -> None:
-    name = trial.config["trial"].get("name") or name_of(values_of(trial.config["trial"]))
-    found = sweeps.read_trial(folder / "trials" / name)
-    if found and found.state == "running":
-        sweeps.end(folder / "trials" / name, state, error)
+def _ended(config: TuneConfig, folder: Path, trial: Any, state: str, error: str | None) -> None:
+    """Notes how one of Ray Tune's trials ended, unless it did so itself."""
+    place = folder / "trials" / own_name(config, trial.trial_id, trial.config["trial"])
+    if (place / "trial.json").exists():
+        sweeps.end(place, state, error)
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -174,7 +174,7 @@ def test_a_sweep_runs_the_doors(ray_cluster, tmp_path, capfd):
     assert c.load(c.FinetuneConfig, best).optim.lr == 0.1 and c.load(c.PretrainConfig, best).encoder.width == 8
     assert "1 failed" in (tmp_path / "sweep" / "report.html").read_text()
     lines = capfd.readouterr().out.splitlines()
-    assert len(lines) < 30 and not any("Trial" in line or "experiment" in line for line in lines)
+    assert not [line for line in lines if "Trial" in line or "experiment" in line]  # Ray Tune's own output
 
 
 def test_real_scans_end_to_end(ray_cluster, real_data, tmp_path):

@@ -140,6 +140,9 @@ def test_resources_that_the_cluster_lacks_are_refused(tmp_path, monkeypatch):
     assert tune._room(config, tune.check(config)) == 2  # 1.5 CPUs each
     with pytest.raises(ValueError, match=r"max_concurrent=3 trials of 1\.5 CPUs .* \(4 CPUs, 0 GPUs\): at most 2"):
         tune._room(config.model_copy(update={"max_concurrent": 3}), [])
+    pbt = config.model_copy(update={"scheduler": c.SchedulerConfig(kind="pbt")})
+    with pytest.raises(ValueError, match=r"its 8 trials together: they need 12 CPUs and 0 GPUs, the cluster has 4"):
+        tune._room(pbt, tune.check(config))
     base = {"max_steps": 4, "train": {"num_workers": 2, "device": "cuda"}}
     with pytest.raises(ValueError, match="need 2 GPUs, the cluster has 0"):
         tune._room(sweep(tmp_path, space=LR, base_finetune=base), [])
@@ -267,6 +270,8 @@ def test_a_continued_trial_replaces_what_it_reports_again(tmp_path):
     assert found.reports == [(10, 0.1), (20, 0.25)] and found.score == 0.25
     assert found.title == "x, lr 0.01235" and 9 <= found.record["took_s"] < 60
     assert "stopped in" in sweeps.table([found])
+    sweeps.note(tmp_path, judged_from=100)
+    assert sweeps.read_trial(tmp_path).score is None  # the first judge's figure is no score
     assert sweeps.counts([found], 3) == "  1 stopped, of 3" or "about" in sweeps.counts([found], 3)
 
 
@@ -347,7 +352,7 @@ def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]]) -> Non
     checkpoint.write_json(folder / "evaluation" / "summary.json", summary)
 
 
-def test_a_grid_becomes_the_papers_tables(tmp_path):
+def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     arms = {"random": {"finetune.init": "random"}, "pgl": {}}
     space = {"finetune.seed": {"grid_search": [0, 1]}, "finetune.num_scans": {"grid_search": [4]}}
     config = sweep(tmp_path, arms=arms, space=space, published="liver")
@@ -390,6 +395,10 @@ def test_a_grid_becomes_the_papers_tables(tmp_path):
     ]
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
     assert "paper, Table 6" in page and "overlays left out" in page and "pgl, seed 1, num_scans 4" in page
+    drawn = {"scans": [("data:,", "Scan p")], "legend": [(1, "liver", "#E69F00")]}
+    monkeypatch.setattr(report, "overlays", lambda runs: drawn if [r.name for r in runs] == ["random", "pgl"] else {})
+    page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
+    assert "Scan p" in page and "1 liver" in page
 
 
 def test_scores_that_cannot_be_drawn_leave_no_hole(tmp_path):
