@@ -276,7 +276,8 @@ def _report(score: float, progress: int, name: str, folder: Path | None = None) 
 
 
 class _Follower:
-    """Reports a run's judged figure to Ray Tune while its door runs; `best` is the highest so far.
+    """Reports a run's judged figure to Ray Tune while its door runs; `best` is the highest so far of the last stage,
+    the newest of an earlier one.
 
     Of the last stage the end is not reported: a scheduler cannot stop what is done.
     """
@@ -311,7 +312,8 @@ class _Follower:
         for row in checkpoint.read_metrics(self.run):
             if row["step"] > self.step and math.isfinite(row.get(self.figure, math.nan)):
                 self.step, value = row["step"], row[self.figure]
-                self.best = value if self.best is None else max(value, self.best)
+                # fine-tuning keeps its best network; of pre-training the newest encoder counts, not the untrained one
+                self.best = max(value, self.best) if self.last and self.best is not None else value
                 if not (self.last and self.step >= num_steps):
                     progress = self.offset + max(1, int(100 * self.step / num_steps))
                     _report(self.best, progress, self.folder.name, self.folder)
