@@ -35,7 +35,7 @@ def open_place(url: str | os.PathLike) -> "Place":
 
 def write_aside(path: Path, content: bytes) -> None:
     """Writes a file in one step: readers see the old one or the new one."""
-    _write_aside(path, [content])
+    _write_aside(path, [content], path.with_name(f"{path.name}.part{os.getpid()}"))
 
 
 def check_writable(given: str, folder: Path) -> None:
@@ -54,8 +54,7 @@ def check_writable(given: str, folder: Path) -> None:
         raise ValueError(f"{given} cannot be written: {error.strerror or error}") from None
 
 
-def _write_aside(path: Path, parts: Iterable[bytes]) -> None:
-    aside = path.with_name(f"{path.name}.part{os.getpid()}")
+def _write_aside(path: Path, parts: Iterable[bytes], aside: Path) -> None:
     try:
         with aside.open("wb") as file:
             file.writelines(parts)
@@ -86,7 +85,8 @@ class Folder:
         """Writes a file in one step."""
         path = self.root / key
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_aside(path, parts)
+        # one writer at a time, so no name of its own: what a kill leaves is taken by the next write
+        _write_aside(path, parts, path.with_name(f"{path.name}.part"))
 
     def names(self, key: str) -> list[str]:
         """What lies directly below, sorted."""
