@@ -23,6 +23,7 @@ from pgl_ray.model.inference import pick_device, segment, time_forward
 from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, summarise
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train.checkpoint import file_of, load_segmenter, whole_lines, write_json
+from pgl_ray.train.launch import out_of_memory
 
 SCANS, TABLE = "scans.jsonl", "metrics.parquet"
 MEAN = "mean of organs"
@@ -94,15 +95,18 @@ def run(config: EvaluateConfig) -> Result:
             "split": config.split,
             "index": str(Path(config.index).absolute()),
             "seconds_per_scan": (time.monotonic() - began) / max(1, len(left)),
-            "forward_ms": time_forward(model, FORWARD_SIZE, 10 if device.type == "cuda" else 1),
+            "forward_ms": _forward_ms(model, device),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         }
         _write_table(folder / TABLE, rows)
         write_json(folder / "summary.json", summary)
     summary = json.loads((folder / "summary.json").read_text())
     print(table(summary), flush=True)
-    size = "x".join(map(str, FORWARD_SIZE))
-    print(f"one {size} volume through the network: {summary['forward_ms']:.0f} ms ({summary['device']})", flush=True)
+    if summary["forward_ms"] is not None:
+        size = "x".join(map(str, FORWARD_SIZE))
+        print(
+            f"one {size} volume through the network: {summary['forward_ms']:.0f} ms ({summary['device']})", flush=True
+        )
     if others is not None:
         rows = [row for record in records for row in found[record.scan_id]]
         compared = compare(rows, others, config.seed) | {"run": config.run, "other": config.compare}
@@ -245,6 +249,16 @@ def _write_prediction(folder: Path, scored: Scored, index: Index) -> None:
     folder.mkdir(exist_ok=True)
     packed = gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
     write_aside(folder / f"{scored.record.scan_id}.nii.gz", packed)
+
+
+def _forward_ms(model: Segmenter, device: torch.device) -> float | None:
+    """Milliseconds of one forward pass; none where it does not fit into memory."""
+    try:
+        return time_forward(model, FORWARD_SIZE, 10 if device.type == "cuda" else 1)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -204,7 +204,8 @@ def _metadata(network: nn.Module, part: str, meta: dict[str, Any]) -> dict[str, 
         found |= {key: meta[key] for key in ("labels", "task", "patch_size")}
     else:
         maps = [{"output_stride": stride, "center": center} for stride, center in zip(encoder.strides, encoder.centers)]
-        found |= {"maps": maps, "last_trained_map": encoder.last, "method": meta.get("method", "pgl")}
+        method = meta.get("method", "pgl" if meta["door"] == "pretrain" else "fine-tuned")  # old runs were all PGL
+        found |= {"maps": maps, "last_trained_map": encoder.last, "method": method}
     found |= {"architecture": architecture, "training_scans": facts or {}, "config": meta["config"]}
     found |= {"made_by": f"pgl_ray {pgl_ray.__version__} {meta['door']}", "format": "pt"}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}

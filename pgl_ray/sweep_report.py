@@ -85,11 +85,11 @@ def _totals(trials: list[Trial]) -> str:
     pairs, pretrain_s = (sum(cost[key] for cost in alone.values()) for key in ("pairs", "pretrain_s"))
     every = [sweeps.cost(trial) for trial in trials]
     patches, finetune_s = (sum(cost[key] for cost in every) for key in ("patches", "finetune_s"))
-    gpus = max((trial.record.get("gpus", 0.0) for trial in trials), default=0.0)
+    gpu_s = sum(cost["pretrain_gpu_s"] for cost in alone.values()) + sum(cost["finetune_gpu_s"] for cost in every)
     num = len({trial.record["pretrain"] for trial in trials if trial.record.get("pretrain")})
     return (
         f"{num} pre-trainings with {pairs:,} view pairs in {pretrain_s / 60:.1f} min and {len(trials)} trials with "
-        f"{patches:,} patches in {finetune_s / 60:.1f} min: {(pretrain_s + finetune_s) / 3600 * gpus:.2f} GPU-hours."
+        f"{patches:,} patches in {finetune_s / 60:.1f} min: {gpu_s / 3600:.2f} GPU-hours."
     )
 
 

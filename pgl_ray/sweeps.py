@@ -145,14 +145,15 @@ def cost(trial: Trial) -> dict[str, float]:
     """View pairs and patches trained on, seconds and GPU-hours of a trial's trainings; a shared pre-training counts in
     full in each trial that used it."""
     spent = {"pairs": 0, "patches": 0, "pretrain_s": 0.0, "finetune_s": 0.0}
+    gpu_s = {"pretrain_gpu_s": 0.0, "finetune_gpu_s": 0.0}
     for stage, unit in (("pretrain", "pairs"), ("finetune", "patches")):
         run = trial.run(stage)
         rows = read_metrics(run) if run else []
         if rows:
             batch = read_json(run / "run.json")["config"]["global_batch_size"]
             spent |= {unit: int(rows[-1]["step"]) * batch, f"{stage}_s": duration_s(rows)}
-    seconds = spent["pretrain_s"] + spent["finetune_s"]
-    return spent | {"gpu_hours": seconds / 3600 * trial.record.get("gpus", 0.0)}
+            gpu_s[f"{stage}_gpu_s"] = duration_s(rows) * trial.record.get(f"{stage}_gpus", 0.0)
+    return spent | gpu_s | {"gpu_hours": sum(gpu_s.values()) / 3600}
 
 
 def evaluation(trial: Trial) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
     if found["probe"]:
         found["probe"] = found["probe"].model_copy(update={"init": init, "output": str(folder / "probe.json")})
     if tuning:
-        found["finetune"] = tuning.model_copy(update={"init": init})
+        kept = {"encoder": shared.encoder} if shared else {}  # the pre-training's, whatever was swept
+        found["finetune"] = tuning.model_copy(update={"init": init} | kept)
     return {stage: stage_config for stage, stage_config in found.items() if stage_config}
 
 
@@ -181,7 +182,7 @@ def _stages(config: TuneConfig, values: dict[str, Any], folder: Path) -> tuple[f
     configs = stage_configs(config, values, folder)
     score, tuning, pretraining = None, configs.get("finetune"), configs.get("pretrain")
     if pretraining:
-        sweeps.note(folder, stage="pretrain", pretrain=pretraining.run, gpus=_gpus(pretraining.train))
+        sweeps.note(folder, stage="pretrain", pretrain=pretraining.run, pretrain_gpus=_gpus(pretraining.train))
         figure = config.first_judge if tuning else config.judge
         with _alone(pretraining.run), _Follower(folder, pretraining.run, figure, 0) as follower:
             collapse = _pretrain(pretraining)
@@ -197,7 +198,7 @@ def _stages(config: TuneConfig, values: dict[str, Any], folder: Path) -> tuple[f
             score = accuracy
             _report(score, 100, folder.name, folder)
     if tuning:
-        sweeps.note(folder, stage="finetune", finetune=tuning.run, gpus=_gpus(tuning.train))
+        sweeps.note(folder, stage="finetune", finetune=tuning.run, finetune_gpus=_gpus(tuning.train))
         _take_over(folder, values, tuning)
         offset = 100 if config.first_judge else 0
         with _Follower(folder, tuning.run, config.judge, offset, last=True) as follower:

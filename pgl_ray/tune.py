@@ -82,8 +82,10 @@ def run(config: TuneConfig) -> Result:
     folder = Path(config.run).absolute()
     trials = check(config)
     _check_stores(config, trials)
-    _remember(config, folder)
+    _remember(config, folder, keep=False)
+    folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
+        _remember(config, folder)
         return _run(config, trials, folder)
 
 
@@ -160,6 +162,15 @@ def _check_judges(config: TuneConfig) -> None:
                 "(strides, views, decay), a collapsed network minimises it, and a training loss says nothing of other "
                 f"scans; take val/dice of fine-tuning, or {PROBE}"
             )
+    if config.base_finetune is not None and not config.judge.startswith("val/dice"):
+        raise ValueError(
+            f"judge={config.judge} is no figure of fine-tuning, which comes last: take val/dice, or base_finetune=null"
+        )
+    probed = (config.base_pretrain or {}).get("probe", {}).get("every") or config.base_probe is not None
+    if config.first_judge and (config.first_judge != PROBE or not probed):
+        raise ValueError(
+            f"first_judge={config.first_judge}: take {PROBE}, with base_pretrain.probe.every=... or a base_probe"
+        )
     if config.base_finetune is None and config.judge.startswith("val/"):
         raise ValueError(f"judge={config.judge} is a figure of fine-tuning, and base_finetune is null: take {PROBE}")
 
@@ -181,7 +192,7 @@ def _check_search(config: TuneConfig) -> None:
             raise ValueError("search=optuna needs Optuna: pip install 'pgl_ray[tune]', or search=random") from None
     if config.scheduler.kind == "pbt":
         verb = next(iter(config.space.get(LEARNING_RATE, {})), "")
-        if verb not in ("uniform", "loguniform", "choice") or config.search == "optuna" or config.num_trials < 2:
+        if verb not in ("uniform", "loguniform", "choice") or config.search == "optuna" or config.num_trials < 4:
             raise ValueError(
                 f"scheduler.kind=pbt changes {LEARNING_RATE} of a population: give that key a uniform, loguniform or "
                 "choice, num_trials of at least 4, and search=random"
@@ -276,8 +287,8 @@ def _check_checkpoints(grace: int, config: FinetuneConfig, train_ids: list[str])
         )
 
 
-def _remember(config: TuneConfig, folder: Path) -> None:
-    """Writes sweep.json, or checks that a sweep that is there has the same bases; its space may grow."""
+def _remember(config: TuneConfig, folder: Path, keep: bool = True) -> None:
+    """Writes sweep.json with `keep`, and checks that a sweep that is there has the same bases; its space may grow."""
     wanted = json.loads(config.model_dump_json())
     path = folder / sweeps.SWEEP
     if path.exists():
@@ -291,7 +302,7 @@ def _remember(config: TuneConfig, folder: Path) -> None:
                 f"run={config.run} is a sweep with another {', '.join(changed)} (sweep.json there): choose another "
                 "run=..."
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise ValueError(f"run={config.run} exists and is no sweep of pgl_ray: choose another run=...")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
@@ -474,14 +485,17 @@ def _collect(config: TuneConfig, folder: Path) -> Result:
         raise FailedRun(f"no trial of {len(found)} came to a score; the first: {failed}")
     best = max(scored, key=lambda trial: trial.score)
     configs = stage_configs(config, best.values, folder / "trials" / best.name)
+    left_out = {"index", "run", "ray"} | ({"init"} if "pretrain" in configs else set())
     sections = {
-        stage: stage_config.model_dump(mode="json", exclude={"index", "run", "init", "ray"})
+        stage: stage_config.model_dump(mode="json", exclude=left_out)
         for stage, stage_config in configs.items()
         if stage in ("pretrain", "finetune")
     }
     text = f"# Best of {len(found)} trials by {config.judge}, {best.score:.4f}: {_title(best.values)}\n"
     doors = " and ".join(f"python -m pgl_ray.{stage}" for stage in sections)
     text += f"# {doors} take their own part: best.yaml index=... run=...\n"
+    if "pretrain" in sections and "finetune" in sections:
+        text += "# fine-tuning starts from the other's run: init=...\n"
     aside = folder / f"best.yaml.part{os.getpid()}"
     aside.write_text(text + OmegaConf.to_yaml(OmegaConf.create(sections)))
     aside.replace(folder / "best.yaml")

@@ -1,6 +1,7 @@
 """Shared fixtures: the real CTs where they lie, and one Ray cluster for the whole session."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 settings.register_profile("fixed", derandomize=True)
 if not os.environ.get("PGL_RAY_LONG"):
     settings.load_profile("fixed")
+
+# A shell has its background jobs ignore SIGINT; tests that interrupt a run need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def test_outputs_are_dynamic_network_architectures(depths):
     x = torch.randn(2, 1, 16, 64, 96)
     with torch.no_grad():
         for a, b in zip(ours(x), theirs(x), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
 def test_strides_shapes_and_where_it_stops():

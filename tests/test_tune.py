@@ -43,6 +43,9 @@ def sweep(tmp_path, **changes) -> c.TuneConfig:
         ({"space": {"pretrain.align.output_stride": {"grid_search": [[8, 8, 8]]}}}, "[8, 16, 16]: take one of them"),
         ({"space": LR, "judge": "train/loss"}, "not comparable between settings"),
         ({"space": LR, "first_judge": "train/loss"}, "a collapsed network minimises it"),
+        ({"space": LR, "judge": "val/iou"}, "no figure of fine-tuning, which comes last: take val/dice"),
+        ({"space": LR, "judge": "probe/balanced_accuracy"}, "take val/dice, or base_finetune=null"),
+        ({"space": LR, "first_judge": "probe/balanced_accuracy"}, "with base_pretrain.probe.every"),
         ({"arms": {"a": {"finetune.run": "x"}}}, "arms.a: 'finetune.run' is not a key"),
         ({"space": {"finetune.seed": {"grid_search": [1]}}, "search": "optuna"}, "take choice instead of grid_search"),
         ({"space": LR, "scheduler": {"kind": "pbt"}}, "num_trials of at least 4"),
@@ -56,6 +59,21 @@ def test_what_would_only_fail_in_a_trial_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError) as caught:
         tune.check(sweep(tmp_path, **changes))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tune_spaces").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("small", [False, True])
+def test_fine_tuning_takes_the_encoder_that_was_pretrained(tmp_path, path, small):
+    """In every trial of every shipped space, at a laptop's size, too."""
+    files = [str(path), *([str(ROOT / "conf/tune_small.yaml")] if small else [])]
+    config = c.load(c.TuneConfig, [*files, "index=s", f"run={tmp_path}/sweep"])
+    trials = tune.check(config)
+    assert trials or config.search == "optuna"
+    for each in trials:
+        configs = trial.stage_configs(config, each.values, tmp_path)
+        if "pretrain" in configs and "finetune" in configs:
+            assert configs["finetune"].encoder == configs["pretrain"].encoder
+            assert configs["finetune"].init == configs["pretrain"].run
 
 
 def test_every_point_of_the_space_is_one_trial(tmp_path):
@@ -272,7 +290,8 @@ def test_a_continued_trial_replaces_what_it_reports_again(tmp_path):
     assert "stopped in" in sweeps.table([found])
     sweeps.note(tmp_path, judged_from=100)
     assert sweeps.read_trial(tmp_path).score is None  # the first judge's figure is no score
-    assert sweeps.counts([found], 3) == "  1 stopped, of 3" or "about" in sweeps.counts([found], 3)
+    line = sweeps.counts([found], 3)
+    assert line.startswith("  1 stopped; about ") and line.endswith(" left, of 3")
 
 
 def test_a_collapse_is_told_from_other_ends(tmp_path):
@@ -361,7 +380,7 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     for (arm, seed), level in dice.items():
         values = {"arm": arm, "finetune.seed": seed, "finetune.num_scans": 4}
         run = tmp_path / "sweep" / "trials" / trial.name_of(values) / "finetune"
-        found = ended(tmp_path, values, level, [(50, level / 2)], finetune=str(run), gpus=2.0)
+        found = ended(tmp_path, values, level, [(50, level / 2)], finetune=str(run), finetune_gpus=2.0)
         scans = {"liver": {"p": level, "q": level}, "tumour": {"p": level - 0.2, "q": level - 0.4}}
         tuned_run(run, seed, scans)
     assert sweeps.cost(found) == {
@@ -369,6 +388,8 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
         "patches": 40,
         "pretrain_s": 0.0,
         "finetune_s": 4.0,
+        "pretrain_gpu_s": 0.0,
+        "finetune_gpu_s": 8.0,
         "gpu_hours": 8 / 3600,
     }
     sweeps.write_table(tmp_path / "sweep")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import pgl_ray
-from pgl_ray.config import Section, dump
+from pgl_ray.config import Section, build, dump
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
@@ -61,7 +61,11 @@ def open_run(config: Section, door: str, facts: dict[str, Any]) -> str:
         if found["door"] != door:
             raise ValueError(f"run={config.run} is a {found['door']} run: choose another run=...")
         skip = MAY_DIFFER | {"run", "index"}
-        names = _differences({k: v for k, v in wanted.items() if k not in skip}, found["config"])
+        try:  # with the defaults of settings that came after the run
+            stored = json.loads(build(type(config), found["config"]).model_dump_json())
+        except ValueError:  # a setting is gone
+            stored = found["config"]
+        names = _differences({k: v for k, v in wanted.items() if k not in skip}, stored)
         changed = sorted(name for name in names if name.split(" ")[0] not in MAY_DIFFER)
         if changed:
             raise ValueError(f"run={config.run} was started with another {', '.join(changed)}: choose another run=...")
