@@ -91,6 +91,7 @@ def run(config: EvaluateConfig) -> Result:
         rows = [row for record in records for row in found[record.scan_id]]
         summary = summarise(rows) | {
             "ci95": intervals(rows, config.seed),
+            "seed": config.seed,
             "num_scans": len(records),
             "split": config.split,
             "index": str(Path(config.index).absolute()),
@@ -101,6 +102,10 @@ def run(config: EvaluateConfig) -> Result:
         _write_table(folder / TABLE, rows)
         write_json(folder / "summary.json", summary)
     summary = json.loads((folder / "summary.json").read_text())
+    if summary.get("seed") != config.seed:
+        rows = [row for record in records for row in found[record.scan_id]]
+        summary |= {"ci95": intervals(rows, config.seed), "seed": config.seed}
+        write_json(folder / "summary.json", summary)
     print(table(summary), flush=True)
     if summary["forward_ms"] is not None:
         size = "x".join(map(str, FORWARD_SIZE))

@@ -190,6 +190,8 @@ def test_what_was_evaluated_is_not_evaluated_again(folder, monkeypatch):
     first = evaluate.run(config(folder)).summary
     assert segmented == [(11, 20, 17), (13, 21, 30), (13, 21, 30), (10, 19, 18)]
     assert evaluate.run(config(folder)).summary == first and len(segmented) == 4
+    assert evaluate.run(config(folder, seed=5)).summary["seed"] == 5  # other draws for the intervals, no network
+    assert evaluate.run(config(folder)).summary == first and len(segmented) == 4
     assert pq.read_table(out / "metrics.parquet").num_rows == 5
 
     evaluate.run(config(folder, num_scans=1))
