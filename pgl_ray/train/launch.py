@@ -47,7 +47,7 @@ def connect(config: RayConfig) -> None:
         options |= {
             "address": "local",
             "num_cpus": config.num_cpus or max(4, os.cpu_count() or 1),
-            "object_store_memory": config.object_store_mb * 2**20,
+            "object_store_memory": config.object_store_mb and config.object_store_mb * 2**20,
             "include_dashboard": True,
         }
         # Ray warns on the console when it runs 4 times as many processes as this; a training needs about 15.
