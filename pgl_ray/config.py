@@ -340,8 +340,8 @@ class RayConfig(Section):
     num_cpus: Positive | None = None
     """Logical CPUs of a new local cluster; none: this machine's cores, at least 4."""
     object_store_mb: Positive | None = None
-    """Object store of a new local cluster in MB; none: Ray's own choice, 30 % of the memory. It must hold some 30 batches
-    of a worker (128 pairs of 16x96x96: 75 MB each), or the stream comes in fits and starts."""
+    """Object store of a new local cluster in MB; none: Ray's own choice, 30 % of the memory. It must hold some 30
+    batches of a worker (128 pairs of 16x96x96: 75 MB each), or the stream comes in fits and starts."""
     tmp_dir: str | None = None
     """Ray's temporary folder for a new local cluster (keep it short: unix sockets live there)."""
 
