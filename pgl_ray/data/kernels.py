@@ -17,7 +17,7 @@ class Kernels(NamedTuple):
     resize: Callable
     blur: Callable
     gain_and_gamma: Callable
-    random_bits: Callable
+    normal: Callable
     look_up: Callable
 
 
@@ -29,12 +29,11 @@ def load() -> Kernels | None:
     except ImportError:
         return None
     options = {"nogil": True, "fastmath": {"contract", "nnan", "nsz"}}
+    plain = _resize, _blur, _gain_and_gamma, _normal, _look_up
     try:
-        return Kernels(
-            *(njit(cache=True, **options)(each) for each in (_resize, _blur, _gain_and_gamma, _random_bits, _look_up))
-        )
+        return Kernels(*(njit(cache=True, **options)(each) for each in plain))
     except RuntimeError:  # no folder to keep machine code in
-        return Kernels(*(njit(**options)(each) for each in (_resize, _blur, _gain_and_gamma, _random_bits, _look_up)))
+        return Kernels(*(njit(**options)(each) for each in plain))
 
 
 def _resize(crop, planes, rows, height, width, low, high, scale, shift, z, y, x, out):
@@ -78,36 +77,38 @@ def _blur(view, taps, out):
 
     Args:
         view: float32 [D, H, W], C order.
-        taps: float32 [2 * radius + 1], the same on all axes.
+        taps: float32 [4], from the middle outwards, the same on all axes and sides.
         out: float32 [D, H, W], another array.
     """
     depth, height, width = view.shape
-    radius = len(taps) // 2
+    tap_0, tap_1, tap_2, tap_3 = taps
     plane = np.empty((height, width), np.float32)
-    row = np.empty(width + 2 * radius, np.float32)
+    row = np.empty(width + 6, np.float32)
     for i in range(depth):
+        above_1, above_2, above_3 = view[max(i - 1, 0)], view[max(i - 2, 0)], view[max(i - 3, 0)]
+        below_1, below_2, below_3 = (
+            view[min(i + 1, depth - 1)],
+            view[min(i + 2, depth - 1)],
+            view[min(i + 3, depth - 1)],
+        )
         for j in range(height):
-            line = plane[j]
-            line[:] = 0
-            for t in range(len(taps)):
-                source, tap = view[min(max(i + t - radius, 0), depth - 1), j], taps[t]
-                for k in range(width):
-                    line[k] += tap * source[k]
+            line, middle = plane[j], view[i, j]
+            a_1, a_2, a_3, b_1, b_2, b_3 = above_1[j], above_2[j], above_3[j], below_1[j], below_2[j], below_3[j]
+            for k in range(width):
+                near = tap_0 * middle[k] + tap_1 * (a_1[k] + b_1[k])
+                line[k] = near + tap_2 * (a_2[k] + b_2[k]) + tap_3 * (a_3[k] + b_3[k])
         for j in range(height):
-            row[:] = 0
-            inner = row[radius : radius + width]
-            for t in range(len(taps)):
-                source, tap = plane[min(max(j + t - radius, 0), height - 1)], taps[t]
-                for k in range(width):
-                    inner[k] += tap * source[k]
-            row[:radius] = row[radius]
-            row[radius + width :] = row[radius + width - 1]
+            middle, a_1, a_2, a_3 = plane[j], plane[max(j - 1, 0)], plane[max(j - 2, 0)], plane[max(j - 3, 0)]
+            b_1, b_2, b_3 = plane[min(j + 1, height - 1)], plane[min(j + 2, height - 1)], plane[min(j + 3, height - 1)]
+            for k in range(width):
+                near = tap_0 * middle[k] + tap_1 * (a_1[k] + b_1[k])
+                row[k + 3] = near + tap_2 * (a_2[k] + b_2[k]) + tap_3 * (a_3[k] + b_3[k])
+            row[:3] = row[3]
+            row[width + 3 :] = row[width + 2]
             line = out[i, j]
-            line[:] = 0
-            for t in range(len(taps)):
-                source, tap = row[t : t + width], taps[t]
-                for k in range(width):
-                    line[k] += tap * source[k]
+            for k in range(width):
+                near = tap_0 * row[k + 3] + tap_1 * (row[k + 2] + row[k + 4])
+                line[k] = near + tap_2 * (row[k + 1] + row[k + 5]) + tap_3 * (row[k] + row[k + 6])
 
 
 def _gain_and_gamma(view, low, high, gain, gamma, out):
@@ -162,26 +163,65 @@ def _gain_and_gamma(view, low, high, gain, gamma, out):
             target[k] = (power[k] * unit[k] if exponents[k] > -123 else of_zero) * span + bottom
 
 
-def _random_bits(state, first, second):
-    """Two 24-bit numbers per step of splitmix64's counter, as `views.noise` draws them.
+def _normal(state, out):
+    """Standard normal numbers as `views.noise` draws them, to float32's rounding.
+
+    Logarithm, sine and cosine are Cephes' polynomials in loops without branches, which become vector instructions.
 
     Args:
-        state: uint64, the counter's start.
-        first, second: float32 [n], to be filled.
+        state: uint64, the start of splitmix64's counter.
+        out: float32 [n], to be filled: the cosines' half first.
     """
     step, factor_1, factor_2 = (
         np.uint64(0x9E3779B97F4A7C15),
         np.uint64(0xBF58476D1CE4E5B9),
         np.uint64(0x94D049BB133111EB),
     )
-    mask = np.uint64(0xFFFFFF)
-    for k in range(len(first)):
-        bits = state + np.uint64(k) * step
-        bits = (bits ^ (bits >> np.uint64(30))) * factor_1
-        bits = (bits ^ (bits >> np.uint64(27))) * factor_2
-        bits ^= bits >> np.uint64(31)
-        first[k] = np.float32(np.int32((bits >> np.uint64(40)) & mask))
-        second[k] = np.float32(np.int32((bits >> np.uint64(12)) & mask))
+    mask, one, half = np.uint64(0xFFFFFF), np.float32(1), np.float32(0.5)
+    quarter, radians, log_2 = np.float32(2**22), np.float32(2 * np.pi / 2**24), np.float32(0.69314718056)
+    root_half = np.int32(0x3F3504F3)  # bits of sqrt(1 / 2): mantissas are taken from there to sqrt(2)
+    num, block = (len(out) + 1) // 2, 1024
+    length, first, second = np.empty(block, np.float32), np.empty(block, np.float32), np.empty(block, np.float32)
+    bits_of = length.view(np.int32)
+    for start in range(0, num, block):
+        size = min(block, num - start)
+        for k in range(size):
+            bits = state + np.uint64(start + k) * step
+            bits = (bits ^ (bits >> np.uint64(30))) * factor_1
+            bits = (bits ^ (bits >> np.uint64(27))) * factor_2
+            bits ^= bits >> np.uint64(31)
+            length[k] = np.float32(np.int32((bits >> np.uint64(40)) & mask) + 1)
+            second[k] = np.float32(np.int32((bits >> np.uint64(12)) & mask))
+        for k in range(size):
+            above = bits_of[k] - root_half
+            first[k] = np.float32((above >> 23) - 24)  # of a number in (0, 1]
+            bits_of[k] = (above & 0x7FFFFF) + root_half
+        for k in range(size):  # sqrt(-2 log)
+            x = length[k] - one
+            log = np.float32(1.1676998740e-1) + x * (np.float32(-1.1514610310e-1) + x * np.float32(7.0376836292e-2))
+            log = np.float32(-1.6668057665e-1) + x * (
+                np.float32(1.4249322787e-1) + x * (np.float32(-1.2420140846e-1) + x * log)
+            )
+            log = np.float32(3.3333331174e-1) + x * (
+                np.float32(-2.4999993993e-1) + x * (np.float32(2.0000714765e-1) + x * log)
+            )
+            log = x + x * x * (x * log - half) + first[k] * log_2
+            length[k] = np.sqrt(np.float32(-2) * min(log, np.float32(0)))
+        for k in range(size):  # angle = turn quarters of a circle + x, |x| <= an eighth
+            turn = np.int32(second[k] / quarter + half)
+            x = (second[k] - np.float32(turn) * quarter) * radians
+            z = x * x
+            sine = np.float32(8.3321608736e-3) - z * np.float32(1.9515295891e-4)
+            sine = x + x * z * (np.float32(-1.6666654611e-1) + z * sine)
+            cosine = np.float32(-1.388731625493765e-3) + z * np.float32(2.443315711809948e-5)
+            cosine = one - half * z + z * z * (np.float32(4.166664568298827e-2) + z * cosine)
+            along = sine if turn & 1 else cosine
+            across = cosine if turn & 1 else sine
+            first[k] = length[k] * (-along if (turn + 1) & 2 else along)
+            second[k] = length[k] * (-across if turn & 2 else across)
+        out[start : start + size] = first[:size]
+        rest = min(size, len(out) - num - start)
+        out[num + start : num + start + rest] = second[:rest]
 
 
 def _look_up(table, codes, out):

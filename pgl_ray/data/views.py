@@ -510,9 +510,9 @@ def blur(view: Tensor, sigma: float) -> Tensor:
     radius = max(1, round(3 * sigma))
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float32) / sigma) ** 2)
     taps = taps / taps.sum()
-    if compiled := kernels.load():
+    if radius <= 3 and (compiled := kernels.load()):
         blurred = torch.empty(view.shape)
-        compiled.blur(view.contiguous().numpy(), taps.numpy(), blurred.numpy())
+        compiled.blur(view.contiguous().numpy(), F.pad(taps[radius:], (0, 3 - radius)).numpy(), blurred.numpy())
         return blurred
     out = view[None, None]
     for axis in range(3):
@@ -574,24 +574,17 @@ def noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
     Returns:
         float32 [N, *shape].
     """
-    num = math.prod(shape)
-    first, second = _random_bits(_mix(seeds), -(-num // 2))
-    length = first.add_(1).div_(2**24).log_().mul_(-2).sqrt_()
-    angle = second.mul_(2 * math.pi / 2**24)
+    num, states = math.prod(shape), _mix(seeds)
+    if seeds.device.type == "cpu" and (compiled := kernels.load()):
+        drawn = torch.empty(len(seeds), num)
+        for state, row in zip(states.numpy().view(np.uint64), drawn.numpy(), strict=True):
+            compiled.normal(state, row)
+        return drawn.reshape(len(seeds), *shape)
+    bits = _mix(states[:, None] + torch.arange(-(-num // 2), device=seeds.device) * _STEP)
+    length = ((bits >> 40) & 0xFFFFFF).float().add_(1).div_(2**24).log_().mul_(-2).sqrt_()
+    angle = ((bits >> 12) & 0xFFFFFF).float().mul_(2 * math.pi / 2**24)
     drawn = torch.stack([length * torch.cos(angle), length * torch.sin(angle)], 1)
     return drawn.flatten(1)[:, :num].reshape(len(seeds), *shape)
-
-
-def _random_bits(starts: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Two 24-bit numbers per step of a counter, float32 [N, num] each."""
-    compiled = kernels.load() if starts.device.type == "cpu" else None
-    if compiled is None:
-        bits = _mix(starts[:, None] + torch.arange(num, device=starts.device) * _STEP)
-        return ((bits >> 40) & 0xFFFFFF).float(), ((bits >> 12) & 0xFFFFFF).float()
-    first, second = torch.empty(len(starts), num), torch.empty(len(starts), num)
-    for start, *rows in zip(starts.numpy().view(np.uint64), first.numpy(), second.numpy(), strict=True):
-        compiled.random_bits(start, *rows)
-    return first, second
 
 
 def _mix(state: Tensor) -> Tensor:
