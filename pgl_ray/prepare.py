@@ -324,7 +324,7 @@ def _outcomes(
     config: PrepareConfig, folder: str, token: str, tasks: list[Task], names: dict[str, int] | None
 ) -> Iterator[tuple[Source, str, str]]:
     """Converts in parallel; yields (source, status, reason) as scans are done."""
-    options = {key: getattr(config, key) for key in ("hu_window", "chunk", "encoding", "spacing_mm")}
+    options = {key: getattr(config, key) for key in ("hu_window", "chunk", "encoding", "compression", "spacing_mm")}
     work = partial(convert, folder=folder, token=token, names=names, options=options)
     with closing(_in_parallel(work, tasks, config.ray, [source for source, _ in tasks])) as rows:
         for row in rows:
@@ -377,7 +377,7 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
         folder: of the store, absolute, or its URL.
         token: of the run's lock.
         names: organ name -> label value; none: any value may occur.
-        options: hu_window, chunk, encoding and spacing_mm.
+        options: hu_window, chunk, encoding, compression and spacing_mm.
 
     Returns:
         task, status ("converted", "unchanged", "failed", "disk full"), and the reason of a failure.
@@ -434,7 +434,7 @@ def _convert(task: Task, folder: str, names: dict[str, int] | None, options: dic
         source_size=size,
         source_mtime_ns=time_ns,
         source_hash=digest,
-        **{key: options[key] for key in ("hu_window", "chunk", "encoding")},
+        **{key: options[key] for key in ("hu_window", "chunk", "encoding", "compression")},
     )
     return "converted"
 

@@ -203,7 +203,7 @@ class _LocalFile:
         self._file = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._file).st_size
 
-    def ranges(self, spans: list[tuple[int, int]]) -> Iterator[bytes]:
+    def ranges(self, spans: list[tuple[int, int]]) -> Iterator[memoryview]:
         """The bytes of each (offset, length); fewer where the file ends before. Neighbours are read together."""
         done = 0
         while done < len(spans):
@@ -211,7 +211,7 @@ class _LocalFile:
             end, after = begin + length, done + 1
             while after < len(spans) and spans[after][0] == end and end - begin < LARGEST_READ:
                 end, after = end + spans[after][1], after + 1
-            data = os.pread(self._file, end - begin, begin)
+            data = memoryview(os.pread(self._file, end - begin, begin))
             for offset, length in spans[done:after]:
                 yield data[offset - begin : offset - begin + length]
             done = after
@@ -368,7 +368,7 @@ class _RemoteFile:
     def __init__(self, bucket: Bucket, key: str, size: int):
         self._bucket, self._key, self.size = bucket, key, size
 
-    def ranges(self, spans: list[tuple[int, int]]) -> Iterator[bytes]:
+    def ranges(self, spans: list[tuple[int, int]]) -> Iterator[memoryview]:
         import obstore
 
         bounds = [(min(offset, self.size), min(offset + length, self.size)) for offset, length in spans]
@@ -376,7 +376,7 @@ class _RemoteFile:
         starts, ends = [start for start, _ in asked], [end for _, end in asked]
         found = iter(self._bucket._ask(obstore.get_ranges, self._key, starts=starts, ends=ends) if asked else ())
         for start, end in bounds:
-            yield bytes(next(found)) if start < end else b""
+            yield memoryview(next(found)) if start < end else memoryview(b"")
 
     def close(self) -> None:
         pass

@@ -26,20 +26,26 @@ MISSING = 2**64 - 1  # index entry of a chunk that was never written
 
 
 def array_metadata(
-    shape: tuple[int, ...], dtype: np.dtype, chunk: tuple[int, int, int], attributes: dict | None = None
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    chunk: tuple[int, int, int],
+    attributes: dict | None = None,
+    compression: str = "lz4",
 ) -> str:
-    """zarr.json of an array [D, H, W] that lies in one shard of lz4 chunks, as zarr-python writes it.
+    """zarr.json of an array [D, H, W] that lies in one shard of chunks, as zarr-python writes it.
 
     Args:
         shape: in voxels.
         dtype: of integers.
         chunk: inner chunk in voxels.
         attributes: the array's.
+        compression: "lz4" or "none".
     """
     import zarr
     from zarr.codecs import BloscCodec, Crc32cCodec
 
     written: dict = {}
+    blosc_lz4 = BloscCodec(cname="lz4", clevel=LEVEL, shuffle="shuffle")
     zarr.create_array(
         written,
         shape=shape,
@@ -47,7 +53,7 @@ def array_metadata(
         chunks=chunk,
         shards=tuple(-(-size // step) * step for size, step in zip(shape, chunk)),
         # lz4 alone would decode a flipped bit into wrong voxels without a word: hence a checksum per chunk
-        compressors=[BloscCodec(cname="lz4", clevel=LEVEL, shuffle="shuffle"), Crc32cCodec()],
+        compressors=[*([blosc_lz4] if compression == "lz4" else []), Crc32cCodec()],
         fill_value=0,
         dimension_names=["z", "y", "x"],
         attributes=attributes or {},
@@ -55,15 +61,16 @@ def array_metadata(
     return written["zarr.json"].to_bytes().decode()
 
 
-def encode_shard(array: np.ndarray, chunk: tuple[int, int, int]) -> Iterator[bytes]:
+def encode_shard(array: np.ndarray, chunk: tuple[int, int, int], compression: str = "lz4") -> Iterator[bytes]:
     """The one shard of an array [D, H, W], piece by piece, so that it is never whole in memory.
 
     zarr-python reads it, but writes it with four times the CPU time and a second copy of the array. The bytes depend
-    on array and chunk alone.
+    on the arguments alone.
 
     Args:
-        array: integers, native byte order.
+        array: integers, little-endian.
         chunk: inner chunk in voxels; at the far borders filled up with 0.
+        compression: "lz4" or "none".
     """
     blosc.use_threads = False  # several threads would put a chunk's blocks in any order
     grid = tuple(-(-size // step) for size, step in zip(array.shape, chunk))
@@ -74,7 +81,7 @@ def encode_shard(array: np.ndarray, chunk: tuple[int, int, int]) -> Iterator[byt
         if part.shape != scratch.shape:
             scratch[...] = 0
         scratch[tuple(slice(size) for size in part.shape)] = part
-        data = blosc.compress(scratch, b"lz4", LEVEL, blosc.SHUFFLE)
+        data = blosc.compress(scratch, b"lz4", LEVEL, blosc.SHUFFLE) if compression == "lz4" else scratch.tobytes()
         index[place] = offset, len(data) + 4
         offset += len(data) + 4
         yield data
@@ -110,7 +117,8 @@ class ArrayReader:
         self.chunk = chunk_of(metadata)
         self._fill_code = metadata["fill_value"]
         self.stored_dtype = stored
-        self._scratch = np.empty(self.chunk, stored)
+        self._compressed = any(codec["name"] == "blosc" for codec in _chunk_codecs(metadata))
+        self._scratch = np.empty(self.chunk, stored)  # the chunk decoded last
         try:
             self._file = open_place(store).open(f"scans/{scan_id}/{ARRAY_PATHS[kind]}/{SHARD}")
         except OSError as error:
@@ -122,9 +130,10 @@ class ArrayReader:
         grid = tuple(-(-size // step) for size, step in zip(self.shape, self.chunk))
         length = math.prod(grid) * 16 + 4
         footer = next(self._file.ranges([(max(0, self._file.size - length), length)]))
-        if len(footer) < length or not _intact(footer):
+        content = _checked(footer) if len(footer) == length else None
+        if content is None:
             raise self._damaged("has no valid chunk index: the file is cut off or damaged")
-        return np.frombuffer(footer[:-4], "<u8").reshape(*grid, 2)
+        return np.frombuffer(content, "<u8").reshape(*grid, 2)
 
     def read(self, box: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Voxels of a box.
@@ -196,10 +205,14 @@ class ArrayReader:
         offset, length = self._index[place].tolist()
         return None if offset == MISSING else (offset, length)
 
-    def _decode(self, data: bytes, length: int, chunk: tuple[int, int, int]) -> None:
-        if len(data) < length or not _intact(data):
+    def _decode(self, data: memoryview, length: int, chunk: tuple[int, int, int]) -> None:
+        content = _checked(data) if len(data) == length else None
+        if content is None:
             raise self._damaged(f"is damaged in chunk {chunk}")
-        blosc.decompress(memoryview(data)[:-4], self._scratch)
+        if self._compressed:
+            blosc.decompress(content, self._scratch)
+        else:
+            self._scratch = np.frombuffer(content, self.stored_dtype).reshape(self.chunk)
 
     def verify(self) -> str:
         """Reads the whole array; no byte of the shard goes unchecked.
@@ -238,6 +251,11 @@ def chunk_of(metadata: dict) -> tuple[int, int, int]:
     return tuple(metadata["codecs"][0]["configuration"]["chunk_shape"])
 
 
+def _chunk_codecs(metadata: dict) -> list[dict]:
+    """Codecs of an array's inner chunks, from its zarr.json."""
+    return metadata["codecs"][0]["configuration"]["codecs"]
+
+
 def code_table(attributes: dict) -> np.ndarray | None:
     """int16 HU of the 256 codes of an 8-bit array, by its attributes; none: the array holds HU."""
     if "scale_factor" not in attributes:
@@ -245,9 +263,10 @@ def code_table(attributes: dict) -> np.ndarray | None:
     return np.rint(attributes["add_offset"] + attributes["scale_factor"] * np.arange(256)).astype(np.int16)
 
 
-def _intact(data: bytes) -> bool:
-    """Whether bytes that end in their little-endian crc32c agree with it (Zarr's crc32c codec)."""
-    return google_crc32c.value(data[:-4]) == struct.unpack("<I", data[-4:])[0]
+def _checked(data: memoryview) -> bytes | None:
+    """What stands before its little-endian crc32c (Zarr's crc32c codec); none where the two disagree."""
+    content = bytes(data[:-4])
+    return content if google_crc32c.value(content) == struct.unpack("<I", data[-4:])[0] else None
 
 
 def _parts(start: int, stop: int, step: int) -> list[tuple[int, slice, slice]]:

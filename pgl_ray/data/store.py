@@ -362,6 +362,7 @@ def write_scan(
     hu_window: tuple[float, float] = (-1024.0, 325.0),
     encoding: str = "int16",
     chunk: tuple[int, int, int] = (8, 64, 64),
+    compression: str = "lz4",
     orientation: str = "",
     rounding_error_hu: float = 0.0,
     num_padding: int = 0,
@@ -382,6 +383,7 @@ def write_scan(
         hu_window: of the statistics, and of 8-bit codes.
         encoding: "int16", lossless, or "uint8": 256 steps over the HU window, what lies outside is clipped.
         chunk: inner chunk of the shard in voxels.
+        compression: of the volume, "lz4" or "none"; labels are always compressed.
         split, orientation, rounding_error_hu, num_padding, source*: see ScanRecord.
 
     Raises:
@@ -401,9 +403,10 @@ def write_scan(
         counts = np.bincount(code_table(attributes)[codes].view(np.uint16), counts, 2**16).astype(np.int64)
     mean, std = _mean_and_std(counts, hu_window)
     body, border = _shares(volume, counts)
-    arrays = {"volume": (stored, array_metadata(stored.shape, stored.dtype, chunk, attributes))}
+    metadata = array_metadata(stored.shape, stored.dtype, chunk, attributes, compression)
+    arrays = {"volume": (stored, metadata, compression)}
     if label is not None:
-        arrays["label"] = (label, array_metadata(label.shape, label.dtype, chunk))
+        arrays["label"] = (label, array_metadata(label.shape, label.dtype, chunk), "lz4")
     record = ScanRecord(
         scan_id=scan_id,
         shape=tuple(int(size) for size in volume.shape),
@@ -433,8 +436,8 @@ def write_scan(
         label_voxels={} if label is None else count_labels(label),
     )
     with open_place(store).replaced(f"scans/{scan_id}") as scan:
-        for kind, (array, _) in arrays.items():
-            scan.write(f"{ARRAY_PATHS[kind]}/{SHARD}", encode_shard(array, chunk))
+        for kind, (array, _, codec) in arrays.items():
+            scan.write(f"{ARRAY_PATHS[kind]}/{SHARD}", encode_shard(array, chunk, codec))
         for key, content in group_files(record).items():  # its own zarr.json last: with it a scan is whole
             scan.write(key, [content])
     return record

@@ -36,7 +36,12 @@ BODY = Path(os.environ.get("PGL_RAY_TEST_DATA", "../shared/data")) / "body/image
 WINDOW = (-1024.0, 325.0)
 VIEWS, INTENSITY = ViewsConfig(), IntensityConfig()
 LARGEST = (22, 134, 134)  # crop
-RATES = {"K = 1": "pgl_ray, int16, K = 1", "K = 8": "pgl_ray, int16, K = 8"}  # what the others are compared with
+RATES = {  # what the others are compared with
+    "K = 1": "pgl_ray, int16, K = 1",
+    "K = 8": "pgl_ray, int16, K = 8",
+    "raw, K = 1": "pgl_ray, int16 uncompressed, K = 1",
+    "raw, K = 8": "pgl_ray, int16 uncompressed, K = 8",
+}
 
 
 def main() -> None:
@@ -65,7 +70,7 @@ def main() -> None:
     print(table(rates))
     print(f"bytes read per view: {share:.1f} x the int16 crop's own (K = 1)")
     for name, reason in skipped.items():
-        print(f"{name:<44} left out: {reason}")
+        print(f"{name:<48} left out: {reason}")
 
 
 def read_volumes(folder: Path) -> dict[str, np.ndarray]:
@@ -90,12 +95,12 @@ def measure(ways: dict, rounds: int) -> dict[str, list[float]]:
 
 def table(rates: dict[str, list[float]]) -> str:
     """Medians; ratios are medians over rounds, in each of which all ways ran one after the other."""
-    heads = "".join(f"{name + ' is':>10}" for name in RATES)
-    lines = [f"{'':<44} {'pairs/s/core':>12} {'lowest':>8} {'highest':>8}{heads}"]
+    heads = "".join(f"{name + ' is':>14}" for name in RATES)
+    lines = [f"{'':<48} {'pairs/s/core':>12} {'lowest':>8} {'highest':>8}{heads}"]
     for name, values in sorted(rates.items(), key=lambda item: -statistics.median(item[1])):
         ratios = [statistics.median(a / b for a, b in zip(rates[ours], values)) for ours in RATES.values()]
-        shown = "".join(f"{ratio:8.1f} x" for ratio in ratios)
-        lines.append(f"{name:<44} {statistics.median(values):12.1f} {min(values):8.1f} {max(values):8.1f}{shown}")
+        shown = "".join(f"{ratio:12.1f} x" for ratio in ratios)
+        lines.append(f"{name:<48} {statistics.median(values):12.1f} {min(values):8.1f} {max(values):8.1f}{shown}")
     return "\n".join(lines)
 
 
@@ -114,12 +119,12 @@ def bytes_per_voxel(volumes: dict[str, np.ndarray], scratch: Path) -> float:
 # -- ours -------------------------------------------------------------------------------------------------------------
 
 
-def our_store(volumes: dict[str, np.ndarray], scratch: Path, encoding: str) -> store.Index:
-    folder = scratch / encoding
+def our_store(volumes: dict[str, np.ndarray], scratch: Path, encoding: str, compression: str = "lz4") -> store.Index:
+    folder, kept = scratch / f"{encoding}_{compression}", {"encoding": encoding, "compression": compression}
     if not folder.exists():
         folder.mkdir()
         for scan_id, volume in volumes.items():
-            store.write_scan(folder, scan_id, volume, np.eye(4), hu_window=WINDOW, encoding=encoding)
+            store.write_scan(folder, scan_id, volume, np.eye(4), hu_window=WINDOW, **kept)
         store.write_index(folder, {}, WINDOW, encoding=encoding)
     return store.read_index(folder)
 
@@ -131,9 +136,9 @@ def rows_of(index: store.Index, share: int) -> Iterator[dict[str, np.ndarray]]:
         yield {"step": np.zeros(len(batch), np.int64), "epoch": batch[:, 0], "scan": batch[:, 1], "draw": batch[:, 2]}
 
 
-def ours(encoding: str, share: int, augment: bool = True, resize: bool = True) -> Callable:
+def ours(encoding: str, share: int, augment: bool = True, resize: bool = True, compression: str = "lz4") -> Callable:
     def make(volumes, scratch):
-        index = our_store(volumes, scratch, encoding)
+        index = our_store(volumes, scratch, encoding, compression)
         ids = tuple(scan.scan_id for scan in index.scans)
         kept = {"augment": augment, "resize": resize, "pairs_per_region": share}
         renderer = stream.PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, **kept)
@@ -207,19 +212,19 @@ def reading(cut: Callable[[str, tuple], np.ndarray], volumes, compiled: bool) ->
 def zarr_python(volumes, scratch):
     import zarr
 
-    our_store(volumes, scratch, "int16")
-    arrays = {scan_id: zarr.open_array(f"{scratch}/int16/scans/{scan_id}/0", mode="r") for scan_id in volumes}
+    folder = our_store(volumes, scratch, "int16").store
+    arrays = {scan_id: zarr.open_array(f"{folder}/scans/{scan_id}/0", mode="r") for scan_id in volumes}
     return reading(lambda scan_id, box: arrays[scan_id][box], volumes, compiled=False)
 
 
 def tensorstore(volumes, scratch):
     import tensorstore as ts
 
-    our_store(volumes, scratch, "int16")
+    folder = our_store(volumes, scratch, "int16").store
     context = ts.Context({"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}})
     arrays = {}
     for scan_id in volumes:
-        file = {"driver": "file", "path": f"{scratch}/int16/scans/{scan_id}/0"}
+        file = {"driver": "file", "path": f"{folder}/scans/{scan_id}/0"}
         arrays[scan_id] = ts.open({"driver": "zarr3", "kvstore": file}, context=context, read=True).result()
     return reading(lambda scan_id, box: arrays[scan_id][box].read().result(), volumes, compiled=True)
 
@@ -361,6 +366,8 @@ def counted() -> Iterator[list[int]]:
 WAYS = (  # name, pairs per round, what makes the work
     (RATES["K = 1"], 256, ours("int16", 1)),
     (RATES["K = 8"], 256, ours("int16", 8)),
+    (RATES["raw, K = 1"], 256, ours("int16", 1, compression="none")),
+    (RATES["raw, K = 8"], 256, ours("int16", 8, compression="none")),
     ("pgl_ray, uint8, K = 1", 256, ours("uint8", 1)),
     ("pgl_ray, uint8, K = 8", 256, ours("uint8", 8)),
     ("pgl_ray, int16, K = 1, plain torch", 128, without_kernels(ours("int16", 1))),
@@ -370,6 +377,7 @@ WAYS = (  # name, pairs per round, what makes the work
     ("pgl_ray, crops only, int16, K = 8", 512, ours("int16", 8, augment=False, resize=False)),
     ("pgl_ray, crops only, uint8, K = 1", 256, ours("uint8", 1, augment=False, resize=False)),
     ("pgl_ray, crops only, uint8, K = 8", 512, ours("uint8", 8, augment=False, resize=False)),
+    ("pgl_ray, crops only, int16 uncompressed, K = 8", 512, ours("int16", 8, False, False, "none")),
     ("tensorstore + our kernels", 128, tensorstore),
     ("zarr-python + torch", 48, without_kernels(zarr_python)),
     ("MONAI CacheDataset, tuned", 64, monai),
