@@ -665,6 +665,8 @@ class PredictConfig(Section):
     """Label map (.nii.gz) for one volume or series, or a folder for many."""
     viewer: bool = True
     """Beside each label map, an HTML page with the scan, the labels and the organs' volumes, and pictures (PNG)."""
+    tta: bool = False
+    """Test-time augmentation: average the logits of all eight flips of every window (eight times the work)."""
     inference: InferenceConfig = InferenceConfig()
 
 

@@ -15,15 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pgl_ray.config import EvaluateConfig, InferenceConfig, command
+from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, command
 from pgl_ray.data.store import Index, ScanRecord, class_lookup, open_label, open_volume, read_index, write_aside
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
-from pgl_ray.model.inference import pick_device, segment, time_forward
+from pgl_ray.model.inference import out_of_memory, pick_device, segment, time_forward
 from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, summarise
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train.checkpoint import file_of, load_segmenter, whole_lines, write_json
-from pgl_ray.train.launch import out_of_memory
 
 SCANS, TABLE = "scans.jsonl", "metrics.parquet"
 MEAN = "mean of organs"
@@ -59,6 +58,7 @@ def run(config: EvaluateConfig) -> Result:
 
     Raises:
         ValueError: run or index cannot be used, or do not belong together, or there is nothing to compare with.
+        FailedRun: a scan does not fit into memory.
     """
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
@@ -115,7 +115,8 @@ def run(config: EvaluateConfig) -> Result:
     if others is not None:
         rows = [row for record in records for row in found[record.scan_id]]
         compared = compare(rows, others, config.seed) | {"run": config.run, "other": config.compare}
-        write_json(folder / f"compare_{Path(config.compare).name}.json", compared)
+        other = Path(config.compare).absolute()  # trials of sweeps share their names
+        write_json(folder / f"compare_{other.parent.name}_{other.name}.json", compared)
         print(comparison(compared), flush=True)
     return Result(str(folder), summary)
 
@@ -147,16 +148,19 @@ def score_scans(
         volume = open_volume(index.store, record).read(whole)
         target = lookup[open_label(index.store, record).read(whole)]
         scaling = (index.hu_window, record.mean_hu, record.std_hu)
-        prediction = segment(
-            model,
-            normalise(volume, *scaling),
-            meta["patch_size"],
-            meta["task"],
-            air=float(normalise(np.array(AIR), *scaling)),
-            overlap=inference.overlap,
-            batch_size=inference.batch_size,
-            flips=flips,
-        )
+        try:
+            prediction = segment(
+                model,
+                normalise(volume, *scaling),
+                meta["patch_size"],
+                meta["task"],
+                air=float(normalise(np.array(AIR), *scaling)),
+                overlap=inference.overlap,
+                batch_size=inference.batch_size,
+                flips=flips,
+            )
+        except MemoryError as error:
+            raise FailedRun(f"scan {record.scan_id}: {error}") from None
         organs = {organ: values.index(v) + 1 for organ, v in index.labels.items() if v in record.labelled}
         scores = organ_metrics(prediction, target, organs, record.spacing_mm, meta["task"], distances)
         rows = [{"scan_id": record.scan_id, "organ": organ, **score} for organ, score in scores.items()]

@@ -17,6 +17,7 @@ from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build, co
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import training_facts
 from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.inference import out_of_memory
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import summarise
 from pgl_ray.model.resnet import init_kaiming_uniform
@@ -201,7 +202,7 @@ def worker(worker_config: dict) -> str | None:
         try:
             loss = backward(model, segmenter, batch, config.task, config.accumulate, autocast)
         except RuntimeError as error:
-            if not launch.out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             stopped = f"out of memory on {device} at step {step + 1} {_smaller(config)}"
             if world > 1:

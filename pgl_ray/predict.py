@@ -73,7 +73,8 @@ def run(config: PredictConfig) -> Result:
             for note in _predict(model, meta, job, maker, config):
                 print(f"predict: note: {names[job]}: {note}", flush=True)
         except (ValueError, OSError, MemoryError) as error:
-            reason = " ".join(str(error).split()) or f"{job.source}: not enough memory"
+            reason = " ".join(str(error).split()) or "not enough memory"
+            reason = f"{job.source}: {reason}" if isinstance(error, MemoryError) else reason
             if not many:
                 raise FailedRun(reason) if isinstance(error, MemoryError) else error from None
             failed.append(names[job])
@@ -94,7 +95,7 @@ def _maker(model: Segmenter, meta: dict[str, Any], config: PredictConfig) -> str
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     plain = {key: meta.get(key) for key in ("hu_window", "labels", "task", "patch_size", "spacing_mm")}
-    digest.update(json.dumps([plain, config.inference.overlap], sort_keys=True).encode())
+    digest.update(json.dumps([plain, config.inference.overlap, config.tta], sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -136,6 +137,8 @@ def _jobs(source: Path, output: Path) -> list[Job]:
             raise ValueError(f"input={source} holds no CT ({', '.join(ct.SUFFIXES)}) at its top level, nor DICOM below")
         if len(found) == len(scans) == 1 and output.name.endswith(".nii.gz"):
             return [Job(*scans[0][:2], output)]
+        if output.resolve() == source.resolve():
+            raise ValueError(f"output={output} is the input's folder: its label maps would be taken for CTs next time")
         if output.exists() and not output.is_dir():
             raise ValueError(f"output={output} is a file: give a folder, for input is one")
         twice = [name for name, count in Counter(name for *_, name in scans).items() if count > 1]
@@ -165,27 +168,16 @@ def _predict(model: Segmenter, meta: dict[str, Any], job: Job, maker: str, confi
         notes = [note for note in notes if not note.startswith("its voxels are")]
     window = tuple(meta["hu_window"])
     mean, std = store.statistics(voxels, window)
-    try:
-        classes = segment(
-            model,
-            normalise(voxels, window, mean, std),
-            meta["patch_size"],
-            meta["task"],
-            air=float(normalise(np.array(AIR), window, mean, std)),
-            overlap=config.inference.overlap,
-            batch_size=config.inference.batch_size,
-        )
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" in str(error):
-            raise MemoryError(f"{job.source}: not enough memory for {scan.voxels.shape} voxels (D, H, W)") from None
-        if not isinstance(error, torch.OutOfMemoryError):
-            raise
-        half = config.inference.batch_size // 2
-        mend = f"take inference.batch_size={half}" if half else "take inference.device=cpu"
-        raise FailedRun(
-            f"{job.source}: the GPU's memory does not hold inference.batch_size={config.inference.batch_size} windows "
-            f"of {tuple(meta['patch_size'])} voxels: {mend}"
-        ) from None
+    classes = segment(
+        model,
+        normalise(voxels, window, mean, std),
+        meta["patch_size"],
+        meta["task"],
+        air=float(normalise(np.array(AIR), window, mean, std)),
+        overlap=config.inference.overlap,
+        batch_size=config.inference.batch_size,
+        flips=config.tta,
+    )
     if voxels is not scan.voxels:
         classes = onto_grid(classes, affine, scan.affine, scan.voxels.shape)
     values = sorted(meta["labels"].values())

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pgl_ray import evaluate
-from pgl_ray.config import EvaluateConfig, InferenceConfig, build
+from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, build
 from pgl_ray.data import store
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
@@ -216,6 +216,17 @@ def test_predictions_of_something_else_are_left_alone(folder, monkeypatch):
     assert (folder / "mine/predictions/x.nii.gz").exists()
 
 
+def test_too_little_memory_names_the_scan_and_what_to_change(folder, monkeypatch):
+    known_run(monkeypatch, folder)
+
+    def full(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Levels, "forward", full)
+    with pytest.raises(FailedRun, match=r"scan a: the memory of cpu does not hold .* take inference.batch_size=4"):
+        evaluate.run(config(folder, inference={"batch_size": 8}))
+
+
 def test_two_runs_are_compared_on_the_same_scans(folder, monkeypatch, capsys):
     known_run(monkeypatch, folder)
     other = folder / "other"
@@ -228,7 +239,7 @@ def test_two_runs_are_compared_on_the_same_scans(folder, monkeypatch, capsys):
         row["dice"] = {"a": 0.5, "b": 0.75}.get(row["scan_id"], math.nan)
     pq.write_table(pa.Table.from_pylist(rows), other / "metrics.parquet")
     evaluate.run(config(folder, compare=str(other)))
-    found = json.loads((folder / "r/evaluation/compare_other.json").read_text())
+    found = json.loads((folder / f"r/evaluation/compare_{folder.name}_other.json").read_text())
     assert found["organs"]["spleen"]["dice"]["difference"] == pytest.approx((0.5 + 0.25) / 2)
     assert found["dice"]["num_scans"] == 2 and found["dice"]["p"] == 0.5
     printed = capsys.readouterr().out

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pgl_ray import finetune
 from pgl_ray.config import FinetuneConfig, SgdConfig, load
 from pgl_ray.data.store import read_index, write_index, write_scan
+from pgl_ray.model.inference import out_of_memory
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
@@ -171,8 +172,8 @@ def test_label_values_without_a_name_are_refused(tmp_path):
 def test_out_of_memory_names_the_batch_to_try():
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**60, dtype=torch.uint8)  # the CPU's own words
-    assert launch.out_of_memory(error.value) and launch.out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not launch.out_of_memory(RuntimeError("shape mismatch"))
+    assert out_of_memory(error.value) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not out_of_memory(RuntimeError("shape mismatch"))
     text = finetune._smaller(config("train.num_workers=2", "global_batch_size=24"))
     assert "with 12 patches of 64x192x192 at a time" in text
     assert "try accumulate=2, the same batch 6 at a time" in text and "global_batch_size=12" in text

@@ -162,7 +162,7 @@ def test_a_folder_goes_on_over_bad_files(tmp_path, known, capsys):
         ("none.nii.gz", "x.nii.gz", "none.nii.gz does not exist"),
         ("in/a.nii.gz", "out", r"must be a file that ends in .nii.gz"),
         ("in/a.nii.gz", "in/a.nii.gz", "would replace the CT"),
-        ("in", "in", "would replace the CT"),
+        ("in", "in", "output=.*in is the input's folder"),
         ("in", "in/a.nii.gz", "give a folder"),
         ("empty", "out", r"holds no CT \(.nii.gz"),
         ("twice", "out", "several files named a: "),
@@ -266,22 +266,26 @@ def test_an_output_that_cannot_be_written_is_found_first(tmp_path, known, monkey
         predict.run(config(tmp_path / "ct.nii.gz", tmp_path / output))
 
 
-def test_the_gpus_memory_names_what_to_change(tmp_path, known, monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), "the CPU's own"])
+def test_too_little_memory_names_what_to_change(tmp_path, known, monkeypatch, error):
+    def full(self, x):
+        if isinstance(error, Exception):
+            raise error
+        return torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(predict, "segment", full)
+    monkeypatch.setattr(Bands, "forward", full)
     write(tmp_path / "ct.nii.gz")
-    for batch_size, mend in ((4, "inference.batch_size=2"), (1, "inference.device=cpu")):
-        with pytest.raises(FailedRun, match=f"take {mend}"):
+    for batch_size, mend in ((4, "inference.batch_size=2"), (1, "a machine with more memory")):
+        with pytest.raises(FailedRun, match=rf"ct.nii.gz: .*\(9, 23, 19\) voxels and .*={batch_size} windows.*{mend}"):
             predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "x.nii.gz", inference={"batch_size": batch_size}))
 
 
-def test_too_little_memory_is_one_line(tmp_path, known, monkeypatch):
-    def full(*args, **kwargs):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(predict, "segment", full)
+def test_test_time_augmentation_is_another_label_map(tmp_path, known, monkeypatch, capsys):
+    calls, forward = [], Bands.forward
+    monkeypatch.setattr(Bands, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
     write(tmp_path / "ct.nii.gz")
-    with pytest.raises(FailedRun, match=r"ct.nii.gz: not enough memory for \(9, 23, 19\) voxels"):
-        predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "x.nii.gz"))
+    predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "x.nii.gz"))
+    once = len(calls)
+    predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "x.nii.gz", tta=True))
+    assert len(calls) == 9 * once and "done before" not in capsys.readouterr().out
+    assert np.array_equal(np.asarray(nib.load(tmp_path / "x.nii.gz").dataobj), expected(volume()))

@@ -48,8 +48,39 @@ def segment(
     Returns:
         uint8 [D, H, W]. multiclass: the likeliest class. binary: the last output with a positive logit, as a label
         value includes the larger ones.
+
+    Raises:
+        MemoryError: says what to take.
     """
-    size = tuple(patch_size)
+    try:
+        return _segment(model, volume, tuple(patch_size), task, air, overlap, batch_size, flips)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        device = next(model.parameters()).device
+        mends = [f"inference.batch_size={batch_size // 2}"] * (batch_size > 1)
+        mends += ["inference.device=cpu"] * (device.type == "cuda") or ["a machine with more memory"]
+        raise MemoryError(
+            f"the memory of {device} does not hold a scan of {volume.shape} voxels and inference.batch_size="
+            f"{batch_size} windows of {tuple(patch_size)}: take {' or '.join(mends)}"
+        ) from None
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out: CUDA's has a class of its own, the CPU's a text."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _segment(
+    model: Segmenter,
+    volume: np.ndarray,
+    size: tuple[int, int, int],
+    task: Literal["multiclass", "binary"],
+    air: float,
+    overlap: float,
+    batch_size: int,
+    flips: bool,
+) -> np.ndarray:
     lack = [max(0, p - n) for p, n in zip(size, volume.shape)]
     inner = tuple(slice(gap // 2, gap // 2 + n) for gap, n in zip(lack, volume.shape))
     if any(lack):

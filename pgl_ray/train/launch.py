@@ -178,11 +178,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory ran out: CUDA's has a class of its own, the CPU's a text."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def of_all_workers(value: Any) -> list[Any]:
     """What each worker has, by rank; all workers call this."""
     if not torch.distributed.is_initialized():
