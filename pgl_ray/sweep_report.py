@@ -44,7 +44,7 @@ def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[s
         "trials": [_row(trial) for trial in sorted(trials, key=lambda t: (t.state != "done", -(t.score or -1)))],
         "totals": _totals(trials),
         **figures,
-        "importance": importance(config, scored),
+        "importance": importance(config, [trial for trial in scored if trial.state == "done"]),
         "min_trials": MIN_TRIALS,
         "grid": grid(config, trials, overlays) if config["arms"] else None,
     }

@@ -136,7 +136,10 @@ def collapsed(run: str) -> str | None:
     record = Path(run, "run.json")
     judged = [row for row in read_metrics(run) if "health/collapsed" in row]
     last = [row["health/collapsed"] >= 0.5 for row in judged[-2:]]
-    if not record.exists() or len(last) < 2 or not all(last) or judged[-1]["step"] >= read_json(record)["num_steps"]:
+    if not record.exists() or len(last) < 2 or not all(last):
+        return None
+    run_of = read_json(record)
+    if judged[-1]["step"] >= run_of["num_steps"] or not run_of["config"]["health"]["stop_on_collapse"]:
         return None
     return f"pre-training stopped at step {judged[-1]['step']:.0f}: {verdict(judged[-1])}"
 

@@ -156,10 +156,10 @@ def run(point: dict[str, Any]) -> None:
     folder = Path(config.run) / "trials" / own_name(config, tune.get_context().get_trial_id(), point["trial"])
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(str(folder)):
-        _run(config, values, folder)
+        _run(config, values, folder, point["room"])
 
 
-def _run(config: TuneConfig, values: dict[str, Any], folder: Path) -> None:
+def _run(config: TuneConfig, values: dict[str, Any], folder: Path, room: int) -> None:
     earlier, name = sweeps.read_trial(folder), folder.name
     if earlier and earlier.state in sweeps.ENDED:  # Optuna drew it a second time
         if earlier.score is not None:
@@ -169,7 +169,7 @@ def _run(config: TuneConfig, values: dict[str, Any], folder: Path) -> None:
     facts = {} if earlier else {"values": values, "started": time.time(), "judged_from": first}
     sweeps.note(folder, state="running", error=None, since=time.time(), **facts)
     try:
-        score, collapse = _stages(config, values, folder)
+        score, collapse = _stages(config, values, folder, room)
         sweeps.end(folder, "collapsed" if collapse else "done", collapse, score)
         _report(score or 0.0, end_of(config), name)
     except Exception as error:  # a failed trial does not end the sweep: its error goes to the table
@@ -177,7 +177,7 @@ def _run(config: TuneConfig, values: dict[str, Any], folder: Path) -> None:
         _report(0.0, 0, name)  # below every rung; Optuna learns that these settings are bad
 
 
-def _stages(config: TuneConfig, values: dict[str, Any], folder: Path) -> tuple[float | None, str | None]:
+def _stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: int) -> tuple[float | None, str | None]:
     """Runs the stages; returns the score, or how the features collapsed."""
     configs = stage_configs(config, values, folder)
     score, tuning, pretraining = None, configs.get("finetune"), configs.get("pretrain")
@@ -192,14 +192,14 @@ def _stages(config: TuneConfig, values: dict[str, Any], folder: Path) -> tuple[f
     if "probe" in configs:
         sweeps.note(folder, stage="probe")
         if not (folder / "probe.json").exists():
-            _apart(probe.run, configs["probe"], (pretraining or tuning).train)
+            _apart(probe.run, configs["probe"], (pretraining or tuning).train, room)
         accuracy = json.loads((folder / "probe.json").read_text())["balanced_accuracy"]
         if PROBE in (config.judge, config.first_judge):
             score = accuracy
             _report(score, 100, folder.name, folder)
     if tuning:
         sweeps.note(folder, stage="finetune", finetune=tuning.run, finetune_gpus=_gpus(tuning.train))
-        _take_over(folder, values, tuning)
+        tuning = _take_over(folder, values, tuning)
         offset = 100 if config.first_judge else 0
         with _Follower(folder, tuning.run, config.judge, offset, last=True) as follower:
             finetune.run(tuning)
@@ -209,7 +209,7 @@ def _stages(config: TuneConfig, values: dict[str, Any], folder: Path) -> tuple[f
     if "evaluate" in configs:
         sweeps.note(folder, stage="evaluate")
         if not Path(tuning.run, "evaluation", "summary.json").exists():
-            _apart(evaluate.run, configs["evaluate"], tuning.train)
+            _apart(evaluate.run, configs["evaluate"], tuning.train, room)
     return score, None
 
 
@@ -245,21 +245,23 @@ def _gpus(train: TrainConfig) -> float:
     return train.num_workers * train.gpus_per_worker if launch.check_resources(train) else 0.0
 
 
-def _apart(door: Any, config: Section, train: TrainConfig) -> Any:
-    """Runs a door that needs no Ray Train in a process with a worker's CPU or GPU."""
+def _apart(door: Any, config: Section, train: TrainConfig, room: int) -> Any:
+    """Runs a door that needs no Ray Train in a process with a worker's CPU or GPU, and its share of the machine's
+    cores when `room` trials run at a time."""
     import ray
 
     share = train.gpus_per_worker if launch.check_resources(train) else 0
     options = {"num_cpus": launch.FEED_CPUS, "num_gpus": share, "max_retries": 0, "scheduling_strategy": "DEFAULT"}
-    task = ray.remote(_with_all_cores).options(**options)
+    task = ray.remote(_with_share_of_cores).options(**options)
     try:
-        return ray.get(task.remote(door, config))
+        return ray.get(task.remote(door, config, room))
     except ray.exceptions.RayTaskError as error:
         raise FailedRun(str(error.cause)) from error
 
 
-def _with_all_cores(door: Any, config: Section) -> Any:
-    torch.set_num_threads(os.cpu_count() or 1)  # Ray gives a task of one CPU one thread, and training is over
+def _with_share_of_cores(door: Any, config: Section, room: int) -> Any:
+    # Ray gives a task of one CPU one thread, and this trial's training is over
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // room))
     return door(config)
 
 
@@ -323,21 +325,31 @@ class _Follower:
 # -- population based training ----------------------------------------------------------------------------------------
 
 
-def _take_over(folder: Path, values: dict[str, Any], config: FinetuneConfig) -> None:
-    """Where pbt changed this trial, its fine-tuning becomes a copy of another one's, with its own learning rate."""
+def _take_over(folder: Path, values: dict[str, Any], config: FinetuneConfig) -> FinetuneConfig:
+    """Where pbt changed this trial, its fine-tuning becomes a copy of another one's, with its own learning rate.
+
+    Returns:
+        How to fine-tune: with the rate that it had, where there was nothing to copy yet.
+    """
     from ray import tune
 
     found = tune.get_checkpoint()
     if not found:
-        return
+        return config
     with found.as_directory() as place:
         told = {**json.loads(Path(place, "source.json").read_text()), "lr": config.optim.lr}
     noted = folder / "taken_over.json"
     if told["name"] == folder.name or (noted.exists() and json.loads(noted.read_text()) == told):
-        return
+        return config
     if _fork(folder.parent / told["name"] / "finetune", Path(config.run), config):
         sweeps.note(folder, values=values)
         write_json(noted, told)
+        return config
+    record = Path(config.run) / "run.json"
+    if not record.exists():
+        return config
+    rate = json.loads(record.read_text())["config"]["optim"]["lr"]
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"lr": rate})})
 
 
 def _fork(source: Path, target: Path, config: FinetuneConfig) -> bool:

@@ -46,6 +46,7 @@ from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, own_n
 from pgl_ray.trial import run as run_trial
 
 LEARNING_RATE = "finetune.optim.lr"  # that pbt changes
+REDRAWS = 5  # at most so often does Optuna go on when it drew known points
 LOOK_S, SHOW_S = 2.0, 60.0  # between two looks at the trials' folders, between two tables
 
 
@@ -102,15 +103,22 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _run(config: TuneConfig, trials: list[Trial], folder: Path) -> Result:
     launch.connect(config.ray)
-    room = _room(config, trials)
-    done = {t.name: t for t in sweeps.read_trials(folder) if t.state in sweeps.ENDED}
-    left = [trial for trial in trials if trial.name not in done]
-    num_left = len(left) if trials else config.num_trials - len(done)
+    room, num = _room(config, trials), len(trials) or config.num_trials
+    done = _ended_trials(folder)
     what = ", ".join([*(["arms"] if config.arms else []), *config.space])
-    print(f"tune: {_num_trials(config)} trials over {what}; {len(done)} done, {room} at a time; {folder}", flush=True)
-    if num_left > 0:
-        _fit(config, folder, left, num_left, room, list(done.values()))
+    print(f"tune: {num} trials over {what}; {len(done)} done, {room} at a time; {folder}", flush=True)
+    left = [trial for trial in trials if trial.name not in done]
+    if left:
+        _fit(config, folder, left, num, room, list(done.values()))
+    for again in range(0 if trials else REDRAWS):  # what Optuna draws a second time is no new trial
+        if len(done) < num:
+            _fit(config, folder, [], num, room, list(done.values()), again)
+            done = _ended_trials(folder)
     return _collect(config, folder)
+
+
+def _ended_trials(folder: Path) -> dict[str, sweeps.Trial]:
+    return {trial.name: trial for trial in sweeps.read_trials(folder) if trial.state in sweeps.ENDED}
 
 
 # -- the space --------------------------------------------------------------------------------------------------------
@@ -149,7 +157,9 @@ def check(config: TuneConfig) -> list[Trial]:
     trials = _draw(config)
     for trial in trials:
         with _named(_title(trial.values)):
-            stage_configs(config, trial.values, Path(config.run))
+            configs = stage_configs(config, trial.values, Path(config.run))
+            if config.first_judge and "pretrain" not in configs and "probe" not in configs:
+                raise ValueError(f"it is not pre-trained: for first_judge={config.first_judge} it needs a base_probe")
     return [] if config.search == "optuna" else trials  # what Optuna draws is of the same kind
 
 
@@ -351,31 +361,42 @@ def _cpus(train: TrainConfig) -> float:
 # -- Ray Tune ---------------------------------------------------------------------------------------------------------
 
 
-def _fit(config: TuneConfig, folder: Path, left: list[Trial], num: int, room: int, done: list[sweeps.Trial]) -> None:
-    """Runs the trials that are left. Ray Tune's own folder is of no use afterwards: it is made anew at each start."""
+def _fit(
+    config: TuneConfig,
+    folder: Path,
+    left: list[Trial],
+    num: int,
+    room: int,
+    done: list[sweeps.Trial],
+    again: int = 0,
+) -> None:
+    """Runs the trials that are left, or as many of Optuna's as are missing to `num`; `again` counts its rounds.
+
+    Ray Tune's own folder is of no use afterwards: it is made anew at each start.
+    """
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the other output of Ray Tune prints a box at verbose=0, too
     from ray import tune
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    space: dict[str, Any] = {"sweep": config.model_dump_json()}  # as text: Tune would take its verbs for a second space
-    search = None
+    # as text: Tune would take its verbs for a second space
+    space: dict[str, Any] = {"sweep": config.model_dump_json(), "room": room}
+    search, samples = None, 1
     if config.search == "optuna":
-        search = _optuna(config, sweeps.read_trials(folder))
+        search, samples = _optuna(config, sweeps.read_trials(folder), again), num - len(done)
     else:
         space["trial"] = tune.grid_search([_as_continued(folder, trial) for trial in left])
-        num = 1
     shutil.rmtree(folder / "tune", ignore_errors=True)
     tuner = tune.Tuner(
         tune.with_resources(run_trial, {"cpu": 0.01}),  # it only waits for its workers, which reserve their own
         param_space=space,
         tune_config=tune.TuneConfig(
-            num_samples=num,
+            num_samples=samples,
             max_concurrent_trials=room,
             search_alg=search,
             scheduler=_scheduler(config, done),
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(folder), verbose=0, callbacks=[_callback(config, folder, room)]
+            name="tune", storage_path=str(folder), verbose=0, callbacks=[_callback(config, folder, num, room)]
         ),
     )
     with warnings.catch_warnings():
@@ -389,7 +410,7 @@ def _as_continued(folder: Path, trial: Trial) -> dict[str, Any]:
     return {"name": trial.name, "values": found.values if found else trial.values}
 
 
-def _optuna(config: TuneConfig, begun: list[sweeps.Trial]) -> Any:
+def _optuna(config: TuneConfig, begun: list[sweeps.Trial], again: int = 0) -> Any:
     """Optuna's search, which knows what ended trials gave and first draws those again that were interrupted."""
     from ray.tune.search.optuna import OptunaSearch
 
@@ -403,9 +424,8 @@ def _optuna(config: TuneConfig, begun: list[sweeps.Trial]) -> Any:
         point = {f"trial/values/{key}": value for key, value in point.items()}
         if set(point) == set(space):  # of the space as it is now
             (ended if trial.state in sweeps.ENDED else interrupted).append((point, trial.score))
-    seed = config.seed + len(begun)
-    again = [point for point, _ in interrupted] or None
-    search = OptunaSearch(space=space, metric="score", mode="max", points_to_evaluate=again, seed=seed)
+    seed, first = config.seed + len(begun) + 1000 * again, [point for point, _ in interrupted] or None
+    search = OptunaSearch(space=space, metric="score", mode="max", points_to_evaluate=first, seed=seed)
     for point, score in ended:
         search.add_evaluated_point(point, score or 0.0)  # a collapsed one has none
     return search
@@ -434,8 +454,8 @@ def _scheduler(config: TuneConfig, done: list[sweeps.Trial]) -> Any:
     return FIFOScheduler()
 
 
-def _callback(config: TuneConfig, folder: Path, room: int) -> Any:
-    """Prints the table, and notes which trials Tune stopped or lost."""
+def _callback(config: TuneConfig, folder: Path, num: int, room: int) -> Any:
+    """Prints the table of `num` trials, `room` at a time, and notes which of them Tune stopped or lost."""
     from ray import tune
 
     class Table(tune.Callback):
@@ -459,7 +479,7 @@ def _callback(config: TuneConfig, folder: Path, room: int) -> Any:
             shown = [t for t in found.values() if (t.name in new and self.before is not None) or t.state == "running"]
             if shown and (new or due):
                 print(sweeps.table(shown, head=self.before is None or not any(self.before.values())), flush=True)
-                print(sweeps.counts(list(found.values()), _num_trials(config), room), flush=True)
+                print(sweeps.counts(list(found.values()), num, room), flush=True)
                 self.shown = time.monotonic()
             self.before = states
 

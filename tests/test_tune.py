@@ -51,6 +51,14 @@ def sweep(tmp_path, **changes) -> c.TuneConfig:
         ({"space": LR, "scheduler": {"kind": "pbt"}}, "num_trials of at least 4"),
         ({"space": LR, "base_finetune": None, "base_pretrain": None}, "there is nothing to run"),
         ({"arms": {"a": {}}, "base_finetune": None}, "take probe/balanced_accuracy"),
+        (
+            {
+                "arms": {"random": {"finetune.init": "random"}},
+                "base_pretrain": {**BASE["base_pretrain"], "probe": {"every": 2}},
+                "first_judge": "probe/balanced_accuracy",
+            },
+            "arm=random: it is not pre-trained: for first_judge=probe/balanced_accuracy it needs a base_probe",
+        ),
     ],
 )
 def test_what_would_only_fail_in_a_trial_is_refused(tmp_path, changes, message):
@@ -216,6 +224,45 @@ def test_optuna_knows_what_ended_trials_gave(tmp_path):
     assert drawn["finetune.patch.crop_scale"] in ([0.9, 1.1], [1.1, 1.4])
 
 
+def test_what_optuna_draws_again_is_no_new_trial(tmp_path, monkeypatch):
+    """Three different points of five draws are asked for; there are three."""
+    pytest.importorskip("optuna")
+    space = {"finetune.seed": {"choice": [0, 1, 2]}}
+    config = sweep(tmp_path, space=space, search="optuna", num_trials=3)
+    draws, rounds = iter([0, 0, 1, 1, 2]), []
+
+    def fit(config, folder, left, num, room, done, again):
+        rounds.append(num - len(done))
+        for _ in range(rounds[-1]):
+            values = {"finetune.seed": next(draws)}
+            if not (folder / "trials" / trial.name_of(values)).exists():
+                ended(tmp_path, values, 0.5)
+
+    monkeypatch.setattr(tune, "_fit", fit)
+    monkeypatch.setattr(tune.launch, "connect", lambda ray: None)
+    monkeypatch.setattr(tune, "_room", lambda config, trials: 1)
+    monkeypatch.setattr(tune, "_collect", lambda config, folder: len(sweeps.read_trials(folder)))
+    assert tune._run(config, [], tmp_path / "sweep") == 3 and rounds == [3, 1, 1]
+
+
+def test_pbt_without_anything_to_copy_goes_on_as_it_was(tmp_path, monkeypatch):
+    """The better trial has no checkpoint yet: this one keeps its learning rate, and its run's folder."""
+    from ray import tune as ray_tune
+
+    (tmp_path / "told").mkdir()
+    checkpoint.write_json(tmp_path / "told" / "source.json", {"name": "better", "progress": 25})
+    given = ray_tune.Checkpoint.from_directory(str(tmp_path / "told"))
+    monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: given)
+    folder = tmp_path / "trials" / "mine"
+    config = c.build(c.FinetuneConfig, {"index": "s", "run": str(folder / "finetune"), "optim": {"lr": 0.4}})
+    assert trial._take_over(folder, {}, config) == config  # it has not begun either
+    (folder / "finetune").mkdir(parents=True)
+    record = {"config": config.model_copy(update={"optim": c.SgdConfig(lr=0.1)}).model_dump(mode="json")}
+    checkpoint.write_json(folder / "finetune" / "run.json", record)
+    assert trial._take_over(folder, {}, config).optim == c.SgdConfig(lr=0.1)
+    assert not (folder / "taken_over.json").exists()
+
+
 def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     """What pbt does: weights, momentum and step of another run, the polynomial of one's own rate."""
     config = c.build(c.FinetuneConfig, {"index": "s", "run": str(tmp_path / "mine"), "optim": {"lr": 0.4}})
@@ -276,6 +323,22 @@ def test_best_yaml_serves_both_doors(tmp_path):
         c.load(c.PretrainConfig, places)
 
 
+def test_the_best_trial_is_written_for_both_doors(tmp_path):
+    """The better of two that ended; one that was stopped with a higher figure on the way is none."""
+    config = sweep(tmp_path, space={"finetune.optim.lr": {"choice": [0.1, 0.2, 0.3]}})
+    tune._remember(config, tmp_path / "sweep")
+    for lr, score, state in ((0.1, 0.4, "done"), (0.2, 0.6, "done"), (0.3, None, "stopped")):
+        ended(tmp_path, {"finetune.optim.lr": lr}, score, [(50, 0.9 if state == "stopped" else 0.1)], state=state)
+    result = tune._collect(config, tmp_path / "sweep")
+    assert result.best == {"finetune.optim.lr": 0.2} and result.score == 0.6
+    assert result.states == {"done": 2, "stopped": 1}
+    places = [str(tmp_path / "sweep/best.yaml"), "index=s", "run=r"]
+    tuned, pretrained = c.load(c.FinetuneConfig, [*places, "init=r0"]), c.load(c.PretrainConfig, places)
+    assert tuned.optim.lr == 0.2 and Path(tuned.init).name == "r0" and tuned.max_steps == 4
+    assert tuned.encoder == pretrained.encoder and pretrained.encoder.width == 8 and pretrained.max_steps == 4
+    assert (tmp_path / "sweep/report.html").exists() and (tmp_path / "sweep/trials.parquet").exists()
+
+
 def test_a_continued_trial_replaces_what_it_reports_again(tmp_path):
     for progress, score in ((10, 0.1), (20, 0.2), (30, 0.3), (20, 0.25)):
         sweeps.add_report(tmp_path, progress, score)
@@ -300,8 +363,12 @@ def test_a_collapse_is_told_from_other_ends(tmp_path):
         lines = [{"step": k + 1, "health/collapsed": float(v), **figures} for k, v in enumerate(collapsed)]
         checkpoint.metrics_path(tmp_path).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    checkpoint.write_json(tmp_path / "run.json", {"num_steps": 4})
+    goes_on = {"config": {"health": {"stop_on_collapse": False}}}
+    checkpoint.write_json(tmp_path / "run.json", {"num_steps": 4} | goes_on)
     rows(0, 1, 1)
+    assert sweeps.collapsed(str(tmp_path)) is None
+    stops = {"config": {"health": {"stop_on_collapse": True}}}
+    checkpoint.write_json(tmp_path / "run.json", {"num_steps": 4} | stops)
     assert "stopped at step 3: features collapsed" in sweeps.collapsed(str(tmp_path))
     for others in ((1, 0, 1), (1,), (0, 1, 1, 1)):  # the last ran to its end
         rows(*others)
