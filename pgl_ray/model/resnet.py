@@ -72,7 +72,7 @@ class Encoder(ResNet):
             `stop_at`.
         """
         maps = [self.act(self.bn1(self.conv1(x)))]
-        for stage in self._stages()[: self.last]:
+        for stage in self.running_stages():
             maps.append(stage(maps[-1]))
         return maps
 
@@ -81,6 +81,10 @@ class Encoder(ResNet):
         self.last = level
         for stage in self._stages()[level:]:
             stage.requires_grad_(False)
+
+    def running_stages(self) -> list[nn.Module]:
+        """The stages that `forward` runs, in order."""
+        return self._stages()[: self.last]
 
     def _stages(self) -> list[nn.Sequential]:
         return [self.layer1, self.layer2, self.layer3, self.layer4]

@@ -1,0 +1,77 @@
+"""How networks compute: the same results whatever the layout, with recomputation, compiled or not."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pgl_ray.model import device as on
+from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.resnet import init_kaiming_uniform
+
+CPU = torch.device("cpu")
+
+
+def encoder():
+    net = build_encoder(depths=(1, 2, 1, 1), width=4)
+    init_kaiming_uniform(net, 0)
+    return net.double().train()
+
+
+def results(net, steps=2):
+    """Gradients and running statistics after some batches."""
+    for seed in range(steps):
+        x = torch.randn(2, 1, 8, 32, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        net(x)[-1].square().sum().backward()
+    return [p.grad for p in net.parameters() if p.grad is not None], [b for b in net.buffers() if b.is_floating_point()]
+
+
+@pytest.mark.parametrize("level", [2, 4])
+def test_recomputed_stages_give_the_same_gradients_and_statistics(level, monkeypatch):
+    kept, recomputed = encoder(), encoder()
+    for net in (kept, recomputed):
+        net.stop_at(level)
+    before = sum(part.momentum for part in recomputed.modules() if isinstance(part, nn.BatchNorm3d))
+    on.recompute(recomputed)
+    calls, forward = [], nn.BatchNorm3d.forward
+    monkeypatch.setattr(nn.BatchNorm3d, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    (grads, stats), num = results(kept), len(calls)
+    again_grads, again_stats = results(recomputed)
+    assert len(calls) - num > 1.8 * num  # they really are computed twice, the stem but once
+    for ours, theirs in zip([*again_grads, *again_stats], [*grads, *stats], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12 * theirs.abs().max().item())
+    assert sum(part.momentum for part in recomputed.modules() if isinstance(part, nn.BatchNorm3d)) < before
+    assert recomputed.state_dict().keys() == kept.state_dict().keys()
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no such compiler")
+
+    net = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU())
+    x, plain = torch.randn(1, 1, 4, 4, 4), copy.deepcopy(net)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: setattr(self, "_compiled_call_impl", failing(self)))
+
+    def failing(module):
+        return torch.compile(module._call_impl, backend=broken)
+
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
+    assert on.compiled(net, CPU, "off")._compiled_call_impl is None
+    assert on.compiled(net, CPU, "auto")._compiled_call_impl is None  # a CPU gains nothing
+    assert on.compiled(net, CPU, "on") is net and net._compiled_call_impl is not None
+    torch.testing.assert_close(net(x), plain(x))
+    assert net.state_dict().keys() == plain.state_dict().keys()
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_channels_last_and_compiled_on_cuda():
+    device, x = torch.device("cuda"), torch.randn(2, 1, 16, 64, 64, device="cuda")
+    plain = build_encoder(depths=(1, 1, 1, 1), width=8).to(device).eval()
+    fast = on.compiled(on.lay_out(copy.deepcopy(plain), device), device, "auto")
+    assert fast.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)
+    with torch.inference_mode():
+        expected, got = plain(x)[-1], fast(x)[-1]
+    assert (got - expected).norm() < 2e-3 * expected.norm()
