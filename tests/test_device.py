@@ -13,8 +13,8 @@ from pgl_ray.model.resnet import init_kaiming_uniform
 CPU = torch.device("cpu")
 
 
-def encoder():
-    net = build_encoder(depths=(1, 2, 1, 1), width=4)
+def encoder(kind):
+    net = build_encoder(kind, (1, 2, 1, 1), 4)
     init_kaiming_uniform(net, 0)
     return net.double().train()
 
@@ -27,21 +27,19 @@ def results(net, steps=2):
     return [p.grad for p in net.parameters() if p.grad is not None], [b for b in net.buffers() if b.is_floating_point()]
 
 
-@pytest.mark.parametrize("level", [2, 4])
-def test_recomputed_stages_give_the_same_gradients_and_statistics(level, monkeypatch):
-    kept, recomputed = encoder(), encoder()
+@pytest.mark.parametrize("kind, level", [("resnet", 2), ("resnet", 4), ("resenc", 3)])
+def test_recomputed_stages_give_the_same_gradients_and_statistics(kind, level, monkeypatch):
+    kept, recomputed = encoder(kind), encoder(kind)
     for net in (kept, recomputed):
         net.stop_at(level)
-    before = sum(part.momentum for part in recomputed.modules() if isinstance(part, nn.BatchNorm3d))
     on.recompute(recomputed)
-    calls, forward = [], nn.BatchNorm3d.forward
-    monkeypatch.setattr(nn.BatchNorm3d, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    calls, forward = [], nn.Conv3d.forward
+    monkeypatch.setattr(nn.Conv3d, "forward", lambda self, x: calls.append(1) or forward(self, x))
     (grads, stats), num = results(kept), len(calls)
     again_grads, again_stats = results(recomputed)
     assert len(calls) - num > 1.8 * num  # they really are computed twice, the stem but once
     for ours, theirs in zip([*again_grads, *again_stats], [*grads, *stats], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12 * theirs.abs().max().item())
-    assert sum(part.momentum for part in recomputed.modules() if isinstance(part, nn.BatchNorm3d)) < before
     assert recomputed.state_dict().keys() == kept.state_dict().keys()
 
 

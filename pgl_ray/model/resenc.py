@@ -63,13 +63,13 @@ class ResEncoder(nn.Module):
         """
         x, maps = self.stem.convs(x), []
         for stage in self.running_stages():
-            x = stage.blocks(x)
+            x = stage(x)
             maps.append(x)
         return maps
 
     def running_stages(self) -> list[nn.Module]:
         """The stages that `forward` runs, in order."""
-        return list(self.stages[: self.last + 1])
+        return [stage.blocks for stage in self.stages[: self.last + 1]]
 
     def stop_at(self, level: int) -> None:
         """Makes map `level` the last: the stages behind it are neither run nor trained."""
