@@ -263,6 +263,7 @@ def worker(worker_config: dict) -> str | None:
         if keep or overfitted:
             state = {"step": step, "best": best, "stale": stale, "stopped": overfitted, "meta": meta}
             state |= {"model": segmenter.state_dict(), "optimizer": sgd.state_dict()}
+            state |= {"plan": plan.identity, "versions": checkpoint.versions()}
             if writer:
                 writer.save({**state, "schedule": schedule.state_dict()}, step, {"val/best": best})
         if overfitted:

@@ -284,6 +284,7 @@ def worker(worker_config: dict) -> str | None:
             meta = _meta(config, net.get_submodule("online.encoder").last, worker_config)
             state = {"step": step, "model": net.state_dict(), "optimizer": lars.state_dict()}
             state |= {"schedule": schedule.state_dict(), "num_collapsed": num_collapsed, "meta": meta}
+            state |= {"plan": plan.identity, "versions": checkpoint.versions()}
             if writer:
                 writer.save(state, step, {key: row[key] for key in ("train/loss", ACCURACY) if key in row})
         if stopped:

@@ -5,7 +5,9 @@ Each worker is a process of its own under gloo; the stream is the plan's rows, r
 
 import multiprocessing
 import os
+import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +16,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from pgl_ray import finetune, pretrain
 from pgl_ray import config as c
+from pgl_ray import finetune, pretrain
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import training_facts
 from pgl_ray.train import checkpoint, launch
@@ -31,7 +33,9 @@ def scans(folder: Path, num: int = 6, shape: tuple = (20, 40, 48)) -> Path:
     """A store of smooth random volumes, each with a label."""
     for i in range(num):
         rng = np.random.default_rng(i)
-        volume = np.kron(rng.integers(-800, 300, (5, 5, 6)), np.ones((4, 8, 8))).astype(np.int16)[tuple(map(slice, shape))]
+        volume = np.kron(rng.integers(-800, 300, (5, 5, 6)), np.ones((4, 8, 8))).astype(np.int16)[
+            tuple(map(slice, shape))
+        ]
         label = (volume > 0).astype(np.uint8)
         store.write_scan(folder, f"s{i}", volume, np.eye(4), split="train", label=label, labelled=(1,))
     store.write_index(folder, {"organ": 1}, (-1024.0, 325.0))
@@ -52,7 +56,9 @@ def finetuning(where: Path, run: Path, **changes) -> c.FinetuneConfig:
     return c.build(c.FinetuneConfig, c.OmegaConf.to_container(c.OmegaConf.merge(values, changes)))
 
 
-def train(config, world: int = 1, until: int | None = None, seen: Callable[[int, dict], None] | None = None) -> str | None:
+def train(
+    config, world: int = 1, until: int | None = None, seen: Callable[[int, dict], None] | None = None
+) -> str | None:
     """Trains on `world` workers, which die when they ask for the batch of step `until`; rank 0's answer."""
     index = store.read_index(config.index)
     kind = finetune if isinstance(config, c.FinetuneConfig) else pretrain
@@ -67,7 +73,10 @@ def train(config, world: int = 1, until: int | None = None, seen: Callable[[int,
         )
         render = stream.PatchRenderer(index.store, plan.scan_ids, config.seed, config.patch, config.intensity, 0.5)
         given = {"meta": finetune.build_model(config, index)[1], "val_ids": val_ids}
-    folder = checkpoint.open_run(config, kind.__name__.split(".")[1], {"plan": plan.identity, "num_steps": plan.num_steps})
+    folder = checkpoint.open_run(
+        config, kind.__name__.split(".")[1], {"plan": plan.identity, "num_steps": plan.num_steps}
+    )
+    torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it
     given |= {"config": config.model_dump_json(), "run": folder, "plan": plan}
     with checkpoint.alone(folder) as found:
         start = found[1] if found else 0
@@ -76,6 +85,9 @@ def train(config, world: int = 1, until: int | None = None, seen: Callable[[int,
             size = plan.global_batch_size // world
             for step in range(start, plan.num_steps):
                 if step == until:
+                    due = step - step % config.train.checkpoint_every
+                    while checkpoint.committed_step(folder) < due:  # the thread that writes it
+                        time.sleep(0.001)
                     raise Killed
                 columns = plan.columns(step, step + 1)
                 batch = render({name: column[rank * size : (rank + 1) * size] for name, column in columns.items()})
@@ -92,6 +104,7 @@ def train(config, world: int = 1, until: int | None = None, seen: Callable[[int,
 
             def prepare_model(net, parallel_strategy_kwargs):
                 wrap = torch.nn.parallel.DistributedDataParallel
+                warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers
                 return wrap(net, **parallel_strategy_kwargs) if world > 1 else net
 
             import ray.train
@@ -127,7 +140,7 @@ def _in_processes(work: Callable[[int], str | None], world: int, folder: Path) -
     children = [context.Process(target=process, args=(rank,)) for rank in range(world)]
     for child in children:
         child.start()
-    told = dict((rank, (answer, error)) for rank, answer, error in (answers.get() for _ in children))
+    told = {rank: (answer, error) for rank, answer, error in (answers.get() for _ in children)}
     for child in children:
         child.join()
     errors = [error for _, error in told.values() if error]

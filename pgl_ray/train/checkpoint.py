@@ -459,8 +459,8 @@ class Writer:
             shutil.rmtree(_place(self.run, job.step or 0).with_suffix(".part"), ignore_errors=True)
             free, needed = shutil.disk_usage(self.run).free, _num_bytes(job.state)
             return (
-                f"the disk of {self.run} is full: {free:,} bytes are free, a checkpoint needs {needed:,}: make room and "
-                "type the same command, which continues from the checkpoint before"
+                f"the disk of {self.run} is full: {free:,} bytes are free, a checkpoint needs {needed:,}: make room "
+                "and type the same command, which continues from the checkpoint before"
             )
         if seconds > RETRY_S:
             return f"the storage of {self.run} fails since {seconds:.0f} s: {error}"
