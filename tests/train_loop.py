@@ -20,7 +20,8 @@ from pgl_ray import config as c
 from pgl_ray import finetune, pretrain
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import training_facts
-from pgl_ray.train import checkpoint, launch
+from pgl_ray.train import checkpoint, launch, optim
+from pgl_ray.train.quiet import QUIET
 
 ENCODER = {"width": 4, "depths": [1, 1, 1, 1]}
 
@@ -76,6 +77,17 @@ def train(
     folder = checkpoint.open_run(
         config, kind.__name__.split(".")[1], {"plan": plan.identity, "num_steps": plan.num_steps}
     )
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    # here: each child would take seconds for them otherwise
+    import ray.train
+    import ray.train.torch
+    import tensorboardX  # noqa: F401
+
+    render({name: column[:1] for name, column in plan.columns(0, 1).items()})
+    optim.build_lars(torch.nn.Linear(1, 1), c.LarsConfig())
+    optim.build_sgd(torch.nn.Linear(1, 1), c.SgdConfig())
+
     torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it
     given |= {"config": config.model_dump_json(), "run": folder, "plan": plan}
     with checkpoint.alone(folder) as found:
@@ -106,9 +118,6 @@ def train(
                 wrap = torch.nn.parallel.DistributedDataParallel
                 warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers
                 return wrap(net, **parallel_strategy_kwargs) if world > 1 else net
-
-            import ray.train
-            import ray.train.torch
 
             with (
                 mock.patch.object(ray.train, "get_context", lambda: context),
