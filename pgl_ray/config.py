@@ -303,6 +303,12 @@ class TrainConfig(Section):
 
     num_workers: Positive = 1
     """Workers (processes) under DDP; with GPUs one each."""
+    min_workers: Positive | None = None
+    """Go on with as few workers where the cluster has lost some, and take new ones in up to max_workers, each time from
+    the last checkpoint. The global batch and the learning rate stay: each worker takes more of the batch, in as many
+    parts as keep a part no larger than with max_workers. None: num_workers, always."""
+    max_workers: Positive | None = None
+    """Most workers where min_workers is given; none: num_workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the workers compute; auto takes CUDA when the cluster has a GPU for every worker."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
@@ -321,6 +327,29 @@ class TrainConfig(Section):
     """Newest checkpoints that are kept."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of the worker group after a worker's death."""
+    timeout_s: Annotated[float, Field(ge=1)] = 600.0
+    """Seconds that workers wait for one that stands still, before they say which and start again."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _most_workers(cls, values):
+        if isinstance(values, dict) and values.get("max_workers") is not None:
+            return {"num_workers": values["max_workers"], **values}
+        return values
+
+    @model_validator(mode="after")
+    def _elastic(self):
+        if self.max_workers not in (None, self.num_workers):
+            raise ValueError(
+                f"train.max_workers={self.max_workers} and train.num_workers={self.num_workers}: give one of them"
+            )
+        if self.max_workers and not self.min_workers:
+            raise ValueError(f"train.max_workers={self.max_workers} goes with train.min_workers: give both")
+        if self.min_workers and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"train.min_workers={self.min_workers} is above the {self.num_workers} of train.max_workers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_gpu_each(self):

@@ -60,37 +60,37 @@ def run(config: FinetuneConfig) -> Result:
         "weights": dataclasses.asdict(loaded) if loaded else None,
     }
     folder = checkpoint.open_run(config, "finetune", facts)
-    done = checkpoint.committed(folder)
-    finished = done is not None and _is_over(done[0], plan.num_steps)
-    if not finished:
-        launch.connect(config.ray)
-        renderer = stream.PatchRenderer(
-            index.store, plan.scan_ids, config.seed, config.patch, config.intensity, config.foreground_share
-        )
-        feed = partial(stream.dataset, plan, renderer, config.train.num_workers, num_cpus=launch.RENDER_CPUS)
-        print(
-            f"finetune: init={config.init}{', encoder frozen' if config.freeze else ''}, {len(train_ids)} scans to "
-            f"train on, {len(val_ids)} to validate, steps {done[1] if done else 0} to {plan.num_steps}, {folder}",
-            flush=True,
-        )
-        for line in loaded.lines() if loaded else ():
-            print(f"  weights: {line}", flush=True)
-        if meta["init_level"] < len(model.encoder.channels) - 1:
+    with checkpoint.alone(folder) as done:
+        finished = done is not None and _is_over(done[0], plan.num_steps)
+        if not finished:
+            launch.connect(config.ray)
+            renderer = stream.PatchRenderer(
+                index.store, plan.scan_ids, config.seed, config.patch, config.intensity, config.foreground_share
+            )
+            feed = partial(stream.dataset, plan, renderer, num_cpus=launch.RENDER_CPUS)
             print(
-                f"finetune: {config.init} was trained up to stage {meta['init_level']} of the encoder "
-                "(align.output_stride): the stages behind it start at random",
+                f"finetune: init={config.init}{', encoder frozen' if config.freeze else ''}, {len(train_ids)} scans to "
+                f"train on, {len(val_ids)} to validate, steps {done[1] if done else 0} to {plan.num_steps}, {folder}",
                 flush=True,
             )
-        worker_config = {"config": config.model_dump_json(), "run": folder, "plan": plan, "meta": meta}
-        worker_config |= {"val_ids": val_ids}
-        try:
-            stopped = launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps)
-        except FailedRun as error:
-            if launch.NO_MEMORY not in str(error):
-                raise
-            raise FailedRun(f"{error}, {_smaller(config)}") from error
-        if stopped:
-            raise FailedRun(stopped)
+            for line in loaded.lines() if loaded else ():
+                print(f"  weights: {line}", flush=True)
+            if meta["init_level"] < len(model.encoder.channels) - 1:
+                print(
+                    f"finetune: {config.init} was trained up to stage {meta['init_level']} of the encoder "
+                    "(align.output_stride): the stages behind it start at random",
+                    flush=True,
+                )
+            worker_config = {"config": config.model_dump_json(), "run": folder, "plan": plan, "meta": meta}
+            worker_config |= {"val_ids": val_ids}
+            try:
+                stopped = launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps)
+            except FailedRun as error:
+                if launch.NO_MEMORY not in str(error):
+                    raise
+                raise FailedRun(f"{error}, {_smaller(config)}") from error
+            if stopped:
+                raise FailedRun(stopped)
     best = checkpoint.read_state(Path(folder) / BEST)
     return Result(folder, checkpoint.committed_step(folder), best["val_dice"], finished)
 
@@ -171,7 +171,7 @@ def worker(worker_config: dict) -> str | None:
 
     # continue where the last committed checkpoint stands
     step, best, stale = 0, -1.0, 0
-    state = checkpoint.resumed(device)
+    state = checkpoint.resumed(worker_config["run"], device)
     if state:
         segmenter.load_state_dict(state["model"])
         sgd.load_state_dict(state["optimizer"])
@@ -181,7 +181,10 @@ def worker(worker_config: dict) -> str | None:
             return None
     # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
     model = ray.train.torch.prepare_model(segmenter, parallel_strategy_kwargs={"broadcast_buffers": False})
-    metrics = checkpoint.Metrics(str(folder), step) if rank == 0 else None
+    metrics = writer = None
+    if rank == 0:
+        metrics = checkpoint.Metrics(str(folder), step)
+        writer = checkpoint.Writer(str(folder), config.train.keep_checkpoints, world=world)
     autocast = launch.autocast(device, config.train.precision)
     steps_per_val = max(1, round(config.validate_every * plan.rows_per_epoch / plan.global_batch_size))
 
@@ -189,7 +192,7 @@ def worker(worker_config: dict) -> str | None:
         batch_size=plan.global_batch_size // world, prefetch_batches=2, drop_last=True
     )
     train_mode(segmenter, config.freeze)
-    waited, logged, since, stopped, overfitted = 0.0, step, time.monotonic(), None, False
+    waited, logged, since, stopped, overfitted, first = 0.0, step, time.monotonic(), None, False, True
     unseen: list[torch.Tensor] = []  # loss and norm of the gradient of the steps since they were last looked at
     asked = time.monotonic()
     for batch in batches:
@@ -199,8 +202,12 @@ def worker(worker_config: dict) -> str | None:
 
         # loss and step
         sgd.zero_grad(set_to_none=True)
+        forward_and_back = partial(backward, model, segmenter, batch, config.task, config.accumulate, autocast)
         try:
-            loss = backward(model, segmenter, batch, config.task, config.accumulate, autocast)
+            if first:
+                launch.settle(model, forward_and_back)
+                first = False
+            loss = forward_and_back()
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -224,6 +231,9 @@ def worker(worker_config: dict) -> str | None:
             if not np.isfinite(values).all():
                 stopped = _not_finite(config, values, step, best, folder)
                 break
+            stopped = launch.of_all_workers(writer and writer.fault)[0]
+            if stopped:
+                break
 
         # metrics
         if log:
@@ -231,6 +241,7 @@ def worker(worker_config: dict) -> str | None:
                 rate = (step - logged) * plan.global_batch_size / (time.monotonic() - since)
                 row = {"epoch": plan.epoch_at(step), "train/loss": values[-1, 0], "train/grad_norm": values[-1, 1]}
                 row |= {"train/lr": lr, "train/patches_per_s": rate, "data/wait_s": waited / (step - logged)}
+                row |= writer.figures()
                 metrics.write(step, **row)
             waited, logged, since = 0.0, step, time.monotonic()
 
@@ -243,9 +254,9 @@ def worker(worker_config: dict) -> str | None:
             stale = 0 if scores["val/dice"] > best or not best else stale + 1
             if stale == 0:
                 best = scores["val/dice"]
-                if rank == 0:
+                if writer:
                     kept = {"model": segmenter.state_dict(), "meta": meta, "step": step, "val_dice": best}
-                    checkpoint.save_best(folder / BEST, kept)
+                    writer.save_file(BEST, kept)
             if metrics:
                 metrics.write(step, epoch=plan.epoch_at(step), **scores)
             since = time.monotonic()
@@ -253,11 +264,15 @@ def worker(worker_config: dict) -> str | None:
         if keep or overfitted:
             state = {"step": step, "best": best, "stale": stale, "stopped": overfitted, "meta": meta}
             state |= {"model": segmenter.state_dict(), "optimizer": sgd.state_dict()}
-            checkpoint.report({**state, "schedule": schedule.state_dict()}, step, {"best": best})
+            state |= {"plan": plan.identity, "versions": checkpoint.versions()}
+            if writer:
+                writer.save({**state, "schedule": schedule.state_dict()}, step, {"val/best": best})
         if overfitted:
             break
         asked = time.monotonic()
-    if metrics:
+    if writer:
+        writer.close()
+        stopped = stopped or writer.fault
         metrics.close()
     if step != plan.num_steps and not overfitted and not stopped:
         raise FailedRun(f"the stream ended at step {step} of {plan.num_steps}")

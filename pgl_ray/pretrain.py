@@ -1,6 +1,7 @@
 """python -m pgl_ray.pretrain [file.yaml] index=STORE run=RUN [a.b=c ...]: pre-training by PGL (paper, Sec. 3 and 5.1),
 or by BYOL or Models Genesis on the same views."""
 
+import contextlib
 import json
 import math
 import time
@@ -62,20 +63,21 @@ def run(config: PretrainConfig) -> Result:
     if config.probe.every and checkpoint.committed_step(config.run) < plan.num_steps:
         make_probe(config)  # refuses what would only fail in the first worker
     folder = checkpoint.open_run(config, "pretrain", facts)
-    done = checkpoint.committed_step(folder)
-    if done < plan.num_steps:
-        launch.connect(config.ray)
-        renderer = make_renderer(config, index, plan, launch.check_resources(config.train))
-        feed = partial(stream.dataset, plan, renderer, config.train.num_workers, num_cpus=launch.RENDER_CPUS)
-        worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
-        worker_config["data"] = training_facts(index, plan.scan_ids)
-        print(
-            f"pretrain: {config.method}, {len(plan.scan_ids)} scans, steps {done} to {plan.num_steps}, {folder}",
-            flush=True,
-        )
-        stopped = launch.fit(worker, {**worker_config, "plan": plan}, feed, config.train, folder, plan.num_steps)
-        if stopped:
-            raise FailedRun(stopped)
+    with checkpoint.alone(folder) as found:
+        done = found[1] if found else 0
+        if done < plan.num_steps:
+            launch.connect(config.ray)
+            renderer = make_renderer(config, index, plan, launch.check_resources(config.train))
+            feed = partial(stream.dataset, plan, renderer, num_cpus=launch.RENDER_CPUS)
+            worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
+            worker_config["data"] = training_facts(index, plan.scan_ids)
+            print(
+                f"pretrain: {config.method}, {len(plan.scan_ids)} scans, steps {done} to {plan.num_steps}, {folder}",
+                flush=True,
+            )
+            stopped = launch.fit(worker, {**worker_config, "plan": plan}, feed, config.train, folder, plan.num_steps)
+            if stopped:
+                raise FailedRun(stopped)
     rows = checkpoint.read_metrics(folder)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     probed = [row[ACCURACY] for row in rows if ACCURACY in row]
@@ -182,7 +184,7 @@ def worker(worker_config: dict) -> str | None:
 
     # continue where the last committed checkpoint stands
     step, num_collapsed = 0, 0
-    state = checkpoint.resumed(device)
+    state = checkpoint.resumed(worker_config["run"], device)
     if state:
         net.load_state_dict(state["model"])
         lars.load_state_dict(state["optimizer"])
@@ -192,7 +194,10 @@ def worker(worker_config: dict) -> str | None:
         return None
     # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
     model = ray.train.torch.prepare_model(net, parallel_strategy_kwargs={"broadcast_buffers": False})
-    metrics = checkpoint.Metrics(worker_config["run"], step) if rank == 0 else None
+    metrics = writer = None
+    if rank == 0:
+        metrics = checkpoint.Metrics(worker_config["run"], step)
+        writer = checkpoint.Writer(worker_config["run"], config.train.keep_checkpoints, ACCURACY, world)
     autocast = launch.autocast(device, config.train.precision)
 
     batches = ray.train.get_dataset_shard("train").iter_torch_batches(
@@ -204,7 +209,7 @@ def worker(worker_config: dict) -> str | None:
     skipped = Skipped(plan, config.stream, step)
     judge = make_probe(config) if config.probe.every and rank == 0 else None
     model.train()
-    waited, logged, since, stopped = 0.0, step, time.monotonic(), None
+    waited, logged, since, stopped, first = 0.0, step, time.monotonic(), None, True
     asked = time.monotonic()
     for batch in batches:
         waited += time.monotonic() - asked
@@ -218,6 +223,9 @@ def worker(worker_config: dict) -> str | None:
         if config.align.wrong_priors:
             pair = pair.with_wrong_priors()
 
+        if first:
+            launch.settle(model, lambda pair=pair: loss_of(model, pair, autocast).loss.backward())
+            first = False
         decay = optim.ema_decay(step, plan.num_steps, config.ema_decay, config.ema_schedule)
         done = train_step(model, net, lars, schedule, pair, decay, autocast)
         step += 1
@@ -225,8 +233,8 @@ def worker(worker_config: dict) -> str | None:
         # metrics, and the reasons to stop: every rank comes to the same
         ends = step in (1, plan.num_steps)
         log, check = ends or step % config.train.log_every == 0, ends or step % config.health.every == 0
-        keep = step % config.train.checkpoint_every == 0 or step == plan.num_steps
         probes = config.probe.every > 0 and (ends or step % config.probe.every == 0)
+        keep = step % config.train.checkpoint_every == 0 or step == plan.num_steps or probes
         if log or check or keep or probes:
             row = {"train/loss": done.output.loss.item(), "train/grad_norm": done.grad_norm.item()}
             row = launch.mean_over_workers(row)
@@ -235,6 +243,9 @@ def worker(worker_config: dict) -> str | None:
                     f"train/loss is {row['train/loss']} and train/grad_norm {row['train/grad_norm']} at step {step}: "
                 )
                 stopped += f"start a new run=... with a lower optim.lr than {config.optim.lr}"
+                break
+            stopped = launch.of_all_workers(writer and writer.fault)[0]
+            if stopped:
                 break
         if check:
             row |= launch.mean_over_workers(health.panel(net, done.output, pair, geometry))
@@ -264,6 +275,7 @@ def worker(worker_config: dict) -> str | None:
                     "data/wait_s": waited / (step - logged),
                     "data/wait_share": waited / seconds,
                     "ema/decay": decay,
+                    **writer.figures(),
                 }
                 metrics.write(step, **row)
             waited, logged, since = 0.0, step, time.monotonic()
@@ -272,11 +284,15 @@ def worker(worker_config: dict) -> str | None:
             meta = _meta(config, net.get_submodule("online.encoder").last, worker_config)
             state = {"step": step, "model": net.state_dict(), "optimizer": lars.state_dict()}
             state |= {"schedule": schedule.state_dict(), "num_collapsed": num_collapsed, "meta": meta}
-            checkpoint.report(state, step, {"train/loss": row["train/loss"]})
+            state |= {"plan": plan.identity, "versions": checkpoint.versions()}
+            if writer:
+                writer.save(state, step, {key: row[key] for key in ("train/loss", ACCURACY) if key in row})
         if stopped:
             break
         asked = time.monotonic()
-    if metrics:
+    if writer:
+        writer.close()
+        stopped = stopped or writer.fault
         metrics.close()
     if step != plan.num_steps and not stopped:
         raise FailedRun(f"the stream ended at step {step} of {plan.num_steps}")
@@ -319,7 +335,8 @@ class Skipped:
             self.rows.update(rows)
         named = {self.plan.scan_ids[scan]: num for scan, num in self.rows.most_common()}
         if run and named:
-            checkpoint.write_json(Path(run) / "skipped.json", named)
+            with contextlib.suppress(OSError):  # it is written again with the next row
+                checkpoint.write_json(Path(run) / "skipped.json", named)
         share = self.rows.total() / ((step - self.start) * self.plan.global_batch_size)
         if share <= self.config.max_skipped_share:
             return share, None
@@ -358,8 +375,7 @@ def train_step(
         decay: of the target.
         autocast: of the forward pass.
     """
-    with autocast:
-        output = model(pair)
+    output = loss_of(model, pair, autocast)
     optimizer.zero_grad(set_to_none=True)
     output.loss.backward()
     grad_norm = health.norm(p.grad for p in net.parameters() if p.grad is not None)
@@ -368,6 +384,12 @@ def train_step(
     schedule.step()
     net.follow(decay)
     return Step(output, grad_norm, lr)
+
+
+def loss_of(model: nn.Module, pair: Pair, autocast: torch.autocast) -> Output:
+    """The forward pass."""
+    with autocast:
+        return model(pair)
 
 
 def _meta(config: PretrainConfig, level: int, worker_config: dict) -> dict:
@@ -383,7 +405,8 @@ def _keep_views(run: str, batch: dict, plan: stream.Plan, num: int = 4) -> None:
     names = ("view_1", "view_2", "box_1", "box_2", "flip_1", "flip_2", "epoch", "draw")
     arrays = {name: batch[name][:num].cpu().numpy() for name in names}
     arrays["scan_id"] = np.array([plan.scan_ids[i] for i in batch["scan"][:num].tolist()])
-    np.savez_compressed(f"{run}/views.npz", **arrays)
+    with contextlib.suppress(OSError):  # a run goes on without pictures
+        np.savez_compressed(f"{run}/views.npz", **arrays)
 
 
 def describe(result: Result) -> str:

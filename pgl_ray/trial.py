@@ -361,15 +361,15 @@ def _fork(source: Path, target: Path, config: FinetuneConfig) -> bool:
     found = checkpoint.committed(source)
     if not found:
         return False
+    try:
+        state = checkpoint.read_state(found[0] / checkpoint.STATE)
+    except ValueError:  # a newer one took its place just now
+        found = checkpoint.committed(source)
+        state = checkpoint.read_state(found[0] / checkpoint.STATE)
     place, step = found
     aside = target.with_name(target.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(place, aside / place.name)
-    snapshot = json.loads((source / checkpoint.SNAPSHOT).read_text())
-    kept = [i for i, one in enumerate(snapshot["checkpoint_results"]) if one["checkpoint_dir_name"] == place.name]
-    for key in ("checkpoint_results", "checkpoint_report_indices"):
-        snapshot[key] = [snapshot[key][i] for i in kept]
-    write_json(aside / checkpoint.SNAPSHOT, snapshot)
+    aside.mkdir(parents=True)
     rows = [json.dumps(row) + "\n" for row in checkpoint.read_metrics(source) if row["step"] <= step]
     checkpoint.metrics_path(aside).write_text("".join(rows))
     shutil.copy(source / finetune.BEST, aside / finetune.BEST)
@@ -378,13 +378,12 @@ def _fork(source: Path, target: Path, config: FinetuneConfig) -> bool:
     record["config"] = json.loads(config.model_dump_json())
     write_json(aside / "run.json", record)
     dump(config, aside / "config.yaml")
-    state = checkpoint.read_state(aside / place.name / checkpoint.STATE)
     factor = config.optim.lr / old
     for key in ("base_lrs", "_last_lr"):
         state["schedule"][key] = [lr * factor for lr in state["schedule"][key]]
     for group in state["optimizer"]["param_groups"]:
         group |= {key: group[key] * factor for key in ("lr", "initial_lr") if key in group}
-    checkpoint.save_best(aside / place.name / checkpoint.STATE, state)
+    checkpoint.write_checkpoint(aside, step, state, {"taken_from": str(place)})
     shutil.rmtree(target, ignore_errors=True)
     aside.replace(target)
     return True

@@ -18,7 +18,7 @@ from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, build
 from pgl_ray.data import store
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train.checkpoint import save_best
+from pgl_ray.train.checkpoint import write_state
 
 WINDOW = (-1000.0, 400.0)
 LABELS = {"spleen": 3, "liver": 7}  # neither contiguous nor from 1
@@ -149,7 +149,7 @@ def test_a_real_segmenter_end_to_end(folder, task, outputs):
     meta = {"door": "finetune", "encoder": settings, "hu_window": list(WINDOW), "labels": LABELS, "task": task}
     meta |= {"patch_size": [12, 24, 24], "num_outputs": outputs}
     (folder / "r").mkdir()
-    save_best(folder / "r/best.pt", {"model": model.state_dict(), "meta": meta, "step": 1, "val_dice": 0.0})
+    write_state(folder / "r/best.pt", {"model": model.state_dict(), "meta": meta, "step": 1, "val_dice": 0.0})
     summary = evaluate.run(config(folder, inference={"batch_size": 4, "device": "cpu"})).summary
     assert summary["forward_ms"] > 0 and summary["device"] == "cpu"
     index = store.read_index(folder / "s")

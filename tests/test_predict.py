@@ -17,7 +17,7 @@ from pgl_ray import predict
 from pgl_ray.config import FailedRun, PredictConfig, build
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train.checkpoint import save_best
+from pgl_ray.train.checkpoint import write_state
 
 WINDOW = (-1000.0, 400.0)
 LABELS = {"liver": 300, "spleen": 4}  # class 1 = spleen
@@ -189,7 +189,7 @@ def test_from_the_command_line_with_a_real_run(tmp_path, monkeypatch, capsys):
     meta = {**META, "door": "finetune", "encoder": settings, "num_outputs": 1, "task": "binary", "labels": {"lung": 2}}
     (tmp_path / "r").mkdir()
     model = Segmenter(Encoder(**settings), 1)
-    save_best(tmp_path / "r/best.pt", {"model": model.state_dict(), "meta": meta})
+    write_state(tmp_path / "r/best.pt", {"model": model.state_dict(), "meta": meta})
     write(tmp_path / "ct.nii.gz", np.full(SHAPE, -1024, np.int16))
     args = ["predict", f"run={tmp_path}/r", f"input={tmp_path}/ct.nii.gz", f"output={tmp_path}/l.nii.gz"]
     monkeypatch.setattr(sys, "argv", [*args, "inference.device=cpu"])

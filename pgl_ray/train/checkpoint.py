@@ -1,28 +1,44 @@
 """Run folders, checkpoints, and what is read back from them.
 
-A run folder holds run.json (door, config, versions), config.yaml, metrics.jsonl, TensorBoard events, Ray Train's
-checkpoint_<step> folders with its snapshot of which of them are committed, and for fine-tuning best.pt.
+A run folder holds run.json (door, config, versions), config.yaml, metrics.jsonl, events.jsonl, TensorBoard events,
+checkpoint_<step> folders (state.pt, and checkpoint.json with its sha256), and for fine-tuning best.pt. A checkpoint
+folder gets its name when all of it is on the disk, so what has the name is whole. Runs of earlier versions have Ray
+Train's snapshot of which checkpoints count instead; they are read, and continued, too.
 """
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import json
 import os
-import tempfile
+import re
+import shutil
+import socket
+import threading
 import time
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import pgl_ray
-from pgl_ray.config import Section, build, dump
+from pgl_ray.config import FailedRun, Section, build, dump
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # of runs of earlier versions
 STATE = "state.pt"
+MANIFEST = "checkpoint.json"
+EVENTS = "events.jsonl"
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
+RETRY_S = 600.0  # that storage may fail before the run ends
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between two tries
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # what a continued run may change
 MAY_DIFFER = {
     "ray",
@@ -77,9 +93,8 @@ def open_run(config: Section, door: str, facts: dict[str, Any]) -> str:
     if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise ValueError(f"run={config.run} exists and is not a run of pgl_ray: choose another run=...")
     folder.mkdir(parents=True, exist_ok=True)
-    versions = {"pgl_ray": pgl_ray.__version__, "torch": str(torch.__version__)}
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    record = {"door": door, "config": wanted, "versions": versions, "started": started, **facts}
+    record = {"door": door, "config": wanted, "versions": versions(), "started": started, **facts}
     write_json(folder / "run.json", record)
     dump(config, folder / "config.yaml")
     return str(folder)
@@ -99,22 +114,176 @@ def write_json(path: Path, value: Any) -> None:
     aside.replace(path)
 
 
-def committed(run: str | Path) -> tuple[Path, int] | None:
-    """The newest checkpoint that Ray Train's controller has committed, and its step.
+@contextlib.contextmanager
+def alone(run: str) -> Iterator[tuple[Path, int] | None]:
+    """One process at a time trains a run; the kernel frees the lock of a killed one. Gives what `recover` found.
 
-    A checkpoint folder may exist that the controller never heard of: only its snapshot counts (ray.md, 1).
+    Raises:
+        ValueError: another process has the run.
+        FailedRun: see `recover`.
     """
-    try:
-        latest = json.loads((Path(run) / SNAPSHOT).read_text())["latest_checkpoint_result"]
-    except FileNotFoundError:
-        return None
-    return (Path(run) / latest["checkpoint_dir_name"], int(latest["metrics"]["step"])) if latest else None
+    with (Path(run) / "run.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(f"run={run} is being trained by {holder}: wait for it, or end it") from None
+        except OSError as error:  # some network storage has no locks
+            print(f"  no lock on run={run} ({error.strerror}): take care not to start it twice", flush=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield recover(run)
+
+
+def committed(run: str | Path) -> tuple[Path, int] | None:
+    """The newest checkpoint that was written to its end, and its step."""
+    found = checkpoints(run)
+    return found[-1] if found else None
 
 
 def committed_step(run: str | Path) -> int:
     """Step at which the run continues; 0 for a new one."""
     found = committed(run)
     return found[1] if found else 0
+
+
+def checkpoints(run: str | Path) -> list[tuple[Path, int]]:
+    """All checkpoints that were written to their end, with their steps, the newest last."""
+    run = Path(run)
+    named = {int(found[1]): place for place in run.glob("checkpoint_*") if (found := _NAME.fullmatch(place.name))}
+    old = _named_by_ray(run)
+    whole = [step for step, place in named.items() if (place / MANIFEST).exists() or place.name in old]
+    return [(named[step], step) for step in sorted(whole)]
+
+
+_NAME = re.compile(r"checkpoint_(\d{8,})")
+
+
+def _named_by_ray(run: Path) -> set[str]:
+    """Names of a run of an earlier version's checkpoints: of them only those in Ray Train's snapshot were whole.
+
+    Ray does not write it aside: where it was cut off, all folders with a state are named, damaged ones among them.
+    """
+    try:
+        snapshot = json.loads((run / SNAPSHOT).read_text())
+    except FileNotFoundError:
+        return set()
+    except ValueError:
+        return {state.parent.name for state in run.glob(f"checkpoint_*/{STATE}")}
+    results = [*snapshot.get("checkpoint_results", []), snapshot["latest_checkpoint_result"]]
+    return {result["checkpoint_dir_name"] for result in results if result}
+
+
+def recover(run: str | Path) -> tuple[Path, int] | None:
+    """The newest checkpoint whose bytes are those that were written, and its step; to be called before training.
+
+    Damaged ones that are newer are renamed to *.damaged and noted, what a killed writer left is removed, and the
+    checkpoints of an earlier version become ones of this version. Storage that fails is tried again for RETRY_S.
+
+    Raises:
+        FailedRun: there are checkpoints, all of them damaged.
+    """
+    return _patiently(lambda: _recover(Path(run)), f"run={run} cannot be read")
+
+
+def _recover(run: Path) -> tuple[Path, int] | None:
+    for left in (place for place in run.glob("checkpoint_*") if place.suffix in (".part", ".old")):
+        shutil.rmtree(left)
+    found, damaged = checkpoints(run), []
+    for place, step in found:
+        if not (place / MANIFEST).exists():
+            write_json(place / MANIFEST, {"step": step})
+    (run / SNAPSHOT).unlink(missing_ok=True)  # or Ray Train would miss what is deleted from now on
+    while found:
+        place, step = found.pop()
+        fault = _damage(place)
+        if not fault:
+            for bad, why in damaged:
+                _set_aside(bad, ".damaged")
+                note(run, f"checkpoint {bad.name} is damaged ({why}): continuing from {place.name}")
+            return place, step
+        damaged.append((place, fault))
+    if damaged:
+        raise FailedRun(f"run={run}: all {len(damaged)} checkpoints are damaged ({damaged[0][1]}): take a new run=...")
+    return None
+
+
+def _damage(place: Path) -> str | None:
+    """What is wrong with a checkpoint's bytes, or none."""
+    try:
+        expected = json.loads((place / MANIFEST).read_text()).get("sha256")
+        with (place / STATE).open("rb") as file:
+            if expected and hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                return f"{STATE} has another sha256 than when it was written"
+        return None if expected else _zip_damage(place / STATE)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except ValueError:
+        return f"{MANIFEST} is no JSON"
+
+
+def _zip_damage(path: Path) -> str | None:
+    """What the CRC-32 inside a file of torch.save say, which torch writes and does not check; none if all is well."""
+    if not zipfile.is_zipfile(path):
+        return "no zip file, or cut off"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # a damaged zip file raises a dozen kinds
+        return f"{type(error).__name__}: {error}"
+    return f"the CRC of {bad} is wrong" if bad else None
+
+
+def _set_aside(place: Path, suffix: str) -> Path:
+    aside = place.with_name(place.name + suffix)
+    shutil.rmtree(aside, ignore_errors=True)
+    return place.rename(aside)
+
+
+def _patiently(work, what: str):
+    """What `work` returns, tried again for RETRY_S where storage fails."""
+    began, pause = time.monotonic(), FIRST_PAUSE_S
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            if time.monotonic() - began > RETRY_S:
+                raise FailedRun(f"{what}: {error}") from error
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def note(run: str | Path, text: str) -> None:
+    """Adds a line that the user should read to the run's events.jsonl; the driver shows it. What cannot be written is
+    written with the next one."""
+    print(f"  {text}", flush=True)  # on the driver's console, or in a worker's log
+    with _UNWRITTEN_LOCK:
+        lines = _UNWRITTEN.setdefault(str(run), [])
+        lines.append(json.dumps({"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "text": text}))
+        with contextlib.suppress(OSError):
+            with open(Path(run) / EVENTS, "ab", buffering=0) as file:
+                file.write("".join(line + "\n" for line in lines).encode())
+            del _UNWRITTEN[str(run)]
+
+
+def read_events(run: str | Path, start: int = 0) -> tuple[list[str], int]:
+    """Texts noted by other processes, from a byte of events.jsonl on, and the byte that follows."""
+    try:
+        with open(Path(run) / EVENTS, "rb") as file:
+            file.seek(start)
+            data = file.read()
+    except FileNotFoundError:
+        return [], start
+    whole = data[: data.rfind(b"\n") + 1]
+    events = [json.loads(line) for line in whole.splitlines()]
+    here = socket.gethostname(), os.getpid()
+    return [event["text"] for event in events if (event["host"], event["pid"]) != here], start + len(whole)
+
+
+_UNWRITTEN: dict[str, list[str]] = {}
+_UNWRITTEN_LOCK = threading.Lock()
 
 
 def metrics_path(run: str | Path) -> Path:
@@ -124,33 +293,57 @@ def metrics_path(run: str | Path) -> Path:
 class Metrics:
     """Rank 0's scalars: one JSON object a line in metrics.jsonl, and TensorBoard events.
 
-    Rows after `start` are dropped: a run that restarts from a checkpoint writes them again.
+    Rows after `start` are dropped: a run that restarts from a checkpoint writes them again. Rows that storage does not
+    take are kept, and written with the next ones.
     """
 
     def __init__(self, run: str, start: int):
+        self.run, self.start, self.began = run, start, time.monotonic()
+        self.unwritten: list[str] = []
+        _patiently(self._open, f"run={run} cannot be written")
+
+    def _open(self) -> None:
+        path = metrics_path(self.run)
+        kept = "".join(line + "\n" for line in whole_lines(path) if json.loads(line)["step"] <= self.start)
+        aside = path.with_name(path.name + ".part")
+        aside.write_text(kept)
+        aside.replace(path)  # what a worker of before may still write goes to the file that had the name
+        self.file, self.size = path.open("r+b", buffering=0), len(kept.encode())
+        self.events = self._open_events()
+
+    def _open_events(self):
         from tensorboardX import SummaryWriter
 
-        path = metrics_path(run)
-        kept = [line for line in whole_lines(path) if json.loads(line)["step"] <= start]
-        aside = path.with_name(path.name + ".part")
-        aside.write_text("".join(line + "\n" for line in kept))
-        aside.replace(path)
-        self.file = path.open("a")
-        self.events = SummaryWriter(logdir=run, purge_step=start + 1)
-        self.began = time.monotonic()
+        return SummaryWriter(logdir=self.run, purge_step=self.start + 1)
 
     def write(self, step: int, **values: float) -> None:
         """Writes one row; keys are `group/name_unit`."""
         row = {"step": step, "time_s": round(time.monotonic() - self.began, 3)}
         row |= {key: float(value) for key, value in values.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        for key, value in values.items():
-            self.events.add_scalar(key, value, step)
+        self.unwritten.append(json.dumps(row) + "\n")
+        with contextlib.suppress(OSError):
+            self._write_rows()
+            if not self.events.file_writer.event_writer._worker.is_alive():  # its thread ended when storage failed
+                self.events = self._open_events()
+            for key, value in values.items():
+                self.events.add_scalar(key, value, step)
+
+    def _write_rows(self) -> None:
+        rows = "".join(self.unwritten).encode()
+        os.ftruncate(self.file.fileno(), self.size)  # part of a row that did not fit
+        self.file.seek(self.size)
+        if self.file.write(rows) < len(rows):
+            raise OSError(errno.ENOSPC, "no space for a row of metrics")
+        self.size += len(rows)
+        self.unwritten = []
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.unwritten:
+                self._write_rows()
+            if self.events.file_writer.event_writer._worker.is_alive():
+                self.events.close()
         self.file.close()
-        self.events.close()
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -166,34 +359,260 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def report(state: dict[str, Any], step: int, metrics: dict[str, float]) -> None:
-    """Hands a checkpoint to Ray Train; a barrier, so every rank calls it. Rank 0's state is kept.
+class _Job(NamedTuple):
+    """A state that is to be written: as checkpoint of a step, or, without a step, to a file."""
+
+    state: dict[str, Any]
+    step: int | None
+    metrics: dict[str, float]
+
+
+class Writer:
+    """Rank 0's checkpoints: copied in memory when they are due, written by a thread while training goes on.
+
+    Storage that fails is tried again for RETRY_S; a newer state then takes the place of the one that waits. A full disk
+    is not tried again. What is wrong stands in `fault`; the checkpoints before stay as they are.
 
     Args:
-        state: tensors and plain values only: it is read back with weights_only=True.
-        step: steps done.
-        metrics: plain floats.
+        run: folder of the run.
+        keep: newest checkpoints that are kept.
+        best: of the checkpoints' metrics: the one with the highest is kept, too.
+        world: workers of this start; noted in every checkpoint.
     """
-    import ray.train
 
-    if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report({"step": step})
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(state, os.path.join(folder, STATE))
-        ray.train.report(
-            {"step": step, **{key: float(value) for key, value in metrics.items()}},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"checkpoint_{step:08d}",
-        )
+    def __init__(self, run: str, keep: int, best: str | None = None, world: int = 1):
+        self.run, self.keep, self.best, self.world = Path(run), keep, best, world
+        self.waiting: dict[str, _Job] = {}  # by name; files come before checkpoints, which rely on them
+        self.fault: str | None = None
+        self.copy_s = self.write_s = self.total_s = 0.0
+        self.began, self.busy, self.closing = time.monotonic(), False, False
+        self.turn = threading.Condition()
+        self.thread = threading.Thread(target=self._work, daemon=True, name="checkpoints")
+        self.thread.start()
+
+    def save(self, state: dict[str, Any], step: int, metrics: dict[str, float]) -> None:
+        """Takes a checkpoint: tensors and plain values, which may be changed at once."""
+        self._take("~checkpoint", _Job(state, step, metrics))
+
+    def save_file(self, name: str, state: dict[str, Any]) -> None:
+        """Takes a state for a file in the run's folder, written before any checkpoint that is taken later."""
+        self._take(name, _Job(state, None, {}))
+
+    def _take(self, name: str, job: _Job) -> None:
+        began = time.monotonic()
+        job = job._replace(state=_copied(job.state, {}))
+        self.copy_s = time.monotonic() - began
+        self.total_s += self.copy_s
+        with self.turn:
+            self.waiting[name] = job
+            self.turn.notify_all()
+
+    def figures(self) -> dict[str, float]:
+        """Metrics: seconds that training waited for the newest copy and that the thread took to write the newest
+        checkpoint, and the share of the time since this start that both took of all checkpoints."""
+        share = self.total_s / max(1e-9, time.monotonic() - self.began)
+        return {"checkpoint/copy_s": self.copy_s, "checkpoint/write_s": self.write_s, "checkpoint/share": share}
+
+    def close(self) -> None:
+        """Waits until all is written, or cannot be; see `fault`."""
+        with self.turn:
+            self.closing = True
+            self.turn.notify_all()
+        self.thread.join()
+
+    def _work(self) -> None:
+        failing_since, pause, tries = None, FIRST_PAUSE_S, 0
+        while True:
+            with self.turn:
+                self.turn.wait_for(lambda: self.waiting or self.closing)
+                if not self.waiting:
+                    return
+                name = min(self.waiting)
+                job = self.waiting[name]
+            try:
+                self._write(name, job)
+            except OSError as error:
+                failing_since, tries = failing_since or time.monotonic(), tries + 1
+                self.fault = self._hopeless(job, error, time.monotonic() - failing_since)
+                if self.fault:
+                    return
+                if tries == 1:
+                    note(self.run, f"{_what(job, name)} cannot be written ({error}): trying again, training goes on")
+                with self.turn:
+                    self.turn.wait_for(lambda j=job, n=name: self.waiting[n] is not j, pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+                continue
+            except Exception as error:  # whatever it is, the run must not go on without checkpoints
+                self.fault = f"{_what(job, name)} cannot be written: {type(error).__name__}: {error}"
+                return
+            if failing_since:
+                seconds = time.monotonic() - failing_since
+                note(self.run, f"{_what(job, name)} is written after {tries + 1} tries, {seconds:.0f} s")
+            failing_since, pause, tries = None, FIRST_PAUSE_S, 0
+            with self.turn:
+                if self.waiting[name] is job:
+                    del self.waiting[name]
+
+    def _hopeless(self, job: _Job, error: OSError, seconds: float) -> str | None:
+        """Why it is not tried again, or none."""
+        if error.errno in FULL:
+            shutil.rmtree(_place(self.run, job.step or 0).with_suffix(".part"), ignore_errors=True)
+            free, needed = shutil.disk_usage(self.run).free, _num_bytes(job.state)
+            return (
+                f"the disk of {self.run} is full: {free:,} bytes are free, a checkpoint needs {needed:,}: make room "
+                "and type the same command, which continues from the checkpoint before"
+            )
+        if seconds > RETRY_S:
+            return f"the storage of {self.run} fails since {seconds:.0f} s: {error}"
+        return None
+
+    def _write(self, name: str, job: _Job) -> None:
+        began = time.monotonic()
+        if job.step is None:
+            write_state(self.run / name, job.state)
+            self.total_s += time.monotonic() - began
+            return
+        write_checkpoint(self.run, job.step, job.state, {"world": self.world, "metrics": job.metrics})
+        self._drop()
+        self.write_s = time.monotonic() - began
+        self.total_s += self.write_s
+
+    def _drop(self) -> None:
+        """Removes the checkpoints that are not to be kept; what cannot be removed now is removed with the next."""
+        found = checkpoints(self.run)
+        kept = {step for _, step in found[-self.keep :]}
+        if self.best:
+            scores = {step: _metrics(place).get(self.best) for place, step in found}
+            scored = {step: score for step, score in scores.items() if score is not None}
+            kept |= {max(scored, key=scored.get)} if scored else set()
+        for place, step in found:
+            if step not in kept:
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(_set_aside(place, ".old"))
 
 
-def resumed(device: torch.device) -> dict[str, Any] | None:
-    """Inside a worker: the state of the checkpoint this worker group starts from, or none."""
-    import ray.train
+def write_checkpoint(run: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Writes a checkpoint's folder aside, brings it to the disk, then gives it its name.
 
-    found = ray.train.get_checkpoint()
-    return read_state(Path(found.path) / STATE, device) if found else None
+    Args:
+        run: folder of the run.
+        step: steps done.
+        state: tensors and plain values.
+        facts: what else checkpoint.json says.
+
+    Raises:
+        OSError: storage fails; what has been there before is as it was.
+    """
+    place, began = _place(run, step), time.monotonic()
+    aside = place.with_suffix(".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    digest = write_state(aside / STATE, state)
+    facts = {"step": step, "sha256": digest, "write_s": round(time.monotonic() - began, 3), **facts}
+    write_json(aside / MANIFEST, facts | {"time": time.time(), "versions": versions()})
+    _sync(aside / MANIFEST)
+    _sync(aside)
+    if place.exists():  # written before, and then continued from an earlier one
+        _set_aside(place, ".old")
+    aside.rename(place)
+    _sync(run)
+
+
+def _place(run: Path, step: int) -> Path:
+    return run / f"checkpoint_{step:08d}"
+
+
+def _metrics(place: Path) -> dict[str, float]:
+    return json.loads((place / MANIFEST).read_text()).get("metrics", {})
+
+
+def _what(job: _Job, name: str) -> str:
+    return f"checkpoint {job.step}" if job.step is not None else name
+
+
+def _copied(value: Any, seen: dict) -> Any:
+    """A copy in memory of tensors, dicts and lists; tensors that are one stay one."""
+    if isinstance(value, torch.Tensor):
+        key = value.data_ptr(), value.dtype, value.shape, value.stride(), value.device
+        if key not in seen or not value.numel():
+            seen[key] = value.detach().to("cpu", copy=True)
+        return seen[key]
+    if isinstance(value, dict):
+        return {key: _copied(part, seen) for key, part in value.items()}
+    return [_copied(part, seen) for part in value] if isinstance(value, list) else value
+
+
+def _num_bytes(state: Any) -> int:
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    return sum(_num_bytes(part) for part in parts)
+
+
+class _Hashed:
+    """A file that is written from its start to its end: keeps the sha256, and the error that torch hides."""
+
+    def __init__(self, file):
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_state(path: Path, state: dict[str, Any]) -> str:
+    """torch.save written aside, brought to the disk, then renamed; the sha256.
+
+    Raises:
+        OSError: storage fails.
+    """
+    aside = path.with_name(path.name + ".part")
+    try:
+        with aside.open("wb") as file:
+            hashed = _Hashed(file)
+            try:
+                torch.save(state, hashed)
+            except RuntimeError as error:
+                raise hashed.error or error from None
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    return hashed.sha256.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's numbers."""
+    return {"pgl_ray": pgl_ray.__version__, "torch": str(torch.__version__)}
+
+
+def resumed(run: str, device: torch.device) -> dict[str, Any] | None:
+    """State of the newest checkpoint of a run, from which this start of its workers continues; none for a new run."""
+
+    def read():
+        found = committed(run)
+        return read_state(found[0] / STATE, device) if found else None
+
+    return _patiently(read, f"run={run} cannot be read")
 
 
 def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -204,17 +623,13 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     """
     if not path.is_file():
         raise ValueError(f"checkpoint {path} does not exist")
+    damage = _zip_damage(path) if zipfile.is_zipfile(path) else None
+    if damage:
+        raise ValueError(f"checkpoint {path} is damaged or no pgl_ray checkpoint: {damage}")
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged zip file
         raise ValueError(f"checkpoint {path} is damaged or no pgl_ray checkpoint: {str(error)[:120]}") from error
-
-
-def save_best(path: Path, state: dict[str, Any]) -> None:
-    """torch.save written aside, then renamed."""
-    aside = path.with_name(path.name + ".part")
-    torch.save(state, aside)
-    aside.replace(path)
 
 
 def state_of(run: str) -> dict[str, Any]:

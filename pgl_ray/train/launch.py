@@ -63,7 +63,7 @@ def connect(config: RayConfig) -> None:
 def fit(
     worker: Callable[[dict], Any],
     worker_config: dict,
-    stream: Callable[[int], Any],
+    stream: Callable[..., Any],
     train: TrainConfig,
     run: str,
     num_steps: int,
@@ -73,9 +73,9 @@ def fit(
     Args:
         worker: the loop; called with `worker_config` on each rank.
         worker_config: plain values.
-        stream: builds the Ray Dataset that starts at a given step; called again at every restart.
+        stream: builds the Ray Dataset; called at every start of the workers, with num_workers and start (step).
         train: number and kind of workers.
-        run: folder of the run, absolute; Ray Train keeps its checkpoints there.
+        run: folder of the run, absolute, and held by `checkpoint.alone`.
         num_steps: length of the run, for the progress line.
 
     Raises:
@@ -85,6 +85,18 @@ def fit(
     import ray.train
     from ray.data import ExecutionOptions
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    class Feed(ray.train.DataConfig):
+        """Builds the stream for the workers that there are."""
+
+        def configure(self, datasets, world_size, *args, **kwargs):
+            built = {name: stream(num_workers=world_size, start=start) for name, start in datasets.items()}
+            return super().configure(built, world_size, *args, **kwargs)
+
+    def start() -> int:
+        """Where a start of the workers continues; called in Ray Train's controller, once for all of them."""
+        found = checkpoint.recover(run)
+        return found[1] if found else 0
 
     use_gpu = check_resources(train)
     folder = Path(run)
@@ -101,11 +113,10 @@ def fit(
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=3),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
-        datasets={"train": lambda: stream(checkpoint.committed_step(run))},
-        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True)),
+        datasets={"train": start},
+        dataset_config=Feed(execution_options=ExecutionOptions(preserve_order=True)),
     )
     with Progress(run, num_steps):
         try:
@@ -170,6 +181,27 @@ def setup_worker(threads: int) -> torch.device:
     return ray.train.torch.get_device()
 
 
+def settle(model: torch.nn.Module, work: Callable[[], Any]) -> None:
+    """One pass forward and back that leaves nothing behind, at every start of the workers.
+
+    DDP lays its buckets of gradients out anew after its first pass, and three or more workers' sums depend on where in
+    a bucket a gradient lies: without this, a run that was interrupted would differ in the last bits from one that was
+    not.
+
+    Args:
+        model: a DDP wrapper; any other is left alone.
+        work: the pass, on a batch like those to come.
+    """
+    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return
+    kept = [buffer.clone() for buffer in model.buffers()]
+    work()
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(value)
+    model.zero_grad(set_to_none=True)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast context of the configured precision; `auto` is bfloat16 where the GPU has it, else float32."""
     enabled = precision == "bfloat16"
@@ -194,11 +226,12 @@ def mean_over_workers(figures: dict[str, float]) -> dict[str, float]:
 
 
 class Progress:
-    """Prints a line about a run's newest metrics while it runs, from the run's own metrics.jsonl."""
+    """Prints a line about a run's newest metrics while it runs, and its events, from the run's own files."""
 
     def __init__(self, run: str, num_steps: int, every_s: float = 5.0):
         self.run, self.num_steps, self.every_s = run, num_steps, every_s
         self.start, self.began = checkpoint.committed_step(run), time.time()
+        self.events = checkpoint.read_events(run)[1]
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -214,7 +247,15 @@ class Progress:
         first, shown = None, None
         while True:
             finished = self.done.wait(self.every_s)
-            rows = [row for row in self._new_rows() if "train/loss" in row or "val/dice" in row]
+            try:
+                events, self.events = checkpoint.read_events(self.run, self.events)
+                rows = [row for row in self._new_rows() if "train/loss" in row or "val/dice" in row]
+            except OSError:  # storage fails; the worker that writes says so
+                if finished:
+                    return
+                continue
+            for text in events:
+                print(f"  {text}", flush=True)
             steps = [row for row in rows if "train/loss" in row]
             if steps and steps[-1]["step"] != shown:
                 row = steps[-1]

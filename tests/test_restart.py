@@ -1,0 +1,353 @@
+"""Interrupted trainings: what continues is what would have been, whatever was killed, damaged or full."""
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train_loop as loop
+
+from pgl_ray import pretrain
+from pgl_ray.config import FailedRun
+from pgl_ray.data import store
+from pgl_ray.train import checkpoint
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    return loop.scans(tmp_path_factory.mktemp("scans") / "store")
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Pauses between tries of a hundredth of a second."""
+    monkeypatch.setattr(checkpoint, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(checkpoint, "LONGEST_PAUSE_S", 0.02)
+
+
+def check_the_same(one: str, other: str) -> None:
+    """States and metrics of two runs, bit for bit."""
+    states = [loop.state_of(run) for run in (one, other)]
+    for state in states:
+        state["meta"].pop("config")  # names the run
+    assert loop.equal(*states)
+    assert loop.rows_of(one) == loop.rows_of(other)
+
+
+# -- exact resume ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("make", "world"), [(loop.pretraining, 2), (loop.finetuning, 3)], ids=["pretrain", "finetune"])
+def test_an_interrupted_run_is_bit_for_bit_the_undisturbed_one(scans, tmp_path, make, world):
+    """Killed at step 3, one after a checkpoint: parameters, momentum, schedule, buffers, every loss."""
+    changes = {"global_batch_size": 2 * world, "train": {"num_workers": world}}
+    whole, killed = (make(scans, tmp_path / name, **changes) for name in ("whole", "killed"))
+    assert loop.train(whole, world) is None
+    with pytest.raises(loop.Killed):
+        loop.train(killed, world, until=3)
+    assert checkpoint.committed_step(killed.run) == 2
+    loop.train(killed, world)
+    check_the_same(whole.run, killed.run)
+    state = loop.state_of(killed.run)
+    assert state["step"] == 6 and state["schedule"]["last_epoch"] == 6 and state["versions"] == checkpoint.versions()
+    if make is loop.finetuning:
+        best = [checkpoint.read_state(Path(run.run) / "best.pt") for run in (whole, killed)]
+        assert best[0]["val_dice"] == best[1]["val_dice"] and loop.equal(best[0]["model"], best[1]["model"])
+
+
+def test_at_another_number_of_workers_no_pair_is_repeated_or_lost(scans, tmp_path):
+    """Two workers, killed, then one, killed, then two: the pairs of the steps that count are those of the plan."""
+    config = loop.pretraining(scans, tmp_path / "run")
+
+    def seen(rank: int, batch: dict) -> None:
+        rows = np.stack([batch[name] for name in ("step", "epoch", "scan", "draw")], 1).tolist()
+        with (tmp_path / f"{number}_{rank}.jsonl").open("a") as file:
+            file.writelines(json.dumps([number, *row]) + "\n" for row in rows)
+
+    starts = []
+    for world, until in ((2, 3), (1, 5), (2, None)):
+        number = len(starts)
+        starts.append(checkpoint.committed_step(config.run))
+        if until is None:
+            loop.train(config, world, seen=seen)
+        else:
+            with pytest.raises(loop.Killed):
+                loop.train(config, world, until, seen)
+    assert starts == [0, 2, 4]
+    rows = [json.loads(line) for path in tmp_path.glob("*_*.jsonl") for line in path.read_text().splitlines()]
+    ends = [*starts[1:], 6]  # what a start did beyond the next one's checkpoint does not count
+    counted = sorted(tuple(row[1:]) for row in rows if row[1] < ends[row[0]])
+    plan = pretrain.make_plan(config, store.read_index(config.index))
+    columns = plan.columns(0, plan.num_steps)
+    assert counted == sorted(zip(*(columns[name].tolist() for name in ("step", "epoch", "scan", "draw")), strict=True))
+    assert [row["step"] for row in loop.rows_of(config.run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_step_draws_from_a_global_generator(scans, tmp_path):
+    """So that there is no random state to keep: all that is random comes from (seed, epoch, scan, draw)."""
+
+    def seen(rank: int, batch: dict) -> None:
+        now = torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+        with (tmp_path / "states").open("a") as file:
+            file.write(f"{hash(repr(now))}\n")
+
+    loop.train(loop.pretraining(scans, tmp_path / "a", stream={"augment_on": "gpu"}), seen=seen)
+    assert len(set((tmp_path / "states").read_text().splitlines())) == 1
+    (tmp_path / "states").unlink()
+    loop.train(loop.finetuning(scans, tmp_path / "b"), seen=seen)
+    assert len(set((tmp_path / "states").read_text().splitlines())) == 1
+
+
+# -- damage ------------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, share: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(share * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "bit": lambda place: flip(place / checkpoint.STATE, 0.5),
+    "cut": lambda place: os.truncate(place / checkpoint.STATE, 1000),
+    "missing": lambda place: (place / checkpoint.STATE).unlink(),
+    "manifest": lambda place: (place / checkpoint.MANIFEST).write_text("{"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(scans, tmp_path_factory):
+    """A finished run."""
+    config = loop.pretraining(scans, tmp_path_factory.mktemp("trained") / "run")
+    loop.train(config)
+    return config
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, tmp_path, capsys, kind):
+    config = trained.model_copy(update={"run": str(tmp_path / "run")})
+    shutil.copytree(trained.run, config.run)
+    DAMAGES[kind](Path(config.run, "checkpoint_00000006"))
+    if kind == "bit":
+        loop.train(config)  # does the last two steps again
+        check_the_same(trained.run, config.run)
+    else:
+        with checkpoint.alone(config.run) as found:
+            assert found == (Path(config.run, "checkpoint_00000004"), 4)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+    assert "checkpoint checkpoint_00000006 is damaged" in line and "continuing from checkpoint_00000004" in line
+    assert Path(config.run, "checkpoint_00000006.damaged").is_dir()
+    with Path(config.run, checkpoint.EVENTS).open() as file:
+        assert line.strip() == json.loads(file.readline())["text"]
+
+
+def test_where_all_checkpoints_are_damaged_nothing_starts_anew(trained, tmp_path):
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    for place, _ in checkpoint.checkpoints(run):
+        flip(place / checkpoint.STATE, 0.3)
+    with pytest.raises(FailedRun, match="all 2 checkpoints are damaged"), checkpoint.alone(str(run)):
+        pass
+    assert len(checkpoint.checkpoints(run)) == 2  # as they were
+
+
+def test_a_run_of_an_earlier_version_is_read_and_continued(trained, tmp_path):
+    """Its checkpoints are those of Ray Train's snapshot, and only those."""
+    config = trained.model_copy(update={"run": str(tmp_path / "run")})
+    run = shutil.copytree(trained.run, config.run)
+    run = Path(run)
+    for place, _ in checkpoint.checkpoints(run):
+        (place / checkpoint.MANIFEST).unlink()
+    four = {"checkpoint_dir_name": "checkpoint_00000004", "metrics": {"step": 4}}
+    snapshot = {"checkpoint_results": [four], "latest_checkpoint_result": four}
+    (run / checkpoint.SNAPSHOT).write_text(json.dumps(snapshot))
+    assert checkpoint.checkpoints(run) == [(run / "checkpoint_00000004", 4)]
+    loop.train(config)
+    check_the_same(trained.run, config.run)
+    assert not (run / checkpoint.SNAPSHOT).exists()
+    (run / "checkpoint_00000004" / checkpoint.MANIFEST).unlink()
+    (run / checkpoint.SNAPSHOT).write_text("")  # as a full disk left it
+    assert [step for _, step in checkpoint.checkpoints(run)] == [4, 6]
+
+
+def endless(run: str) -> None:
+    writer = checkpoint.Writer(run, 2)
+    for step in range(1, 10**6):
+        writer.save({"step": step, "weights": torch.full((5000,), float(step))}, step, {})
+        while writer.waiting and not writer.fault:
+            time.sleep(0.0005)
+
+
+def test_a_writer_that_is_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
+    rng, last = random.Random(0), 0
+    for _ in range(6):
+        child = multiprocessing.get_context("fork").Process(target=endless, args=(str(tmp_path),))
+        child.start()
+        while checkpoint.committed_step(tmp_path) <= last:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        child.kill()
+        child.join()
+        for place, step in checkpoint.checkpoints(tmp_path):
+            assert checkpoint._damage(place) is None
+            assert (checkpoint.read_state(place / checkpoint.STATE)["weights"] == step).all()
+        with checkpoint.alone(str(tmp_path)) as found:
+            assert found == checkpoint.committed(tmp_path)
+        assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.old"))
+        shutil.rmtree(found[0])
+        last = 0
+
+
+# -- storage -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_the_state_of_its_step(tmp_path, monkeypatch):
+    """Training changes the tensors while the thread still writes; tensors that are one stay one."""
+    gate, write = threading.Event(), checkpoint.write_state
+    monkeypatch.setattr(checkpoint, "write_state", lambda *args: gate.wait() and write(*args))
+    weight = torch.zeros(1000)
+    writer = checkpoint.Writer(str(tmp_path), 1)
+    writer.save({"one": weight, "other": weight, "list": [weight[:3], 1.5]}, 7, {"loss": 1.0})
+    weight += 1
+    gate.set()
+    writer.close()
+    state = loop.state_of(tmp_path)
+    assert (state["one"] == 0).all() and (state["list"][0] == 0).all() and state["list"][1] == 1.5
+    assert state["one"].data_ptr() == state["other"].data_ptr()
+    facts = json.loads((tmp_path / "checkpoint_00000007" / checkpoint.MANIFEST).read_text())
+    assert facts["step"] == 7 and facts["metrics"] == {"loss": 1.0} and facts["write_s"] >= 0
+    assert writer.figures()["checkpoint/write_s"] > 0 and writer.fault is None
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    writer = checkpoint.Writer(str(tmp_path), 2, best="probe")
+    for step, score in ((1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None)):
+        writer.save({"step": step}, step, {} if score is None else {"probe": score})
+        while writer.waiting:
+            time.sleep(0.001)
+    writer.close()
+    assert [step for _, step in checkpoint.checkpoints(tmp_path)] == [2, 4, 5]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        f"checkpoint_0000000{step}" for step in (2, 4, 5)
+    ]
+
+
+def test_storage_that_fails_for_a_while_holds_nothing_up(tmp_path, monkeypatch, quickly, capsys):
+    """Training goes on, the newest state takes the place of the one that waits, and the user is told twice."""
+    failing, write = threading.Event(), checkpoint.write_state
+
+    def fragile(path, state):
+        if failing.is_set():
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return write(path, state)
+
+    monkeypatch.setattr(checkpoint, "write_state", fragile)
+    failing.set()
+    writer = checkpoint.Writer(str(tmp_path), 2)
+    for step in (2, 4, 6):
+        writer.save({"step": step}, step, {})
+        time.sleep(0.05)
+    assert writer.fault is None and not checkpoint.checkpoints(tmp_path)
+    failing.clear()
+    writer.close()
+    assert writer.fault is None and checkpoint.committed_step(tmp_path) == 6
+    lines = capsys.readouterr().out.splitlines()
+    assert "cannot be written ([Errno 5]" in lines[0] and "training goes on" in lines[0]
+    assert "checkpoint 6 is written after" in lines[-1] and len(lines) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "RETRY_S", 0.05)
+        failing.set()
+        writer = checkpoint.Writer(str(tmp_path), 2)
+        writer.save({"step": 8}, 8, {})
+        writer.close()
+    assert "fails since" in writer.fault and checkpoint.committed_step(tmp_path) == 6
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 4 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"cannot mount a small file system: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_said_with_its_bytes_and_the_last_checkpoint_stays(tiny_disk):
+    writer = checkpoint.Writer(str(tiny_disk), 2)
+    writer.save({"weights": torch.zeros(100_000)}, 2, {})
+    while writer.waiting:
+        time.sleep(0.001)
+    metrics = checkpoint.Metrics(str(tiny_disk), 2)
+    metrics.write(2, loss=1.0)
+    ballast = tiny_disk / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(tiny_disk).free - 300_000))
+    writer.save({"weights": torch.zeros(100_000)}, 4, {})
+    writer.close()
+    assert writer.fault.startswith(f"the disk of {tiny_disk} is full: ") and "needs 400,000: make room" in writer.fault
+    assert not list(tiny_disk.glob("*.part"))
+    assert checkpoint.committed_step(tiny_disk) == 2 and checkpoint._damage(tiny_disk / "checkpoint_00000002") is None
+
+    # rows of metrics wait for room, too
+    with pytest.raises(OSError), ballast.open("ab") as file:
+        file.write(bytes(10**7))
+    for step in range(3, 200):
+        metrics.write(step, loss=float(step))
+    ballast.unlink()
+    metrics.write(200, loss=0.0)
+    metrics.close()
+    assert [row["step"] for row in checkpoint.read_metrics(tiny_disk)] == list(range(2, 201))
+    with checkpoint.alone(str(tiny_disk)) as found:
+        assert found[1] == 2
+
+
+def test_a_full_disk_ends_the_run_with_one_line(scans, tiny_disk):
+    """On two workers: both stop, and rank 0 says why."""
+    config = loop.pretraining(scans, tiny_disk / "run", train={"num_workers": 2}, max_steps=4)
+    with pytest.raises(loop.Killed):
+        loop.train(config, 2, until=3)
+    assert checkpoint.committed_step(config.run) == 2
+    (tiny_disk / "ballast").write_bytes(bytes(shutil.disk_usage(tiny_disk).free - 300_000))
+    assert "is full" in loop.train(config, 2)
+    (tiny_disk / "ballast").unlink()
+    assert loop.train(config, 2) is None and checkpoint.committed_step(config.run) == 4
+
+
+# -- one driver --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_driver_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+    code = "import sys, time; from pgl_ray.train import checkpoint\n"
+    code += f"with checkpoint.alone({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        refusal = f"is being trained by process {first.pid} on .*: wait for it, or end it"
+        with pytest.raises(ValueError, match=refusal), checkpoint.alone(str(tmp_path)):
+            pass
+        first.kill()
+        first.wait()
+        with checkpoint.alone(str(tmp_path)) as found:
+            assert found is None
+
+
+def test_storage_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with checkpoint.alone(str(tmp_path)):
+        assert "No locks available): take care not to start it twice" in capsys.readouterr().out

@@ -1,0 +1,184 @@
+"""The doors' training loops without Ray: what Ray Train and Ray Data give a worker, given by the test.
+
+Each worker is a process of its own under gloo; the stream is the plan's rows, rendered where they are asked for.
+"""
+
+import multiprocessing
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+
+from pgl_ray import config as c
+from pgl_ray import finetune, pretrain
+from pgl_ray.data import store, stream
+from pgl_ray.data.facts import training_facts
+from pgl_ray.train import checkpoint, launch, optim
+from pgl_ray.train.quiet import QUIET
+
+ENCODER = {"width": 4, "depths": [1, 1, 1, 1]}
+
+
+class Killed(Exception):
+    """Stands for a worker's death."""
+
+
+def scans(folder: Path, num: int = 6, shape: tuple = (20, 40, 48)) -> Path:
+    """A store of smooth random volumes, each with a label."""
+    for i in range(num):
+        rng = np.random.default_rng(i)
+        volume = np.kron(rng.integers(-800, 300, (5, 5, 6)), np.ones((4, 8, 8))).astype(np.int16)[
+            tuple(map(slice, shape))
+        ]
+        label = (volume > 0).astype(np.uint8)
+        store.write_scan(folder, f"s{i}", volume, np.eye(4), split="train", label=label, labelled=(1,))
+    store.write_index(folder, {"organ": 1}, (-1024.0, 325.0))
+    return folder
+
+
+def pretraining(where: Path, run: Path, **changes) -> c.PretrainConfig:
+    values = {"index": str(where), "run": str(run), "max_steps": 6, "global_batch_size": 4, "encoder": ENCODER}
+    values |= {"views": {"size": [8, 16, 32]}, "heads": {"hidden": 8, "out": 4}, "optim": {"lr": 1.0}}
+    values |= {"health": {"every": 3}, "train": {"log_every": 1, "checkpoint_every": 2, "threads_per_worker": 1}}
+    return c.build(c.PretrainConfig, c.OmegaConf.to_container(c.OmegaConf.merge(values, changes)))
+
+
+def finetuning(where: Path, run: Path, **changes) -> c.FinetuneConfig:
+    values = {"index": str(where), "run": str(run), "max_steps": 6, "global_batch_size": 4, "encoder": ENCODER}
+    values |= {"patch": {"size": [16, 32, 32]}, "validate_every": 2, "patches_per_scan": 1}
+    values |= {"train": {"log_every": 1, "checkpoint_every": 2, "threads_per_worker": 1}}
+    return c.build(c.FinetuneConfig, c.OmegaConf.to_container(c.OmegaConf.merge(values, changes)))
+
+
+def train(
+    config, world: int = 1, until: int | None = None, seen: Callable[[int, dict], None] | None = None
+) -> str | None:
+    """Trains on `world` workers, which die when they ask for the batch of step `until`; rank 0's answer."""
+    index = store.read_index(config.index)
+    kind = finetune if isinstance(config, c.FinetuneConfig) else pretrain
+    if kind is pretrain:
+        plan = pretrain.make_plan(config, index)
+        render = pretrain.make_renderer(config, index, plan)
+        given = {"hu_window": list(index.hu_window), "data": training_facts(index, plan.scan_ids)}
+    else:
+        train_ids, val_ids = finetune.split_scans(config, index)
+        plan = stream.Plan.make(
+            train_ids, config.patches_per_scan, config.global_batch_size, config.epochs, config.max_steps, config.seed
+        )
+        render = stream.PatchRenderer(index.store, plan.scan_ids, config.seed, config.patch, config.intensity, 0.5)
+        given = {"meta": finetune.build_model(config, index)[1], "val_ids": val_ids}
+    folder = checkpoint.open_run(
+        config, kind.__name__.split(".")[1], {"plan": plan.identity, "num_steps": plan.num_steps}
+    )
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    # here: each child would take seconds for them otherwise
+    import ray.train
+    import ray.train.torch
+    import tensorboardX  # noqa: F401
+
+    render({name: column[:1] for name, column in plan.columns(0, 1).items()})
+    optim.build_lars(torch.nn.Linear(1, 1), c.LarsConfig())
+    optim.build_sgd(torch.nn.Linear(1, 1), c.SgdConfig())
+
+    torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it
+    given |= {"config": config.model_dump_json(), "run": folder, "plan": plan}
+    with checkpoint.alone(folder) as found:
+        start = found[1] if found else 0
+
+        def batches(rank: int) -> Iterator[dict]:
+            size = plan.global_batch_size // world
+            for step in range(start, plan.num_steps):
+                if step == until:
+                    due = step - step % config.train.checkpoint_every
+                    while checkpoint.committed_step(folder) < due:  # the thread that writes it
+                        time.sleep(0.001)
+                    raise Killed
+                columns = plan.columns(step, step + 1)
+                batch = render({name: column[rank * size : (rank + 1) * size] for name, column in columns.items()})
+                torch.set_num_threads(1)
+                if seen:
+                    seen(rank, batch)
+                yield {name: torch.from_numpy(value) for name, value in batch.items()}
+
+        def work(rank: int) -> str | None:
+            context = SimpleNamespace(
+                get_world_rank=lambda: rank, get_world_size=lambda: world, get_local_world_size=lambda: world
+            )
+            shard = SimpleNamespace(iter_torch_batches=lambda **_: batches(rank))
+
+            def prepare_model(net, parallel_strategy_kwargs):
+                wrap = torch.nn.parallel.DistributedDataParallel
+                warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers
+                return wrap(net, **parallel_strategy_kwargs) if world > 1 else net
+
+            with (
+                mock.patch.object(ray.train, "get_context", lambda: context),
+                mock.patch.object(ray.train, "get_dataset_shard", lambda name: shard),
+                mock.patch.object(ray.train.torch, "prepare_model", prepare_model),
+                mock.patch.object(launch, "setup_worker", lambda threads: torch.device("cpu")),
+            ):
+                return kind.worker(given)
+
+        return _in_processes(work, world, Path(folder))
+
+
+def _in_processes(work: Callable[[int], str | None], world: int, folder: Path) -> str | None:
+    """Runs `work` in one forked process per rank."""
+    meeting = folder / f"meeting_{os.getpid()}_{len(list(folder.glob('meeting_*')))}"
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def process(rank: int) -> None:
+        torch.set_num_threads(1)
+        if world > 1:
+            torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+        try:
+            answers.put((rank, work(rank), None))
+        except BaseException as error:
+            answers.put((rank, None, type(error).__name__ + traceback.format_exc()))
+        os._exit(0)
+
+    children = [context.Process(target=process, args=(rank,)) for rank in range(world)]
+    for child in children:
+        child.start()
+    told = {rank: (answer, error) for rank, answer, error in (answers.get() for _ in children)}
+    for child in children:
+        child.join()
+    errors = [error for _, error in told.values() if error]
+    if any(error.startswith("Killed") for error in errors):
+        raise Killed
+    assert not errors, errors
+    return told[0][0]
+
+
+def state_of(run: Path | str) -> dict:
+    """The state of a run's newest checkpoint."""
+    return checkpoint.read_state(checkpoint.committed(run)[0] / checkpoint.STATE)
+
+
+def equal(a, b) -> bool:
+    """Whether two states are the same, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+CLOCKS = ("time_s", "data/wait_s", "data/wait_share", "train/pairs_per_s", "train/patches_per_s", "probe/seconds")
+
+
+def rows_of(run: Path | str) -> list[dict]:
+    """A run's metrics without what depends on time."""
+    rows = checkpoint.read_metrics(run)
+    return [{k: v for k, v in row.items() if k not in CLOCKS and not k.startswith("checkpoint/")} for row in rows]
