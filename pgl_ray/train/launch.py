@@ -1,5 +1,6 @@
 """The one place that starts Ray and builds a TorchTrainer."""
 
+import json
 import os
 import re
 import threading
@@ -12,7 +13,7 @@ import torch
 
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.train import checkpoint
-from pgl_ray.train.quiet import QUIET
+from pgl_ray.train.quiet import QUIET, quiet_data
 
 COLLECTIVE_TIMEOUT_S = 3600  # one rank may validate a large scan while the others wait; dead ranks are noticed at once
 RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
@@ -30,18 +31,23 @@ def connect(config: RayConfig) -> None:
     """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
+    quiet_data()
     import ray
 
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    # Ray refuses a job whose driver sets what its runtime_env sets already.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
     options["runtime_env"] = {
         "worker_process_setup_hook": "pgl_ray.train.quiet.quiet_worker",
-        "env_vars": {key: os.environ[key] for key in QUIET},
+        "env_vars": {key: os.environ[key] for key in QUIET if key not in job.get("env_vars", {})},
     }
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         options["address"] = address
+        if not {"working_dir", "py_modules"} & job.keys():  # all nodes run this code, whatever they have installed
+            options["runtime_env"]["py_modules"] = [str(Path(__file__).parents[1])]
     else:
         # The dashboard process answers the State API, without which Ray Train cannot free a dead run's workers.
         options |= {
