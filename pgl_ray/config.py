@@ -27,16 +27,13 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from yaml import YAMLError
 
-
 JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's working directory
 
 
 def _absolute(value: str) -> str:
     """Workers run in other directories, so paths are made absolute where they are read."""
     if "://" in value:
-        raise PydanticCustomError(
-            "path", "only a store may lie in a bucket: give a folder on a disk that all nodes share"
-        )
+        raise PydanticCustomError("path", "only a store may lie in a bucket: give a folder that all nodes share")
     path = os.path.expanduser(value)
     if not os.path.isabs(path) and JOB_FOLDER in f"{os.getcwd()}/":
         raise PydanticCustomError("path", "a job's working directory is a copy that is removed: give an absolute path")

@@ -1,4 +1,4 @@
-"""Ray heads and nodes for tests: `ray start --block` with ports and a temporary folder of their own, ended by their pids."""
+"""Ray heads and nodes for tests: `ray start --block` with ports and a folder of their own, ended by their pids."""
 
 import os
 import secrets
