@@ -189,6 +189,7 @@ def worker(worker_config: dict) -> str | None:
     )
     train_mode(segmenter, config.freeze)
     waited, logged, since, stopped, overfitted = 0.0, step, time.monotonic(), None, False
+    notice = launch.Notice()
     unseen: list[torch.Tensor] = []  # loss and norm of the gradient of the steps since they were last looked at
     asked = time.monotonic()
     for batch in batches:
@@ -216,7 +217,7 @@ def worker(worker_config: dict) -> str | None:
         # not finite: every rank comes to the same, and no checkpoint is written any more
         last = step == plan.num_steps
         log, validates = last or step == 1 or step % config.train.log_every == 0, last or step % steps_per_val == 0
-        keep = last or step % config.train.checkpoint_every == 0
+        keep = last or step % config.train.checkpoint_every == 0 or (log and notice.wants_checkpoint())
         if log or validates or keep:
             seen = launch.of_all_workers(torch.stack(unseen).tolist())
             values, unseen = np.mean(seen, 0), []
@@ -226,10 +227,11 @@ def worker(worker_config: dict) -> str | None:
 
         # metrics
         if log:
+            rate = (step - logged) * plan.global_batch_size / (time.monotonic() - since)
+            row = {"epoch": plan.epoch_at(step), "train/loss": values[-1, 0], "train/grad_norm": values[-1, 1]}
+            row |= {"train/lr": lr, "train/patches_per_s": rate, "data/wait_s": waited / (step - logged)}
+            launch.publish(step, row)
             if metrics:
-                rate = (step - logged) * plan.global_batch_size / (time.monotonic() - since)
-                row = {"epoch": plan.epoch_at(step), "train/loss": values[-1, 0], "train/grad_norm": values[-1, 1]}
-                row |= {"train/lr": lr, "train/patches_per_s": rate, "data/wait_s": waited / (step - logged)}
                 metrics.write(step, **row)
             waited, logged, since = 0.0, step, time.monotonic()
 
@@ -245,6 +247,7 @@ def worker(worker_config: dict) -> str | None:
                 if rank == 0:
                     kept = {"model": segmenter.state_dict(), "meta": meta, "step": step, "val_dice": best}
                     checkpoint.save_best(folder / BEST, kept)
+            launch.publish(step, {"epoch": plan.epoch_at(step), **scores})
             if metrics:
                 metrics.write(step, epoch=plan.epoch_at(step), **scores)
             since = time.monotonic()

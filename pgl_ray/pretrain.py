@@ -201,7 +201,7 @@ def worker(worker_config: dict) -> str | None:
         drop_last=True,
         pin_memory=device.type == "cuda",
     )
-    skipped = Skipped(plan, config.stream, step)
+    skipped, notice = Skipped(plan, config.stream, step), launch.Notice()
     judge = make_probe(config) if config.probe.every and rank == 0 else None
     model.train()
     waited, logged, since, stopped = 0.0, step, time.monotonic(), None
@@ -225,7 +225,9 @@ def worker(worker_config: dict) -> str | None:
         # metrics, and the reasons to stop: every rank comes to the same
         ends = step in (1, plan.num_steps)
         log, check = ends or step % config.train.log_every == 0, ends or step % config.health.every == 0
-        keep = step % config.train.checkpoint_every == 0 or step == plan.num_steps
+        keep = (
+            step % config.train.checkpoint_every == 0 or step == plan.num_steps or (log and notice.wants_checkpoint())
+        )
         probes = config.probe.every > 0 and (ends or step % config.probe.every == 0)
         if log or check or keep or probes:
             row = {"train/loss": done.output.loss.item(), "train/grad_norm": done.grad_norm.item()}
@@ -255,16 +257,17 @@ def worker(worker_config: dict) -> str | None:
             row |= {f"probe/recall_{name}": value for name, value in result.recall.items()}
             since += result.seconds  # no part of the training's speed
         if log or check or probes:
+            seconds = time.monotonic() - since
+            row |= {
+                "epoch": plan.epoch_at(step),
+                "train/lr": done.lr,
+                "train/pairs_per_s": (step - logged) * plan.global_batch_size / seconds,
+                "data/wait_s": waited / (step - logged),
+                "data/wait_share": waited / seconds,
+                "ema/decay": decay,
+            }
+            launch.publish(step, row)
             if metrics:
-                seconds = time.monotonic() - since
-                row |= {
-                    "epoch": plan.epoch_at(step),
-                    "train/lr": done.lr,
-                    "train/pairs_per_s": (step - logged) * plan.global_batch_size / seconds,
-                    "data/wait_s": waited / (step - logged),
-                    "data/wait_share": waited / seconds,
-                    "ema/decay": decay,
-                }
                 metrics.write(step, **row)
             waited, logged, since = 0.0, step, time.monotonic()
         if keep:
