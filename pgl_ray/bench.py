@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pgl_ray.config import BenchConfig, command
 from pgl_ray.data import store, stream
+from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device
 from pgl_ray.model.pgl import Pair
 from pgl_ray.pretrain import build_model, make_plan, make_renderer, train_step
@@ -98,7 +99,9 @@ def run(config: BenchConfig) -> Result:
 
     # step only, all cores or the GPU
     torch.set_num_threads(config.train.threads_per_worker or cores)
-    net = build_model(config)[0].to(device).train()
+    net = on.lay_out(build_model(config)[0], device).train()
+    if config.train.recompute:
+        on.recompute(net.get_submodule("online.encoder"))
     step = _step(config, device, net, index.hu_window)
     ready = renderer({name: np.resize(column, num_pairs) for name, column in rows.items()})
     torch.set_num_threads(config.train.threads_per_worker or cores)  # a renderer takes one
@@ -191,7 +194,7 @@ def _step(
 ) -> Callable[[dict], None]:
     lars = optim.build_lars(net, config.optim)
     schedule = optim.warmup_cosine(lars, 1, 2**31)
-    autocast = launch.autocast(device, config.train.precision)
+    autocast = on.autocast(device, config.train.precision)
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         pair = Pair.from_batch(stream.finish(batch, config.views.size, config.intensity, hu_window))

@@ -24,12 +24,24 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 from yaml import YAMLError
+
+JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's working directory
 
 
 def _absolute(value: str) -> str:
-    """Workers run in other directories, so paths are made absolute where they are read; URLs stay."""
-    return value if "://" in value else os.path.abspath(os.path.expanduser(value))
+    """Workers run in other directories, so paths are made absolute where they are read."""
+    if "://" in value:
+        raise PydanticCustomError("path", "only a store may lie in a bucket: give a folder that all nodes share")
+    path = os.path.expanduser(value)
+    if not os.path.isabs(path) and JOB_FOLDER in f"{os.getcwd()}/":
+        raise PydanticCustomError("path", "a job's working directory is a copy that is removed: give an absolute path")
+    return os.path.abspath(path)
+
+
+def _absolute_or_url(value: str) -> str:
+    return value if "://" in value else _absolute(value)
 
 
 def _absolute_unless_random(value: str) -> str:
@@ -37,6 +49,7 @@ def _absolute_unless_random(value: str) -> str:
 
 
 FilePath = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
+StorePath = Annotated[FilePath, AfterValidator(_absolute_or_url)]
 FilePath = Annotated[FilePath, AfterValidator(_absolute)]
 Init = Annotated[str, AfterValidator(_absolute_unless_random)]
 Seed = Annotated[int, Field(ge=0)]
@@ -242,7 +255,7 @@ class HealthConfig(Section):
 class ProbeSettings(Section):
     """Scans and voxels of a voxel probe."""
 
-    index: FilePath | None = None
+    index: StorePath | None = None
     """Store written by prepare, with labels; none: the one that is trained on."""
     size: Triple | None = None
     """Window that the encoder sees, in voxels (D, H, W); none: views.size."""
@@ -319,6 +332,11 @@ class TrainConfig(Section):
     """Torch threads per worker; 0 shares the node's cores evenly."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast precision; auto = bfloat16 on CUDA, float32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on CUDA. What it cannot compile runs as it is."""
+    recompute: bool = False
+    """Keep only the encoder stages' outputs for the backward pass and compute the rest again: less memory, a third more
+    time, the same results."""
     log_every: Positive = 10
     """Steps between two rows of metrics."""
     checkpoint_every: Positive = 200
@@ -439,7 +457,7 @@ class PrepareConfig(Section):
     source: FilePath
     """Folder of CT volumes (NIfTI, NRRD, MHA/MHD, DICOM): any folders, images/ + labels/, nnU-Net's or MSD's (imagesTr,
     labelsTr), or as a recipe says."""
-    store: FilePath
+    store: StorePath
     """Folder of the store, or s3://, gs://, az:// with bucket and prefix; an existing store is added to."""
     recipe: RecipeConfig = RecipeConfig()
     series: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
@@ -468,7 +486,7 @@ class PrepareConfig(Section):
 class StoreConfig(Section):
     """Reads every chunk of a store; names what is damaged, and converts just that again (repair)."""
 
-    store: FilePath
+    store: StorePath
     """Store written by prepare."""
     ray: RayConfig = RayConfig()
 
@@ -476,7 +494,7 @@ class StoreConfig(Section):
 class InspectConfig(Section):
     """Store -> one HTML page: table of scans, pictures, what stands out, totals."""
 
-    store: FilePath
+    store: StorePath
     """Store written by prepare."""
     output: FilePath | None = None
     """HTML file; none: inspect.html in the store's folder, of a store in a bucket in this folder."""
@@ -490,7 +508,7 @@ class PretrainConfig(Section):
     method: Literal["pgl", "byol", "genesis"] = "pgl"
     """pgl: local consistency of aligned features; byol: global consistency of pooled features; genesis: Models Genesis,
     restoring deformed views with the segmentation network. All train on the same views."""
-    index: FilePath
+    index: StorePath
     """Store written by prepare."""
     run: FilePath
     """Folder of the run; the same command again continues an interrupted run."""
@@ -568,20 +586,20 @@ class BenchConfig(PretrainConfig):
 class CheckAlignConfig(PretrainConfig):
     """Does the aligner bring the same anatomy together? Coordinate ramps through the configured geometry."""
 
-    index: FilePath | None = None
+    index: StorePath | None = None
     """Store whose scans are cropped; none: a phantom scan."""
     run: FilePath | None = None
     """Pre-training run whose config is checked, and whose folder and report get table and picture."""
     num_pairs: Annotated[int, Field(ge=64)] = 128
     """Random pairs of views; all 64 pairs of flips come up in turn."""
-    output: FilePath = "check_align"
+    output: Annotated[FilePath, Field(validate_default=True)] = "check_align"
     """Folder for check_align.json and check_align.png where no run is given."""
 
 
 class FinetuneConfig(Section):
     """Supervised training of the segmentation network (paper, Sec. 5.1 and Appendix B)."""
 
-    index: FilePath
+    index: StorePath
     """Store written by prepare, with labels."""
     run: FilePath
     """Folder of the run; the same command again continues an interrupted run."""
@@ -663,7 +681,7 @@ class EvaluateConfig(Section):
 
     run: FilePath
     """Fine-tuning run."""
-    index: FilePath
+    index: StorePath
     """Store written by prepare, with labels."""
     split: str = "test"
     """Split of the index to evaluate on."""
@@ -702,7 +720,7 @@ class PredictConfig(Section):
 class ProbeConfig(ProbeSettings):
     """Linear classifier on the frozen encoder's features at labelled voxels."""
 
-    index: FilePath
+    index: StorePath
     """Store written by prepare, with labels."""
     size: Triple = (16, 96, 96)
     """Window that the encoder sees, in voxels (D, H, W)."""
@@ -731,7 +749,7 @@ class TuneConfig(Section):
 
     run: FilePath
     """Folder of the sweep; the same command again continues an interrupted one, one with a larger space adds to it."""
-    index: FilePath
+    index: StorePath
     """Store written by prepare, with labels; a stage may take another: base_pretrain.index."""
     base_pretrain: dict[str, Any] | None = None
     """What the trials' pre-training config says beyond the defaults; none: no pre-training."""
@@ -798,7 +816,7 @@ class ReportConfig(Section):
 class DemoConfig(Section):
     """Phantoms -> prepare -> pre-train -> probe -> fine-tune -> evaluate -> report at a small size."""
 
-    out: FilePath = "demo"
+    out: Annotated[FilePath, Field(validate_default=True)] = "demo"
     """Folder of everything the demo writes."""
     seed: Seed = 0
     """Seed of phantoms and runs."""

@@ -16,6 +16,7 @@ from pgl_ray import evaluate
 from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build, command
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import training_facts
+from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.inference import out_of_memory
 from pgl_ray.model.losses import segmentation_loss
@@ -163,9 +164,11 @@ def worker(worker_config: dict) -> str | None:
     val_records = [scan for scan in index.scans if scan.scan_id in worker_config["val_ids"]]
 
     # model, optimizer, schedule
-    segmenter = build_model(config, index)[0].to(device)
-    if device.type == "cuda":
+    segmenter = on.lay_out(build_model(config, index)[0], device)
+    if device.type == "cuda" and world > 1:
         segmenter = torch.nn.SyncBatchNorm.convert_sync_batchnorm(segmenter)
+    if config.train.recompute and not config.freeze:
+        on.recompute(segmenter.encoder)
     sgd = optim.build_sgd(segmenter, config.optim)
     schedule = optim.polynomial(sgd, plan.num_steps, config.optim.power)
 
@@ -181,11 +184,12 @@ def worker(worker_config: dict) -> str | None:
             return None
     # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
     model = ray.train.torch.prepare_model(segmenter, parallel_strategy_kwargs={"broadcast_buffers": False})
+    model = on.compiled(model, device, config.train.compile)
     metrics = writer = None
     if rank == 0:
         metrics = checkpoint.Metrics(str(folder), step)
         writer = checkpoint.Writer(str(folder), config.train.keep_checkpoints, world=world)
-    autocast = launch.autocast(device, config.train.precision)
+    autocast = on.autocast(device, config.train.precision)
     steps_per_val = max(1, round(config.validate_every * plan.rows_per_epoch / plan.global_batch_size))
 
     batches = ray.train.get_dataset_shard("train").iter_torch_batches(
@@ -193,6 +197,7 @@ def worker(worker_config: dict) -> str | None:
     )
     train_mode(segmenter, config.freeze)
     waited, logged, since, stopped, overfitted, first = 0.0, step, time.monotonic(), None, False, True
+    notice = launch.Notice()
     unseen: list[torch.Tensor] = []  # loss and norm of the gradient of the steps since they were last looked at
     asked = time.monotonic()
     for batch in batches:
@@ -224,7 +229,7 @@ def worker(worker_config: dict) -> str | None:
         # not finite: every rank comes to the same, and no checkpoint is written any more
         last = step == plan.num_steps
         log, validates = last or step == 1 or step % config.train.log_every == 0, last or step % steps_per_val == 0
-        keep = last or step % config.train.checkpoint_every == 0
+        keep = last or step % config.train.checkpoint_every == 0 or (log and notice.wants_checkpoint())
         if log or validates or keep:
             seen = launch.of_all_workers(torch.stack(unseen).tolist())
             values, unseen = np.mean(seen, 0), []
@@ -237,10 +242,11 @@ def worker(worker_config: dict) -> str | None:
 
         # metrics
         if log:
+            rate = (step - logged) * plan.global_batch_size / (time.monotonic() - since)
+            row = {"epoch": plan.epoch_at(step), "train/loss": values[-1, 0], "train/grad_norm": values[-1, 1]}
+            row |= {"train/lr": lr, "train/patches_per_s": rate, "data/wait_s": waited / (step - logged)}
+            launch.publish(step, row)
             if metrics:
-                rate = (step - logged) * plan.global_batch_size / (time.monotonic() - since)
-                row = {"epoch": plan.epoch_at(step), "train/loss": values[-1, 0], "train/grad_norm": values[-1, 1]}
-                row |= {"train/lr": lr, "train/patches_per_s": rate, "data/wait_s": waited / (step - logged)}
                 row |= writer.figures()
                 metrics.write(step, **row)
             waited, logged, since = 0.0, step, time.monotonic()
@@ -257,6 +263,7 @@ def worker(worker_config: dict) -> str | None:
                 if writer:
                     kept = {"model": segmenter.state_dict(), "meta": meta, "step": step, "val_dice": best}
                     writer.save_file(BEST, kept)
+            launch.publish(step, {"epoch": plan.epoch_at(step), **scores})
             if metrics:
                 metrics.write(step, epoch=plan.epoch_at(step), **scores)
             since = time.monotonic()

@@ -20,6 +20,7 @@ from pgl_ray.config import FailedRun, PretrainConfig, StreamConfig, build, comma
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import training_facts
 from pgl_ray.data.views import ablated
+from pgl_ray.model import device as on
 from pgl_ray.model.byol import Byol
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.genesis import Genesis
@@ -173,9 +174,11 @@ def worker(worker_config: dict) -> str | None:
 
     # model and optimizer
     net, geometry = build_model(config)
-    net = net.to(device)
-    if device.type == "cuda":
+    net = on.lay_out(net, device)
+    if device.type == "cuda" and world > 1:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if config.train.recompute:
+        on.recompute(net.get_submodule("online.encoder"))
     lars = optim.build_lars(net, config.optim)
 
     # schedules
@@ -194,11 +197,12 @@ def worker(worker_config: dict) -> str | None:
         return None
     # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
     model = ray.train.torch.prepare_model(net, parallel_strategy_kwargs={"broadcast_buffers": False})
+    model = on.compiled(model, device, config.train.compile)
     metrics = writer = None
     if rank == 0:
         metrics = checkpoint.Metrics(worker_config["run"], step)
         writer = checkpoint.Writer(worker_config["run"], config.train.keep_checkpoints, ACCURACY, world)
-    autocast = launch.autocast(device, config.train.precision)
+    autocast = on.autocast(device, config.train.precision)
 
     batches = ray.train.get_dataset_shard("train").iter_torch_batches(
         batch_size=plan.global_batch_size // world,
@@ -206,7 +210,7 @@ def worker(worker_config: dict) -> str | None:
         drop_last=True,
         pin_memory=device.type == "cuda",
     )
-    skipped = Skipped(plan, config.stream, step)
+    skipped, notice = Skipped(plan, config.stream, step), launch.Notice()
     judge = make_probe(config) if config.probe.every and rank == 0 else None
     model.train()
     waited, logged, since, stopped, first = 0.0, step, time.monotonic(), None, True
@@ -235,6 +239,7 @@ def worker(worker_config: dict) -> str | None:
         log, check = ends or step % config.train.log_every == 0, ends or step % config.health.every == 0
         probes = config.probe.every > 0 and (ends or step % config.probe.every == 0)
         keep = step % config.train.checkpoint_every == 0 or step == plan.num_steps or probes
+        keep = keep or (log and notice.wants_checkpoint())
         if log or check or keep or probes:
             row = {"train/loss": done.output.loss.item(), "train/grad_norm": done.grad_norm.item()}
             row = launch.mean_over_workers(row)
@@ -266,17 +271,18 @@ def worker(worker_config: dict) -> str | None:
             row |= {f"probe/recall_{name}": value for name, value in result.recall.items()}
             since += result.seconds  # no part of the training's speed
         if log or check or probes:
+            seconds = time.monotonic() - since
+            row |= {
+                "epoch": plan.epoch_at(step),
+                "train/lr": done.lr,
+                "train/pairs_per_s": (step - logged) * plan.global_batch_size / seconds,
+                "data/wait_s": waited / (step - logged),
+                "data/wait_share": waited / seconds,
+                "ema/decay": decay,
+            }
+            launch.publish(step, row)
             if metrics:
-                seconds = time.monotonic() - since
-                row |= {
-                    "epoch": plan.epoch_at(step),
-                    "train/lr": done.lr,
-                    "train/pairs_per_s": (step - logged) * plan.global_batch_size / seconds,
-                    "data/wait_s": waited / (step - logged),
-                    "data/wait_share": waited / seconds,
-                    "ema/decay": decay,
-                    **writer.figures(),
-                }
+                row |= writer.figures()
                 metrics.write(step, **row)
             waited, logged, since = 0.0, step, time.monotonic()
         if keep:

@@ -9,11 +9,12 @@ from torch.nn.parallel import DistributedDataParallel
 from pgl_ray import finetune
 from pgl_ray.config import FinetuneConfig, SgdConfig, load
 from pgl_ray.data.store import read_index, write_index, write_scan
+from pgl_ray.model.device import autocast
 from pgl_ray.model.inference import out_of_memory
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import launch, optim
+from pgl_ray.train import optim
 
 CPU = torch.device("cpu")
 
@@ -53,7 +54,7 @@ def test_parts_add_up_to_the_gradient_of_the_whole_batch(task, outputs, parts):
     loss.backward()
     whole = gradients(model)
     model.zero_grad()
-    found = finetune.backward(model, model, given, task, parts, launch.autocast(CPU, "float32"))
+    found = finetune.backward(model, model, given, task, parts, autocast(CPU, "float32"))
     assert found.item() == pytest.approx(loss.item(), rel=1e-5) and not found.requires_grad
     largest = max(value.abs().max() for value in whole.values())
     for name, value in gradients(model).items():
@@ -62,14 +63,14 @@ def test_parts_add_up_to_the_gradient_of_the_whole_batch(task, outputs, parts):
     model.zero_grad()
     for rows in torch.arange(4).chunk(parts):
         part = {key: value[rows] for key, value in given.items()}
-        (finetune.backward(model, model, part, task, 1, launch.autocast(CPU, "float32")))
+        (finetune.backward(model, model, part, task, 1, autocast(CPU, "float32")))
     assert any((value / parts - whole[n]).abs().max() > 1e-2 * largest for n, value in gradients(model).items())
 
 
 def test_parts_are_taken_into_the_running_statistics_once():
     model, other, given = network().train(), network().train(), batch()
-    finetune.backward(model, model, given, "multiclass", 2, launch.autocast(CPU, "bfloat16"))
-    with torch.no_grad(), launch.autocast(CPU, "bfloat16"):
+    finetune.backward(model, model, given, "multiclass", 2, autocast(CPU, "bfloat16"))
+    with torch.no_grad(), autocast(CPU, "bfloat16"):
         for patch in given["patch"].chunk(2):
             other(patch.float())
     for (name, value), expected in zip(model.named_buffers(), other.buffers()):
@@ -92,10 +93,10 @@ def test_workers_wait_for_each_other_at_the_last_part_alone(tmp_path):
             return future
 
         model.register_comm_hook(None, count)
-        finetune.backward(model, net, batch(), "multiclass", 4, launch.autocast(CPU, "float32"))
+        finetune.backward(model, net, batch(), "multiclass", 4, autocast(CPU, "float32"))
         assert sorted(reduced) == sorted(set(reduced)) and reduced
         alone = network().eval()
-        finetune.backward(alone, alone, batch(), "multiclass", 4, launch.autocast(CPU, "float32"))
+        finetune.backward(alone, alone, batch(), "multiclass", 4, autocast(CPU, "float32"))
         for name, value in gradients(net).items():
             torch.testing.assert_close(value, gradients(alone)[name])
     finally:
@@ -111,7 +112,7 @@ def test_a_frozen_encoder_stays_as_it_is_bit_for_bit(tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(2):
         finetune.train_mode(model, freeze=True)
-        finetune.backward(model, model, batch(seed=step), "multiclass", 1 + step, launch.autocast(CPU, "float32"))
+        finetune.backward(model, model, batch(seed=step), "multiclass", 1 + step, autocast(CPU, "float32"))
         sgd.step()
         optim.average_buffers(model)
     for name, value in model.state_dict().items():
@@ -120,7 +121,7 @@ def test_a_frozen_encoder_stays_as_it_is_bit_for_bit(tmp_path):
     assert all(p.grad is None for p in model.encoder.parameters())
     free, _, _ = finetune.build_model(config(*args[1:]), index)
     finetune.train_mode(free, freeze=False)
-    finetune.backward(free, free, batch(), "multiclass", 1, launch.autocast(CPU, "float32"))
+    finetune.backward(free, free, batch(), "multiclass", 1, autocast(CPU, "float32"))
     assert free.encoder.conv1.weight.grad.abs().sum() > 0
     assert not torch.equal(free.encoder.bn1.running_mean, before["encoder.bn1.running_mean"])
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 from pgl_ray.config import PretrainConfig, load
+from pgl_ray.model import device as on
 from pgl_ray.model.losses import local_consistency_loss
 from pgl_ray.model.pgl import Pair, feature_geometry, valid_bins
 from pgl_ray.model.resnet import Encoder
@@ -94,7 +95,7 @@ def test_a_few_steps_lower_the_loss_of_one_batch(method, lr):
     config = load(PretrainConfig, [*SMALL, f"method={method}", f"optim.lr={lr}"])
     net, _ = build_model(config)
     lars = optim.build_lars(net.train(), config.optim)
-    schedule, autocast = optim.warmup_cosine(lars, 1, 1000), launch.autocast(torch.device("cpu"), "float32")
+    schedule, autocast = optim.warmup_cosine(lars, 1, 1000), on.autocast(torch.device("cpu"), "float32")
     steps = [train_step(net, net, lars, schedule, pair(), 0.99, autocast) for _ in range(12)]
     assert steps[-1].output.loss < 0.9 * steps[0].output.loss
     grads = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
@@ -228,7 +229,7 @@ def trained(rank: int, world: int, frozen_norms: bool) -> dict:
                 module.eval()
     model = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     lars = optim.build_lars(net, config.optim)
-    schedule, autocast = optim.warmup_cosine(lars, 2, 10), launch.autocast(torch.device("cpu"), "float32")
+    schedule, autocast = optim.warmup_cosine(lars, 2, 10), on.autocast(torch.device("cpu"), "float32")
     done = []
     for step in range(STEPS):
         batch, decay = part_of(pair(step, num=8), rank, world), optim.ema_decay(step, STEPS, 0.9)

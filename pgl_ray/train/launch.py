@@ -1,22 +1,28 @@
 """The one place that starts Ray and builds a TorchTrainer."""
 
+import json
+import math
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
-from pgl_ray.train import checkpoint
-from pgl_ray.train.quiet import QUIET
+from pgl_ray.train import checkpoint, logs
+from pgl_ray.train.quiet import QUIET, quiet_data
 
 COLLECTIVE_TIMEOUT_S = 3600  # one rank may validate a large scan while the others wait; dead ranks are noticed at once
 RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
 NO_MEMORY = "Ray ended a process because the machine's memory was nearly full"
+WATCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+WATCHED = {WATCH: "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}  # on a cluster that others may take nodes from
+NOTICE_S = 5  # between two checkpoints while a node is about to be taken away
 FEED_CPUS = 1  # that the stream must have at least: it lays out its plan with one
 
 
@@ -28,20 +34,26 @@ def connect(config: RayConfig) -> None:
     Raises:
         FailedRun: the cluster cannot be reached or started.
     """
-    for key, value in QUIET.items():
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    settings = QUIET | (WATCHED if address else {})
+    for key, value in settings.items():
         os.environ.setdefault(key, value)
+    quiet_data()
     import ray
 
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    # Ray refuses a job whose driver sets what its runtime_env sets already.
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
     options["runtime_env"] = {
         "worker_process_setup_hook": "pgl_ray.train.quiet.quiet_worker",
-        "env_vars": {key: os.environ[key] for key in QUIET},
+        "env_vars": {key: os.environ[key] for key in settings if key not in job.get("env_vars", {})},
     }
-    address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
         options["address"] = address
+        if not {"working_dir", "py_modules"} & job.keys():  # all nodes run this code, whatever they have installed
+            options["runtime_env"]["py_modules"] = [str(Path(__file__).parents[1])]
     else:
         # The dashboard process answers the State API, without which Ray Train cannot free a dead run's workers.
         options |= {
@@ -101,7 +113,7 @@ def fit(
     use_gpu = check_resources(train)
     folder = Path(run)
     trainer = TorchTrainer(
-        worker,
+        partial(_logged, worker),
         train_loop_config=worker_config,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ray.train.ScalingConfig(
@@ -123,6 +135,22 @@ def fit(
             return trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             raise FailedRun(_first_cause(error)) from error
+
+
+def _logged(worker: Callable[[dict], Any], worker_config: dict) -> Any:
+    """Runs on each rank: the worker with its log in the run's folder.
+
+    Raises:
+        FailedRun: this node does not see the run's folder.
+    """
+    import ray.train
+
+    context, run = ray.train.get_context(), worker_config["run"]
+    if not os.path.exists(f"{run}/run.json"):
+        node = ray.util.get_node_ip_address()
+        raise FailedRun(f"node {node} does not see run={run}: store and run must lie on storage that all nodes share")
+    with logs.written(run, context.get_world_rank(), context.get_world_size()):
+        return worker(worker_config)
 
 
 def check_resources(train: TrainConfig) -> bool:
@@ -202,14 +230,6 @@ def settle(model: torch.nn.Module, work: Callable[[], Any]) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast context of the configured precision; `auto` is bfloat16 where the GPU has it, else float32."""
-    enabled = precision == "bfloat16"
-    if precision == "auto" and device.type == "cuda":
-        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
 def of_all_workers(value: Any) -> list[Any]:
     """What each worker has, by rank; all workers call this."""
     if not torch.distributed.is_initialized():
@@ -223,6 +243,73 @@ def mean_over_workers(figures: dict[str, float]) -> dict[str, float]:
     """Mean of each figure over all workers, which all call this; every worker gets the same answer."""
     rows = of_all_workers(figures)
     return {key: sum(row[key] for row in rows) / len(rows) for key in figures}
+
+
+# What a worker exports to Prometheus through its node's Ray, where the name gets `ray_` in front: key of the metrics,
+# name, description. conf/cluster/grafana.json draws them.
+EXPORTED = {
+    "train/loss": ("pgl_ray_loss", "training loss"),
+    "train/lr": ("pgl_ray_learning_rate", "learning rate"),
+    "train/grad_norm": ("pgl_ray_grad_norm", "norm of the gradient"),
+    "train/pairs_per_s": ("pgl_ray_pairs_per_s", "pairs of views per second of all workers"),
+    "train/patches_per_s": ("pgl_ray_patches_per_s", "patches per second of all workers"),
+    "data/wait_share": ("pgl_ray_wait_share", "share of the time that this worker waits for data"),
+    "data/skipped_share": ("pgl_ray_skipped_share", "share of the pairs whose scan cannot be read"),
+    "health/feature_std": ("pgl_ray_feature_std", "spread of the compared features, 0 = collapsed"),
+    "health/effective_rank": ("pgl_ray_effective_rank", "effective rank of the compared features, 1 = collapsed"),
+    "health/collapsed": ("pgl_ray_collapsed", "1 where the features collapsed"),
+    "probe/balanced_accuracy": ("pgl_ray_probe_accuracy", "balanced accuracy of the voxel probe"),
+    "val/dice": ("pgl_ray_val_dice", "validation Dice"),
+    "epoch": ("pgl_ray_epoch", "epochs done"),
+    "step": ("pgl_ray_step", "steps done"),
+}
+
+
+def publish(step: int, row: dict[str, float]) -> None:
+    """A row of metrics into this worker's log and, as gauges tagged with run and rank, to Prometheus."""
+    import ray.train
+
+    logs.at(row["epoch"], step)
+    logs.say("metrics", **{key: float(value) for key, value in row.items() if key != "epoch"})
+    context = ray.train.get_context()
+    tags = {"run": context.get_experiment_name(), "rank": str(context.get_world_rank())}
+    for key, value in {**row, "step": step}.items():
+        if key in EXPORTED:
+            _gauge(*EXPORTED[key]).set(float(value), tags)
+
+
+@cache
+def _gauge(name: str, text: str) -> Any:
+    from ray.util.metrics import Gauge
+
+    return Gauge(name, text, tag_keys=("run", "rank"))
+
+
+class Notice:
+    """Nodes that are about to be taken away: spot instances, SIGTERM to `ray start --block`, `ray drain-node`.
+
+    When their time is over Ray Train goes on without them at the last checkpoint, and counts no failure. Nothing is
+    watched on a cluster that this process started.
+    """
+
+    def __init__(self):
+        self.known, self.saved = None, -math.inf
+
+    def wants_checkpoint(self) -> bool:
+        """Whether a checkpoint is due: at the notice, and from then on every few seconds. All workers call this and get
+        the same answer."""
+        import ray.train
+
+        if os.environ.get(WATCH) != "1":
+            return False
+        before, self.known = self.known, ray.train.get_preemption_info()
+        if self.known is None:
+            return False
+        if before is None:
+            logs.LOG.warning("nodes of ranks %s are about to be taken away", self.known.preempted_ranks)
+        due = ray.train.collective.broadcast_from_rank_zero(time.monotonic() - self.saved >= NOTICE_S)
+        self.saved = time.monotonic() if due else self.saved
+        return due
 
 
 class Progress:

@@ -1,6 +1,7 @@
 """What keeps Ray quiet; imported by every Ray worker process first, so it imports nothing heavy."""
 
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -8,7 +9,6 @@ from pathlib import Path
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_DATA_LOGGING_CONFIG": str(Path(__file__).with_name("quiet_data_log.yaml")),
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a checkpoint is committed
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -18,8 +18,14 @@ QUIET = {
 }
 
 
+def quiet_data() -> None:
+    """Ray Data's log goes by a file that lies beside this one, on each node elsewhere; before ray.data is imported."""
+    os.environ.setdefault("RAY_DATA_LOGGING_CONFIG", str(Path(__file__).with_name("quiet_data_log.yaml")))
+
+
 def quiet_worker() -> None:
     """Set-up hook of every Ray worker process: keeps Ray's own notes off the console."""
+    quiet_data()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
     for name in ("ray.train", "ray.data", "ray.train.v2._internal.execution.controller.placement_group_cleaner"):
         logging.getLogger(name).setLevel(logging.ERROR)
