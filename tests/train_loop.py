@@ -3,6 +3,7 @@
 Each worker is a process of its own under gloo; the stream is the plan's rows, rendered where they are asked for.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -90,6 +91,7 @@ def train(
     optim.build_lars(torch.nn.Linear(1, 1), c.LarsConfig())
     optim.build_sgd(torch.nn.Linear(1, 1), c.SgdConfig())
 
+    faulthandler.cancel_dump_traceback_later()  # pytest's: a fork of a process that has one can have none of its own
     torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it
     given |= {"config": config.model_dump_json(), "run": folder, "plan": plan}
     with checkpoint.alone(folder) as found:
@@ -141,11 +143,10 @@ def _in_processes(work: Callable[[int], str | None], world: int, timeout_s: floa
     answers = context.SimpleQueue()
 
     def process(rank: int) -> None:
-        torch.set_num_threads(1)
-        if world > 1:
-            timeout = timedelta(seconds=timeout_s)
-            torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)
         try:
+            if world > 1:
+                timeout = timedelta(seconds=timeout_s)
+                torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)
             answers.put((rank, work(rank), None))
         except BaseException as error:
             answers.put((rank, None, type(error).__name__ + traceback.format_exc()))

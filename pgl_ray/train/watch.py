@@ -138,7 +138,8 @@ class Watch:
         for rank in ranks:
             (progress, _, _, pid, host), _, heard = self.seen[rank]
             step, place = divmod(progress, len(PLACES))
-            gone = "does not answer" if now - heard > SHARE * self.timeout_s / 2 else "stands still"
+            silent = now - heard > SHARE * self.timeout_s / 2
+            gone = "does not answer, last heard of" if silent else "stands still"
             told.append(f"rank {rank} (process {pid} on {host}) {gone} at step {step}, {PLACES[place]}")
         return ", ".join(told)
 
