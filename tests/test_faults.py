@@ -77,7 +77,7 @@ class Driver:
         else:
             left = []
             random.choice(self.workers()).send_signal(signal.SIGKILL)
-        first = self.wait_for_row(0)
+        first = self.wait_for_row(kept + 1)
         back_s = time.monotonic() - began
         self.wait_for_row(int(at))
         _, alive = psutil.wait_procs(left, timeout=30)
