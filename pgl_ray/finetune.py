@@ -151,7 +151,6 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
 def worker(worker_config: dict) -> str | None:
     """The training loop on each rank; returns why it had to stop, the same on every rank, or none."""
     import ray.train
-    import ray.train.torch
 
     config = build(FinetuneConfig, json.loads(worker_config["config"]))
     plan: stream.Plan = worker_config["plan"]
@@ -179,8 +178,7 @@ def worker(worker_config: dict) -> str | None:
         step, best, stale = state["step"], state["best"], state["stale"]
         if state["stopped"] or step >= plan.num_steps:
             return None
-    # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
-    model = ray.train.torch.prepare_model(segmenter, parallel_strategy_kwargs={"broadcast_buffers": False})
+    model = launch.distributed(segmenter)
     metrics = writer = None
     if rank == 0:
         metrics = checkpoint.Metrics(str(folder), step)

@@ -164,7 +164,6 @@ def make_plan(config: PretrainConfig, index: store.Index) -> stream.Plan:
 def worker(worker_config: dict) -> str | None:
     """The training loop on each rank; returns why it stopped early, the same on every rank, or none."""
     import ray.train
-    import ray.train.torch
 
     config = build(PretrainConfig, json.loads(worker_config["config"]))
     plan: stream.Plan = worker_config["plan"]
@@ -193,8 +192,7 @@ def worker(worker_config: dict) -> str | None:
         step, num_collapsed = state["step"], state["num_collapsed"]
     if step >= plan.num_steps:
         return None
-    # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
-    model = ray.train.torch.prepare_model(net, parallel_strategy_kwargs={"broadcast_buffers": False})
+    model = launch.distributed(net)
     metrics = writer = None
     if rank == 0:
         metrics = checkpoint.Metrics(worker_config["run"], step)

@@ -132,6 +132,36 @@ def test_a_killed_worker_costs_what_came_after_the_checkpoint(place):
 
 
 @pytest.mark.soak
+def test_an_elastic_run_goes_on_with_fewer_workers(place, monkeypatch):
+    """Two nodes with a worker each; one is lost for good: the other goes on alone, with the whole batch."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "12")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "object_store_memory": 2 * 10**8})
+    second = cluster.add_node(num_cpus=2, object_store_memory=2 * 10**8)
+    elastic = {"num_workers": 2, "min_workers": 1, "max_workers": 2, "cpus_per_worker": 2}
+    config = config_of(place, 150, **elastic).model_copy(update={"ray": c.RayConfig(address=cluster.address)})
+    driver = Driver(config, place)
+    try:
+        driver.wait_for_row(25)
+        driver.seen = checkpoint.metrics_path(config.run).stat().st_ino
+        kept, began = checkpoint.committed_step(config.run), time.monotonic()
+        cluster.remove_node(second, allow_graceful=False)
+        driver.wait_for_row(kept + 1)
+        print(f"one worker goes on {time.monotonic() - began:.0f} s after the node's end")
+        driver.finish(240)
+    finally:
+        driver.process.kill()
+        cluster.shutdown()
+    worlds = [
+        json.loads((found / checkpoint.MANIFEST).read_text())["world"]
+        for found, _ in checkpoint.checkpoints(config.run)
+    ]
+    assert worlds == [1, 1]
+    assert [row["step"] for row in loop.rows_of(config.run)] == list(range(1, 151))
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(4 * 3600)
 def test_random_kills_end_with_the_steps_and_pairs_of_an_undisturbed_run(place):
     """20 kills of workers and drivers, or as many as there is time for: PGL_RAY_SOAK minutes."""

@@ -134,12 +134,15 @@ def fit(
 @contextlib.contextmanager
 def _whole_parts(batch_size: int) -> Iterator[None]:
     """While it lasts, Ray's elastic trainers take numbers of workers alone that divide a global batch."""
+    import ray
     import ray.train.v2.api.data_parallel_trainer as trainer
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
     class WholeParts(ElasticScalingPolicy):
         def _count_possible_workers(self, *args) -> int:
-            possible = super()._count_possible_workers(*args)
+            room = ray.cluster_resources().get("CPU", 0) - FEED_CPUS  # or nothing would make the views
+            own = self.scaling_config.resources_per_worker["CPU"]
+            possible = min(super()._count_possible_workers(*args), int(room // own))
             return max((num for num in range(1, possible + 1) if batch_size % num == 0), default=0)
 
     def policy(config):
@@ -212,6 +215,17 @@ def setup_worker(threads: int) -> torch.device:
     workers_here = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // workers_here))
     return ray.train.torch.get_device()
+
+
+def distributed(net: torch.nn.Module) -> torch.nn.Module:
+    """DDP where there are several workers: gradients are added up in buckets while the backward pass goes on.
+
+    Rank 0's buffers are not broadcast: each worker keeps its own, and checkpoints hold the workers' mean.
+    """
+    import ray.train.torch
+
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    return ray.train.torch.prepare_model(net, parallel_strategy_kwargs=options)
 
 
 def settle(model: torch.nn.Module, work: Callable[[], Any]) -> None:
