@@ -22,7 +22,7 @@ import train_loop as loop
 from pgl_ray import pretrain
 from pgl_ray.config import FailedRun
 from pgl_ray.data import store
-from pgl_ray.train import checkpoint
+from pgl_ray.train import checkpoint, launch
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +392,16 @@ def test_a_second_driver_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         first.wait()
         with checkpoint.alone(str(tmp_path)) as found:
             assert found is None
+
+
+def test_what_workers_note_reaches_the_console_once(tmp_path, capsys):
+    """Of other processes: what this one notes, it has printed already."""
+    checkpoint.note(tmp_path, "mine")
+    code = f"from pgl_ray.train import checkpoint; checkpoint.note({str(tmp_path)!r}, 'theirs')"
+    with launch.Progress(str(tmp_path), 10, every_s=0.01):
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    assert capsys.readouterr().out.splitlines() == ["  mine", "  theirs"]
+    assert checkpoint.read_events(tmp_path)[0] == ["theirs"]
 
 
 def test_storage_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
