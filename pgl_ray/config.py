@@ -543,7 +543,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _divisible(self):
-        _check_divisible(self.global_batch_size, self.train.num_workers)
+        _check_divisible(self.global_batch_size, self.train)
         if self.method == "genesis" and self.stream.augment_on == "gpu":
             raise ValueError("method=genesis deforms finished views: stream.augment_on must be cpu or auto")
         if self.method == "genesis" and self.stream.resize_on == "gpu":
@@ -653,7 +653,7 @@ class FinetuneConfig(Section):
 
     @model_validator(mode="after")
     def _divisible(self):
-        _check_divisible(self.global_batch_size, self.train.num_workers)
+        _check_divisible(self.global_batch_size, self.train)
         batch = self.global_batch_size // self.train.num_workers
         if batch % self.accumulate:
             raise ValueError(
@@ -833,9 +833,10 @@ class DemoConfig(Section):
     ray: RayConfig = RayConfig()
 
 
-def _check_divisible(batch: int, workers: int) -> None:
-    if batch % workers:
-        raise ValueError(f"global_batch_size {batch} is not divisible by train.num_workers {workers}")
+def _check_divisible(batch: int, train: TrainConfig) -> None:
+    for name, workers in (("num_workers", train.num_workers), ("min_workers", train.min_workers)):
+        if workers and batch % workers:
+            raise ValueError(f"global_batch_size {batch} is not divisible by train.{name} {workers}")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

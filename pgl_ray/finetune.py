@@ -23,7 +23,7 @@ from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import summarise
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import checkpoint, health, launch, optim, weights
+from pgl_ray.train import checkpoint, health, launch, optim, watch, weights
 
 BEST = "best.pt"
 
@@ -85,7 +85,8 @@ def run(config: FinetuneConfig) -> Result:
             worker_config = {"config": config.model_dump_json(), "run": folder, "plan": plan, "meta": meta}
             worker_config |= {"val_ids": val_ids}
             try:
-                stopped = launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps)
+                sizes = plan.num_steps, plan.global_batch_size
+                stopped = launch.fit(worker, worker_config, feed, config.train, folder, *sizes)
             except FailedRun as error:
                 if launch.NO_MEMORY not in str(error):
                     raise
@@ -152,7 +153,6 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
 def worker(worker_config: dict) -> str | None:
     """The training loop on each rank; returns why it had to stop, the same on every rank, or none."""
     import ray.train
-    import ray.train.torch
 
     config = build(FinetuneConfig, json.loads(worker_config["config"]))
     plan: stream.Plan = worker_config["plan"]
@@ -182,14 +182,13 @@ def worker(worker_config: dict) -> str | None:
         step, best, stale = state["step"], state["best"], state["stale"]
         if state["stopped"] or step >= plan.num_steps:
             return None
-    # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
-    model = ray.train.torch.prepare_model(segmenter, parallel_strategy_kwargs={"broadcast_buffers": False})
-    model = on.compiled(model, device, config.train.compile)
+    model = on.compiled(launch.distributed(segmenter), device, config.train.compile)
     metrics = writer = None
     if rank == 0:
         metrics = checkpoint.Metrics(str(folder), step)
         writer = checkpoint.Writer(str(folder), config.train.keep_checkpoints, world=world)
     autocast = on.autocast(device, config.train.precision)
+    parts = config.accumulate * launch.parts_of(config.train, world)
     steps_per_val = max(1, round(config.validate_every * plan.rows_per_epoch / plan.global_batch_size))
 
     batches = ray.train.get_dataset_shard("train").iter_torch_batches(
@@ -202,12 +201,13 @@ def worker(worker_config: dict) -> str | None:
     asked = time.monotonic()
     for batch in batches:
         waited += time.monotonic() - asked
+        watch.at(step, watch.STEP)
         if not (batch["step"] == step).all():
             raise FailedRun(f"the stream is out of step: {batch['step'].tolist()} at step {step}")
 
         # loss and step
         sgd.zero_grad(set_to_none=True)
-        forward_and_back = partial(backward, model, segmenter, batch, config.task, config.accumulate, autocast)
+        forward_and_back = partial(backward, model, segmenter, batch, config.task, parts, autocast)
         try:
             if first:
                 launch.settle(model, forward_and_back)
@@ -224,6 +224,7 @@ def worker(worker_config: dict) -> str | None:
         lr = schedule.get_last_lr()[0]
         sgd.step()
         schedule.step()
+        watch.at(step, watch.METRICS)
         step += 1
 
         # not finite: every rank comes to the same, and no checkpoint is written any more
@@ -255,6 +256,7 @@ def worker(worker_config: dict) -> str | None:
         if validates or keep:
             optim.average_buffers(segmenter)
         if validates:
+            watch.at(step - 1, watch.JUDGE)
             scores = validate(segmenter, meta, index, val_records, rank, world)
             train_mode(segmenter, config.freeze)
             stale = 0 if scores["val/dice"] > best or not best else stale + 1
@@ -276,6 +278,7 @@ def worker(worker_config: dict) -> str | None:
                 writer.save({**state, "schedule": schedule.state_dict()}, step, {"val/best": best})
         if overfitted:
             break
+        watch.at(step, watch.BATCH)
         asked = time.monotonic()
     if writer:
         writer.close()
@@ -321,7 +324,7 @@ def backward(
             loss = segmentation_loss(model(batch["patch"].float()), target, task, labelled)
         loss.backward()
         return loss.detach()
-    patches = batch["patch"].chunk(parts)
+    patches = batch["patch"].tensor_split(parts)
     norms = [part for part in net.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -333,7 +336,7 @@ def backward(
     logits.requires_grad_()
     loss = segmentation_loss(logits, target, task, labelled)
     (gradient,) = torch.autograd.grad(loss, logits)
-    for number, (patch, share) in enumerate(zip(patches, gradient.chunk(parts), strict=True), 1):
+    for number, (patch, share) in enumerate(zip(patches, gradient.tensor_split(parts), strict=True), 1):
         alone = model.no_sync() if model is not net and number < parts else nullcontext()
         with alone:
             with autocast:
@@ -376,8 +379,12 @@ def validate(
     """
     model.eval()
     rows = []
-    for scored in evaluate.score_scans(model, meta, index, records[rank::world], InferenceConfig(), distances=False):
-        rows += scored.rows
+    with watch.beating(model):
+        for scored in evaluate.score_scans(
+            model, meta, index, records[rank::world], InferenceConfig(), distances=False
+        ):
+            rows += scored.rows
+    watch.meet()
     summary = summarise([row for part in launch.of_all_workers(rows) for row in part])
     scores = {f"val/dice_{organ}": found["dice"] for organ, found in summary["organs"].items()}
     scores = {key: float(value) for key, value in scores.items() if value is not None}

@@ -27,7 +27,7 @@ from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.pgl import Output, Pair, Pgl, feature_geometry
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.prior import Geometry
-from pgl_ray.train import checkpoint, health, launch, optim
+from pgl_ray.train import checkpoint, health, launch, optim, watch
 
 ACCURACY = "probe/balanced_accuracy"  # of the metrics; a sweep may judge by it
 
@@ -76,7 +76,8 @@ def run(config: PretrainConfig) -> Result:
                 f"pretrain: {config.method}, {len(plan.scan_ids)} scans, steps {done} to {plan.num_steps}, {folder}",
                 flush=True,
             )
-            stopped = launch.fit(worker, {**worker_config, "plan": plan}, feed, config.train, folder, plan.num_steps)
+            sizes = plan.num_steps, plan.global_batch_size
+            stopped = launch.fit(worker, {**worker_config, "plan": plan}, feed, config.train, folder, *sizes)
             if stopped:
                 raise FailedRun(stopped)
     rows = checkpoint.read_metrics(folder)
@@ -164,7 +165,6 @@ def make_plan(config: PretrainConfig, index: store.Index) -> stream.Plan:
 def worker(worker_config: dict) -> str | None:
     """The training loop on each rank; returns why it stopped early, the same on every rank, or none."""
     import ray.train
-    import ray.train.torch
 
     config = build(PretrainConfig, json.loads(worker_config["config"]))
     plan: stream.Plan = worker_config["plan"]
@@ -195,14 +195,12 @@ def worker(worker_config: dict) -> str | None:
         step, num_collapsed = state["step"], state["num_collapsed"]
     if step >= plan.num_steps:
         return None
-    # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
-    model = ray.train.torch.prepare_model(net, parallel_strategy_kwargs={"broadcast_buffers": False})
-    model = on.compiled(model, device, config.train.compile)
+    model = on.compiled(launch.distributed(net), device, config.train.compile)
     metrics = writer = None
     if rank == 0:
         metrics = checkpoint.Metrics(worker_config["run"], step)
         writer = checkpoint.Writer(worker_config["run"], config.train.keep_checkpoints, ACCURACY, world)
-    autocast = on.autocast(device, config.train.precision)
+    autocast, parts = on.autocast(device, config.train.precision), launch.parts_of(config.train, world)
 
     batches = ray.train.get_dataset_shard("train").iter_torch_batches(
         batch_size=plan.global_batch_size // world,
@@ -217,6 +215,7 @@ def worker(worker_config: dict) -> str | None:
     asked = time.monotonic()
     for batch in batches:
         waited += time.monotonic() - asked
+        watch.at(step, watch.STEP)
         if step == logged:  # of every start, and from time to time: a comparison waits for the device
             _check_rows(batch, plan, step, rank, world)
         skipped.add(batch["missed"])
@@ -228,10 +227,11 @@ def worker(worker_config: dict) -> str | None:
             pair = pair.with_wrong_priors()
 
         if first:
-            launch.settle(model, lambda pair=pair: loss_of(model, pair, autocast).loss.backward())
+            launch.settle(model, lambda pair=pair: forward_and_back(model, net, pair, parts, autocast))
             first = False
         decay = optim.ema_decay(step, plan.num_steps, config.ema_decay, config.ema_schedule)
-        done = train_step(model, net, lars, schedule, pair, decay, autocast)
+        done = train_step(model, net, lars, schedule, pair, decay, autocast, parts)
+        watch.at(step, watch.METRICS)
         step += 1
 
         # metrics, and the reasons to stop: every rank comes to the same
@@ -253,7 +253,7 @@ def worker(worker_config: dict) -> str | None:
             if stopped:
                 break
         if check:
-            row |= launch.mean_over_workers(health.panel(net, done.output, pair, geometry))
+            row |= launch.mean_over_workers(health.panel(net, done.output, done.pair, geometry))
             collapsed = health.collapse(row)
             row["health/collapsed"] = float(collapsed is not None)
             num_collapsed = num_collapsed + 1 if collapsed else 0
@@ -266,10 +266,14 @@ def worker(worker_config: dict) -> str | None:
             if stopped:
                 break
         if probes and judge:
-            result = judge.judge(net.get_submodule("online.encoder"), f"step {step}")
+            encoder = net.get_submodule("online.encoder")
+            with watch.beating(encoder):
+                result = judge.judge(encoder, f"step {step}")
             row |= {ACCURACY: result.balanced_accuracy, "probe/seconds": result.seconds}
             row |= {f"probe/recall_{name}": value for name, value in result.recall.items()}
             since += result.seconds  # no part of the training's speed
+        if probes:
+            watch.meet()
         if log or check or probes:
             seconds = time.monotonic() - since
             row |= {
@@ -295,6 +299,7 @@ def worker(worker_config: dict) -> str | None:
                 writer.save(state, step, {key: row[key] for key in ("train/loss", ACCURACY) if key in row})
         if stopped:
             break
+        watch.at(step, watch.BATCH)
         asked = time.monotonic()
     if writer:
         writer.close()
@@ -355,8 +360,9 @@ class Skipped:
 
 
 class Step(NamedTuple):
-    """What one training step did; nothing of it waits for the device."""
+    """What one training step did; nothing of it waits for the device. The output is that of `pair`, the last part."""
 
+    pair: Pair
     output: Output
     grad_norm: Tensor
     lr: float
@@ -370,6 +376,7 @@ def train_step(
     pair: Pair,
     decay: float,
     autocast: torch.autocast,
+    parts: int = 1,
 ) -> Step:
     """One step: loss, gradient, update, and the target after it.
 
@@ -380,22 +387,35 @@ def train_step(
         pair: this worker's batch.
         decay: of the target.
         autocast: of the forward pass.
+        parts: that the batch goes through in, one after the other; BatchNorm and the figures see a part at a time.
     """
-    output = loss_of(model, pair, autocast)
     optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()
+    pair, output = forward_and_back(model, net, pair, parts, autocast)
     grad_norm = health.norm(p.grad for p in net.parameters() if p.grad is not None)
     lr = schedule.get_last_lr()[0]
     optimizer.step()
     schedule.step()
     net.follow(decay)
-    return Step(output, grad_norm, lr)
+    return Step(pair, output, grad_norm, lr)
 
 
-def loss_of(model: nn.Module, pair: Pair, autocast: torch.autocast) -> Output:
-    """The forward pass."""
-    with autocast:
-        return model(pair)
+def forward_and_back(
+    model: nn.Module, net: nn.Module, pair: Pair, parts: int, autocast: torch.autocast
+) -> tuple[Pair, Output]:
+    """Adds the gradient of a worker's batch to its parameters; the last part and its output, with the batch's loss.
+
+    A model that is a DDP wrapper adds up over the workers at the last part, while that is still under way.
+    """
+    num, loss = len(pair.view_1), torch.zeros((), device=pair.view_1.device)
+    for number, rows in enumerate(torch.arange(num).tensor_split(parts), 1):
+        part = Pair(*(value if value is None else value[rows[0] : rows[-1] + 1] for value in pair))
+        alone = model.no_sync() if model is not net and number < parts else contextlib.nullcontext()
+        with alone:
+            with autocast:
+                output = model(part)
+            (output.loss * (len(rows) / num)).backward()
+        loss += output.loss.detach() * (len(rows) / num)
+    return part, output._replace(loss=loss)
 
 
 def _meta(config: PretrainConfig, level: int, worker_config: dict) -> dict:

@@ -24,6 +24,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    if not os.environ.get("PGL_RAY_SOAK"):
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes to hours: PGL_RAY_SOAK=minutes"))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real CT volumes; skips where it is not there."""

@@ -41,11 +41,15 @@ def test_a_folder_with_other_files_is_not_a_run(tmp_path):
 
 
 def test_only_committed_checkpoints_count(tmp_path):
-    (tmp_path / "checkpoint_00000008").mkdir()  # on disk, but the controller never heard of it
+    """Of this version those with a manifest, of an earlier one those that Ray Train's snapshot names."""
+    (tmp_path / "checkpoint_00000008").mkdir()  # on disk, but not whole
+    (tmp_path / "checkpoint_00000004").mkdir()
     assert checkpoint.committed(tmp_path) is None and checkpoint.committed_step(tmp_path) == 0
     latest = {"checkpoint_dir_name": "checkpoint_00000004", "metrics": {"step": 4}}
     (tmp_path / checkpoint.SNAPSHOT).write_text(json.dumps({"latest_checkpoint_result": latest}))
     assert checkpoint.committed(tmp_path) == (tmp_path / "checkpoint_00000004", 4)
+    (tmp_path / "checkpoint_00000008" / checkpoint.MANIFEST).write_text("{}")
+    assert checkpoint.committed_step(tmp_path) == 8
 
 
 def test_metrics_after_the_restart_step_are_written_again(tmp_path):

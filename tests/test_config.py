@@ -88,3 +88,20 @@ def test_files_then_overrides(tmp_path):
 @pytest.mark.parametrize("door", MODELS)
 def test_every_knob_is_described(door):
     assert [key for key, _, text in c.keys(MODELS[door]) if not text] == []
+
+
+def test_elastic_runs_name_both_ends():
+    def train(*args):
+        return c.load(c.PretrainConfig, ["index=s", "run=r", "global_batch_size=12", *args]).train
+
+    elastic = train("train.min_workers=2", "train.max_workers=4")
+    assert (elastic.min_workers, elastic.num_workers) == (2, 4)
+    assert train("train.min_workers=2", "train.num_workers=4").num_workers == 4
+    for args, message in (
+        (("train.max_workers=4",), "goes with train.min_workers"),
+        (("train.min_workers=2",), "is above the 1 of train.max_workers"),
+        (("train.min_workers=1", "train.max_workers=4", "train.num_workers=3"), "give one of them"),
+        (("train.min_workers=5", "train.max_workers=6"), "not divisible by train.min_workers 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(*args)

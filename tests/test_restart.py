@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import train_loop as loop
 from pgl_ray import pretrain
 from pgl_ray.config import FailedRun
 from pgl_ray.data import store
-from pgl_ray.train import checkpoint
+from pgl_ray.train import checkpoint, launch
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,55 @@ def test_at_another_number_of_workers_no_pair_is_repeated_or_lost(scans, tmp_pat
     columns = plan.columns(0, plan.num_steps)
     assert counted == sorted(zip(*(columns[name].tolist() for name in ("step", "epoch", "scan", "draw")), strict=True))
     assert [row["step"] for row in loop.rows_of(config.run)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("make", [loop.pretraining, loop.finetuning])
+def test_with_fewer_workers_the_same_batch_goes_through_in_parts(scans, tmp_path, make):
+    """One worker of an elastic run of two: per step the loss and, up to rounding, the gradient of two workers."""
+    changes = {"train": {"min_workers": 1, "max_workers": 2}, "max_steps": 4}
+    if make is loop.pretraining:
+        changes["health"] = {"every": 1}
+    two, one = (make(scans, tmp_path / name, **changes) for name in ("two", "one"))
+    loop.train(two, 2)
+    loop.train(one, 1)
+    rows = [{row["step"]: row for row in loop.rows_of(run.run) if "train/loss" in row} for run in (two, one)]
+    if make is loop.finetuning:  # its Dice is that of a worker's batch, whatever the parts
+        assert len(rows[0]) == len(rows[1]) == 4
+        return
+    for step, row in rows[0].items():
+        assert rows[1][step]["train/lr"] == row["train/lr"]
+        assert rows[1][step]["train/loss"] == pytest.approx(row["train/loss"], rel=1e-3), step
+    assert {k for k in rows[0][4] if k.startswith("health/")} == {k for k in rows[1][4] if k.startswith("health/")}
+
+
+def test_a_worker_that_stands_still_is_named(scans, tmp_path, capfd):
+    """Rank 1 waits for a batch that does not come: rank 0 says so before its collective ends, and rank 1 its stack."""
+    config = loop.pretraining(scans, tmp_path / "run", train={"num_workers": 2, "timeout_s": 3})
+
+    def seen(rank: int, batch: dict) -> None:
+        if rank == 1 and batch["step"][0] == 2:
+            time.sleep(6)
+
+    with pytest.raises(
+        RuntimeError, match=r"rank 1 \(process \d+ on .*\) stands still at step 2, waiting for its batch"
+    ):
+        loop.train(config, 2, seen=seen)
+    (line,) = [line for line in Path(config.run, checkpoint.EVENTS).read_text().splitlines() if "rank 0 has" in line]
+    assert "stands still at step 2" in line and "train.timeout_s" in line
+    stack = capfd.readouterr().err
+    assert "Timeout (" in stack and "in seen" in stack
+
+
+def test_a_worker_that_is_stopped_is_named(scans, tmp_path):
+    config = loop.pretraining(scans, tmp_path / "run", train={"num_workers": 2, "timeout_s": 3})
+
+    def seen(rank: int, batch: dict) -> None:
+        if rank == 1 and batch["step"][0] == 2:
+            subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    with pytest.raises(RuntimeError, match=r"rank 1 \(process \d+ on .*\) does not answer, last heard of at step [12]"):
+        loop.train(config, 2, seen=seen)
 
 
 def test_no_step_draws_from_a_global_generator(scans, tmp_path):
@@ -342,6 +392,16 @@ def test_a_second_driver_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         first.wait()
         with checkpoint.alone(str(tmp_path)) as found:
             assert found is None
+
+
+def test_what_workers_note_reaches_the_console_once(tmp_path, capsys):
+    """Of other processes: what this one notes, it has printed already."""
+    checkpoint.note(tmp_path, "mine")
+    code = f"from pgl_ray.train import checkpoint; checkpoint.note({str(tmp_path)!r}, 'theirs')"
+    with launch.Progress(str(tmp_path), 10, every_s=0.01):
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    assert capsys.readouterr().out.splitlines() == ["  mine", "  theirs"]
+    assert checkpoint.read_events(tmp_path)[0] == ["theirs"]
 
 
 def test_storage_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):

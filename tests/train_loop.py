@@ -3,12 +3,15 @@
 Each worker is a process of its own under gloo; the stream is the plan's rows, rendered where they are asked for.
 """
 
+import faulthandler
 import multiprocessing
 import os
+import socket
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -20,7 +23,7 @@ from pgl_ray import config as c
 from pgl_ray import finetune, pretrain
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import training_facts
-from pgl_ray.train import checkpoint, launch, optim
+from pgl_ray.train import checkpoint, launch, optim, watch
 from pgl_ray.train.quiet import QUIET
 
 ENCODER = {"width": 4, "depths": [1, 1, 1, 1]}
@@ -88,6 +91,7 @@ def train(
     optim.build_lars(torch.nn.Linear(1, 1), c.LarsConfig())
     optim.build_sgd(torch.nn.Linear(1, 1), c.SgdConfig())
 
+    faulthandler.cancel_dump_traceback_later()  # pytest's: a fork of a process that has one can have none of its own
     torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it
     given |= {"config": config.model_dump_json(), "run": folder, "plan": plan}
     with checkpoint.alone(folder) as found:
@@ -125,22 +129,24 @@ def train(
                 mock.patch.object(ray.train.torch, "prepare_model", prepare_model),
                 mock.patch.object(launch, "setup_worker", lambda threads: torch.device("cpu")),
             ):
-                return kind.worker(given)
+                return watch.watched(kind.worker, given, rank, world, config.train.timeout_s)
 
-        return _in_processes(work, world, Path(folder))
+        return _in_processes(work, world, config.train.timeout_s)
 
 
-def _in_processes(work: Callable[[int], str | None], world: int, folder: Path) -> str | None:
+def _in_processes(work: Callable[[int], str | None], world: int, timeout_s: float) -> str | None:
     """Runs `work` in one forked process per rank."""
-    meeting = folder / f"meeting_{os.getpid()}_{len(list(folder.glob('meeting_*')))}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
 
     def process(rank: int) -> None:
-        torch.set_num_threads(1)
-        if world > 1:
-            torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
         try:
+            if world > 1:
+                timeout = timedelta(seconds=timeout_s)
+                torch.distributed.init_process_group("gloo", rank=rank, world_size=world, timeout=timeout)
             answers.put((rank, work(rank), None))
         except BaseException as error:
             answers.put((rank, None, type(error).__name__ + traceback.format_exc()))
@@ -155,7 +161,8 @@ def _in_processes(work: Callable[[int], str | None], world: int, folder: Path) -
     errors = [error for _, error in told.values() if error]
     if any(error.startswith("Killed") for error in errors):
         raise Killed
-    assert not errors, errors
+    for error in errors:
+        raise RuntimeError(error)
     return told[0][0]
 
 

@@ -384,8 +384,8 @@ class Writer:
         self.run, self.keep, self.best, self.world = Path(run), keep, best, world
         self.waiting: dict[str, _Job] = {}  # by name; files come before checkpoints, which rely on them
         self.fault: str | None = None
-        self.copy_s = self.write_s = self.total_s = 0.0
-        self.began, self.busy, self.closing = time.monotonic(), False, False
+        self.copy_s = self.copied_s = self.write_s = 0.0
+        self.began, self.closing = time.monotonic(), False
         self.turn = threading.Condition()
         self.thread = threading.Thread(target=self._work, daemon=True, name="checkpoints")
         self.thread.start()
@@ -402,15 +402,15 @@ class Writer:
         began = time.monotonic()
         job = job._replace(state=_copied(job.state, {}))
         self.copy_s = time.monotonic() - began
-        self.total_s += self.copy_s
+        self.copied_s += self.copy_s
         with self.turn:
             self.waiting[name] = job
             self.turn.notify_all()
 
     def figures(self) -> dict[str, float]:
-        """Metrics: seconds that training waited for the newest copy and that the thread took to write the newest
-        checkpoint, and the share of the time since this start that both took of all checkpoints."""
-        share = self.total_s / max(1e-9, time.monotonic() - self.began)
+        """Metrics: seconds that training waited for the newest copy, its share of the time since this start for all of
+        them, and seconds that the thread took to write the newest checkpoint beside training."""
+        share = self.copied_s / max(1e-9, time.monotonic() - self.began)
         return {"checkpoint/copy_s": self.copy_s, "checkpoint/write_s": self.write_s, "checkpoint/share": share}
 
     def close(self) -> None:
@@ -467,15 +467,13 @@ class Writer:
         return None
 
     def _write(self, name: str, job: _Job) -> None:
-        began = time.monotonic()
         if job.step is None:
             write_state(self.run / name, job.state)
-            self.total_s += time.monotonic() - began
             return
+        began = time.monotonic()
         write_checkpoint(self.run, job.step, job.state, {"world": self.world, "metrics": job.metrics})
         self._drop()
         self.write_s = time.monotonic() - began
-        self.total_s += self.write_s
 
     def _drop(self) -> None:
         """Removes the checkpoints that are not to be kept; what cannot be removed now is removed with the next."""

@@ -1,12 +1,13 @@
 """The one place that starts Ray and builds a TorchTrainer."""
 
+import contextlib
 import json
 import math
 import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,9 @@ from typing import Any
 import torch
 
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
-from pgl_ray.train import checkpoint, logs
+from pgl_ray.train import checkpoint, logs, watch
 from pgl_ray.train.quiet import QUIET, quiet_data
 
-COLLECTIVE_TIMEOUT_S = 3600  # one rank may validate a large scan while the others wait; dead ranks are noticed at once
 RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
 NO_MEMORY = "Ray ended a process because the machine's memory was nearly full"
 WATCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
@@ -79,6 +79,7 @@ def fit(
     train: TrainConfig,
     run: str,
     num_steps: int,
+    batch_size: int,
 ) -> Any:
     """Runs `worker` on every rank under DDP and returns what rank 0's worker returns.
 
@@ -89,6 +90,7 @@ def fit(
         train: number and kind of workers.
         run: folder of the run, absolute, and held by `checkpoint.alone`.
         num_steps: length of the run, for the progress line.
+        batch_size: global; an elastic run takes numbers of workers that divide it, alone.
 
     Raises:
         ValueError: the cluster is too small for the workers.
@@ -110,14 +112,20 @@ def fit(
         found = checkpoint.recover(run)
         return found[1] if found else 0
 
+    def watched(config: dict) -> Any:
+        context = ray.train.get_context()
+        return watch.watched(
+            partial(_logged, worker), config, context.get_world_rank(), context.get_world_size(), train.timeout_s
+        )
+
     use_gpu = check_resources(train)
     folder = Path(run)
     trainer = TorchTrainer(
-        partial(_logged, worker),
+        watched,
         train_loop_config=worker_config,
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=train.timeout_s),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=train.num_workers,
+            num_workers=(train.min_workers, train.num_workers) if train.min_workers else train.num_workers,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": train.gpus_per_worker} if use_gpu else {})},
         ),
@@ -130,7 +138,7 @@ def fit(
         datasets={"train": start},
         dataset_config=Feed(execution_options=ExecutionOptions(preserve_order=True)),
     )
-    with Progress(run, num_steps):
+    with Progress(run, num_steps), _whole_parts(batch_size):
         try:
             return trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
@@ -153,23 +161,53 @@ def _logged(worker: Callable[[dict], Any], worker_config: dict) -> Any:
         return worker(worker_config)
 
 
+@contextlib.contextmanager
+def _whole_parts(batch_size: int) -> Iterator[None]:
+    """While it lasts, Ray's elastic trainers take numbers of workers alone that divide a global batch."""
+    import ray
+    import ray.train.v2.api.data_parallel_trainer as trainer
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+
+    class WholeParts(ElasticScalingPolicy):
+        def _count_possible_workers(self, *args) -> int:
+            room = ray.cluster_resources().get("CPU", 0) - FEED_CPUS  # or nothing would make the views
+            own = self.scaling_config.resources_per_worker["CPU"]
+            possible = min(super()._count_possible_workers(*args), int(room // own))
+            return max((num for num in range(1, possible + 1) if batch_size % num == 0), default=0)
+
+    def policy(config):
+        return WholeParts(config) if config.elasticity_enabled else theirs(config)
+
+    theirs, trainer.create_scaling_policy = trainer.create_scaling_policy, policy
+    try:
+        yield
+    finally:
+        trainer.create_scaling_policy = theirs
+
+
+def parts_of(train: TrainConfig, world: int) -> int:
+    """Parts that a worker's batch goes through the network in where some of an elastic run's workers are missing: none
+    is larger than with all workers."""
+    return -(-train.num_workers // world) if train.min_workers else 1
+
+
 def check_resources(train: TrainConfig) -> bool:
     """Refuses what would wait for ever; returns whether the workers get GPUs."""
     import ray
 
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
-    wanted = train.num_workers * train.gpus_per_worker
+    num, name = (train.min_workers, "min_workers") if train.min_workers else (train.num_workers, "num_workers")
+    wanted = num * train.gpus_per_worker
     use_gpu = train.device == "cuda" or (train.device == "auto" and gpus >= wanted)
     if gpus < wanted and (use_gpu or (train.device == "auto" and gpus > 0)):
         raise ValueError(
-            f"train.num_workers={train.num_workers} need {wanted:g} GPUs, the cluster has {gpus:g}: lower it, "
-            "or take train.device=cpu"
+            f"train.{name}={num} need {wanted:g} GPUs, the cluster has {gpus:g}: lower it, or take train.device=cpu"
         )
-    need = train.num_workers * train.cpus_per_worker + FEED_CPUS
+    need = num * train.cpus_per_worker + FEED_CPUS
     if need > cpus:
         raise ValueError(
-            f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker} + {FEED_CPUS} "
+            f"train.{name}={num} x train.cpus_per_worker={train.cpus_per_worker} + {FEED_CPUS} "
             f"for the views = {need:g} CPUs, the cluster has {cpus:g}: lower one of them or raise ray.num_cpus"
         )
     return use_gpu
@@ -207,6 +245,17 @@ def setup_worker(threads: int) -> torch.device:
     workers_here = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // workers_here))
     return ray.train.torch.get_device()
+
+
+def distributed(net: torch.nn.Module) -> torch.nn.Module:
+    """DDP where there are several workers: gradients are added up in buckets while the backward pass goes on.
+
+    Rank 0's buffers are not broadcast: each worker keeps its own, and checkpoints hold the workers' mean.
+    """
+    import ray.train.torch
+
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    return ray.train.torch.prepare_model(net, parallel_strategy_kwargs=options)
 
 
 def settle(model: torch.nn.Module, work: Callable[[], Any]) -> None:

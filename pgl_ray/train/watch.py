@@ -1,0 +1,188 @@
+"""Which worker stands still: each tells the others how far it is, and who waits too long for another says for whom.
+
+A collective that does not end names nobody, and under NCCL it ends the process. So a thread in every worker publishes
+the worker's place in the loop, in the store of the process group, and looks at the places of the others.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from pgl_ray.config import FailedRun
+from pgl_ray.train import checkpoint
+
+PLACES = ("waiting for its batch", "in the training step", "in the metrics", "judging")  # of a step, in this order
+BATCH, STEP, METRICS, JUDGE = range(4)
+ENDED = -1  # instead of a sign of life: nobody waits for this worker any more
+SHARE = 0.7  # of the timeout after which a wait is looked at: before the collective ends and takes the process along
+
+
+class Watch:
+    """Of one worker.
+
+    Args:
+        run: folder of the run; what is found is noted there.
+        rank, world: of the worker.
+        timeout_s: that workers wait for one that stands still; collectives have the same.
+    """
+
+    def __init__(self, run: str, rank: int, world: int, timeout_s: float):
+        self.run, self.rank, self.world, self.timeout_s = run, rank, world, timeout_s
+        self.period_s = min(5.0, timeout_s / 20)
+        self.progress, self.beats, self.alive, self.moved = 0, 0, 0, time.monotonic()
+        self.finding: str | None = None
+        self.store = None
+        if world > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            patience = timedelta(seconds=max(1.0, 2 * self.period_s))
+            self.store = torch.distributed.TCPStore(address, port, is_master=False, timeout=patience)
+        self.seen: dict[int, tuple[list, float, float]] = {}  # rank -> what it said last, when its place and it changed
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True, name="watch")
+        self.thread.start()
+
+    def at(self, step: int, place: int) -> None:
+        """The worker has reached a place of a step; costs nothing."""
+        self.progress, self.moved = step * len(PLACES) + place, time.monotonic()
+
+    def beat(self) -> None:
+        """The worker gets on where it is."""
+        self.beats, self.moved = self.beats + 1, time.monotonic()
+
+    def meet(self) -> None:
+        """Waits for all workers for as long as the slowest one gets on: before a collective that some reach much later.
+
+        Raises:
+            FailedRun: one has stood still for `timeout_s`.
+        """
+        if not self.store:
+            return
+        name = f"pgl_ray/met/{self.progress}"
+        self.store.add(name, 1)
+        while self.store.add(name, 0) < self.world:
+            self.beat()
+            late = [rank for rank, (_, moved, _) in self.seen.items() if time.monotonic() - moved > self.timeout_s]
+            if late:
+                raise FailedRun(self._name(late))
+            time.sleep(min(0.2, self.period_s))
+
+    def close(self) -> None:
+        self.done.set()
+        self.thread.join()
+        if self.store:
+            with contextlib.suppress(RuntimeError):
+                self._tell(ENDED)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _follow(self) -> None:
+        armed = 0.0
+        while not self.done.wait(self.period_s):
+            if self.moved > armed:  # else the timer runs out, and dumps all stacks to the worker's log, whatever hangs
+                armed = time.monotonic()
+                faulthandler.dump_traceback_later(SHARE * self.timeout_s + self.period_s, file=2)
+            still_s = time.monotonic() - self.moved
+            told = None
+            try:
+                self._exchange()
+            except RuntimeError:  # the store lies with rank 0
+                told = "rank 0 does not answer" if self.rank else None
+            if still_s < SHARE * self.timeout_s:
+                self.finding = None
+            elif self.finding is None:
+                told = told or self._finding()
+                if told:
+                    self.finding = f"{told}; rank {self.rank} has waited {still_s:.0f} s for it (train.timeout_s)"
+                    checkpoint.note(self.run, self.finding)
+
+    def _exchange(self) -> None:
+        """Tells the others this worker's place, and hears theirs."""
+        if not self.store:
+            return
+        self.alive += 1
+        self._tell(self.alive)
+        now = time.monotonic()
+        for rank in range(self.world):
+            key = f"pgl_ray/at/{rank}"
+            if rank == self.rank or not self.store.check([key]):
+                continue
+            said = json.loads(self.store.get(key))
+            if said[2] == ENDED:
+                self.seen.pop(rank, None)
+                continue
+            before, moved, heard = self.seen.get(rank, ([None] * 5, now, now))
+            self.seen[rank] = said, now if said[:2] != before[:2] else moved, now if said[2] != before[2] else heard
+
+    def _tell(self, alive: int) -> None:
+        mine = [self.progress, self.beats, alive, os.getpid(), socket.gethostname()]
+        self.store.set(f"pgl_ray/at/{self.rank}", json.dumps(mine))
+
+    def _finding(self) -> str | None:
+        """Who is waited for, or none where nobody is behind."""
+        now = time.monotonic()
+        silent = [rank for rank, (_, _, heard) in self.seen.items() if now - heard > SHARE * self.timeout_s / 2]
+        places = {rank: said[0] for rank, (said, _, _) in self.seen.items()} | {self.rank: self.progress}
+        behind = [rank for rank, place in places.items() if place < max(places.values()) and rank != self.rank]
+        return self._name(silent or behind) if silent or behind else None
+
+    def _name(self, ranks: list[int]) -> str:
+        now, told = time.monotonic(), []
+        for rank in ranks:
+            (progress, _, _, pid, host), _, heard = self.seen[rank]
+            step, place = divmod(progress, len(PLACES))
+            silent = now - heard > SHARE * self.timeout_s / 2
+            gone = "does not answer, last heard of" if silent else "stands still"
+            told.append(f"rank {rank} (process {pid} on {host}) {gone} at step {step}, {PLACES[place]}")
+        return ", ".join(told)
+
+
+_CURRENT: Watch | None = None  # a worker process trains once at a time
+
+
+def watched(worker: Callable[[dict], Any], worker_config: dict, rank: int, world: int, timeout_s: float) -> Any:
+    """Calls a door's worker with a watch beside it.
+
+    Raises:
+        FailedRun: a collective failed because another worker stands still; it is named.
+    """
+    global _CURRENT
+    _CURRENT = Watch(worker_config["run"], rank, world, timeout_s)
+    try:
+        return worker(worker_config)
+    except RuntimeError as error:
+        if _CURRENT.finding:
+            raise FailedRun(_CURRENT.finding) from error
+        raise
+    finally:
+        _CURRENT.close()
+        _CURRENT = None
+
+
+def at(step: int, place: int) -> None:
+    """See `Watch.at`."""
+    if _CURRENT:
+        _CURRENT.at(step, place)
+
+
+def meet() -> None:
+    """See `Watch.meet`."""
+    if _CURRENT:
+        _CURRENT.meet()
+
+
+@contextlib.contextmanager
+def beating(module: torch.nn.Module) -> Iterator[None]:
+    """While it lasts, every forward pass of a module says that the worker gets on."""
+    hook = module.register_forward_hook(lambda *_: _CURRENT.beat() if _CURRENT else None)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,137 @@
+"""What more workers cost: bytes per step and node count from the real network, step times of 1, 2 and 4 CPU workers.
+
+python tests/benchmarks/scaling.py            the table, from shapes alone (needs no data)
+python tests/benchmarks/scaling.py measure    also the steps of a small encoder under gloo, one thread a worker
+"""
+
+import os
+import socket
+import statistics
+import sys
+import time
+
+import torch
+from torch import nn
+
+from pgl_ray import config as c
+from pgl_ray import pretrain
+from pgl_ray.model.pgl import Pair
+from pgl_ray.train import checkpoint, optim
+
+WORKERS = (1, 4, 8, 16, 64)
+
+
+def costs(config: c.PretrainConfig) -> dict[str, float]:
+    """Bytes, whatever the number of workers: gradient, BatchNorm statistics, a pair's views, a checkpoint."""
+    net, _ = pretrain.build_model(config)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    norms = [part for part in net.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    learnt = sum(part.num_features for part in norms if part.weight.requires_grad)
+    state = {"model": net.state_dict(), "momentum": trained}
+    return {
+        "parameters": sum(p.numel() for p in trained),
+        "gradient": sum(p.nbytes for p in trained),
+        # forward: mean, 1 / standard deviation and count of every channel; backward: two sums of those that learn
+        "norm_forward": sum(4 * (2 * part.num_features + 1) for part in norms),
+        "norm_backward": 4 * 2 * learnt,
+        "norms": len(norms),
+        "pair": 2 * 2 * torch.Size(config.views.size).numel(),
+        "checkpoint": checkpoint._num_bytes(state),
+    }
+
+
+def per_worker(cost: dict[str, float], workers: int, batch: int) -> dict[str, float]:
+    """MB that one worker sends per step; its share of the batch."""
+    ring = 2 * (workers - 1) / workers
+    gathered = (workers - 1) * cost["norm_forward"] + ring * cost["norm_backward"]
+    return {
+        "gradient": ring * cost["gradient"] / 1e6,
+        "norm": gathered / 1e6,
+        "data": batch / workers * cost["pair"] / 1e6,
+        "pairs": batch / workers,
+    }
+
+
+def table(config: c.PretrainConfig) -> str:
+    cost = costs(config)
+    lines = [
+        f"{cost['parameters']:,} trained parameters, gradient {cost['gradient'] / 1e6:.0f} MB, "
+        f"{cost['norms']} BatchNorms, a pair {cost['pair'] / 1e6:.2f} MB, "
+        f"a checkpoint {cost['checkpoint'] / 1e6:.0f} MB",
+        "| workers | pairs each | all-reduce, MB | SyncBN, MB | views, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for workers in WORKERS:
+        row = per_worker(cost, workers, config.global_batch_size)
+        lines.append(
+            f"| {workers} | {row['pairs']:g} | {row['gradient']:.0f} | {row['norm']:.1f} | {row['data']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def work(rank: int, world: int, port: int, seconds: float, answers) -> None:
+    """Trains on one batch; tells the wall and CPU seconds per step."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    values = {"index": "none", "run": "none", "encoder": {"width": 16, "depths": (1, 1, 1, 1)}}
+    config = c.build(c.PretrainConfig, values | {"heads": {"hidden": 256, "out": 64}})
+    net, _ = pretrain.build_model(config)
+    model = net
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+    lars = optim.build_lars(net, config.optim)
+    schedule = optim.warmup_cosine(lars, 1, 10**6)
+    size, generator = config.views.size, torch.Generator().manual_seed(rank)
+    views = [torch.randn(4, 1, *size, generator=generator) for _ in range(2)]
+    boxes = [torch.tensor([[k, k + 20], [k, k + 110], [k, k + 110]]).expand(4, 3, 2) for k in (0, 3)]
+    flips = torch.zeros(4, 3, dtype=torch.bool)
+    pair, autocast = Pair(*views, *boxes, flips, flips), torch.autocast("cpu", enabled=False)
+    steps, wall, cpu = 0, 0.0, 0.0
+    while wall < seconds or steps < 2:
+        if steps == 0:  # the second one lays out DDP's buckets
+            for _ in range(2):
+                pretrain.train_step(model, net, lars, schedule, pair, 0.99, autocast)
+        began, used = time.perf_counter(), time.process_time()
+        pretrain.train_step(model, net, lars, schedule, pair, 0.99, autocast)
+        enough = torch.tensor(float(wall + time.perf_counter() - began))
+        if world > 1:
+            torch.distributed.broadcast(enough, 0)  # all of them end at the same step
+        wall, cpu, steps = float(enough), cpu + time.process_time() - used, steps + 1
+    answers.put((rank, wall / steps, cpu / steps))
+
+
+def measure(rounds: int = 5, seconds: float = 6.0) -> None:
+    """Interleaved rounds of 1, 2 and 4 workers; medians of the ratios."""
+    context = torch.multiprocessing.get_context("spawn")
+    rates: dict[int, list[float]] = {1: [], 2: [], 4: []}
+    cpu: dict[int, list[float]] = {1: [], 2: [], 4: []}
+    for number in range(rounds):
+        for world in rates:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            answers = context.SimpleQueue()
+            children = [
+                context.Process(target=work, args=(rank, world, port, seconds, answers)) for rank in range(world)
+            ]
+            for child in children:
+                child.start()
+            told = [answers.get() for _ in children]
+            for child in children:
+                child.join()
+            rates[world].append(world / max(wall for _, wall, _ in told))
+            cpu[world].append(statistics.mean(used for *_, used in told))
+        shown = ", ".join(f"{world}: {4 * rates[world][-1]:.1f} pairs/s" for world in rates)
+        print(f"round {number + 1}, load {os.getloadavg()[0]:.1f}: {shown}", flush=True)
+    for world in (2, 4):
+        ratio = statistics.median(many / one for many, one in zip(rates[world], rates[1], strict=True))
+        spent = statistics.median(many / one for many, one in zip(cpu[world], cpu[1], strict=True))
+        print(f"{world} workers: {ratio:.2f} x the pairs/s of 1; CPU time per worker and step {spent:.2f} x")
+
+
+if __name__ == "__main__":
+    print(table(c.build(c.PretrainConfig, {"index": "none", "run": "none"})))
+    if "measure" in sys.argv:
+        measure()
