@@ -334,6 +334,8 @@ class TrainConfig(Section):
     """Newest checkpoints that are kept."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of the worker group after a worker's death."""
+    tracker: Literal["none", "mlflow", "wandb"] = "none"
+    """Where the metrics go besides the run's folder: MLflow or Weights & Biases (extras of that name)."""
 
     @model_validator(mode="after")
     def _one_gpu_each(self):

@@ -180,7 +180,7 @@ def worker(worker_config: dict) -> str | None:
             return None
     # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
     model = ray.train.torch.prepare_model(segmenter, parallel_strategy_kwargs={"broadcast_buffers": False})
-    metrics = checkpoint.Metrics(str(folder), step) if rank == 0 else None
+    metrics = checkpoint.Metrics(str(folder), step, config.train.tracker) if rank == 0 else None
     autocast = launch.autocast(device, config.train.precision)
     steps_per_val = max(1, round(config.validate_every * plan.rows_per_epoch / plan.global_batch_size))
 

@@ -192,7 +192,7 @@ def worker(worker_config: dict) -> str | None:
         return None
     # no broadcast of rank 0's buffers: each worker keeps its own, and checkpoints hold the workers' mean
     model = ray.train.torch.prepare_model(net, parallel_strategy_kwargs={"broadcast_buffers": False})
-    metrics = checkpoint.Metrics(worker_config["run"], step) if rank == 0 else None
+    metrics = checkpoint.Metrics(worker_config["run"], step, config.train.tracker) if rank == 0 else None
     autocast = launch.autocast(device, config.train.precision)
 
     batches = ray.train.get_dataset_shard("train").iter_torch_batches(

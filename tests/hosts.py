@@ -91,6 +91,14 @@ class Network:
         """What stands before a command that runs on host k."""
         return ("ip", "netns", "exec", f"{self.name}{k}")
 
+    def host_of(self, pid: int) -> int:
+        """Number of the host that a process runs on; 0 if it has ended."""
+        for k, name in enumerate(self.made[1:], 1):
+            listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+            if str(pid) in listed.split():
+                return k
+        return 0
+
     def cut(self, k: int) -> None:
         """Host k's cable is pulled."""
         _ip("-n", f"{self.name}{k}", "link", "set", "eth0", "down")

@@ -19,6 +19,7 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train.track import Tracker
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 STATE = "state.pt"
@@ -122,12 +123,12 @@ def metrics_path(run: str | Path) -> Path:
 
 
 class Metrics:
-    """Rank 0's scalars: one JSON object a line in metrics.jsonl, and TensorBoard events.
+    """Rank 0's scalars: one JSON object a line in metrics.jsonl, TensorBoard events, and the tracker's record.
 
     Rows after `start` are dropped: a run that restarts from a checkpoint writes them again.
     """
 
-    def __init__(self, run: str, start: int):
+    def __init__(self, run: str, start: int, tracker: str = "none"):
         from tensorboardX import SummaryWriter
 
         path = metrics_path(run)
@@ -137,6 +138,7 @@ class Metrics:
         aside.replace(path)
         self.file = path.open("a")
         self.events = SummaryWriter(logdir=run, purge_step=start + 1)
+        self.tracker = Tracker(tracker, run)
         self.began = time.monotonic()
 
     def write(self, step: int, **values: float) -> None:
@@ -147,10 +149,12 @@ class Metrics:
         self.file.flush()
         for key, value in values.items():
             self.events.add_scalar(key, value, step)
+        self.tracker.write(step, row)
 
     def close(self) -> None:
         self.file.close()
         self.events.close()
+        self.tracker.close()
 
 
 def whole_lines(path: Path) -> list[str]:
