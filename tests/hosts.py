@@ -182,7 +182,8 @@ def serve_nodes(folder: str, num_nodes: int, num_cpus: int) -> None:
         return {"num_cpus": cpus, "object_store_memory": 200 * 2**20, "temp_dir": f"{folder}/{k or 'ray'}"}
 
     os.mkdir(f"{folder}/ray")
-    head = options(0, 1) | {"include_dashboard": True, "dashboard_port": None}  # None: a free one
+    head = options(0, 1) | {"include_dashboard": True}
+    head |= {"dashboard_port": None, "dashboard_agent_listen_port": None}  # free ones
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(**options(k, num_cpus)) for k in range(1, num_nodes + 1)]
     print(cluster.address, f"http://{cluster.webui_url}", flush=True)

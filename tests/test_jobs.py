@@ -91,7 +91,14 @@ def test_a_job_outlives_a_node(nodes, tmp_path):
     def submit(name: str, *args: str, wait: bool = True) -> int:
         flags = ["--submission-id", name, "--working-dir", ".", *([] if wait else ["--no-wait"])]
         door = ["python", "-m", "pgl_ray.pretrain", "conf/pretrain_small.yaml", f"index={tmp_path}/store"]
-        return ray("job", "submit", *flags, "--", *door, *args)[0]
+        while True:
+            code, out = ray("job", "submit", *flags, "--", *door, *args)
+            if code == 0 or "submitted successfully" in out:
+                return code
+            assert "agent" in out and time.monotonic() < begun + 60, out  # the head's agent is not there yet
+            time.sleep(0.5)
+
+    begun = time.monotonic()
 
     # nobody without the token gets in
     with pytest.raises(urllib.error.HTTPError, match="401"):
