@@ -347,6 +347,8 @@ class TrainConfig(Section):
     """Restarts of the worker group after a worker's death."""
     timeout_s: Annotated[float, Field(ge=1)] = 600.0
     """Seconds that workers wait for one that stands still, before they say which and start again."""
+    tracker: Literal["none", "mlflow", "wandb"] = "none"
+    """Where the metrics go besides the run's folder: MLflow or Weights & Biases (extras of that name)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -185,7 +185,7 @@ def worker(worker_config: dict) -> str | None:
     model = on.compiled(launch.distributed(segmenter), device, config.train.compile)
     metrics = writer = None
     if rank == 0:
-        metrics = checkpoint.Metrics(str(folder), step)
+        metrics = checkpoint.Metrics(str(folder), step, config.train.tracker)
         writer = checkpoint.Writer(str(folder), config.train.keep_checkpoints, world=world)
     autocast = on.autocast(device, config.train.precision)
     parts = config.accumulate * launch.parts_of(config.train, world)

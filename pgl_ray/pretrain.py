@@ -198,7 +198,7 @@ def worker(worker_config: dict) -> str | None:
     model = on.compiled(launch.distributed(net), device, config.train.compile)
     metrics = writer = None
     if rank == 0:
-        metrics = checkpoint.Metrics(worker_config["run"], step)
+        metrics = checkpoint.Metrics(worker_config["run"], step, config.train.tracker)
         writer = checkpoint.Writer(worker_config["run"], config.train.keep_checkpoints, ACCURACY, world)
     autocast, parts = on.autocast(device, config.train.precision), launch.parts_of(config.train, world)
 

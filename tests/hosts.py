@@ -91,6 +91,14 @@ class Network:
         """What stands before a command that runs on host k."""
         return ("ip", "netns", "exec", f"{self.name}{k}")
 
+    def host_of(self, pid: int) -> int:
+        """Number of the host that a process runs on; 0 if it has ended."""
+        for k, name in enumerate(self.made[1:], 1):
+            listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+            if str(pid) in listed.split():
+                return k
+        return 0
+
     def cut(self, k: int) -> None:
         """Host k's cable is pulled."""
         _ip("-n", f"{self.name}{k}", "link", "set", "eth0", "down")
@@ -174,7 +182,8 @@ def serve_nodes(folder: str, num_nodes: int, num_cpus: int) -> None:
         return {"num_cpus": cpus, "object_store_memory": 200 * 2**20, "temp_dir": f"{folder}/{k or 'ray'}"}
 
     os.mkdir(f"{folder}/ray")
-    head = options(0, 1) | {"include_dashboard": True, "dashboard_port": None}  # None: a free one
+    head = options(0, 1) | {"include_dashboard": True}
+    head |= {"dashboard_port": None, "dashboard_agent_listen_port": None}  # free ones
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(**options(k, num_cpus)) for k in range(1, num_nodes + 1)]
     print(cluster.address, f"http://{cluster.webui_url}", flush=True)

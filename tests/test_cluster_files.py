@@ -106,7 +106,7 @@ def test_grafana_draws_what_is_exported():
 STAND_INS = {
     "scontrol": 'printf "a\\nb\\nc\\n"',
     # srun's own flags go, the rest runs here
-    "srun": 'while [ "${1#--}" != "$1" ]; do case $1 in --nodelist=*) export HOST=${1#*=};; esac; shift; done; exec "$@"',
+    "srun": 'while [[ $1 == --* ]]; do [[ $1 == --nodelist=* ]] && export HOST=${1#*=}; shift; done; exec "$@"',
     "hostname": "echo 10.0.0.7 fe80::1",
     "ray": 'echo "$HOST ray $* $RAY_AUTH_MODE" >> "$LOG"; exec sleep 60',
     "python": '[ "$1" = -c ] && exec python3 "$@"; cat > /dev/null; echo "$HOST python $*" >> "$LOG"; [ "$1" = - ]',

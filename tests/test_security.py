@@ -3,6 +3,10 @@
 import ast
 import os
 import pickle
+import subprocess
+import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,3 +104,21 @@ def test_nothing_unpickles_but_what_this_process_made():
                 options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert ast.unparse(node.func) != "yaml.load" and options.get("allow_pickle", "False") == "False", path
                 assert ast.unparse(node.func) != "torch.load" or options.get("weights_only") == "True", path
+
+
+@pytest.mark.cluster
+def test_nobody_without_the_token_gets_into_a_cluster_of_ours(ray_cluster):
+    """Neither its job port, which runs whatever it is given, nor its GCS, which listens on all interfaces."""
+    import ray
+
+    node = ray._private.worker.global_worker.node
+    assert node.webui_url.startswith("127.0.0.1:")
+    for path, body in (("/api/jobs/", None), ("/api/jobs/", b'{"entrypoint": "true"}'), ("/nodes", None)):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"http://{node.webui_url}{path}", data=body, timeout=20)
+    code = "import sys; from ray._raylet import GcsClient; GcsClient(sys.argv[1]).internal_kv_keys(b'', None)"
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    for token in ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}):
+        command = [sys.executable, "-c", code, node.gcs_address]
+        done = subprocess.run(command, env=env | token, capture_output=True, text=True, timeout=60)
+        assert done.returncode != 0 and "InvalidAuthToken" in done.stderr, done.stderr

@@ -30,6 +30,7 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train.track import Tracker
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # of runs of earlier versions
 STATE = "state.pt"
@@ -291,14 +292,15 @@ def metrics_path(run: str | Path) -> Path:
 
 
 class Metrics:
-    """Rank 0's scalars: one JSON object a line in metrics.jsonl, and TensorBoard events.
+    """Rank 0's scalars: one JSON object a line in metrics.jsonl, TensorBoard events, and the tracker's record.
 
     Rows after `start` are dropped: a run that restarts from a checkpoint writes them again. Rows that storage does not
     take are kept, and written with the next ones.
     """
 
-    def __init__(self, run: str, start: int):
+    def __init__(self, run: str, start: int, tracker: str = "none"):
         self.run, self.start, self.began = run, start, time.monotonic()
+        self.tracker = Tracker(tracker, run)
         self.unwritten: list[str] = []
         _patiently(self._open, f"run={run} cannot be written")
 
@@ -327,6 +329,7 @@ class Metrics:
                 self.events = self._open_events()
             for key, value in values.items():
                 self.events.add_scalar(key, value, step)
+        self.tracker.write(step, row)
 
     def _write_rows(self) -> None:
         rows = "".join(self.unwritten).encode()
@@ -344,6 +347,7 @@ class Metrics:
             if self.events.file_writer.event_writer._worker.is_alive():
                 self.events.close()
         self.file.close()
+        self.tracker.close()
 
 
 def whole_lines(path: Path) -> list[str]:

@@ -22,6 +22,7 @@ RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
 NO_MEMORY = "Ray ended a process because the machine's memory was nearly full"
 WATCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 WATCHED = {WATCH: "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}  # on a cluster that others may take nodes from
+NODES_S = 1800  # that a fixed number of workers waits for nodes; spot instances take minutes to come back
 NOTICE_S = 5  # between two checkpoints while a node is about to be taken away
 FEED_CPUS = 1  # that the stream must have at least: it lays out its plan with one
 
@@ -120,6 +121,8 @@ def fit(
 
     use_gpu = check_resources(train)
     folder = Path(run)
+    if os.environ.get(WATCH) == "1" and not getattr(train, "min_workers", None):
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NODES_S))
     trainer = TorchTrainer(
         watched,
         train_loop_config=worker_config,
@@ -347,7 +350,7 @@ class Notice:
     def wants_checkpoint(self) -> bool:
         """Whether a checkpoint is due: at the notice, and from then on every few seconds. All workers call this and get
         the same answer."""
-        import ray.train
+        import ray.train.collective
 
         if os.environ.get(WATCH) != "1":
             return False

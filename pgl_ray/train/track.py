@@ -1,0 +1,108 @@
+"""A run's metrics to MLflow or Weights & Biases besides its own files, through their own clients; a run that continues
+goes on in the same record. Server, project and key come from their own environment variables (MLFLOW_TRACKING_URI,
+WANDB_MODE, ...), as for any program. A tracker that fails does not end the training: a warning, and no more of it."""
+
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ID = "tracker.json"  # in the run's folder: under which name the tracker knows the run
+
+
+class Tracker:
+    """What train.tracker names, with the run's config, which run.json holds.
+
+    Args:
+        kind: none, mlflow or wandb.
+        run: folder of the run.
+
+    Raises:
+        ValueError: its package is not installed.
+    """
+
+    def __init__(self, kind: str, run: str):
+        self.record: MLflow | WandB | None = None
+        if kind != "none":
+            try:
+                self._try(self._open, {"mlflow": MLflow, "wandb": WandB}[kind], Path(run))
+            except ImportError:
+                raise ValueError(f"train.tracker={kind} needs its package: pip install 'pgl_ray[{kind}]'") from None
+
+    def _open(self, record: type, run: Path) -> None:
+        self.record = record(run, json.loads((run / "run.json").read_text()))
+
+    def _try(self, action: Callable, *args: Any) -> None:
+        try:
+            action(*args)
+        except ImportError:
+            raise
+        except Exception as error:  # their classes are many, and a server that is away is no reason to stop
+            logging.getLogger("pgl_ray").warning("the tracker fails and is left out from now on: %s", error)
+            self.record = None
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """One row of metrics."""
+        if self.record:
+            self._try(self.record.write, step, row)
+
+    def close(self) -> None:
+        """The run has ended, well or not."""
+        if self.record:
+            self._try(self.record.close)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Dotted keys of nested dicts."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}" if name else key).items()}
+
+
+class MLflow:
+    """One run of the experiment `pgl_ray` (or MLFLOW_EXPERIMENT_NAME)."""
+
+    def __init__(self, run: Path, record: dict[str, Any]):
+        import mlflow
+        from mlflow.environment_variables import MLFLOW_EXPERIMENT_NAME
+
+        self.client = mlflow
+        if not MLFLOW_EXPERIMENT_NAME.is_set():
+            mlflow.set_experiment("pgl_ray")
+        known = run / ID
+        if known.exists():
+            mlflow.start_run(run_id=json.loads(known.read_text())["mlflow"])
+            return
+        started = mlflow.start_run(run_name=run.name, tags={"door": record["door"], "folder": str(run)})
+        mlflow.log_params(_flat(record["config"]))
+        known.write_text(json.dumps({"mlflow": started.info.run_id}))
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        self.client.log_metrics(row, step=step)
+
+    def close(self) -> None:
+        self.client.end_run()
+
+
+class WandB:
+    """One run of the project `pgl_ray` (or WANDB_PROJECT); its files lie in the run's folder."""
+
+    def __init__(self, run: Path, record: dict[str, Any]):
+        import wandb
+
+        known = run / ID
+        if not known.exists():
+            known.write_text(json.dumps({"wandb": secrets.token_hex(8)}))
+        options = {"project": os.environ.get("WANDB_PROJECT", "pgl_ray"), "name": run.name, "dir": str(run)}
+        options |= {"id": json.loads(known.read_text())["wandb"], "resume": "allow", "job_type": record["door"]}
+        self.run = wandb.init(config=record["config"], settings=wandb.Settings(silent=True), **options)
+        self.run.define_metric("*", step_metric="step")  # steps since the last checkpoint are written again
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        self.run.log({"step": step, **row})
+
+    def close(self) -> None:
+        self.run.finish()
