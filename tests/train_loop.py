@@ -114,7 +114,10 @@ def train(
 
         def work(rank: int) -> str | None:
             context = SimpleNamespace(
-                get_world_rank=lambda: rank, get_world_size=lambda: world, get_local_world_size=lambda: world
+                get_world_rank=lambda: rank,
+                get_world_size=lambda: world,
+                get_local_world_size=lambda: world,
+                get_experiment_name=lambda: "run",
             )
             shard = SimpleNamespace(iter_torch_batches=lambda **_: batches(rank))
 

@@ -350,16 +350,15 @@ class Notice:
     def wants_checkpoint(self) -> bool:
         """Whether a checkpoint is due: at the notice, and from then on every few seconds. All workers call this and get
         the same answer."""
-        import ray.train.collective
+        import ray.train
 
         if os.environ.get(WATCH) != "1":
             return False
         before, self.known = self.known, ray.train.get_preemption_info()
-        if self.known is None:
-            return False
-        if before is None:
+        if before is None and self.known is not None:
             logs.LOG.warning("nodes of ranks %s are about to be taken away", self.known.preempted_ranks)
-        due = ray.train.collective.broadcast_from_rank_zero(time.monotonic() - self.saved >= NOTICE_S)
+        told = of_all_workers((self.known is not None, time.monotonic() - self.saved >= NOTICE_S))
+        due = any(known for known, _ in told) and told[0][1]  # the notice does not reach all at the same time
         self.saved = time.monotonic() if due else self.saved
         return due
 
