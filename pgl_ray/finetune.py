@@ -69,6 +69,8 @@ def run(config: FinetuneConfig) -> Result:
                 index.store, plan.scan_ids, config.seed, config.patch, config.intensity, config.foreground_share
             )
             feed = partial(stream.dataset, plan, renderer, num_cpus=launch.RENDER_CPUS)
+            if note := stream.too_large(renderer.row_bytes * plan.global_batch_size):
+                print(f"finetune: note: {note}", flush=True)
             print(
                 f"finetune: init={config.init}{', encoder frozen' if config.freeze else ''}, {len(train_ids)} scans to "
                 f"train on, {len(val_ids)} to validate, steps {done[1] if done else 0} to {plan.num_steps}, {folder}",

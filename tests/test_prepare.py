@@ -463,10 +463,10 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monk
         put(tmp_path / f"raw/{scan_id}.nii.gz", seed=place)
     real = store.encode_shard
 
-    def full(array, chunk):
+    def full(array, chunk, compression):
         if len(list((tmp_path / "s/scans").glob("*"))) == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real(array, chunk)
+        return real(array, chunk, compression)
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "encode_shard", full)

@@ -199,7 +199,7 @@ def test_a_failed_write_leaves_the_old_scan_and_nothing_else(tmp_path, monkeypat
     record = store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
     before = tree(tmp_path)
 
-    def full(array, chunk):
+    def full(array, chunk, compression):
         yield b"half"
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -247,6 +247,27 @@ def test_wrong_arrays_are_refused(tmp_path, volume, label):
     with pytest.raises(ValueError, match="expected"):
         store.write_scan(tmp_path, "a", volume, AFFINE, label=label)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_uncompressed_store_is_the_same_but_for_its_bytes(tmp_path):
+    """zarr-python reads it, boxes are the same, a flipped byte is named."""
+    volume, label = make_volume((20, 70, 66)), make_label((20, 70, 66))
+    packed = store.write_scan(tmp_path / "lz4", "a", volume, AFFINE, label=label)
+    plain = store.write_scan(tmp_path / "none", "a", volume, AFFINE, label=label, compression="none")
+    assert plain.content_hash == packed.content_hash
+    np.testing.assert_array_equal(zarr.open_array(tmp_path / "none/scans/a/0", mode="r")[:], volume)
+    shard = tmp_path / "none/scans/a/0/c/0/0/0"
+    chunks = 3 * 2 * 2
+    assert shard.stat().st_size == chunks * (8 * 64 * 64 * 2 + 4) + chunks * 16 + 4
+    for box in ([(0, 20), (0, 70), (0, 66)], [(3, 9), (60, 70), (1, 66)], [(19, 20), (0, 1), (64, 65)]):
+        found = store.open_volume(tmp_path / "none", plain).read(np.array(box))
+        np.testing.assert_array_equal(found, volume[tuple(slice(*bounds) for bounds in box)])
+    store.check_scan(tmp_path / "none", "a")
+    raw = bytearray(shard.read_bytes())
+    raw[5 * (8 * 64 * 64 * 2 + 4) + 77] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(RuntimeError, match=r"scan 'a' is damaged in chunk \(1, 0, 1\)"):
+        store.open_volume(tmp_path / "none", plain).read(np.array([(0, s) for s in volume.shape]))
 
 
 # -- 8-bit codes ------------------------------------------------------------------------------------------------------

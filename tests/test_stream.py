@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -378,3 +379,19 @@ def test_stages_and_bytes_are_measured(small_store, per_region):
         assert costs["bytes_read"] == total / 20
     quiet = stream.measure(stream.replace(renderer, augment=False), rows)
     assert quiet["intensity"] == 0
+
+
+def test_a_batch_too_large_for_the_object_store_is_named(monkeypatch, small_store):
+    """The bytes of a row are those of its columns of voxels."""
+    import ray
+
+    renderer = stream.PairRenderer(small_store, ("scan_0",), 3, VIEWS, IntensityConfig())
+    columns = renderer({name: np.array([0]) for name in ("step", "epoch", "scan", "draw")})
+    assert renderer.row_bytes == columns["view_1"].nbytes + columns["view_2"].nbytes
+    cut = replace(renderer, resize=False, augment=False)
+    columns = cut({name: np.array([0]) for name in ("step", "epoch", "scan", "draw")})
+    assert cut.row_bytes == columns["crop_1"].nbytes + columns["crop_2"].nbytes
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": float(2**30)})
+    assert stream.too_large(2**30 // 24) is None
+    assert "of 1.0 GiB holds 13 global batches of 75 MiB" in stream.too_large(75 * 2**20)
+    assert "raise ray.object_store_mb to 1801 or lower" in stream.too_large(75 * 2**20)

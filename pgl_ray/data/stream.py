@@ -6,6 +6,7 @@ on (seed, epoch, scan, draw) alone, never on the number of workers, on arrival o
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from pgl_ray.data.shard import chunk_of
 
 AIR = -1024  # HU outside a scan
 BLOCKS_AHEAD = 256  # blocks of rows laid out at a time, by a task of 1 CPU: Ray Data's repartition takes no less
+BATCHES_HELD = 24  # global batches that Ray's object stores should hold together; with 13 a stream crawls
 REGIONS_MIXED = 16  # regions whose pairs are shuffled with one another; up to 31 at an epoch's end
 
 
@@ -154,6 +156,20 @@ def dataset(
     # Ray fuses this with the line above, as their CPUs agree, and neither with the renderer: a block, a rendering task
     rows = rows.repartition(target_num_rows_per_block=plan.global_batch_size // num_workers)
     return rows.map_batches(render, batch_size=None, num_cpus=num_cpus)
+
+
+def too_large(batch_bytes: int) -> str | None:
+    """What to say of a global batch that the cluster's object stores hold too few of; none: there is room."""
+    import ray
+
+    have = ray.cluster_resources().get("object_store_memory", 0)
+    if BATCHES_HELD * batch_bytes <= have:
+        return None
+    return (
+        f"Ray's object store of {have / 2**30:.1f} GiB holds {have // batch_bytes:.0f} global batches of "
+        f"{batch_bytes / 2**20:.0f} MiB, and the stream wants {BATCHES_HELD}: it will come in fits and starts; raise "
+        f"ray.object_store_mb to {BATCHES_HELD * batch_bytes // 2**20 + 1} or lower global_batch_size"
+    )
 
 
 @dataclass(frozen=True)
@@ -318,6 +334,12 @@ class PairRenderer:
                 out[name][i] = out[name][other]
             out["missed"][i] = rows["scan"][i]
         return out
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's voxels, at most."""
+        size = self.views.size if self.resize else v.largest_crop(self.views)
+        return 2 * 2 * math.prod(size) * (2 if self.deform else 1)
 
     def draw(self, rows: dict[str, np.ndarray]) -> "Drawn":
         """All that is random of some rows but Genesis' deformations."""
@@ -500,6 +522,11 @@ class PatchRenderer:
             out["target"][i, 0] = v.resize_and_flip(classes, size, prior.flip, "nearest-exact").numpy()
             out["labelled"][i] = [1, *(value in record.labelled for value in values)]
         return out
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's voxels."""
+        return 3 * math.prod(self.patch.size)
 
     def _prior(self, rng: np.random.Generator, record: store_room.ScanRecord) -> v.Prior:
         """A crop as the views', or with `foreground_share` one whose middle lies in a random organ's box."""
