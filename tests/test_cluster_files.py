@@ -109,7 +109,12 @@ STAND_INS = {
     "srun": 'while [[ $1 == --* ]]; do [[ $1 == --nodelist=* ]] && export HOST=${1#*=}; shift; done; exec "$@"',
     "hostname": "echo 10.0.0.7 fe80::1",
     "ray": 'echo "$HOST ray $* $RAY_AUTH_MODE" >> "$LOG"; exec sleep 60',
-    "python": '[ "$1" = -c ] && exec python3 "$@"; cat > /dev/null; echo "$HOST python $*" >> "$LOG"; [ "$1" = - ]',
+    # as the script's own Python, it waits for the nodes
+    "python": """[ "$1" = -c ] && exec python3 "$@"
+        cat > /dev/null
+        if [ "$1" = - ]; then until [ "$(grep -c ' ray start' "$LOG")" = 3 ]; do sleep 0.05; done; fi
+        echo "$HOST python $*" >> "$LOG"
+        [ "$1" = - ]""",
 }
 
 

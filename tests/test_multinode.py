@@ -120,7 +120,7 @@ def test_hosts_die_and_others_come(network, capsys):
 
         try:
             start(1, "--head", "--port=6379", f"--dashboard-host={hosts.address(1)}", "--num-cpus=1")
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while "--block" not in nodes[1].log.read_text():
                 assert time.monotonic() < deadline, nodes[1].log.read_text()
                 time.sleep(0.2)
@@ -136,10 +136,8 @@ def test_hosts_die_and_others_come(network, capsys):
             lose("SIGKILL of a host", lambda k: nodes[k].kill())
             lose("a cable pulled", network.cut)
             lose("SIGTERM, half a minute's notice", lambda k: nodes[k].process.terminate())
-            assert training.driver.wait(300) == 0
+            assert training.driver.wait(300) == 0, training.log.read_text()
         finally:
-            with capsys.disabled():
-                print(training.log.read_text()[-1500:])
             for node in nodes.values():
                 node.kill()
         assert re.search(rf"^pretrain: done after {STEPS} steps", training.log.read_text(), re.M)
