@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,7 +138,10 @@ def test_an_elastic_run_goes_on_with_fewer_workers(place, monkeypatch):
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "12")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "object_store_memory": 2 * 10**8})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        head = {"num_cpus": 3, "object_store_memory": 2 * 10**8, "dashboard_port": free.getsockname()[1]}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     second = cluster.add_node(num_cpus=2, object_store_memory=2 * 10**8)
     elastic = {"num_workers": 2, "min_workers": 1, "max_workers": 2, "cpus_per_worker": 2}
     config = config_of(place, 150, **elastic).model_copy(update={"ray": c.RayConfig(address=cluster.address)})

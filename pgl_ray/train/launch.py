@@ -121,7 +121,7 @@ def fit(
 
     use_gpu = check_resources(train)
     folder = Path(run)
-    if os.environ.get(WATCH) == "1" and not getattr(train, "min_workers", None):
+    if os.environ.get(WATCH) == "1" and not train.min_workers:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NODES_S))
     trainer = TorchTrainer(
         watched,

@@ -123,7 +123,9 @@ def measure(rounds: int = 5, seconds: float = 6.0) -> None:
                 child.join()
             rates[world].append(world / max(wall for _, wall, _ in told))
             cpu[world].append(statistics.mean(used for *_, used in told))
-        shown = ", ".join(f"{world}: {4 * rates[world][-1]:.1f} pairs/s" for world in rates)
+        shown = ", ".join(
+            f"{world}: {4 * rates[world][-1]:.1f} pairs/s, {cpu[world][-1]:.2f} CPU s a step" for world in rates
+        )
         print(f"round {number + 1}, load {os.getloadavg()[0]:.1f}: {shown}", flush=True)
     for world in (2, 4):
         ratio = statistics.median(many / one for many, one in zip(rates[world], rates[1], strict=True))
