@@ -1,6 +1,9 @@
 """Shared fixtures: the real CTs where they lie, and one Ray cluster for the whole session."""
 
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads spin where the cores are busy, for minutes
+
 import signal
 import socket
 import subprocess

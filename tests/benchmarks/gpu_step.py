@@ -62,6 +62,7 @@ def main() -> None:
             "--device cuda: this machine has no CUDA device; --device cpu --tiny shows that the script runs"
         )
     torch.backends.cudnn.benchmark = True  # the sizes never change
+    torch.set_num_threads(1 if args.tiny else torch.get_num_threads())
     found = {"machine": machine(args.device)}
     print("  ".join(f"{key} {value}" for key, value in found["machine"].items()), flush=True)
     found["peak_tflops"] = peak(args)
