@@ -472,7 +472,7 @@ class PrepareConfig(Section):
     """int16: HU, lossless. uint8: 256 steps over hu_window, half the size; what lies outside is clipped, the loss is
     noted per scan (1.5 to 2 HU rms for the default window)."""
     compression: Literal["lz4", "none"] = "lz4"
-    """lz4, or none: twice the size on disk for a quarter less CPU time per pair of views, hardly any less with regions."""
+    """lz4, or none: twice the size on disk for a quarter less CPU time per pair of views (hardly less with regions)."""
     spacing_mm: tuple[Length, Length, Length] | None = None
     """Resample to this voxel size (D, H, W): linear (order 1), before it a Gaussian of sigma (ratio - 1) / 2 voxels
     along axes that get coarser; labels take the nearest voxel. None: each scan keeps its own, as in the paper."""
