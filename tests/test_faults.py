@@ -81,7 +81,7 @@ class Driver:
         first = self.wait_for_row(kept + 1)
         back_s = time.monotonic() - began
         self.wait_for_row(int(at))
-        _, alive = psutil.wait_procs(left, timeout=30)
+        _, alive = psutil.wait_procs(left, timeout=120)
         assert not alive  # a dead driver leaves no process behind
         return {"whom": whom, "step": at, "kept": kept, "back_s": back_s, "regained_s": time.monotonic() - began} | {
             "first": first
