@@ -133,36 +133,41 @@ def test_a_killed_worker_costs_what_came_after_the_checkpoint(place):
 
 
 @pytest.mark.soak
-def test_an_elastic_run_goes_on_with_fewer_workers(place, monkeypatch):
-    """Two nodes with a worker each; one is lost for good: the other goes on alone, with the whole batch."""
+def test_an_elastic_run_goes_on_with_fewer_workers_and_takes_new_ones(place, monkeypatch):
+    """Two nodes with a worker each; one is lost: the other goes on alone, with the whole batch, until another joins."""
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "12")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         head = {"num_cpus": 3, "object_store_memory": 2 * 10**8, "dashboard_port": free.getsockname()[1]}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    second = cluster.add_node(num_cpus=2, object_store_memory=2 * 10**8)
+    cluster, node = (
+        Cluster(initialize_head=True, head_node_args=head),
+        {"num_cpus": 2, "object_store_memory": 2 * 10**8},
+    )
+    second = cluster.add_node(**node)
     elastic = {"num_workers": 2, "min_workers": 1, "max_workers": 2, "cpus_per_worker": 2}
-    config = config_of(place, 150, **elastic).model_copy(update={"ray": c.RayConfig(address=cluster.address)})
+    config = config_of(place, 10**5, **elastic | {"checkpoint_every": 50, "log_every": 50})
+    config = config.model_copy(update={"ray": c.RayConfig(address=cluster.address)})
     driver = Driver(config, place)
     try:
-        driver.wait_for_row(25)
+        driver.wait_for_row(100)
         driver.seen = checkpoint.metrics_path(config.run).stat().st_ino
         kept, began = checkpoint.committed_step(config.run), time.monotonic()
         cluster.remove_node(second, allow_graceful=False)
         driver.wait_for_row(kept + 1)
         print(f"one worker goes on {time.monotonic() - began:.0f} s after the node's end")
-        driver.finish(240)
+        driver.seen, began = checkpoint.metrics_path(config.run).stat().st_ino, time.monotonic()
+        cluster.add_node(**node)
+        driver.wait_for_row(checkpoint.committed_step(config.run) + 100)
+        print(f"two workers go on {time.monotonic() - began:.0f} s after another node joined (Ray asks every 60 s)")
     finally:
         driver.process.kill()
         cluster.shutdown()
-    worlds = [
-        json.loads((found / checkpoint.MANIFEST).read_text())["world"]
-        for found, _ in checkpoint.checkpoints(config.run)
-    ]
-    assert worlds == [1, 1]
-    assert [row["step"] for row in loop.rows_of(config.run)] == list(range(1, 151))
+    said = [json.loads(line) for line in Path(config.run, "logs", "rank_0.jsonl").read_text().splitlines()]
+    assert [row["world"] for row in said if row["message"] == "start"] == [2, 1, 2]
+    steps = [row["step"] for row in loop.rows_of(config.run)]
+    assert steps == [1, *range(50, steps[-1] + 1, 50)]
 
 
 @pytest.mark.soak
