@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Set
 
 import torch
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 from pgl_ray.model.resenc import ResEncoder
@@ -40,7 +41,7 @@ def compiled(model: nn.Module, device: torch.device, mode: str) -> nn.Module:
         mode: on, off, or auto: on CUDA where Triton is installed.
     """
     if mode == "auto":
-        mode = "on" if device.type == "cuda" and torch.utils._triton.has_triton() else "off"
+        mode = "on" if device.type == "cuda" and has_triton() else "off"
     if mode == "on":
         torch._dynamo.config.suppress_errors = True
         model.compile(dynamic=False)
