@@ -16,8 +16,8 @@ On a machine without a package index they come as wheels. Made here once, in a f
 and on the lent machine, with .whl carried there, in calls that stay below its ten minutes each:
 
     python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl && export PYTHONUNBUFFERED=1 \
-        PYTHONPATH=/tmp/site:. && python3 tests/benchmarks/gpu_step.py --only checks steps --out $OUT/steps.json
-    ... --only ways profile --out $OUT/ways.json
+        PYTHONPATH=/tmp/site:. && python3 tests/benchmarks/gpu_step.py --only ways profile --out $OUT/ways.json
+    ... --only checks steps --out $OUT/steps.json
     ... --only segmentation --out $OUT/segmentation.json
 
 The JSON is written after every section, so what a time limit cuts off costs that section alone. Keep it here, under
@@ -82,6 +82,9 @@ def main() -> None:
     parser.add_argument("--strides", nargs="+", default=["early", "late"], choices=("early", "late"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", nargs="+", default=SECTIONS, choices=SECTIONS)
+    parser.add_argument(
+        "--ways", nargs="+", choices=tuple(WAYS), help="all, on a CPU eager alone: compiling takes minutes"
+    )
     parser.add_argument("--compile", default="off", choices=("auto", "on", "off"), help="the networks of `steps`")
     parser.add_argument("--batch", type=int, help="of `ways` and `profile`; 128, or the largest of --batches below it")
     parser.add_argument("--tiny", action="store_true", help="a small network and small views")
@@ -93,7 +96,6 @@ def main() -> None:
             "--device cuda: this machine has no CUDA device; --device cpu --tiny shows that the script runs"
         )
     args.batch = args.batch or max((batch for batch in args.batches if batch <= 128), default=min(args.batches))
-    torch.backends.cudnn.benchmark = True  # the sizes never change
     torch.set_num_threads(1 if args.tiny else torch.get_num_threads())
     found, began = {"machine": machine(args.device), "steps": [], "ways": []}, time.monotonic()
 
@@ -114,7 +116,7 @@ def main() -> None:
         row = {"strides": strides, "batch": batch}
         row |= or_none(partial(step_row, args, strides, batch, tflops)) or {"fits": False}
         keep("steps", [*found["steps"], row], step_line(row))
-    for way in WAYS if "ways" in args.only else ():
+    for way in args.ways or (WAYS if args.device == "cuda" else ("eager",)) if "ways" in args.only else ():
         row = or_none(partial(way_row, args, way, found["ways"][:1])) or {"way": way, "failed": "out of memory"}
         keep("ways", [*found["ways"], row], way_line(row, args.batch))
     if "segmentation" in args.only:

@@ -11,6 +11,7 @@ def test_the_script_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     out = tmp_path / "figures.json"
     wanted = ["--device", "cpu", "--tiny", "--batches", "2", "--strides", "early", "--repeats", "2"]
     monkeypatch.setattr(gpu_step, "WAYS", {"eager": None, "broken": {"backend": "no such compiler"}})
+    wanted += ["--ways", "eager", "broken"]
     monkeypatch.setattr(sys, "argv", ["gpu_step.py", *wanted, "--out", str(out)])
     gpu_step.main()
     found = json.loads(out.read_text())
