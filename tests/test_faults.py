@@ -81,11 +81,11 @@ class Driver:
         first = self.wait_for_row(kept + 1)
         back_s = time.monotonic() - began
         self.wait_for_row(int(at))
-        _, alive = psutil.wait_procs(left, timeout=30)
+        regained_s = time.monotonic() - began
+        _, alive = psutil.wait_procs(left, timeout=120)
         assert not alive  # a dead driver leaves no process behind
-        return {"whom": whom, "step": at, "kept": kept, "back_s": back_s, "regained_s": time.monotonic() - began} | {
-            "first": first
-        }
+        steps = {"step": at, "kept": kept, "first": first}
+        return {"whom": whom, **steps, "back_s": round(back_s, 1), "regained_s": round(regained_s, 1)}
 
     def finish(self, limit_s: float) -> None:
         assert self.process.wait(limit_s) == 0, (self.place / "log").read_text()[-2000:]

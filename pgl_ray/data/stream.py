@@ -156,7 +156,9 @@ def dataset(
     rows = segments.map_batches(LayOut(plan), batch_size=None)
     # Ray fuses this with the line above, as their CPUs agree, and neither with the renderer: a block, a rendering task
     rows = rows.repartition(target_num_rows_per_block=plan.global_batch_size // num_workers)
-    return rows.map_batches(render, batch_size=None, num_cpus=num_cpus)
+    # a task takes less than a CPU, to fit in beside the workers on small nodes; more tasks than CPUs would cost a fifth
+    size = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+    return rows.map_batches(render, batch_size=None, num_cpus=num_cpus, compute=ray.data.TaskPoolStrategy(size))
 
 
 def too_large(batch_bytes: int) -> str | None:

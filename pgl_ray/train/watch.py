@@ -76,12 +76,21 @@ class Watch:
             time.sleep(min(0.2, self.period_s))
 
     def close(self) -> None:
-        self.done.set()
-        self.thread.join()
+        self._end()
         if self.store:
             with contextlib.suppress(RuntimeError):
                 self._tell(ENDED)
         faulthandler.cancel_dump_traceback_later()
+
+    def last_look(self) -> str | None:
+        """Who was waited for in a collective that has just failed: its timeout may end before the thread's turn."""
+        self._end()
+        self._look()
+        return self.finding
+
+    def _end(self) -> None:
+        self.done.set()
+        self.thread.join()
 
     def _follow(self) -> None:
         armed = 0.0
@@ -89,19 +98,22 @@ class Watch:
             if self.moved > armed:  # else the timer runs out, and dumps all stacks to the worker's log, whatever hangs
                 armed = time.monotonic()
                 faulthandler.dump_traceback_later(SHARE * self.timeout_s + self.period_s, file=2)
-            still_s = time.monotonic() - self.moved
-            told = None
-            try:
-                self._exchange()
-            except RuntimeError:  # the store lies with rank 0
-                told = "rank 0 does not answer" if self.rank else None
-            if still_s < SHARE * self.timeout_s:
-                self.finding = None
-            elif self.finding is None:
-                told = told or self._finding()
-                if told:
-                    self.finding = f"{told}; rank {self.rank} has waited {still_s:.0f} s for it (train.timeout_s)"
-                    checkpoint.note(self.run, self.finding)
+            self._look()
+
+    def _look(self) -> None:
+        still_s = time.monotonic() - self.moved
+        told = None
+        try:
+            self._exchange()
+        except RuntimeError:  # the store lies with rank 0
+            told = "rank 0 does not answer" if self.rank else None
+        if still_s < SHARE * self.timeout_s:
+            self.finding = None
+        elif self.finding is None:
+            told = told or self._finding()
+            if told:
+                self.finding = f"{told}; rank {self.rank} has waited {still_s:.0f} s for it (train.timeout_s)"
+                checkpoint.note(self.run, self.finding)
 
     def _exchange(self) -> None:
         """Tells the others this worker's place, and hears theirs."""
@@ -158,8 +170,9 @@ def watched(worker: Callable[[dict], Any], worker_config: dict, rank: int, world
     try:
         return worker(worker_config)
     except RuntimeError as error:
-        if _CURRENT.finding:
-            raise FailedRun(_CURRENT.finding) from error
+        finding = _CURRENT.last_look()
+        if finding:
+            raise FailedRun(finding) from error
         raise
     finally:
         _CURRENT.close()
