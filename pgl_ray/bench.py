@@ -7,7 +7,7 @@ together. Says which of them limits the configured run, what to change, and how 
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,7 @@ STAGES = {  # of the stream: what helps where one of them is the dearest
     "transport": "render on more CPU cores, or take a larger global_batch_size",
 }
 GPU_FLOPS = 200e12  # per s that a training reaches on an H200: a quarter of what its matrix products reach in bfloat16
+CPU = torch.device("cpu")
 WAITS = 0.1  # share of the time that the step may wait before the stream counts as what limits the run
 
 
@@ -107,7 +108,9 @@ def run(config: BenchConfig) -> Result:
     torch.set_num_threads(config.train.threads_per_worker or cores)  # a renderer takes one
     batch = {name: torch.from_numpy(value).to(device) for name, value in ready.items()}
     flops, memory = _cost(step, batch, net, worker_batch)
-    step_rate = num_pairs / _median_seconds(lambda: step(batch), config.bench_repeats)
+    on.compiled(net, device, config.train.compile)
+    step(batch)  # compiles
+    step_rate = num_pairs / _median_seconds(lambda: step(batch), config.bench_repeats, device)
 
     # the stream only: pairs that are ready made, which leaves the transport, then real ones
     launch.connect(config.ray)
@@ -122,10 +125,7 @@ def run(config: BenchConfig) -> Result:
     data_rate = data.num_batches * worker_batch / data.wall_s
 
     # both, batches of the step's size
-    def train(batch: dict[str, torch.Tensor]) -> None:
-        step({name: value.to(device, non_blocking=True) for name, value in batch.items()})
-
-    both = _consume(_stream(plan, renderer, num_pairs), config.bench_s, train)
+    both = _consume(_stream(plan, renderer, num_pairs, device), config.bench_s, step)
     return Result(
         data_rate,
         step_rate,
@@ -143,12 +143,14 @@ def run(config: BenchConfig) -> Result:
     )
 
 
-def _stream(plan: stream.Plan, render: Callable, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of a plan through Ray Data, cut for one worker."""
+def _stream(plan: stream.Plan, render: Callable, batch_size: int, device: torch.device = CPU) -> on.Batches:
+    """Batches of a plan through Ray Data, cut for one worker and brought to its device."""
     steps = 2**31 // batch_size
     cut = stream.Plan(plan.scan_ids, plan.draws_per_scan, batch_size, steps, plan.seed, plan.pairs_per_region)
     data = stream.dataset(cut, render, 1, 0, launch.RENDER_CPUS, stop=2**16)
-    return iter(data.iterator().iter_torch_batches(batch_size=batch_size, prefetch_batches=2, drop_last=True))
+    options = {"prefetch_batches": 2, "drop_last": True, "pin_memory": device.type == "cuda"}
+    batches = data.iterator().iter_torch_batches(batch_size=batch_size, device="cpu", **options)
+    return on.Batches(batches, device, stream.ABOUT_ROWS)
 
 
 @dataclass(frozen=True)
@@ -159,20 +161,26 @@ class _Consumed:
     cpu_s: float
 
 
-def _consume(batches: Iterator, seconds: float, work: Callable[[dict], None] | None = None) -> _Consumed:
+def _consume(batches: on.Batches, seconds: float, work: Callable[[dict], None] | None = None) -> _Consumed:
     """Takes batches for some time, after those that wait for processes to start or lie ready in buffers."""
-    num, waited, began, cpu = 0, 0.0, time.perf_counter(), 0.0
-    next(batches)
+    num, began, cpu, coming = 0, time.perf_counter(), 0.0, iter(batches)
+    next(coming)
     for part, least in ((seconds / 2, 0 if work else 24), (seconds, 1)):
-        num, waited, began, cpu = 0, 0.0, time.perf_counter(), _cpu_seconds()
+        _finish(batches.device)
+        batches.waited_s()
+        num, began, cpu = 0, time.perf_counter(), _cpu_seconds()
         while time.perf_counter() - began < part or num < least:
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
+            batch = next(coming)
             if work:
                 work(batch)
             num += 1
-    return _Consumed(num, time.perf_counter() - began, waited, _cpu_seconds() - cpu)
+    _finish(batches.device)
+    return _Consumed(num, time.perf_counter() - began, batches.waited_s(), _cpu_seconds() - cpu)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _cpu_seconds() -> float:
@@ -199,8 +207,6 @@ def _step(
     def step(batch: dict[str, torch.Tensor]) -> None:
         pair = Pair.from_batch(stream.finish(batch, config.views.size, config.intensity, hu_window))
         train_step(net, net, lars, schedule, pair, config.ema_decay, autocast)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
     return step
 
@@ -226,12 +232,14 @@ def _cost(step: Callable[[dict], None], batch: dict, net: nn.Module, worker_batc
     return counter.get_total_flops() / num, fixed + activations / num * worker_batch
 
 
-def _median_seconds(work: Callable[[], object], repeats: int) -> float:
+def _median_seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Median wall time; the work has run before."""
     seconds = []
     for _ in range(repeats):
+        _finish(device)
         began = time.perf_counter()
         work()
+        _finish(device)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 

@@ -19,6 +19,7 @@ from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, command
 from pgl_ray.data.store import Index, ScanRecord, class_lookup, open_label, open_volume, read_index, write_aside
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
+from pgl_ray.model import device as on
 from pgl_ray.model.inference import out_of_memory, pick_device, segment, time_forward
 from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, summarise
 from pgl_ray.model.segmenter import Segmenter
@@ -67,7 +68,7 @@ def run(config: EvaluateConfig) -> Result:
     others = _read_others(config.compare, records) if config.compare else None
     folder = Path(config.output or os.path.join(config.run, "evaluation"))
     folder.mkdir(parents=True, exist_ok=True)
-    found = _continue(folder, _identity(config), records)
+    found = _continue(folder, _identity(config, device), records)
     left = [record for record in records if record.scan_id not in found]
 
     known = f", {len(found)} of them known already" if found else ""
@@ -96,7 +97,7 @@ def run(config: EvaluateConfig) -> Result:
             "split": config.split,
             "index": str(Path(config.index).absolute()),
             "seconds_per_scan": (time.monotonic() - began) / max(1, len(left)),
-            "forward_ms": _forward_ms(model, device),
+            "forward_ms": _forward_ms(model, device, config.inference.precision),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         }
         _write_table(folder / TABLE, rows)
@@ -137,7 +138,7 @@ def score_scans(
         meta: "task", "patch_size" (D, H, W).
         index: the store that the records belong to.
         records: labelled scans.
-        inference: overlap and batch size of the windows.
+        inference: overlap and batch size of the windows, and the network's precision.
         distances: whether to compute HD and HD95, too.
         flips: whether to average over all flips of a window.
     """
@@ -158,6 +159,7 @@ def score_scans(
                 overlap=inference.overlap,
                 batch_size=inference.batch_size,
                 flips=flips,
+                precision=inference.precision,
             )
         except MemoryError as error:
             raise FailedRun(f"scan {record.scan_id}: {error}") from None
@@ -210,10 +212,11 @@ def _read_others(run: str, records: list[ScanRecord]) -> list[dict[str, Any]]:
 # -- what was done before ---------------------------------------------------------------------------------------------
 
 
-def _identity(config: EvaluateConfig) -> dict[str, Any]:
+def _identity(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     """All that decides what a scan's rows and prediction are, but the scan."""
     checkpoint = hashlib.sha256(file_of(config.run).read_bytes()).hexdigest()
     kept = {"tta": config.tta, "save_predictions": config.save_predictions, "overlap": config.inference.overlap}
+    kept |= {"bfloat16": True} if on.in_bfloat16(device, config.inference.precision) else {}
     return {"checkpoint": checkpoint} | kept
 
 
@@ -260,10 +263,10 @@ def _write_prediction(folder: Path, scored: Scored, index: Index) -> None:
     write_aside(folder / f"{scored.record.scan_id}.nii.gz", packed)
 
 
-def _forward_ms(model: Segmenter, device: torch.device) -> float | None:
+def _forward_ms(model: Segmenter, device: torch.device, precision: str) -> float | None:
     """Milliseconds of one forward pass; none where it does not fit into memory."""
     try:
-        return time_forward(model, FORWARD_SIZE, 10 if device.type == "cuda" else 1)
+        return time_forward(model, FORWARD_SIZE, 10 if device.type == "cuda" else 1, precision)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise

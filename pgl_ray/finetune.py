@@ -193,16 +193,12 @@ def worker(worker_config: dict) -> str | None:
     parts = config.accumulate * launch.parts_of(config.train, world)
     steps_per_val = max(1, round(config.validate_every * plan.rows_per_epoch / plan.global_batch_size))
 
-    batches = ray.train.get_dataset_shard("train").iter_torch_batches(
-        batch_size=plan.global_batch_size // world, prefetch_batches=2, drop_last=True
-    )
+    batches = launch.batches(plan.global_batch_size // world, device, stream.ABOUT_ROWS)
     train_mode(segmenter, config.freeze)
-    waited, logged, since, stopped, overfitted, first = 0.0, step, time.monotonic(), None, False, True
+    logged, since, stopped, overfitted, first = step, time.monotonic(), None, False, True
     notice = launch.Notice()
     unseen: list[torch.Tensor] = []  # loss and norm of the gradient of the steps since they were last looked at
-    asked = time.monotonic()
     for batch in batches:
-        waited += time.monotonic() - asked
         watch.at(step, watch.STEP)
         if not (batch["step"] == step).all():
             raise FailedRun(f"the stream is out of step: {batch['step'].tolist()} at step {step}")
@@ -247,19 +243,20 @@ def worker(worker_config: dict) -> str | None:
         if log:
             rate = (step - logged) * plan.global_batch_size / (time.monotonic() - since)
             row = {"epoch": plan.epoch_at(step), "train/loss": values[-1, 0], "train/grad_norm": values[-1, 1]}
-            row |= {"train/lr": lr, "train/patches_per_s": rate, "data/wait_s": waited / (step - logged)}
+            row |= {"train/lr": lr, "train/patches_per_s": rate, "data/wait_s": batches.waited_s() / (step - logged)}
             launch.publish(step, row)
             if metrics:
                 row |= writer.figures()
                 metrics.write(step, **row)
-            waited, logged, since = 0.0, step, time.monotonic()
+            logged, since = step, time.monotonic()
 
         # validate, keep the best, stop when it overfits
         if validates or keep:
             optim.average_buffers(segmenter)
         if validates:
             watch.at(step - 1, watch.JUDGE)
-            scores = validate(segmenter, meta, index, val_records, rank, world)
+            inference = InferenceConfig(precision=config.train.precision)
+            scores = validate(segmenter, meta, index, val_records, inference, rank, world)
             train_mode(segmenter, config.freeze)
             stale = 0 if scores["val/dice"] > best or not best else stale + 1
             if stale == 0:
@@ -281,7 +278,6 @@ def worker(worker_config: dict) -> str | None:
         if overfitted:
             break
         watch.at(step, watch.BATCH)
-        asked = time.monotonic()
     if writer:
         writer.close()
         stopped = stopped or writer.fault
@@ -372,7 +368,13 @@ def _not_finite(config: FinetuneConfig, values: np.ndarray, step: int, best: flo
 
 
 def validate(
-    model: Segmenter, meta: dict, index: store.Index, records: list[store.ScanRecord], rank: int, world: int
+    model: Segmenter,
+    meta: dict,
+    index: store.Index,
+    records: list[store.ScanRecord],
+    inference: InferenceConfig,
+    rank: int,
+    world: int,
 ) -> dict[str, float]:
     """Dice per organ over the validation scans, which the ranks share.
 
@@ -382,9 +384,7 @@ def validate(
     model.eval()
     rows = []
     with watch.beating(model):
-        for scored in evaluate.score_scans(
-            model, meta, index, records[rank::world], InferenceConfig(), distances=False
-        ):
+        for scored in evaluate.score_scans(model, meta, index, records[rank::world], inference, distances=False):
             rows += scored.rows
     watch.meet()
     summary = summarise([row for part in launch.of_all_workers(rows) for row in part])

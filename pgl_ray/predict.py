@@ -21,6 +21,7 @@ from pgl_ray.data.place import check_writable
 from pgl_ray.data.resample import onto_grid, resample
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
+from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device, segment
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train.checkpoint import load_segmenter, write_json
@@ -61,7 +62,7 @@ def run(config: PredictConfig) -> Result:
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
     check_writable(f"output={config.output}", jobs[0].target.absolute().parent)
-    maker = _maker(model, meta, config)
+    maker = _maker(model, meta, config, device)
     many = Path(config.input).is_dir()
     finished = {job for job in jobs if _is_finished(job, maker, config.viewer)}
     done_before = f", {len(finished)} of them done before" if finished else ""
@@ -89,13 +90,15 @@ def run(config: PredictConfig) -> Result:
     return Result(config.output, len(jobs), len(finished))
 
 
-def _maker(model: Segmenter, meta: dict[str, Any], config: PredictConfig) -> str:
-    """Hash of all that decides a label map but the scan: weights, what they expect, and the windows' overlap."""
+def _maker(model: Segmenter, meta: dict[str, Any], config: PredictConfig, device: torch.device) -> str:
+    """Hash of all that decides a label map but the scan: weights, what they expect, windows' overlap, precision."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     plain = {key: meta.get(key) for key in ("hu_window", "labels", "task", "patch_size", "spacing_mm")}
-    digest.update(json.dumps([plain, config.inference.overlap, config.tta], sort_keys=True).encode())
+    settings = [plain, config.inference.overlap, config.tta]
+    settings += ["bfloat16"] if on.in_bfloat16(device, config.inference.precision) else []
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -177,6 +180,7 @@ def _predict(model: Segmenter, meta: dict[str, Any], job: Job, maker: str, confi
         overlap=config.inference.overlap,
         batch_size=config.inference.batch_size,
         flips=config.tta,
+        precision=config.inference.precision,
     )
     if voxels is not scan.voxels:
         classes = onto_grid(classes, affine, scan.affine, scan.voxels.shape)

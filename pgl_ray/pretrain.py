@@ -204,22 +204,14 @@ def worker(worker_config: dict) -> str | None:
         writer = checkpoint.Writer(worker_config["run"], config.train.keep_checkpoints, ACCURACY, world)
     autocast, parts = on.autocast(device, config.train.precision), launch.parts_of(config.train, world)
 
-    batches = ray.train.get_dataset_shard("train").iter_torch_batches(
-        batch_size=plan.global_batch_size // world,
-        prefetch_batches=2,
-        drop_last=True,
-        pin_memory=device.type == "cuda",
-    )
+    batches = launch.batches(plan.global_batch_size // world, device, stream.ABOUT_ROWS)
     skipped, notice = Skipped(plan, config.stream, step), launch.Notice()
     judge = make_probe(config) if config.probe.every and rank == 0 else None
     model.train()
-    waited, logged, since, stopped, first = 0.0, step, time.monotonic(), None, True
-    asked = time.monotonic()
+    logged, since, stopped, first = step, time.monotonic(), None, True
     for batch in batches:
-        waited += time.monotonic() - asked
         watch.at(step, watch.STEP)
-        if step == logged:  # of every start, and from time to time: a comparison waits for the device
-            _check_rows(batch, plan, step, rank, world)
+        _check_rows(batch, plan, step, rank, world)
         skipped.add(batch["missed"])
         batch = stream.finish(batch, config.views.size, config.intensity, worker_config["hu_window"])
         if step == 0 and rank == 0:
@@ -243,8 +235,8 @@ def worker(worker_config: dict) -> str | None:
         keep = step % config.train.checkpoint_every == 0 or step == plan.num_steps or probes
         keep = keep or (log and notice.wants_checkpoint())
         if log or check or keep or probes:
-            row = {"train/loss": done.output.loss.item(), "train/grad_norm": done.grad_norm.item()}
-            row = launch.mean_over_workers(row)
+            loss, grad_norm = torch.stack([done.output.loss, done.grad_norm]).tolist()  # waits for the device
+            row = launch.mean_over_workers({"train/loss": loss, "train/grad_norm": grad_norm})
             if not all(map(math.isfinite, row.values())):
                 stopped = (
                     f"train/loss is {row['train/loss']} and train/grad_norm {row['train/grad_norm']} at step {step}: "
@@ -277,7 +269,7 @@ def worker(worker_config: dict) -> str | None:
         if probes:
             watch.meet()
         if log or check or probes:
-            seconds = time.monotonic() - since
+            seconds, waited = time.monotonic() - since, batches.waited_s()
             row |= {
                 "epoch": plan.epoch_at(step),
                 "train/lr": done.lr,
@@ -290,7 +282,7 @@ def worker(worker_config: dict) -> str | None:
             if metrics:
                 row |= writer.figures()
                 metrics.write(step, **row)
-            waited, logged, since = 0.0, step, time.monotonic()
+            logged, since = step, time.monotonic()
         if keep:
             optim.average_buffers(net)
             meta = _meta(config, net.get_submodule("online.encoder").last, worker_config)
@@ -302,7 +294,6 @@ def worker(worker_config: dict) -> str | None:
         if stopped:
             break
         watch.at(step, watch.BATCH)
-        asked = time.monotonic()
     if writer:
         writer.close()
         stopped = stopped or writer.fault
@@ -316,9 +307,9 @@ def _check_rows(batch: dict[str, Tensor], plan: stream.Plan, step: int, rank: in
     """A worker's batch must be its part of the step's rows, exactly: no pair twice, none lost, whatever happened."""
     size = plan.global_batch_size // world
     due = {name: column[rank * size : (rank + 1) * size] for name, column in plan.columns(step, step + 1).items()}
-    shown = batch["missed"].cpu().numpy() < 0
+    shown = batch["missed"].numpy() < 0
     for name, column in due.items():
-        got = batch[name].cpu().numpy()
+        got = batch[name].numpy()
         if not np.array_equal(got[shown], column[shown]):
             raise FailedRun(f"the stream is out of step at step {step} of rank {rank}: {name} {got.tolist()}")
 
@@ -332,7 +323,7 @@ class Skipped:
         self.rows: Counter[int] = Counter()
 
     def add(self, missed: Tensor) -> None:
-        """Takes a batch's column; does not wait for the device."""
+        """Takes a batch's column."""
         self.waiting.append(missed)
 
     def share(self, step: int, run: str | None) -> tuple[float, str | None]:
@@ -409,14 +400,14 @@ def forward_and_back(
     A model that is a DDP wrapper adds up over the workers at the last part, while that is still under way.
     """
     num, loss = len(pair.view_1), torch.zeros((), device=pair.view_1.device)
-    for number, rows in enumerate(torch.arange(num).tensor_split(parts), 1):
-        part = Pair(*(value if value is None else value[rows[0] : rows[-1] + 1] for value in pair))
+    columns = [[None] * parts if value is None else value.tensor_split(parts) for value in pair]
+    for number, part in enumerate(map(Pair._make, zip(*columns)), 1):
         alone = model.no_sync() if model is not net and number < parts else contextlib.nullcontext()
         with alone:
             with autocast:
                 output = model(part)
-            (output.loss * (len(rows) / num)).backward()
-        loss += output.loss.detach() * (len(rows) / num)
+            (output.loss * (len(part.view_1) / num)).backward()
+        loss += output.loss.detach() * (len(part.view_1) / num)
     return part, output._replace(loss=loss)
 
 

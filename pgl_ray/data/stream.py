@@ -23,6 +23,7 @@ from pgl_ray.data.deform import deform
 from pgl_ray.data.shard import chunk_of
 
 AIR = -1024  # HU outside a scan
+ABOUT_ROWS = frozenset(("step", "epoch", "scan", "draw", "missed"))  # columns that no network sees
 BLOCKS_AHEAD = 256  # blocks of rows laid out at a time, by a task of 1 CPU: Ray Data's repartition takes no less
 BATCHES_HELD = 24  # global batches that Ray's object stores should hold together; with 13 a stream crawls
 REGIONS_MIXED = 16  # regions whose pairs are shuffled with one another; up to 31 at an epoch's end
@@ -476,13 +477,18 @@ def finish(
         if "crop_" + view in batch:
             crops, prior = batch["crop_" + view], (batch["box_" + view], batch["flip_" + view])
             if crops.dtype == torch.uint8:
-                crops = torch.from_numpy(store_room.hu_of_codes(hu_window)).to(crops.device)[crops.int()]
+                crops = _hu_of_codes(tuple(hu_window), crops.device)[crops.int()]
             done["view_" + view] = v.render_each(crops, *prior, size, hu_window, batch["scaling"])
         if "intensity_" + view in batch:
             params = batch["intensity_" + view], batch["noise_seed_" + view]
             views = done.get("view_" + view, batch.get("view_" + view))
             done["view_" + view] = v.apply_intensities(views, *params, intensity.blur_sigma[1])
     return batch | done if done else batch
+
+
+@lru_cache(maxsize=4)
+def _hu_of_codes(hu_window: tuple[float, float], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(store_room.hu_of_codes(hu_window)).to(device)
 
 
 @dataclass(frozen=True)

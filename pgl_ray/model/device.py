@@ -1,9 +1,12 @@
-"""How networks compute on a device: precision, memory layout, compilation, recomputation."""
+"""How networks compute on a device: precision, memory layout, compilation, recomputation; and batches on it."""
 
 import math
+import time
+from collections.abc import Iterable, Iterator, Set
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 from pgl_ray.model.resenc import ResEncoder
@@ -11,17 +14,23 @@ from pgl_ray.model.resnet import Encoder
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast context of a precision; `auto` is bfloat16 where the GPU has it, else float32."""
-    enabled = precision == "bfloat16"
-    if precision == "auto" and device.type == "cuda":
-        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """Autocast context of a precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, precision))
+
+
+def in_bfloat16(device: torch.device, precision: str) -> bool:
+    """Whether a precision means bfloat16; `auto` does where the GPU has it, else it is float32."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bfloat16"
 
 
 def lay_out(net: nn.Module, device: torch.device) -> nn.Module:
-    """A network on a device; on CUDA with channels last, the layout of the tensor cores' 3D convolutions."""
+    """A network on a device; on CUDA with channels last, the layout of the tensor cores' 3D convolutions, of which the
+    fastest are found by trying: the sizes never change."""
     if device.type != "cuda":
         return net.to(device)
+    torch.backends.cudnn.benchmark = True
     return net.to(device, memory_format=torch.channels_last_3d)
 
 
@@ -34,7 +43,7 @@ def compiled(model: nn.Module, device: torch.device, mode: str) -> nn.Module:
         mode: on, off, or auto: on CUDA where Triton is installed.
     """
     if mode == "auto":
-        mode = "on" if device.type == "cuda" and torch.utils._triton.has_triton() else "off"
+        mode = "on" if device.type == "cuda" and has_triton() else "off"
     if mode == "on":
         torch._dynamo.config.suppress_errors = True
         model.compile(dynamic=False)
@@ -63,3 +72,64 @@ class _Recomputed:
 
     def __call__(self, x):
         return checkpoint(self.forward, x, use_reentrant=False, preserve_rng_state=False)
+
+
+class Batches:
+    """A stream's batches on the device that computes, in their order; its errors and its end come where they came.
+
+    On a GPU each is copied by a stream of its own while the device still works on the batch before. The host is never
+    more than a step ahead of the device, so a few batches are there at a time and no more.
+    """
+
+    def __init__(self, source: Iterable[dict[str, Tensor]], device: torch.device, stay: Set[str] = frozenset()):
+        """
+        Args:
+            source: batches on the host, pinned where the device is a GPU.
+            device: where they go.
+            stay: columns that are left on the host, where they are read without waiting for the device.
+        """
+        self.source, self.device, self.stay = source, device, stay
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.waits: list[tuple] = []  # when each was asked for, and when it was there, as the device sees it
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        asked = self._now()
+        for batch in self.source:
+            if self.copies is not None:
+                batch = self._copied(batch)
+            self.waits.append((asked, self._now()))
+            yield batch
+            asked = self._now()
+
+    def waited_s(self) -> float:
+        """Seconds since the last call in which nothing was left to compute and a batch was waited for.
+
+        On a GPU between two events of its own: a host that waits for a batch while the device is busy costs nothing.
+        """
+        waits, self.waits = self.waits, []
+        if self.copies is None:
+            return sum(there - asked for asked, there in waits)
+        for _, there in waits[-1:]:
+            there.synchronize()
+        return sum(asked.elapsed_time(there) for asked, there in waits) / 1000
+
+    def _now(self):
+        if self.copies is None:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _copied(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        for _, there in self.waits[-1:]:
+            there.synchronize()  # the step before the last is done
+        compute = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.copies):
+            moved = {
+                name: column if name in self.stay else column.to(self.device, non_blocking=True)
+                for name, column in batch.items()
+            }
+        compute.wait_stream(self.copies)
+        for name in moved.keys() - self.stay:
+            moved[name].record_stream(compute)  # its memory is not reused before it is computed with
+        return moved

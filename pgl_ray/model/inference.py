@@ -11,6 +11,7 @@ import torch
 from monai.data.utils import compute_importance_map
 from torch import Tensor
 
+from pgl_ray.model import device as on
 from pgl_ray.model.segmenter import Segmenter
 
 SUM_BYTES = 4 * 2**30  # of the sums of logits held at once; what needs more is done in several strips of rows
@@ -26,6 +27,7 @@ def segment(
     overlap: float = 0.5,
     batch_size: int = 1,
     flips: bool = False,
+    precision: str = "auto",
 ) -> np.ndarray:
     """Class index of every voxel, on the scan's own grid.
 
@@ -44,6 +46,7 @@ def segment(
         overlap: of neighbouring windows, in [0, 1).
         batch_size: windows per forward pass.
         flips: average the logits of all eight flips of every window (at test time; eight times the work).
+        precision: float32, bfloat16 (the network's; logits are added up in float32), or auto, as in training.
 
     Returns:
         uint8 [D, H, W]. multiclass: the likeliest class. binary: the last output with a positive logit, as a label
@@ -52,12 +55,13 @@ def segment(
     Raises:
         MemoryError: says what to take.
     """
+    device = next(model.parameters()).device
     try:
-        return _segment(model, volume, tuple(patch_size), task, air, overlap, batch_size, flips)
+        with on.autocast(device, precision):
+            return _segment(model, volume, tuple(patch_size), task, air, overlap, batch_size, flips)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        device = next(model.parameters()).device
         mends = [f"inference.batch_size={batch_size // 2}"] * (batch_size > 1)
         mends += ["inference.device=cpu"] * (device.type == "cuda") or ["a machine with more memory"]
         raise MemoryError(
@@ -160,21 +164,24 @@ def _where_sums_fit(device: torch.device, shape: tuple[int, ...]) -> torch.devic
 def _mean_over_flips(model: Segmenter, x: Tensor) -> Tensor:
     total = 0
     for axes in chain.from_iterable(combinations((2, 3, 4), num) for num in range(4)):
-        total = total + model(x.flip(axes)).flip(axes)
+        total = total + model(x.flip(axes)).flip(axes).float()
     return total / 8
 
 
-def time_forward(model: Segmenter, size: tuple[int, int, int] = (64, 192, 192), repeats: int = 3) -> float:
-    """Milliseconds of one forward pass of one volume [1, 1, *size] in float32, the fastest of some after a first one.
+def time_forward(
+    model: Segmenter, size: tuple[int, int, int] = (64, 192, 192), repeats: int = 3, precision: str = "auto"
+) -> float:
+    """Milliseconds of one forward pass of one volume [1, 1, *size], the fastest of some after a first one.
 
     Args:
         model: in eval mode; timed where it lies, on a GPU by CUDA events.
         size: (D, H, W), the paper's by default.
         repeats: passes that are timed.
+        precision: as in `segment`.
     """
     device = next(model.parameters()).device
     x, found = torch.zeros(1, 1, *size, device=device), []
-    with torch.inference_mode():
+    with torch.inference_mode(), on.autocast(device, precision):
         model(x)
         for _ in range(repeats):
             if device.type == "cuda":

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from monai.losses import DiceCELoss
+from monai.losses import DiceCELoss, DiceLoss
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -76,10 +76,14 @@ def _merge_unlabelled(logits: Tensor, target: Tensor, labelled: Tensor) -> tuple
 
 
 def _binary_loss(logits: Tensor, target: Tensor, labelled: Tensor | None) -> Tensor:
-    loss = DiceCELoss(sigmoid=True, batch=True, smooth_nr=0)
-    parts = []
-    for channel in range(logits.shape[1]):
-        rows = slice(None) if labelled is None else labelled[:, channel + 1].bool()
-        if len(logits[rows]):
-            parts.append(loss(logits[rows, channel : channel + 1], (target[rows] > channel).float()))
-    return torch.stack(parts).mean() if parts else logits.sum() * 0  # 0 with a gradient: DDP waits for one
+    """Samples are weighed, not picked: how many are labelled is not known before the device is asked."""
+    channels = torch.arange(logits.shape[1], device=target.device).view(-1, 1, 1, 1)
+    weight = torch.ones_like(logits[:, :, 0, 0, 0]) if labelled is None else labelled[:, 1:].to(logits.dtype)
+    shown, answer = weight[..., None, None, None], (target > channels).to(logits.dtype)
+    lowest = -1e4  # sigmoid makes it exactly 0
+    dice = DiceLoss(sigmoid=True, batch=True, smooth_nr=0, reduction="none")
+    dice = dice(logits.masked_fill(shown == 0, lowest), answer * shown).flatten()
+    entropy = F.binary_cross_entropy_with_logits(logits, answer, reduction="none").flatten(2).mean(2)
+    num = weight.sum(0)  # samples per channel
+    parts = (dice + (entropy * weight).sum(0) / num.clamp_min(1)) * (num > 0)
+    return parts.sum() / (num > 0).sum().clamp_min(1)  # 0 with a gradient where nothing is labelled: DDP waits for one

@@ -26,6 +26,7 @@ import torch
 
 import pgl_ray
 from pgl_ray.config import FailedRun, Section, build, dump
+from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
@@ -709,4 +710,4 @@ def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmen
         raise ValueError(f"{run} is a {meta['door']} run: give a fine-tuning run")
     model = Segmenter(build_encoder(**meta["encoder"]), meta["num_outputs"])
     _fill(model, state["model"], run)
-    return model.to(device).eval(), meta
+    return on.lay_out(model, torch.device(device)).eval(), meta

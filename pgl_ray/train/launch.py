@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
+from pgl_ray.model import device as on
 from pgl_ray.train import checkpoint, logs, watch
 from pgl_ray.train.quiet import QUIET, quiet_data
 
@@ -259,6 +260,22 @@ def distributed(net: torch.nn.Module) -> torch.nn.Module:
 
     options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     return ray.train.torch.prepare_model(net, parallel_strategy_kwargs=options)
+
+
+def batches(size: int, device: torch.device, stay: Set[str]) -> on.Batches:
+    """This worker's batches of the stream on its device; Ray itself would copy them between the steps, by the stream
+    that computes them.
+
+    Args:
+        size: rows of a batch.
+        device: of this worker.
+        stay: columns that are left on the host.
+    """
+    import ray.train
+
+    options = {"prefetch_batches": 2, "drop_last": True, "device": "cpu", "pin_memory": device.type == "cuda"}
+    shard = ray.train.get_dataset_shard("train")
+    return on.Batches(shard.iter_torch_batches(batch_size=size, **options), device, stay)
 
 
 def settle(model: torch.nn.Module, work: Callable[[], Any]) -> None:

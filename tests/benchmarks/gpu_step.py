@@ -1,26 +1,51 @@
 """What a GPU makes of a training step: right first, then its time, part by part.
 
-    python tests/benchmarks/gpu_step.py [--device cuda] [--batches 32 64 128 256 512] [--index STORE] [--out FILE.json]
+    python tests/benchmarks/gpu_step.py [--batches 32 64 128 256 512] [--only checks steps ...] [--out FILE.json]
     python tests/benchmarks/gpu_step.py --device cpu --tiny     # runs to the end in a minute; its figures mean nothing
 
 Needs PyTorch, this package's source on PYTHONPATH, and of its dependencies monai, pytorch_optimizer, pydantic,
-pydantic-core, typing-inspection, annotated-types and omegaconf (a CUDA machine without a package index gets them as
-wheels); with --index, which measures the real stream, too, all that the package needs.
+pydantic-core, typing-inspection, annotated-types and omegaconf; the stream (--index) needs all that the package needs.
+On a machine without a package index they come as wheels. Made here once, in a folder that git ignores:
 
-Checks: a bfloat16 step against float32's, a compiled step against the eager one, views made on the device against those
-made on the CPU. Times: the whole step and its parts at each batch and both kinds of stage strides, of the compiled
-network where Triton is there; share of the measured peak of a bfloat16 matrix product; fine-tuning and inference at the
-paper's sizes. Medians of CUDA events; every timed step has its own random batch.
+    echo /.whl/ >> .git/info/exclude
+    python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl \
+        monai==1.6.1 pytorch_optimizer==4.1.0 pydantic==2.14.3 pydantic_core==2.50.4 typing-inspection==0.4.5 \
+        annotated-types==0.8.0 omegaconf==2.4.0
+
+and on the lent machine, with .whl carried there, in calls that stay below its ten minutes each:
+
+    python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl && export PYTHONUNBUFFERED=1 \
+        PYTHONPATH=/tmp/site:. && python3 tests/benchmarks/gpu_step.py --only ways profile --out $OUT/ways.json
+    ... --only checks steps --out $OUT/steps.json
+    ... --only segmentation --out $OUT/segmentation.json
+
+The JSON is written after every section, so what a time limit cuts off costs that section alone. Keep it here, under
+tests/benchmarks/results/.
+
+    checks        a bfloat16 step against float32's, views made on the device against those made on the CPU
+    steps         the step and its parts at each batch and both kinds of stage strides; share of the measured peak of a
+                  bfloat16 matrix product (not compiled, for compiling takes minutes for each batch; --compile on does)
+    ways          whole steps without a wait between them: eager, compiled, compiled with CUDA graphs; whether they
+                  train alike, what the host spends, launches, and whether a step waits for the device
+    segmentation  fine-tuning and inference at the paper's sizes
+    profile       the kernels that take longest
+    stream        with --index: the bench door, the share of waiting with the real stream
+
+Medians of CUDA events; every timed step has its own random batch.
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,17 +56,21 @@ from pgl_ray.config import IntensityConfig, LarsConfig, SgdConfig, ViewsConfig
 from pgl_ray.data import views as v
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.inference import time_forward
 from pgl_ray.model.losses import local_consistency_loss, segmentation_loss
 from pgl_ray.model.pgl import Pair, Pgl, align, feature_geometry
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.prior import interpolation_matrices
-from pgl_ray.train import optim
+from pgl_ray.train import health, optim
 
 PAPER_PAIRS = 904_000  # 1,808 scans, 500 epochs (Sec. 5.1)
 WINDOW = (-1024.0, 325.0)
 OUTPUT_STRIDE = (8, 16, 16)
 PARTS = ("augment", "online forward", "target forward", "align and loss", "backward", "optimizer", "ema")
+SECTIONS = ("checks", "steps", "ways", "segmentation", "profile")
+WAYS = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}
+LAUNCHES = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")  # in the names of CUDA's calls
 SIZES = {"whole": {"views": (16, 96, 96), "patches": ((48, 160, 160), (64, 192, 192)), "scan": (64, 192, 192)}}
 SIZES["tiny"] = {"views": (16, 32, 32), "patches": ((16, 32, 32),), "scan": (16, 32, 32)}
 
@@ -52,7 +81,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256, 512])
     parser.add_argument("--strides", nargs="+", default=["early", "late"], choices=("early", "late"))
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"))
+    parser.add_argument("--only", nargs="+", default=SECTIONS, choices=SECTIONS)
+    parser.add_argument(
+        "--ways", nargs="+", choices=tuple(WAYS), help="all, on a CPU eager alone: compiling takes minutes"
+    )
+    parser.add_argument("--compile", default="off", choices=("auto", "on", "off"), help="the networks of `steps`")
+    parser.add_argument("--batch", type=int, help="of `ways` and `profile`; 128, or the largest of --batches below it")
     parser.add_argument("--tiny", action="store_true", help="a small network and small views")
     parser.add_argument("--index", help="a store: measures the stream on this machine's cores, alone and with the step")
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
@@ -61,31 +95,40 @@ def main() -> None:
         raise SystemExit(
             "--device cuda: this machine has no CUDA device; --device cpu --tiny shows that the script runs"
         )
-    torch.backends.cudnn.benchmark = True  # the sizes never change
+    args.batch = args.batch or max((batch for batch in args.batches if batch <= 128), default=min(args.batches))
     torch.set_num_threads(1 if args.tiny else torch.get_num_threads())
-    found = {"machine": machine(args.device)}
+    found, began = {"machine": machine(args.device), "steps": [], "ways": []}, time.monotonic()
+
+    def keep(section: str, figures: object, text: str) -> None:
+        found[section] = figures
+        print(f"-- {section}, {time.monotonic() - began:.0f} s\n{text}", flush=True)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(found, indent=1))
+
     print("  ".join(f"{key} {value}" for key, value in found["machine"].items()), flush=True)
-    found["peak_tflops"] = peak(args)
-    print(f"bfloat16 matrix product: {found['peak_tflops']:.1f} TFLOP/s, the peak that shares refer to", flush=True)
-    found["checks"] = checks(args)
-    print(check_table(found["checks"]), flush=True)
-    found["steps"] = []
-    for strides in args.strides:
-        for batch in args.batches:
-            try:
-                row = step_row(args, strides, batch, found["peak_tflops"])
-            except torch.OutOfMemoryError:
-                row = {"strides": strides, "batch": batch, "fits": False}
-            found["steps"].append(row)
-            print(step_line(row), flush=True)
-    found["segmentation"] = segmentation(args)
-    print(segmentation_table(found["segmentation"]), flush=True)
+    tflops = peak(args)
+    keep("peak_tflops", tflops, f"bfloat16 matrix product: {tflops:.1f} TFLOP/s, the peak that shares refer to")
+    if "checks" in args.only:
+        figures = checks(args)
+        keep("checks", figures, "\n".join(f"  {name:<52} {value:.1e}" for name, value in figures.items()))
+    for strides, batch in product(args.strides, args.batches) if "steps" in args.only else ():
+        row = {"strides": strides, "batch": batch}
+        row |= or_none(partial(step_row, args, strides, batch, tflops)) or {"fits": False}
+        keep("steps", [*found["steps"], row], step_line(row))
+    for way in args.ways or (WAYS if args.device == "cuda" else ("eager",)) if "ways" in args.only else ():
+        row = or_none(partial(way_row, args, way, found["ways"][:1])) or {"way": way, "failed": "out of memory"}
+        keep("ways", [*found["ways"], row], way_line(row, args.batch))
+    if "segmentation" in args.only:
+        figures = segmentation(args)
+        keep("segmentation", figures, segmentation_table(figures))
+    if "profile" in args.only:
+        figures = profile(args)
+        keep("profile", figures, profile_table(figures))
     if args.index:
-        found["stream"] = stream(args)
-        print("  ".join(f"{key} {value:.4g}" for key, value in found["stream"].items()), flush=True)
+        figures = stream(args)
+        keep("stream", figures, "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     print(closing(found))
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1))
 
 
 def machine(device: str) -> dict[str, str]:
@@ -167,9 +210,7 @@ def crops_of(args, num: int, seed: int) -> dict[str, torch.Tensor]:
     intensity, noise_seed = v.sample_intensities(rng.random((num, 2, v.INTENSITY_NUMBERS)), IntensityConfig())
     batch = {"scaling": torch.tensor([[-400.0, 350.0]]).repeat(num, 1)}
     for k, view in enumerate(("1", "2")):
-        batch["crop_" + view] = torch.from_numpy(
-            rng.integers(-1100, 400, (num, 1, *v.largest_crop(config))).astype(np.int16)
-        )
+        batch["crop_" + view] = torch.from_numpy(rng.integers(-1100, 400, (num, 1, *v.largest_crop(config)), np.int16))
         batch["box_" + view], batch["flip_" + view] = torch.from_numpy(box[:, k]), torch.from_numpy(flip[:, k])
         batch["intensity_" + view] = torch.from_numpy(intensity[:, k]).float()
         batch["noise_seed_" + view] = torch.from_numpy(noise_seed[:, k])
@@ -198,23 +239,17 @@ def checks(args) -> dict[str, float]:
     """Relative differences, ||a - b|| / ||b||: of losses, of all gradients together, of views."""
     pair = augment(args, crops_of(args, 4, 1))
     found, gradients = {}, {}
-    for name, precision, mode in (
-        ("float32", "float32", "off"),
-        ("bfloat16", "bfloat16", "off"),
-        ("compiled bfloat16", "bfloat16", args.compile),
-    ):
-        torch._dynamo.reset()
+    for precision in ("float32", "bfloat16"):
+        torch.backends.cudnn.allow_tf32 = precision != "float32"
         net = on.lay_out(build(args, "early"), torch.device(args.device))
-        model = on.compiled(net, torch.device(args.device), mode)
         with autocast(args, precision):
-            loss = model(pair).loss
+            loss = net(pair).loss
         loss.backward()
-        flat = torch.cat([p.grad.flatten().double().cpu() for p in net.parameters() if p.grad is not None])
-        gradients[name] = loss.item(), flat
-    for name, base in (("bfloat16", "float32"), ("compiled bfloat16", "bfloat16")):
-        (loss, grad), (base_loss, base_grad) = gradients[name], gradients[base]
-        found[f"loss, {name} against {base}"] = abs(loss - base_loss) / abs(base_loss)
-        found[f"gradient, {name} against {base}"] = ((grad - base_grad).norm() / base_grad.norm()).item()
+        gradients[precision] = loss.item(), flat_gradient(net)
+    torch.backends.cudnn.allow_tf32 = True
+    (loss, grad), (base_loss, base_grad) = gradients["bfloat16"], gradients["float32"]
+    found["loss, bfloat16 against float32"] = abs(loss - base_loss) / abs(base_loss)
+    found["gradient, bfloat16 against float32"] = ((grad - base_grad).norm() / base_grad.norm()).item()
     batch = crops_of(args, 4, 2)
     made, worst = augment(args, batch), 0.0
     for i in range(4):
@@ -229,8 +264,8 @@ def checks(args) -> dict[str, float]:
     return found | {"views, device against CPU": worst}
 
 
-def check_table(found: dict[str, float]) -> str:
-    return "\n".join(f"  {name:<52} {value:.1e}" for name, value in found.items())
+def flat_gradient(net: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().double().cpu() for p in net.parameters() if p.grad is not None])
 
 
 # -- pre-training -----------------------------------------------------------------------------------------------------
@@ -240,9 +275,7 @@ def step_row(args, strides: str, batch: int, peak_tflops: float) -> dict:
     """Times of one batch size; the parts are those of the same step, the network's own parts compiled one by one."""
     torch._dynamo.reset()
     device = torch.device(args.device)
-    if args.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    forget(args)
     net = on.lay_out(build(args, strides), device)
     flops = count_flops(args, net)
     for part in (net.online["encoder"], net.online["projector"], net.predictor, *net.target.values()):
@@ -294,8 +327,6 @@ def step_row(args, strides: str, batch: int, peak_tflops: float) -> dict:
 
     encoder_ms, step_ms = median_ms(args.device, forward_and_backward, repeats), statistics.median(map(sum, rows[3:]))
     return {
-        "strides": strides,
-        "batch": batch,
         "fits": True,
         "compiled": is_compiled(args),
         "step_ms": step_ms,
@@ -305,9 +336,21 @@ def step_row(args, strides: str, batch: int, peak_tflops: float) -> dict:
         "encoder_tflops": flops["encoder"] * batch / encoder_ms / 1e9,
         "encoder_share_of_peak": flops["encoder"] * batch / encoder_ms / 1e9 / peak_tflops,
         "parts_ms": dict(zip(PARTS, parts)),
-        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None,
+        "memory_gib": memory_gib(args),
         "hours_of_the_paper": PAPER_PAIRS / (1000 * batch / step_ms) / 3600,
     }
+
+
+def forget(args) -> None:
+    """Gives back what the measurement before has left."""
+    gc.collect()
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_gib(args) -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
 
 
 def is_compiled(args) -> bool:
@@ -350,6 +393,142 @@ def step_line(row: dict) -> str:
     )
 
 
+# -- whole steps ------------------------------------------------------------------------------------------------------
+
+
+def whole_steps(args, way: str) -> tuple[Pgl, Callable[[], torch.Tensor]]:
+    """The network, and a pre-training step as the door makes it, which gives the loss."""
+    torch._dynamo.reset()
+    torch._dynamo.config.suppress_errors = False  # a way that does not work is to be seen
+    forget(args)
+    net = on.lay_out(build(args, "early"), torch.device(args.device))
+    if WAYS[way] is not None:
+        net.compile(dynamic=False, **WAYS[way])
+    lars = optim.build_lars(net, LarsConfig())
+    schedule = optim.warmup_cosine(lars, 10, 10**6)
+    batches, number = [crops_of(args, args.batch, seed) for seed in range(2)], 0
+
+    def step() -> torch.Tensor:
+        nonlocal number
+        torch.compiler.cudagraph_mark_step_begin()
+        pair = augment(args, batches[number % 2])
+        number += 1
+        lars.zero_grad(set_to_none=True)
+        with autocast(args):
+            loss = net(pair).loss
+        loss.backward()
+        health.norm(p.grad for p in net.parameters() if p.grad is not None)
+        lars.step()
+        schedule.step()
+        net.follow(0.996)
+        return loss.detach()
+
+    return net, step
+
+
+def way_row(args, way: str, eager: list[dict]) -> dict:
+    """Steps that follow one another without a wait.
+
+    Args:
+        args: of the command line.
+        way: one of `WAYS`.
+        eager: the row of the eager steps, to compare with; none: this is it.
+    """
+    try:
+        net, step = whole_steps(args, way)
+        trained = {"first_loss": step().item(), "update_norm": flat_gradient(net).norm().item()}  # LARS leaves it there
+        for _ in range(4):
+            trained["last_loss"] = step().item()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a compiler: any
+        return {"way": way, "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+    repeats = 2 if args.tiny else args.repeats
+    began = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    host_ms = 1000 * (time.perf_counter() - began) / repeats
+    settle(args)
+    step_ms = 1000 * (time.perf_counter() - began) / repeats
+    row = {"way": way, "batch": args.batch, "step_ms": step_ms, "pairs_per_s": 1000 * args.batch / step_ms}
+    row |= {"host_ms": host_ms, "memory_gib": memory_gib(args), **trained}
+    row |= {"launches": None, "waits": None, "hours_of_the_paper": PAPER_PAIRS / row["pairs_per_s"] / 3600}
+    if args.device == "cuda":
+        events = traced(args, step)
+        row["launches"] = sum(event.count for event in events if any(name in event.key for name in LAUNCHES))
+        row["waits"] = waits(step)
+    if eager and "failed" not in eager[0]:
+        row |= {f"{name} against eager": abs(value / eager[0][name] - 1) for name, value in trained.items()}
+    return row
+
+
+def settle(args) -> None:
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def waits(step: Callable[[], torch.Tensor]) -> str | None:
+    """The first operation of a step that makes the host wait for the device; none: there is none."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return None
+
+
+def way_line(row: dict, batch: int) -> str:
+    head = f"{row['way']:<9} batch {batch:>4}"
+    if "failed" in row:
+        return f"{head}  {row['failed']}"
+    memory = "" if row["memory_gib"] is None else f", {row['memory_gib']:.1f} GiB"
+    launches = "" if row["launches"] is None else f", {row['launches']} launches, waits: {row['waits'] or 'never'}"
+    against = "; ".join(f"{name} {value:.1e}" for name, value in row.items() if name.endswith("against eager"))
+    return (
+        f"{head}  {row['step_ms']:8.2f} ms ({row['host_ms']:.2f} of the host), {row['pairs_per_s']:7.1f} pairs/s; the "
+        f"paper's training {row['hours_of_the_paper']:.2f} h{memory}{launches}"
+        + (f"\n         {against}" if against else "")
+    )
+
+
+def traced(args, step: Callable[[], torch.Tensor]) -> list:
+    """The profiler's sums of one step, by name."""
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (args.device == "cuda")
+    settle(args)
+    with torch.profiler.profile(activities=kinds) as profiler:
+        step()
+        settle(args)
+    return list(profiler.key_averages())
+
+
+def profile(args) -> dict:
+    """The kernels of one eager step (on a CPU: operations) that take longest, and the time of all of them."""
+    _, step = whole_steps(args, "eager")
+    for _ in range(4):
+        step()
+    settle(args)
+    began = time.perf_counter()
+    step()
+    settle(args)
+    wall_ms, events = 1000 * (time.perf_counter() - began), traced(args, step)
+    if args.device == "cuda":
+        kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
+        times = [(e.self_device_time_total / 1000, e.count, e.key) for e in kernels]
+    else:
+        times = [(e.self_cpu_time_total / 1000, e.count, e.key) for e in events]
+    times.sort(reverse=True)
+    top = [{"ms": ms, "count": count, "name": name} for ms, count, name in times[:20]]
+    return {"batch": args.batch, "wall_ms": wall_ms, "kernels_ms": sum(ms for ms, *_ in times), "top": top}
+
+
+def profile_table(found: dict) -> str:
+    head = f"batch {found['batch']}: {found['wall_ms']:.1f} ms, {found['kernels_ms']:.1f} of them in kernels"
+    lines = [f"  {row['ms']:8.2f} ms {row['count']:>5} x  {row['name'][:100]}" for row in found["top"]]
+    return "\n".join([head, *lines])
+
+
 # -- fine-tuning and inference ----------------------------------------------------------------------------------------
 
 
@@ -377,20 +556,14 @@ def segmentation(args) -> dict[str, float | None]:
             lambda step=step: median_ms(args.device, step, repeats)
         )
     size = sizes(args)["scan"]
-    for precision in ("float32", "bfloat16"):
-        torch._dynamo.reset()
+    for precision in ("float32", "bfloat16"):  # as the doors infer; a GPU's float32 convolutions are TF32
         net = on.lay_out(Segmenter(build_encoder(**small), classes), device).eval()
-        model, volume = on.compiled(net, device, args.compile), torch.randn(1, 1, *size, device=device)
-
-        def infer(model=model, volume=volume, precision=precision) -> None:
-            with torch.inference_mode(), autocast(args, precision):
-                model(volume)
-
-        found[f"inference, {'x'.join(map(str, size))}, {precision}"] = median_ms(args.device, infer, repeats)
+        found[f"inference, {'x'.join(map(str, size))}, {precision}"] = time_forward(net, size, repeats, precision)
     return found
 
 
-def or_none(measure: Callable[[], float]) -> float | None:
+def or_none(measure: Callable[[], Any]) -> Any:
+    """None where the memory is too small for it."""
     try:
         return measure()
     except torch.OutOfMemoryError:
@@ -421,16 +594,20 @@ def stream(args) -> dict[str, float]:
 
 
 def closing(found: dict) -> str:
-    done = [row for row in found["steps"] if row["fits"]]
+    done = [row for row in found["steps"] + found["ways"] if "pairs_per_s" in row]
     if not done:
-        return "no batch fits into the memory: give smaller --batches"
+        return "no step was timed"
     best = max(done, key=lambda row: row["pairs_per_s"])
-    heads = sum(best["parts_ms"][name] for name in ("align and loss", "optimizer", "ema")) / best["step_ms"]
-    return (
-        f"best: {best['pairs_per_s']:.0f} pairs/s at batch {best['batch']} with {best['strides']} strides: the paper's "
-        f"{PAPER_PAIRS:,} pairs in {60 * best['hours_of_the_paper']:.1f} minutes; alignment, loss, optimizer and EMA "
-        f"take {heads:.0%} of the step"
+    text = f"best: {best['pairs_per_s']:.0f} pairs/s at batch {best['batch']}, {best.get('strides', 'early')} strides"
+    text += (
+        f", {best.get('way', 'compiled' if best.get('compiled') else 'eager')}: the paper's {PAPER_PAIRS:,} pairs in "
     )
+    text += f"{60 * best['hours_of_the_paper']:.1f} minutes"
+    if timed := [row for row in done if "parts_ms" in row]:
+        row = max(timed, key=lambda row: row["pairs_per_s"])
+        heads = sum(row["parts_ms"][name] for name in ("align and loss", "optimizer", "ema")) / row["step_ms"]
+        text += f"; alignment, loss, optimizer and EMA take {heads:.0%} of a step"
+    return text
 
 
 if __name__ == "__main__":

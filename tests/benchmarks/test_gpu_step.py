@@ -9,7 +9,9 @@ import pytest
 
 def test_the_script_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     out = tmp_path / "figures.json"
-    wanted = ["--device", "cpu", "--tiny", "--batches", "2", "--strides", "early", "--compile", "off", "--repeats", "2"]
+    wanted = ["--device", "cpu", "--tiny", "--batches", "2", "--strides", "early", "--repeats", "2"]
+    monkeypatch.setattr(gpu_step, "WAYS", {"eager": None, "broken": {"backend": "no such compiler"}})
+    wanted += ["--ways", "eager", "broken"]
     monkeypatch.setattr(sys, "argv", ["gpu_step.py", *wanted, "--out", str(out)])
     gpu_step.main()
     found = json.loads(out.read_text())
@@ -20,8 +22,30 @@ def test_the_script_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert row["pairs_per_s"] == pytest.approx(2000 / row["step_ms"]) and row["tflops"] > 0
     assert found["checks"]["views, device against CPU"] < 1e-4
     assert found["checks"]["loss, bfloat16 against float32"] < 0.05
-    assert found["checks"]["gradient, compiled bfloat16 against bfloat16"] == 0  # nothing is compiled here
+    eager, broken = found["ways"]
+    assert eager["pairs_per_s"] == pytest.approx(2000 / eager["step_ms"]) and 0 < eager["host_ms"] <= eager["step_ms"]
+    assert 0 < eager["last_loss"] < 8 and eager["update_norm"] > 0 and "no such compiler" in broken["failed"]
+    times = [row["ms"] for row in found["profile"]["top"]]
+    assert (
+        len(times) == 20
+        and times == sorted(times, reverse=True)
+        and any("conv" in r["name"] for r in found["profile"]["top"])
+    )
     assert len(found["segmentation"]) == 3 and "paper's 904,000 pairs" in capsys.readouterr().out
+
+
+def test_one_section_alone_and_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise gpu_step.torch.OutOfMemoryError("no memory")
+
+    out = tmp_path / "new/figures.json"
+    wanted = ["--device", "cpu", "--tiny", "--batches", "2", "--only", "steps", "--repeats", "2", "--out", str(out)]
+    monkeypatch.setattr(gpu_step, "step_row", full)
+    monkeypatch.setattr(sys, "argv", ["gpu_step.py", *wanted])
+    gpu_step.main()
+    found, text = json.loads(out.read_text()), capsys.readouterr().out
+    assert found["steps"] == [{"strides": s, "batch": 2, "fits": False} for s in ("early", "late")]
+    assert "ways" not in text and "does not fit" in text and "no step was timed" in text
 
 
 def test_a_missing_gpu_is_one_line(monkeypatch):
