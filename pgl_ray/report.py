@@ -19,6 +19,7 @@ from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise, read_padded, resize_and_flip
 from pgl_ray.prior import overlap_box
 from pgl_ray.tables import Run
+from pgl_ray.train.bucket import is_url, shown
 
 NUM_PAIRS, NUM_OVERLAYS = 2, 3
 
@@ -35,7 +36,9 @@ def run(config: ReportConfig) -> str:
     runs = tables.read_runs(config.run)
     pretrained, tuned = ([r for r in runs if r.door == door] for door in ("pretrain", "finetune"))
     evaluated = [r for r in tuned if r.summary]
-    missing = [f"{r.name} is not evaluated: python -m pgl_ray.evaluate run={r.path}" for r in tuned if not r.summary]
+    missing = [
+        f"{r.name} is not evaluated: python -m pgl_ray.evaluate run={shown(r.path)}" for r in tuned if not r.summary
+    ]
     missing += [f"{r.name} has no metrics yet" for r in runs if not r.rows]
     num_pairs = NUM_PAIRS if len(pretrained) == 1 else 1
     content = {
@@ -83,7 +86,8 @@ def _write(config: ReportConfig, content: dict[str, Any], template: str = "repor
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     blocks = {"trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
-    path = Path(config.output or Path(config.run[0], "report.html")).absolute()
+    beside = "" if is_url(config.run[0]) else config.run[0]
+    path = Path(config.output or Path(beside, "report.html")).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part{os.getpid()}")
     aside.write_text(environment.get_template(template).render(content), encoding="utf-8")
