@@ -516,8 +516,7 @@ class PretrainConfig(Section):
     index: StorePath
     """Store written by prepare."""
     run: RunPath
-    """Folder of the run, or s3://, gs://, az:// with bucket and prefix; the same command again continues an interrupted
-    run."""
+    """Folder of the run, or its place in a bucket (s3://, gs://, az://); typed again, an interrupted run continues."""
     seed: Seed = 0
     """Seed of priors, augmentation and initialisation."""
     split: str | None = None
@@ -609,8 +608,7 @@ class FinetuneConfig(Section):
     index: StorePath
     """Store written by prepare, with labels."""
     run: RunPath
-    """Folder of the run, or s3://, gs://, az:// with bucket and prefix; the same command again continues an interrupted
-    run."""
+    """Folder of the run, or its place in a bucket (s3://, gs://, az://); typed again, an interrupted run continues."""
     init: Init = "random"
     """Initialisation of the encoder: `random` (Kaiming uniform), a run's folder (with method=genesis ASPP and decoder
     come along), a .safetensors file of `export`, or a .pth file with the keys of MONAI's resnet50 (MedicalNet)."""
