@@ -812,7 +812,7 @@ class ReportConfig(Section):
     run: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
     """Run folders: one, or [a,b,c] to compare."""
     output: FilePath | None = None
-    """HTML file; none: report.html in the first run's folder, of a run in a bucket in this folder."""
+    """HTML file; none: report.html in the first run's folder or bucket."""
     title: str = "pgl_ray report"
     """Heading of the page."""
     notes: list[str] = []

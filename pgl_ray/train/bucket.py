@@ -89,6 +89,7 @@ class Mirror:
         self.folder = self.home / "work" / self.name
         self.copy = self.home / "read" / self.name
         _URLS.update({str(self.folder): url, str(self.copy): url})
+        self.index = self.home / "work.json"  # states in the bucket that the working copy has: key -> version
         self.rank: int | None = None
         self.owner: bytes | None = None  # token of the driver that this process works for
         self.there: dict[str, bytes] = {}  # checkpoints that are in the bucket, with their manifests
@@ -139,24 +140,28 @@ class Mirror:
         """
         with _held(self.home / "work.lock"):
             self.match()
-            whole = _whole(self.place.versions())
+            there, have = self.place.versions(), _read_index(self.index)
+            whole = _whole(there)
             for path in self.folder.glob("checkpoint_*"):
                 if NAME.fullmatch(path.name) and path.name not in whole:
                     shutil.rmtree(path)
             for name in whole if all_of_them else whole[-1:]:
                 path, manifest = self.folder / name, self.place.read(f"{name}/{MANIFEST}")
                 self.there[name] = manifest
-                own = path / MANIFEST
-                if own.exists() and own.read_bytes() == manifest and not damage(path):
+                own, state = path / MANIFEST, f"{name}/{STATE}"
+                same = own.exists() and own.read_bytes() == manifest and have.get(state) == there.get(state)
+                if same and not damage(path):
                     continue
+                have[state] = there.get(state, "")
                 shutil.rmtree(path, ignore_errors=True)
                 aside = path.with_suffix(".part")
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir()
                 with contextlib.suppress(FileNotFoundError):  # a damage like any other
-                    self.place.copy_to(f"{name}/{STATE}", aside / STATE)
+                    self.place.copy_to(state, aside / STATE)
                 (aside / MANIFEST).write_bytes(manifest)
                 aside.rename(path)
+            write_aside(self.index, json.dumps(have).encode())
 
     def join(self, rank: int, damage: Callable[[Path], str | None]) -> None:
         """Pulls what a worker continues from: the newest checkpoint and its own log; of rank 0 all checkpoints and the
@@ -229,8 +234,10 @@ class Mirror:
                     self._check_owner()
                     self._put(self.folder / name / MANIFEST)
                     self.there[name] = manifest
-            found = {key.split("/")[0] for key in self.place.versions()}
-            for name in filter(NAME.fullmatch, found - set(here)):
+            found = self.place.versions()
+            states = {f"{name}/{STATE}": found.get(f"{name}/{STATE}") for name in here}
+            write_aside(self.index, json.dumps(states).encode())
+            for name in filter(NAME.fullmatch, {key.split("/")[0] for key in found} - set(here)):
                 self.place.remove(f"{name}/{MANIFEST}")
                 self.place.remove(name)
                 self.there.pop(name, None)
@@ -268,7 +275,7 @@ class Mirror:
         index = self.home / "read.json"
         with _held(self.home / "read.lock"):
             there = self.place.versions()
-            have = json.loads(index.read_text()) if index.exists() else {}
+            have = _read_index(index)
             for key in choose(there):
                 path = self.copy / key
                 if have.get(key) != there[key] or not path.is_file():
@@ -304,7 +311,7 @@ def told(run: str | os.PathLike) -> Path:
     found = mirror(run)
     if not found:
         return Path(run)
-    return found.fetched(lambda keys: [key for key in keys if key == METRICS or key.startswith("events/")])
+    return found.fetched(lambda keys: [key for key in keys if key in (METRICS, EVENTS) or key.startswith("events/")])
 
 
 def shelf(run: str) -> Path:
@@ -341,6 +348,10 @@ def _whole(keys: Iterable[str]) -> list[str]:
     """Names of the checkpoints that have their manifest, the newest last."""
     names = {name for name, _, file in (key.partition("/") for key in keys) if file == MANIFEST}
     return sorted(filter(NAME.fullmatch, names), key=lambda name: int(NAME.fullmatch(name)[1]))
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _mark(path: Path) -> tuple[int, int]:
