@@ -6,10 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
+import hosts
 import pytest
 import torch
 import train_loop as loop
@@ -21,6 +23,9 @@ from pgl_ray.data.place import Bucket
 from pgl_ray.train import bucket, checkpoint
 
 ROOT = str(Path(__file__).parents[1])
+TINY = ["encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=16", "heads.out=8", "views.size=[8,16,32]"]
+TINY += ["global_batch_size=4", "health.every=10", "train.num_workers=2", "train.log_every=1"]
+TINY += ["train.checkpoint_every=2", "train.threads_per_worker=1"]
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +293,8 @@ pretrain.main()
 @pytest.mark.cluster
 def test_a_killed_driver_and_a_lost_machine(scans, run, tmp_path):
     """SIGKILL of the driver, on the next machine the same command; two workers, with logs of their own."""
-    tiny = [f"index={scans}", f"run={run}", "encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=16"]
-    tiny += ["heads.out=8", "views.size=[8,16,32]", "max_steps=40", "global_batch_size=4", "health.every=10"]
-    tiny += ["train.num_workers=2", "train.log_every=1", "train.checkpoint_every=2", "train.threads_per_worker=1"]
-    command, environment = [sys.executable, "-c", DOOR, *tiny], os.environ | {"PYTHONPATH": ROOT}
+    command = [sys.executable, "-c", DOOR, f"index={scans}", f"run={run}", "max_steps=40", *TINY]
+    environment = os.environ | {"PYTHONPATH": ROOT}
     first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     while checkpoint.committed_step(run) < 4:
         assert first.poll() is None
@@ -316,3 +319,35 @@ def test_a_killed_driver_and_a_lost_machine(scans, run, tmp_path):
     assert run in Path(page).read_text("utf-8")
     exported = export.run(c.build(c.ExportConfig, {"run": run, "output": str(tmp_path / "encoder.safetensors")}))
     assert Path(exported.output).stat().st_size > 10_000
+
+
+@pytest.mark.cluster
+@pytest.mark.soak
+def test_nodes_that_share_nothing_but_the_bucket(scans, run, tmp_path):
+    """A node is killed, with its disk, and another one comes: two workers on two nodes, the driver on a third."""
+    with tempfile.TemporaryDirectory(prefix="pgl") as folder:
+        environment = hosts.environment()
+        nodes = hosts.Nodes(Path(folder), environment, num_nodes=2, num_cpus=2)
+        try:
+            options = ["max_steps=120", f"ray.address={nodes.address}", "train.cpus_per_worker=1.5"]
+            command = [sys.executable, "-m", "pgl_ray.pretrain", f"index={scans}", f"run={run}", *TINY, *options]
+            with (tmp_path / "log").open("w") as log:
+                driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            while checkpoint.committed_step(run) < 4:
+                assert driver.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+            killed_at, began = checkpoint.committed_step(run), time.monotonic()
+            nodes.kill_one()
+            shutil.rmtree(f"{folder}/cache_1", ignore_errors=True)
+            nodes.add()
+            assert driver.wait() == 0, (tmp_path / "log").read_text()
+            print((tmp_path / "log").read_text(), f"killed at {killed_at}, {time.monotonic() - began:.0f} s to the end")
+            worked = [path.parts[-5] for path in Path(folder).glob("cache_*/pgl_ray/runs/*/work")]
+            assert {"cache_2", "cache_3"} <= set(worked)
+        finally:
+            nodes.close()
+    assert killed_at < 100
+    assert [row["step"] for row in checkpoint.read_metrics(run)] == list(range(1, 121))
+    for rank in (0, 1):
+        rows = [json.loads(line) for line in Bucket(run).read(f"logs/rank_{rank}.jsonl").splitlines()]
+        assert [row["message"] for row in rows].count("start") >= 2 and rows[-1]["message"] == "end"
