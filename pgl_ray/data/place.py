@@ -25,6 +25,7 @@ from pgl_ray.config import FailedRun
 STRAGGLERS_S = 20  # how long workers of a killed run may live on
 HEARTBEAT_S, SILENCE_S = 5, 30  # of the lock in a bucket
 LARGEST_READ = 2**20  # bytes after which no neighbour is added
+PIECE = 2**24  # bytes of a large object that are asked for at a time
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -275,13 +276,15 @@ class Bucket:
         self._ask(obstore.put, key, iter(parts))
 
     def copy_to(self, key: str, path: Path) -> None:
-        """Writes an object to a file, a part at a time; FileNotFoundError where there is none."""
+        """Writes an object to a file; FileNotFoundError where there is none, OSError where it is replaced meanwhile."""
         import obstore
 
-        def get(store, key):
-            parts = obstore.get(store, key).stream(min_chunk_size=LARGEST_READ)
+        def get(store, key):  # in pieces, for a request may take half a minute
+            found = obstore.head(store, key)
             with path.open("wb") as file:
-                file.writelines(parts)
+                for start in range(0, found["size"], PIECE):
+                    options = {"range": (start, min(start + PIECE, found["size"])), "if_match": found["e_tag"]}
+                    file.write(obstore.get(store, key, options=options).bytes())
 
         self._ask(get, key)
 

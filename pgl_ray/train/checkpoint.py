@@ -535,6 +535,7 @@ class Writer:
                 write_checkpoint(self.run, job.step, job.state, {"world": self.world, "metrics": job.metrics})
             self.written = job
         bucket.push(self.run)
+        self.written = None
         if job.step is not None:
             self._drop()
             self.write_s = time.monotonic() - began
