@@ -27,6 +27,7 @@ MANIFEST = "checkpoint.json"
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
 NAME = re.compile(r"checkpoint_(\d{8,})")  # of a checkpoint's folder
+OWNER = ".part/start"  # token of the start whose workers may write; goes with the driver's lock
 PUSH_S = 15.0  # between two looks at what is to be brought to the bucket
 PART_BYTES = 2**23  # of a file that is read to be brought there
 
@@ -66,7 +67,7 @@ def push(run: str | os.PathLike) -> None:
 
     Raises:
         OSError: the bucket fails; the same again goes on from there.
-        FailedRun: another driver has taken the run over.
+        FailedRun: a later start has taken the run over.
     """
     if os.fspath(run) in _JOINED:
         _JOINED[os.fspath(run)].push()
@@ -91,7 +92,7 @@ class Mirror:
         _URLS.update({str(self.folder): url, str(self.copy): url})
         self.index = self.home / "work.json"  # states in the bucket that the working copy has: key -> version
         self.rank: int | None = None
-        self.owner: bytes | None = None  # token of the driver that this process works for
+        self.owner: bytes | None = None  # token of the start that this process works for
         self.there: dict[str, bytes] = {}  # checkpoints that are in the bucket, with their manifests
         self.known: dict[Path, tuple[int, int]] = {}  # files as they are in the bucket: time of change, size
         self.turn = threading.Lock()
@@ -106,6 +107,11 @@ class Mirror:
         """
         text = f"run={self.url} is being trained by {{}}: wait for it, or end it"
         return self.place.locked(lambda owner: ValueError(text.format(owner)))
+
+    def claim(self) -> None:
+        """From now on nothing of the workers of earlier starts gets into the bucket: those of a driver that was killed,
+        or of a node that is cut off from the others."""
+        self.place.write(OWNER, [uuid.uuid4().hex.encode()])
 
     def match(self) -> bool:
         """Makes the working copy one of the run that is in the bucket now, with its run.json; what another run of this
@@ -256,13 +262,13 @@ class Mirror:
 
     def _owner_now(self) -> bytes:
         try:
-            return self.place.read(".part/run")
+            return self.place.read(OWNER)
         except FileNotFoundError:
             return b""
 
     def _check_owner(self) -> None:
         if self.owner and self._owner_now() != self.owner:
-            raise FailedRun(f"another process has taken over run={self.url}")
+            raise FailedRun(f"another start of its workers has taken over run={self.url}")
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

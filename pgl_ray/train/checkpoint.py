@@ -196,7 +196,7 @@ def recover(run: str | Path) -> tuple[Path, int] | None:
     Damaged ones that are newer are renamed to *.damaged and noted, what a killed writer left is removed, and the
     checkpoints of an earlier version become ones of this version. Storage that fails is tried again for RETRY_S.
 
-    Of a run in a bucket this is done to the working copy, and then in the bucket.
+    Of a run in a bucket this is done to the working copy, and then in the bucket, where earlier workers write no more.
 
     Raises:
         FailedRun: there are checkpoints, all of them damaged.
@@ -206,6 +206,7 @@ def recover(run: str | Path) -> tuple[Path, int] | None:
     def work():
         if not mirror:
             return _recover(Path(run))
+        mirror.claim()
         mirror.pull(_damage)
         found = _recover(mirror.folder)
         mirror.push()
@@ -220,7 +221,7 @@ def joined(run: str, rank: int) -> Iterator[str]:
     which holds what the worker continues from; what the worker writes is brought to the bucket.
 
     Raises:
-        FailedRun: the bucket fails for RETRY_S, or another driver has the run.
+        FailedRun: the bucket fails for RETRY_S, or no driver has the run.
     """
     mirror = bucket.mirror(run)
     if not mirror:
