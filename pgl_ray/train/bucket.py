@@ -155,7 +155,7 @@ class Mirror:
                 path, manifest = self.folder / name, self.place.read(f"{name}/{MANIFEST}")
                 self.there[name] = manifest
                 own, state = path / MANIFEST, f"{name}/{STATE}"
-                same = own.exists() and own.read_bytes() == manifest and have.get(state) == there.get(state)
+                same = own.exists() and own.read_bytes() == manifest and have.get(state, "") == there.get(state)
                 if same and not damage(path):
                     continue
                 have[state] = there.get(state, "")
