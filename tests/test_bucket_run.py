@@ -198,6 +198,23 @@ def test_a_run_goes_on_by_its_own_config_only(run):
         start("s3://nothing-here/run")
 
 
+def test_a_run_moves_between_a_bucket_and_a_folder(run, tmp_path):
+    start(run)
+    for key in keys(run, ""):
+        path = tmp_path / "run" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(Bucket(run).read(key))
+    config = c.build(c.PretrainConfig, {"index": "/s", "run": str(tmp_path / "run")})
+    with checkpoint.alone(checkpoint.open_run(config, "pretrain", {"plan": "p"})) as found:
+        assert found == (tmp_path / "run/checkpoint_00000004", 4)
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file():
+            key = path.relative_to(tmp_path / "run").as_posix()
+            Bucket(f"{run}_2").write(key, [path.read_bytes() or b"\n"])
+    start(f"{run}_2", (6,))
+    assert checkpoint.committed_step(f"{run}_2") == 6
+
+
 def test_one_driver_at_a_time(run, monkeypatch):
     monkeypatch.setattr("pgl_ray.data.place.HEARTBEAT_S", 0.2)
     start(run)
