@@ -26,6 +26,7 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.prior import Geometry, Prior, clamped_bins, interpolation_matrices, overlap_share
+from pgl_ray.train.bucket import is_url, shelf
 from pgl_ray.train.checkpoint import write_json
 
 AXES = ("D", "H", "W")
@@ -128,12 +129,12 @@ def _resolve(config: CheckAlignConfig) -> tuple[CheckAlignConfig, Path]:
     """The config to check, a run's where one is given, and the folder for the results."""
     if not config.run:
         return config, Path(config.output)
-    record = Path(config.run, "run.json")
+    record = shelf(config.run) / "run.json"
     found = json.loads(record.read_text()) if record.is_file() else {}
     if found.get("door") != "pretrain":
         raise ValueError(f"run={config.run} is no pre-training run: give the folder of one, or a config file")
     values = _merged(found["config"], config.model_dump(mode="json", exclude_unset=True))
-    folder = config.output if "output" in config.model_fields_set else config.run
+    folder = config.output if "output" in config.model_fields_set or is_url(config.run) else config.run
     return build(CheckAlignConfig, values), Path(folder)
 
 

@@ -33,7 +33,9 @@ JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job'
 def _absolute(value: str) -> str:
     """Workers run in other directories, so paths are made absolute where they are read."""
     if "://" in value:
-        raise PydanticCustomError("path", "only a store may lie in a bucket: give a folder that all nodes share")
+        raise PydanticCustomError(
+            "path", "only stores and runs of pretrain and finetune may lie in a bucket: give a folder"
+        )
     path = os.path.expanduser(value)
     if not os.path.isabs(path) and JOB_FOLDER in f"{os.getcwd()}/":
         raise PydanticCustomError("path", "a job's working directory is a copy that is removed: give an absolute path")
@@ -41,15 +43,16 @@ def _absolute(value: str) -> str:
 
 
 def _absolute_or_url(value: str) -> str:
-    return value if "://" in value else _absolute(value)
+    return value.rstrip("/") if "://" in value else _absolute(value)
 
 
 def _absolute_unless_random(value: str) -> str:
-    return value if value == "random" else _absolute(value)
+    return value if value == "random" else _absolute_or_url(value)
 
 
 FilePath = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
 StorePath = Annotated[FilePath, AfterValidator(_absolute_or_url)]
+RunPath = StorePath  # of a pre-training or fine-tuning; a sweep is a folder
 FilePath = Annotated[FilePath, AfterValidator(_absolute)]
 Init = Annotated[str, AfterValidator(_absolute_unless_random)]
 Seed = Annotated[int, Field(ge=0)]
@@ -512,8 +515,8 @@ class PretrainConfig(Section):
     restoring deformed views with the segmentation network. All train on the same views."""
     index: StorePath
     """Store written by prepare."""
-    run: FilePath
-    """Folder of the run; the same command again continues an interrupted run."""
+    run: RunPath
+    """Folder of the run, or its place in a bucket (s3://, gs://, az://); typed again, an interrupted run continues."""
     seed: Seed = 0
     """Seed of priors, augmentation and initialisation."""
     split: str | None = None
@@ -590,8 +593,9 @@ class CheckAlignConfig(PretrainConfig):
 
     index: StorePath | None = None
     """Store whose scans are cropped; none: a phantom scan."""
-    run: FilePath | None = None
-    """Pre-training run whose config is checked, and whose folder and report get table and picture."""
+    run: RunPath | None = None
+    """Pre-training run whose config is checked, and whose folder and report get table and picture; of a run in a bucket
+    they go to `output`."""
     num_pairs: Annotated[int, Field(ge=64)] = 128
     """Random pairs of views; all 64 pairs of flips come up in turn."""
     output: Annotated[FilePath, Field(validate_default=True)] = "check_align"
@@ -603,8 +607,8 @@ class FinetuneConfig(Section):
 
     index: StorePath
     """Store written by prepare, with labels."""
-    run: FilePath
-    """Folder of the run; the same command again continues an interrupted run."""
+    run: RunPath
+    """Folder of the run, or its place in a bucket (s3://, gs://, az://); typed again, an interrupted run continues."""
     init: Init = "random"
     """Initialisation of the encoder: `random` (Kaiming uniform), a run's folder (with method=genesis ASPP and decoder
     come along), a .safetensors file of `export`, or a .pth file with the keys of MONAI's resnet50 (MedicalNet)."""
@@ -683,7 +687,7 @@ class InferenceConfig(Section):
 class EvaluateConfig(Section):
     """Dice, IoU, HD and HD95 of a fine-tuned run on labelled scans."""
 
-    run: FilePath
+    run: RunPath
     """Fine-tuning run."""
     index: StorePath
     """Store written by prepare, with labels."""
@@ -697,7 +701,7 @@ class EvaluateConfig(Section):
     """Write each predicted label map as NIfTI beside the metrics."""
     tta: bool = False
     """Test-time augmentation: average the logits of all eight flips of every window (eight times the work)."""
-    compare: FilePath | None = None
+    compare: RunPath | None = None
     """Another run (or folder of results) that was evaluated on the same scans: differences, their 95 % intervals, and
     Wilcoxon's signed-rank test over the scans."""
     seed: Seed = 0
@@ -708,7 +712,7 @@ class EvaluateConfig(Section):
 class PredictConfig(Section):
     """Label maps for CT volumes of any supported format."""
 
-    run: FilePath
+    run: RunPath
     """Fine-tuning run."""
     input: FilePath
     """A CT volume, a DICOM series' folder, or a folder of several."""
@@ -793,7 +797,7 @@ class TuneConfig(Section):
 class ExportConfig(Section):
     """A run's weights in a file for other code, with what the network expects as input."""
 
-    run: FilePath
+    run: RunPath
     """Pre-training or fine-tuning run."""
     output: FilePath
     """File to write: *.safetensors (weights, for MONAI and `pgl_ray.export.load`), *.pt2 (torch.export), *.onnx, or
@@ -810,7 +814,7 @@ class ReportConfig(Section):
     run: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
     """Run folders: one, or [a,b,c] to compare."""
     output: FilePath | None = None
-    """HTML file; none: report.html in the first run's folder."""
+    """HTML file; none: report.html in the first run's folder or bucket."""
     title: str = "pgl_ray report"
     """Heading of the page."""
     notes: list[str] = []

@@ -1,5 +1,6 @@
 """python -m pgl_ray.evaluate run=RUN index=STORE [a.b=c ...]: Dice, IoU, HD and HD95 on labelled scans (Sec. 5.1)."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -23,6 +24,7 @@ from pgl_ray.model import device as on
 from pgl_ray.model.inference import out_of_memory, pick_device, segment, time_forward
 from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, summarise
 from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train import bucket
 from pgl_ray.train.checkpoint import file_of, load_segmenter, whole_lines, write_json
 
 SCANS, TABLE = "scans.jsonl", "metrics.parquet"
@@ -61,12 +63,18 @@ def run(config: EvaluateConfig) -> Result:
         ValueError: run or index cannot be used, or do not belong together, or there is nothing to compare with.
         FailedRun: a scan does not fit into memory.
     """
+    kept = contextlib.nullcontext(Path(config.output)) if config.output else bucket.beside(config.run, "evaluation")
+    with kept as folder:
+        summary = _evaluate(config, folder)
+    return Result(config.output or f"{config.run}/evaluation", summary)
+
+
+def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
     index = read_index(config.index)
     records = _choose(config, meta, index)
     others = _read_others(config.compare, records) if config.compare else None
-    folder = Path(config.output or os.path.join(config.run, "evaluation"))
     folder.mkdir(parents=True, exist_ok=True)
     found = _continue(folder, _identity(config, device), records)
     left = [record for record in records if record.scan_id not in found]
@@ -95,7 +103,7 @@ def run(config: EvaluateConfig) -> Result:
             "seed": config.seed,
             "num_scans": len(records),
             "split": config.split,
-            "index": str(Path(config.index).absolute()),
+            "index": config.index,
             "seconds_per_scan": (time.monotonic() - began) / max(1, len(left)),
             "forward_ms": _forward_ms(model, device, config.inference.precision),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -119,7 +127,7 @@ def run(config: EvaluateConfig) -> Result:
         other = Path(config.compare).absolute()  # trials of sweeps share their names
         write_json(folder / f"compare_{other.parent.name}_{other.name}.json", compared)
         print(comparison(compared), flush=True)
-    return Result(str(folder), summary)
+    return summary
 
 
 def score_scans(
@@ -196,7 +204,8 @@ def _read_others(run: str, records: list[ScanRecord]) -> list[dict[str, Any]]:
     Raises:
         ValueError: there is none, or it is one of other scans.
     """
-    path = next((p for p in (Path(run, "evaluation", TABLE), Path(run, TABLE)) if p.is_file()), None)
+    place = bucket.shelf(run)
+    path = next((p for p in (place / "evaluation" / TABLE, place / TABLE) if p.is_file()), None)
     if path is None:
         raise ValueError(f"compare={run} is not evaluated: python -m pgl_ray.evaluate run={run} on the same scans")
     rows = pq.read_table(path).to_pylist()

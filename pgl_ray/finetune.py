@@ -95,7 +95,7 @@ def run(config: FinetuneConfig) -> Result:
                 raise FailedRun(f"{error}, {_smaller(config)}") from error
             if stopped:
                 raise FailedRun(stopped)
-    best = checkpoint.read_state(Path(folder) / BEST)
+    best = checkpoint.state_of(folder)
     return Result(folder, checkpoint.committed_step(folder), best["val_dice"], finished)
 
 
@@ -233,7 +233,7 @@ def worker(worker_config: dict) -> str | None:
             seen = launch.of_all_workers(torch.stack(unseen).tolist())
             values, unseen = np.mean(seen, 0), []
             if not np.isfinite(values).all():
-                stopped = _not_finite(config, values, step, best, folder)
+                stopped = _not_finite(config, values, step, best, config.run)
                 break
             stopped = launch.of_all_workers(writer and writer.fault)[0]
             if stopped:
@@ -357,10 +357,10 @@ def _smaller(config: FinetuneConfig) -> str:
     )
 
 
-def _not_finite(config: FinetuneConfig, values: np.ndarray, step: int, best: float, folder: Path) -> str:
+def _not_finite(config: FinetuneConfig, values: np.ndarray, step: int, best: float, run: str) -> str:
     """What to say of losses and gradients [steps, 2], the last of them of `step`."""
     first = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
-    kept = f"{folder / BEST} keeps the best network so far (val/dice {best:.4f})" if best >= 0 else "nothing was kept"
+    kept = f"{run}/{BEST} keeps the best network so far (val/dice {best:.4f})" if best >= 0 else "nothing was kept"
     return (
         f"train/loss is {values[first, 0]} and train/grad_norm {values[first, 1]} at step "
         f"{step - len(values) + 1 + first}: start a new run=... with a lower optim.lr than {config.optim.lr}; {kept}"

@@ -22,7 +22,7 @@ from pgl_ray.data.store import BODY_HU, Index, ScanRecord, class_lookup, open_la
 from pgl_ray.data.views import generator, normalise
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
-from pgl_ray.train import weights
+from pgl_ray.train import bucket, weights
 from pgl_ray.train.checkpoint import write_json
 
 BACKGROUND = "background"
@@ -60,15 +60,17 @@ def run(config: ProbeConfig) -> ProbeResult:
     """
     index = read_index(config.index)
     result = probe_encoder(_load(config, index), index, config)
-    output = config.output or (None if config.init == "random" else os.path.join(_folder(config.init), "probe.json"))
-    if output:
-        Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(output), dataclasses.asdict(result))
+    if config.output:
+        Path(config.output).absolute().parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(config.output), dataclasses.asdict(result))
+    elif config.init != "random":
+        with bucket.beside(_folder(config.init), "probe.json") as output:
+            write_json(output, dataclasses.asdict(result))
     return result
 
 
 def _folder(init: str) -> str:
-    return init if os.path.isdir(init) else os.path.dirname(init)
+    return os.path.dirname(init) if bucket.network(init).is_file() else init
 
 
 def _load(config: ProbeConfig, index: Index) -> Encoder:

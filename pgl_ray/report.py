@@ -5,6 +5,7 @@ import base64
 import math
 import os
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import numpy as np
 
 from pgl_ray import pictures, sweep_report, tables
 from pgl_ray.config import ReportConfig, command
-from pgl_ray.data.store import Index, ScanRecord, open_label, open_volume, read_index
+from pgl_ray.data.store import Index, ScanRecord, open_label, open_volume, read_index, write_aside
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise, read_padded, resize_and_flip
 from pgl_ray.prior import overlap_box
 from pgl_ray.tables import Run
+from pgl_ray.train.bucket import beside, is_url, shown
 
 NUM_PAIRS, NUM_OVERLAYS = 2, 3
 
@@ -35,7 +37,9 @@ def run(config: ReportConfig) -> str:
     runs = tables.read_runs(config.run)
     pretrained, tuned = ([r for r in runs if r.door == door] for door in ("pretrain", "finetune"))
     evaluated = [r for r in tuned if r.summary]
-    missing = [f"{r.name} is not evaluated: python -m pgl_ray.evaluate run={r.path}" for r in tuned if not r.summary]
+    missing = [
+        f"{r.name} is not evaluated: python -m pgl_ray.evaluate run={shown(r.path)}" for r in tuned if not r.summary
+    ]
     missing += [f"{r.name} has no metrics yet" for r in runs if not r.rows]
     num_pairs = NUM_PAIRS if len(pretrained) == 1 else 1
     content = {
@@ -83,12 +87,12 @@ def _write(config: ReportConfig, content: dict[str, Any], template: str = "repor
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     blocks = {"trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
-    path = Path(config.output or Path(config.run[0], "report.html")).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part{os.getpid()}")
-    aside.write_text(environment.get_template(template).render(content), encoding="utf-8")
-    aside.replace(path)
-    return str(path)
+    page = environment.get_template(template).render(content)
+    kept = nullcontext(Path(config.output)) if config.output else beside(config.run[0], "report.html")
+    with kept as path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(path, page.encode())
+    return f"{config.run[0]}/report.html" if is_url(config.run[0]) and not config.output else str(path.absolute())
 
 
 # -- curves and bars --------------------------------------------------------------------------------------------------
@@ -299,7 +303,8 @@ def _overlay(index: Index, record: ScanRecord, runs: list[Run]) -> tuple[picture
 
 def describe(path: str) -> str:
     """The closing line."""
-    return f"report: {os.path.getsize(path) / 1e6:.1f} MB in {path}"
+    size = "" if is_url(path) else f"{os.path.getsize(path) / 1e6:.1f} MB in "
+    return f"report: {size}{path}"
 
 
 def main() -> None:

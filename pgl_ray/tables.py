@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from scipy import stats
 
+from pgl_ray.train.bucket import is_url, shelf, shown
 from pgl_ray.train.checkpoint import read_metrics
 from pgl_ray.train.health import newest_verdict
 
@@ -24,7 +25,7 @@ class Run:
 
     Attributes:
         name: short, unique among the runs that were read together.
-        path: absolute.
+        path: absolute; of a run in a bucket this machine's copy.
         number: its place among them, from 0 on.
         record: run.json.
         rows: metrics.jsonl.
@@ -57,16 +58,18 @@ def read_runs(folders: list[str]) -> list[Run]:
     Raises:
         ValueError: no run folder, or one given twice.
     """
-    paths = [Path(folder).resolve() for folder in folders]
-    if len(set(paths)) < len(paths):
+    places = [folder.rstrip("/") if is_url(folder) else str(Path(folder).resolve()) for folder in folders]
+    if len(set(places)) < len(places):
         raise ValueError(f"run={folders} names a run twice: give each once")
-    names = [path.name for path in paths]
+    names = [os.path.basename(place) for place in places]
     if len(set(names)) < len(names):
+        paths = ["/" + place.replace("://", "/").lstrip("/") for place in places]
         names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
-    return [_read_run(folder, *one) for folder, *one in zip(folders, names, paths, range(len(paths)))]
+    return [_read_run(*one) for one in zip(folders, names, places, range(len(places)))]
 
 
-def _read_run(folder: str, name: str, path: Path, number: int) -> Run:
+def _read_run(folder: str, name: str, place: str, number: int) -> Run:
+    path = shelf(place)
     if not (path / "run.json").is_file():
         raise ValueError(f"run={folder} is no run (no run.json there): give a folder that pretrain or finetune wrote")
     record = read_json(path / "run.json")
@@ -110,7 +113,7 @@ def overview(run: Run) -> dict[str, str]:
         "parameters": f"{record['num_parameters'] / 1e6:.2f} M" + (" (encoder)" if run.door == "pretrain" else ""),
         "scans": split + str(record["store"]["num_scans"]),
         "versions": ", ".join(f"{name} {value}" for name, value in record["versions"].items()),
-        "path": str(run.path),
+        "path": shown(run.path),
     }
 
 
@@ -252,7 +255,7 @@ def sentences(runs: list[Run], alike: bool) -> list[str]:
         lines.append("The runs were scored on different stores: scans are matched by name.")
     for run in runs:
         seen = set(run.record["scans"]["train"]) & {row["scan_id"] for row in run.scores}
-        if seen and run.summary["index"] == os.path.abspath(run.config["index"]):
+        if seen and run.summary["index"] == run.config["index"]:
             lines.append(f"{run.name} was trained on {len(seen)} of the scans that it is scored on.")
     best, *others = sorted(runs, key=lambda run: -(run.summary["dice"] or 0.0))
     for other in others:
@@ -274,7 +277,7 @@ def sentences(runs: list[Run], alike: bool) -> list[str]:
 def probes(runs: list[Run]) -> dict[str, Any] | None:
     """Voxel probes in the runs' folders; beside these, those of random encoders and of encoders that the runs use."""
     inits = [run.config.get("init", "random") for run in runs]
-    known = {"random", *(str(run.path) for run in runs), *(os.path.realpath(init) for init in inits)}
+    known = {"random", *(shown(run.path) for run in runs), *(os.path.realpath(init) for init in inits)}
     inside = sorted({path for run in runs for path in run.path.glob("probe*.json")})
     beside = sorted({path for run in runs for path in run.path.parent.glob("probe*.json")})
     kept = []

@@ -179,7 +179,8 @@ def serve_nodes(folder: str, num_nodes: int, num_cpus: int) -> None:
 
     def options(k: int, cpus: int) -> dict:
         # folders of their own, as on machines of their own: in a shared one a node's clean-up takes the others' code
-        return {"num_cpus": cpus, "object_store_memory": 200 * 2**20, "temp_dir": f"{folder}/{k or 'ray'}"}
+        own = {"temp_dir": f"{folder}/{k or 'ray'}", "env_vars": {"XDG_CACHE_HOME": f"{folder}/cache_{k}"}}
+        return {"num_cpus": cpus, "object_store_memory": 200 * 2**20, **own}
 
     os.mkdir(f"{folder}/ray")
     head = options(0, 1) | {"include_dashboard": True}

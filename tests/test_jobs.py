@@ -50,9 +50,11 @@ def test_relative_paths_are_refused_inside_a_job(monkeypatch, tmp_path, model, a
     assert (fine.index, fine.run) == ("s3://bucket/store", "/r")
 
 
-def test_a_run_in_a_bucket_is_refused():
-    with pytest.raises(ValueError, match=r"run='s3://b/r': only a store may lie in a bucket"):
-        c.load(c.PretrainConfig, ["index=s3://b/s", "run=s3://b/r"])
+def test_what_may_lie_in_a_bucket():
+    found = c.load(c.FinetuneConfig, ["index=s3://b/s", "run=s3://b/r/", "init=gs://b/pgl"])
+    assert (found.run, found.init) == ("s3://b/r", "gs://b/pgl")
+    with pytest.raises(ValueError, match=r"run='s3://b/r': only stores and runs of pretrain and finetune may lie in a"):
+        c.load(c.TuneConfig, ["index=s3://b/s", "run=s3://b/r"])
 
 
 @pytest.fixture

@@ -77,6 +77,32 @@ def test_zarr_reads_what_lies_in_the_bucket(s3):
     assert group.attrs["ome"]["version"] == "0.5" and (group["labels/organs/0"][:] == 1).all()
 
 
+def test_large_objects_come_in_pieces_of_one_version(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(place, "PIECE", 1000)
+    here, content = place.open_place(f"{s3}/pieces"), os.urandom(3500)
+    here.write("a", [content])
+    before = here.versions()
+    here.copy_to("a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == content and here.versions() == before
+    with pytest.raises(FileNotFoundError):
+        here.copy_to("b", tmp_path / "b")
+
+    import obstore
+
+    get, served = obstore.get, []
+
+    def replaced(*args, **options):
+        served.append(options)
+        if len(served) == 2:
+            here.write("a", [content[::-1]])
+        return get(*args, **options)
+
+    monkeypatch.setattr(obstore, "get", replaced)
+    with pytest.raises(OSError, match="recondition"):
+        here.copy_to("a", tmp_path / "a")
+    assert here.versions() != before
+
+
 def test_damage_in_a_bucket_is_found(s3):
     url = f"{s3}/damage"
     record = store.write_scan(url, "a", volume(), AFFINE)

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -24,6 +25,7 @@ from pgl_ray.config import FailedRun
 STRAGGLERS_S = 20  # how long workers of a killed run may live on
 HEARTBEAT_S, SILENCE_S = 5, 30  # of the lock in a bucket
 LARGEST_READ = 2**20  # bytes after which no neighbour is added
+PIECE = 2**24  # bytes of a large object that are asked for at a time
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -183,7 +185,8 @@ def _part(place: "Place") -> Iterator[str]:
     try:
         yield token
     finally:
-        place.remove(".part")
+        with suppress(OSError):  # the next run removes it
+            place.remove(".part")
 
 
 def _check_token(place: "Place", token: str) -> None:
@@ -272,6 +275,29 @@ class Bucket:
 
         self._ask(obstore.put, key, iter(parts))
 
+    def copy_to(self, key: str, path: Path) -> None:
+        """Writes an object to a file; FileNotFoundError where there is none, OSError where it is replaced meanwhile."""
+        import obstore
+
+        def get(store, key):  # in pieces, for a request may take half a minute
+            found = obstore.head(store, key)
+            with path.open("wb") as file:
+                for start in range(0, found["size"], PIECE):
+                    options = {"range": (start, min(start + PIECE, found["size"])), "if_match": found["e_tag"]}
+                    file.write(obstore.get(store, key, options=options).bytes())
+
+        self._ask(get, key)
+
+    def versions(self) -> dict[str, str]:
+        """All keys, each with a text that is another one when its content has changed."""
+        import obstore
+
+        def all_of(store):
+            found = [item for batch in obstore.list(store) for item in batch]
+            return {item["path"]: f"{item['e_tag']} {item['size']} {item['last_modified']}" for item in found}
+
+        return self._ask(all_of)
+
     def names(self, key: str) -> list[str]:
         """As Folder's."""
         import obstore
@@ -311,9 +337,13 @@ class Bucket:
             raise
 
     @contextmanager
-    def locked(self) -> Iterator[str]:
+    def locked(self, refuse: Callable[[str], Exception] | None = None) -> Iterator[str]:
         """As Folder's. The lock is an object that its owner writes anew every few seconds; one that stays the same for
-        half a minute belongs to a run that was killed."""
+        half a minute belongs to a run that was killed.
+
+        Args:
+            refuse: makes of the lock's owner the error of a lock that is held; none: Folder's.
+        """
         import obstore
 
         def create(store):
@@ -323,14 +353,18 @@ class Bucket:
                 return False
             return True
 
-        mine, seen, since = uuid.uuid4().hex, None, time.monotonic()
+        mine = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}"
+        seen, since = None, time.monotonic()
         while not self._ask(create):
             try:
                 now = self.read(".lock")
             except FileNotFoundError:
                 continue
+            owner = now.decode().split(",")[0]
             if seen not in (None, now):
-                raise _in_use(self.url)
+                raise refuse(owner) if refuse else _in_use(self.url)
+            if seen is None:
+                print(f"  {self.url} is locked by {owner}: waiting {SILENCE_S} s for a sign of life", flush=True)
             seen = now
             if time.monotonic() - since > SILENCE_S:
                 self.remove(".lock")
@@ -344,7 +378,8 @@ class Bucket:
         finally:
             ended.set()
             beat.join()
-            self.remove(".lock")
+            with suppress(OSError):  # or others wait half a minute for a sign of life
+                self.remove(".lock")
 
     def _beat(self, mine: str, ended: threading.Event) -> None:
         count = 0

@@ -3,7 +3,8 @@
 A run folder holds run.json (door, config, versions), config.yaml, metrics.jsonl, events.jsonl, TensorBoard events,
 checkpoint_<step> folders (state.pt, and checkpoint.json with its sha256), and for fine-tuning best.pt. A checkpoint
 folder gets its name when all of it is on the disk, so what has the name is whole. Runs of earlier versions have Ray
-Train's snapshot of which checkpoints count instead; they are read, and continued, too.
+Train's snapshot of which checkpoints count instead; they are read, and continued, too. A run in a bucket is worked on
+in copies of its folder (see bucket.py): what is asked of the run as a whole takes its URL, all else a folder.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 import threading
@@ -31,12 +31,11 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train import bucket
+from pgl_ray.train.bucket import EVENTS, MANIFEST, METRICS, NAME, STATE
 from pgl_ray.train.track import Tracker
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # of runs of earlier versions
-STATE = "state.pt"
-MANIFEST = "checkpoint.json"
-EVENTS = "events.jsonl"
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
 RETRY_S = 600.0  # that storage may fail before the run ends
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between two tries
@@ -67,12 +66,15 @@ def open_run(config: Section, door: str, facts: dict[str, Any]) -> str:
         facts: what else run.json records; "plan", the identity of the run's plan, must stay the same.
 
     Returns:
-        The folder's absolute path.
+        The folder's absolute path, or its URL.
 
     Raises:
         ValueError: the folder holds another run or other files.
     """
-    folder = Path(config.run).absolute()
+    mirror = bucket.mirror(config.run)
+    folder = mirror.folder if mirror else Path(config.run).absolute()
+    place = mirror.url if mirror else str(folder)
+    taken = mirror.match() if mirror else folder.is_file() or (folder.exists() and any(folder.iterdir()))
     wanted = json.loads(config.model_dump_json())
     if (folder / "run.json").exists():
         found = json.loads((folder / "run.json").read_text())
@@ -91,15 +93,17 @@ def open_run(config: Section, door: str, facts: dict[str, Any]) -> str:
             raise ValueError(
                 f"run={config.run} was started on other scans than index={config.index} has now: choose another run=..."
             )
-        return str(folder)
-    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        return place
+    if taken:
         raise ValueError(f"run={config.run} exists and is not a run of pgl_ray: choose another run=...")
     folder.mkdir(parents=True, exist_ok=True)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record = {"door": door, "config": wanted, "versions": versions(), "started": started, **facts}
     write_json(folder / "run.json", record)
     dump(config, folder / "config.yaml")
-    return str(folder)
+    if mirror:
+        mirror.put("config.yaml", "run.json")
+    return place
 
 
 def _differences(wanted: Any, found: Any, path: str = "") -> list[str]:
@@ -120,10 +124,19 @@ def write_json(path: Path, value: Any) -> None:
 def alone(run: str) -> Iterator[tuple[Path, int] | None]:
     """One process at a time trains a run; the kernel frees the lock of a killed one. Gives what `recover` found.
 
+    In a bucket, a killed one's lock is taken over after half a minute.
+
     Raises:
         ValueError: another process has the run.
         FailedRun: see `recover`.
     """
+    mirror = bucket.mirror(run)
+    with mirror.locked() if mirror else _locked(run):
+        yield recover(run)
+
+
+@contextlib.contextmanager
+def _locked(run: str) -> Iterator[None]:
     with (Path(run) / "run.lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,7 +149,7 @@ def alone(run: str) -> Iterator[tuple[Path, int] | None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield recover(run)
+        yield
 
 
 def committed(run: str | Path) -> tuple[Path, int] | None:
@@ -146,7 +159,10 @@ def committed(run: str | Path) -> tuple[Path, int] | None:
 
 
 def committed_step(run: str | Path) -> int:
-    """Step at which the run continues; 0 for a new one."""
+    """Step at which the run continues; 0 for a new one. A run may lie in a bucket."""
+    mirror = bucket.mirror(run)
+    if mirror:
+        return max(mirror.steps(), default=0)
     found = committed(run)
     return found[1] if found else 0
 
@@ -154,13 +170,10 @@ def committed_step(run: str | Path) -> int:
 def checkpoints(run: str | Path) -> list[tuple[Path, int]]:
     """All checkpoints that were written to their end, with their steps, the newest last."""
     run = Path(run)
-    named = {int(found[1]): place for place in run.glob("checkpoint_*") if (found := _NAME.fullmatch(place.name))}
+    named = {int(found[1]): place for place in run.glob("checkpoint_*") if (found := NAME.fullmatch(place.name))}
     old = _named_by_ray(run)
     whole = [step for step, place in named.items() if (place / MANIFEST).exists() or place.name in old]
     return [(named[step], step) for step in sorted(whole)]
-
-
-_NAME = re.compile(r"checkpoint_(\d{8,})")
 
 
 def _named_by_ray(run: Path) -> set[str]:
@@ -184,10 +197,46 @@ def recover(run: str | Path) -> tuple[Path, int] | None:
     Damaged ones that are newer are renamed to *.damaged and noted, what a killed writer left is removed, and the
     checkpoints of an earlier version become ones of this version. Storage that fails is tried again for RETRY_S.
 
+    Of a run in a bucket this is done to the working copy, and then in the bucket, where earlier workers write no more.
+
     Raises:
         FailedRun: there are checkpoints, all of them damaged.
     """
-    return _patiently(lambda: _recover(Path(run)), f"run={run} cannot be read")
+    mirror = bucket.mirror(run)
+
+    def work():
+        if not mirror:
+            return _recover(Path(run))
+        mirror.claim()
+        mirror.pull(_damage)
+        found = _recover(mirror.folder)
+        mirror.push()
+        return found
+
+    return _patiently(work, f"run={run} cannot be read")
+
+
+@contextlib.contextmanager
+def joined(run: str, rank: int) -> Iterator[str]:
+    """While it lasts, a worker works on the run: yields its folder, of a run in a bucket this machine's working copy,
+    which holds what the worker continues from; what the worker writes is brought to the bucket.
+
+    Raises:
+        FailedRun: the bucket fails for RETRY_S, or no driver has the run.
+    """
+    mirror = bucket.mirror(run)
+    if not mirror:
+        yield run
+        return
+    _patiently(lambda: mirror.join(rank, _damage), f"run={run} cannot be read")
+    try:
+        with mirror.kept_up():
+            yield str(mirror.folder)
+    except BaseException:
+        with contextlib.suppress(OSError, ValueError, FailedRun):
+            mirror.push_files()
+        raise
+    _patiently(mirror.push_files, f"run={run} cannot be written")
 
 
 def _recover(run: Path) -> tuple[Path, int] | None:
@@ -208,7 +257,8 @@ def _recover(run: Path) -> tuple[Path, int] | None:
             return place, step
         damaged.append((place, fault))
     if damaged:
-        raise FailedRun(f"run={run}: all {len(damaged)} checkpoints are damaged ({damaged[0][1]}): take a new run=...")
+        told = f"all {len(damaged)} checkpoints are damaged ({damaged[0][1]})"
+        raise FailedRun(f"run={bucket.shown(run)}: {told}: take a new run=...")
     return None
 
 
@@ -258,30 +308,36 @@ def _patiently(work, what: str):
 
 
 def note(run: str | Path, text: str) -> None:
-    """Adds a line that the user should read to the run's events.jsonl; the driver shows it. What cannot be written is
-    written with the next one."""
+    """Adds a line that the user should read to the run's events; the driver shows it. What cannot be written is written
+    with the next one."""
     print(f"  {text}", flush=True)  # on the driver's console, or in a worker's log
     with _UNWRITTEN_LOCK:
         lines = _UNWRITTEN.setdefault(str(run), [])
         lines.append(json.dumps({"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "text": text}))
         with contextlib.suppress(OSError):
-            with open(Path(run) / EVENTS, "ab", buffering=0) as file:
+            path = bucket.events_file(run)
+            path.parent.mkdir(exist_ok=True)
+            with path.open("ab", buffering=0) as file:
                 file.write("".join(line + "\n" for line in lines).encode())
             del _UNWRITTEN[str(run)]
 
 
-def read_events(run: str | Path, start: int = 0) -> tuple[list[str], int]:
-    """Texts noted by other processes, from a byte of events.jsonl on, and the byte that follows."""
-    try:
-        with open(Path(run) / EVENTS, "rb") as file:
-            file.seek(start)
-            data = file.read()
-    except FileNotFoundError:
-        return [], start
-    whole = data[: data.rfind(b"\n") + 1]
-    events = [json.loads(line) for line in whole.splitlines()]
+def read_events(run: str | Path, start: dict[str, int] | None = None) -> tuple[list[str], dict[str, int]]:
+    """Texts noted by other processes, from a byte of each file of events on, and the bytes that follow."""
+    ends, events = dict(start or {}), []
+    for path in (Path(run, EVENTS), *sorted(Path(run).glob("events/*.jsonl"))):
+        try:
+            with path.open("rb") as file:
+                file.seek(ends.get(path.name, 0))
+                data = file.read()
+        except FileNotFoundError:
+            continue
+        whole = data[: data.rfind(b"\n") + 1]
+        ends[path.name] = ends.get(path.name, 0) + len(whole)
+        events += [json.loads(line) for line in whole.splitlines()]
     here = socket.gethostname(), os.getpid()
-    return [event["text"] for event in events if (event["host"], event["pid"]) != here], start + len(whole)
+    events.sort(key=lambda event: event["time"])
+    return [event["text"] for event in events if (event["host"], event["pid"]) != here], ends
 
 
 _UNWRITTEN: dict[str, list[str]] = {}
@@ -289,7 +345,7 @@ _UNWRITTEN_LOCK = threading.Lock()
 
 
 def metrics_path(run: str | Path) -> Path:
-    return Path(run) / "metrics.jsonl"
+    return Path(run) / METRICS
 
 
 class Metrics:
@@ -357,8 +413,8 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
-    """Rows of a run's metrics.jsonl; none if it is not there yet."""
-    return [json.loads(line) for line in whole_lines(metrics_path(run))]
+    """Rows of a run's metrics.jsonl; none if it is not there yet. The run may lie in a bucket."""
+    return [json.loads(line) for line in whole_lines(metrics_path(bucket.told(run)))]
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -388,6 +444,7 @@ class Writer:
     def __init__(self, run: str, keep: int, best: str | None = None, world: int = 1):
         self.run, self.keep, self.best, self.world = Path(run), keep, best, world
         self.waiting: dict[str, _Job] = {}  # by name; files come before checkpoints, which rely on them
+        self.written: _Job | None = None  # to the disk; it may wait for the bucket
         self.fault: str | None = None
         self.copy_s = self.copied_s = self.write_s = 0.0
         self.began, self.closing = time.monotonic(), False
@@ -468,17 +525,22 @@ class Writer:
                 "and type the same command, which continues from the checkpoint before"
             )
         if seconds > RETRY_S:
-            return f"the storage of {self.run} fails since {seconds:.0f} s: {error}"
+            return f"the storage of {bucket.shown(self.run)} fails since {seconds:.0f} s: {error}"
         return None
 
     def _write(self, name: str, job: _Job) -> None:
-        if job.step is None:
-            write_state(self.run / name, job.state)
-            return
         began = time.monotonic()
-        write_checkpoint(self.run, job.step, job.state, {"world": self.world, "metrics": job.metrics})
-        self._drop()
-        self.write_s = time.monotonic() - began
+        if self.written is not job:
+            if job.step is None:
+                write_state(self.run / name, job.state)
+            else:
+                write_checkpoint(self.run, job.step, job.state, {"world": self.world, "metrics": job.metrics})
+            self.written = job
+        bucket.push(self.run)
+        self.written = None
+        if job.step is not None:
+            self._drop()
+            self.write_s = time.monotonic() - began
 
     def _drop(self) -> None:
         """Removes the checkpoints that are not to be kept; what cannot be removed now is removed with the next."""
@@ -492,6 +554,8 @@ class Writer:
             if step not in kept:
                 with contextlib.suppress(OSError):
                     shutil.rmtree(_set_aside(place, ".old"))
+        with contextlib.suppress(OSError):
+            bucket.push(self.run)
 
 
 def write_checkpoint(run: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -645,12 +709,13 @@ def state_of(run: str) -> dict[str, Any]:
 
 
 def file_of(run: str) -> Path:
-    """The file that a run's network is read from: best.pt, or of a pre-training the newest committed checkpoint.
+    """The file that a run's network is read from: best.pt, or of a pre-training the newest committed checkpoint; of a
+    run in a bucket this machine's copy of it.
 
     Raises:
         ValueError: no run, or no checkpoint in it.
     """
-    path = Path(run)
+    path = bucket.network(run)
     if not path.exists():
         raise ValueError(f"run {run} does not exist")
     for file in (path, path / "best.pt", path / STATE):

@@ -16,7 +16,7 @@ import torch
 
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.model import device as on
-from pgl_ray.train import checkpoint, logs, watch
+from pgl_ray.train import bucket, checkpoint, logs, watch
 from pgl_ray.train.quiet import QUIET, quiet_data
 
 RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
@@ -90,7 +90,7 @@ def fit(
         worker_config: plain values.
         stream: builds the Ray Dataset; called at every start of the workers, with num_workers and start (step).
         train: number and kind of workers.
-        run: folder of the run, absolute, and held by `checkpoint.alone`.
+        run: folder of the run, absolute, or its URL, and held by `checkpoint.alone`.
         num_steps: length of the run, for the progress line.
         batch_size: global; an elastic run takes numbers of workers that divide it, alone.
 
@@ -116,12 +116,16 @@ def fit(
 
     def watched(config: dict) -> Any:
         context = ray.train.get_context()
-        return watch.watched(
-            partial(_logged, worker), config, context.get_world_rank(), context.get_world_size(), train.timeout_s
-        )
+        rank, world = context.get_world_rank(), context.get_world_size()
+        with checkpoint.joined(config["run"], rank) as folder:
+            here = {**config, "run": folder}
+            return watch.watched(partial(_logged, worker), here, rank, world, train.timeout_s)
 
     use_gpu = check_resources(train)
-    folder = Path(run)
+    mirror = bucket.mirror(run)
+    folder = (
+        mirror.folder if mirror else Path(run)
+    )  # Ray Train makes an empty file there, and needs it on no other node
     if os.environ.get(WATCH) == "1" and not train.min_workers:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NODES_S))
     trainer = TorchTrainer(
@@ -385,8 +389,9 @@ class Progress:
 
     def __init__(self, run: str, num_steps: int, every_s: float = 5.0):
         self.run, self.num_steps, self.every_s = run, num_steps, every_s
-        self.start, self.began = checkpoint.committed_step(run), time.time()
-        self.events = checkpoint.read_events(run)[1]
+        self.start = checkpoint.committed_step(run)
+        self.events = checkpoint.read_events(bucket.told(run))[1]
+        self.began = time.time()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -403,8 +408,9 @@ class Progress:
         while True:
             finished = self.done.wait(self.every_s)
             try:
-                events, self.events = checkpoint.read_events(self.run, self.events)
-                rows = [row for row in self._new_rows() if "train/loss" in row or "val/dice" in row]
+                folder = bucket.told(self.run)
+                events, self.events = checkpoint.read_events(folder, self.events)
+                rows = [row for row in self._new_rows(folder) if "train/loss" in row or "val/dice" in row]
             except OSError:  # storage fails; the worker that writes says so
                 if finished:
                     return
@@ -421,12 +427,12 @@ class Progress:
             if finished:
                 return
 
-    def _new_rows(self) -> list[dict]:
+    def _new_rows(self, folder: Path) -> list[dict]:
         """Rows of this start; a continuing worker first drops what an interrupted one wrote after its checkpoint."""
-        path = checkpoint.metrics_path(self.run)
+        path = checkpoint.metrics_path(folder)
         if not path.exists() or path.stat().st_mtime < self.began:
             return []
-        return [row for row in checkpoint.read_metrics(self.run) if row["step"] > self.start]
+        return [row for row in checkpoint.read_metrics(folder) if row["step"] > self.start]
 
     def _line(self, row: dict, rows: list[dict], first: tuple[int, float]) -> str:
         steps, seconds = row["step"] - first[0], time.monotonic() - first[1]

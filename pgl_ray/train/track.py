@@ -76,7 +76,9 @@ class MLflow:
         if known.exists():
             mlflow.start_run(run_id=json.loads(known.read_text())["mlflow"])
             return
-        started = mlflow.start_run(run_name=run.name, tags={"door": record["door"], "folder": str(run)})
+        typed = record["config"]["run"]
+        tags = {"door": record["door"], "folder": typed if "://" in typed else str(run)}
+        started = mlflow.start_run(run_name=run.name, tags=tags)
         mlflow.log_params(_flat(record["config"]))
         known.write_text(json.dumps({"mlflow": started.info.run_id}))
 

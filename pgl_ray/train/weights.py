@@ -12,7 +12,7 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import checkpoint
+from pgl_ray.train import bucket, checkpoint
 
 SHOWN = 3  # names of a kind that a line shows
 
@@ -156,7 +156,7 @@ def fill(module: nn.Module, source: Source, allow_partial: bool = False) -> Repo
 
 def _read(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a file by its own keys, and what it says of itself."""
-    path = Path(init)
+    path = bucket.network(init)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.is_dir() or not path.exists():

@@ -1,0 +1,369 @@
+"""Runs in a bucket: what is there counts, whatever happens to the machines that work on it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import hosts
+import pytest
+import torch
+import train_loop as loop
+
+from pgl_ray import config as c
+from pgl_ray import evaluate, export, finetune, probe, report
+from pgl_ray.config import FailedRun
+from pgl_ray.data.place import Bucket
+from pgl_ray.train import bucket, checkpoint
+
+ROOT = str(Path(__file__).parents[1])
+TINY = ["encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=16", "heads.out=8", "views.size=[8,16,32]"]
+TINY += ["global_batch_size=4", "health.every=10", "train.num_workers=2", "train.log_every=1"]
+TINY += ["train.checkpoint_every=2", "train.threads_per_worker=1"]
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> Path:
+    return loop.scans(tmp_path_factory.mktemp("scans") / "store")
+
+
+@pytest.fixture
+def run(s3, tmp_path, monkeypatch) -> str:
+    """URL of a run, and a machine without any copy of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine_1"))
+    return f"{s3}/{tmp_path.name}/run"
+
+
+def lose_the_machine() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+
+
+def keys(run: str, start: str = "checkpoint_") -> list[str]:
+    return sorted(key for key in Bucket(run).versions() if key.startswith(start))
+
+
+def check_the_same(one: dict, other: dict) -> None:
+    for state in (one, other):
+        state["meta"].pop("config")  # names the run
+    assert loop.equal(one, other)
+
+
+def state_in(run: str) -> dict:
+    """State of the newest checkpoint that lies in the bucket, read without the code under test."""
+    place, name = Bucket(run), max(key.split("/")[0] for key in keys(run) if key.endswith(".json"))
+    path = Path(os.environ["XDG_CACHE_HOME"], "state_in.pt")
+    path.write_bytes(place.read(f"{name}/state.pt"))
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("make", [loop.pretraining, loop.finetuning], ids=["pretrain", "finetune"])
+def test_a_run_whose_machine_is_lost_is_bit_for_bit_the_undisturbed_one(scans, run, tmp_path, make, monkeypatch):
+    whole, killed = (make(scans, place) for place in (tmp_path / "whole", run))
+    loop.train(whole)
+    with pytest.raises(loop.Killed):
+        loop.train(killed, until=3)
+    lose_the_machine()
+    assert checkpoint.committed_step(run) == 2
+    loop.train(killed)
+    check_the_same(loop.state_of(whole.run), state_in(run))
+    assert loop.rows_of(whole.run) == loop.rows_of(run)
+    kept = [f"checkpoint_0000000{step}/{name}" for step in (4, 6) for name in ("checkpoint.json", "state.pt")]
+    assert keys(run) == kept and {"run.json", "config.yaml", "metrics.jsonl"} <= set(keys(run, ""))
+    assert keys(run, "events.out.tfevents") and not keys(run, ".")
+    if make is loop.finetuning:
+        best = [checkpoint.state_of(place) for place in (whole.run, run)]
+        assert best[0]["val_dice"] == best[1]["val_dice"] and loop.equal(best[0]["model"], best[1]["model"])
+        assert finetune.run(killed).val_dice == best[0]["val_dice"]  # finished: at once
+        monkeypatch.setattr(evaluate, "FORWARD_SIZE", (8, 32, 32))
+        check_readers(run, scans, tmp_path)
+
+
+def check_readers(run: str, scans: Path, tmp_path: Path) -> None:
+    """Evaluation, probe and report of a run in a bucket lie there, too."""
+    window = {"index": str(scans), "num_scans": 1}
+    done = evaluate.run(c.build(c.EvaluateConfig, {"run": run, "split": "train", **window}))
+    assert done.folder == f"{run}/evaluation" and len(keys(run, "evaluation/predictions/")) == 1
+    sizes = {"size": [8, 16, 32], "test_split": "train", "num_test_scans": 1, "voxels_per_class": 5}
+    probe.run(c.build(c.ProbeConfig, {"init": run, **window, **sizes}))
+    other = {"compare": run, "output": str(tmp_path / "again")}
+    evaluate.run(c.build(c.EvaluateConfig, {"run": f"{run}/best.pt", "split": "train", **window, **other}))
+    lose_the_machine()
+    place = Bucket(run)
+    facts = {"num_parameters": 1, "scans": {"train": [], "val": []}, "store": {"num_scans": 6}}
+    place.write("run.json", [json.dumps(json.loads(place.read("run.json")) | facts).encode()])
+    assert report.run(c.build(c.ReportConfig, {"run": run})) == f"{run}/report.html"
+    page = place.read("report.html").decode()
+    assert run in page and "Predicted and true labels" in page and "is not evaluated" not in page
+
+
+# -- what is in the bucket counts --------------------------------------------------------------------------------------
+
+
+def start(run: str, steps: tuple[int, ...] = (2, 4), changes: dict | None = None) -> None:
+    """A run with checkpoints, written as the door's processes write them."""
+    config = c.build(c.PretrainConfig, {"index": "/s", "run": run} | (changes or {}))
+    assert checkpoint.open_run(config, "pretrain", {"plan": "p", "num_steps": 9}) == run
+    with checkpoint.alone(run), checkpoint.joined(run, 0) as folder:
+        writer = checkpoint.Writer(folder, 2)
+        for step in steps:
+            writer.save({"step": step, "weights": torch.full((50_000,), float(step))}, step, {})
+            while writer.waiting:
+                time.sleep(0.001)
+        writer.close()
+        assert writer.fault is None
+
+
+def test_a_checkpoint_counts_from_its_manifest_on(run, monkeypatch):
+    """Files first, the manifest last, then those go that are not kept; killed in between, nothing is lost."""
+    start(run)
+    written, write = [], Bucket.write
+
+    def noted(place, key, parts):
+        if not key.startswith("."):
+            written.append(key)
+        if written[-1:] == ["checkpoint_00000008/checkpoint.json"]:
+            raise SystemExit  # the machine dies between the two
+        write(place, key, parts)
+
+    with pytest.raises(SystemExit), checkpoint.alone(run), checkpoint.joined(run, 0) as folder:
+        Path(folder, "metrics.jsonl").write_text('{"step": 6}\n')
+        monkeypatch.setattr(Bucket, "write", noted)
+        for step in (6, 8):
+            checkpoint.write_checkpoint(Path(folder), step, {"step": step}, {})
+            bucket.push(folder)
+    monkeypatch.setattr(Bucket, "write", write)
+    names = ["metrics.jsonl", *(f"checkpoint_0000000{step}/{file}" for step in (6, 8) for file in FILES)]
+    assert written[: len(names)] == names
+    assert checkpoint.committed_step(run) == 6 and "checkpoint_00000008/state.pt" in keys(run)
+    with checkpoint.alone(run) as found:  # here it is whole, but other machines cannot see that
+        assert found[1] == 6
+    assert keys(run) == [f"checkpoint_0000000{step}/{file}" for step in (2, 4, 6) for file in sorted(FILES)]
+
+
+FILES = ("state.pt", "checkpoint.json")
+
+
+@pytest.mark.parametrize("kind", ["bit", "missing", "manifest"])
+def test_a_damaged_checkpoint_in_the_bucket_gives_way_to_the_one_before(run, kind, capsys):
+    """Also on the machine that wrote it, whose copy is whole."""
+    start(run)
+    place, key = Bucket(run), "checkpoint_00000004/state.pt"
+    if kind == "bit":
+        data = bytearray(place.read(key))
+        data[len(data) // 2] ^= 1
+        place.write(key, [bytes(data)])
+    elif kind == "missing":
+        place.remove(key)
+    else:
+        place.write("checkpoint_00000004/checkpoint.json", [b"{"])
+    with checkpoint.alone(run) as found:
+        assert found[1] == 2 and checkpoint.read_state(found[0] / "state.pt")["step"] == 2
+    assert "checkpoint_00000004 is damaged" in capsys.readouterr().out
+    assert keys(run) == [f"checkpoint_00000002/{file}" for file in sorted(FILES)]
+    assert checkpoint.read_events(bucket.told(run), {})[1]  # what was noted is there for others
+
+
+def test_damage_of_this_machines_copy_does_no_harm(run):
+    start(run)
+    (path,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("checkpoint_00000004/state.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    with checkpoint.alone(run) as found:
+        assert found[1] == 4 and checkpoint.read_state(found[0] / "state.pt")["step"] == 4
+
+
+def test_a_run_that_was_removed_leaves_nothing_behind_on_the_machine(run):
+    start(run, (2, 4, 6))
+    place = Bucket(run)
+    for name in place.names(""):
+        place.remove(name)
+    start(run, (1,), {"seed": 1})
+    with checkpoint.alone(run) as found:
+        assert found[1] == 1
+
+
+def test_a_run_goes_on_by_its_own_config_only(run):
+    start(run)
+    with pytest.raises(ValueError, match=rf"run={run} was started with another seed \(0 there, 1 here\)"):
+        start(run, (), {"seed": 1})
+    Bucket(f"{run}_2").write("notes.txt", [b"mine"])
+    with pytest.raises(ValueError, match=f"run={run}_2 exists and is not a run of pgl_ray"):
+        start(f"{run}_2")
+    with pytest.raises(ValueError, match="s3://nothing-here/run: there is no such bucket"):
+        start("s3://nothing-here/run")
+
+
+def test_a_run_moves_between_a_bucket_and_a_folder(run, tmp_path):
+    start(run)
+    for key in keys(run, ""):
+        path = tmp_path / "run" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(Bucket(run).read(key))
+    config = c.build(c.PretrainConfig, {"index": "/s", "run": str(tmp_path / "run")})
+    with checkpoint.alone(checkpoint.open_run(config, "pretrain", {"plan": "p"})) as found:
+        assert found == (tmp_path / "run/checkpoint_00000004", 4)
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file():
+            key = path.relative_to(tmp_path / "run").as_posix()
+            Bucket(f"{run}_2").write(key, [path.read_bytes() or b"\n"])
+    start(f"{run}_2", (6,))
+    assert checkpoint.committed_step(f"{run}_2") == 6
+
+
+def test_one_driver_at_a_time(run, monkeypatch):
+    monkeypatch.setattr("pgl_ray.data.place.HEARTBEAT_S", 0.2)
+    start(run)
+    with checkpoint.alone(run):
+        refusal = rf"run={run} is being trained by process {os.getpid()} on .*: wait for it, or end it"
+        with pytest.raises(ValueError, match=refusal), checkpoint.alone(run):
+            pass
+        with pytest.raises(FailedRun, match="taken over"), checkpoint.joined(run, 0) as folder:
+            checkpoint.recover(run)  # its workers start anew: this one is cut off from the others, not from the bucket
+            writer = checkpoint.Writer(folder, 2)
+            writer.save({"step": 6}, 6, {})
+            writer.close()
+            assert f"another start of its workers has taken over run={run}" in writer.fault
+    assert checkpoint.committed_step(run) == 4
+    with pytest.raises(FailedRun, match=f"no process has run={run} any more"), checkpoint.joined(run, 0):
+        pass
+
+
+def test_a_bucket_that_fails_for_a_while_holds_nothing_up(run, monkeypatch, capsys):
+    """As storage of any kind; what was noted meanwhile is in the bucket afterwards."""
+    monkeypatch.setattr(checkpoint, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(checkpoint, "LONGEST_PAUSE_S", 0.02)
+    start(run)
+    failing, ask = threading.Event(), Bucket._ask
+
+    def fragile(place, *args, **options):
+        if failing.is_set():
+            raise OSError(f"{place.url}: connection refused")
+        return ask(place, *args, **options)
+
+    monkeypatch.setattr(Bucket, "_ask", fragile)
+    with checkpoint.alone(run), checkpoint.joined(run, 0) as folder:
+        failing.set()
+        writer = checkpoint.Writer(folder, 2)
+        for step in (6, 8, 10):
+            writer.save({"step": step}, step, {})
+            time.sleep(0.05)
+        assert writer.fault is None and not list(Path(folder).glob("*.part"))
+        failing.clear()
+        writer.close()
+        assert writer.fault is None and checkpoint.committed_step(run) == 10
+    lines = capsys.readouterr().out.splitlines()
+    assert "connection refused): trying again, training goes on" in lines[0] and "is written after" in lines[-1]
+    events = b"".join(Bucket(run).read(key) for key in keys(run, "events/")).decode()
+    assert events.count("cannot be written") == events.count("is written after") == 1
+    failing.set()
+    monkeypatch.setattr(checkpoint, "RETRY_S", 0.05)
+    with pytest.raises(FailedRun, match=f"run={run} cannot be read: {run}: connection refused"):
+        checkpoint.recover(run)
+
+
+def test_logs_and_events_of_all_processes_come_together(run, monkeypatch):
+    """Each process brings its own; a killed worker's last lines, on its machine alone, go there with the next ones."""
+    monkeypatch.setattr(bucket, "PUSH_S", 0.05)
+    start(run)
+    place = Bucket(run)
+    with checkpoint.alone(run):
+        with checkpoint.joined(run, 1) as folder:
+            log = Path(folder, "logs/rank_1.jsonl")
+            log.write_text("one\n")
+            log.with_name("rank_0.jsonl").write_text("not mine\n")
+            Path(folder, "metrics.jsonl").write_text("not mine\n")
+            until = time.monotonic() + 60
+            while not keys(run, "logs/"):
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        log.write_text("one\ntwo\n")
+        with checkpoint.joined(run, 1), log.open("a") as file:
+            file.write("three\n")
+            checkpoint.note(folder, "mine")
+        assert place.read("logs/rank_1.jsonl") == b"one\ntwo\nthree\n"
+        assert keys(run, "logs/") == ["logs/rank_1.jsonl"] and not keys(run, "metrics")
+    (own,) = keys(run, "events/")
+    theirs = json.loads(place.read(own)) | {"pid": 0, "text": "theirs"}
+    place.write("events/other.jsonl", [json.dumps(theirs).encode() + b"\n"])
+    assert json.loads(place.read(own))["text"] == "mine"
+    texts, ends = checkpoint.read_events(bucket.told(run))
+    assert texts == ["theirs"] and checkpoint.read_events(bucket.told(run), ends)[0] == []
+
+
+# -- the real thing ----------------------------------------------------------------------------------------------------
+
+DOOR = """
+import sys
+from pgl_ray.data import place
+place.SILENCE_S = 8  # a killed driver's lock
+from pgl_ray import pretrain
+pretrain.main()
+"""
+
+
+@pytest.mark.cluster
+def test_a_killed_driver_and_a_lost_machine(scans, run, tmp_path):
+    """SIGKILL of the driver, on the next machine the same command; two workers, with logs of their own."""
+    command = [sys.executable, "-c", DOOR, f"index={scans}", f"run={run}", "max_steps=40", *TINY]
+    environment = os.environ | {"PYTHONPATH": ROOT}
+    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    while checkpoint.committed_step(run) < 4:
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    first.stdout.close()
+    environment["XDG_CACHE_HOME"] = str(tmp_path / "machine_2")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "is locked by process" in lines[0] and lines[-1].endswith(f"; run in {run}")
+    assert 4 <= int(lines[1].split("steps ")[1].split()[0]) < 40
+    assert any(line.startswith("  step 40/40, loss ") for line in lines), lines
+    lose_the_machine()
+    assert [row["step"] for row in checkpoint.read_metrics(run)] == list(range(1, 41))
+    for rank in (0, 1):
+        rows = [json.loads(line) for line in Bucket(run).read(f"logs/rank_{rank}.jsonl").splitlines()]
+        assert rows[0]["message"] == "start" and rows[-1]["message"] == "end"
+        assert [row["message"] for row in rows].count("start") == 2
+    page = report.run(c.build(c.ReportConfig, {"run": run, "output": str(tmp_path / "page.html")}))
+    assert run in Path(page).read_text("utf-8")
+    exported = export.run(c.build(c.ExportConfig, {"run": run, "output": str(tmp_path / "encoder.safetensors")}))
+    assert Path(exported.output).stat().st_size > 10_000
+
+
+@pytest.mark.cluster
+@pytest.mark.soak
+def test_nodes_that_share_nothing_but_the_bucket(scans, run, tmp_path):
+    """A node is killed, with its disk, and another one comes: two workers on two nodes, the driver on a third."""
+    with tempfile.TemporaryDirectory(prefix="pgl") as folder:
+        environment = hosts.environment()
+        nodes = hosts.Nodes(Path(folder), environment, num_nodes=2, num_cpus=2)
+        try:
+            options = ["max_steps=120", f"ray.address={nodes.address}", "train.cpus_per_worker=1.5"]
+            command = [sys.executable, "-m", "pgl_ray.pretrain", f"index={scans}", f"run={run}", *TINY, *options]
+            with (tmp_path / "log").open("w") as log:
+                driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            while checkpoint.committed_step(run) < 4:
+                assert driver.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+            killed_at, began = checkpoint.committed_step(run), time.monotonic()
+            nodes.kill_one()
+            shutil.rmtree(f"{folder}/cache_1", ignore_errors=True)
+            nodes.add()
+            assert driver.wait() == 0, (tmp_path / "log").read_text()
+            print((tmp_path / "log").read_text(), f"killed at {killed_at}, {time.monotonic() - began:.0f} s to the end")
+            worked = [path.parts[-5] for path in Path(folder).glob("cache_*/pgl_ray/runs/*/work")]
+            assert {"cache_2", "cache_3"} <= set(worked)
+        finally:
+            nodes.close()
+    assert killed_at < 100
+    assert [row["step"] for row in checkpoint.read_metrics(run)] == list(range(1, 121))
+    for rank in (0, 1):
+        rows = [json.loads(line) for line in Bucket(run).read(f"logs/rank_{rank}.jsonl").splitlines()]
+        assert [row["message"] for row in rows].count("start") >= 2 and rows[-1]["message"] == "end"
