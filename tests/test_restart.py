@@ -140,7 +140,7 @@ def test_a_worker_that_is_stopped_is_named(scans, tmp_path):
             subprocess.Popen(["sh", "-c", f"sleep 10; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    with pytest.raises(RuntimeError, match=r"rank 1 \(process \d+ on .*\) does not answer, last heard of at step [012],"):
+    with pytest.raises(RuntimeError, match=r"rank 1 \(process \d+ on .*\) does not answer, last heard of at step \d"):
         loop.train(config, 2, seen=seen)
 
 
