@@ -46,6 +46,8 @@ class Watch:
             patience = timedelta(seconds=max(1.0, 2 * self.period_s))
             self.store = torch.distributed.TCPStore(address, port, is_master=False, timeout=patience)
         self.seen: dict[int, tuple[list, float, float]] = {}  # rank -> what it said last, when its place and it changed
+        if self.store:
+            self._tell(self.alive)  # from the first moment on there is somebody to name
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True, name="watch")
         self.thread.start()
