@@ -233,6 +233,78 @@ def test_one_driver_at_a_time(run, monkeypatch):
         pass
 
 
+def test_a_driver_that_lost_its_lock_does_no_harm(run, monkeypatch):
+    """It was cut off for so long that another one took over; then it comes back."""
+    monkeypatch.setattr("pgl_ray.data.place.HEARTBEAT_S", 0.2)
+    start(run)
+    with checkpoint.alone(run):
+        mine, place = checkpoint.held(run), Bucket(run)
+        place.write(".part/run", [b"another"])
+        place.write(".part/start", [b"another's workers"])
+        place.write(".lock", [b"process 1 on another"])
+        time.sleep(0.6)
+        assert place.read(".lock") == b"process 1 on another"
+        with pytest.raises(FailedRun, match="is over"):
+            checkpoint.recover(run, mine)
+        assert place.read(".part/start") == b"another's workers"
+    assert {".lock", ".part/run", ".part/start"} <= set(keys(run, ""))
+
+
+def test_a_run_of_an_earlier_version_loses_nothing(run):
+    start(run)
+    before = keys(run)
+    for key in before:
+        if key.endswith("checkpoint.json"):
+            Bucket(run).remove(key)
+    Bucket(run).write(bucket.SNAPSHOT, [b"{}"])
+    with pytest.raises(ValueError, match="of an earlier version: continue it once in a folder"), checkpoint.alone(run):
+        pass
+    assert keys(run, "checkpoint_0") == [key for key in before if key.endswith("state.pt")]
+
+
+def test_a_faulty_transfer_costs_no_checkpoint(run, monkeypatch):
+    start(run)
+    lose_the_machine()
+    copy_to, faults = Bucket.copy_to, []
+
+    def faulty(place, key, path):
+        copy_to(place, key, path)
+        if key.endswith("state.pt") and not faults:
+            faults.append(key)
+            flip_a_bit(path)
+
+    monkeypatch.setattr(Bucket, "copy_to", faulty)
+    with checkpoint.alone(run) as found:
+        assert faults and found[1] == 4
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_cut_index_in_the_cache_is_made_anew(run):
+    start(run)
+    for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("*.json"):
+        if path.name in ("work.json", "read.json"):
+            path.write_text("")
+    with checkpoint.alone(run) as found:
+        assert found[1] == 4
+
+
+def test_a_log_that_another_machine_went_on_with_is_not_overwritten(run):
+    start(run)
+    log = bucket.mirror(run).folder / "logs" / "rank_0.jsonl"
+    with checkpoint.alone(run):
+        log.parent.mkdir(exist_ok=True)
+        log.write_text("a1\na2\na3\n")  # the last two never got there
+        Bucket(run).write("logs/rank_0.jsonl", [b"a1\nb1\n"])
+        with checkpoint.joined(run, 0):
+            pass
+    assert Bucket(run).read("logs/rank_0.jsonl") == b"a1\nb1\n"
+
+
 def test_a_bucket_that_fails_for_a_while_holds_nothing_up(run, monkeypatch, capsys):
     """As storage of any kind; what was noted meanwhile is in the bucket afterwards."""
     monkeypatch.setattr(checkpoint, "FIRST_PAUSE_S", 0.01)

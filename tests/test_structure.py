@@ -22,7 +22,9 @@ DOOR_TO_DOOR |= {("predict", "viewer"), ("viewer", "pictures")}  # the page besi
 DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's halves, no doors themselves
 DOOR_TO_DOOR |= {("report", "sweep_report"), ("sweeps", "tables")}
 DOOR_TO_DOOR |= {("sweep_report", other) for other in ("sweeps", "tables", "pictures")}
-PLACES = {f"pgl_ray.data.place.{name}" for name in ("Bucket", "write_aside")}  # runs lie in buckets as stores do
+PLACES = {
+    f"pgl_ray.data.place.{name}" for name in ("Bucket", "NO_LOCKS", "write_aside")
+}  # runs lie in buckets as stores do
 
 
 def imports(path: Path) -> set[str]:

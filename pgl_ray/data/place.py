@@ -186,7 +186,8 @@ def _part(place: "Place") -> Iterator[str]:
         yield token
     finally:
         with suppress(OSError):  # the next run removes it
-            place.remove(".part")
+            if place.read(".part/run") == token.encode():  # in a bucket another run may have taken over
+                place.remove(".part")
 
 
 def _check_token(place: "Place", token: str) -> None:
@@ -379,13 +380,16 @@ class Bucket:
             ended.set()
             beat.join()
             with suppress(OSError):  # or others wait half a minute for a sign of life
-                self.remove(".lock")
+                if self.read(".lock").startswith(mine.encode()):
+                    self.remove(".lock")
 
     def _beat(self, mine: str, ended: threading.Event) -> None:
         count = 0
         while not ended.wait(HEARTBEAT_S):
             count += 1
             try:
+                if not self.read(".lock").startswith(mine.encode()):
+                    return  # this process gave no sign of life for too long: another one has taken over
                 self.write(".lock", [f"{mine} {count}".encode()])
             except OSError:  # the next one may get through
                 continue

@@ -19,13 +19,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from pgl_ray.config import FailedRun
-from pgl_ray.data.place import Bucket, write_aside
+from pgl_ray.data.place import NO_LOCKS, Bucket, write_aside
 from pgl_ray.train.track import ID as TRACKER
 
 STATE = "state.pt"
 MANIFEST = "checkpoint.json"
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # of runs of earlier versions
 NAME = re.compile(r"checkpoint_(\d{8,})")  # of a checkpoint's folder
 OWNER = ".part/start"  # token of the start whose workers may write; goes with the driver's lock
 PUSH_S = 15.0  # between two looks at what is to be brought to the bucket
@@ -108,10 +109,19 @@ class Mirror:
         text = f"run={self.url} is being trained by {{}}: wait for it, or end it"
         return self.place.locked(lambda owner: ValueError(text.format(owner)))
 
-    def claim(self) -> None:
+    def claim(self, token: str | None = None) -> None:
         """From now on nothing of the workers of earlier starts gets into the bucket: those of a driver that was killed,
-        or of a node that is cut off from the others."""
-        self.place.write(OWNER, [uuid.uuid4().hex.encode()])
+        or of a node that is cut off from the others.
+
+        Args:
+            token: of the driver's lock.
+
+        Raises:
+            FailedRun: another driver has taken the run over.
+        """
+        with self.place.joined(token) if token else contextlib.nullcontext():
+            self.owner = uuid.uuid4().hex.encode()
+            self.place.write(OWNER, [self.owner])
 
     def match(self) -> bool:
         """Makes the working copy one of the run that is in the bucket now, with its run.json; what another run of this
@@ -148,6 +158,8 @@ class Mirror:
             self.match()
             there, have = self.place.versions(), _read_index(self.index)
             whole = _whole(there)
+            if not whole and SNAPSHOT in there:
+                raise ValueError(f"run={self.url} is of an earlier version: continue it once in a folder, then here")
             for path in self.folder.glob("checkpoint_*"):
                 if NAME.fullmatch(path.name) and path.name not in whole:
                     shutil.rmtree(path)
@@ -166,6 +178,9 @@ class Mirror:
                 with contextlib.suppress(FileNotFoundError):  # a damage like any other
                     self.place.copy_to(state, aside / STATE)
                 (aside / MANIFEST).write_bytes(manifest)
+                if damage(aside):  # once more: it may have been the transfer
+                    with contextlib.suppress(FileNotFoundError):
+                        self.place.copy_to(state, aside / STATE)
                 aside.rename(path)
             write_aside(self.index, json.dumps(have).encode())
 
@@ -186,8 +201,9 @@ class Mirror:
                 self.place.copy_to(name, aside)
             except FileNotFoundError:
                 aside.unlink(missing_ok=True)
+                longer += [path] if path.exists() else []  # of a worker that was killed before it was brought there
                 continue
-            if name.startswith("logs/") and path.exists() and path.stat().st_size > aside.stat().st_size:
+            if name.startswith("logs/") and path.exists() and _goes_on(path, aside):
                 longer.append(path)  # the last lines of a worker that was killed here
                 aside.unlink()
             else:
@@ -339,6 +355,10 @@ def beside(run: str, name: str) -> Iterator[Path]:
         return
     path = found.home / "results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():  # what another machine has done is not done again
+        there = found.fetched(lambda keys: [key for key in keys if key == name or key.startswith(f"{name}/")]) / name
+        if there.is_dir():
+            shutil.copytree(there, path)
     yield path
     if path.is_dir():
         found.place.remove(name)
@@ -357,7 +377,17 @@ def _whole(keys: Iterable[str]) -> list[str]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # none yet, or cut off when this machine lost its power
+        return {}
+
+
+def _goes_on(path: Path, before: Path) -> bool:
+    """Whether a log is another one and more."""
+    size = before.stat().st_size
+    with path.open("rb") as file:
+        return path.stat().st_size > size and file.read(size) == before.read_bytes()
 
 
 def _mark(path: Path) -> tuple[int, int]:
@@ -376,5 +406,9 @@ def _held(path: Path) -> Iterator[None]:
     """One process of this machine at a time; the kernel frees the lock of a killed one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield

@@ -32,10 +32,9 @@ from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import bucket
-from pgl_ray.train.bucket import EVENTS, MANIFEST, METRICS, NAME, STATE
+from pgl_ray.train.bucket import EVENTS, MANIFEST, METRICS, NAME, SNAPSHOT, STATE
 from pgl_ray.train.track import Tracker
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # of runs of earlier versions
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
 RETRY_S = 600.0  # that storage may fail before the run ends
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between two tries
@@ -102,7 +101,7 @@ def open_run(config: Section, door: str, facts: dict[str, Any]) -> str:
     write_json(folder / "run.json", record)
     dump(config, folder / "config.yaml")
     if mirror:
-        mirror.put("config.yaml", "run.json")
+        mirror.put("run.json", "config.yaml")
     return place
 
 
@@ -131,8 +130,20 @@ def alone(run: str) -> Iterator[tuple[Path, int] | None]:
         FailedRun: see `recover`.
     """
     mirror = bucket.mirror(run)
-    with mirror.locked() if mirror else _locked(run):
-        yield recover(run)
+    with mirror.locked() if mirror else _locked(run) as token:
+        _HELD[run] = token
+        try:
+            yield recover(run, token)
+        finally:
+            del _HELD[run]
+
+
+_HELD: dict[str, str | None] = {}  # runs that this process has for itself, with the tokens of those in buckets
+
+
+def held(run: str) -> str | None:
+    """Token of the lock that this process has on a run in a bucket; none for a folder."""
+    return _HELD.get(run)
 
 
 @contextlib.contextmanager
@@ -191,7 +202,7 @@ def _named_by_ray(run: Path) -> set[str]:
     return {result["checkpoint_dir_name"] for result in results if result}
 
 
-def recover(run: str | Path) -> tuple[Path, int] | None:
+def recover(run: str | Path, token: str | None = None) -> tuple[Path, int] | None:
     """The newest checkpoint whose bytes are those that were written, and its step; to be called before training.
 
     Damaged ones that are newer are renamed to *.damaged and noted, what a killed writer left is removed, and the
@@ -199,15 +210,19 @@ def recover(run: str | Path) -> tuple[Path, int] | None:
 
     Of a run in a bucket this is done to the working copy, and then in the bucket, where earlier workers write no more.
 
+    Args:
+        run: folder or URL.
+        token: see `held`.
+
     Raises:
-        FailedRun: there are checkpoints, all of them damaged.
+        FailedRun: there are checkpoints, all of them damaged; or another driver has taken the run over.
     """
     mirror = bucket.mirror(run)
 
     def work():
         if not mirror:
             return _recover(Path(run))
-        mirror.claim()
+        mirror.claim(token)
         mirror.pull(_damage)
         found = _recover(mirror.folder)
         mirror.push()
@@ -301,7 +316,8 @@ def _patiently(work, what: str):
         try:
             return work()
         except OSError as error:
-            if time.monotonic() - began > RETRY_S:
+            refused = isinstance(error, PermissionError) and not error.filename  # by a bucket: waiting will not help
+            if refused or time.monotonic() - began > RETRY_S:
                 raise FailedRun(f"{what}: {error}") from error
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)

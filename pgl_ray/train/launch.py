@@ -109,9 +109,11 @@ def fit(
             built = {name: stream(num_workers=world_size, start=start) for name, start in datasets.items()}
             return super().configure(built, world_size, *args, **kwargs)
 
+    token = checkpoint.held(run)
+
     def start() -> int:
         """Where a start of the workers continues; called in Ray Train's controller, once for all of them."""
-        found = checkpoint.recover(run)
+        found = checkpoint.recover(run, token)
         return found[1] if found else 0
 
     def watched(config: dict) -> Any:
@@ -411,7 +413,7 @@ class Progress:
                 folder = bucket.told(self.run)
                 events, self.events = checkpoint.read_events(folder, self.events)
                 rows = [row for row in self._new_rows(folder) if "train/loss" in row or "val/dice" in row]
-            except OSError:  # storage fails; the worker that writes says so
+            except (OSError, ValueError):  # storage fails; the worker that writes says so
                 if finished:
                     return
                 continue
