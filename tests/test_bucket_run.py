@@ -305,6 +305,45 @@ def test_a_log_that_another_machine_went_on_with_is_not_overwritten(run):
     assert Bucket(run).read("logs/rank_0.jsonl") == b"a1\nb1\n"
 
 
+def test_results_of_another_machine_are_gone_on_with(run):
+    start(run)
+    with bucket.beside(run, "evaluation") as folder:
+        folder.mkdir()
+        for name in ("scans.jsonl", "compare_x.json"):
+            (folder / name).write_text("1")
+    lose_the_machine()
+    with bucket.beside(run, "evaluation") as folder:
+        assert (folder / "scans.jsonl").read_text() == "1"
+    assert keys(run, "evaluation/") == ["evaluation/compare_x.json", "evaluation/scans.jsonl"]
+
+
+def test_a_refused_key_is_not_tried_for_minutes(run, monkeypatch):
+    start(run)
+    with checkpoint.alone(run):
+        monkeypatch.setattr(Bucket, "_ask", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no access")))
+        began = time.monotonic()
+        with pytest.raises(FailedRun, match="no access"), checkpoint.joined(run, 0):
+            pass
+        assert time.monotonic() - began < 5
+        monkeypatch.undo()
+
+
+def test_a_start_that_failed_between_its_two_objects_is_started_again(run, monkeypatch):
+    config = c.build(c.PretrainConfig, {"index": "/s", "run": run})
+    write = Bucket.write
+
+    def failing(place, key, parts):
+        if key == "config.yaml":
+            raise OSError("the bucket fails")
+        write(place, key, parts)
+
+    monkeypatch.setattr(Bucket, "write", failing)
+    with pytest.raises(OSError, match="the bucket fails"):
+        checkpoint.open_run(config, "pretrain", {"plan": "p"})
+    monkeypatch.setattr(Bucket, "write", write)
+    assert checkpoint.open_run(config, "pretrain", {"plan": "p"}) == run
+
+
 def test_a_bucket_that_fails_for_a_while_holds_nothing_up(run, monkeypatch, capsys):
     """As storage of any kind; what was noted meanwhile is in the bucket afterwards."""
     monkeypatch.setattr(checkpoint, "FIRST_PAUSE_S", 0.01)

@@ -125,9 +125,8 @@ def fit(
 
     use_gpu = check_resources(train)
     mirror = bucket.mirror(run)
-    folder = (
-        mirror.folder if mirror else Path(run)
-    )  # Ray Train makes an empty file there, and needs it on no other node
+    # Ray Train makes an empty file there, and needs it on no other node
+    folder = mirror.folder if mirror else Path(run)
     if os.environ.get(WATCH) == "1" and not train.min_workers:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NODES_S))
     trainer = TorchTrainer(
