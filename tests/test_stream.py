@@ -305,6 +305,33 @@ def test_resizing_on_the_training_device_gives_the_same_views(tmp_path, encoding
         np.testing.assert_array_equal(done[name].numpy(), there[name])
 
 
+def test_memory_of_a_batch_is_used_again_once_nobody_holds_it(small_store):
+    """Not while somebody holds a row, a tensor or an Arrow column of it; and nothing of the earlier batch shows."""
+    import pyarrow as pa
+
+    plan = make_plan()
+    ids = plan.scan_ids
+    rows = [index_rows(batch) for batch in itertools.islice(plan.batches(0), 4)]
+    for change in ({"augment": True}, {"augment": False, "resize": False}):
+        render = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), **change)
+        name = "view_1" if render.resize else "crop_1"
+        held, copies = [], []
+        for each, hold in zip(rows, (lambda a: a, lambda a: a[2], torch.from_numpy, lambda a: pa.array(a.reshape(-1)))):
+            batch = render(each)
+            held.append(hold(batch[name]))
+            copies.append({key: value.copy() for key, value in batch.items()})
+        del batch
+        for kept, copy in zip(held, copies):
+            whole = copy[name][2] if np.shape(kept) == copy[name].shape[1:] else copy[name]
+            np.testing.assert_array_equal(np.asarray(kept).reshape(-1), whole.reshape(-1))
+        del held, kept
+        first = render(rows[0])[name].ctypes.data
+        again = [render(each) for each in rows[1:2]]
+        assert again[0][name].ctypes.data == first
+        for key, value in again[0].items():
+            np.testing.assert_array_equal(value, copies[1][key])
+
+
 def cut(small_store, tmp_path, scan_id: str) -> str:
     """A copy of the store with one shard cut off after its chunk index was read by nobody yet."""
     broken = tmp_path / "broken"

@@ -7,6 +7,7 @@ on (seed, epoch, scan, draw) alone, never on the number of workers, on arrival o
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -228,7 +229,7 @@ def _chunk(store: str, scan_id: str) -> tuple[int, int, int]:
 def _region(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> v.Region:
     """A region of a scan, kept while its pairs are drawn: int16, 2.4 MB for views of 16x96x96."""
     bounds, volume = np.reshape(box, (3, 2)), _volume(store, scan_id, codes)
-    return v.Region(volume.read(bounds), bounds[:, 0], volume.shape)
+    return v.Region(volume.read(bounds), tuple(bounds[:, 0].tolist()), volume.shape)
 
 
 def _reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = False):
@@ -236,6 +237,20 @@ def _reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = F
     if region is None:
         return _volume(store, scan_id, codes)
     return _region(store, scan_id, tuple(region.ravel().tolist()), codes)
+
+
+_kept: dict[str, list[np.ndarray]] = {}
+
+
+def _recycled(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that an earlier batch had under this name, as it was left, if nobody holds it any more; else a new one.
+    The pages of new memory cost as much as a fifth of what a batch costs otherwise, and more on virtual machines."""
+    kept = _kept.setdefault(name, [])
+    for i in range(len(kept)):
+        if kept[i].shape == shape and kept[i].dtype == dtype and sys.getrefcount(kept[i]) == 2:
+            return kept[i]
+    kept[:] = [np.empty(shape, dtype), *kept[:1]]
+    return kept[0]
 
 
 class Drawn(NamedTuple):
@@ -309,13 +324,12 @@ class PairRenderer:
                 drawn.flip[:, k].astype(np.uint8),
             )
             if self.resize:
-                out["view_" + view] = np.empty((num, 1, *self.views.size), np.float16)
+                out["view_" + view] = _recycled("view_" + view, (num, 1, *self.views.size), np.float16)
             else:
-                out["crop_" + view] = np.zeros(
-                    (num, 1, *v.largest_crop(self.views)), json.loads(scans[0].array_metadata)["data_type"]
-                )
+                stored = np.dtype(json.loads(scans[0].array_metadata)["data_type"])
+                out["crop_" + view] = _recycled("crop_" + view, (num, 1, *v.largest_crop(self.views)), stored)
             if self.deform:
-                out["deformed_" + view] = np.empty_like(out["view_" + view])
+                out["deformed_" + view] = _recycled("deformed_" + view, out["view_" + view].shape, np.float16)
             if not self.augment:
                 out["intensity_" + view] = drawn.intensity[:, k].astype(np.float32)
                 out["noise_seed_" + view] = drawn.noise_seed[:, k]
@@ -389,7 +403,9 @@ class PairRenderer:
             AIR if out["crop_1"].dtype == np.int16 else round(255 * (max(AIR, window[0]) - window[0]) / np.ptp(window))
         )
         for k, crop in enumerate(v.read_all_padded(reader, drawn.box[i], air)):
-            out[f"crop_{k + 1}"][(i, 0, *map(slice, crop.shape))] = crop
+            target, (depth, height, width) = out[f"crop_{k + 1}"][i, 0], crop.shape
+            target[:depth, :height, :width] = crop
+            target[depth:], target[:depth, height:], target[:depth, :height, width:] = 0, 0, 0
 
     def rebuild(self, scan_id: str, epoch: int, draw: int) -> dict[str, np.ndarray]:
         """One pair of a run again, bit for bit, with its priors: a batch of one row.
@@ -514,8 +530,8 @@ class PatchRenderer:
         lookup = store_room.class_lookup(values)
         num, size = len(rows["step"]), self.patch.size
         out = dict(rows)
-        out["patch"] = np.empty((num, 1, *size), np.float16)
-        out["target"] = np.empty((num, 1, *size), np.uint8)
+        out["patch"] = _recycled("patch", (num, 1, *size), np.float16)
+        out["target"] = _recycled("target", (num, 1, *size), np.uint8)
         out["labelled"] = np.empty((num, len(values) + 1), np.uint8)
         for i in range(num):
             record = records[self.scan_ids[rows["scan"][i]]]
