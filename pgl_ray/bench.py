@@ -26,7 +26,8 @@ from pgl_ray.train import launch, optim
 STAGES = {  # of the stream: what helps where one of them is the dearest
     "draw": "render on more CPU cores",
     "read": "keep the store on a faster disk, or in memory",
-    "decode": "take stream.pairs_per_region=8 with pairs_per_scan=8, or a store prepared with encoding=uint8",
+    "decode": "take stream.pairs_per_region=8 with pairs_per_scan=8 (and an eighth of the epochs), or a store prepared "
+    "with encoding=uint8",
     "resize": "render on more CPU cores",
     "intensity": "set stream.augment_on=gpu, or render on more CPU cores",
     "transport": "render on more CPU cores, or take a larger global_batch_size",

@@ -46,7 +46,7 @@ class Geometry(NamedTuple):
 
 
 def overlap_box(box_1, box_2):
-    """Common region of two boxes of one scan (method.md, 2).
+    """Common region of two boxes of one scan.
 
     Args:
         box_1, box_2: [..., 3, 2] numpy arrays or tensors, scan frame.

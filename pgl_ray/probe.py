@@ -280,7 +280,7 @@ def assign_windows(voxels: np.ndarray, shape: tuple[int, ...], size: tuple[int, 
 
 
 def read_map(feature_map: Tensor, point: Tensor, stride: tuple[int, ...], center: tuple[float, ...]) -> Tensor:
-    """Trilinear interpolation where the cells' receptive fields are centred (method.md, 3); clamped to the outermost.
+    """Trilinear interpolation where the cells' receptive fields are centred; clamped to the outermost.
 
     Args:
         feature_map: [C, d, h, w].

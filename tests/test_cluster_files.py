@@ -113,7 +113,7 @@ STAND_INS = {
     "python": """[ "$1" = -c ] && exec python3 "$@"
         cat > /dev/null
         if [ "$1" = - ]; then until [ "$(grep -c ' ray start' "$LOG")" = 3 ]; do sleep 0.05; done; fi
-        echo "$HOST python $*" >> "$LOG"
+        echo "$HOST python $*${RAY_ADDRESS:+ on $RAY_ADDRESS}" >> "$LOG"
         [ "$1" = - ]""",
 }
 
@@ -135,5 +135,5 @@ def test_slurm_script(tmp_path):
     assert sorted(lines[:-2]) == [head, *(f"{host} ray start --block --address=10.0.0.7:6379 {size}" for host in "bc")]
     assert lines[-2:] == [
         "a python - 10.0.0.7:6379 3 120",
-        "a python -m pgl_ray.pretrain ray.address=10.0.0.7:6379 index=/s run=/r",
+        "a python -m pgl_ray.pretrain index=/s run=/r on 10.0.0.7:6379",
     ]

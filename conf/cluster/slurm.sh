@@ -59,4 +59,5 @@ PYTHON
 
 door=$1
 shift
-srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap python -m "pgl_ray.$door" ray.address="$address:$PORT" "$@"
+export RAY_ADDRESS="$address:$PORT" # not all doors have a key for it
+srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap python -m "pgl_ray.$door" "$@"

@@ -23,7 +23,7 @@ class Encoder(ResNet):
         channels: of the five maps: stem, layer1, ..., layer4.
         strides: output stride (D, H, W) of each map, in view voxels per cell.
         centers: view edge coordinate (D, H, W) of cell 0's centre in each map; cell j sits at stride * j + center.
-            Kernels of odd size with symmetric padding put it at 0.5, not in the middle of the cell (method.md, 3).
+            Kernels of odd size with symmetric padding put it at 0.5, not in the middle of the cell.
     """
 
     def __init__(
