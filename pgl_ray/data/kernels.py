@@ -46,12 +46,14 @@ def _resize(crop, planes, rows, height, width, low, high, scale, shift, z, y, x,
         low, high: float32, HU window.
         scale, shift: float32; view = scale * HU + shift.
         z, y, x: per axis a table (uint64 first, uint64 second, float32 weight of the second), one entry per view voxel;
-            a signed index would be tested for being negative, which costs a quarter of the time.
+            the second is the first's next, or the last voxel. A signed index would be tested for being negative, which
+            costs a quarter of the time.
         out: float32 [D, H, W].
     """
-    (z_0, z_1, z_w), (y_0, y_1, y_w), (x_0, x_1, x_w) = z, y, x
-    plane, row = np.empty((height, width), np.float32), np.empty(width, np.float32)
-    flat = plane.reshape(-1)
+    (z_0, z_1, z_w), (y_0, y_1, y_w), (x_0, _, x_w) = z, y, x
+    plane, four = np.empty((height, width), np.float32), np.empty((4, width + 1), np.float32)
+    row_0, row_1, row_2, row_3 = four[0], four[1], four[2], four[3]
+    flat, last = plane.reshape(-1), out.shape[1] - 1
     strips, length = (1, height * width) if rows == width else (height, width)  # long loops are quicker
     for i in range(out.shape[0]):
         weight = z_w[i]
@@ -62,14 +64,22 @@ def _resize(crop, planes, rows, height, width, low, high, scale, shift, z, y, x,
             for k in range(length):
                 first = min(max(np.float32(below[k]), low), high)
                 line[k] = first + weight * (min(max(np.float32(above[k]), low), high) - first)
-        for j in range(out.shape[1]):
-            left, right, share = plane[y_0[j]], plane[y_1[j]], y_w[j]
-            for k in range(width):
-                row[k] = left[k] + share * (right[k] - left[k])
-            line = out[i, j]
+        for j in range(0, last + 1, 4):  # four rows share a look into the table; those beyond the last are the last
+            for m in range(4):
+                at, row = min(j + m, last), four[m]
+                left, right, share = plane[y_0[at]], plane[y_1[at]], y_w[at]
+                for k in range(width):
+                    row[k] = scale * (left[k] + share * (right[k] - left[k])) + shift
+                row[width] = row[width - 1]
+            line_0, line_1 = out[i, j], out[i, min(j + 1, last)]
+            line_2, line_3 = out[i, min(j + 2, last)], out[i, min(j + 3, last)]
             for k in range(out.shape[2]):
-                first = row[x_0[k]]
-                line[k] = scale * (first + x_w[k] * (row[x_1[k]] - first)) + shift
+                at, share = x_0[k], x_w[k]
+                beside = at + np.uint64(1)
+                line_0[k] = row_0[at] + share * (row_0[beside] - row_0[at])
+                line_1[k] = row_1[at] + share * (row_1[beside] - row_1[at])
+                line_2[k] = row_2[at] + share * (row_2[beside] - row_2[at])
+                line_3[k] = row_3[at] + share * (row_3[beside] - row_3[at])
 
 
 def _blur(view, taps, out):
@@ -114,16 +124,16 @@ def _blur(view, taps, out):
 def _gain_and_gamma(view, low, high, gain, gamma, out):
     """Factor, clipped to the view's own range, then power on that range scaled to [0, 1].
 
-    The power is 2^(gamma * log2) by polynomials in loops without branches, which become vector instructions; its error
-    is below 2e-6 of the range.
+    The power is 2^(gamma * log2) by Chebyshev's polynomials in a loop without branches, which becomes vector
+    instructions; its error is below 2e-6 of the range.
 
     Args:
         view: float32 [n].
         low, high: float32, its range.
         gain, gamma: float32; 1: not applied.
-        out: float32 [n], another array.
+        out: float32 [n], another array: in place it would not become vector instructions.
     """
-    one, half = np.float32(1), np.float32(0.5)
+    one = np.float32(1)
     if gamma == one:
         for k in range(len(view)):
             out[k] = min(max(view[k] * gain, low), high)
@@ -132,45 +142,38 @@ def _gain_and_gamma(view, low, high, gain, gamma, out):
     span = max(top - bottom, np.float32(1e-6))
     per_span, least = one / span, np.float32(1e-37)  # exponent -123; the bits of far smaller numbers read otherwise
     of_zero = one if gamma == 0 else np.float32(0)
-    block = 1024
-    unit, power = np.empty(block, np.float32), np.empty(block, np.float32)
-    bits, exponents = unit.view(np.int32), np.empty(block, np.int32)
-    for start in range(0, len(view), block):
-        source, target = view[start : start + block], out[start : start + block]
-        for k in range(len(source)):
-            value = min(max(source[k] * gain, low), high)
-            unit[k] = min(max((value - bottom) * per_span, least), one)
-        for k in range(len(source)):  # unit = mantissa in [1, 2) * 2^exponent
-            exponents[k] = (bits[k] >> 23) - 127
-            bits[k] = (bits[k] & 0x7FFFFF) | 0x3F800000
-        for k in range(len(source)):  # gamma * log2; log2 of the mantissa by Chebyshev's polynomial
-            x = unit[k] - np.float32(1.5)
-            log = np.float32(-0.02079003319) + x * (np.float32(0.01477057116) - x * np.float32(0.00866569932))
-            log = np.float32(0.1425259284) + x * (
-                np.float32(-0.07126680309) + x * (np.float32(0.03746649028) + x * log)
-            )
-            log = np.float32(0.5849625007) + x * (np.float32(0.9617959854) + x * (np.float32(-0.3205984712) + x * log))
-            power[k] = max(gamma * (np.float32(exponents[k]) + log), np.float32(-126))
-        for k in range(len(source)):  # 2^whole * exp(x), |x| < 0.35
-            whole = np.int32(power[k] + np.float32(126.5)) - 126
-            x = (power[k] - np.float32(whole)) * np.float32(0.6931471806)
-            exp = np.float32(1 / 6) + x * (np.float32(1 / 24) + x * (np.float32(1 / 120) + x * np.float32(1 / 720)))
-            power[k] = one + x * (one + x * (half + x * exp))
-            bits[k] = whole
-        for k in range(len(source)):
-            bits[k] = (bits[k] + 127) << 23
-        for k in range(len(source)):
-            target[k] = (power[k] * unit[k] if exponents[k] > -123 else of_zero) * span + bottom
+    rounding = np.float32(1.5 * 2**23)  # added to a small number leaves it rounded in the lowest bits
+    bias = np.int32(127 - 0x4B400000)
+    for k in range(len(view)):
+        value = min(max(view[k] * gain, low), high)
+        unit = np.float32(min(max((value - bottom) * per_span, least), one))
+        bits = unit.view(np.int32)  # unit = mantissa in [1, 2) * 2^exponent
+        exponent = np.int32((bits >> np.int32(23)) - np.int32(127))
+        mantissa = np.int32((bits & np.int32(0x7FFFFF)) | np.int32(0x3F800000))
+        x = np.int32(mantissa).view(np.float32) - np.float32(1.5)
+        log = np.float32(0.03761046428) + x * (np.float32(-0.02511014095) + x * np.float32(0.01444035249))
+        log = np.float32(0.14250802403) + x * (np.float32(-0.07059455402) + x * log)
+        log = np.float32(0.96179654017) + x * (np.float32(-0.32063187846) + x * log)
+        log = np.float32(0.58496275910) + x * log
+        power = max(gamma * (np.float32(exponent) + log), np.float32(-126))
+        shifted = np.float32(power + rounding)
+        x = power - (shifted - rounding)
+        scale = np.int32((shifted.view(np.int32) + bias) << np.int32(23))
+        exp = np.float32(0.05550357114) + x * (np.float32(0.00967603192) + x * np.float32(0.00133908634))
+        exp = np.float32(0.69314718803) + x * (np.float32(0.24022107485) + x * exp)
+        exp = (np.float32(1.00000007545) + x * exp) * np.int32(scale).view(np.float32)
+        out[k] = min(exp if exponent > np.int32(-123) else of_zero, one) * span + bottom
 
 
-def _normal(state, out):
-    """Standard normal numbers as `views.noise` draws them, to float32's rounding.
+def _normal(state, std, out):
+    """Adds normal numbers, as `views.noise` draws them, to float32's rounding.
 
     Logarithm, sine and cosine are Cephes' polynomials in loops without branches, which become vector instructions.
 
     Args:
         state: uint64, the start of splitmix64's counter.
-        out: float32 [n], to be filled: the cosines' half first.
+        std: float32, standard deviation.
+        out: float32 [n], to be added to: the cosines' half first.
     """
     step, factor_1, factor_2 = (
         np.uint64(0x9E3779B97F4A7C15),
@@ -219,9 +222,11 @@ def _normal(state, out):
             across = cosine if turn & 1 else sine
             first[k] = length[k] * (-along if (turn + 1) & 2 else along)
             second[k] = length[k] * (-across if turn & 2 else across)
-        out[start : start + size] = first[:size]
-        rest = min(size, len(out) - num - start)
-        out[num + start : num + start + rest] = second[:rest]
+        cosines, sines = out[start : start + size], out[num + start : min(num + start + size, len(out))]
+        for k in range(len(cosines)):
+            cosines[k] += std * first[k]
+        for k in range(len(sines)):
+            sines[k] += std * second[k]
 
 
 def _look_up(table, codes, out):

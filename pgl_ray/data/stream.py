@@ -334,7 +334,10 @@ class PairRenderer:
                 out["intensity_" + view] = drawn.intensity[:, k].astype(np.float32)
                 out["noise_seed_" + view] = drawn.noise_seed[:, k]
         unread, fault = [], None
-        for i in range(num):
+        order = list(range(num))
+        if drawn.region is not None:  # pairs of a region one after the other, while it lies in the processor's cache
+            order.sort(key=lambda i: (drawn.scan_ids[i], drawn.region[i].tolist()))
+        for i in order:
             try:
                 (self._render if self.resize else self._cut)(i, drawn, out)
             except (RuntimeError, OSError) as error:  # what ArrayReader and the file system say of a broken scan
@@ -345,7 +348,7 @@ class PairRenderer:
             raise RuntimeError(f"not one of the {num} pairs of a batch could be read; the last: {fault}")
         if unread:
             out |= {name: column.copy() for name, column in rows.items()}  # the caller's are left as they are
-        for i in unread:
+        for i in sorted(unread):
             other = next(j % num for j in range(i, i + num) if j % num not in unread)
             for name in out.keys() - {"step", "missed"}:
                 out[name][i] = out[name][other]

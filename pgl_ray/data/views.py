@@ -484,17 +484,13 @@ def apply_intensity(view: Tensor, params: Intensity) -> Tensor:
         view: float32 [D, H, W], z-scored.
         params: what was drawn.
     """
+    compiled = kernels.load()
+    if compiled:
+        return torch.from_numpy(_apply_compiled(compiled, view.contiguous().numpy(), params))
     if params.noise_std > 0:
-        drawn = noise(torch.tensor([params.noise_seed]), view.shape)[0]
-        view = torch.add(view, drawn, alpha=params.noise_std)
+        view = torch.add(view, noise(torch.tensor([params.noise_seed]), view.shape)[0], alpha=params.noise_std)
     if params.blur_sigma > 0:
         view = blur(view, params.blur_sigma)
-    compiled = kernels.load()
-    if compiled and (params.gain != 1 or params.gamma != 1):
-        done, view = torch.empty(view.shape), view.reshape(-1)
-        numbers = [np.float32(value) for value in (*view.aminmax(), params.gain, params.gamma)]
-        compiled.gain_and_gamma(view.numpy(), *numbers, done.view(-1).numpy())
-        return done
     if params.gain != 1:
         low, high = view.aminmax()
         view = (view * params.gain).clamp_(low, high)
@@ -505,21 +501,42 @@ def apply_intensity(view: Tensor, params: Intensity) -> Tensor:
     return view
 
 
+def _apply_compiled(compiled: kernels.Kernels, view: np.ndarray, params: Intensity) -> np.ndarray:
+    """`apply_intensity`: the view itself where nothing is to be done, else a new array."""
+    if params.noise_std > 0:
+        view = view.copy()
+        compiled.normal(_noise_state(params.noise_seed), np.float32(params.noise_std), view.reshape(-1))
+    if 0 < params.blur_sigma < 7 / 6:  # what rounds to a radius of at most 3
+        view, sharp = np.empty_like(view), view
+        compiled.blur(sharp, np.array(_taps(params.blur_sigma, 3), np.float32), view)
+    elif params.blur_sigma > 0:
+        view = blur(torch.from_numpy(view), params.blur_sigma).numpy()
+    if params.gain != 1 or params.gamma != 1:
+        out = np.empty_like(view)
+        numbers = view.min(), view.max(), np.float32(params.gain), np.float32(params.gamma)
+        compiled.gain_and_gamma(view.reshape(-1), *numbers, out.reshape(-1))
+        return out
+    return view
+
+
+def _taps(sigma: float, radius: int) -> list[float]:
+    """A sampled Gaussian from its middle outwards, as long as `radius`; 0 from three sigmas on. With its mirror image
+    it sums to 1."""
+    own = max(1, round(3 * sigma))
+    taps = [math.exp(-0.5 * (at / sigma) ** 2) if at <= own else 0.0 for at in range(radius + 1)]
+    return [tap / (2 * sum(taps) - taps[0]) for tap in taps]
+
+
 def blur(view: Tensor, sigma: float) -> Tensor:
-    """Separable Gaussian blur with a sampled kernel of radius 3 (sigma at most 1) and replicated borders.
+    """Separable Gaussian blur with a sampled kernel, of radius 3 for a sigma of 1, and replicated borders.
 
     Args:
         view: float32 [D, H, W].
         sigma: in voxels.
     """
     radius = max(1, round(3 * sigma))
-    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float32) / sigma) ** 2)
-    taps = taps / taps.sum()
-    if radius <= 3 and (compiled := kernels.load()):
-        blurred = torch.empty(view.shape)
-        compiled.blur(view.contiguous().numpy(), F.pad(taps[radius:], (0, 3 - radius)).numpy(), blurred.numpy())
-        return blurred
-    out = view[None, None]
+    taps = torch.tensor(_taps(sigma, radius))
+    taps, out = torch.cat([taps[1:].flip(0), taps]), view[None, None]
     for axis in range(3):
         shape, pad = [1, 1, 1, 1, 1], [0] * 6
         shape[2 + axis] = len(taps)
@@ -579,17 +596,20 @@ def noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
     Returns:
         float32 [N, *shape].
     """
-    num, states = math.prod(shape), _mix(seeds)
-    if seeds.device.type == "cpu" and (compiled := kernels.load()):
-        drawn = torch.empty(len(seeds), num)
-        for state, row in zip(states.numpy().view(np.uint64), drawn.numpy(), strict=True):
-            compiled.normal(state, row)
-        return drawn.reshape(len(seeds), *shape)
-    bits = _mix(states[:, None] + torch.arange(-(-num // 2), device=seeds.device) * _STEP)
+    num = math.prod(shape)
+    bits = _mix(_mix(seeds)[:, None] + torch.arange(-(-num // 2), device=seeds.device) * _STEP)
     length = ((bits >> 40) & 0xFFFFFF).float().add_(1).div_(2**24).log_().mul_(-2).sqrt_()
     angle = ((bits >> 12) & 0xFFFFFF).float().mul_(2 * math.pi / 2**24)
     drawn = torch.stack([length * torch.cos(angle), length * torch.sin(angle)], 1)
     return drawn.flatten(1)[:, :num].reshape(len(seeds), *shape)
+
+
+def _noise_state(seed: int) -> np.uint64:
+    """`_mix` of one number."""
+    state = seed & (2**64 - 1)
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+    return np.uint64(state ^ (state >> 31))
 
 
 def _mix(state: Tensor) -> Tensor:
