@@ -30,12 +30,21 @@ BEST = "best.pt"
 
 @dataclass(frozen=True)
 class Result:
-    """Where a run lies and how well its best network did."""
+    """Where a run lies and how well its best network did.
+
+    Attributes:
+        run: its folder.
+        steps: that it trained.
+        val_dice: of the best network.
+        already_finished: nothing was left to do.
+        overfitted: why it ended before the planned number of steps; none: it did not.
+    """
 
     run: str
     steps: int
     val_dice: float
     already_finished: bool
+    overfitted: str | None = None
 
 
 def run(config: FinetuneConfig) -> Result:
@@ -95,8 +104,14 @@ def run(config: FinetuneConfig) -> Result:
                 raise FailedRun(f"{error}, {_smaller(config)}") from error
             if stopped:
                 raise FailedRun(stopped)
-    best = checkpoint.state_of(folder)
-    return Result(folder, checkpoint.committed_step(folder), best["val_dice"], finished)
+    best, steps = checkpoint.state_of(folder), checkpoint.committed_step(folder)
+    overfitted = None
+    if steps < plan.num_steps:
+        overfitted = (
+            f"overfits: {config.patience} validations without a better val/dice than that of step {best['step']}, "
+            f"so it stopped before step {plan.num_steps}"
+        )
+    return Result(folder, steps, best["val_dice"], finished, overfitted)
 
 
 def split_scans(config: FinetuneConfig, index: store.Index) -> tuple[list[str], list[str]]:
@@ -401,7 +416,8 @@ def _is_over(folder: Path, num_steps: int) -> bool:
 def describe(result: Result) -> str:
     """The closing line."""
     state = "was finished already" if result.already_finished else f"done after {result.steps} steps"
-    return f"finetune: {state}, best val/dice {result.val_dice:.4f}; run in {result.run}"
+    why = f" ({result.overfitted})" if result.overfitted else ""
+    return f"finetune: {state}{why}, best val/dice {result.val_dice:.4f}; run in {result.run}"
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import train_loop as loop
 
-from pgl_ray import pretrain
+from pgl_ray import finetune, pretrain
 from pgl_ray.config import FailedRun
 from pgl_ray.data import store
 from pgl_ray.train import checkpoint, launch
@@ -65,6 +65,36 @@ def test_an_interrupted_run_is_bit_for_bit_the_undisturbed_one(scans, tmp_path, 
     if make is loop.finetuning:
         best = [checkpoint.read_state(Path(run.run) / "best.pt") for run in (whole, killed)]
         assert best[0]["val_dice"] == best[1]["val_dice"] and loop.equal(best[0]["model"], best[1]["model"])
+
+
+def test_fine_tuning_stops_when_it_overfits(scans, tmp_path, monkeypatch):
+    """Three validations without a better Dice; not before the first above 0, and counted over an interruption. The best
+    network is that of its step, and the run is over."""
+    dice = {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0, 5: 0.2, 6: 0.1, 7: 0.3, 8: 0.3, 9: 0.1, 10: 0.2, 11: 0.9}
+
+    def validate_from(step: int) -> None:
+        steps = iter(range(step, 12))
+        monkeypatch.setattr(finetune, "validate", lambda *_: {"val/dice": dice[next(steps)]})
+
+    whole, killed = (
+        loop.finetuning(scans, tmp_path / name, max_steps=20, validate_every=1, patience=3, patches_per_scan=1)
+        for name in ("whole", "killed")
+    )
+    validate_from(1)
+    assert loop.train(whole) is None
+    with pytest.raises(loop.Killed):
+        loop.train(killed, until=9)
+    assert checkpoint.committed_step(killed.run) == 8
+    validate_from(9)
+    assert loop.train(killed) is None
+    for config in (whole, killed):
+        state, best = loop.state_of(config.run), checkpoint.read_state(Path(config.run) / "best.pt")
+        assert (state["step"], state["stopped"], state["stale"], state["best"]) == (10, True, 3, 0.3)
+        assert (best["step"], best["val_dice"]) == (7, 0.3)
+        result = finetune.run(config)  # without Ray: nothing is left to do
+        assert result.already_finished and result.steps == 10 and result.val_dice == 0.3
+        assert "3 validations without a better val/dice than that of step 7" in finetune.describe(result)
+    check_the_same(whole.run, killed.run)
 
 
 def test_at_another_number_of_workers_no_pair_is_repeated_or_lost(scans, tmp_path):
