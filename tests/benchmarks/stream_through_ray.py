@@ -53,9 +53,8 @@ def main() -> None:
                 rates[way].append(work())
                 print(*way, [round(figure, 2) for figure in rates[way][-1]], flush=True)
     whole = next(iter(rates.values()))
-    print(
-        f"\n{'':<12} {'block':>6} {'scans':>7} {'pairs/s':>9} {'share':>7} {'lowest':>7} {'highest':>8} {'CPU ms/pair':>12}"
-    )
+    heads = f"{'block':>6} {'scans':>7} {'pairs/s':>9} {'share':>7} {'lowest':>7} {'highest':>8} {'CPU ms/pair':>12}"
+    print(f"\n{'':<12} {heads}")
     for (name, size, num), values in rates.items():
         shares = [a / b for (a, _), (b, _) in zip(values, whole)]
         rate, cost = (statistics.median(figures) for figures in zip(*values))
