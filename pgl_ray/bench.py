@@ -4,6 +4,7 @@ Times the stream of views alone, through Ray Data; the training step alone, on a
 together. Says which of them limits the configured run, what to change, and how long the run would take.
 """
 
+import json
 import os
 import statistics
 import time
@@ -23,15 +24,8 @@ from pgl_ray.model.pgl import Pair
 from pgl_ray.pretrain import build_model, make_plan, make_renderer, train_step
 from pgl_ray.train import launch, optim
 
-STAGES = {  # of the stream: what helps where one of them is the dearest
-    "draw": "render on more CPU cores",
-    "read": "keep the store on a faster disk, or in memory",
-    "decode": "take stream.pairs_per_region=8 with pairs_per_scan=8 (and an eighth of the epochs), or a store prepared "
-    "with encoding=uint8",
-    "resize": "render on more CPU cores",
-    "intensity": "set stream.augment_on=gpu, or render on more CPU cores",
-    "transport": "render on more CPU cores, or take a larger global_batch_size",
-}
+STAGES = ("draw", "read", "decode", "resize", "intensity", "transport")  # of the stream
+MORE_CORES = "render on more CPU cores"
 GPU_FLOPS = 200e12  # per s that a training reaches on an H200: a quarter of what its matrix products reach in bfloat16
 CPU = torch.device("cpu")
 WAITS = 0.1  # share of the time that the step may wait before the stream counts as what limits the run
@@ -47,13 +41,14 @@ class Result:
         both_pairs_per_s: with the stream and the step side by side.
         wait_share: share of that time in which the step waits for the stream.
         stage_ms: CPU ms per pair of each of `STAGES`, on one core.
+        mend: what to change where the stream limits the run.
         read_ratio: bytes read per pair over those of its two crops.
         cores, num_workers: of this machine; of the configured run.
         num_pairs: of the configured run.
         tflop_per_pair: of the training step.
         memory_gib: of one worker's training at the configured batch size, measured or estimated.
         device: "cuda" or "cpu".
-        limit: "data" or "step".
+        limit: "data" or "step"; on a GPU, whether the stream is slower than the steps of all workers together.
     """
 
     data_pairs_per_s: float
@@ -61,6 +56,7 @@ class Result:
     both_pairs_per_s: float
     wait_share: float
     stage_ms: dict[str, float]
+    mend: str
     read_ratio: float
     cores: int
     num_workers: int
@@ -93,9 +89,12 @@ def run(config: BenchConfig) -> Result:
     cores, worker_batch = len(os.sched_getaffinity(0)), config.global_batch_size // config.train.num_workers
     num_pairs = config.bench_pairs or (worker_batch if device.type == "cuda" else min(worker_batch, 8))
 
-    # the stages of rendering, one core
-    rows = plan.columns(0, -(-min(worker_batch, 64) // plan.global_batch_size))
-    rows = {name: column[: min(worker_batch, 64)] for name, column in rows.items()}
+    # the stages of rendering, one core; of pairs that share regions as many as are shuffled together
+    num_rows = min(max(worker_batch, num_pairs), 64)
+    if plan.pairs_per_region > 1:
+        num_rows = stream.REGIONS_MIXED * plan.pairs_per_region
+    rows = plan.columns(0, -(-num_rows // plan.global_batch_size))
+    rows = {name: column[:num_rows] for name, column in rows.items()}
     costs = stream.measure(renderer, rows)
     read_ratio = costs.pop("bytes_read") / costs.pop("crop_bytes")
 
@@ -127,12 +126,15 @@ def run(config: BenchConfig) -> Result:
 
     # both, batches of the step's size
     both = _consume(_stream(plan, renderer, num_pairs, device), config.bench_s, step)
+    waits, needs = both.wait_s / both.wall_s, step_rate * config.train.num_workers
+    starved = data_rate < needs if device.type == "cuda" else waits > WAITS
     return Result(
         data_rate,
         step_rate,
         both.num_batches * num_pairs / both.wall_s,
-        both.wait_s / both.wall_s,
+        waits,
         costs,
+        _mend(max(STAGES, key=costs.__getitem__), config, index, device.type == "cuda"),
         read_ratio,
         cores,
         config.train.num_workers,
@@ -140,7 +142,7 @@ def run(config: BenchConfig) -> Result:
         flops / 1e12,
         memory / 2**30,
         device.type,
-        "data" if both.wait_s / both.wall_s > WAITS else "step",
+        "data" if starved else "step",
     )
 
 
@@ -248,10 +250,11 @@ def _median_seconds(work: Callable[[], object], repeats: int, device: torch.devi
 def describe(result: Result) -> str:
     """A table, the sentence that matters, and the closing line."""
     stages = ", ".join(f"{name} {result.stage_ms[name]:.2f}" for name in STAGES)
-    worst = max(STAGES, key=lambda name: result.stage_ms[name])
+    worst, needs = max(STAGES, key=result.stage_ms.__getitem__), result.step_pairs_per_s * result.num_workers
     waits = f"the step waits for the stream {result.wait_share:.0%} of the time"
     if result.limit == "data":
-        mend = f"The stream limits the run ({waits}), {worst} most of all: {STAGES[worst]}."
+        waits = waits if result.num_workers == 1 else f"{result.num_workers} workers want {needs:,.0f} pairs/s"
+        mend = f"The stream limits the run ({waits}), {worst} most of all: {result.mend}."
     elif result.device == "cuda":
         mend = f"The training step limits the run ({waits}): more or faster GPUs help, more CPU cores do not."
     else:
@@ -273,6 +276,29 @@ def describe(result: Result) -> str:
         f"bench: {result.num_pairs:,} pairs would take {_amount(result.hours)} hours here with "
         f"{result.num_workers} worker{'s' if result.num_workers > 1 else ''}"
     )
+
+
+def _mend(stage: str, config: BenchConfig, index: store.Index, cuda: bool) -> str:
+    """What helps where a stage is the dearest, of what is not done yet."""
+    ways = []
+    if stage == "read":
+        ways.append("keep the store on a faster disk, or in memory")
+    if stage in ("read", "decode"):
+        if config.stream.pairs_per_region == 1:
+            ways.append(
+                "take stream.pairs_per_region=8 with pairs_per_scan=8, an eighth of the epochs and of "
+                "optim.warmup_epochs"
+            )
+        if "scale_factor" not in json.loads(index.scans[0].array_metadata).get("attributes", {}):
+            ways.append("a store prepared with encoding=uint8")
+    if cuda and config.method != "genesis":
+        if stage == "intensity":
+            ways.append("set stream.augment_on=gpu")
+        elif stage == "resize" and config.stream.resize_on == "cpu":
+            ways.append("set stream.resize_on=gpu")
+    if stage == "transport":
+        ways.append("take a larger global_batch_size")
+    return ", or ".join([*ways, MORE_CORES])
 
 
 def _amount(number: float) -> str:

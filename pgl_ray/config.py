@@ -240,10 +240,11 @@ class StreamConfig(Section):
     crops travel as they are stored, 2.7 times the bytes of finished views from an int16 store, 1.3 times from uint8."""
     on_error: Literal["fail", "skip"] = "fail"
     """A scan that cannot be read while training: fail = the run ends with an error; skip = its place in the batch is
-    taken by a copy of the batch's next readable pair, so all batches keep their size, and the metrics
+    taken by the same draw of the next scan that can be read, so all batches keep their size, and the metrics
     (data/skipped_share) and skipped.json in the run's folder say which scans were left out how often."""
     max_skipped_share: Share = 0.01
-    """Share of pairs that may be skipped before the run ends with an error."""
+    """Share of the run's pairs so far, or of an epoch's where they are fewer, that may be skipped before the run ends
+    with an error."""
 
 
 class HealthConfig(Section):
@@ -392,8 +393,8 @@ class RayConfig(Section):
     num_cpus: Positive | None = None
     """Logical CPUs of a new local cluster; none: this machine's cores, at least 4."""
     object_store_mb: Positive | None = None
-    """Object store of a new local cluster in MB; none: Ray's own choice, 30 % of the memory. It must hold some 30
-    batches of a worker (128 pairs of 16x96x96: 75 MB each), or the stream comes in fits and starts."""
+    """Object store of a new local cluster in MB; none: Ray's own choice, 30 % of the memory. It must hold 24
+    global batches (128 pairs of 16x96x96: 75 MB each), or the stream comes in fits and starts."""
     tmp_dir: str | None = None
     """Ray's temporary folder for a new local cluster (keep it short: unix sockets live there)."""
 

@@ -205,7 +205,7 @@ def worker(worker_config: dict) -> str | None:
     autocast, parts = on.autocast(device, config.train.precision), launch.parts_of(config.train, world)
 
     batches = launch.batches(plan.global_batch_size // world, device, stream.ABOUT_ROWS)
-    skipped, notice = Skipped(plan, config.stream, step), launch.Notice()
+    skipped, notice = Skipped(plan, config.stream, (state or {}).get("skipped", {})), launch.Notice()
     judge = make_probe(config) if config.probe.every and rank == 0 else None
     model.train()
     logged, since, stopped, first = step, time.monotonic(), None, True
@@ -255,7 +255,7 @@ def worker(worker_config: dict) -> str | None:
                 stopped = f"stopped at step {step}: {health.verdict({'step': step} | row)}: start a new run=... with a "
                 stopped += "lower optim.lr or a larger batch; health.stop_on_collapse=false goes on with this one"
                 keep = True
-        if (log or check) and config.stream.on_error == "skip":
+        if (log or check or keep) and config.stream.on_error == "skip":
             row["data/skipped_share"], stopped = skipped.share(step, worker_config["run"] if metrics else None)
             if stopped:
                 break
@@ -288,6 +288,7 @@ def worker(worker_config: dict) -> str | None:
             meta = _meta(config, net.get_submodule("online.encoder").last, worker_config)
             state = {"step": step, "model": net.state_dict(), "optimizer": lars.state_dict()}
             state |= {"schedule": schedule.state_dict(), "num_collapsed": num_collapsed, "meta": meta}
+            state |= {"skipped": dict(skipped.rows)}
             state |= {"plan": plan.identity, "versions": checkpoint.versions()}
             if writer:
                 writer.save(state, step, {key: row[key] for key in ("train/loss", ACCURACY) if key in row})
@@ -315,16 +316,21 @@ def _check_rows(batch: dict[str, Tensor], plan: stream.Plan, step: int, rank: in
 
 
 class Skipped:
-    """Counts the pairs that were left out since this start of the workers because their scan could not be read."""
+    """Counts the pairs of a run that were left out because their scan could not be read.
 
-    def __init__(self, plan: stream.Plan, config: StreamConfig, step: int):
-        self.plan, self.config, self.start = plan, config, step
-        self.waiting: list[Tensor] = []
-        self.rows: Counter[int] = Counter()
+    Args:
+        plan, config: of the run.
+        before: number of a scan -> its pairs that were left out before this start of the workers.
+    """
+
+    def __init__(self, plan: stream.Plan, config: StreamConfig, before: dict[int, int]):
+        self.plan, self.config = plan, config
+        self.waiting: list[int] = []
+        self.rows: Counter[int] = Counter(before)
 
     def add(self, missed: Tensor) -> None:
-        """Takes a batch's column."""
-        self.waiting.append(missed)
+        """Takes a batch's column, and keeps nothing of the batch: its memory is the object store's."""
+        self.waiting += [scan for scan in missed.tolist() if scan >= 0]
 
     def share(self, step: int, run: str | None) -> tuple[float, str | None]:
         """Share of all workers' pairs, and why the run must stop, or none; all workers call this and get the same.
@@ -333,16 +339,17 @@ class Skipped:
             step: steps done.
             run: where skipped.json is written; none: nowhere.
         """
-        missed = torch.cat(self.waiting).tolist() if self.waiting else []
-        self.waiting = []
-        for rows in launch.of_all_workers([scan for scan in missed if scan >= 0]):
+        missed, self.waiting = self.waiting, []
+        for rows in launch.of_all_workers(missed):
             self.rows.update(rows)
         named = {self.plan.scan_ids[scan]: num for scan, num in self.rows.most_common()}
         if run and named:
             with contextlib.suppress(OSError):  # it is written again with the next row
                 checkpoint.write_json(Path(run) / "skipped.json", named)
-        share = self.rows.total() / ((step - self.start) * self.plan.global_batch_size)
-        if share <= self.config.max_skipped_share:
+        pairs = step * self.plan.global_batch_size
+        share = self.rows.total() / pairs
+        # one bad scan among the first pairs says nothing of the share of bad scans: an epoch's pairs, at least
+        if self.rows.total() <= self.config.max_skipped_share * max(pairs, self.plan.rows_per_epoch):
             return share, None
         shown = ", ".join(list(named)[:5]) + ("" if len(named) <= 5 else f" and {len(named) - 5} more")
         return share, (

@@ -46,10 +46,49 @@ def check_the_same(one: str, other: str) -> None:
     assert loop.rows_of(one) == loop.rows_of(other)
 
 
+# -- scans that cannot be read -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(scans, tmp_path) -> Path:
+    """The store with one shard of the six cut off."""
+    folder = Path(shutil.copytree(scans, tmp_path / "broken"))
+    shard = folder / "scans/s2/0/c/0/0/0"
+    os.truncate(shard, shard.stat().st_size // 2)
+    return folder
+
+
+def test_a_scan_that_is_cut_off_ends_the_training_by_name(broken, tmp_path):
+    with pytest.raises(RuntimeError, match="volume of scan 's2' has no valid chunk index"):
+        loop.train(loop.pretraining(broken, tmp_path / "run", train={"num_workers": 2}), 2)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_scan_that_is_cut_off_is_skipped_and_counted(broken, tmp_path, world):
+    """Over an interruption, too; the same on any number of workers."""
+    changes = {"stream": {"on_error": "skip", "max_skipped_share": 0.5}, "train": {"num_workers": world}}
+    config = loop.pretraining(broken, tmp_path / "run", **changes)
+    with pytest.raises(loop.Killed):
+        loop.train(config, world, until=5)
+    assert loop.train(config, world) is None
+    plan = pretrain.make_plan(config, store.read_index(broken))
+    bad = (plan.rows(0, 6)[:, 1] == 2).sum()
+    assert bad > 1 and json.loads((tmp_path / "run" / "skipped.json").read_text()) == {"s2": bad}
+    rows = checkpoint.read_metrics(config.run)
+    assert rows[-1]["data/skipped_share"] == bad / 24 and loop.state_of(config.run)["skipped"] == {2: bad}
+
+
+def test_too_many_skipped_pairs_end_the_training(broken, tmp_path):
+    changes = {"stream": {"on_error": "skip", "max_skipped_share": 0.1}, "train": {"num_workers": 2}}
+    why = loop.train(loop.pretraining(broken, tmp_path / "run", **changes), 2)
+    assert "were skipped, more than stream.max_skipped_share=0.1" in why and "cannot be read: s2" in why
+
+
 # -- exact resume ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("make", "world"), [(loop.pretraining, 2), (loop.finetuning, 3)], ids=["pretrain", "finetune"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("make", [loop.pretraining, loop.finetuning], ids=["pretrain", "finetune"])
 def test_an_interrupted_run_is_bit_for_bit_the_undisturbed_one(scans, tmp_path, make, world):
     """Killed at step 3, one after a checkpoint: parameters, momentum, schedule, buffers, every loss."""
     changes = {"global_batch_size": 2 * world, "train": {"num_workers": world}}

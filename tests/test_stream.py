@@ -1,10 +1,13 @@
 """The plan and the renderers: what a batch holds depends on (seed, epoch, scan, draw) alone."""
 
+import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import tracemalloc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from pgl_ray import pretrain
 from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
 from pgl_ray.data import kernels, store, stream
 from pgl_ray.data import views as v
+from pgl_ray.data.shard import UnreadableScan
 
 VIEWS = ViewsConfig(size=(8, 24, 16))
 
@@ -354,27 +358,62 @@ def test_a_damaged_scan_ends_the_stream_or_is_skipped_and_counted(small_store, t
     for name in set(whole) - {"missed"}:
         np.testing.assert_array_equal(got[name][~bad], whole[name][~bad], err_msg=name)
         assert got[name].shape == whole[name].shape
-    for i in np.flatnonzero(bad):  # the next readable row, with its own numbers
-        other = next(j % 20 for j in range(i, i + 20) if not bad[j % 20])
+    sound = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig())
+    for i in np.flatnonzero(bad):  # the same draw of the next scan, whatever else is in the batch
+        other = sound.rebuild("scan_3", int(rows["epoch"][i]), int(rows["draw"][i]))
         for name in set(whole) - {"missed", "step"}:
-            np.testing.assert_array_equal(got[name][i], whole[name][other], err_msg=name)
+            np.testing.assert_array_equal(got[name][i], other[name][0], err_msg=name)
+        alone = {name: value[i : i + 1] for name, value in rows.items()}
+        alone = stream.PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(alone)
+        for name in set(whole):
+            np.testing.assert_array_equal(alone[name][0], got[name][i], err_msg=name)
     np.testing.assert_array_equal(rows["scan"], make_plan().rows(0, 5)[:, 1])  # Ray's own columns are left alone
-    with pytest.raises(RuntimeError, match="not one of the 1 pairs"):
-        one = {name: value[rows["scan"] == 2][:1] for name, value in rows.items()}
-        stream.PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(one)
+    only = stream.PairRenderer(broken, ("scan_2",), 3, VIEWS, IntensityConfig(), skip=True)
+    with pytest.raises(UnreadableScan, match="scan_2"):
+        only({name: np.zeros(1, np.int64) for name in rows})
+
+
+def test_a_disk_that_fails_while_reading_is_named(small_store, monkeypatch):
+    """EIO after the file was opened: the scan and the chunk, and no other error counts as a broken scan."""
+    reader = store.open_volume(small_store, store.read_index(small_store).scans[0])
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail)
+        with pytest.raises(UnreadableScan, match=r"'scan_0' cannot be read at chunk \(0, 0, 0\) \(Input/output error"):
+            reader.read(np.array([(0, 4), (0, 4), (0, 4)]))
+    monkeypatch.setattr(stream.v, "render", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        renderer = stream.PairRenderer(small_store, ("scan_0",), 3, VIEWS, IntensityConfig(), skip=True)
+        renderer({name: np.zeros(1, np.int64) for name in ("step", "epoch", "scan", "draw")})
 
 
 def test_skipped_pairs_are_counted_and_bounded(tmp_path):
     plan = make_plan()
-    counter = pretrain.Skipped(plan, StreamConfig(on_error="skip", max_skipped_share=0.2), 2)
+    assert (plan.global_batch_size, plan.rows_per_epoch) == (4, 10)
+    counter = pretrain.Skipped(plan, StreamConfig(on_error="skip", max_skipped_share=0.2), {})
     counter.add(torch.tensor([-1, -1, 3, -1]))
+    assert counter.share(1, str(tmp_path)) == (1 / 4, None)  # a quarter so far, but a tenth of an epoch
     counter.add(torch.tensor([-1, -1, -1, -1]))
-    assert counter.share(4, str(tmp_path)) == (1 / 8, None)
+    assert counter.share(2, str(tmp_path)) == (1 / 8, None)
     assert json.loads((tmp_path / "skipped.json").read_text()) == {"scan_3": 1}
+    counter = pretrain.Skipped(plan, counter.config, dict(counter.rows))  # another start of the workers
     counter.add(torch.tensor([3, 1, -1, -1]))
-    share, why = counter.share(5, str(tmp_path))
+    share, why = counter.share(3, str(tmp_path))
     assert share == 3 / 12
     assert "25.0%" in why and "stream.max_skipped_share=0.2" in why and "scan_3, scan_1" in why
+
+
+def test_what_counts_skipped_pairs_keeps_no_batch():
+    """A column of a batch that came through Ray is a part of its block in the object store."""
+    counter = pretrain.Skipped(make_plan(), StreamConfig(), {})
+    missed = torch.full((4,), -1)
+    kept = weakref.ref(missed)
+    counter.add(missed)
+    del missed
+    assert kept() is None and counter.waiting == []
 
 
 @pytest.mark.parametrize("per_region", [1, 4])

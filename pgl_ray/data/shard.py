@@ -90,6 +90,10 @@ def encode_shard(array: np.ndarray, chunk: tuple[int, int, int], compression: st
     yield footer + struct.pack("<I", google_crc32c.value(footer))
 
 
+class UnreadableScan(RuntimeError):
+    """A stored array is missing, cut off, damaged, or its storage fails; names scan and chunk."""
+
+
 class ArrayReader:
     """Reads boxes of one stored array, decoding only the chunks that they touch.
 
@@ -104,7 +108,7 @@ class ArrayReader:
         codes: read 8-bit codes as they are.
 
     Raises:
-        RuntimeError: the shard is missing, cut off or damaged.
+        UnreadableScan: the shard is missing, cut off or damaged.
     """
 
     def __init__(self, store: str | Path, scan_id: str, kind: str, metadata_json: str, codes: bool = False):
@@ -129,7 +133,7 @@ class ArrayReader:
         """The shard's footer: (offset, bytes) of every chunk, uint64 [gd, gh, gw, 2], closed by its crc32c."""
         grid = tuple(-(-size // step) for size, step in zip(self.shape, self.chunk))
         length = math.prod(grid) * 16 + 4
-        footer = next(self._file.ranges([(max(0, self._file.size - length), length)]))
+        footer = self._next(self._file.ranges([(max(0, self._file.size - length), length)]), "its chunk index")
         content = _checked(footer) if len(footer) == length else None
         if content is None:
             raise self._damaged("has no valid chunk index: the file is cut off or damaged")
@@ -144,7 +148,7 @@ class ArrayReader:
 
         Raises:
             ValueError: the box reaches beyond the array.
-            RuntimeError: a chunk is damaged; names scan and chunk.
+            UnreadableScan: a chunk is damaged or cannot be read; names scan and chunk.
         """
         return self.read_boxes([box], None if out is None else [out])[0]
 
@@ -156,7 +160,7 @@ class ArrayReader:
             outs: arrays of the boxes' shapes to fill; none: new ones in C order.
 
         Raises:
-            ValueError, RuntimeError: as read.
+            ValueError, UnreadableScan: as read.
         """
         codes, touched = [], {}
         for i, box in enumerate(boxes):
@@ -174,7 +178,7 @@ class ArrayReader:
         found = self._file.ranges([span for span in spans if span])
         for (place, copies), span in zip(touched.items(), spans):
             if span is not None:
-                self._decode(next(found), span[1], place)
+                self._decode(self._next(found, f"chunk {place}"), span[1], place)
             for target, to, origin in copies:
                 target[to] = self._fill_code if span is None else self._scratch[origin]
         if self._table is None:
@@ -205,6 +209,12 @@ class ArrayReader:
         offset, length = self._index[place].tolist()
         return None if offset == MISSING else (offset, length)
 
+    def _next(self, found: Iterator[memoryview], what: str) -> memoryview:
+        try:
+            return next(found)
+        except OSError as error:
+            raise self._damaged(f"cannot be read at {what} ({error.strerror or error})") from None
+
     def _decode(self, data: memoryview, length: int, chunk: tuple[int, int, int]) -> None:
         content = _checked(data) if len(data) == length else None
         if content is None:
@@ -221,7 +231,7 @@ class ArrayReader:
             sha256 of the voxels as `read` gives them, in C order, little-endian.
 
         Raises:
-            RuntimeError: as read, and where the chunks do not fill the shard without gaps.
+            UnreadableScan: as read, and where the chunks do not fill the shard without gaps.
         """
         places = np.ndindex(*self._index.shape[:3])
         spans, end = sorted(span for place in places if (span := self._span(place))), 0
@@ -237,9 +247,9 @@ class ArrayReader:
             digest.update(slab.astype(slab.dtype.newbyteorder("<"), copy=False))
         return digest.hexdigest()
 
-    def _damaged(self, fault: str) -> RuntimeError:
+    def _damaged(self, fault: str) -> UnreadableScan:
         mend = "python -m pgl_ray.prepare repair store=... converts it again"
-        return RuntimeError(f"stored {self.kind} of scan {self.scan_id!r} {fault}: {mend}")
+        return UnreadableScan(f"stored {self.kind} of scan {self.scan_id!r} {fault}: {mend}")
 
     def close(self) -> None:
         """Closes the file; the reader is of no use afterwards."""

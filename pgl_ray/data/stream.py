@@ -21,12 +21,13 @@ from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConf
 from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
 from pgl_ray.data.deform import deform
-from pgl_ray.data.shard import chunk_of
+from pgl_ray.data.shard import UnreadableScan, chunk_of
 
 AIR = -1024  # HU outside a scan
 ABOUT_ROWS = frozenset(("step", "epoch", "scan", "draw", "missed"))  # columns that no network sees
 BLOCKS_AHEAD = 256  # blocks of rows laid out at a time, by a task of 1 CPU: Ray Data's repartition takes no less
 BATCHES_HELD = 24  # global batches that Ray's object stores should hold together; with 13 a stream crawls
+SUBSTITUTES = 32  # scans that are tried in the place of one that cannot be read
 REGIONS_MIXED = 16  # regions whose pairs are shuffled with one another; up to 31 at an epoch's end
 
 
@@ -147,7 +148,7 @@ def dataset(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    context.target_max_block_size = 2**30  # a block is a batch: never split it
+    context.target_max_block_size = None  # a block is a batch: never split it
     ways = [*policies.ENABLED_BACKPRESSURE_POLICIES, _keep_ahead(policies.BackpressurePolicy)]
     context.set_config(policies.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, ways)
     stride = max(1, BLOCKS_AHEAD // num_workers)
@@ -294,8 +295,8 @@ class PairRenderer:
         resize: resize and flip here; otherwise there are crop_1, crop_2 [B, 1, d, h, w] of the stored type (int16 HU,
             or 8-bit codes) instead of the views, each in the first corner of an array as large as the largest crop, 0
             beyond it, and scaling float32 [B, 2], the scan's mean and standard deviation in HU. Not with `augment`.
-        skip: a row whose scan cannot be read shows a copy of the next readable row of the batch instead of raising;
-            missed is that scan's number, and -1 in all other rows.
+        skip: a row whose scan cannot be read shows the same draw of the next scan that can, in the plan's order,
+            instead of raising, whatever else is in the batch; missed is that scan's number, and -1 in all other rows.
         pairs_per_region: draws in turn that share a region of their scan; 1: each is drawn from the whole scan.
     """
 
@@ -333,27 +334,41 @@ class PairRenderer:
             if not self.augment:
                 out["intensity_" + view] = drawn.intensity[:, k].astype(np.float32)
                 out["noise_seed_" + view] = drawn.noise_seed[:, k]
-        unread, fault = [], None
+        unread = []
         order = list(range(num))
         if drawn.region is not None:  # pairs of a region one after the other, while it lies in the processor's cache
             order.sort(key=lambda i: (drawn.scan_ids[i], drawn.region[i].tolist()))
         for i in order:
             try:
                 (self._render if self.resize else self._cut)(i, drawn, out)
-            except (RuntimeError, OSError) as error:  # what ArrayReader and the file system say of a broken scan
+            except UnreadableScan:
                 if not self.skip:
                     raise
-                unread, fault = [*unread, i], error
-        if len(unread) == num:
-            raise RuntimeError(f"not one of the {num} pairs of a batch could be read; the last: {fault}")
+                unread.append(i)
         if unread:
             out |= {name: column.copy() for name, column in rows.items()}  # the caller's are left as they are
-        for i in sorted(unread):
-            other = next(j % num for j in range(i, i + num) if j % num not in unread)
+            _volume.cache_clear()  # an open file may be what fails
+        for i in unread:
+            shown = self._instead({name: column[i : i + 1] for name, column in rows.items()})
             for name in out.keys() - {"step", "missed"}:
-                out[name][i] = out[name][other]
+                out[name][i] = shown[name][0]
             out["missed"][i] = rows["scan"][i]
         return out
+
+    def _instead(self, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """A batch of one row that shows the same draw of the next scan that can be read.
+
+        Raises:
+            UnreadableScan: of the last of SUBSTITUTES scans that cannot be read, either.
+        """
+        tries = min(SUBSTITUTES, len(self.scan_ids))
+        for further in range(1, tries + 1):
+            try:
+                return replace(self, skip=False)({**row, "scan": (row["scan"] + further) % len(self.scan_ids)})
+            except UnreadableScan:
+                if further == tries:
+                    raise
+        raise AssertionError("there is at least one scan")
 
     @property
     def row_bytes(self) -> int:

@@ -231,7 +231,7 @@ def _first_cause(error: Exception) -> str:
         return f"worker {rank} failed: {NO_MEMORY}"
     # Ray wraps the traceback as text and adds advice below it: the exception's own line is the last that names a class.
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Run)(\(\w+\))?: ", line)]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Run|Scan)(\(\w+\))?: ", line)]
     named = [
         line for line in named if "UserCodeException" not in line
     ] or named  # Ray Data's, around the renderer's own
