@@ -82,7 +82,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     known = f", {len(found)} of them known already" if found else ""
     print(f"evaluate: {len(records)} scans of split={config.split!r} on {device}{known}", flush=True)
     began = time.monotonic()
-    scored_scans = score_scans(model, meta, index, left, config.inference, flips=config.tta)
+    scored_scans = _named(score_scans(model, meta, index, left, config.inference, flips=config.tta))
     with (folder / SCANS).open("a") as file:
         for done, scored in enumerate(scored_scans, 1):
             found[scored.record.scan_id] = scored.rows
@@ -104,6 +104,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
             "num_scans": len(records),
             "split": config.split,
             "index": config.index,
+            "spacing_mm": index.spacing_mm and list(index.spacing_mm),
             "seconds_per_scan": (time.monotonic() - began) / max(1, len(left)),
             "forward_ms": _forward_ms(model, device, config.inference.precision),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -116,6 +117,9 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         summary |= {"ci95": intervals(rows, config.seed), "seed": config.seed}
         write_json(folder / "summary.json", summary)
     print(table(summary), flush=True)
+    if index.spacing_mm:
+        voxels = " x ".join(f"{size:g}" for size in index.spacing_mm)
+        print(f"note: scored on the store's voxels of {voxels} mm, not on the scans' own", flush=True)
     if summary["forward_ms"] is not None:
         size = "x".join(map(str, FORWARD_SIZE))
         print(
@@ -149,6 +153,9 @@ def score_scans(
         inference: overlap and batch size of the windows, and the network's precision.
         distances: whether to compute HD and HD95, too.
         flips: whether to average over all flips of a window.
+
+    Raises:
+        MemoryError: names the scan, and what to take of evaluate's keys.
     """
     values = index.label_values
     lookup = class_lookup(values)
@@ -170,11 +177,19 @@ def score_scans(
                 precision=inference.precision,
             )
         except MemoryError as error:
-            raise FailedRun(f"scan {record.scan_id}: {error}") from None
+            raise MemoryError(f"scan {record.scan_id}: {error.args[0]}", error.args[1]) from None
         organs = {organ: values.index(v) + 1 for organ, v in index.labels.items() if v in record.labelled}
         scores = organ_metrics(prediction, target, organs, record.spacing_mm, meta["task"], distances)
         rows = [{"scan_id": record.scan_id, "organ": organ, **score} for organ, score in scores.items()]
         yield Scored(record, prediction, rows)
+
+
+def _named(scored: Iterator[Scored]) -> Iterator[Scored]:
+    """The same; a scan for which memory is too short ends the run with what to take."""
+    try:
+        yield from scored
+    except MemoryError as error:
+        raise FailedRun(": take ".join(error.args)) from None
 
 
 def _choose(config: EvaluateConfig, meta: dict[str, Any], index: Index) -> list[ScanRecord]:

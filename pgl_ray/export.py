@@ -163,13 +163,15 @@ def run(config: ExportConfig) -> Result:
             computed = writers[output.suffix](network, metadata, examples, aside)
             truth = [_as_list(network(x)) for x in examples]
         differences = [float((a - b).abs().max()) for pair in zip(computed, truth) for a, b in zip(*pair, strict=True)]
-        largest = max(float(value.abs().max()) for values in truth for value in values)
-        if not max(differences) <= TOLERANCE * largest:
-            raise FailedRun(f"{output.name} computes something else: {max(differences):.3g} of at most {largest:.3g}")
+        difference, largest = np.max(differences), np.max([float(value.abs().max()) for row in truth for value in row])
+        if not np.isfinite(largest):
+            raise FailedRun(f"run={config.run}: its network's values are not finite, so it is of no use")
+        if not difference <= TOLERANCE * largest:  # nor where it is NaN
+            raise FailedRun(f"{output.name} computes something else: {difference:.3g} of at most {largest:.3g}")
         aside.replace(output)
     finally:
         aside.unlink(missing_ok=True)
-    return Result(str(output), part, sum(p.numel() for p in network.parameters()), max(differences), largest)
+    return Result(str(output), part, sum(p.numel() for p in network.parameters()), float(difference), float(largest))
 
 
 def _network(config: ExportConfig, nnunet: bool) -> tuple[nn.Module, str, dict[str, Any]]:

@@ -56,7 +56,7 @@ def run(config: FinetuneConfig) -> Result:
     """
     index = store.read_index(config.index)
     train_ids, val_ids = split_scans(config, index)
-    model, meta, loaded = build_model(config, index)
+    model, meta, loaded = build_model(config, index, begun(config))
     meta["data"] = training_facts(index, [*train_ids, *val_ids])
     limits = (config.epochs, config.max_steps, config.seed)
     plan = stream.Plan.make(train_ids, config.patches_per_scan, config.global_batch_size, *limits)
@@ -135,22 +135,45 @@ def split_scans(config: FinetuneConfig, index: store.Index) -> tuple[list[str], 
     return sorted(chosen[num_val:]), sorted(chosen[:num_val])
 
 
-def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, dict, weights.Report | None]:
+def begun(config: FinetuneConfig) -> dict | None:
+    """Meta dict of the run's own newest checkpoint, from which it continues; none: it starts from `config.init`."""
+    try:
+        return checkpoint.state_of(config.run)["meta"] if config.init != "random" else None
+    except ValueError:
+        return None
+
+
+def build_model(
+    config: FinetuneConfig, index: store.Index, begun: dict | None = None
+) -> tuple[Segmenter, dict, weights.Report | None]:
     """The network at its initial weights, the meta dict of its checkpoints, and what was loaded, if anything.
+
+    Args:
+        config: of the run.
+        index: of its scans.
+        begun: the meta dict of a checkpoint of this run: the network is that one's, `config.init` is not read and need
+            not be there any more, and the weights are to be filled in.
 
     Raises:
         ValueError: `config.init` is missing, or of another architecture or HU window.
     """
     settings, source = config.encoder.model_dump() if config.encoder else None, None
-    if config.init == "random":
-        encoder = build_encoder(**(settings or {}))
+    if begun or config.init == "random":
+        encoder = build_encoder(**(begun["encoder"] if begun else settings or {}))
     else:
         encoder, source = weights.read(config.init, settings, index.hu_window, config.allow_partial)
     num_outputs = len(index.labels) + (config.task == "multiclass")
     model = Segmenter(encoder, num_outputs)
     init_kaiming_uniform(model, config.seed)
     loaded = weights.fill(model, weights.for_segmenter(source, model), config.allow_partial) if source else None
+    level = begun["init_level"] if begun else encoder.last
+    level = source.meta.get("level", level) if source else level
     if config.freeze:
+        if level < len(encoder.channels) - 1:
+            raise ValueError(
+                f"freeze=true: {config.init} was trained up to stage {level} of the encoder (align.output_stride) and "
+                f"the network reads stage {len(encoder.channels) - 1}, too, which would stay random: take freeze=false"
+            )
         encoder.requires_grad_(False)
     meta = {
         "door": "finetune",
@@ -161,7 +184,7 @@ def build_model(config: FinetuneConfig, index: store.Index) -> tuple[Segmenter, 
         "task": config.task,
         "num_outputs": num_outputs,
         "patch_size": list(config.patch.size),
-        "init_level": source.meta.get("level", encoder.last) if source else encoder.last,
+        "init_level": level,
         "config": config.model_dump_json(),
     }
     return model, meta, loaded
@@ -180,8 +203,9 @@ def worker(worker_config: dict) -> str | None:
     index = store.read_index(config.index)
     val_records = [scan for scan in index.scans if scan.scan_id in worker_config["val_ids"]]
 
-    # model, optimizer, schedule
-    segmenter = on.lay_out(build_model(config, index)[0], device)
+    # model, optimizer, schedule; what was committed needs the initial weights no more
+    state = checkpoint.resumed(worker_config["run"], device)
+    segmenter = on.lay_out(build_model(config, index, meta if state else None)[0], device)
     if device.type == "cuda" and world > 1:
         segmenter = torch.nn.SyncBatchNorm.convert_sync_batchnorm(segmenter)
     if config.train.recompute and not config.freeze:
@@ -191,7 +215,6 @@ def worker(worker_config: dict) -> str | None:
 
     # continue where the last committed checkpoint stands
     step, best, stale = 0, -1.0, 0
-    state = checkpoint.resumed(worker_config["run"], device)
     if state:
         segmenter.load_state_dict(state["model"])
         sgd.load_state_dict(state["optimizer"])
@@ -226,6 +249,8 @@ def worker(worker_config: dict) -> str | None:
                 launch.settle(model, forward_and_back)
                 first = False
             loss = forward_and_back()
+            norm = health.norm(p.grad for p in segmenter.parameters() if p.grad is not None)
+            sgd.step()  # the first one makes room for the momentum
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -233,9 +258,8 @@ def worker(worker_config: dict) -> str | None:
             if world > 1:
                 raise FailedRun(stopped) from error  # the other ranks wait for this one's gradient
             break
-        unseen.append(torch.stack([loss, health.norm(p.grad for p in segmenter.parameters() if p.grad is not None)]))
+        unseen.append(torch.stack([loss, norm]))
         lr = schedule.get_last_lr()[0]
-        sgd.step()
         schedule.step()
         watch.at(step, watch.METRICS)
         step += 1
@@ -399,8 +423,12 @@ def validate(
     model.eval()
     rows = []
     with watch.beating(model):
-        for scored in evaluate.score_scans(model, meta, index, records[rank::world], inference, distances=False):
-            rows += scored.rows
+        try:
+            for scored in evaluate.score_scans(model, meta, index, records[rank::world], inference, distances=False):
+                rows += scored.rows
+        except MemoryError as error:
+            mend = "train.device=cpu, or a new run=... with a smaller patch.size"
+            raise FailedRun(f"validation: {error.args[0]}: take {mend}") from None
     watch.meet()
     summary = summarise([row for part in launch.of_all_workers(rows) for row in part])
     scores = {f"val/dice_{organ}": found["dice"] for organ, found in summary["organs"].items()}

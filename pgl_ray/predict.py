@@ -75,7 +75,7 @@ def run(config: PredictConfig) -> Result:
                 print(f"predict: note: {names[job]}: {note}", flush=True)
         except (ValueError, OSError, MemoryError) as error:
             reason = " ".join(str(error).split()) or "not enough memory"
-            reason = f"{job.source}: {reason}" if isinstance(error, MemoryError) else reason
+            reason = f"{job.source}: {': take '.join(error.args)}" if isinstance(error, MemoryError) else reason
             if not many:
                 raise FailedRun(reason) if isinstance(error, MemoryError) else error from None
             failed.append(names[job])
@@ -138,22 +138,30 @@ def _jobs(source: Path, output: Path) -> list[Job]:
         scans += [(Path(one.folder), one.slices, name) for one, name in zip(found, series_names(found, source))]
         if not scans:
             raise ValueError(f"input={source} holds no CT ({', '.join(ct.SUFFIXES)}) at its top level, nor DICOM below")
-        if len(found) == len(scans) == 1 and output.name.endswith(".nii.gz"):
-            return [Job(*scans[0][:2], output)]
-        if output.resolve() == source.resolve():
-            raise ValueError(f"output={output} is the input's folder: its label maps would be taken for CTs next time")
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"output={output} is a file: give a folder, for input is one")
-        twice = [name for name, count in Counter(name for *_, name in scans).items() if count > 1]
-        if twice:
-            raise ValueError(
-                f"input={source} holds several files named {', '.join(twice)}: their label maps would collide"
-            )
-        jobs = [Job(path, slices, output / f"{name}.nii.gz") for path, slices, name in scans]
+        if output.name.endswith(".nii.gz") and not output.is_dir():
+            if len(scans) > 1:
+                raise ValueError(
+                    f"output={output} is one file, and input={source} holds {len(scans)} CTs: name a folder"
+                )
+            jobs = [Job(*scans[0][:2], output)]
+        else:
+            jobs = _jobs_into(output, source, scans)
     for path, _, target in jobs:
         if target.resolve() == path.resolve():
             raise ValueError(f"output={output} would replace the CT {path}: choose another")
     return jobs
+
+
+def _jobs_into(output: Path, source: Path, scans: list[tuple[Path, tuple, str]]) -> list[Job]:
+    """A label map per CT (path, slices, name) of a folder."""
+    if output.resolve() == source.resolve():
+        raise ValueError(f"output={output} is the input's folder: its label maps would be taken for CTs next time")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output={output} is a file: give a folder, for input is one")
+    twice = [name for name, count in Counter(name for *_, name in scans).items() if count > 1]
+    if twice:
+        raise ValueError(f"input={source} holds several files named {', '.join(twice)}: their label maps would collide")
+    return [Job(path, slices, output / f"{name}.nii.gz") for path, slices, name in scans]
 
 
 def _predict(model: Segmenter, meta: dict[str, Any], job: Job, maker: str, config: PredictConfig) -> list[str]:

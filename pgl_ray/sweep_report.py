@@ -206,8 +206,8 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
     colors = {arm: pictures.RUN_COLORS[k % len(pictures.RUN_COLORS)] for k, arm in enumerate(arms)}
     cells = {point: {arm: found[arm] for arm in arms if arm in found} for point, found in cells.items()}
     points, published = sorted(cells, key=lambda point: _num_scans(cells[point])), _published(config)
-    blocks = [_block(point, cells[point], published if point == points[-1] else {}, colors) for point in points]
-    shown = [runs[0] for runs in cells[points[-1]].values()]
+    blocks = [_block(point, cells[point], published if _of_all(cells[point]) else {}, colors) for point in points]
+    shown = _one_seed(cells[points[-1]])
     try:
         labels = overlays(shown)
     except Exception as error:  # store moved, scan gone, predictions not kept: the numbers stand
@@ -215,7 +215,7 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
     return {
         "colors": colors,
         "blocks": blocks,
-        "published": bool(published),
+        "published": bool(published) and any(_of_all(cells[point]) for point in points),
         "over": _over_labels(trials, colors),
         "overlays": labels,
     }
@@ -225,6 +225,19 @@ def _num_scans(cells: dict[str, list[tables.Run]]) -> int:
     """Labelled scans of a point's trials, validation included."""
     scans = next(iter(cells.values()))[0].record["scans"]
     return len(scans["train"]) + len(scans["val"])
+
+
+def _one_seed(cells: dict[str, list[tables.Run]]) -> list[tables.Run]:
+    """One run per arm, of the first seed that most arms have; an arm without it is left out."""
+    seeds = [run.config["seed"] for runs in cells.values() for run in runs]
+    chosen = max(sorted(set(seeds)), key=seeds.count)
+    return [run for runs in cells.values() for run in runs if run.config["seed"] == chosen]
+
+
+def _of_all(cells: dict[str, list[tables.Run]]) -> bool:
+    """Whether a point's trials had all labelled scans, as those that the paper's tables are of."""
+    configs = [run.config for runs in cells.values() for run in runs]
+    return all(config["num_scans"] is None and config["scan_share"] == 1 for config in configs)
 
 
 def _evaluated(run: Path, arm: str) -> tables.Run:
@@ -253,15 +266,17 @@ def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, 
     columns = [None, *organs] if len(organs) > 1 else [None]
     found = []
     for score, (head, factor) in SCORES.items():
-        rows = []
+        rows, distance = [], score.startswith("hd")
         for arm, runs in cells.items():
             values = [[tables.mean_score(run, score, organ) for run in runs] for organ in columns]
-            cells_here = [_cell([v * factor for v in column if v is not None]) for column in values]
-            rows.append({"name": arm, "color": colors[arm], "seeds": len(runs), "cells": cells_here, "paper": False})
+            texts = [_cell([v * factor for v in column if v is not None]) for column in values]
+            texts += [_cell([tables.unscored(run) for run in runs], 1)] if distance else []
+            rows.append({"name": arm, "color": colors[arm], "seeds": len(runs), "cells": texts, "paper": False})
             for table, figures in published.get(score, {}).get(arm, []):
-                texts = [tables.number(figures.get(organ or "mean"), ".2f") for organ in columns]
+                texts = [tables.number(figures.get(organ or "mean"), ".2f") for organ in columns] + [""] * distance
                 rows.append({"name": f"paper, Table {table}", "seeds": "", "cells": texts, "paper": True})
-        found.append({"head": head, "rows": rows})
+        heads = [(organ or "mean").replace("_", " ") for organ in columns] + ["left out"] * distance
+        found.append({"head": head, "heads": heads, "rows": rows})
     bars = []
     for arm, runs in cells.items():
         dice = [[tables.mean_score(run, "dice", organ) for run in runs] for organ in organs]
@@ -271,19 +286,18 @@ def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, 
         bars.append((colors[arm], heights, errors))
     return {
         "point": point,
-        "heads": [(organ or "mean").replace("_", " ") for organ in columns],
         "tables": found,
         "sentences": _differences(cells),
         "bars": pictures.to_svg(pictures.organ_bars(organs, bars)),
     }
 
 
-def _cell(values: list[float]) -> str:
+def _cell(values: list[float], digits: int = 2) -> str:
     """Mean over seeds, and their standard deviation."""
     if not values:
         return "–"
-    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{spread}"
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:

@@ -162,20 +162,25 @@ def comparison(runs: list[Run]) -> dict[str, Any]:
     organs = evaluated_organs(runs)
     columns = [(score, None) for score in SCORES] + [("dice", organ) for organ in organs]
     alike = len({frozenset((row["scan_id"], row["organ"]) for row in run.scores) for run in runs}) == 1
-    unscored = [sum(o["num_missed"] + o["num_invented"] for o in run.summary["organs"].values()) for run in runs]
+    left_out = [unscored(run) for run in runs]
     best = []
     for score, organ in columns:
         known = [value for run in runs if (value := mean_score(run, score, organ)) is not None]
         lower = score in LOWER_IS_BETTER
-        comparable = alike and not (lower and any(unscored))
+        comparable = alike and not (lower and any(left_out))
         differ = len(set(known)) > 1  # equal values, as two organs nobody found, have no best
         best.append((min if lower else max)(known) if comparable and differ else None)
     rows = []
-    for run, missed in zip(runs, unscored):
+    for run, num in zip(runs, left_out):
         cells = [_cell(run, *column, top) for column, top in zip(columns, best)]
-        rows.append({"run": run, "init": os.path.basename(run.config["init"]), "cells": cells, "unscored": missed})
+        rows.append({"run": run, "init": os.path.basename(run.config["init"]), "cells": cells, "unscored": num})
     heads = [*SCORES.values(), *(organ.replace("_", " ") for organ in organs)]
-    return {"heads": heads, "rows": rows, "unscored": any(unscored), "sentences": sentences(runs, alike)}
+    return {"heads": heads, "rows": rows, "unscored": any(left_out), "sentences": sentences(runs, alike)}
+
+
+def unscored(run: Run) -> int:
+    """Organs of scans that have no HD, for they were missed or invented."""
+    return sum(organ["num_missed"] + organ["num_invented"] for organ in run.summary["organs"].values())
 
 
 def _cell(run: Run, score: str, organ: str | None, best: float | None) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
     tuning, shared = found["finetune"], found["pretrain"]
     if tuning and ("init" in (config.base_finetune or {}) or "finetune.init" in overrides):
         shared = found["pretrain"] = None
-    init = tuning.init if tuning else "random"
+    if not tuning and "probe.init" in overrides:
+        shared = found["pretrain"] = None
+    init = tuning.init if tuning else overrides.get("probe.init", "random")
     if shared:
         _check_geometry(shared.method, shared.encoder, shared.views.size, shared.align.output_stride)
         same = shared.model_dump(mode="json", exclude={"run", "ray", "health", "probe"})

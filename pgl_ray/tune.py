@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from pgl_ray import finetune, pretrain, report, sweeps
+from pgl_ray import finetune, pretrain, probe, report, sweeps
 from pgl_ray.config import (
     FailedRun,
     FinetuneConfig,
@@ -39,7 +39,7 @@ from pgl_ray.config import (
     keys,
 )
 from pgl_ray.data import stream
-from pgl_ray.data.store import read_index
+from pgl_ray.data.store import Index, read_index
 from pgl_ray.train import launch
 from pgl_ray.train.checkpoint import write_json
 from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, own_name, stage_config, stage_configs
@@ -275,6 +275,11 @@ def _check_stores(config: TuneConfig, trials: list[Trial]) -> None:
             configs = stage_configs(config, values, Path(config.run))
             if "pretrain" in configs:
                 pretrain.make_plan(configs["pretrain"], read(configs["pretrain"].index))
+                if "finetune" in configs or "probe" in configs:
+                    labelled = configs.get("finetune") or configs["probe"]
+                    _check_windows(read(configs["pretrain"].index), read(labelled.index))
+            if "probe" in configs:
+                probe.choose_scans(read(configs["probe"].index), configs["probe"])
             if "finetune" in configs:
                 train_ids, _ = finetune.split_scans(configs["finetune"], read(configs["finetune"].index))
                 if config.scheduler.kind == "pbt":
@@ -283,6 +288,15 @@ def _check_stores(config: TuneConfig, trials: list[Trial]) -> None:
                 raise ValueError(
                     f"index={configs['evaluate'].index} has no labelled scan in split={configs['evaluate'].split!r}"
                 )
+
+
+def _check_windows(pool: Index, labelled: Index) -> None:
+    """An encoder sees scans as it saw those that it was trained on."""
+    if pool.hu_window != labelled.hu_window:
+        raise ValueError(
+            f"base_pretrain.index={pool.store} has hu_window={list(pool.hu_window)}, index={labelled.store} "
+            f"{list(labelled.hu_window)}: prepare one of them again with the other's hu_window"
+        )
 
 
 def _check_checkpoints(grace: int, config: FinetuneConfig, train_ids: list[str]) -> None:

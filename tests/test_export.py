@@ -1,6 +1,7 @@
 """export: every format computes what the network computes, and says what goes in; the loader warns."""
 
 import json
+import math
 import re
 import stat
 import warnings
@@ -239,6 +240,28 @@ def test_wrong_use(runs, tmp_path, kind, output, values, message):
 def test_a_file_that_computes_something_else_is_not_kept(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_safetensors", lambda net, meta, xs, path: [[o + 1 for o in net(x)] for x in xs])
     with pytest.raises(FailedRun, match="computes something else"):
+        export.run(config(runs, "resnet", tmp_path / "m.safetensors"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_is_not_finite_is_not_exported(runs, tmp_path, monkeypatch):
+    """NaN in a deep map alone, behind maps that agree."""
+
+    def broken(net, meta, xs, path):
+        return [[*net(x)[:-1], net(x)[-1] * math.nan] for x in xs]
+
+    monkeypatch.setattr(export, "_safetensors", broken)
+    with pytest.raises(FailedRun, match="computes something else: nan"):
+        export.run(config(runs, "resnet", tmp_path / "m.safetensors"))
+    load = export.checkpoint.load_encoder
+
+    def ill(run):
+        encoder, meta = load(run)
+        encoder.layer3[0].conv1.weight.data.fill_(math.nan)
+        return encoder, meta
+
+    monkeypatch.setattr(export.checkpoint, "load_encoder", ill)
+    with pytest.raises(FailedRun, match="not finite"):
         export.run(config(runs, "resnet", tmp_path / "m.safetensors"))
     assert not list(tmp_path.iterdir())
 

@@ -10,6 +10,7 @@ from pgl_ray import finetune
 from pgl_ray.config import FinetuneConfig, SgdConfig, load
 from pgl_ray.data.store import read_index, write_index, write_scan
 from pgl_ray.model.device import autocast
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.inference import out_of_memory
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
@@ -119,6 +120,13 @@ def test_a_frozen_encoder_stays_as_it_is_bit_for_bit(tmp_path):
         same = torch.equal(value, before[name])
         assert same == name.startswith("encoder.") or "num_batches" in name or value.std() == 0, name
     assert all(p.grad is None for p in model.encoder.parameters())
+    (tmp_path / "early").mkdir()
+    early = build_encoder(depths=[1, 1, 1, 1], width=4)
+    meta = {"door": "pretrain", "encoder": early.settings, "hu_window": [-1024.0, 325.0], "level": 2}
+    state = {"meta": meta, "model": {f"online.encoder.{name}": value for name, value in early.state_dict().items()}}
+    torch.save(state, tmp_path / "early" / "state.pt")
+    with pytest.raises(ValueError, match=r"early was trained up to stage 2 .* reads stage 4, too.* take freeze=false"):
+        finetune.build_model(config(*args, f"init={tmp_path}/early"), index)
     free, _, _ = finetune.build_model(config(*args[1:]), index)
     finetune.train_mode(free, freeze=False)
     finetune.backward(free, free, batch(), "multiclass", 1, autocast(CPU, "float32"))

@@ -163,15 +163,18 @@ def test_a_folder_goes_on_over_bad_files(tmp_path, known, capsys):
         ("in/a.nii.gz", "out", r"must be a file that ends in .nii.gz"),
         ("in/a.nii.gz", "in/a.nii.gz", "would replace the CT"),
         ("in", "in", "output=.*in is the input's folder"),
-        ("in", "in/a.nii.gz", "give a folder"),
+        ("in", "in/a.nii.gz", "would replace the CT"),
+        ("two", "out.nii.gz", "is one file, and input=.*two holds 2 CTs: name a folder"),
         ("empty", "out", r"holds no CT \(.nii.gz"),
         ("twice", "out", "several files named a: "),
         ("bad.nii.gz", "x.nii.gz", "bad.nii.gz: not a readable image"),
     ],
 )
 def test_wrong_use_is_one_clear_line(tmp_path, known, source, output, message):
-    for name in ("in", "empty", "twice"):
+    for name in ("in", "empty", "twice", "two"):
         (tmp_path / name).mkdir()
+    write(tmp_path / "two/a.nii.gz")
+    write(tmp_path / "two/b.nii.gz")
     write(tmp_path / "in/a.nii.gz")
     write(tmp_path / "twice/a.nii.gz")
     write(tmp_path / "twice/a.nii")

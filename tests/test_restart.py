@@ -84,6 +84,26 @@ def test_too_many_skipped_pairs_end_the_training(broken, tmp_path):
     assert "were skipped, more than stream.max_skipped_share=0.1" in why and "cannot be read: s2" in why
 
 
+def test_too_little_memory_in_fine_tuning_says_what_to_take(scans, tmp_path, monkeypatch):
+    """In a step, the first update's momentum included, and in a validation, whose advice is fine-tuning's own."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for name in ("segmentation_loss", "health.norm"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pgl_ray.finetune.{name}", full)
+            told = loop.train(loop.finetuning(scans, tmp_path / name))
+        assert "out of memory on cpu at step 1 with 4 patches of 16x32x32 at a time; try accumulate=2" in told
+    config = loop.finetuning(scans, tmp_path / "val")
+    with monkeypatch.context() as patch:
+        patch.setattr("pgl_ray.model.inference._segment", full)
+        with pytest.raises(
+            RuntimeError, match=r"validation: scan s.: the memory of cpu .*: take train.device=cpu, or a new"
+        ):
+            loop.train(config)
+
+
 # -- exact resume ------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +154,22 @@ def test_fine_tuning_stops_when_it_overfits(scans, tmp_path, monkeypatch):
         assert result.already_finished and result.steps == 10 and result.val_dice == 0.3
         assert "3 validations without a better val/dice than that of step 7" in finetune.describe(result)
     check_the_same(whole.run, killed.run)
+
+
+def test_a_fine_tuning_that_has_begun_needs_its_initial_weights_no_more(scans, tmp_path):
+    """Interrupted, continued and asked for again without the pre-training's folder: the same to the last bit."""
+    pretrained = loop.pretraining(scans, tmp_path / "pre")
+    loop.train(pretrained)
+    whole, killed = (loop.finetuning(scans, tmp_path / name, init=pretrained.run) for name in ("whole", "killed"))
+    assert loop.train(whole) is None
+    with pytest.raises(loop.Killed):
+        loop.train(killed, until=3)
+    shutil.rmtree(pretrained.run)
+    assert loop.train(killed) is None
+    assert finetune.run(killed).already_finished
+    check_the_same(whole.run, killed.run)
+    with pytest.raises(ValueError, match="does not exist"):
+        finetune.run(loop.finetuning(scans, tmp_path / "new", init=pretrained.run))
 
 
 def test_at_another_number_of_workers_no_pair_is_repeated_or_lost(scans, tmp_path):

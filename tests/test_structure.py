@@ -11,7 +11,7 @@ DOORS = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "config", "prior"}
 RAY_ALLOWED = {"data/stream.py", "train/launch.py", "train/checkpoint.py"}
 DOOR_TO_DOOR = {
     *(("trial", stage) for stage in ("pretrain", "probe", "finetune", "evaluate")),
-    *(("tune", other) for other in ("trial", "pretrain", "finetune", "report", "sweeps")),
+    *(("tune", other) for other in ("trial", "pretrain", "probe", "finetune", "report", "sweeps")),
     ("trial", "sweeps"),
     ("finetune", "evaluate"),
     ("pretrain", "probe"),

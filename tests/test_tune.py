@@ -1,5 +1,7 @@
 """Sweeps without Ray jobs: what is refused, which trials there are, what they share, what is read back and reported."""
 
+import base64
+import itertools
 import json
 import math
 import threading
@@ -16,6 +18,7 @@ from scipy import stats
 
 from pgl_ray import config as c
 from pgl_ray import pictures, report, sweep_report, sweeps, trial, tune
+from pgl_ray.data.store import write_index, write_scan
 from pgl_ray.train import checkpoint, launch, optim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,6 +205,31 @@ def ended(tmp_path, values, score, reports=(), state="done", **facts) -> sweeps.
     sweeps.note(folder, **facts)
     sweeps.end(folder, state, facts.get("error"), score)
     return sweeps.read_trial(folder)
+
+
+def test_what_the_stores_cannot_give_is_refused_before_anything_is_trained(tmp_path):
+    """Two HU windows, and a split without labels for the probe; an arm may be probed without a pre-training."""
+    for name, window in (("pool", (-1000.0, 400.0)), ("own", (-1024.0, 325.0))):
+        for i in range(3):
+            volume = np.zeros((24, 40, 40), np.int16)
+            kept = {"label": np.ones_like(volume, np.uint8), "labelled": (1,)} if name == "own" else {}
+            write_scan(tmp_path / name, f"s{i}", volume, np.eye(4), split="train", hu_window=window, **kept)
+        write_index(tmp_path / name, {"a": 1} if name == "own" else {}, window)
+    own, pool = str(tmp_path / "own"), str(tmp_path / "pool")
+    geometry = {"views": {"size": [16, 32, 32]}, "global_batch_size": 1, "max_steps": 1, "encoder": ENCODER}
+    config = sweep(tmp_path, index=own, space=LR, base_pretrain={**geometry, "index": pool})
+    with pytest.raises(ValueError, match=r"pool has hu_window=\[-1000.0, 400.0\], index=.*own \[-1024.0, 325.0\]"):
+        tune._check_stores(config, tune.check(config))
+    config = sweep(tmp_path, index=own, space=LR, base_pretrain=geometry, base_probe={"test_split": "validation"})
+    with pytest.raises(ValueError, match="test_split='validation': no labelled scan"):
+        tune._check_stores(config, tune.check(config))
+    bases = {"base_pretrain": geometry, "base_finetune": None, "base_probe": {"num_scans": 1, "test_split": "train"}}
+    arms = {"random": {"probe.init": "random"}, "pgl": {"pretrain.method": "pgl"}}
+    config = sweep(tmp_path, index=own, arms=arms, judge=trial.PROBE, **bases)
+    random, pgl = (trial.stage_configs(config, one.values, tmp_path / "t") for one in tune.check(config))
+    assert list(random) == ["probe"] and random["probe"].init == "random"
+    assert list(pgl) == ["pretrain", "probe"] and pgl["probe"].init == pgl["pretrain"].run
+    tune._check_stores(config, tune.check(config))
 
 
 def test_asha_remembers_the_rungs_of_ended_trials(tmp_path):
@@ -424,13 +452,14 @@ def test_the_published_tables_are_consistent():
     assert off == [("bcv", 5, "hd_mm", "pgl")]
 
 
-def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]]) -> None:
+def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]], share: float = 1.0, missed: int = 0) -> None:
     """A fine-tuning run's folder with an evaluation: organ -> scan -> Dice."""
     import pyarrow as pa
 
     (folder / "evaluation").mkdir(parents=True)
-    config = {"seed": seed, "global_batch_size": 4, "index": "s", "init": "random"}
-    record = {"door": "finetune", "config": config, "num_steps": 10, "scans": {"train": ["a"] * 3, "val": ["b"]}}
+    config = {"seed": seed, "global_batch_size": 4, "index": "s", "init": "random", "num_scans": None}
+    scans = {"train": ["a"] * round(6 * share), "val": ["b"] * round(2 * share)}
+    record = {"door": "finetune", "config": config | {"scan_share": share}, "num_steps": 10, "scans": scans}
     checkpoint.write_json(folder / "run.json", record)
     checkpoint.metrics_path(folder).write_text('{"step": 5, "time_s": 2.0}\n{"step": 10, "time_s": 4.0}\n')
     rows = [
@@ -439,26 +468,31 @@ def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]]) -> Non
         for scan, v in scans.items()
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "evaluation" / "metrics.parquet")
-    organs = {
-        o: {"dice": float(np.mean(list(v.values()))), "iou": 0.5, "hd_mm": 5.0, "hd95_mm": 4.0} for o, v in dice.items()
-    }
+    counts = {"iou": 0.5, "hd_mm": 5.0, "hd95_mm": 4.0, "num_missed": missed, "num_invented": 0}
+    organs = {o: {"dice": float(np.mean(list(v.values()))), **counts} for o, v in dice.items()}
     mean = float(np.mean([v["dice"] for v in organs.values()]))
     summary = {"dice": mean, "iou": 0.5, "hd_mm": 5.0, "hd95_mm": 4.0, "organs": organs, "index": "s"}
     checkpoint.write_json(folder / "evaluation" / "summary.json", summary)
 
 
 def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
+    """Two shares of the labels; the paper's figures stand under all of them alone. One cell of the second share failed,
+    so that Figure 8 takes the other seed."""
     arms = {"random": {"finetune.init": "random"}, "pgl": {}}
-    space = {"finetune.seed": {"grid_search": [0, 1]}, "finetune.num_scans": {"grid_search": [4]}}
+    space = {"finetune.seed": {"grid_search": [0, 1]}, "finetune.scan_share": {"grid_search": [0.5, 1.0]}}
     config = sweep(tmp_path, arms=arms, space=space, published="liver")
     tune._remember(config, tmp_path / "sweep")
     dice = {("random", 0): 0.5, ("random", 1): 0.6, ("pgl", 0): 0.7, ("pgl", 1): 0.9}
-    for (arm, seed), level in dice.items():
-        values = {"arm": arm, "finetune.seed": seed, "finetune.num_scans": 4}
+    for share, (arm, seed) in itertools.product((0.5, 1.0), dice):
+        values = {"arm": arm, "finetune.seed": seed, "finetune.scan_share": share}
+        level = dice[arm, seed] * share
         run = tmp_path / "sweep" / "trials" / trial.name_of(values) / "finetune"
+        if (arm, seed, share) == ("random", 0, 1.0):
+            ended(tmp_path, values, None, state="failed", error="disk full")
+            continue
         found = ended(tmp_path, values, level, [(50, level / 2)], finetune=str(run), finetune_gpus=2.0)
         scans = {"liver": {"p": level, "q": level}, "tumour": {"p": level - 0.2, "q": level - 0.4}}
-        tuned_run(run, seed, scans)
+        tuned_run(run, seed, scans, share, missed=seed if arm == "pgl" else 2)
     assert sweeps.cost(found) == {
         "pairs": 0,
         "patches": 40,
@@ -470,32 +504,48 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     }
     sweeps.write_table(tmp_path / "sweep")
     rows = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
-    assert {(r["arm"], r["finetune.seed"]): r["score"] for r in rows} == dice
+    assert {(r["arm"], r["finetune.seed"]): r["score"] for r in rows if r["finetune.scan_share"] == 0.5} == {
+        key: value / 2 for key, value in dice.items()
+    }
     content = sweep_report.content(tmp_path / "sweep", lambda runs: {"scans": [], "legend": []})
-    [block] = content["grid"]["blocks"]
-    table = block["tables"][0]
-    assert block["heads"] == ["mean", "liver", "tumour"]
-    texts = {(row["name"], row["paper"]): row["cells"] for row in table["rows"]}
-    assert texts["random", False][1] == f"55.00 ± {100 * np.std([0.5, 0.6], ddof=1):.2f}"
+    half, whole = content["grid"]["blocks"]
+    assert "0.5" in half["point"] and not any(row["paper"] for table in half["tables"] for row in table["rows"])
+    first, *_, last = whole["tables"]
+    assert first["heads"] == ["mean", "liver", "tumour"] and last["heads"] == [*first["heads"], "left out"]
+    texts = {(row["name"], row["paper"]): row["cells"] for row in first["rows"]}
+    assert texts["random", False][1] == "60.00"  # the seed that is there
     assert texts["pgl", False][0] == f"{(80 + 50) / 2:.2f} ± {100 * np.std([0.55, 0.75], ddof=1):.2f}"
     assert texts["paper, Table 2", True] == ["76.05", "96.43", "55.66"]  # of the last arm, pgl
-    assert [row["name"] for row in table["rows"]] == [
-        "random",
-        "paper, Table 2",
-        "pgl",
-        "paper, Table 2",
-        "paper, Table 6",
+    names = ["random", "paper, Table 2", "pgl", "paper, Table 2", "paper, Table 6"]
+    assert [row["name"] for row in first["rows"]] == names
+    left_out = {row["name"]: row["cells"][-1] for row in last["rows"]}
+    assert left_out["random"] == "4.0" and left_out["pgl"] == f"1.0 ± {np.std([0, 2], ddof=1):.1f}"  # of two organs
+    assert whole["sentences"] == [
+        "pgl against random: +30.00 points of Dice, more than the noise of 2 scans (95 % interval +30.00 to +30.00); "
+        "ahead with 1 of 1 seeds."
     ]
-    assert block["sentences"] == [
-        "pgl against random: +25.00 points of Dice, more than the noise of 2 scans (95 % interval +25.00 to +25.00); "
-        "ahead with 2 of 2 seeds."
-    ]
+    figure = content["grid"]["over"]  # Figure 5: two arms over 4 and 8 labelled scans
+    figure = base64.b64decode(figure.partition("base64,")[2]).decode().lower()
+    assert all(color.lower() in figure for color in content["grid"]["colors"].values())
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
-    assert "paper, Table 6" in page and "overlays left out" in page and "pgl, seed 1, num_scans 4" in page
-    drawn = {"scans": [("data:,", "Scan p")], "legend": [(1, "liver", "#E69F00")]}
-    monkeypatch.setattr(report, "overlays", lambda runs: drawn if [r.name for r in runs] == ["random", "pgl"] else {})
+    assert "paper, Table 6" in page and "overlays left out" in page and "pgl, seed 1, scan_share 0.5" in page
+    drawn, shown = {"scans": [("data:,", "Scan p")], "legend": [(1, "liver", "#E69F00")]}, []
+    monkeypatch.setattr(report, "overlays", lambda runs: shown.extend(runs) or drawn)
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
     assert "Scan p" in page and "1 liver" in page
+    assert [(run.name, run.config["seed"]) for run in shown] == [("random", 1), ("pgl", 1)]
+
+
+def test_figures_of_few_labels_have_no_published_ones_beside_them(tmp_path):
+    """A grid that was cut off before its largest share, or that names a number of scans."""
+    config = sweep(tmp_path, arms={"random": {"finetune.init": "random"}}, published="liver", space=LR)
+    tune._remember(config, tmp_path / "sweep")
+    values = {"arm": "random", "finetune.scan_share": 0.2}
+    run = tmp_path / "sweep" / "trials" / trial.name_of(values) / "finetune"
+    ended(tmp_path, values, 0.5, [(50, 0.5)], finetune=str(run), finetune_gpus=0.0)
+    tuned_run(run, 0, {"liver": {"p": 0.5}, "tumour": {"p": 0.5}}, 0.5)
+    grid = sweep_report.content(tmp_path / "sweep", lambda runs: {"scans": [], "legend": []})["grid"]
+    assert not grid["published"] and not any(row["paper"] for row in grid["blocks"][0]["tables"][0]["rows"])
 
 
 def test_scores_that_cannot_be_drawn_leave_no_hole(tmp_path):

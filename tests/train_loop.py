@@ -76,7 +76,7 @@ def train(
             train_ids, config.patches_per_scan, config.global_batch_size, config.epochs, config.max_steps, config.seed
         )
         render = stream.PatchRenderer(index.store, plan.scan_ids, config.seed, config.patch, config.intensity, 0.5)
-        given = {"meta": finetune.build_model(config, index)[1], "val_ids": val_ids}
+        given = {"meta": finetune.build_model(config, index, finetune.begun(config))[1], "val_ids": val_ids}
     folder = checkpoint.open_run(
         config, kind.__name__.split(".")[1], {"plan": plan.identity, "num_steps": plan.num_steps}
     )

@@ -53,7 +53,7 @@ def segment(
         value includes the larger ones.
 
     Raises:
-        MemoryError: says what to take.
+        MemoryError: of what was too large, and what to take.
     """
     device = next(model.parameters()).device
     try:
@@ -66,7 +66,8 @@ def segment(
         mends += ["inference.device=cpu"] * (device.type == "cuda") or ["a machine with more memory"]
         raise MemoryError(
             f"the memory of {device} does not hold a scan of {volume.shape} voxels and inference.batch_size="
-            f"{batch_size} windows of {tuple(patch_size)}: take {' or '.join(mends)}"
+            f"{batch_size} windows of {tuple(patch_size)}",
+            " or ".join(mends),
         ) from None
 
 
