@@ -461,3 +461,5 @@ def test_a_batch_too_large_for_the_object_store_is_named(monkeypatch, small_stor
     assert stream.too_large(2**30 // 24) is None
     assert "of 1.0 GiB holds 13 global batches of 75 MiB" in stream.too_large(75 * 2**20)
     assert "raise ray.object_store_mb to 1801 or lower" in stream.too_large(75 * 2**20)
+    with pytest.raises(ValueError, match=r"holds 10 global batches of 100 MiB, .* needs 12: raise ray"):
+        stream.too_large(100 * 2**20)

@@ -27,6 +27,7 @@ AIR = -1024  # HU outside a scan
 ABOUT_ROWS = frozenset(("step", "epoch", "scan", "draw", "missed"))  # columns that no network sees
 BLOCKS_AHEAD = 256  # blocks of rows laid out at a time, by a task of 1 CPU: Ray Data's repartition takes no less
 BATCHES_HELD = 24  # global batches that Ray's object stores should hold together; with 13 a stream crawls
+BATCHES_LEAST = 12  # with 8 it stands still: Ray Data's own bounds leave no room for a block
 SUBSTITUTES = 32  # scans that are tried in the place of one that cannot be read
 REGIONS_MIXED = 16  # regions whose pairs are shuffled with one another; up to 31 at an epoch's end
 
@@ -164,17 +165,24 @@ def dataset(
 
 
 def too_large(batch_bytes: int) -> str | None:
-    """What to say of a global batch that the cluster's object stores hold too few of; none: there is room."""
+    """What to say of a global batch that the cluster's object stores hold too few of; none: there is room.
+
+    Raises:
+        ValueError: they hold fewer than BATCHES_LEAST.
+    """
     import ray
 
     have = ray.cluster_resources().get("object_store_memory", 0)
     if BATCHES_HELD * batch_bytes <= have:
         return None
-    return (
+    held = (
         f"Ray's object store of {have / 2**30:.1f} GiB holds {have // batch_bytes:.0f} global batches of "
-        f"{batch_bytes / 2**20:.0f} MiB, and the stream wants {BATCHES_HELD}: it will come in fits and starts; raise "
-        f"ray.object_store_mb to {BATCHES_HELD * batch_bytes // 2**20 + 1} or lower global_batch_size"
+        f"{batch_bytes / 2**20:.0f} MiB, and the stream"
     )
+    mend = f"raise ray.object_store_mb to {BATCHES_HELD * batch_bytes // 2**20 + 1} or lower global_batch_size"
+    if have < BATCHES_LEAST * batch_bytes:
+        raise ValueError(f"{held} needs {BATCHES_LEAST}: {mend}")
+    return f"{held} wants {BATCHES_HELD}: it will come in fits and starts; {mend}"
 
 
 @dataclass(frozen=True)
