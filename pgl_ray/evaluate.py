@@ -21,7 +21,7 @@ from pgl_ray.data.store import Index, ScanRecord, class_lookup, open_label, open
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
 from pgl_ray.model import device as on
-from pgl_ray.model.inference import out_of_memory, pick_device, segment, time_forward
+from pgl_ray.model.inference import TooLittleMemory, out_of_memory, pick_device, segment, time_forward
 from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, summarise
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import bucket
@@ -155,7 +155,7 @@ def score_scans(
         flips: whether to average over all flips of a window.
 
     Raises:
-        MemoryError: names the scan, and what to take of evaluate's keys.
+        TooLittleMemory: names the scan, and what to take of evaluate's keys.
     """
     values = index.label_values
     lookup = class_lookup(values)
@@ -176,8 +176,8 @@ def score_scans(
                 flips=flips,
                 precision=inference.precision,
             )
-        except MemoryError as error:
-            raise MemoryError(f"scan {record.scan_id}: {error.args[0]}", error.args[1]) from None
+        except TooLittleMemory as error:
+            raise TooLittleMemory(f"scan {record.scan_id}: {error.what}", error.mend) from None
         organs = {organ: values.index(v) + 1 for organ, v in index.labels.items() if v in record.labelled}
         scores = organ_metrics(prediction, target, organs, record.spacing_mm, meta["task"], distances)
         rows = [{"scan_id": record.scan_id, "organ": organ, **score} for organ, score in scores.items()]
@@ -189,7 +189,7 @@ def _named(scored: Iterator[Scored]) -> Iterator[Scored]:
     try:
         yield from scored
     except MemoryError as error:
-        raise FailedRun(": take ".join(error.args)) from None
+        raise FailedRun(str(error) or "not enough memory") from None
 
 
 def _choose(config: EvaluateConfig, meta: dict[str, Any], index: Index) -> list[ScanRecord]:

@@ -18,7 +18,7 @@ from pgl_ray.data import store, stream
 from pgl_ray.data.facts import training_facts
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
-from pgl_ray.model.inference import out_of_memory
+from pgl_ray.model.inference import TooLittleMemory, out_of_memory
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import summarise
 from pgl_ray.model.resnet import init_kaiming_uniform
@@ -426,9 +426,9 @@ def validate(
         try:
             for scored in evaluate.score_scans(model, meta, index, records[rank::world], inference, distances=False):
                 rows += scored.rows
-        except MemoryError as error:
+        except TooLittleMemory as error:
             mend = "train.device=cpu, or a new run=... with a smaller patch.size"
-            raise FailedRun(f"validation: {error.args[0]}: take {mend}") from None
+            raise FailedRun(f"validation: {error.what}: take {mend}") from None
     watch.meet()
     summary = summarise([row for part in launch.of_all_workers(rows) for row in part])
     scores = {f"val/dice_{organ}": found["dice"] for organ, found in summary["organs"].items()}

@@ -75,7 +75,7 @@ def run(config: PredictConfig) -> Result:
                 print(f"predict: note: {names[job]}: {note}", flush=True)
         except (ValueError, OSError, MemoryError) as error:
             reason = " ".join(str(error).split()) or "not enough memory"
-            reason = f"{job.source}: {': take '.join(error.args)}" if isinstance(error, MemoryError) else reason
+            reason = f"{job.source}: {reason}" if isinstance(error, MemoryError) else reason
             if not many:
                 raise FailedRun(reason) if isinstance(error, MemoryError) else error from None
             failed.append(names[job])

@@ -227,6 +227,18 @@ def test_too_little_memory_names_the_scan_and_what_to_change(folder, monkeypatch
         evaluate.run(config(folder, inference={"batch_size": 8}))
 
 
+def test_memory_that_numpy_lacks_is_one_line_too(folder, monkeypatch):
+    """Its error carries a shape and a type instead of a text."""
+    known_run(monkeypatch, folder)
+
+    def full(*_, **__):
+        raise np._core._exceptions._ArrayMemoryError((2**40,), np.dtype(np.float32))
+
+    monkeypatch.setattr(evaluate, "segment", full)
+    with pytest.raises(FailedRun, match="Unable to allocate"):
+        evaluate.run(config(folder))
+
+
 def test_two_runs_are_compared_on_the_same_scans(folder, monkeypatch, capsys):
     known_run(monkeypatch, folder)
     other = folder / "other"

@@ -53,7 +53,7 @@ def segment(
         value includes the larger ones.
 
     Raises:
-        MemoryError: of what was too large, and what to take.
+        TooLittleMemory: says what was too large, and what to take.
     """
     device = next(model.parameters()).device
     try:
@@ -64,11 +64,19 @@ def segment(
             raise
         mends = [f"inference.batch_size={batch_size // 2}"] * (batch_size > 1)
         mends += ["inference.device=cpu"] * (device.type == "cuda") or ["a machine with more memory"]
-        raise MemoryError(
+        raise TooLittleMemory(
             f"the memory of {device} does not hold a scan of {volume.shape} voxels and inference.batch_size="
             f"{batch_size} windows of {tuple(patch_size)}",
             " or ".join(mends),
         ) from None
+
+
+class TooLittleMemory(MemoryError):
+    """What was too large for the memory, and what to take instead."""
+
+    def __init__(self, what: str, mend: str):
+        super().__init__(f"{what}: take {mend}")
+        self.what, self.mend = what, mend
 
 
 def out_of_memory(error: RuntimeError) -> bool:

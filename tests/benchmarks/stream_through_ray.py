@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, default=BODY)
     parser.add_argument("rounds", nargs="?", type=int, default=3)
     parser.add_argument("--batch", default="64,128", help="pairs of a block")
-    parser.add_argument("--rows", default="64,10000", help="scans of the index")
+    parser.add_argument("--rows", default="64,1000,10000", help="scans of the index")
     parser.add_argument("--share", type=int, default=1, help="stream.pairs_per_region")
     args = parser.parse_args()
     batches, rows = ([int(number) for number in text.split(",")] for text in (args.batch, args.rows))
@@ -92,7 +92,7 @@ def through_ray(index: store.Index, batch: int, share: int) -> tuple[float, floa
 
 
 def alone(index: store.Index, batch: int, share: int) -> tuple[float, float]:
-    """The same of one rendering process per core, each with every so-manieth block."""
+    """The same of one rendering process per core, which take the blocks in turn."""
     context, cores = multiprocessing.get_context("spawn"), os.cpu_count()
     results, ready = context.Queue(), context.Barrier(cores)
     work = [context.Process(target=render, args=(index, batch, share, k, cores, ready, results)) for k in range(cores)]
