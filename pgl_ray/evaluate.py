@@ -25,7 +25,8 @@ from pgl_ray.model.inference import TooLittleMemory, out_of_memory, pick_device,
 from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, summarise
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import bucket
-from pgl_ray.train.checkpoint import file_of, load_segmenter, whole_lines, write_json
+from pgl_ray.train.checkpoint import file_of, whole_lines, write_json
+from pgl_ray.train.weights import load_segmenter
 
 SCANS, TABLE = "scans.jsonl", "metrics.parquet"
 MEAN = "mean of organs"

@@ -32,7 +32,7 @@ from pgl_ray.data.views import normalise
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import checkpoint
+from pgl_ray.train.weights import load_encoder, load_segmenter
 
 INPUT = {
     "axes": "N,1,D,H,W",
@@ -176,7 +176,7 @@ def run(config: ExportConfig) -> Result:
 
 def _network(config: ExportConfig, nnunet: bool) -> tuple[nn.Module, str, dict[str, Any]]:
     """The network to export, in eval mode, which part it is, and the checkpoint's meta dict."""
-    encoder, meta = checkpoint.load_encoder(config.run)
+    encoder, meta = load_encoder(config.run)
     own = "encoder" if meta["door"] == "pretrain" or nnunet else "segmenter"
     part = own if config.part == "auto" else config.part
     if part == "segmenter" and own == "encoder":
@@ -188,7 +188,7 @@ def _network(config: ExportConfig, nnunet: bool) -> tuple[nn.Module, str, dict[s
             "encoder.kind=resenc, or export .safetensors"
         )
     if part == "segmenter":
-        return checkpoint.load_segmenter(config.run)[0], part, meta
+        return load_segmenter(config.run)[0], part, meta
     encoder.stop_at(meta.get("level", encoder.last))  # what is behind was not trained
     return encoder.eval(), part, meta
 

@@ -24,7 +24,8 @@ from pgl_ray.data.views import normalise
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device, segment
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train.checkpoint import load_segmenter, write_json
+from pgl_ray.train.checkpoint import write_json
+from pgl_ray.train.weights import load_segmenter
 
 
 class Result(NamedTuple):

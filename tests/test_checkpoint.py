@@ -11,7 +11,7 @@ from pgl_ray.data.store import Index
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import checkpoint
+from pgl_ray.train import checkpoint, weights
 from pgl_ray.train.launch import Progress, _first_cause
 
 
@@ -74,8 +74,8 @@ def saved(tmp_path_factory):
     encoder = Encoder(**settings)
     segmenter = Segmenter(encoder, 3)
     meta = {"door": "pretrain", "encoder": settings, "hu_window": [-1024.0, 325.0]}
-    weights = {f"online.encoder.{key}": value for key, value in encoder.state_dict().items()}
-    torch.save({"model": weights | {"predictor.0.weight": torch.zeros(1)}, "meta": meta}, folder / "pgl.pt")
+    tensors = {f"online.encoder.{key}": value for key, value in encoder.state_dict().items()}
+    torch.save({"model": tensors | {"predictor.0.weight": torch.zeros(1)}, "meta": meta}, folder / "pgl.pt")
     tuned = meta | {"door": "finetune", "num_outputs": 3}
     torch.save({"model": segmenter.state_dict(), "meta": tuned}, folder / "tuned.pt")
     return folder, segmenter
@@ -86,10 +86,10 @@ def test_encoder_and_segmenter_are_read_back_exactly(saved):
     x = torch.randn(1, 1, 16, 32, 48, generator=torch.Generator().manual_seed(0))
     expected = segmenter.eval()(x)
     for file in ("pgl.pt", "tuned.pt"):
-        encoder, meta = checkpoint.load_encoder(str(folder / file))
+        encoder, meta = weights.load_encoder(str(folder / file))
         torch.testing.assert_close(encoder.eval()(x)[-1], segmenter.encoder(x)[-1])
         assert meta["encoder"]["width"] == 8
-    model, _ = checkpoint.load_segmenter(str(folder / "tuned.pt"))
+    model, _ = weights.load_segmenter(str(folder / "tuned.pt"))
     torch.testing.assert_close(model(x), expected)
 
 
@@ -114,7 +114,7 @@ def test_fine_tuning_takes_all_but_the_head_from_a_genesis_run(saved, tmp_path):
 
 def test_only_a_fine_tuned_run_gives_a_segmenter(saved):
     with pytest.raises(ValueError, match="give a fine-tuning run"):
-        checkpoint.load_segmenter(str(saved[0] / "pgl.pt"))
+        weights.load_segmenter(str(saved[0] / "pgl.pt"))
 
 
 def test_foreign_files_are_refused(saved, tmp_path):
@@ -129,7 +129,7 @@ def test_foreign_files_are_refused(saved, tmp_path):
         ("holes", "another arch"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
-            checkpoint.load_encoder(str(tmp_path / f"{name}.pt"))
+            weights.load_encoder(str(tmp_path / f"{name}.pt"))
         assert len(str(caught.value)) < 400
 
 

@@ -253,14 +253,14 @@ def test_a_network_that_is_not_finite_is_not_exported(runs, tmp_path, monkeypatc
     monkeypatch.setattr(export, "_safetensors", broken)
     with pytest.raises(FailedRun, match="computes something else: nan"):
         export.run(config(runs, "resnet", tmp_path / "m.safetensors"))
-    load = export.checkpoint.load_encoder
+    load = export.load_encoder
 
     def ill(run):
         encoder, meta = load(run)
         encoder.layer3[0].conv1.weight.data.fill_(math.nan)
         return encoder, meta
 
-    monkeypatch.setattr(export.checkpoint, "load_encoder", ill)
+    monkeypatch.setattr(export, "load_encoder", ill)
     with pytest.raises(FailedRun, match="not finite"):
         export.run(config(runs, "resnet", tmp_path / "m.safetensors"))
     assert not list(tmp_path.iterdir())

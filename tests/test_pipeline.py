@@ -17,7 +17,7 @@ from pgl_ray import config as c
 from pgl_ray import evaluate, finetune, predict, prepare, pretrain, probe, report, tune
 from pgl_ray.data.phantom import write_phantoms
 from pgl_ray.data.store import read_index, write_index, write_scan
-from pgl_ray.train import checkpoint
+from pgl_ray.train import checkpoint, weights
 
 pytestmark = pytest.mark.cluster
 
@@ -77,9 +77,9 @@ def test_phantoms_end_to_end(ray_cluster, tmp_path, monkeypatch):
 
     # fine-tuning on 2 workers from it, their patches in two parts, the encoder frozen
     tuned = finetune.run(finetuning("store", "tuned", "pgl", 2, global_batch_size=4, accumulate=2, freeze=True))
-    encoders = [checkpoint.load_encoder(run)[0].state_dict() for run in (pretrained.run, tuned.run)]
+    encoders = [weights.load_encoder(run)[0].state_dict() for run in (pretrained.run, tuned.run)]
     assert all(torch.equal(value, encoders[1][name]) for name, value in encoders[0].items())
-    meta = checkpoint.load_segmenter(tuned.run)[1]
+    meta = weights.load_segmenter(tuned.run)[1]
     assert meta["labels"] == read_index(str(store)).labels
     record = json.loads((tmp_path / "tuned" / "run.json").read_text())
     assert len(record["scans"]["train"]) == 2 and len(record["scans"]["val"]) == 1

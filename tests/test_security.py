@@ -17,7 +17,7 @@ import torch
 from pgl_ray import config as c
 from pgl_ray import report
 from pgl_ray.data.store import open_volume, read_index, write_index, write_scan
-from pgl_ray.train import checkpoint, weights
+from pgl_ray.train import weights
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pgl_ray"
 
@@ -51,7 +51,7 @@ def test_a_bomb_in_a_checkpoint(tmp_path, harm, zipped):
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(harm)))
     for name in ("best.pt", "plain.pt"):
         with pytest.raises(ValueError, match="damaged or no pgl_ray checkpoint"):
-            checkpoint.load_encoder(str(tmp_path / name))
+            weights.load_encoder(str(tmp_path / name))
     for name in ("weights.pth", "plain.pt"):
         with pytest.raises(ValueError, match=name):
             weights.read(str(tmp_path / name), None, (-1024.0, 325.0), False)

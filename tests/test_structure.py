@@ -1,6 +1,8 @@
 """The import law of the house, checked on the source."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,7 @@ def test_import_law(name):
             assert room not in ("config", "prior"), f"{name} imports {full}"
             assert target == "prior" or room != "model", f"{name} imports {full}"
         elif target in ROOMS:
-            # train/checkpoint rebuilds networks, so the training room may use the model's; data and model never meet
+            # train/weights rebuilds networks, so the training room may use the model's; data and model never meet
             allowed = room == target or room in DOORS or (room, target) == ("train", "model") or full in PLACES
             assert allowed, f"{name} imports {full}"
         elif target in DOORS:
@@ -63,3 +65,10 @@ def test_import_law(name):
 
 def test_init_files_are_empty():
     assert all(not p.read_text() for p in PACKAGE.glob("*/__init__.py"))
+
+
+def test_processes_that_feed_and_control_a_run_do_without_networks():
+    """Eight or more per run import these two; MONAI alone would cost each of them five seconds of CPU time."""
+    text = "import sys, pgl_ray.data.stream, pgl_ray.train.launch; print(sys.modules.keys() & {'monai', 'matplotlib'})"
+    done = subprocess.run([sys.executable, "-c", text], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

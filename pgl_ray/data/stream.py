@@ -20,7 +20,6 @@ import torch
 from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
-from pgl_ray.data.deform import deform
 from pgl_ray.data.shard import UnreadableScan, chunk_of
 
 AIR = -1024  # HU outside a scan
@@ -416,6 +415,8 @@ class PairRenderer:
             shown = out[f"view_{k + 1}"][i, 0]
             torch.from_numpy(shown).copy_(view)  # numpy's cast is slow
             if self.deform:
+                from pgl_ray.data.deform import deform  # takes MONAI, whose import costs every process five seconds
+
                 rng = rng or v.generator(
                     self.seed, int(drawn.rows["epoch"][i]), scan.scan_id, int(drawn.rows["draw"][i])
                 )

@@ -3,14 +3,16 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Set
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
-from pgl_ray.model.resenc import ResEncoder
-from pgl_ray.model.resnet import Encoder
+if TYPE_CHECKING:  # MONAI's import would cost every process of a run five seconds
+    from pgl_ray.model.resenc import ResEncoder
+    from pgl_ray.model.resnet import Encoder
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -50,7 +52,7 @@ def compiled(model: nn.Module, device: torch.device, mode: str) -> nn.Module:
     return model
 
 
-def recompute(encoder: Encoder | ResEncoder) -> None:
+def recompute(encoder: "Encoder | ResEncoder") -> None:
     """Makes an encoder keep only its stages' outputs for the backward pass and compute the rest again: about a third
     more time, and a fraction of the memory.
 

@@ -26,11 +26,6 @@ import torch
 
 import pgl_ray
 from pgl_ray.config import FailedRun, Section, build, dump
-from pgl_ray.model import device as on
-from pgl_ray.model.encoder import build_encoder
-from pgl_ray.model.resenc import ResEncoder
-from pgl_ray.model.resnet import Encoder
-from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import bucket
 from pgl_ray.train.bucket import EVENTS, MANIFEST, METRICS, NAME, SNAPSHOT, STATE
 from pgl_ray.train.track import Tracker
@@ -743,52 +738,6 @@ def file_of(run: str) -> Path:
     return found[0] / STATE
 
 
-def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], run: str) -> None:
-    """Loads weights whose keys and shapes must all fit."""
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{run} holds weights of another architecture: {' '.join(str(error).split())[:160]}") from None
-
-
-def load_encoder(run: str) -> tuple[Encoder | ResEncoder, dict[str, Any]]:
-    """The online encoder of a pre-training run, or the encoder of a fine-tuned one.
-
-    Args:
-        run: run folder, checkpoint folder or .pt file.
-
-    Returns:
-        The encoder on the CPU and the checkpoint's meta dict (its key "encoder" holds the settings).
-
-    Raises:
-        ValueError: no checkpoint, or one of another architecture.
-    """
-    state = state_of(run)
-    meta = state["meta"]
-    meta["encoder"] = {"kind": "resnet", **meta["encoder"]}  # before there were others it was not named
-    encoder = build_encoder(**meta["encoder"])
-    _fill(encoder, below(PREFIX[meta["door"]], state["model"]), run)
-    return encoder, meta
-
-
 def below(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The entries whose keys start with a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-
-
-def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmenter, dict[str, Any]]:
-    """The best segmentation network of a fine-tuning run, in eval mode.
-
-    Returns:
-        The network on `device` and the meta dict: "hu_window", "labels" {name: value}, "task", "patch_size", "encoder".
-
-    Raises:
-        ValueError: not a fine-tuning run.
-    """
-    state = state_of(run)
-    meta = state["meta"]
-    if meta["door"] != "finetune":
-        raise ValueError(f"{run} is a {meta['door']} run: give a fine-tuning run")
-    model = Segmenter(build_encoder(**meta["encoder"]), meta["num_outputs"])
-    _fill(model, state["model"], run)
-    return on.lay_out(model, torch.device(device)).eval(), meta

@@ -1,4 +1,5 @@
-"""Initial weights from runs, exported safetensors, MONAI's and MedicalNet's ResNets, and what of them fits."""
+"""Networks as runs left them; initial weights from runs, exported safetensors, MONAI's and MedicalNet's ResNets, and
+what of them fits."""
 
 import json
 from collections.abc import Iterable
@@ -6,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
@@ -15,6 +18,52 @@ from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import bucket, checkpoint
 
 SHOWN = 3  # names of a kind that a line shows
+
+
+def load_encoder(run: str) -> tuple[Encoder | ResEncoder, dict[str, Any]]:
+    """The online encoder of a pre-training run, or the encoder of a fine-tuned one.
+
+    Args:
+        run: run folder, checkpoint folder or .pt file.
+
+    Returns:
+        The encoder on the CPU and the checkpoint's meta dict (its key "encoder" holds the settings).
+
+    Raises:
+        ValueError: no checkpoint, or one of another architecture.
+    """
+    state = checkpoint.state_of(run)
+    meta = state["meta"]
+    meta["encoder"] = {"kind": "resnet", **meta["encoder"]}  # before there were others it was not named
+    encoder = build_encoder(**meta["encoder"])
+    _fill(encoder, checkpoint.below(checkpoint.PREFIX[meta["door"]], state["model"]), run)
+    return encoder, meta
+
+
+def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmenter, dict[str, Any]]:
+    """The best segmentation network of a fine-tuning run, in eval mode.
+
+    Returns:
+        The network on `device` and the meta dict: "hu_window", "labels" {name: value}, "task", "patch_size", "encoder".
+
+    Raises:
+        ValueError: not a fine-tuning run.
+    """
+    state = checkpoint.state_of(run)
+    meta = state["meta"]
+    if meta["door"] != "finetune":
+        raise ValueError(f"{run} is a {meta['door']} run: give a fine-tuning run")
+    model = Segmenter(build_encoder(**meta["encoder"]), meta["num_outputs"])
+    _fill(model, state["model"], run)
+    return on.lay_out(model, torch.device(device)).eval(), meta
+
+
+def _fill(module: nn.Module, weights: dict[str, Tensor], run: str) -> None:
+    """Loads weights whose keys and shapes must all fit."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{run} holds weights of another architecture: {' '.join(str(error).split())[:160]}") from None
 
 
 @dataclass(frozen=True)
