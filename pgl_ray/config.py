@@ -393,8 +393,8 @@ class RayConfig(Section):
     num_cpus: Positive | None = None
     """Logical CPUs of a new local cluster; none: this machine's cores, at least 4."""
     object_store_mb: Positive | None = None
-    """Object store of a new local cluster in MB; none: Ray's own choice, 30 % of the memory. It must hold 24
-    global batches (128 pairs of 16x96x96: 75 MB each), or the stream comes in fits and starts."""
+    """Object store of a new local cluster in MB; none: Ray's own choice, 30 % of the memory. Batches that find no room
+    in it go over the disk (128 pairs of 16x96x96: 75 MB; a run says how much it wants)."""
     tmp_dir: str | None = None
     """Ray's temporary folder for a new local cluster (keep it short: unix sockets live there)."""
 

@@ -78,7 +78,8 @@ def run(config: FinetuneConfig) -> Result:
                 index.store, plan.scan_ids, config.seed, config.patch, config.intensity, config.foreground_share
             )
             feed = partial(stream.dataset, plan, renderer, num_cpus=launch.RENDER_CPUS)
-            if note := stream.too_large(renderer.row_bytes * plan.global_batch_size):
+            num_workers = config.train.num_workers
+            if note := stream.too_large(renderer.row_bytes * plan.global_batch_size // num_workers, num_workers):
                 print(f"finetune: note: {note}", flush=True)
             print(
                 f"finetune: init={config.init}{', encoder frozen' if config.freeze else ''}, {len(train_ids)} scans to "

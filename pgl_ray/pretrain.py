@@ -70,7 +70,8 @@ def run(config: PretrainConfig) -> Result:
             launch.connect(config.ray)
             renderer = make_renderer(config, index, plan, launch.check_resources(config.train))
             feed = partial(stream.dataset, plan, renderer, num_cpus=launch.RENDER_CPUS)
-            if note := stream.too_large(renderer.row_bytes * plan.global_batch_size):
+            num_workers = config.train.num_workers
+            if note := stream.too_large(renderer.row_bytes * plan.global_batch_size // num_workers, num_workers):
                 print(f"pretrain: note: {note}", flush=True)
             worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
             worker_config["data"] = training_facts(index, plan.scan_ids)

@@ -1,5 +1,7 @@
 """The stream through Ray Data: what reaches which worker, and how much of it lies about."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -49,3 +51,39 @@ def test_a_stream_continued_by_other_workers_loses_no_pair_and_repeats_none(ray_
     np.testing.assert_array_equal(rows, plan.rows(0, 8))
     assert len({tuple(row) for row in rows.tolist()}) == len(rows)
     assert len(list(tmp_path.iterdir())) <= 4 < plan.num_steps // stream.BLOCKS_AHEAD
+
+
+@pytest.mark.timeout(180)
+def test_an_object_store_for_three_batches_does_not_stop_the_stream(ray_cluster):
+    """And more than is under way is not made, however slow the consumer is."""
+    import ray
+
+    size = int(ray.cluster_resources()["object_store_memory"] / 3.5)
+
+    @ray.remote(num_cpus=0)
+    class Made:
+        def __init__(self):
+            self.num = 0
+
+        def add(self, num: int) -> int:
+            self.num += num
+            return self.num
+
+    made = Made.remote()
+
+    def mark(rows: dict) -> dict:
+        ray.get(made.add.remote(1))
+        return rows | {"view": np.zeros((len(rows["step"]), size // len(rows["step"])), np.uint8)}
+
+    data = stream.dataset(plan_of(100), mark, 1, 0, 0.5)
+    steps = []
+    for batch in data.iterator().iter_torch_batches(batch_size=12, prefetch_batches=2, drop_last=True):
+        assert batch["view"].nbytes > 100e6
+        steps.append(int(batch["step"][0]))
+        if len(steps) == 3:
+            time.sleep(8)
+            ahead = ray.get(made.add.remote(0)) - 3
+        if len(steps) == 10:
+            break
+    assert steps == list(range(10))
+    assert ahead < 3 + 1 + stream.BLOCKS_TAKEN  # tasks, one for the worker, and what it has, the third among them

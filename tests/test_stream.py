@@ -457,9 +457,8 @@ def test_a_batch_too_large_for_the_object_store_is_named(monkeypatch, small_stor
     cut = replace(renderer, resize=False, augment=False)
     columns = cut({name: np.array([0]) for name in ("step", "epoch", "scan", "draw")})
     assert cut.row_bytes == columns["crop_1"].nbytes + columns["crop_2"].nbytes
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"object_store_memory": float(2**30)})
-    assert stream.too_large(2**30 // 24) is None
-    assert "of 1.0 GiB holds 13 global batches of 75 MiB" in stream.too_large(75 * 2**20)
-    assert "raise ray.object_store_mb to 1801 or lower" in stream.too_large(75 * 2**20)
-    with pytest.raises(ValueError, match=r"holds 10 global batches of 100 MiB, .* needs 12: raise ray"):
-        stream.too_large(100 * 2**20)
+    have = {"object_store_memory": float(2**30), "CPU": 4.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
+    assert stream.too_large(2**30 // 17, 2) is None  # three tasks, and seven blocks for each worker
+    text = "of 1.0 GiB is too small for the stream's 17 blocks of 100 MiB: some will go over the disk; raise"
+    assert f"{text} ray.object_store_mb to 1701 or lower global_batch_size" in stream.too_large(100 * 2**20, 2)

@@ -25,8 +25,8 @@ from pgl_ray.data.shard import UnreadableScan, chunk_of
 AIR = -1024  # HU outside a scan
 ABOUT_ROWS = frozenset(("step", "epoch", "scan", "draw", "missed"))  # columns that no network sees
 BLOCKS_AHEAD = 256  # blocks of rows laid out at a time, by a task of 1 CPU: Ray Data's repartition takes no less
-BATCHES_HELD = 24  # global batches that Ray's object stores should hold together; with 13 a stream crawls
-BATCHES_LEAST = 12  # with 8 it stands still: Ray Data's own bounds leave no room for a block
+IDLE_S = 0.05  # between two looks of Ray Data's executor at what there is to do while nothing runs
+BLOCKS_TAKEN = 6  # that a worker has at a time: five in the buffers of prefetch_batches=2, and one that is trained on
 SUBSTITUTES = 32  # scans that are tried in the place of one that cannot be read
 REGIONS_MIXED = 16  # regions whose pairs are shuffled with one another; up to 31 at an epoch's end
 
@@ -149,7 +149,10 @@ def dataset(
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = None  # a block is a batch: never split it
-    ways = [*policies.ENABLED_BACKPRESSURE_POLICIES, _keep_ahead(policies.BackpressurePolicy)]
+    # Ray Data's budget of bytes stands still where the store is small: the number of blocks is bounded instead
+    context.override_object_store_memory_limit_fraction = 1e6
+    keep_ahead = _keep_ahead(policies.BackpressurePolicy, _num_tasks() + num_workers)
+    ways = [*policies.ENABLED_BACKPRESSURE_POLICIES, keep_ahead]
     context.set_config(policies.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, ways)
     stride = max(1, BLOCKS_AHEAD // num_workers)
     stop = min(stop or plan.num_steps, plan.num_steps)
@@ -158,30 +161,35 @@ def dataset(
     rows = segments.map_batches(LayOut(plan), batch_size=None)
     # Ray fuses this with the line above, as their CPUs agree, and neither with the renderer: a block, a rendering task
     rows = rows.repartition(target_num_rows_per_block=plan.global_batch_size // num_workers)
-    # a task takes less than a CPU, to fit in beside the workers on small nodes; more tasks than CPUs would cost a fifth
-    size = max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
-    return rows.map_batches(render, batch_size=None, num_cpus=num_cpus, compute=ray.data.TaskPoolStrategy(size))
+    return rows.map_batches(render, batch_size=None, num_cpus=num_cpus, compute=ray.data.TaskPoolStrategy(_num_tasks()))
 
 
-def too_large(batch_bytes: int) -> str | None:
-    """What to say of a global batch that the cluster's object stores hold too few of; none: there is room.
+def _num_tasks() -> int:
+    """Rendering tasks at a time. Each takes less than a CPU, to fit in beside the workers on small nodes; more tasks
+    than CPUs would cost a fifth."""
+    import ray
 
-    Raises:
-        ValueError: they hold fewer than BATCHES_LEAST.
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+
+
+def too_large(block_bytes: int, num_workers: int) -> str | None:
+    """What to say where the cluster's object stores are too small for the blocks that are under way; none: they are
+    not. What finds no room in them goes over the disk.
+
+    Args:
+        block_bytes: of a worker's batch.
+        num_workers: of the run.
     """
     import ray
 
-    have = ray.cluster_resources().get("object_store_memory", 0)
-    if BATCHES_HELD * batch_bytes <= have:
+    have, num = ray.cluster_resources().get("object_store_memory", 0), _num_tasks() + (1 + BLOCKS_TAKEN) * num_workers
+    if num * block_bytes <= have:
         return None
-    held = (
-        f"Ray's object store of {have / 2**30:.1f} GiB holds {have // batch_bytes:.0f} global batches of "
-        f"{batch_bytes / 2**20:.0f} MiB, and the stream"
+    return (
+        f"Ray's object store of {have / 2**30:.1f} GiB is too small for the stream's {num} blocks of "
+        f"{block_bytes / 2**20:.0f} MiB: some will go over the disk; raise ray.object_store_mb to "
+        f"{num * block_bytes // 2**20 + 1} or lower global_batch_size"
     )
-    mend = f"raise ray.object_store_mb to {BATCHES_HELD * batch_bytes // 2**20 + 1} or lower global_batch_size"
-    if have < BATCHES_LEAST * batch_bytes:
-        raise ValueError(f"{held} needs {BATCHES_LEAST}: {mend}")
-    return f"{held} wants {BATCHES_HELD}: it will come in fits and starts; {mend}"
 
 
 @dataclass(frozen=True)
@@ -195,16 +203,27 @@ class LayOut:
         return self.plan.columns(start, stop)
 
 
-def _keep_ahead(base: type) -> type:
-    """Ray bounds what waits between two operators by its bytes, which for rows of the plan is no bound: this one goes
-    by their number. Made here since this module is imported without Ray, too."""
+def _keep_ahead(base: type, most: int) -> type:
+    """Ray bounds what waits between two operators by its bytes, which for rows of the plan is no bound, and for
+    batches one that a small object store cannot meet: this one goes by their number. Made here since this module is
+    imported without Ray, too."""
 
     class KeepAhead(base):
         def can_add_input(self, op) -> bool:
-            if LayOut.__name__ not in op.name:
+            after = [self._topology[consumer] for consumer in op.output_dependencies]
+            waiting = sum(state.total_enqueued_input_blocks() for state in after)
+            if LayOut.__name__ in op.name:
+                return waiting < BLOCKS_AHEAD and not op.num_active_tasks()
+            if not op.name.startswith("MapBatches"):
                 return True
-            waiting = sum(self._topology[after].total_enqueued_input_blocks() for after in op.output_dependencies)
-            return waiting < BLOCKS_AHEAD and not op.num_active_tasks()
+            ready = sum(state.total_enqueued_output_blocks() for state in (self._topology[op], *after))
+            return op.num_active_tasks() + waiting + ready < most
+
+        def max_task_output_bytes_to_read(self, op) -> None:
+            """Asked of all operators at the start of each of the executor's rounds, which waits for tasks alone: while
+            none runs, since enough is rendered, it would take up a core."""
+            if op is next(iter(self._topology)) and not any(each.num_active_tasks() for each in self._topology):
+                time.sleep(IDLE_S)
 
     return KeepAhead
 

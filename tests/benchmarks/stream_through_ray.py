@@ -3,21 +3,24 @@ cores that render the same pairs and hand them to nobody.
 
     python tests/benchmarks/stream_through_ray.py [folder of CTs] [rounds] [--batch=64,128] [--rows=64,1000,10000]
 
-Rounds are interleaved, the median of their ratios counts. Every round of the stream starts anew, so it is measured from
-its 24th batch on, for SECONDS. An index of more rows than there are CTs lists them many times, each as a scan of its
-own. The same on real training is what `python -m pgl_ray.bench` measures.
+The two take turns of SECONDS, the other's processes stopped meanwhile, so that a machine that gets slower or faster
+does it to both; the median of the turns' ratios counts. What the stream had ready when its turn comes is not counted.
+An index of more rows than there are CTs lists them many times, each as a scan of its own. The same on real training is
+what `python -m pgl_ray.bench` measures.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
 from stream_vs_peers import BODY, INTENSITY, VIEWS, our_store, read_volumes
 
@@ -27,6 +30,7 @@ from pgl_ray.data import store, stream
 from pgl_ray.train import launch
 
 SECONDS = 8
+AHEAD = 16  # batches that a stream has ready, at most, when its turn comes
 
 
 def main() -> None:
@@ -38,28 +42,19 @@ def main() -> None:
     parser.add_argument("--share", type=int, default=1, help="stream.pairs_per_region")
     args = parser.parse_args()
     batches, rows = ([int(number) for number in text.split(",")] for text in (args.batch, args.rows))
+    heads = f"{'pairs/s: alone':>14} {'Ray Data':>9} {'share':>7} {'lowest':>7} {'highest':>8}"
     with tempfile.TemporaryDirectory() as scratch:
         small = our_store(read_volumes(args.folder), Path(scratch), "int16")
         stores = {num: repeated(small, num, Path(scratch)) for num in rows}
         launch.connect(RayConfig())
-        ways = {("without Ray", batches[-1], rows[0]): lambda: alone(stores[rows[0]], batches[-1], args.share)}
-        for size in batches:
-            ways["Ray Data", size, rows[0]] = lambda size=size: through_ray(stores[rows[0]], size, args.share)
-        for num in rows[1:]:
-            ways["Ray Data", batches[-1], num] = lambda num=num: through_ray(stores[num], batches[-1], args.share)
-        rates = {way: [] for way in ways}
-        for _ in range(args.rounds):
-            for way, work in ways.items():
-                rates[way].append(work())
-                print(*way, [round(figure, 2) for figure in rates[way][-1]], flush=True)
-    whole = next(iter(rates.values()))
-    heads = f"{'block':>6} {'scans':>7} {'pairs/s':>9} {'share':>7} {'lowest':>7} {'highest':>8} {'CPU ms/pair':>12}"
-    print(f"\n{'':<12} {heads}")
-    for (name, size, num), values in rates.items():
-        shares = [a / b for (a, _), (b, _) in zip(values, whole)]
-        rate, cost = (statistics.median(figures) for figures in zip(*values))
-        spread = f"{statistics.median(shares):7.0%} {min(shares):7.0%} {max(shares):8.0%}"
-        print(f"{name:<12} {size:6} {num:7} {rate:9.0f} {spread} {cost:12.2f}")
+        print(f"{'block':>6} {'scans':>7} {heads} {'CPU ms/pair: alone':>19} {'Ray Data':>9}", flush=True)
+        for size, num in [*((size, rows[0]) for size in batches), *((batches[-1], num) for num in rows[1:])]:
+            turns = np.array(list(in_turn(*parts(stores[num], size, args.share), size, args.rounds)))
+            rates, costs = np.median(turns, 0).T  # of [turn, way, figure]
+            shares = turns[:, 1, 0] / turns[:, 0, 0]
+            spread = f"{np.median(shares):7.0%} {shares.min():7.0%} {shares.max():8.0%}"
+            line = f"{size:6} {num:7} {rates[0]:14.0f} {rates[1]:9.0f} {spread} {costs[0]:19.2f} {costs[1]:9.2f}"
+            print(line, flush=True)
 
 
 def repeated(index: store.Index, num: int, scratch: Path) -> store.Index:
@@ -83,43 +78,60 @@ def parts(index: store.Index, batch: int, share: int) -> tuple[stream.Plan, stre
     return plan, stream.PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, pairs_per_region=share)
 
 
-def through_ray(index: store.Index, batch: int, share: int) -> tuple[float, float]:
-    """Pairs per second, and CPU ms of all processes per pair."""
-    plan, renderer = parts(index, batch, share)
-    done = bench._consume(bench._stream(plan, renderer, batch), SECONDS)
-    pairs = done.num_batches * batch
-    return pairs / done.wall_s, 1000 * done.cpu_s / pairs
-
-
-def alone(index: store.Index, batch: int, share: int) -> tuple[float, float]:
-    """The same of one rendering process per core, which take the blocks in turn."""
-    context, cores = multiprocessing.get_context("spawn"), os.cpu_count()
-    results, ready = context.Queue(), context.Barrier(cores)
-    work = [context.Process(target=render, args=(index, batch, share, k, cores, ready, results)) for k in range(cores)]
-    for process in work:
+def in_turn(plan: stream.Plan, renderer: stream.PairRenderer, batch: int, rounds: int):
+    """Pairs per second and CPU ms per pair of both ways, alone first, `rounds` times."""
+    cores, context = os.cpu_count(), multiprocessing.get_context("spawn")
+    start, results = context.Barrier(cores + 1), context.Queue()
+    tasks = [(plan, renderer, batch, first, cores, start, results) for first in range(cores)]
+    own = [context.Process(target=alone, args=task, daemon=True) for task in tasks]
+    for process in own:
         process.start()
-    found = [results.get() for _ in work]
-    for process in work:
-        process.join()
-    pairs, seconds, cpu = (list(figures) for figures in zip(*found))
-    return sum(n / s for n, s in zip(pairs, seconds)), 1000 * sum(cpu) / sum(pairs)
+    coming = iter(bench._stream(plan, renderer, batch))
+    for turn in range(rounds + 1):  # the first starts processes, opens files and compiles
+        with stopped({process.pid for process in own}):
+            start.wait()
+            found = [results.get() for _ in own]
+        for _ in range(AHEAD):
+            next(coming)
+        num, began, cpu = 0, time.perf_counter(), bench._cpu_seconds()
+        while time.perf_counter() - began < SECONDS:
+            next(coming)
+            num += batch
+        wall, cpu = time.perf_counter() - began, bench._cpu_seconds() - cpu
+        if turn:
+            costs = 1000 * sum(seconds for *_, seconds in found) / sum(pairs for pairs, *_ in found)
+            yield (sum(pairs / seconds for pairs, seconds, _ in found), costs), (num / wall, 1000 * cpu / num)
+    for process in own:
+        process.terminate()
 
 
-def render(index, batch, share, first, every, ready, results) -> None:
+@contextlib.contextmanager
+def stopped(but: set[int]):
+    """While it lasts, what this process has started stands still, but for some."""
+    others = [process for process in psutil.Process().children(recursive=True) if process.pid not in but]
+    for process in others:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
+    try:
+        yield
+    finally:
+        for process in others:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+def alone(plan: stream.Plan, renderer: stream.PairRenderer, batch: int, first: int, every: int, start, results) -> None:
+    """A process that renders blocks of the plan, from `first` on every `every`-th, at each turn of SECONDS."""
     torch.set_num_threads(1)
-    plan, renderer = parts(index, batch, share)
-
-    def block(k: int) -> None:
-        renderer(plan.columns(k, k + 1))
-
-    block(first)
-    ready.wait()
-    pairs, k, began, cpu = 0, first, time.perf_counter(), time.process_time()
-    while time.perf_counter() - began < SECONDS:
-        k += every
-        block(k)
-        pairs += batch
-    results.put((pairs, time.perf_counter() - began, time.process_time() - cpu))
+    k = first
+    while True:
+        start.wait()
+        pairs, began, cpu = 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() - began < SECONDS:
+            renderer(plan.columns(k, k + 1))
+            k += every
+            pairs += batch
+        results.put((pairs, time.perf_counter() - began, time.process_time() - cpu))
 
 
 if __name__ == "__main__":
