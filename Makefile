@@ -14,8 +14,8 @@ demo: .venv/.ready
 	$(BIN)/python -m pgl_ray.demo
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -m "not cluster"
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest --durations=8 -m "not cluster"
+	$(BIN)/python -m pytest --durations=8 -m cluster
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
