@@ -151,7 +151,8 @@ def dataset(
     context.target_max_block_size = None  # a block is a batch: never split it
     # Ray Data's budget of bytes stands still where the store is small: the number of blocks is bounded instead
     context.override_object_store_memory_limit_fraction = 1e6
-    keep_ahead = _keep_ahead(policies.BackpressurePolicy, _num_tasks() + num_workers)
+    room = ray.cluster_resources().get("object_store_memory", 0) / 2  # workers hold blocks, too
+    keep_ahead = _keep_ahead(policies.BackpressurePolicy, _num_tasks() + num_workers, room)
     ways = [*policies.ENABLED_BACKPRESSURE_POLICIES, keep_ahead]
     context.set_config(policies.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, ways)
     stride = max(1, BLOCKS_AHEAD // num_workers)
@@ -203,10 +204,17 @@ class LayOut:
         return self.plan.columns(start, stop)
 
 
-def _keep_ahead(base: type, most: int) -> type:
+def _keep_ahead(base: type, least: int, room: float) -> type:
     """Ray bounds what waits between two operators by its bytes, which for rows of the plan is no bound, and for
     batches one that a small object store cannot meet: this one goes by their number. Made here since this module is
-    imported without Ray, too."""
+    imported without Ray, too.
+
+    Args:
+        base: Ray Data's class of such policies.
+        least: batches that may always be rendered or under way.
+        room: bytes that they may fill where there is more; a task in a new process, which takes seconds to start,
+            holds up all behind it, so more of them keep the training going.
+    """
 
     class KeepAhead(base):
         def can_add_input(self, op) -> bool:
@@ -217,6 +225,8 @@ def _keep_ahead(base: type, most: int) -> type:
             if not op.name.startswith("MapBatches"):
                 return True
             ready = sum(state.total_enqueued_output_blocks() for state in (self._topology[op], *after))
+            size = op.metrics.average_bytes_per_output
+            most = max(least, min(BLOCKS_AHEAD, int(room // size))) if size else least
             return op.num_active_tasks() + waiting + ready < most
 
         def max_task_output_bytes_to_read(self, op) -> None:
