@@ -17,7 +17,17 @@ import pyarrow.parquet as pq
 import torch
 
 from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, command
-from pgl_ray.data.store import Index, ScanRecord, class_lookup, open_label, open_volume, read_index, write_aside
+from pgl_ray.data.resample import onto_grid
+from pgl_ray.data.store import (
+    Index,
+    ScanRecord,
+    class_lookup,
+    open_label,
+    open_source_label,
+    open_volume,
+    read_index,
+    write_aside,
+)
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
 from pgl_ray.model import device as on
@@ -39,11 +49,13 @@ class Scored(NamedTuple):
     Attributes:
         record: the scan.
         prediction: uint8 [D, H, W], class indices.
+        affine: [4, 4], of the prediction's voxels.
         rows: one per organ labelled in the scan: scan_id, organ, and what `organ_metrics` gives.
     """
 
     record: ScanRecord
     prediction: np.ndarray
+    affine: np.ndarray
     rows: list[dict[str, Any]]
 
 
@@ -83,7 +95,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     known = f", {len(found)} of them known already" if found else ""
     print(f"evaluate: {len(records)} scans of split={config.split!r} on {device}{known}", flush=True)
     began = time.monotonic()
-    scored_scans = _named(score_scans(model, meta, index, left, config.inference, flips=config.tta))
+    scored_scans = _named(score_scans(model, meta, index, left, config.inference, flips=config.tta, own_grid=True))
     with (folder / SCANS).open("a") as file:
         for done, scored in enumerate(scored_scans, 1):
             found[scored.record.scan_id] = scored.rows
@@ -105,7 +117,6 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
             "num_scans": len(records),
             "split": config.split,
             "index": config.index,
-            "spacing_mm": index.spacing_mm and list(index.spacing_mm),
             "seconds_per_scan": (time.monotonic() - began) / max(1, len(left)),
             "forward_ms": _forward_ms(model, device, config.inference.precision),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -118,9 +129,6 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         summary |= {"ci95": intervals(rows, config.seed), "seed": config.seed}
         write_json(folder / "summary.json", summary)
     print(table(summary), flush=True)
-    if index.spacing_mm:
-        voxels = " x ".join(f"{size:g}" for size in index.spacing_mm)
-        print(f"note: scored on the store's voxels of {voxels} mm, not on the scans' own", flush=True)
     if summary["forward_ms"] is not None:
         size = "x".join(map(str, FORWARD_SIZE))
         print(
@@ -143,8 +151,9 @@ def score_scans(
     inference: InferenceConfig,
     distances: bool = True,
     flips: bool = False,
+    own_grid: bool = False,
 ) -> Iterator[Scored]:
-    """Segments and scores scans one by one, each on its own grid; fine-tuning validates with it.
+    """Segments and scores scans one by one; fine-tuning validates with it.
 
     Args:
         model: in eval mode, on the device to compute on.
@@ -154,6 +163,7 @@ def score_scans(
         inference: overlap and batch size of the windows, and the network's precision.
         distances: whether to compute HD and HD95, too.
         flips: whether to average over all flips of a window.
+        own_grid: of a resampled store, score on each scan's own grid instead of the stored one.
 
     Raises:
         TooLittleMemory: names the scan, and what to take of evaluate's keys.
@@ -163,7 +173,6 @@ def score_scans(
     for record in records:
         whole = np.array([(0, size) for size in record.shape])
         volume = open_volume(index.store, record).read(whole)
-        target = lookup[open_label(index.store, record).read(whole)]
         scaling = (index.hu_window, record.mean_hu, record.std_hu)
         try:
             prediction = segment(
@@ -179,10 +188,17 @@ def score_scans(
             )
         except TooLittleMemory as error:
             raise TooLittleMemory(f"scan {record.scan_id}: {error.what}", error.mend) from None
+        affine, reader = np.array(record.affine).reshape(4, 4), open_label(index.store, record)
+        if own_grid and record.source_label_metadata is not None:
+            stored, affine = affine, np.array(record.source_affine).reshape(4, 4)
+            reader = open_source_label(index.store, record)
+            prediction = onto_grid(prediction, stored, affine, reader.shape)
+        target = lookup[reader.read(np.array([(0, size) for size in reader.shape]))]
+        spacing_mm = tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist())
         organs = {organ: values.index(v) + 1 for organ, v in index.labels.items() if v in record.labelled}
-        scores = organ_metrics(prediction, target, organs, record.spacing_mm, meta["task"], distances)
+        scores = organ_metrics(prediction, target, organs, spacing_mm, meta["task"], distances)
         rows = [{"scan_id": record.scan_id, "organ": organ, **score} for organ, score in scores.items()]
-        yield Scored(record, prediction, rows)
+        yield Scored(record, prediction, affine, rows)
 
 
 def _named(scored: Iterator[Scored]) -> Iterator[Scored]:
@@ -279,9 +295,9 @@ def _continue(folder: Path, identity: dict[str, Any], records: list[ScanRecord])
 
 
 def _write_prediction(folder: Path, scored: Scored, index: Index) -> None:
-    """Label values as NIfTI on the stored grid."""
+    """Label values as NIfTI on the scan's own grid."""
     values = np.array([0, *index.label_values], np.min_scalar_type(max(index.label_values)))
-    image = nib.Nifti1Image(values[scored.prediction], np.array(scored.record.affine).reshape(4, 4))
+    image = nib.Nifti1Image(values[scored.prediction], scored.affine)
     image.header.set_xyzt_units("mm")
     folder.mkdir(exist_ok=True)
     packed = gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)

@@ -275,6 +275,9 @@ def worker(worker_config: dict) -> str | None:
             if not np.isfinite(values).all():
                 stopped = _not_finite(config, values, step, best, config.run)
                 break
+            if (validates or keep) and not health.is_sound(segmenter):
+                stopped = f"the update of step {step} blew up the weights: {_lower(config, best, config.run)}"
+                break
             stopped = launch.of_all_workers(writer and writer.fault)[0]
             if stopped:
                 break
@@ -400,11 +403,14 @@ def _smaller(config: FinetuneConfig) -> str:
 def _not_finite(config: FinetuneConfig, values: np.ndarray, step: int, best: float, run: str) -> str:
     """What to say of losses and gradients [steps, 2], the last of them of `step`."""
     first = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
+    what = f"train/loss is {values[first, 0]} and train/grad_norm {values[first, 1]}"
+    return f"{what} at step {step - len(values) + 1 + first}: {_lower(config, best, run)}"
+
+
+def _lower(config: FinetuneConfig, best: float, run: str) -> str:
+    """What to do against a loss or weights that are not finite."""
     kept = f"{run}/{BEST} keeps the best network so far (val/dice {best:.4f})" if best >= 0 else "nothing was kept"
-    return (
-        f"train/loss is {values[first, 0]} and train/grad_norm {values[first, 1]} at step "
-        f"{step - len(values) + 1 + first}: start a new run=... with a lower optim.lr than {config.optim.lr}; {kept}"
-    )
+    return f"start a new run=... with a lower optim.lr than {config.optim.lr}; {kept}"
 
 
 def validate(

@@ -116,7 +116,8 @@ def _sizes(index: Index) -> dict[str, int]:
 
     def size(record: ScanRecord) -> int:
         total = 0
-        for kind in ARRAY_PATHS if record.label_metadata is not None else ("volume",):
+        written = {"volume": True, "label": record.label_metadata, "source_label": record.source_label_metadata}
+        for kind in (kind for kind in ARRAY_PATHS if written[kind]):
             try:
                 file = place.open(f"scans/{record.scan_id}/{ARRAY_PATHS[kind]}/{SHARD}")
             except OSError:

@@ -417,7 +417,7 @@ def _convert(task: Task, folder: str, names: dict[str, int] | None, options: dic
     unknown = sorted(set(store.count_labels(label)) - set(names.values())) if label is not None and names else []
     if unknown:
         raise ValueError(f"{source.label}: label values {unknown} are not among {names}: add them to labels.names")
-    voxels, affine = scan.voxels, scan.affine
+    voxels, affine, own = scan.voxels, scan.affine, label
     if options["spacing_mm"]:
         voxels, label, affine = resample(voxels, label, affine, options["spacing_mm"])
     store.write_scan(
@@ -426,6 +426,8 @@ def _convert(task: Task, folder: str, names: dict[str, int] | None, options: dic
         voxels,
         affine,
         label=label,
+        source_label=None if label is own else own,
+        source_affine=scan.affine,
         split=source.split,
         orientation=scan.orientation,
         rounding_error_hu=scan.rounding_error_hu,

@@ -64,13 +64,17 @@ def run(config: ProbeConfig) -> ProbeResult:
         Path(config.output).absolute().parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), dataclasses.asdict(result))
     elif config.init != "random":
-        with bucket.beside(_folder(config.init), "probe.json") as output:
+        with bucket.beside(*_place(config.init)) as output:
             write_json(output, dataclasses.asdict(result))
     return result
 
 
-def _folder(init: str) -> str:
-    return os.path.dirname(init) if bucket.network(init).is_file() else init
+def _place(init: str) -> tuple[str, str]:
+    """Folder and name of the result: a run has one, files with weights one each, for several may lie in a folder."""
+    if not bucket.network(init).is_file():
+        return init, "probe.json"
+    folder, name = os.path.split(init)
+    return folder, f"{os.path.splitext(name)[0]}.probe.json"
 
 
 def _load(config: ProbeConfig, index: Index) -> Encoder:

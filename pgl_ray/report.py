@@ -15,7 +15,16 @@ import numpy as np
 
 from pgl_ray import pictures, sweep_report, tables
 from pgl_ray.config import ReportConfig, command
-from pgl_ray.data.store import Index, ScanRecord, open_label, open_volume, read_index, write_aside
+from pgl_ray.data.resample import onto_grid
+from pgl_ray.data.store import (
+    Index,
+    ScanRecord,
+    open_label,
+    open_source_label,
+    open_volume,
+    read_index,
+    write_aside,
+)
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise, read_padded, resize_and_flip
 from pgl_ray.prior import overlap_box
@@ -288,9 +297,14 @@ def _overlay(index: Index, record: ScanRecord, runs: list[Run]) -> tuple[picture
     predictions = []
     for r in runs:
         path = _predictions(r) / f"{record.scan_id}.nii.gz"
-        predicted = np.asarray(nib.load(path).dataobj)
-        if predicted.shape != true.shape:
-            raise ValueError(f"{path} has shape {predicted.shape}, the scan {true.shape}")
+        image = nib.load(path)
+        predicted, shape = np.asarray(image.dataobj), true.shape
+        if record.source_label_metadata is not None:  # shown on the stored grid, scored on the scan's own
+            shape = open_source_label(index.store, record).shape
+        if predicted.shape != shape:
+            raise ValueError(f"{path} has shape {predicted.shape}, the scan {shape}")
+        if shape != true.shape:
+            predicted = onto_grid(predicted, image.affine, np.array(record.affine).reshape(4, 4), true.shape)
         predicted = predicted[body]
         unknown = (true[body] == 0) & ~np.isin(
             predicted, (0, *record.labelled)

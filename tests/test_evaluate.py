@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import SimpleITK as sitk
 import torch
 from torch import nn
 
 from pgl_ray import evaluate
 from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, build
 from pgl_ray.data import store
+from pgl_ray.data.resample import resample
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train.checkpoint import write_state
@@ -117,6 +119,44 @@ def test_predictions_are_label_values_on_the_stored_grid(folder, monkeypatch):
     assert np.allclose(image.affine, AFFINE)
     found = np.asarray(nib.load(folder / "out/predictions/b.nii.gz").dataobj)
     assert 7 in found  # predicted, though nobody could score it
+
+
+def test_a_resampled_scan_is_scored_on_its_own_grid(tmp_path, monkeypatch):
+    """The oracle brings the network's answer back with SimpleITK."""
+    volume, label = make_scan(1, (11, 20, 17))
+    spacing = (4.0, 1.6, 2.2)
+    voxels, coarse, affine = resample(volume, label, AFFINE, spacing)
+    own = {"source_label": label, "source_affine": AFFINE, "labelled": (3, 7), "split": "test", "hu_window": WINDOW}
+    store.write_scan(tmp_path / "s", "a", voxels, affine, label=coarse, **own)
+    store.write_index(tmp_path / "s", LABELS, WINDOW, spacing_mm=spacing)
+    known_run(monkeypatch, tmp_path)
+    evaluate.run(config(tmp_path))
+
+    def itk(array, matrix):
+        image = sitk.GetImageFromArray(array)
+        image.SetSpacing(np.linalg.norm(matrix[:3, :3], axis=0)[::-1].tolist())
+        signs = np.sign(matrix[:3, 2::-1].sum(0))
+        assert (matrix[:3, 2::-1] == np.diag(np.diag(matrix[:3, 2::-1]))).all()  # axes W, H, D are x, y, z
+        image.SetDirection(np.diag(signs).ravel().tolist())
+        image.SetOrigin(matrix[:3, 3].tolist())
+        return image
+
+    model, meta = evaluate.load_segmenter("", "cpu")
+    index = store.read_index(tmp_path / "s")
+    ((_, stored, *_),) = evaluate.score_scans(model, meta, index, list(index.scans), InferenceConfig())
+    assert stored.shape == voxels.shape
+    values = np.array([0, 3, 7], np.uint8)[stored]
+    frame = sitk.Transform(), sitk.sitkNearestNeighbor, 0
+    true = sitk.GetArrayFromImage(sitk.Resample(itk(values, affine), itk(label, AFFINE), *frame))
+    image = nib.load(tmp_path / "r/evaluation/predictions/a.nii.gz")
+    found = np.asarray(image.dataobj)
+    assert np.allclose(image.affine, AFFINE) and found.shape == label.shape
+    assert np.array_equal(found[1:-1, 1:-1, 1:-1], true[1:-1, 1:-1, 1:-1])  # SimpleITK ends at the outer middles
+    rows = {row["organ"]: row for row in pq.read_table(tmp_path / "r/evaluation/metrics.parquet").to_pylist()}
+    for organ, value in LABELS.items():
+        ours, theirs = found == value, label == value
+        assert 0.5 < rows[organ]["dice"] < 1 and rows[organ]["target_voxels"] == theirs.sum()
+        assert rows[organ]["dice"] == pytest.approx(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()))
 
 
 def test_fewer_scans_and_no_predictions(folder, monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pgl_ray.config import PretrainConfig, load
 from pgl_ray.model.pgl import Output, Pair
@@ -126,3 +127,15 @@ def test_wrong_priors_show_in_the_panel():
     assert right["weight/encoder_norm"] == pytest.approx(math.sqrt(sum(norms)), rel=1e-4)
     assert 0 < right["align/clamped_share"] < 1 and 0 < right["align/valid_pairs_share"] <= 1
     assert health.collapse(right) is None
+
+
+def test_what_an_update_blew_up_is_not_sound():
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    assert health.is_sound(module)
+    for tensor in (module[0].weight.data, module[1].running_var):
+        for value in (math.nan, math.inf, 1e30):  # whose square is infinite
+            kept = tensor.clone()
+            tensor.view(-1)[1] = value
+            assert not health.is_sound(module)
+            tensor.copy_(kept)
+    assert health.is_sound(module)

@@ -626,6 +626,17 @@ def test_resampled_scans_have_the_spacing_asked_for(tmp_path, serial):
     record = records(tmp_path / "s")["a"]
     assert record.spacing_mm == (6, 3, 3) and record.shape == (4, 9, 10)
     assert set(record.label_voxels) == {1, 2}
+    own = store.open_source_label(tmp_path / "s", record)
+    values = own.read(np.array([(0, size) for size in own.shape]))
+    again = nib.Nifti1Image(values, np.array(record.source_affine).reshape(4, 4))
+    same = nib.as_closest_canonical(again), nib.as_closest_canonical(nib.load(tmp_path / "raw/labels/a.nii.gz"))
+    assert np.array_equal(*(image.dataobj for image in same)) and np.allclose(*(image.affine for image in same))
+
+    whole = tree(tmp_path / "s")
+    flip(tmp_path / "s/scans/a/source_label/c/0/0/0", 40)
+    assert list(checked(tmp_path / "s").damaged) == ["a"]
+    prepare.repair(StoreConfig(store=str(tmp_path / "s")))
+    assert tree(tmp_path / "s") == whole
 
 
 def test_a_disk_that_fills_while_the_index_is_written_is_one_clear_line(tmp_path, serial, monkeypatch):

@@ -306,6 +306,10 @@ def test_run_reads_a_checkpoint(planted, tmp_path):
     result = probe.run(config(planted.store, init=str(tmp_path)))
     assert json.loads((tmp_path / "probe.json").read_text())["init"] == str(tmp_path)
     assert result.recall == probe.probe_encoder(encoder, planted, config(planted.store)).recall
+    for name in ("one.pt", "two.pt"):
+        torch.save({"meta": meta, "model": weights}, tmp_path / name)
+        assert probe.run(config(planted.store, init=str(tmp_path / name))).recall == result.recall
+    assert {path.name for path in tmp_path.glob("*.json")} == {"one.probe.json", "probe.json", "two.probe.json"}
     torch.save({"meta": meta | {"hu_window": [-500, 500]}, "model": weights}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match=r"trained with hu_window=\[-500, 500\]"):
         probe.run(config(planted.store, init=str(tmp_path)))

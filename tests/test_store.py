@@ -222,7 +222,7 @@ def test_what_is_not_a_whole_store_is_one_clear_line(tmp_path):
         store.read_index(tmp_path)
     settings = json.loads((tmp_path / "store.json").read_text())
     (tmp_path / "store.json").write_text(json.dumps(settings | {"format": 1}))
-    with pytest.raises(ValueError, match="format 1, this version reads 2: prepare it again"):
+    with pytest.raises(ValueError, match=f"format 1, this version reads {store.FORMAT}: prepare it again"):
         store.read_index(tmp_path)
 
 

@@ -19,7 +19,7 @@ from numcodecs import blosc
 from pgl_ray.data import kernels
 from pgl_ray.data.place import open_place
 
-ARRAY_PATHS = {"volume": "0", "label": "labels/organs/0"}  # inside a scan's group
+ARRAY_PATHS = {"volume": "0", "label": "labels/organs/0", "source_label": "source_label"}  # inside a scan's group
 SHARD = "c/0/0/0"  # file of an array's one shard
 LEVEL = 5  # of blosc
 MISSING = 2**64 - 1  # index entry of a chunk that was never written
@@ -103,7 +103,7 @@ class ArrayReader:
     Args:
         store: the store, a folder or the URL of an object store.
         scan_id: the scan.
-        kind: "volume" or "label".
+        kind: "volume", "label" or "source_label".
         metadata_json: text of the array's zarr.json, from the record.
         codes: read 8-bit codes as they are.
 

@@ -5,6 +5,7 @@
     STORE/scans/<scan_id>/     OME-Zarr 0.5 group; its attribute "pgl_ray" is the scan's record
     STORE/scans/<scan_id>/0/                 int16 HU or uint8 codes of it, one shard
     STORE/scans/<scan_id>/labels/organs/0/   uint8 or uint16 on the same grid, one shard
+    STORE/scans/<scan_id>/source_label/      where scans are resampled: the label map on the scan's own grid, one shard
 
 A scan is written aside and put in place when whole (data/place.py), and the index is assembled from the scans'
 attributes: an interrupted run leaves a valid store.
@@ -28,7 +29,7 @@ from scipy import ndimage
 from pgl_ray.data.place import Place, open_place, write_aside  # noqa: F401 (for the doors)
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, array_metadata, code_table, encode_shard
 
-FORMAT = 2
+FORMAT = 3
 WRITERS = (
     "pgl_ray",
     "zarr",
@@ -72,6 +73,8 @@ class ScanRecord:
         labelled: label values that are annotated in this scan; others are unknown here, not absent.
         label_boxes, label_voxels: box and number of voxels of every label value that occurs.
         num_padding: voxels that were below -1024 HU in the source and are -1024 here.
+        source_label_metadata, source_affine: of a resampled scan's label map on the scan's own grid, which evaluation
+            scores on; None and () where the stored grid is the scan's own, or it has no label.
     """
 
     scan_id: str
@@ -100,6 +103,8 @@ class ScanRecord:
     label_boxes: dict[int, tuple[int, ...]]
     label_voxels: dict[int, int]
     num_padding: int
+    source_label_metadata: str | None
+    source_affine: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -334,6 +339,7 @@ def _schema():
         "histogram": integers,
         "spacing_mm": floats,
         "affine": floats,
+        "source_affine": floats,
     }
     scalars = {int: pa.int64(), float: pa.float64()}
     fields = dataclasses.fields(ScanRecord)
@@ -357,6 +363,8 @@ def write_scan(
     affine: np.ndarray,
     *,
     label: np.ndarray | None = None,
+    source_label: np.ndarray | None = None,
+    source_affine: np.ndarray | None = None,
     labelled: tuple[int, ...] = (),
     split: str = "",
     hu_window: tuple[float, float] = (-1024.0, 325.0),
@@ -379,12 +387,13 @@ def write_scan(
         volume: int16 [D, H, W], HU.
         affine: [4, 4], stored voxel index (d, h, w, 1) -> RAS+ mm.
         label: uint8 or uint16 [D, H, W].
+        source_label, source_affine: of a resampled scan, the label map on the scan's own grid.
         labelled: label values that are annotated.
         hu_window: of the statistics, and of 8-bit codes.
         encoding: "int16", lossless, or "uint8": 256 steps over the HU window, what lies outside is clipped.
         chunk: inner chunk of the shard in voxels.
         compression: of the volume, "lz4" or "none"; labels are always compressed.
-        split, orientation, rounding_error_hu, num_padding, source*: see ScanRecord.
+        split, orientation, rounding_error_hu, num_padding, the other source_*: see ScanRecord.
 
     Raises:
         ValueError: wrong dtype, or a label of another shape.
@@ -407,6 +416,8 @@ def write_scan(
     arrays = {"volume": (stored, metadata, compression)}
     if label is not None:
         arrays["label"] = (label, array_metadata(label.shape, label.dtype, chunk), "lz4")
+    if source_label is not None:
+        arrays["source_label"] = (source_label, array_metadata(source_label.shape, source_label.dtype, chunk), "lz4")
     record = ScanRecord(
         scan_id=scan_id,
         shape=tuple(int(size) for size in volume.shape),
@@ -434,6 +445,8 @@ def write_scan(
         labelled=tuple(sorted(int(value) for value in labelled)),
         label_boxes={} if label is None else _label_boxes(label),
         label_voxels={} if label is None else count_labels(label),
+        source_label_metadata=arrays["source_label"][1] if source_label is not None else None,
+        source_affine=() if source_label is None else tuple(np.asarray(source_affine, np.float64).ravel().tolist()),
     )
     with open_place(store).replaced(f"scans/{scan_id}") as scan:
         for kind, (array, _, codec) in arrays.items():
@@ -458,6 +471,8 @@ def group_files(record: ScanRecord) -> dict[str, bytes]:
         files["labels/zarr.json"] = _group_text({"ome": {"version": "0.5", "labels": ["organs"]}})
         ome = _ome(record.spacing_mm)["ome"] | {"image-label": {"source": {"image": "../../"}}}
         files["labels/organs/zarr.json"] = _group_text({"ome": ome})
+    if record.source_label_metadata is not None:
+        files[f"{ARRAY_PATHS['source_label']}/zarr.json"] = record.source_label_metadata.encode()
     return files | {"zarr.json": group_text(record)}
 
 
@@ -559,6 +574,11 @@ def open_label(store: str | Path, record: ScanRecord) -> ArrayReader:
     return ArrayReader(store, record.scan_id, "label", record.label_metadata)
 
 
+def open_source_label(store: str | Path, record: ScanRecord) -> ArrayReader:
+    """Reader of the label map on the scan's own grid; the scan must be a resampled one with labels."""
+    return ArrayReader(store, record.scan_id, "source_label", record.source_label_metadata)
+
+
 def check_scan(store: str | Path, scan_id: str) -> None:
     """Reads all that is stored of a scan and compares it with its checksums.
 
@@ -579,3 +599,5 @@ def check_scan(store: str | Path, scan_id: str) -> None:
         raise ValueError("voxels do not agree with their sha256")
     if record.label_metadata is not None:
         open_label(store, record).verify()
+    if record.source_label_metadata is not None:
+        open_source_label(store, record).verify()

@@ -56,6 +56,12 @@ def norm(tensors) -> Tensor:
 
 
 @torch.no_grad()
+def is_sound(module: nn.Module) -> bool:
+    """Whether a module's weights and buffers are finite, and not so large that the sum of their squares is infinite."""
+    return bool(norm(t for t in module.state_dict().values() if t.is_floating_point()).isfinite())
+
+
+@torch.no_grad()
 def feature_health(query: Tensor, key: Tensor) -> dict[str, float]:
     """Health of aligned features of one batch.
 
