@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import re
+import shutil
+import subprocess
 
 import nibabel as nib
 import numpy as np
@@ -93,3 +95,38 @@ def test_no_organ_found():
     voxels, label = scan()
     page, png = page_of(voxels, np.zeros_like(label))
     assert held(page)[2]["centre"] is None and page.count(">not found<") == 2 and len(png) > 1000
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium that would show the page")
+@pytest.mark.parametrize("webgl", [True, False])
+def test_a_browser_shows_the_organ_where_it_lies(tmp_path, webgl):
+    """Without a network; the axial slice by niivue, and in the pictures where there is no WebGL."""
+    voxels = np.full((24, 64, 64), -1000, np.int16)
+    label = np.zeros_like(voxels, np.uint16)
+    voxels[:, 6:58, 10:54], label[6:18, 12:30, 16:26] = 40, 4  # body and organ, axes D, H, W
+    affine = np.array([[0, 0, -2.0, 60], [0, -2, 0, 60], [5, 0, 0, 0], [0, 0, 0, 1]])  # seen as radiologists do
+    organs = viewer.legend(label, {"spleen": 4}, affine, nested=False)
+    page, _ = viewer.make_page(voxels, label, affine, organs, TEXTS)
+    (tmp_path / "page.html").write_text(page)
+    graphics = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"] if webgl else ["--disable-3d-apis"]
+    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", "--hide-scrollbars", "--window-size=900,1000"]
+    command = [BROWSER, "--headless=new", "--no-sandbox", f"--user-data-dir={tmp_path}/browser", *graphics, *offline]
+    command += ["--virtual-time-budget=20000", f"--screenshot={tmp_path}/page.png", f"file://{tmp_path}/page.html"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    shown = imread(tmp_path / "page.png")[..., :3]
+    orange = (shown[..., 0] - shown[..., 2] > 0.2) & (shown[..., 0] < 0.8)  # the legend's is brighter
+    grey = (np.ptp(shown, axis=2) < 0.02) & (abs(shown[..., 0] - 0.48) < 0.05) | orange
+    panel = np.zeros_like(grey)
+    panel[: 680 if webgl else None, : 305 if webgl else 186] = True  # the leftmost is axial
+    if not webgl:
+        panel[: np.flatnonzero((orange & panel).any(1))[0] - 40] = False  # above the slices with labels
+    spans = []
+    for axis in (1, 0):
+        inside = (grey & panel).sum(axis) > 60  # more than letters
+        organ = (orange & panel).sum(axis) > 20
+        first, last = np.flatnonzero(inside)[[0, -1]]
+        spans.append((np.flatnonzero(organ)[[0, -1]] - first) / (last - first))
+    np.testing.assert_allclose(spans, [[6 / 52, 24 / 52], [6 / 44, 16 / 44]], atol=0.04)
