@@ -14,7 +14,7 @@ demo: .venv/.ready
 	$(BIN)/python -m pgl_ray.demo
 
 test: .venv/.ready
-	$(BIN)/python -m pytest --durations=8 -m "not cluster"
+	$(BIN)/python -m pytest --durations=8 -n 2 --dist loadfile -m "not cluster"
 	$(BIN)/python -m pytest --durations=8 -m cluster
 
 lint: .venv/.ready

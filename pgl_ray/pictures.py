@@ -161,13 +161,13 @@ def _data_uri(figure: Figure, kind: str, mime: str, **options) -> str:
 def curves(
     lines: list[Series], title: str, bounds: tuple[float | None, float | None] = (None, None), log: bool = False
 ) -> Figure:
-    """Lines over steps; on a log scale zeros leave gaps."""
+    """Lines over steps; on a log scale zeros leave gaps, and zeros alone are shown on a linear one."""
     figure = Figure(figsize=(3.6, 2.2))
     ax = figure.add_subplot(title=title, xlabel="step")
     for line in lines:
         marker = "." if len(line.x) < 30 else None
         ax.plot(line.x, line.y, color=line.color, ls="--" if line.dashed else "-", lw=1.2, marker=marker, ms=4)
-    if log:
+    if log and any(y > 0 for line in lines for y in line.y):
         ax.set_yscale("log", nonpositive="mask")
     else:
         ax.ticklabel_format(axis="y", useOffset=False)

@@ -1,5 +1,6 @@
 """A store in a bucket, from the command line: prepared, damaged, repaired, pre-trained from."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -10,10 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pgl_ray import inspect, prepare
-from pgl_ray.config import InspectConfig, PrepareConfig, StoreConfig
+from pgl_ray import export, inspect, prepare, report
+from pgl_ray.config import ExportConfig, InspectConfig, PrepareConfig, ReportConfig, StoreConfig, build
 from pgl_ray.data import store
-from pgl_ray.train.checkpoint import read_metrics
+from pgl_ray.train import checkpoint
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -57,13 +58,22 @@ def test_prepare_verify_and_repair_in_a_bucket(tmp_path, s3, serial, capsys):
 
 
 @pytest.mark.cluster
-def test_pre_training_from_a_bucket(tmp_path, s3, serial):
-    """A process of its own with a Ray of its own, which gets the credentials by the environment."""
-    url = put_store(tmp_path, s3)
+def test_pre_training_from_a_bucket_into_a_bucket(tmp_path, s3, serial, monkeypatch):
+    """A process of its own with a Ray of its own, which gets the credentials by the environment. What another machine
+    then finds there is the whole run."""
+    url, run = put_store(tmp_path, s3), f"{s3}/{tmp_path.name}/run"
     tiny = ["encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=16", "heads.out=8", "views.size=[16,32,48]"]
     tiny += ["max_steps=3", "global_batch_size=2", "train.log_every=1", "train.checkpoint_every=3"]
-    command = [sys.executable, "-m", "pgl_ray.pretrain", f"index={url}", f"run={tmp_path}/run", *tiny]
-    environment = os.environ | {"PYTHONPATH": ROOT}
+    command = [sys.executable, "-m", "pgl_ray.pretrain", f"index={url}", f"run={run}", *tiny]
+    environment = os.environ | {"PYTHONPATH": ROOT, "XDG_CACHE_HOME": f"{tmp_path}/machine_1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(read_metrics(tmp_path / "run")) == 3
+    assert done.stdout.splitlines()[-1].endswith(f"; run in {run}")
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/machine_2")
+    assert [row["step"] for row in checkpoint.read_metrics(run)] == [1, 2, 3] and checkpoint.committed_step(run) == 3
+    rows = [json.loads(line) for line in store.open_place(run).read("logs/rank_0.jsonl").splitlines()]
+    assert rows[0]["message"] == "start" and rows[-1]["message"] == "end"
+    page = report.run(build(ReportConfig, {"run": run, "output": str(tmp_path / "page.html")}))
+    assert run in Path(page).read_text("utf-8")
+    exported = export.run(build(ExportConfig, {"run": run, "output": str(tmp_path / "encoder.safetensors")}))
+    assert Path(exported.output).stat().st_size > 10_000

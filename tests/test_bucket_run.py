@@ -418,6 +418,7 @@ pretrain.main()
 
 
 @pytest.mark.cluster
+@pytest.mark.soak
 def test_a_killed_driver_and_a_lost_machine(scans, run, tmp_path):
     """SIGKILL of the driver, on the next machine the same command; two workers, with logs of their own."""
     command = [sys.executable, "-c", DOOR, f"index={scans}", f"run={run}", "max_steps=40", *TINY]

@@ -120,14 +120,17 @@ def check_undisturbed(config: c.PretrainConfig, place: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_a_killed_worker_costs_what_came_after_the_checkpoint(place):
-    """And at most a minute for the restart, on a machine that does nothing else."""
-    config = config_of(place, 60)
+def test_a_killed_worker_and_a_killed_driver_cost_what_came_after_the_checkpoint(place):
+    """And at most a minute for the restart, on a machine that does nothing else; after the driver's end the same
+    command is typed again."""
+    config = config_of(place, 150)
     driver = Driver(config, place)
     driver.wait_for_row(25)
-    cost = driver.kill("worker")
-    print(json.dumps(cost))
-    assert cost["step"] - cost["kept"] <= 10 + 5 and cost["first"] <= cost["step"] + 5
+    for whom in ("worker", "driver"):
+        cost = driver.kill(whom)
+        print(json.dumps(cost))
+        assert cost["step"] - cost["kept"] <= 10 + 5 and cost["first"] <= cost["step"] + 5
+        assert cost["step"] < 150
     driver.finish(120)
     check_undisturbed(config, place)
 

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
@@ -99,35 +96,6 @@ def test_phantoms_end_to_end(ray_cluster, tmp_path, monkeypatch):
     assert 0 < probed.balanced_accuracy <= 1
     page = Path(report.run(c.ReportConfig(run=[pretrained.run, tuned.run], output=str(tmp_path / "report.html"))))
     assert page.stat().st_size > 100_000
-
-
-def test_a_killed_training_continues_and_ends_the_same(ray_cluster, tmp_path):
-    """SIGKILL of the driver after the first checkpoint; the same command then ends as an undisturbed run does."""
-    import ray
-
-    write_phantoms(tmp_path / "raw", 4, 0, 0, seed=0, shape=(24, 64, 64), spacing_mm=(10.0, 5.0, 5.0))
-    store = tmp_path / "store"
-    prepare.run(c.PrepareConfig(source=str(tmp_path / "raw"), store=str(store)))
-    undisturbed = pretrain.run(pretraining(store, tmp_path / "whole", 1, max_steps=60))
-    address = {"address": ray.get_runtime_context().gcs_address}
-    config = pretraining(store, tmp_path / "killed", 1, max_steps=60, ray=address)
-    c.dump(config, tmp_path / "killed.yaml")
-    command = [sys.executable, "-m", "pgl_ray.pretrain", str(tmp_path / "killed.yaml")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
-        deadline = time.monotonic() + 120
-        while not checkpoint.committed_step(tmp_path / "killed") and time.monotonic() < deadline:
-            time.sleep(0.05)
-        driver.kill()
-    assert 0 < checkpoint.committed_step(tmp_path / "killed") < 60
-    continued = pretrain.run(config)
-    assert [row["step"] for row in checkpoint.read_metrics(continued.run)] == [1, *range(2, 61, 2)]
-    states = [
-        checkpoint.read_state(checkpoint.committed(result.run)[0] / checkpoint.STATE)
-        for result in (undisturbed, continued)
-    ]
-    for name, weight in states[0]["model"].items():
-        assert torch.equal(weight, states[1]["model"][name]), name
-    assert continued.loss == undisturbed.loss
 
 
 def test_a_collapse_stops_the_run_on_all_workers(ray_cluster, tmp_path, capfd):

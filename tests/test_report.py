@@ -504,6 +504,12 @@ def test_overlay_shows_the_slice_with_most_organs_and_its_errors(scans, tmp_path
     np.testing.assert_allclose(colors[shown.true == 4][0, :3], matplotlib.colors.to_rgb(pictures.organ_color(2)))
 
 
+def test_a_curve_of_zeros_alone_is_drawn():
+    for y, scale in (([0.0, 0.0], "linear"), ([0.0, 0.5], "log")):
+        figure = pictures.curves([pictures.Series([1, 3], y, "#000000", False)], "retrieval@1", (None, 1.2), log=True)
+        assert figure.axes[0].get_yscale() == scale and pictures.to_svg(figure)
+
+
 def test_organs_that_a_scan_does_not_annotate_are_no_errors(scans, tmp_path):
     runs = tables.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
     index = store.read_index(scans)

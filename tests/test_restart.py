@@ -221,11 +221,11 @@ def test_with_fewer_workers_the_same_batch_goes_through_in_parts(scans, tmp_path
 
 def test_a_worker_that_stands_still_is_named(scans, tmp_path, capfd):
     """Rank 1 waits for a batch that does not come: rank 0 says so before its collective ends, and rank 1 its stack."""
-    config = loop.pretraining(scans, tmp_path / "run", train={"num_workers": 2, "timeout_s": 5})
+    config = loop.pretraining(scans, tmp_path / "run", train={"num_workers": 2, "timeout_s": 10})
 
     def seen(rank: int, batch: dict) -> None:
         if rank == 1 and batch["step"][0] == 2:
-            time.sleep(10)
+            time.sleep(20)
 
     with pytest.raises(
         RuntimeError, match=r"rank 1 \(process \d+ on .*\) stands still at step 2, waiting for its batch"
