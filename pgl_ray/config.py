@@ -738,7 +738,7 @@ class ProbeConfig(ProbeSettings):
     encoder: EncoderConfig | None = None
     """Encoder; none: the checkpoint's, or the default for init=random."""
     output: FilePath | None = None
-    """JSON file for the result; none: <init>/probe.json, X.probe.json beside a file X.*, or no file for random."""
+    """JSON file for the result; none: <init>/probe.json, X.probe.json beside a file X, or no file for random."""
 
 
 class SchedulerConfig(Section):

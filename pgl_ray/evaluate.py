@@ -124,9 +124,10 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         _write_table(folder / TABLE, rows)
         write_json(folder / "summary.json", summary)
     summary = json.loads((folder / "summary.json").read_text())
-    if summary.get("seed") != config.seed:
+    told = {"seed": config.seed, "split": config.split, "index": config.index}  # the store may have been moved
+    if any(summary.get(key) != value for key, value in told.items()):
         rows = [row for record in records for row in found[record.scan_id]]
-        summary |= {"ci95": intervals(rows, config.seed), "seed": config.seed}
+        summary |= told | {"ci95": intervals(rows, config.seed)}
         write_json(folder / "summary.json", summary)
     print(table(summary), flush=True)
     if summary["forward_ms"] is not None:
@@ -194,9 +195,8 @@ def score_scans(
             reader = open_source_label(index.store, record)
             prediction = onto_grid(prediction, stored, affine, reader.shape)
         target = lookup[reader.read(np.array([(0, size) for size in reader.shape]))]
-        spacing_mm = tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist())
         organs = {organ: values.index(v) + 1 for organ, v in index.labels.items() if v in record.labelled}
-        scores = organ_metrics(prediction, target, organs, spacing_mm, meta["task"], distances)
+        scores = organ_metrics(prediction, target, organs, affine[:3, :3], meta["task"], distances)
         rows = [{"scan_id": record.scan_id, "organ": organ, **score} for organ, score in scores.items()]
         yield Scored(record, prediction, affine, rows)
 
@@ -213,13 +213,14 @@ def _choose(config: EvaluateConfig, meta: dict[str, Any], index: Index) -> list[
     """The scans to evaluate on.
 
     Raises:
-        ValueError: none, or the store's labels or HU window are not the run's.
+        ValueError: none, or the store's labels, HU window or voxel size are not the run's.
     """
     if not index.labels:
         raise ValueError(f"index={config.index} holds no labels: prepare it from a source with label maps")
     for name, ours, theirs in (
         ("labels", meta["labels"], index.labels),
         ("hu_window", list(meta["hu_window"]), list(index.hu_window)),
+        ("spacing_mm", *(size and list(size) for size in (meta.get("spacing_mm"), index.spacing_mm))),
     ):
         if ours != theirs:
             raise ValueError(f"run={config.run} was trained with {name} {ours}, index={config.index} has {theirs}")
@@ -264,6 +265,7 @@ def _identity(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
 def _content(record: ScanRecord) -> str:
     """Hash of a scan's voxels and of what is labelled in it."""
     facts = (record.content_hash, record.source_hash, record.labelled, record.label_voxels, record.spacing_mm)
+    facts += (record.source_affine,) if record.source_affine else ()  # scored on the scan's own grid
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -275,7 +277,7 @@ def _continue(folder: Path, identity: dict[str, Any], records: list[ScanRecord])
     Raises:
         ValueError: the folder holds predictions that no evaluation wrote.
     """
-    first, *lines = map(json.loads, whole_lines(folder / SCANS)) if (folder / SCANS).exists() else [None]
+    first, *lines = (list(map(json.loads, whole_lines(folder / SCANS))) if (folder / SCANS).exists() else []) or [None]
     wanted = {record.scan_id: _content(record) for record in records}
     same = [line for line in lines if wanted.get(line["scan_id"]) == line["scan"]] if first == identity else []
     found = {line["scan_id"]: line["rows"] for line in same}
@@ -344,10 +346,11 @@ def comparison(compared: dict[str, Any]) -> str:
         cells = _text(dice["difference"], 8, 3, "+") + f"{_interval(dice['ci95'], '+'):>18}" + _text(dice["p"], 8, 3)
         lines.append(f"{organ[:27]:<28}{cells}{_text(hd95, 9, 1, '+')}{dice['num_scans']:>7}")
     num = compared["dice"]["num_scans"]
-    lines.append(
-        "p: Wilcoxon's signed-rank test over scans, two-sided, not corrected for the number of organs; with "
-        f"{num} scans it is at least {2 / 2**num:.2g}"
-    )
+    if num > 1:
+        lines.append(
+            "p: Wilcoxon's signed-rank test over scans, two-sided, not corrected for the number of organs; with "
+            f"{num} scans it is at least {2 / 2**num:.2g}"
+        )
     return "\n".join(lines)
 
 

@@ -275,8 +275,8 @@ def worker(worker_config: dict) -> str | None:
             if not np.isfinite(values).all():
                 stopped = _not_finite(config, values, step, best, config.run)
                 break
-            if (validates or keep) and not health.is_sound(segmenter):
-                stopped = f"the update of step {step} blew up the weights: {_lower(config, best, config.run)}"
+            if (validates or keep) and not all(launch.of_all_workers(health.is_sound(segmenter))):
+                stopped = f"the weights have blown up by step {step}: {_lower(config, best, config.run)}"
                 break
             stopped = launch.of_all_workers(writer and writer.fault)[0]
             if stopped:

@@ -244,8 +244,8 @@ def worker(worker_config: dict) -> str | None:
                 )
                 stopped += f"start a new run=... with a lower optim.lr than {config.optim.lr}"
                 break
-            if keep and not health.is_sound(net):
-                stopped = f"the update of step {step} blew up the weights: "
+            if keep and not all(launch.of_all_workers(health.is_sound(net))):
+                stopped = f"the weights have blown up by step {step}: "
                 stopped += f"start a new run=... with a lower optim.lr than {config.optim.lr}"
                 break
             stopped = launch.of_all_workers(writer and writer.fault)[0]

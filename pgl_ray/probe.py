@@ -74,7 +74,7 @@ def _place(init: str) -> tuple[str, str]:
     if not bucket.network(init).is_file():
         return init, "probe.json"
     folder, name = os.path.split(init)
-    return folder, f"{os.path.splitext(name)[0]}.probe.json"
+    return folder, f"{name}.probe.json"
 
 
 def _load(config: ProbeConfig, index: Index) -> Encoder:

@@ -19,6 +19,7 @@ from pgl_ray.data.resample import onto_grid
 from pgl_ray.data.store import (
     Index,
     ScanRecord,
+    foreground_box,
     open_label,
     open_source_label,
     open_volume,
@@ -276,9 +277,9 @@ def overlays(runs: list[Run]) -> dict[str, Any]:
     spread = np.unique(np.linspace(0, len(common) - 1, NUM_OVERLAYS).round().astype(int))
     scans = []
     for record in (records[sorted(common)[i]] for i in spread):
-        shown, position = _overlay(index, record, runs)
+        shown, place = _overlay(index, record, runs)
         picture = pictures.to_png(pictures.overlay(shown, index.label_values))
-        scans.append((picture, f"Scan {record.scan_id}, axial slice {position} of {record.shape[0]}."))
+        scans.append((picture, f"Scan {record.scan_id}, {place}."))
     organs = {value: organ.replace("_", " ") for organ, value in index.labels.items()}
     legend = [(k, organs[value], pictures.organ_color(k)) for k, value in enumerate(index.label_values, 1)]
     return {"scans": scans, "legend": legend}
@@ -288,31 +289,34 @@ def _predictions(one: Run) -> Path:
     return one.path / "evaluation" / "predictions"
 
 
-def _overlay(index: Index, record: ScanRecord, runs: list[Run]) -> tuple[pictures.Overlay, int]:
-    """The axial slice with the most organs, then the most organ voxels, cut to the body; and its position."""
-    true = open_label(index.store, record).read(_whole(record))
+def _overlay(index: Index, record: ScanRecord, runs: list[Run]) -> tuple[pictures.Overlay, str]:
+    """The axial slice with the most organs, then the most organ voxels, cut to the body, on the grid that the scan was
+    scored on; and which it is."""
+    volume, reader = open_volume(index.store, record).read(_whole(record)), open_label(index.store, record)
+    spacing_mm, box = np.array(record.spacing_mm), record.foreground_box
+    if record.source_label_metadata is not None:
+        stored, own = (np.array(affine).reshape(4, 4) for affine in (record.affine, record.source_affine))
+        reader = open_source_label(index.store, record)
+        volume = onto_grid(volume, stored, own, reader.shape)
+        spacing_mm, box = np.linalg.norm(own[:3, :3], axis=0), foreground_box(volume)
+    true = reader.read(_whole(reader))
     position = max(range(len(true)), key=lambda d: (len(np.unique(true[d])), np.count_nonzero(true[d])))
-    h0, h1, w0, w1 = record.foreground_box[2:]
+    h0, h1, w0, w1 = box[2:]
     body = np.s_[position, h0:h1, w0:w1]
     predictions = []
     for r in runs:
         path = _predictions(r) / f"{record.scan_id}.nii.gz"
-        image = nib.load(path)
-        predicted, shape = np.asarray(image.dataobj), true.shape
-        if record.source_label_metadata is not None:  # shown on the stored grid, scored on the scan's own
-            shape = open_source_label(index.store, record).shape
-        if predicted.shape != shape:
-            raise ValueError(f"{path} has shape {predicted.shape}, the scan {shape}")
-        if shape != true.shape:
-            predicted = onto_grid(predicted, image.affine, np.array(record.affine).reshape(4, 4), true.shape)
+        predicted = np.asarray(nib.load(path).dataobj)
+        if predicted.shape != true.shape:
+            raise ValueError(f"{path} has shape {predicted.shape}, the scan {true.shape}")
         predicted = predicted[body]
         unknown = (true[body] == 0) & ~np.isin(
             predicted, (0, *record.labelled)
         )  # not annotated: neither right nor wrong
         title = f"{r.name}: Dice {tables.number(tables.scan_means(r.scores, 'dice').get(record.scan_id), '.3f')}"
         predictions.append((title, predicted, (predicted != true[body]) & ~unknown))
-    image = open_volume(index.store, record).read(_whole(record))[body]
-    return pictures.Overlay(image, true[body], predictions, np.array(record.spacing_mm)), position
+    place = f"axial slice {position} of {len(true)}"
+    return pictures.Overlay(volume[body], true[body], predictions, spacing_mm), place
 
 
 def describe(path: str) -> str:

@@ -11,6 +11,7 @@ import yaml
 from scipy import stats
 
 from pgl_ray import pictures, sweeps, tables
+from pgl_ray.model.metrics import reach
 from pgl_ray.sweeps import Trial
 
 PUBLISHED = Path(__file__).parents[1] / "conf" / "published.yaml"
@@ -157,14 +158,6 @@ def means(axis: pictures.Axis, scores: list[float], ended: list[bool]) -> list[t
         here = [score for _, score in group]
         found.append((float(np.median([x for x, _ in group])), float(np.mean(here)), reach(here)))
     return found
-
-
-def reach(values: list[float]) -> float | None:
-    """Half the width of Student's 95 % interval of a mean; none for a single value."""
-    num = len(values)
-    if num < 2:
-        return None
-    return float(stats.t.ppf(0.975, num - 1) * np.std(values, ddof=1) / math.sqrt(num))
 
 
 def importance(config: dict[str, Any], trials: list[Trial]) -> list[tuple[str, str]]:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
-from scipy import stats
 
+from pgl_ray.model.metrics import paired_by_scan, reach
 from pgl_ray.train.bucket import is_url, shelf, shown
 from pgl_ray.train.checkpoint import read_metrics
 from pgl_ray.train.health import newest_verdict
@@ -233,22 +233,15 @@ class Difference(NamedTuple):
 
 
 def paired_difference(first: list[dict], second: list[dict]) -> Difference | None:
-    """Mean Dice of `first` minus that of `second`, scan by scan, over the organs that both have.
+    """Mean Dice of `first` minus that of `second` as `metrics.compare` has it, with Student's interval over the scans.
 
-    The interval is Student's: mean +- 1.96 standard errors for many scans, wider for few, where 1.96 would call noise
-    a finding (with 5 scans 12 % of the time instead of 5 %). None with fewer than two common scans.
+    None with fewer than two common scans.
     """
-    scored = [
-        {(row["scan_id"], row["organ"]) for row in rows if not math.isnan(row["dice"])} for rows in (first, second)
-    ]
-    mine, theirs = (scan_means(rows, "dice", scored[0] & scored[1]) for rows in (first, second))
-    differences = [mine[scan_id] - theirs[scan_id] for scan_id in mine]
-    num = len(differences)
-    if num < 2:
+    by_scan = paired_by_scan(first, second)
+    if len(by_scan) < 2:
         return None
-    mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(num)
-    reach = float(stats.t.ppf(0.975, num - 1)) * error
-    return Difference(mean, mean - reach, mean + reach, num)
+    mean, half = float(by_scan.mean()), reach(by_scan)
+    return Difference(mean, mean - half, mean + half, len(by_scan))
 
 
 def sentences(runs: list[Run], alike: bool) -> list[str]:
@@ -283,8 +276,8 @@ def probes(runs: list[Run]) -> dict[str, Any] | None:
     """Voxel probes in the runs' folders; beside these, those of random encoders and of encoders that the runs use."""
     inits = [run.config.get("init", "random") for run in runs]
     known = {"random", *(shown(run.path) for run in runs), *(os.path.realpath(init) for init in inits)}
-    inside = sorted({path for run in runs for path in run.path.glob("probe*.json")})
-    beside = sorted({path for run in runs for path in run.path.parent.glob("probe*.json")})
+    inside = sorted({path for run in runs for path in run.path.glob("*probe*.json")})
+    beside = sorted({path for run in runs for path in run.path.parent.glob("*probe*.json")})
     kept = []
     for path in dict.fromkeys([*inside, *beside]):
         found = _read_probe(path)

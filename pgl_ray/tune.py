@@ -326,7 +326,7 @@ def _remember(config: TuneConfig, folder: Path, keep: bool = True) -> None:
                 f"run={config.run} is a sweep with another {', '.join(changed)} (sweep.json there): choose another "
                 "run=..."
             )
-    elif folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+    elif folder.exists() and any(path.name not in (".lock", "pretrain") for path in folder.iterdir()):
         raise ValueError(f"run={config.run} exists and is no sweep of pgl_ray: choose another run=...")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)

@@ -76,10 +76,11 @@ class Levels(nn.Module):
         return torch.cat([~spleen & ~liver, spleen, liver], 1).float()
 
 
-def known_run(monkeypatch, folder, labels=LABELS, window=WINDOW):
+def known_run(monkeypatch, folder, labels=LABELS, window=WINDOW, spacing=None):
     monkeypatch.setattr(evaluate, "FORWARD_SIZE", (4, 8, 8))
     records = store.read_index(folder / "s").labelled("test")
     meta = {"hu_window": list(window), "labels": labels, "task": "multiclass", "patch_size": [64, 64, 64]}
+    meta["spacing_mm"] = spacing
     monkeypatch.setattr(evaluate, "load_segmenter", lambda run, device: (Levels(records).eval(), meta))
 
 
@@ -129,7 +130,7 @@ def test_a_resampled_scan_is_scored_on_its_own_grid(tmp_path, monkeypatch):
     own = {"source_label": label, "source_affine": AFFINE, "labelled": (3, 7), "split": "test", "hu_window": WINDOW}
     store.write_scan(tmp_path / "s", "a", voxels, affine, label=coarse, **own)
     store.write_index(tmp_path / "s", LABELS, WINDOW, spacing_mm=spacing)
-    known_run(monkeypatch, tmp_path)
+    known_run(monkeypatch, tmp_path, spacing=list(spacing))
     evaluate.run(config(tmp_path))
 
     def itk(array, matrix):
@@ -157,6 +158,39 @@ def test_a_resampled_scan_is_scored_on_its_own_grid(tmp_path, monkeypatch):
         ours, theirs = found == value, label == value
         assert 0.5 < rows[organ]["dice"] < 1 and rows[organ]["target_voxels"] == theirs.sum()
         assert rows[organ]["dice"] == pytest.approx(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()))
+
+
+def test_a_scan_that_got_a_grid_of_its_own_is_evaluated_again(folder, monkeypatch, capsys):
+    known_run(monkeypatch, folder)
+    evaluate.run(config(folder))
+    volume, label = make_scan(1, (11, 20, 17))
+    own = {"source_label": label, "source_affine": AFFINE, "labelled": (3, 7), "split": "test", "hu_window": WINDOW}
+    store.write_scan(folder / "s", "a", volume, AFFINE, label=label, **own)
+    store.write_index(folder / "s", LABELS, WINDOW)
+    capsys.readouterr()
+    evaluate.run(config(folder))
+    assert "3 scans of split='test' on cpu, 2 of them known already" in capsys.readouterr().out
+
+
+def test_a_store_of_another_voxel_size_is_refused(folder, monkeypatch):
+    known_run(monkeypatch, folder)
+    store.write_index(folder / "s", LABELS, WINDOW, spacing_mm=(3.0, 2.0, 1.5))
+    with pytest.raises(ValueError, match=r"was trained with spacing_mm None, index=.* has \[3.0, 2.0, 1.5\]"):
+        evaluate.run(config(folder))
+
+
+def test_a_store_that_was_moved_is_named_where_it_is(folder, monkeypatch):
+    known_run(monkeypatch, folder)
+    evaluate.run(config(folder))
+    (folder / "s").rename(folder / "t")
+    assert evaluate.run(config(folder, index=str(folder / "t"))).summary["index"] == str(folder / "t")
+
+
+def test_an_empty_list_of_scans_is_begun_anew(folder, monkeypatch):
+    known_run(monkeypatch, folder)
+    (folder / "r/evaluation").mkdir(parents=True)
+    (folder / "r/evaluation/scans.jsonl").write_text("")
+    assert evaluate.run(config(folder)).summary["num_scans"] == 3
 
 
 def test_fewer_scans_and_no_predictions(folder, monkeypatch):

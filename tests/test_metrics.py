@@ -8,9 +8,10 @@ import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
 from scipy import ndimage, stats
 
-from pgl_ray.model.metrics import compare, intervals, mask_metrics, organ_metrics, summarise
+from pgl_ray.model.metrics import compare, intervals, mask_metrics, organ_metrics, paired_by_scan, summarise
 
 SPACING = (3.0, 0.7, 1.3)
+AXES = np.diag(SPACING)  # mm
 
 
 def blobs(seed, shape=(7, 11, 13), keep=0.6):
@@ -43,7 +44,7 @@ def brute_force(a, b):
 @pytest.mark.parametrize("seed", range(4))
 def test_against_loops(seed):
     a, b = blobs(seed), blobs(seed + 100, keep=0.5)
-    scores = mask_metrics(a, b, SPACING)
+    scores = mask_metrics(a, b, AXES)
     hd, hd95 = brute_force(a, b)
     both, either = (a & b).sum(), (a | b).sum()
     assert scores["dice"] == pytest.approx(2 * both / (a.sum() + b.sum()))
@@ -65,26 +66,26 @@ def test_a_shift_is_measured_in_mm_along_its_axis(axis):
     a = np.zeros((12, 14, 16), bool)
     a[3:6, 4:8, 5:10] = True
     b = np.roll(a, 2, axis)
-    scores = mask_metrics(a, b, SPACING)
+    scores = mask_metrics(a, b, AXES)
     assert scores["hd_mm"] == pytest.approx(2 * SPACING[axis], rel=1e-5)
-    assert mask_metrics(a, a, SPACING) | {"dice": 1, "iou": 1, "hd_mm": 0, "hd95_mm": 0} == mask_metrics(a, a, SPACING)
+    assert mask_metrics(a, a, AXES) | {"dice": 1, "iou": 1, "hd_mm": 0, "hd95_mm": 0} == mask_metrics(a, a, AXES)
 
 
 def test_place_in_the_scan_and_its_border_change_nothing():
     a, b = blobs(1), blobs(2)
     wide = [np.pad(m, ((2, 5), (9, 0), (0, 3))) for m in (a, b)]
-    assert mask_metrics(*wide, SPACING) == pytest.approx(mask_metrics(a, b, SPACING))
+    assert mask_metrics(*wide, AXES) == pytest.approx(mask_metrics(a, b, AXES))
 
 
 def test_empty_masks():
     a, empty = blobs(0), np.zeros((7, 11, 13), bool)
-    nothing = mask_metrics(empty, empty, SPACING)
+    nothing = mask_metrics(empty, empty, AXES)
     assert all(math.isnan(nothing[name]) for name in ("dice", "iou", "hd_mm", "hd95_mm"))
     for pair in ((a, empty), (empty, a)):
-        scores = mask_metrics(*pair, SPACING)
+        scores = mask_metrics(*pair, AXES)
         assert scores["dice"] == scores["iou"] == 0
         assert math.isnan(scores["hd_mm"]) and math.isnan(scores["hd95_mm"])
-    assert math.isnan(mask_metrics(a, a, SPACING, distances=False)["hd_mm"])
+    assert math.isnan(mask_metrics(a, a, AXES, distances=False)["hd_mm"])
 
 
 def test_task_binary_counts_the_tumour_as_organ():
@@ -93,11 +94,11 @@ def test_task_binary_counts_the_tumour_as_organ():
     target[2:4, 2:4, 2:4] = 2
     only_organ = np.minimum(target, 1)
     organs = {"liver": 1, "tumour": 2}
-    nested = organ_metrics(only_organ, target, organs, SPACING, "binary")
+    nested = organ_metrics(only_organ, target, organs, AXES, "binary")
     assert nested["liver"]["dice"] == 1 and nested["tumour"]["dice"] == 0
-    apart = organ_metrics(only_organ, target, organs, SPACING, "multiclass")
+    apart = organ_metrics(only_organ, target, organs, AXES, "multiclass")
     assert apart["liver"]["dice"] == pytest.approx(2 * 112 / (120 + 112))
-    assert list(organ_metrics(only_organ, target, {"tumour": 2}, SPACING, "binary")) == ["tumour"]
+    assert list(organ_metrics(only_organ, target, {"tumour": 2}, AXES, "binary")) == ["tumour"]
 
 
 def row(organ, dice, hd=math.nan, predicted=1, wanted=1):
@@ -155,6 +156,31 @@ def test_intervals_against_scipy_and_a_walk_through_the_draws():
     assert found["organs"]["b"]["dice"] is None  # one scan tells nothing of its scatter
     assert intervals(rows_of(holes), seed=0) == found and intervals(rows_of(holes[:1]))["dice"] is None
     assert intervals([])["dice"] is None
+
+
+def test_distances_in_a_sheared_scan_are_those_of_its_affine():
+    """A tilted gantry: a step along D goes down, too; by hand."""
+    axes = np.array([[3.0, 0, 0], [0.8, 0.7, 0], [0, 0, 1.3]])
+    a, b = np.zeros((2, 6, 8, 8), bool)
+    a[0, 1, 1] = b[4, 5, 3] = True
+    there = np.array([4 * 3.0, 4 * 0.8 + 4 * 0.7, 2 * 1.3])
+    assert mask_metrics(a, b, axes)["hd_mm"] == pytest.approx(np.sqrt((there**2).sum()))
+
+
+def test_a_difference_its_interval_and_its_test_are_of_one_thing():
+    """Where a rare organ decides: +0.1 for the one in all scans, -0.5 for the one in a single scan."""
+    rng = np.random.default_rng(2)
+    theirs = np.column_stack([rng.uniform(0.4, 0.6, 10), np.full(10, math.nan)])
+    theirs[3, 1] = 0.9
+    ours = theirs + np.array([0.1, -0.5])
+    found = compare(rows_of(ours), rows_of(theirs))["dice"]
+    means = [summarise(rows_of(table))["dice"] for table in (ours, theirs)]
+    by_scan = paired_by_scan(rows_of(ours), rows_of(theirs))
+    assert found["difference"] == pytest.approx(means[0] - means[1]) == pytest.approx(by_scan.mean()) == -0.2
+    assert found["p"] == pytest.approx(stats.wilcoxon(by_scan).pvalue) and found["num_scans"] == 10
+    wanted = np.full(10, 0.1 / 10 / 2 * 10)
+    wanted[3] += -0.5 / 1 / 2 * 10
+    np.testing.assert_allclose(by_scan, wanted)
 
 
 def test_a_paired_comparison_is_scipys():

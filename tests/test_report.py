@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import nibabel as nib
@@ -17,6 +18,7 @@ from scipy import ndimage, stats
 from pgl_ray import pictures, report, tables
 from pgl_ray.config import FinetuneConfig, PretrainConfig, ReportConfig, build, load
 from pgl_ray.data import store
+from pgl_ray.data.resample import resample
 
 SHAPE, SPACING, VIEW = (14, 24, 30), (5.0, 2.0, 1.5), (6, 10, 12)
 LABELS = {"liver": 1, "left_kidney": 4}
@@ -309,7 +311,7 @@ def test_only_common_scans_and_organs_are_paired():
     first, second = score_rows([0.5, 0.6, 0.7]), score_rows([0.4, 0.6, 0.9, 0.1])
     next(row for row in first if row["scan_id"] == "s2" and row["organ"] == "liver")["dice"] = float("nan")
     found = tables.paired_difference(first, second)
-    assert found.num_scans == 3 and found.mean == pytest.approx((0.1 + 0.0 - 0.2) / 3)
+    assert found.num_scans == 3 and found.mean == pytest.approx(((0.1 + 0.0 - 0.2) / 3 + (0.1 + 0.0) / 2) / 2)
     assert tables.paired_difference(first[:2], second) is None
 
 
@@ -489,8 +491,8 @@ def test_aligned_views_correlate_and_raw_ones_do_not(scans, tmp_path):
 def test_overlay_shows_the_slice_with_most_organs_and_its_errors(scans, tmp_path):
     runs = tables.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
     index = store.read_index(scans)
-    shown, position = report._overlay(index, index.scans[0], runs)
-    assert position in (6, 7)  # both organs are there
+    shown, place = report._overlay(index, index.scans[0], runs)
+    assert place in (f"axial slice {d} of {SHAPE[0]}" for d in (6, 7))  # both organs are there
     h0, h1, w0, w1 = index.scans[0].foreground_box[2:]
     true = np.zeros(SHAPE[1:], np.uint8)
     true[8:14, 6:12], true[15:18, 20:24] = 1, 4
@@ -508,6 +510,30 @@ def test_a_curve_of_zeros_alone_is_drawn():
     for y, scale in (([0.0, 0.0], "linear"), ([0.0, 0.5], "log")):
         figure = pictures.curves([pictures.Series([1, 3], y, "#000000", False)], "retrieval@1", (None, 1.2), log=True)
         assert figure.axes[0].get_yscale() == scale and pictures.to_svg(figure)
+
+
+def test_an_overlay_of_a_resampled_scan_is_on_the_grid_that_was_scored(tmp_path):
+    """What lies there are the scan's own labels, and the CT is seen where it is."""
+    label, affine = np.zeros((12, 24, 32), np.uint8), np.diag([3.0, 1, 1, 1])
+    label[5:9, 8:14, 6:12] = 1
+    volume = np.where(label, 300, -100).astype(np.int16)
+    voxels, coarse, moved = resample(volume, label, affine, (2.9, 1.5, 1.5))
+    assert len(voxels) == len(volume)
+    own = {"source_label": label, "source_affine": affine, "labelled": (1,), "split": "test"}
+    store.write_scan(tmp_path / "s", "s0", voxels, moved, label=coarse, **own)
+    index = store.write_index(tmp_path / "s", {"organ": 1}, (-1024.0, 325.0), spacing_mm=(2.9, 1.5, 1.5))
+    (tmp_path / "run/evaluation/predictions").mkdir(parents=True)
+    nib.save(nib.Nifti1Image(label, affine), tmp_path / "run/evaluation/predictions/s0.nii.gz")
+    run = SimpleNamespace(path=tmp_path / "run", name="run", scores=score_rows([1.0], ["organ"]))
+    shown, place = report._overlay(index, index.scans[0], [run])
+    position = int(place.split()[2])
+    assert place.endswith(" of 12") and 5 <= position < 9
+    np.testing.assert_array_equal(shown.true, label[position])
+    ((_, predicted, wrong),) = shown.predictions
+    np.testing.assert_array_equal(predicted, label[position])
+    assert not wrong.any() and shown.unit_mm.tolist() == [3, 1, 1]
+    seen = ndimage.center_of_mass(shown.image > 100)
+    np.testing.assert_allclose(seen, ndimage.center_of_mass(label[position]), atol=0.6)
 
 
 def test_organs_that_a_scan_does_not_annotate_are_no_errors(scans, tmp_path):

@@ -22,7 +22,7 @@ import train_loop as loop
 from pgl_ray import finetune, pretrain
 from pgl_ray.config import FailedRun
 from pgl_ray.data import store
-from pgl_ray.train import checkpoint, launch
+from pgl_ray.train import checkpoint, health, launch
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +217,43 @@ def test_with_fewer_workers_the_same_batch_goes_through_in_parts(scans, tmp_path
         assert rows[1][step]["train/lr"] == row["train/lr"]
         assert rows[1][step]["train/loss"] == pytest.approx(row["train/loss"], rel=1e-3), step
     assert {k for k in rows[0][4] if k.startswith("health/")} == {k for k in rows[1][4] if k.startswith("health/")}
+
+
+@pytest.mark.parametrize("make", [loop.pretraining, loop.finetuning])
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(scans, tmp_path, make):
+    config = make(scans, tmp_path / "run")
+
+    def seen(rank: int, batch: dict) -> None:
+        if batch["step"][0] == 4:
+            for value in batch.values():
+                if value.dtype.kind == "f":
+                    value.fill(np.nan)
+
+    said = loop.train(config, seen=seen)
+    assert (
+        "train/loss is nan" in said
+        and f"at step 5: start a new run=... with a lower optim.lr than {config.optim.lr}" in said
+    )
+    assert checkpoint.committed_step(config.run) == 4 and [row["step"] for row in loop.rows_of(config.run)][-1] == 4
+    if make is loop.finetuning:
+        best = checkpoint.state_of(config.run)
+        assert (
+            best["step"] in (2, 4) and f"best.pt keeps the best network so far (val/dice {best['val_dice']:.4f}" in said
+        )
+
+
+@pytest.mark.parametrize("make", [loop.pretraining, loop.finetuning])
+def test_weights_that_blow_up_on_one_worker_end_the_run_on_both(scans, tmp_path, make):
+    config = make(scans, tmp_path / "run")
+
+    def seen(rank: int, batch: dict) -> None:
+        if rank == 1 and batch["step"][0] == 3:
+            health.is_sound = lambda module: False  # in this worker's process alone
+
+    said = loop.train(config, 2, seen=seen)
+    what = "the weights have blown up by step 4: start a new run=... with a lower optim.lr than"
+    assert said.startswith(f"{what} {config.optim.lr}")
+    assert checkpoint.committed_step(config.run) == 2
 
 
 def test_a_worker_that_stands_still_is_named(scans, tmp_path, capfd):

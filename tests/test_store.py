@@ -222,7 +222,9 @@ def test_what_is_not_a_whole_store_is_one_clear_line(tmp_path):
         store.read_index(tmp_path)
     settings = json.loads((tmp_path / "store.json").read_text())
     (tmp_path / "store.json").write_text(json.dumps(settings | {"format": 1}))
-    with pytest.raises(ValueError, match=f"format 1, this version reads {store.FORMAT}: prepare it again"):
+    with pytest.raises(
+        ValueError, match=f"format 1, this version reads {store.FORMAT}: prepare the same folders into a new one"
+    ):
         store.read_index(tmp_path)
 
 
@@ -361,3 +363,10 @@ def test_a_scan_is_a_valid_ome_zarr_image(tmp_path):
     image = yaozarrs.open_group(str(tmp_path / "scans/a")).ome_metadata().multiscales[0]
     assert [(axis.name, axis.type, axis.unit) for axis in image.axes] == [(n, "space", "millimeter") for n in "zyx"]
     assert image.datasets[0].coordinateTransformations[0].scale == pytest.approx([2.5, 0.8, 0.7])
+
+
+def test_more_organs_than_class_indices_hold_are_refused():
+    values = tuple(range(1, 512, 2))
+    assert store.class_lookup(values[:255])[values[254]] == 255
+    with pytest.raises(ValueError, match=r"256 organs: .* room for 255"):
+        store.class_lookup(values)

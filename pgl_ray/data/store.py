@@ -222,7 +222,9 @@ def read_settings(store: str | Path) -> Settings:
             f"store.json of {str(store)!r} is damaged: delete it, then prepare the same folders again; scans that are "
             "there stay"
         ) from None
-    raise ValueError(f"store {str(store)!r} has format {known}, this version reads {FORMAT}: prepare it again")
+    raise ValueError(
+        f"store {str(store)!r} has format {known}, this version reads {FORMAT}: prepare the same folders into a new one"
+    )
 
 
 def write_settings(store: str | Path, labels: dict[str, int], hu_window: tuple[float, float], **others: Any) -> None:
@@ -347,7 +349,13 @@ def _schema():
 
 
 def class_lookup(label_values: tuple[int, ...]) -> np.ndarray:
-    """Table from label value to class index (uint8): 0 = background, k = the k-th label value; others are 0."""
+    """Table from label value to class index (uint8): 0 = background, k = the k-th label value; others are 0.
+
+    Raises:
+        ValueError: more organs than that holds.
+    """
+    if len(label_values) > 255:
+        raise ValueError(f"{len(label_values)} organs: label maps of networks have room for 255")
     table = np.zeros(2**16, np.uint8)
     table[list(label_values)] = np.arange(1, len(label_values) + 1)
     return table
@@ -426,7 +434,7 @@ def write_scan(
         affine=tuple(float(value) for value in np.asarray(affine, dtype=np.float64).ravel()),
         mean_hu=mean,
         std_hu=std,
-        foreground_box=_foreground_box(volume),
+        foreground_box=foreground_box(volume),
         source=source,
         source_size=source_size,
         source_mtime_ns=source_mtime_ns,
@@ -534,7 +542,7 @@ def _shares(volume: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     return float(counts[ALL_HU > BODY_HU].sum() / volume.size), bodies / sum(face.size for face in faces)
 
 
-def _foreground_box(volume: np.ndarray) -> tuple[int, ...]:
+def foreground_box(volume: np.ndarray) -> tuple[int, ...]:
     body = volume > BODY_HU
     if not body.any():
         return tuple(bound for size in volume.shape for bound in (0, size))
