@@ -110,8 +110,8 @@ def noisy(tmp_path_factory):
     return write_index(folder, LABELS, HU_WINDOW)
 
 
-def test_recall_of_a_standardised_ridge_classifier(noisy):
-    """The whole probe against numpy: training statistics for both sets, absent classes left out of the mean."""
+def test_recall_is_of_standardised_features_and_of_the_classes_that_are_tested(noisy):
+    """In numpy but for sampling and fit: training statistics for both sets, absent classes are no part of the mean."""
     encoder = OneMap(lambda x: 1e-3 * x + 0.5, 1, ((1, 1, 1),) * 5)
     settings = config(noisy.store)
     result = probe.probe_encoder(encoder, noisy, settings)
