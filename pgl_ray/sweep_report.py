@@ -294,21 +294,31 @@ def _cell(values: list[float], digits: int = 2) -> str:
 
 
 def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
-    """Each arm against the first one, over the same scans and seeds, seeds taken together."""
+    """Each arm against the first one: over the scans, seeds taken together, and over the seeds, scans taken together; a
+    finding that is more than the scans' noise may be no more than the seeds'."""
     (first, others), lines = next(iter(cells.items())), []
     theirs = {run.config["seed"]: run for run in others}
     for arm, runs in list(cells.items())[1:]:
         pairs = [(run, theirs[run.config["seed"]]) for run in runs if run.config["seed"] in theirs]
         found = tables.paired_difference(*(_over_seeds(list(part)) for part in zip(*pairs))) if pairs else None
-        ahead = sum((mine.summary["dice"] or 0.0) > (other.summary["dice"] or 0.0) for mine, other in pairs)
+        by_seed = [(mine.summary["dice"] or 0.0) - (other.summary["dice"] or 0.0) for mine, other in pairs]
         if found:
             worth = "within" if found.low <= 0 <= found.high else "more than"
             lines.append(
                 f"{arm} against {first}: {100 * found.mean:+.2f} points of Dice, {worth} the noise of "
                 f"{found.num_scans} scans (95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f}); "
-                f"ahead with {ahead} of {len(pairs)} seeds."
+                f"ahead with {sum(value > 0 for value in by_seed)} of {len(pairs)} seeds{_over(by_seed)}."
             )
     return lines
+
+
+def _over(by_seed: list[float]) -> str:
+    """Student's interval of the differences of several seeds, and whether it is one of a finding."""
+    half, mean = reach(by_seed), float(np.mean(by_seed))
+    if half is None:
+        return ""
+    worth = "within" if abs(mean) <= half else "more than"
+    return f", {worth} their noise ({100 * (mean - half):+.2f} to {100 * (mean + half):+.2f})"
 
 
 def _over_seeds(runs: list[tables.Run]) -> list[dict[str, Any]]:

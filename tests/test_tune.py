@@ -412,6 +412,14 @@ def test_a_collapse_is_told_from_other_ends(tmp_path):
         assert sweeps.collapsed(str(tmp_path)) is None
 
 
+def test_an_arms_difference_is_held_against_the_seeds_noise_too():
+    for values, worth in (([0.02, 0.04, -0.01], "within"), ([0.02, 0.03, 0.025], "more than")):
+        wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        text = f", {worth} their noise ({100 * wanted.low:+.2f} to {100 * wanted.high:+.2f})"
+        assert sweep_report._over(values) == text
+    assert sweep_report._over([0.02]) == ""
+
+
 def test_settings_that_matter_and_their_intervals(tmp_path):
     """Adjusted shares against statistics by hand; Student's interval against scipy's."""
     rng = np.random.default_rng(0)

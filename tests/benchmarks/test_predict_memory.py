@@ -1,4 +1,4 @@
-"""Memory of `predict` on a long scan, page and pictures included, under an address-space limit of 8 GiB: `make bench`."""
+"""Memory of `predict` on a long scan, page and pictures included, within 8 GiB of address space: `make bench`."""
 
 import os
 import resource
