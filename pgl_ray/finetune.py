@@ -108,10 +108,9 @@ def run(config: FinetuneConfig) -> Result:
     best, steps = checkpoint.state_of(folder), checkpoint.committed_step(folder)
     overfitted = None
     if steps < plan.num_steps:
-        overfitted = (
-            f"overfits: {config.patience} validations without a better val/dice than that of step {best['step']}, "
-            f"so it stopped before step {plan.num_steps}"
-        )
+        validations = f"{config.patience} validation{'s' * (config.patience != 1)}"
+        overfitted = f"overfits: {validations} without a better val/dice than that of step {best['step']}, so it stopped "
+        overfitted += f"before step {plan.num_steps}"
     return Result(folder, steps, best["val_dice"], finished, overfitted)
 
 
