@@ -109,8 +109,8 @@ def run(config: FinetuneConfig) -> Result:
     overfitted = None
     if steps < plan.num_steps:
         validations = f"{config.patience} validation{'s' * (config.patience != 1)}"
-        overfitted = f"overfits: {validations} without a better val/dice than that of step {best['step']}, so it stopped "
-        overfitted += f"before step {plan.num_steps}"
+        overfitted = f"overfits: {validations} without a better val/dice than that of step {best['step']}, so it "
+        overfitted += f"stopped before step {plan.num_steps}"
     return Result(folder, steps, best["val_dice"], finished, overfitted)
 
 
