@@ -16,6 +16,7 @@ import numpy as np
 from pgl_ray import pictures, sweep_report, tables
 from pgl_ray.config import ReportConfig, command
 from pgl_ray.data.resample import onto_grid
+from pgl_ray.data.shard import ArrayReader
 from pgl_ray.data.store import (
     Index,
     ScanRecord,
@@ -201,8 +202,9 @@ def _open(store: str) -> tuple[Index, dict[str, ScanRecord]]:
     return index, {record.scan_id: record for record in index.scans}
 
 
-def _whole(record: ScanRecord) -> np.ndarray:
-    return np.array([(0, size) for size in record.shape])
+def _whole(array: ScanRecord | ArrayReader) -> np.ndarray:
+    """Box [3, 2] of all of a scan."""
+    return np.array([(0, size) for size in array.shape])
 
 
 def alignment(one: Run) -> dict[str, Any] | None:

@@ -543,6 +543,7 @@ def _shares(volume: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
 
 
 def foreground_box(volume: np.ndarray) -> tuple[int, ...]:
+    """Half-open box (d0, d1, h0, h1, w0, w1) in voxels of what is above -500 HU in [D, H, W]; all where nothing is."""
     body = volume > BODY_HU
     if not body.any():
         return tuple(bound for size in volume.shape for bound in (0, size))
