@@ -210,6 +210,9 @@ class AlignConfig(Section):
     output_stride: Triple = (8, 16, 16)
     """View voxels per feature cell (D, H, W): which of the encoder's maps is compared, the deepest one of that stride.
     Stages behind it are neither run nor trained; (4,8,8) is one stage earlier than the paper's."""
+    more_strides: tuple[Triple, ...] = ()
+    """Further maps that are compared beside that one, by their output strides, e.g. [[2,4,4],[4,8,8]]; none: the
+    paper."""
     centers: Literal["receptive_field", "cell"] = "receptive_field"
     """Where a feature cell sits: at its receptive field's centre, or in the middle of its cell (the paper's)."""
     sampling_ratio: Positive = 1
@@ -223,6 +226,24 @@ class AlignConfig(Section):
     """false = the paper's `w/o CS`: both views show one crop of exactly the view size, so the overlap is all of it."""
     wrong_priors: bool = False
     """A control, never for use: every pair is aligned by another pair's priors. The health panel must show it."""
+
+
+class PretrainLossConfig(Section):
+    """What is asked of aligned features (method=pgl alone); the defaults are the paper's Eq. 8."""
+
+    kind: Literal["consistency", "contrast"] = "consistency"
+    """consistency: features of one place agree (Eq. 8); contrast: they also differ from those of other places
+    (InfoNCE)."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Of kind=contrast: what cosines are divided by."""
+    negatives: Literal["pair", "batch"] = "pair"
+    """Of kind=contrast: other places of the same pair, or of the whole batch, whose scans can be told apart by their
+    looks instead of by place."""
+    num_bins: Positive = 64
+    """Bins per pair and map that are compared where kind, more_strides or displacement are not the paper's, which
+    compares all."""
+    displacement: NonNegative = 0.0
+    """Weight of a second task: a small head tells the way between cells of the two views, which the priors know."""
 
 
 class StreamConfig(Section):
@@ -540,6 +561,7 @@ class PretrainConfig(Section):
     encoder: EncoderConfig = EncoderConfig()
     heads: HeadsConfig = HeadsConfig()
     align: AlignConfig = AlignConfig()
+    loss: PretrainLossConfig = PretrainLossConfig()
     deform: DeformConfig = DeformConfig()
     health: HealthConfig = HealthConfig()
     probe: ProbeCurveConfig = ProbeCurveConfig()
@@ -561,6 +583,13 @@ class PretrainConfig(Section):
                 f"stream.pairs_per_region={self.stream.pairs_per_region} must divide pairs_per_scan="
                 f"{self.pairs_per_scan}: raise pairs_per_scan and lower epochs"
             )
+        if self.method != "pgl" and (self.loss != PretrainLossConfig() or self.align.more_strides):
+            raise ValueError(f"loss.* and align.more_strides are of method=pgl, not {self.method}: leave them out")
+        if self.align.mask_clamped and self.beyond_paper:
+            raise ValueError(
+                "align.mask_clamped masks whole maps; with loss.kind, loss.displacement or align.more_strides set, bins "
+                "that are not clamped are drawn first anyway: leave it out"
+            )
         if self.align.wrong_priors and not (self.align.flip or self.align.crop):
             raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")
         if self.align.mask_clamped and any(p == s for p, s in zip(self.views.size, self.align.output_stride)):
@@ -574,6 +603,12 @@ class PretrainConfig(Section):
                 f"at least 2 per worker of train.num_workers={self.train.num_workers}"
             )
         return self
+
+
+    @property
+    def beyond_paper(self) -> bool:
+        """Whether PGL compares anything else than one whole map by Eq. 8."""
+        return self.loss.kind != "consistency" or self.loss.displacement > 0 or bool(self.align.more_strides)
 
 
 class BenchConfig(PretrainConfig):
@@ -727,7 +762,7 @@ class PredictConfig(Section):
 
 
 class ProbeConfig(ProbeSettings):
-    """Linear classifier on the frozen encoder's features at labelled voxels."""
+    """Judges of a frozen encoder: a linear classifier of voxels, a light decoder, point matching."""
 
     index: StorePath
     """Store written by prepare, with labels."""
@@ -737,6 +772,20 @@ class ProbeConfig(ProbeSettings):
     """Encoder: `random`, a run's folder, or a file as for fine-tuning."""
     encoder: EncoderConfig | None = None
     """Encoder; none: the checkpoint's, or the default for init=random."""
+    judges: Annotated[
+        tuple[Literal["voxels", "decoder", "matching"], ...], BeforeValidator(_listed), Field(min_length=1)
+    ] = ("voxels",)
+    """voxels: a linear classifier names the organ of single voxels; decoder: a light decoder learns organs from the
+    frozen maps (Dice, HD95); matching: organ centroids and places under known deformations are found again by the
+    nearest feature (mm)."""
+    decoder_seeds: Positive = 1
+    """Decoders that are trained per encoder, each from its own seed."""
+    ends: bool = True
+    """Judge random weights of the same size beside it, in every reading: the strongest is what a claim must beat."""
+    control: RunPath | None = None
+    """A run that learnt no places, pre-trained with align.wrong_priors=true: a second control."""
+    ceiling: RunPath | None = None
+    """A run of the same size that was fine-tuned with all labels: its encoder is the upper end."""
     output: FilePath | None = None
     """JSON file for the result; none: <init>/probe.json, X.probe.json beside a file X, or no file for random."""
 

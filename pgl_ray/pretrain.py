@@ -15,16 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pgl_ray import probe
 from pgl_ray.config import FailedRun, PretrainConfig, StreamConfig, build, command
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import training_facts
 from pgl_ray.data.views import ablated
+from pgl_ray.judge.judges import Judges
+from pgl_ray.judge.readings import READINGS
 from pgl_ray.model import device as on
 from pgl_ray.model.byol import Byol
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.pgl import Output, Pair, Pgl, feature_geometry
+from pgl_ray.model.places import Objective, PlacesPgl
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.prior import Geometry
 from pgl_ray.train import checkpoint, health, launch, optim, watch
@@ -90,7 +92,7 @@ def run(config: PretrainConfig) -> Result:
     return Result(folder, plan.num_steps, losses[-1], health.newest_verdict(rows), finished, *probed[-1:])
 
 
-def make_probe(config: PretrainConfig) -> probe.Probe:
+def make_probe(config: PretrainConfig) -> Judges:
     """The voxel probe of `config.probe`, its scans read.
 
     Raises:
@@ -101,7 +103,7 @@ def make_probe(config: PretrainConfig) -> probe.Probe:
     if index.hu_window != window:
         raise ValueError(f"probe.index={where} has hu_window={index.hu_window}, index={config.index} has {window}")
     settings = {"index": where, "size": config.probe.size or config.views.size}
-    return probe.Probe(index, config.probe.model_copy(update=settings))
+    return Judges(index, config.probe.model_copy(update=settings))
 
 
 def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
@@ -116,7 +118,13 @@ def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
         encoder = build_encoder(**config.encoder.model_dump())
         stride = align.output_stride if config.method == "pgl" else encoder.strides[-1]
         level, geometry = feature_geometry(encoder, config.views.size, stride, align.centers, align.sampling_ratio)
-        if config.method == "pgl":
+        if config.method == "pgl" and config.beyond_paper:
+            more = [
+                feature_geometry(encoder, config.views.size, other, align.centers, align.sampling_ratio)
+                for other in align.more_strides
+            ]
+            model = PlacesPgl(encoder, *heads, [*more, (level, geometry)], Objective(**config.loss.model_dump()))
+        elif config.method == "pgl":
             model = Pgl(encoder, *heads, level, geometry, align.mask_clamped)
         elif config.method == "byol":
             model = Byol(encoder, *heads)
@@ -125,6 +133,8 @@ def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
     init_kaiming_uniform(model.online, config.seed)
     if config.method != "genesis":
         init_kaiming_uniform(model.predictor, config.seed + 1)
+        if config.beyond_paper:
+            init_kaiming_uniform(model.place, config.seed + 2)
         model.target.load_state_dict(model.online.state_dict())
     return model, geometry
 
@@ -267,10 +277,12 @@ def worker(worker_config: dict) -> str | None:
         if probes and judge:
             encoder = net.get_submodule("online.encoder")
             with watch.beating(encoder):
-                result = judge.judge(encoder, f"step {step}")
-            row |= {ACCURACY: result.balanced_accuracy, "probe/seconds": result.seconds}
-            row |= {f"probe/recall_{name}": value for name, value in result.recall.items()}
-            since += result.seconds  # no part of the training's speed
+                began = time.monotonic()
+                score = judge.judge(encoder, READINGS[0])["voxels"]
+                seconds = time.monotonic() - began
+            row |= {ACCURACY: score.value, "probe/seconds": seconds}
+            row |= {f"probe/recall_{name}": value for name, value in score.details["recall"].items()}
+            since += seconds  # no part of the training's speed
         if probes:
             watch.meet()
         if log or check or probes:

@@ -1,72 +1,160 @@
-"""python -m pgl_ray.probe [file.yaml] index=STORE [init=RUN] [a.b=c ...]: how much anatomy a frozen encoder knows.
+"""python -m pgl_ray.probe [file.yaml] index=STORE [init=RUN] [a.b=c ...]: what a frozen encoder knows of anatomy.
 
-A linear classifier names the organ of single voxels from the encoder's features there. It needs a handful of labelled
-scans and no training of the encoder, so it compares encoders long before a fine-tuning would.
+Three judges, seconds to a minute each on a CPU: a linear classifier of voxels, a light decoder, and point matching.
+All need a handful of labelled scans and no training of the encoder, so they compare encoders long before a fine-tuning
+would; and every encoder, random ones too, is judged in the same state.
 """
 
 import dataclasses
 import os
 import time
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from pgl_ray.config import FailedRun, ProbeConfig, ProbeSettings, command
-from pgl_ray.data.store import BODY_HU, Index, ScanRecord, class_lookup, open_label, open_volume, read_index
-from pgl_ray.data.views import generator, normalise
+from pgl_ray.config import ProbeConfig, command
+from pgl_ray.data.store import Index, read_index
+from pgl_ray.judge import readings
+from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, to_device
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.train import bucket, weights
 from pgl_ray.train.checkpoint import write_json
 
-BACKGROUND = "background"
-L2 = 1e-3  # of the classifier, times the number of features: then wide and narrow encoders are held alike
-MAX_ITERATIONS = 300  # of L-BFGS
+FIRST = "reestimated"  # the reading that counts for a trained encoder
+IN_WORDS = {"reestimated": "BatchNorm re-estimated", "trained": "BatchNorm as trained", "off": "BatchNorm off"}
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the classifier reached.
+    """What the judges say.
 
     Attributes:
-        balanced_accuracy: mean recall over the classes that occur among the test voxels.
-        recall: of background and every organ that occurs among the test voxels; an organ that no training scan showed
-            counts as 0.
         init: the encoder, as in the config.
         num_train_scans, num_test_scans: scans used.
+        readings: reading -> judge -> score, plain values.
+        controls: name -> judge -> score, of random weights in each reading and of the control.
+        ceiling: judge -> score of the encoder that was trained with all labels; empty: none was given.
+        standing: judge -> where the reading that counts stands.
+        sentences: the standings in words.
+        notes: what of the scans is not as asked.
+        balanced_accuracy, recall: of the voxel probe in the reading that counts; none where it was not asked.
+        body_box_mm: median matching error of the place in the body's box; none where matching was not asked.
         seconds: wall time.
     """
 
-    balanced_accuracy: float
-    recall: dict[str, float]
     init: str
     num_train_scans: int
     num_test_scans: int
+    readings: dict[str, dict[str, Any]]
+    controls: dict[str, dict[str, Any]]
+    ceiling: dict[str, Any]
+    standing: dict[str, dict[str, Any]]
+    sentences: list[str]
+    notes: list[str]
+    balanced_accuracy: float | None
+    recall: dict[str, float] | None
+    body_box_mm: float | None
     seconds: float
+
+    def value(self, judge: str) -> float:
+        """Of the reading that counts."""
+        return next(iter(self.readings.values()))[judge]["value"]
 
 
 def run(config: ProbeConfig) -> ProbeResult:
-    """Probes the encoder of `config.init` and writes the JSON file.
+    """Judges the encoder of `config.init` and writes the JSON file.
 
     Raises:
         ValueError: an index without labelled scans, or an encoder that cannot be used with it.
         FailedRun: the encoder's features are not finite.
     """
+    began = time.monotonic()
     index = read_index(config.index)
-    result = probe_encoder(_load(config, index), index, config)
+    judges = Judges(index, config, config.judges, config.decoder_seeds)
+    for note in judges.notes:
+        print(f"probe: note: {note}", flush=True)
+    encoder = load(config.init, config, index)
+    if not readings.norms(encoder):
+        print(f"probe: note: the encoder of init={config.init} has no BatchNorm: there is one reading of it", flush=True)
+    found = _read(judges, encoder, config.init != "random")
+    controls, ceiling = _ends(config, index, judges, encoder, found)
+    first = next(iter(found.values()))
+    standing = {
+        judge: Standing.of(judge, score.value, {name: one[judge].value for name, one in controls.items()}, high)
+        for judge, score in first.items()
+        for high in [ceiling[judge].value if ceiling else None]
+        if controls
+    }
+    voxel = first.get("voxels")
+    result = ProbeResult(
+        init=config.init,
+        num_train_scans=len(judges.probe.train),
+        num_test_scans=len(judges.probe.test),
+        readings={reading: _plain(scores) for reading, scores in found.items()},
+        controls={name: _plain(scores) for name, scores in controls.items()},
+        ceiling=_plain(ceiling),
+        standing={judge: dataclasses.asdict(one) for judge, one in standing.items()},
+        sentences=[f"{judge}: {one.sentence(judge, first[judge].value)}" for judge, one in standing.items()],
+        notes=judges.notes,
+        balanced_accuracy=voxel and voxel.value,
+        recall=voxel and voxel.details["recall"],
+        body_box_mm=judges.body_box_mm() if "matching" in config.judges else None,
+        seconds=round(time.monotonic() - began, 2),
+    )
+    _write(config, result)
+    return result
+
+
+def load(init: str, config: ProbeConfig, index: Index) -> Encoder:
+    """An encoder, on CUDA where there is one: `random`, or of a run or file, up to the last stage that was trained."""
+    settings = config.encoder.model_dump() if config.encoder else None
+    if init == "random":
+        encoder = build_encoder(**(settings or {}))
+        init_kaiming_uniform(encoder, config.seed)
+        return to_device(encoder)
+    encoder, source = weights.read(init, settings, index.hu_window)
+    weights.fill(encoder, source)
+    encoder.stop_at(source.meta.get("level", encoder.last))  # what was trained
+    return to_device(encoder)
+
+
+def _read(judges: Judges, encoder: Encoder, trained: bool) -> dict[str, dict[str, Score]]:
+    """Reading -> what the judges say; the one that counts comes first."""
+    return {reading: judges.judge(encoder, reading) for reading in readings.possible(encoder, trained)}
+
+
+def _ends(
+    config: ProbeConfig, index: Index, judges: Judges, encoder: Encoder, found: dict[str, dict[str, Score]]
+) -> tuple[dict[str, dict[str, Score]], dict[str, Score]]:
+    """Name -> scores of the controls, and the scores of the upper end, both of the same size as the encoder."""
+    if not config.ends:
+        return {}, {}
+    if config.init == "random":
+        chance = found
+    else:
+        other = build_encoder(**encoder.settings)
+        init_kaiming_uniform(other, config.seed)
+        other.stop_at(encoder.last)
+        chance = _read(judges, to_device(other), False)
+    controls = {f"random, {IN_WORDS[reading]}": scores for reading, scores in chance.items()}
+    if config.control:
+        controls |= {"control": judges.judge(load(config.control, config, index), FIRST)}
+    ceiling = judges.judge(load(config.ceiling, config, index), FIRST) if config.ceiling else {}
+    return controls, ceiling
+
+
+def _plain(scores: dict[str, Score]) -> dict[str, Any]:
+    return {judge: score.plain() for judge, score in scores.items()}
+
+
+def _write(config: ProbeConfig, result: ProbeResult) -> None:
     if config.output:
         Path(config.output).absolute().parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), dataclasses.asdict(result))
     elif config.init != "random":
         with bucket.beside(*_place(config.init)) as output:
             write_json(output, dataclasses.asdict(result))
-    return result
 
 
 def _place(init: str) -> tuple[str, str]:
@@ -77,276 +165,43 @@ def _place(init: str) -> tuple[str, str]:
     return folder, f"{name}.probe.json"
 
 
-def _load(config: ProbeConfig, index: Index) -> Encoder:
-    """The encoder to probe, on CUDA where there is one."""
-    settings = config.encoder.model_dump() if config.encoder else None
-    if config.init == "random":
-        encoder = build_encoder(**(settings or {}))
-        init_kaiming_uniform(encoder, config.seed)
-    else:
-        encoder, source = weights.read(config.init, settings, index.hu_window)
-        weights.fill(encoder, source)
-        encoder.stop_at(source.meta.get("level", encoder.last))  # what was trained
-    return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def probe_encoder(encoder: Encoder, index: Index, config: ProbeConfig) -> ProbeResult:
-    """Reads the scans, then trains and tests the classifier on an encoder as it is; see `Probe`."""
-    began = time.monotonic()
-    result = Probe(index, config).judge(encoder, config.init)
-    return dataclasses.replace(result, seconds=round(time.monotonic() - began, 2))
-
-
-class Probe:
-    """Labelled scans that are read once and judge any number of encoders, by the same voxels.
-
-    Keeps the scans' voxels in memory, 2 bytes each.
-    """
-
-    def __init__(self, index: Index, config: ProbeSettings):
-        """
-        Args:
-            index: a store with labels.
-            config: its `index` only serves messages.
-
-        Raises:
-            ValueError: no labelled scans, or too few to tell two classes apart.
-        """
-        self.names = {0: BACKGROUND} | dict(enumerate(sorted(index.labels, key=index.labels.get), 1))
-        chosen = choose_scans(index, config)
-        self.train, self.test = ([read_sample(index, scan, config) for scan in scans] for scans in chosen)
-        shown = {k for sample in self.train for k in sample.classes.tolist()}
-        num_test = sum(len(sample.classes) for sample in self.test)
-        if len(shown) < 2 or not num_test:
-            raise ValueError(
-                f"index={config.index}: the scans drawn show {len(shown)} classes to train on and {num_test} "
-                f"voxels to test on: raise num_scans={config.num_scans} or num_test_scans={config.num_test_scans}"
-            )
-
-    def judge(self, encoder: Encoder, init: str = "") -> ProbeResult:
-        """Trains and tests the classifier on an encoder as it is.
-
-        The encoder works in eval mode, so that a voxel's features depend on its window alone, and is put back
-        afterwards. An untrained encoder has running statistics of 0 and 1, so the scale of its features means nothing:
-        every feature is standardised on the training voxels.
-
-        Args:
-            encoder: on the device to compute on.
-            init: names it in the result.
-
-        Raises:
-            FailedRun: its features are not finite.
-        """
-        began = time.monotonic()
-        was_training = {module: module.training for module in encoder.modules()}
-        encoder.eval()
-        try:
-            found = [[scan_features(encoder, sample) for sample in part] for part in (self.train, self.test)]
-        finally:
-            for module, training in was_training.items():
-                module.training = training
-        (x, y), (x_test, y_test) = (tuple(torch.cat(parts) for parts in zip(*part)) for part in found)
-        if not (x.isfinite().all() and x_test.isfinite().all()):
-            raise FailedRun(f"init={init}: the encoder's features are not finite")
-        mean, std = x.mean(0), x.std(0)
-        scale = torch.where(std > 1e-4 * mean.abs(), 1 / std, 0)  # a constant feature says nothing
-        weight, bias = fit_linear((x - mean) * scale, y, len(self.names))
-        hit = ((x_test - mean) * scale @ weight + bias).argmax(1) == y_test
-        recall = {self.names[k]: hit[y_test == k].float().mean().item() for k in y_test.unique().tolist()}
-        balanced = float(np.mean(list(recall.values())))
-        seconds = round(time.monotonic() - began, 2)
-        return ProbeResult(balanced, recall, init, len(self.train), len(self.test), seconds)
-
-
-def choose_scans(index: Index, config: ProbeSettings) -> tuple[list[ScanRecord], list[ScanRecord]]:
-    """Scans to train on, drawn with the seed, and to test on, the first ones by scan_id; none is in both.
-
-    Raises:
-        ValueError: a split without labelled scans.
-    """
-    if not index.labels:
-        raise ValueError(f"index={config.index} holds no labels: prepare it from a source with label maps")
-    pool = index.labelled(config.split)
-    order = np.random.default_rng((config.seed, 1)).permutation(len(pool))
-    train = [pool[i] for i in order[: config.num_scans]]
-    test = [scan for scan in index.labelled(config.test_split) if scan not in train][: config.num_test_scans]
-    for key, split, found in (("split", config.split, train), ("test_split", config.test_split, test)):
-        if not found:
-            splits = sorted({scan.split for scan in index.scans if scan.label_metadata is not None})
-            raise ValueError(
-                f"{key}={split!r}: no labelled scan left there in {config.index}; it has labels in {splits}"
-            )
-    return train, test
-
-
-# -- voxels -----------------------------------------------------------------------------------------------------------
-
-
-class Sample(NamedTuple):
-    """What a probe keeps of a scan.
-
-    Attributes:
-        volume: int16 HU [D, H, W], at least a window on every axis.
-        voxels, classes: those drawn, int64 [voxels, 3] and [voxels].
-        size: of the windows.
-        scaling: HU window, mean and standard deviation.
-    """
-
-    volume: np.ndarray
-    voxels: np.ndarray
-    classes: np.ndarray
-    size: tuple[int, int, int]
-    scaling: tuple
-
-
-def read_sample(index: Index, scan: ScanRecord, config: ProbeSettings) -> Sample:
-    """Reads a scan and draws its voxels; a scan smaller than a window is continued by the lowest HU."""
-    whole = np.array([(0, size) for size in scan.shape])
-    volume = open_volume(index.store, scan).read(whole)
-    drawn = draw_voxels(index, scan, volume, open_label(index.store, scan).read(whole), config)
-    short = [(0, max(0, size - length)) for size, length in zip(config.size, volume.shape)]
-    volume = np.pad(volume, short, constant_values=int(index.hu_window[0]))
-    return Sample(volume, *drawn, config.size, (index.hu_window, scan.mean_hu, scan.std_hu))
-
-
-def scan_features(encoder: Encoder, sample: Sample) -> tuple[Tensor, Tensor]:
-    """Features and classes of the voxels drawn from one scan.
-
-    The scan is covered by windows that overlap by half; a voxel is read in the window whose centre is nearest.
-
-    Returns:
-        float32 [voxels, sum of channels] and int64 [voxels], on the encoder's device.
-    """
-    volume, voxels, classes, size, scaling = sample
-    device = next(encoder.parameters()).device
-    starts, window_of = assign_windows(voxels, volume.shape, size)
-    features = torch.empty(len(voxels), sum(encoder.channels[: encoder.last + 1]), device=device)
-    for number, start in enumerate(starts):
-        crop = volume[tuple(slice(s, s + length) for s, length in zip(start, size))]
-        crop = torch.from_numpy(normalise(crop, *scaling)).to(device)
-        inside = np.flatnonzero(window_of == number)
-        point = torch.from_numpy(voxels[inside] - start + 0.5).to(device)  # the voxel's middle, window edge coordinates
-        with torch.no_grad():
-            maps = encoder(crop[None, None])
-        levels = zip(maps, encoder.strides, encoder.centers, strict=False)
-        features[torch.from_numpy(inside).to(device)] = torch.cat(
-            [read_map(m[0], point, s, c) for m, s, c in levels], 1
-        )
-    return features, torch.from_numpy(classes).to(device)
-
-
-def draw_voxels(
-    index: Index, scan: ScanRecord, volume: np.ndarray, label: np.ndarray, config: ProbeSettings
-) -> tuple[np.ndarray, np.ndarray]:
-    """Up to `voxels_per_class` voxels of every class; the same ones whatever the encoder.
-
-    Background is a voxel of label 0 in the body (above -500 HU). A scan in which some organ is not annotated gives
-    none: the organ may hide there.
-
-    Args:
-        volume, label: [D, H, W], the whole scan.
-
-    Returns:
-        Voxel indices int64 [voxels, 3] and classes int64 [voxels].
-    """
-    rng = generator(config.seed, 0, scan.scan_id, 0)
-    candidates = [(value, np.argwhere(label == value)) for value in index.label_values if value in scan.label_voxels]
-    candidates = [(value, found) for value, found in candidates if value in scan.labelled]
-    if set(scan.labelled) >= set(index.label_values):
-        candidates.insert(0, (0, np.argwhere((label == 0) & (volume > BODY_HU))))
-    lookup = class_lookup(index.label_values)
-    voxels, classes = [np.empty((0, 3), np.int64)], [np.empty(0, np.int64)]
-    for value, found in candidates:
-        chosen = rng.choice(len(found), min(config.voxels_per_class, len(found)), replace=False)
-        voxels.append(found[chosen])
-        classes.append(np.full(len(chosen), lookup[value], np.int64))
-    return np.concatenate(voxels), np.concatenate(classes)
-
-
-def assign_windows(voxels: np.ndarray, shape: tuple[int, ...], size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Windows that cover the voxels, and the one whose centre is nearest to each voxel.
-
-    Args:
-        voxels: int [voxels, 3].
-        shape: of the volume, at least `size` on every axis.
-        size: of the windows.
-
-    Returns:
-        First voxels of the windows that are needed, int [windows, 3], and the window of each voxel, int [voxels].
-    """
-    first = np.empty_like(voxels)
-    for axis, (length, window) in enumerate(zip(shape, size)):
-        starts = np.append(np.arange(0, length - window, max(1, window // 2)), length - window)
-        middle = voxels[:, axis, None] + 0.5
-        first[:, axis] = starts[np.abs(middle - (starts + window / 2)).argmin(1)]
-    starts, window_of = np.unique(first, axis=0, return_inverse=True)
-    return starts, window_of.reshape(-1)
-
-
-def read_map(feature_map: Tensor, point: Tensor, stride: tuple[int, ...], center: tuple[float, ...]) -> Tensor:
-    """Trilinear interpolation where the cells' receptive fields are centred; clamped to the outermost.
-
-    Args:
-        feature_map: [C, d, h, w].
-        point: [points, 3] edge coordinates in the encoder's input; a point at u lies at index (u - center) / stride.
-        stride, center: of the map, per axis.
-
-    Returns:
-        [points, C].
-    """
-    sizes = torch.tensor(feature_map.shape[1:], device=point.device)
-    position = (point - torch.tensor(center, device=point.device)) / torch.tensor(stride, device=point.device)
-    position = torch.minimum(position.clamp_min(0), sizes - 1)
-    low = position.long()
-    high, share = torch.minimum(low + 1, sizes - 1), position - low
-    found = feature_map.new_zeros(feature_map.shape[0], len(point))
-    for corner in product((0, 1), repeat=3):
-        upper = torch.tensor(corner, device=point.device, dtype=torch.bool)
-        d, h, w = torch.where(upper, high, low).unbind(1)
-        found += feature_map[:, d, h, w] * torch.where(upper, share, 1 - share).prod(1).to(found.dtype)
-    return found.T
-
-
-# -- the classifier ---------------------------------------------------------------------------------------------------
-
-
-def fit_linear(features: Tensor, classes: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Multinomial logistic regression in which all classes weigh the same, by L-BFGS on the full batch.
-
-    Minimises the mean over classes of a class' mean cross-entropy, plus L2 * F / 2 times the squared weights.
-
-    Args:
-        features: [voxels, F], standardised.
-        classes: int64 [voxels].
-        num_classes: outputs; a class that does not occur gets no voxel later either.
-
-    Returns:
-        Weights [F, num_classes] and biases [num_classes].
-    """
-    counts = classes.bincount(minlength=num_classes)
-    share = (1 / (counts * (counts > 0).sum()))[classes]
-    weight = features.new_zeros(features.shape[1], num_classes).requires_grad_()
-    bias = torch.where(counts > 0, 0.0, -1e4).to(features).requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        entropy = F.cross_entropy(features @ weight + bias, classes, reduction="none")
-        value = (share * entropy).sum() + L2 * features.shape[1] / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return weight.detach(), bias.detach()
+def table(result: ProbeResult) -> str:
+    """What the judges say as text: a line per reading and control."""
+    asked = [judge for judge in JUDGES if judge in next(iter(result.readings.values()))]
+    heads = {"voxels": f"{'voxels':>8}{'last map':>10}", "decoder": f"{'Dice':>8}{'HD95 mm':>9}"}
+    heads["matching"] = f"{'match mm':>10}{'deformed':>10}"
+    lines = [f"{'encoder':<34}" + "".join(heads[judge] for judge in asked)]
+    rows = {f"{Path(result.init).name}, {IN_WORDS[reading]}": one for reading, one in result.readings.items()}
+    rows |= {name: one for name, one in result.controls.items() if result.init != "random" or name == "control"}
+    rows |= {"trained with all labels": result.ceiling} if result.ceiling else {}
+    for name, scores in rows.items():
+        line = f"{name[:33]:<34}"
+        for judge in asked:
+            value, more = scores[judge]["value"], scores[judge]["details"]
+            if judge == "voxels":
+                line += f"{value:>8.3f}{more['last_map']:>10.3f}"
+            elif judge == "decoder":
+                line += f"{value:>8.3f}" + (f"{more['hd95_mm']:>9.1f}" if more["hd95_mm"] is not None else f"{'-':>9}")
+            else:
+                line += f"{value:>10.1f}" + (f"{more['deformed_mm']:>10.1f}" if more["deformed_mm"] else f"{'-':>10}")
+        lines.append(line)
+    if result.body_box_mm is not None:
+        lines.append(f"point matching by the place in the body's box alone: {result.body_box_mm:.1f} mm")
+    return "\n".join(lines)
 
 
 def describe(result: ProbeResult) -> str:
-    """The closing line."""
+    """The table, where each judge stands, and the closing line."""
+    first = next(iter(result.readings))
+    text = "\n".join([table(result), *result.sentences])
+    line = f"init={result.init}, {IN_WORDS[first]}, {result.num_train_scans} labelled scans, {result.seconds} s"
+    if result.recall is None:
+        return f"{text}\nprobe: done; {line}"
     worst = min(result.recall, key=result.recall.get)
     return (
-        f"probe: balanced accuracy {result.balanced_accuracy:.4f} over {len(result.recall)} classes of "
+        f"{text}\nprobe: balanced accuracy {result.balanced_accuracy:.4f} over {len(result.recall)} classes of "
         f"{result.num_test_scans} scans (chance {1 / len(result.recall):.3f}), weakest {worst} "
-        f"{result.recall[worst]:.3f}; init={result.init}, {result.num_train_scans} labelled scans, {result.seconds} s"
+        f"{result.recall[worst]:.3f}; {line}"
     )
 
 

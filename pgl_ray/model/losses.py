@@ -33,6 +33,31 @@ def local_consistency_loss(query: Tensor, key: Tensor, valid: Tensor | None = No
     return ((distance * valid).sum(1) / counts.clamp_min(1)).sum() / (counts > 0).sum().clamp_min(1)
 
 
+def place_contrast_loss(query: Tensor, key: Tensor, temperature: float, negatives: Literal["pair", "batch"]) -> Tensor:
+    """InfoNCE over places: each query is to name its own place's key among others (van den Oord et al. 2018).
+
+    Computed in float32 or above whatever autocast is on; no gradient reaches the key.
+
+    Args:
+        query: [N, C, places] predictions of the online path.
+        key: [N, C, places] of the target path, at the same places.
+        temperature: that cosines are divided by.
+        negatives: pair: the other places of the same pair, which cannot be told apart by the look of their scan;
+            batch: those of all pairs.
+
+    Returns:
+        Scalar; the logarithm of the number of places, or of places times N, where nothing is told apart.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, key = F.normalize(query.to(dtype), dim=1), F.normalize(key.detach().to(dtype), dim=1)
+    with torch.autocast(query.device.type, enabled=False):
+        if negatives == "batch":
+            query, key = (part.transpose(1, 2).flatten(0, 1).T[None] for part in (query, key))
+        similar = query.transpose(1, 2) @ key / temperature
+    own = torch.arange(similar.shape[2], device=query.device).repeat(len(similar))
+    return F.cross_entropy(similar.flatten(0, 1), own)
+
+
 def segmentation_loss(
     logits: Tensor, target: Tensor, task: Literal["multiclass", "binary"], labelled: Tensor | None = None
 ) -> Tensor:

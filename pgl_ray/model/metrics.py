@@ -126,15 +126,15 @@ def intervals(rows: list[dict], seed: int = 0) -> dict:
         scans that have a score.
     """
     scans, organs = _names(rows)
-    draws = _draws(len(scans), seed)
+    draws = scan_draws(len(scans), seed)
     found: dict = {"organs": {organ: {} for organ in organs}}
     for score in SCORES:
         values = _table(rows, score, scans, organs)
         per_organ, mean = _means(values, draws)
         known = (~np.isnan(values)).sum(0)
         for k, organ in enumerate(organs):
-            found["organs"][organ][score] = _bounds(per_organ[:, k]) if known[k] > 1 else None
-        found[score] = _bounds(mean) if (~np.isnan(values)).any(1).sum() > 1 else None
+            found["organs"][organ][score] = percentile_bounds(per_organ[:, k]) if known[k] > 1 else None
+        found[score] = percentile_bounds(mean) if (~np.isnan(values)).any(1).sum() > 1 else None
     return found
 
 
@@ -153,7 +153,7 @@ def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
         it; under "organs" the same per organ. None = no value.
     """
     scans, organs = _names(rows + others)
-    draws = _draws(len(scans), seed)
+    draws = scan_draws(len(scans), seed)
     found: dict = {"organs": {organ: {} for organ in organs}}
     for score in SCORES:
         pair = [_table(part, score, scans, organs) for part in (rows, others)]
@@ -175,7 +175,7 @@ def _paired(difference: np.ndarray, either: np.ndarray, drawn: np.ndarray) -> di
         "num_scans": len(by_scan),
         "num_left_out": int((either & np.isnan(difference)).sum()),
         "difference": float(by_scan.mean()) if len(by_scan) else None,
-        "ci95": _bounds(drawn) if enough else None,
+        "ci95": percentile_bounds(drawn) if enough else None,
         "p": (float(stats.wilcoxon(by_scan).pvalue) if by_scan.any() else 1.0) if enough else None,
     }
 
@@ -219,7 +219,7 @@ def _table(rows: list[dict], score: str, scans: list[str], organs: list[str]) ->
     return np.reshape(values, (len(scans), len(organs))).astype(float)
 
 
-def _draws(num_scans: int, seed: int) -> np.ndarray:
+def scan_draws(num_scans: int, seed: int) -> np.ndarray:
     """How often each scan is drawn, int [NUM_DRAWS, scans]."""
     if not num_scans:
         return np.zeros((NUM_DRAWS, 0), int)
@@ -234,5 +234,5 @@ def _means(values: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return per_organ, np.where(known > 0, np.nansum(per_organ, 1) / np.maximum(known, 1), np.nan)
 
 
-def _bounds(drawn: np.ndarray) -> list[float]:
+def percentile_bounds(drawn: np.ndarray) -> list[float]:
     return [float(bound) for bound in np.nanpercentile(drawn, (2.5, 97.5))]

@@ -1,0 +1,153 @@
+"""One preparation for every encoder that is judged, random ones too: how its BatchNorm normalises.
+
+A random encoder's running statistics are 0 and 1, a trained one's are those of its training: judged like that, they are
+not in the same state, and a random network with BatchNorm off is the stronger one. So statistics are estimated again
+for every encoder on the same unlabelled views, and the readings as trained and with BatchNorm off stand beside.
+"""
+
+import copy
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pgl_ray.config import CropConfig
+from pgl_ray.data.store import BODY_HU, Index, ScanRecord, open_volume
+from pgl_ray.data.views import generator, read_padded, render, sample_prior
+from pgl_ray.model.resenc import ResEncoder
+from pgl_ray.model.resnet import Encoder
+
+Reading = Literal["reestimated", "trained", "off"]
+READINGS: tuple[Reading, ...] = ("reestimated", "trained", "off")
+AIR = -1024  # HU outside a scan
+NUM_VIEWS = 64  # that statistics are estimated on
+AT_A_TIME = 8  # views per forward pass
+
+
+def unlabelled_views(index: Index, scans: list[ScanRecord], size: tuple[int, int, int], seed: int) -> Tensor:
+    """Plain crops around the body, the same ones for every encoder.
+
+    Args:
+        index: of the store.
+        scans: to draw from, in turn.
+        size: of a view (D, H, W).
+        seed: of the draws.
+
+    Returns:
+        float32 [NUM_VIEWS, 1, D, H, W], z-scored.
+
+    Raises:
+        ValueError: no scans.
+    """
+    if not scans:
+        raise ValueError(f"{index.store} has no scan to estimate BatchNorm's statistics on: choose another split=...")
+    crops = CropConfig(size=size, crop_scale=(1.0, 1.0), flip_prob=0.0, foreground=True)
+    views = []
+    for number in range(NUM_VIEWS):
+        scan = scans[number % len(scans)]
+        prior = sample_prior(generator(seed, 1, scan.scan_id, number), scan.shape, crops, scan.foreground_box)
+        crop = read_padded(open_volume(index.store, scan), prior.box, AIR)
+        views.append(render(crop, size, prior.flip, index.hu_window, scan.mean_hu, scan.std_hu))
+    return torch.stack(views)[:, None]
+
+
+def norms(module: nn.Module) -> list[_BatchNorm]:
+    """BatchNorm layers that keep running statistics."""
+    return [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+
+
+@torch.no_grad()
+def read_as(encoder: nn.Module, reading: Reading, views: Tensor) -> nn.Module:
+    """A copy of an encoder in eval mode, its BatchNorm in one of three states.
+
+    Args:
+        encoder: left as it is.
+        reading: reestimated: mean and variance of `views`; trained: those it holds; off: 0 and 1.
+        views: [N, 1, D, H, W], for reestimated.
+
+    Returns:
+        The copy, on the encoder's device. An encoder without BatchNorm reads the same in all states.
+    """
+    encoder = copy.deepcopy(encoder)
+    own = norms(encoder)
+    if reading == "trained" or not own:
+        return encoder.eval()
+    for part in own:
+        part.reset_running_stats()
+    if reading == "reestimated":
+        device = next(encoder.parameters()).device
+        for part in own:
+            part.momentum = None  # the plain mean over passes
+            part.train()
+        encoder.train()
+        for few in views.split(AT_A_TIME):
+            encoder(few.to(device))
+    return encoder.eval()
+
+
+def possible(encoder: nn.Module, trained: bool) -> tuple[Reading, ...]:
+    """Readings that differ: a random encoder was not trained, and one without BatchNorm has one state."""
+    if not norms(encoder):
+        return ("trained",)
+    return READINGS if trained else ("reestimated", "off")
+
+
+def body_points(volume: np.ndarray, spacing_mm: tuple[float, ...], every_mm: float) -> np.ndarray:
+    """Voxels on a grid inside the body, closed over small air spaces.
+
+    Args:
+        volume: HU [D, H, W].
+        spacing_mm: voxel size.
+        every_mm: about the distance of neighbouring points.
+
+    Returns:
+        int64 [points, 3].
+    """
+    from scipy import ndimage
+
+    step = [max(1, round(every_mm / size)) for size in spacing_mm]
+    coarse = volume[tuple(slice(by // 2, None, by) for by in step)] > BODY_HU
+    closed = ndimage.binary_closing(np.pad(coarse, 1, mode="edge"), iterations=1)[1:-1, 1:-1, 1:-1] | coarse
+    return np.argwhere(closed) * step + np.array(step) // 2
+
+
+class StandardisedMaps(nn.Module):
+    """An encoder whose maps have mean 0 and standard deviation 1 per channel over unlabelled views; frozen.
+
+    What a judge's distances and first layers see of a channel does not depend on the scale an encoder happens to give
+    it. A constant channel becomes 0. The attributes are the encoder's.
+    """
+
+    def __init__(self, encoder: Encoder | ResEncoder, views: Tensor):
+        """
+        Args:
+            encoder: in eval mode, as `read_as` gives it.
+            views: [N, 1, D, H, W].
+        """
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.strides, self.centers = encoder.strides, encoder.centers
+        self.channels, self.last, self.stage_strides = encoder.channels, encoder.last, encoder.stage_strides
+        device = next(encoder.parameters()).device
+        found = [[one.flatten(2) for one in self.plain(few.to(device))] for few in views.split(AT_A_TIME)]
+        self.scaling = []
+        for maps in zip(*found):
+            mean = torch.stack([one.mean((0, 2)) for one in maps]).mean(0)
+            std = torch.stack([(one - mean[:, None]).square().mean((0, 2)) for one in maps]).mean(0).sqrt()
+            scale = torch.where(std > 1e-4 * mean.abs(), 1 / std, 0)
+            self.scaling.append((mean[:, None, None, None], scale[:, None, None, None]))
+
+    @torch.no_grad()
+    def plain(self, x: Tensor) -> list[Tensor]:
+        """The encoder's own maps."""
+        return self.encoder(x)
+
+    def train(self, mode: bool = True) -> "StandardisedMaps":
+        """Stays in eval mode."""
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Standardised maps of [N, 1, D, H, W], as many as the encoder gives."""
+        return [(one - mean) * scale for one, (mean, scale) in zip(self.plain(x), self.scaling)]
