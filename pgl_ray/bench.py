@@ -203,13 +203,13 @@ def _cpu_seconds() -> float:
 def _step(
     config: BenchConfig, device: torch.device, net: nn.Module, hu_window: tuple[float, float]
 ) -> Callable[[dict], None]:
-    lars = optim.build_lars(net, config.optim)
-    schedule = optim.warmup_cosine(lars, 1, 2**31)
+    optimizer = optim.build_pretraining(net, config.optim)
+    schedule = optim.warmup_cosine(optimizer, 1, 2**31)
     autocast = on.autocast(device, config.train.precision)
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         pair = Pair.from_batch(stream.finish(batch, config.views.size, config.intensity, hu_window))
-        train_step(net, net, lars, schedule, pair, config.ema_decay, autocast)
+        train_step(net, net, optimizer, schedule, pair, config.ema_decay, autocast)
 
     return step
 

@@ -308,32 +308,83 @@ class ProbeCurveConfig(ProbeSettings):
     """Scans to test on."""
 
 
-class LarsConfig(Section):
-    """LARS with linear warm-up and a cosine to zero, without restart (paper, Sec. 5.1; BYOL)."""
+class PretrainOptimConfig(Section):
+    """Optimizer of pre-training, with linear warm-up and a cosine to zero, without restart (paper, Sec. 5.1; BYOL)."""
 
-    lr: Annotated[float, Field(gt=0)] = 0.2
-    """Learning rate after the warm-up."""
+    kind: Literal["auto", "lars", "sgd", "adamw"] = "auto"
+    """auto: the method's own, LARS for pgl and byol (paper, Sec. 5.1), SGD for genesis as in its authors' code (without
+    Nesterov's momentum; their steps of the rate are replaced by the warm-up and the cosine of all methods)."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate after the warm-up; none: the kind's, lars 0.2 (the paper's), sgd 0.1, adamw 0.001."""
     momentum: Share = 0.9
-    """SGD momentum."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1.5e-6
-    """Weight decay (BYOL's; the paper gives none). Biases and norm parameters are exempt."""
+    """Momentum of lars and sgd."""
+    weight_decay: NonNegative | None = None
+    """Weight decay; none: the kind's, lars 1.5e-6 (BYOL's; the paper gives none), sgd 0, adamw 0.01. LARS exempts
+    biases and norm parameters."""
     trust_coefficient: Annotated[float, Field(gt=0)] = 1e-3
-    """Factor of the layer-wise rate (BYOL's). Biases and norm parameters are exempt."""
+    """Factor of LARS's layer-wise rate (BYOL's). Biases and norm parameters are exempt."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 2.0
     """Length of the warm-up in epochs; at most a tenth of the run."""
 
 
-class SgdConfig(Section):
-    """SGD for fine-tuning with a polynomial decay (paper, Sec. 5.1 gives the rate alone)."""
+METHOD_OPTIM = {"pgl": "lars", "byol": "lars", "genesis": "sgd"}
+OPTIM_DEFAULTS = {
+    "lars": {"lr": 0.2, "weight_decay": 1.5e-6},
+    # Models Genesis' 1.0 is for targets in [0, 1] behind a sigmoid; ours are z-scores behind a linear head
+    "sgd": {"lr": 0.1, "weight_decay": 0.0},
+    "adamw": {"lr": 1e-3, "weight_decay": 1e-2},
+}
 
+
+def resolved_optim(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Values of a `PretrainOptimConfig` as given -> the same with the method's kind and the kind's defaults.
+
+    Raises:
+        ValueError: a rate without its kind, for a method whose own optimizer is not the one that `lr` is mostly given
+            for: LARS's rates are many times too high for SGD.
+    """
+    kind = given.get("kind") or "auto"
+    if kind == "auto":
+        kind = METHOD_OPTIM[method]
+        if kind != "lars" and given.get("lr") is not None:
+            raise ValueError(
+                f"optim.lr={given['lr']} without optim.kind: method={method} takes {kind}, not lars, for which that "
+                f"rate may be meant: take optim.lr=null for {kind}'s own, or add optim.kind={kind}"
+            )
+    set_by_user = {key: value for key, value in given.items() if value is not None}
+    return OPTIM_DEFAULTS[kind] | set_by_user | {"kind": kind}
+
+
+class FinetuneOptimConfig(Section):
+    """Optimizer of fine-tuning with a polynomial decay (paper, Sec. 5.1: SGD, 0.01, and no more)."""
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    """sgd: the paper's, with Nesterov's momentum; adamw: reaches more in a few hundred steps."""
     lr: Annotated[float, Field(gt=0)] = 0.01
-    """Initial learning rate."""
+    """Initial learning rate; of kind=adamw 0.003 where not said otherwise."""
+    encoder_lr_factor: Annotated[float, Field(gt=0)] = 1.0
+    """The encoder's rate as a multiple of `lr`, e.g. 0.1 to keep close to pre-trained weights; freeze=true for none."""
     momentum: Share = 0.9
-    """Nesterov momentum (the paper gives none)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Weight decay (the paper gives none)."""
+    """Nesterov momentum of sgd (the paper gives none)."""
+    weight_decay: NonNegative = 1e-4
+    """Weight decay (the paper gives none); of kind=adamw 0.01 where not said otherwise."""
     power: Annotated[float, Field(ge=0)] = 0.9
     """Exponent of the decay (1 - step / steps) ** power; 0 keeps the rate constant."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adamws_own_rate(cls, values):
+        if isinstance(values, dict) and values.get("kind") == "adamw":
+            return {"lr": 3e-3, "weight_decay": 1e-2, **values}
+        return values
+
+
+class LossConfig(Section):
+    """Loss of fine-tuning: Dice and cross-entropy (paper, Eq. 11 and 12)."""
+
+    ce_weight: NonNegative | None = None
+    """Weight of the cross-entropy beside the Dice; none: the paper's, 1 / number of classes for task=multiclass
+    (Eq. 12), 1 for task=binary (Eq. 11). With many organs and few steps 1 finds more of them."""
 
 
 class TrainConfig(Section):
@@ -565,9 +616,20 @@ class PretrainConfig(Section):
     deform: DeformConfig = DeformConfig()
     health: HealthConfig = HealthConfig()
     probe: ProbeCurveConfig = ProbeCurveConfig()
-    optim: LarsConfig = LarsConfig()
+    optim: PretrainOptimConfig = PretrainOptimConfig()
     train: TrainConfig = TrainConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _methods_optimizer(cls, values):
+        """Nothing is left open: a run's config.yaml names its optimizer and its rate."""
+        if isinstance(values, dict) and values.get("method", "pgl") in list(METHOD_OPTIM):
+            given = values.get("optim", {})
+            given = given.model_dump() if isinstance(given, Section) else given
+            if isinstance(given, dict) and given.get("kind", "auto") in ("auto", None, *OPTIM_DEFAULTS):
+                return {**values, "optim": resolved_optim(values.get("method", "pgl"), given)}
+        return values
 
     @model_validator(mode="after")
     def _divisible(self):
@@ -684,7 +746,11 @@ class FinetuneConfig(Section):
     intensity: IntensityConfig = IntensityConfig()
     encoder: EncoderConfig | None = None
     """Encoder; none: the checkpoint's, or the default for init=random."""
-    optim: SgdConfig = SgdConfig()
+    decoder: Literal["paper", "light"] = "paper"
+    """paper: ASPP and three steps with skips (Appendix B); light: a feature pyramid of width 32 on three of the
+    encoder's maps, which learns in a few hundred steps."""
+    optim: FinetuneOptimConfig = FinetuneOptimConfig()
+    loss: LossConfig = LossConfig()
     validate_every: Positive = 5
     """Epochs between two validations."""
     patience: Positive = 4

@@ -33,7 +33,7 @@ from pgl_ray.data.views import normalise
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import TooLittleMemory, out_of_memory, pick_device, segment, time_forward
 from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, summarise
-from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train import bucket
 from pgl_ray.train.checkpoint import file_of, whole_lines, write_json
 from pgl_ray.train.weights import load_segmenter
@@ -145,7 +145,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
 
 
 def score_scans(
-    model: Segmenter,
+    model: Segmenter | LightSegmenter,
     meta: dict[str, Any],
     index: Index,
     records: list[ScanRecord],
@@ -306,7 +306,7 @@ def _write_prediction(folder: Path, scored: Scored, index: Index) -> None:
     write_aside(folder / f"{scored.record.scan_id}.nii.gz", packed)
 
 
-def _forward_ms(model: Segmenter, device: torch.device, precision: str) -> float | None:
+def _forward_ms(model: Segmenter | LightSegmenter, device: torch.device, precision: str) -> float | None:
     """Milliseconds of one forward pass; none where it does not fit into memory."""
     try:
         return time_forward(model, FORWARD_SIZE, 10 if device.type == "cuda" else 1, precision)

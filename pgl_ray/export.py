@@ -31,7 +31,7 @@ from pgl_ray.data.store import statistics
 from pgl_ray.data.views import normalise
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
-from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.model.segmenter import build_segmenter
 from pgl_ray.train.weights import load_encoder, load_segmenter
 
 INPUT = {
@@ -136,7 +136,9 @@ def _decoded(text: str) -> Any:
 
 def _build(architecture: dict[str, Any]) -> nn.Module:
     encoder = build_encoder(**architecture["encoder"])
-    return Segmenter(encoder, architecture["num_outputs"]) if "num_outputs" in architecture else encoder
+    if "num_outputs" not in architecture:
+        return encoder
+    return build_segmenter(encoder, architecture["num_outputs"], architecture.get("decoder", "paper"))
 
 
 def run(config: ExportConfig) -> Result:
@@ -202,7 +204,7 @@ def _metadata(network: nn.Module, part: str, meta: dict[str, Any]) -> dict[str, 
     architecture = {"encoder": encoder.settings}
     found: dict[str, Any] = {"part": part, **INPUT, "hu_window": meta["hu_window"], "spacing_mm": spacing}
     if part == "segmenter":
-        architecture["num_outputs"] = meta["num_outputs"]
+        architecture |= {"num_outputs": meta["num_outputs"], "decoder": meta.get("decoder", "paper")}
         found |= {key: meta[key] for key in ("labels", "task", "patch_size")}
     else:
         maps = [{"output_stride": stride, "center": center} for stride, center in zip(encoder.strides, encoder.centers)]

@@ -22,7 +22,7 @@ from pgl_ray.model.inference import TooLittleMemory, out_of_memory
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import summarise
 from pgl_ray.model.resnet import init_kaiming_uniform
-from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.model.segmenter import LightSegmenter, Segmenter, build_segmenter
 from pgl_ray.train import checkpoint, health, launch, optim, watch, weights
 
 BEST = "best.pt"
@@ -82,7 +82,8 @@ def run(config: FinetuneConfig) -> Result:
             if note := stream.too_large(renderer.row_bytes * plan.global_batch_size // num_workers, num_workers):
                 print(f"finetune: note: {note}", flush=True)
             print(
-                f"finetune: init={config.init}{', encoder frozen' if config.freeze else ''}, {len(train_ids)} scans to "
+                f"finetune: init={config.init}{', encoder frozen' if config.freeze else ''}, "
+                f"{config.decoder} decoder, {optim.describe(config.optim)}, {len(train_ids)} scans to "
                 f"train on, {len(val_ids)} to validate, steps {done[1] if done else 0} to {plan.num_steps}, {folder}",
                 flush=True,
             )
@@ -145,7 +146,7 @@ def begun(config: FinetuneConfig) -> dict | None:
 
 def build_model(
     config: FinetuneConfig, index: store.Index, begun: dict | None = None
-) -> tuple[Segmenter, dict, weights.Report | None]:
+) -> tuple[Segmenter | LightSegmenter, dict, weights.Report | None]:
     """The network at its initial weights, the meta dict of its checkpoints, and what was loaded, if anything.
 
     Args:
@@ -163,7 +164,7 @@ def build_model(
     else:
         encoder, source = weights.read(config.init, settings, index.hu_window, config.allow_partial)
     num_outputs = len(index.labels) + (config.task == "multiclass")
-    model = Segmenter(encoder, num_outputs)
+    model = build_segmenter(encoder, num_outputs, config.decoder)
     init_kaiming_uniform(model, config.seed)
     loaded = weights.fill(model, weights.for_segmenter(source, model), config.allow_partial) if source else None
     level = begun["init_level"] if begun else encoder.last
@@ -178,6 +179,7 @@ def build_model(
     meta = {
         "door": "finetune",
         "encoder": encoder.settings,
+        "decoder": config.decoder,
         "hu_window": list(index.hu_window),
         "spacing_mm": index.spacing_mm and list(index.spacing_mm),
         "labels": dict(index.labels),
@@ -210,14 +212,14 @@ def worker(worker_config: dict) -> str | None:
         segmenter = torch.nn.SyncBatchNorm.convert_sync_batchnorm(segmenter)
     if config.train.recompute and not config.freeze:
         on.recompute(segmenter.encoder)
-    sgd = optim.build_sgd(segmenter, config.optim)
-    schedule = optim.polynomial(sgd, plan.num_steps, config.optim.power)
+    optimizer = optim.build_finetuning(segmenter, config.optim)
+    schedule = optim.polynomial(optimizer, plan.num_steps, config.optim.power)
 
     # continue where the last committed checkpoint stands
     step, best, stale = 0, -1.0, 0
     if state:
         segmenter.load_state_dict(state["model"])
-        sgd.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         step, best, stale = state["step"], state["best"], state["stale"]
         if state["stopped"] or step >= plan.num_steps:
@@ -242,15 +244,17 @@ def worker(worker_config: dict) -> str | None:
             raise FailedRun(f"the stream is out of step: {batch['step'].tolist()} at step {step}")
 
         # loss and step
-        sgd.zero_grad(set_to_none=True)
-        forward_and_back = partial(backward, model, segmenter, batch, config.task, parts, autocast)
+        optimizer.zero_grad(set_to_none=True)
+        forward_and_back = partial(
+            backward, model, segmenter, batch, config.task, parts, autocast, config.loss.ce_weight
+        )
         try:
             if first:
                 launch.settle(model, forward_and_back)
                 first = False
             loss = forward_and_back()
             norm = health.norm(p.grad for p in segmenter.parameters() if p.grad is not None)
-            sgd.step()  # the first one makes room for the momentum
+            optimizer.step()  # the first one makes room for its state
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -313,7 +317,7 @@ def worker(worker_config: dict) -> str | None:
         overfitted = stale >= config.patience
         if keep or overfitted:
             state = {"step": step, "best": best, "stale": stale, "stopped": overfitted, "meta": meta}
-            state |= {"model": segmenter.state_dict(), "optimizer": sgd.state_dict()}
+            state |= {"model": segmenter.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"plan": plan.identity, "versions": checkpoint.versions()}
             if writer:
                 writer.save({**state, "schedule": schedule.state_dict()}, step, {"val/best": best})
@@ -329,7 +333,7 @@ def worker(worker_config: dict) -> str | None:
     return stopped
 
 
-def train_mode(model: Segmenter, freeze: bool) -> None:
+def train_mode(model: Segmenter | LightSegmenter, freeze: bool) -> None:
     """Training mode, but for a frozen encoder: its BatchNorm neither uses nor collects statistics of the batch."""
     model.train()
     if freeze:
@@ -338,11 +342,12 @@ def train_mode(model: Segmenter, freeze: bool) -> None:
 
 def backward(
     model: torch.nn.Module,
-    net: Segmenter,
+    net: Segmenter | LightSegmenter,
     batch: dict[str, torch.Tensor],
     task: str,
     parts: int,
     autocast: torch.autocast,
+    ce_weight: float | None = None,
 ) -> torch.Tensor:
     """Adds the gradient of a worker's batch to its parameters; the loss, without gradient.
 
@@ -357,11 +362,12 @@ def backward(
         task: of the loss.
         parts: divides the batch.
         autocast: of the forward passes.
+        ce_weight: of the loss.
     """
     target, labelled = batch["target"].long(), batch["labelled"].bool()
     if parts == 1:
         with autocast:
-            loss = segmentation_loss(model(batch["patch"].float()), target, task, labelled)
+            loss = segmentation_loss(model(batch["patch"].float()), target, task, labelled, ce_weight)
         loss.backward()
         return loss.detach()
     patches = batch["patch"].tensor_split(parts)
@@ -374,7 +380,7 @@ def backward(
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     logits.requires_grad_()
-    loss = segmentation_loss(logits, target, task, labelled)
+    loss = segmentation_loss(logits, target, task, labelled, ce_weight)
     (gradient,) = torch.autograd.grad(loss, logits)
     for number, (patch, share) in enumerate(zip(patches, gradient.tensor_split(parts), strict=True), 1):
         alone = model.no_sync() if model is not net and number < parts else nullcontext()
@@ -413,7 +419,7 @@ def _lower(config: FinetuneConfig, best: float, run: str) -> str:
 
 
 def validate(
-    model: Segmenter,
+    model: Segmenter | LightSegmenter,
     meta: dict,
     index: store.Index,
     records: list[store.ScanRecord],

@@ -23,7 +23,7 @@ from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device, segment
-from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train.checkpoint import write_json
 from pgl_ray.train.weights import load_segmenter
 
@@ -91,7 +91,7 @@ def run(config: PredictConfig) -> Result:
     return Result(config.output, len(jobs), len(finished))
 
 
-def _maker(model: Segmenter, meta: dict[str, Any], config: PredictConfig, device: torch.device) -> str:
+def _maker(model: Segmenter | LightSegmenter, meta: dict[str, Any], config: PredictConfig, device: torch.device) -> str:
     """Hash of all that decides a label map but the scan: weights, what they expect, windows' overlap, precision."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -165,7 +165,9 @@ def _jobs_into(output: Path, source: Path, scans: list[tuple[Path, tuple, str]])
     return [Job(path, slices, output / f"{name}.nii.gz") for path, slices, name in scans]
 
 
-def _predict(model: Segmenter, meta: dict[str, Any], job: Job, maker: str, config: PredictConfig) -> list[str]:
+def _predict(
+    model: Segmenter | LightSegmenter, meta: dict[str, Any], job: Job, maker: str, config: PredictConfig
+) -> list[str]:
     """Segments one CT, at the voxel size that the network was trained on.
 
     Returns:

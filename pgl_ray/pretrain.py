@@ -78,7 +78,8 @@ def run(config: PretrainConfig) -> Result:
             worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
             worker_config["data"] = training_facts(index, plan.scan_ids)
             print(
-                f"pretrain: {config.method}, {len(plan.scan_ids)} scans, steps {done} to {plan.num_steps}, {folder}",
+                f"pretrain: {config.method} by {optim.describe(config.optim)}, {len(plan.scan_ids)} scans, "
+                f"steps {done} to {plan.num_steps}, {folder}",
                 flush=True,
             )
             sizes = plan.num_steps, plan.global_batch_size
@@ -192,18 +193,18 @@ def worker(worker_config: dict) -> str | None:
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     if config.train.recompute:
         on.recompute(net.get_submodule("online.encoder"))
-    lars = optim.build_lars(net, config.optim)
+    optimizer = optim.build_pretraining(net, config.optim)
 
     # schedules
     warmup = round(config.optim.warmup_epochs * plan.rows_per_epoch / plan.global_batch_size)
-    schedule = optim.warmup_cosine(lars, min(warmup, max(1, plan.num_steps // 10)), plan.num_steps)
+    schedule = optim.warmup_cosine(optimizer, min(warmup, max(1, plan.num_steps // 10)), plan.num_steps)
 
     # continue where the last committed checkpoint stands
     step, num_collapsed = 0, 0
     state = checkpoint.resumed(worker_config["run"], device)
     if state:
         net.load_state_dict(state["model"])
-        lars.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         step, num_collapsed = state["step"], state["num_collapsed"]
     if step >= plan.num_steps:
@@ -235,7 +236,7 @@ def worker(worker_config: dict) -> str | None:
             launch.settle(model, lambda pair=pair: forward_and_back(model, net, pair, parts, autocast))
             first = False
         decay = optim.ema_decay(step, plan.num_steps, config.ema_decay, config.ema_schedule)
-        done = train_step(model, net, lars, schedule, pair, decay, autocast, parts)
+        done = train_step(model, net, optimizer, schedule, pair, decay, autocast, parts)
         watch.at(step, watch.METRICS)
         step += 1
 
@@ -303,7 +304,7 @@ def worker(worker_config: dict) -> str | None:
         if keep:
             optim.average_buffers(net)
             meta = _meta(config, net.get_submodule("online.encoder").last, worker_config)
-            state = {"step": step, "model": net.state_dict(), "optimizer": lars.state_dict()}
+            state = {"step": step, "model": net.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"schedule": schedule.state_dict(), "num_collapsed": num_collapsed, "meta": meta}
             state |= {"skipped": dict(skipped.rows)}
             state |= {"plan": plan.identity, "versions": checkpoint.versions()}

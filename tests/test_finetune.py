@@ -7,7 +7,7 @@ from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 from pgl_ray import finetune
-from pgl_ray.config import FinetuneConfig, SgdConfig, load
+from pgl_ray.config import FinetuneConfig, FinetuneOptimConfig, load
 from pgl_ray.data.store import read_index, write_index, write_scan
 from pgl_ray.model.device import autocast
 from pgl_ray.model.encoder import build_encoder
@@ -109,7 +109,7 @@ def test_a_frozen_encoder_stays_as_it_is_bit_for_bit(tmp_path):
     index = write_index(tmp_path, {"a": 1, "b": 2}, (-1024.0, 325.0))
     args = ["freeze=true", "encoder.depths=[1,1,1,1]", "encoder.width=4"]
     model, _, _ = finetune.build_model(config(*args), index)
-    sgd = optim.build_sgd(model, SgdConfig(lr=0.1, weight_decay=0.1))
+    sgd = optim.build_finetuning(model, FinetuneOptimConfig(lr=0.1, weight_decay=0.1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(2):
         finetune.train_mode(model, freeze=True)

@@ -87,11 +87,11 @@ def pair(device, num=4) -> Pair:
 def test_no_pretraining_step_waits_for_the_device(meta, method, parts):
     config = load(PretrainConfig, [*SMALL, method])
     net = pretrain.build_model(config)[0].to(meta).train()
-    lars = optim.build_lars(net, config.optim)
-    schedule, batch = optim.warmup_cosine(lars, 2, 10), pair(meta)
+    optimizer = optim.build_pretraining(net, config.optim)
+    schedule, batch = optim.warmup_cosine(optimizer, 2, 10), pair(meta)
     for _ in range(2):  # the first one lays out the momentum
         with OnDevice() as seen:
-            done = pretrain.train_step(net, net, lars, schedule, batch, 0.99, FLOAT32, parts)
+            done = pretrain.train_step(net, net, optimizer, schedule, batch, 0.99, FLOAT32, parts)
     assert done.grad_norm.device == meta and sum(seen.ops.values()) > 100
 
 
@@ -99,7 +99,7 @@ def test_no_pretraining_step_waits_for_the_device(meta, method, parts):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_no_finetuning_step_waits_for_the_device(meta, task, outputs, parts):
     net = Segmenter(build_encoder(depths=(1, 1, 1, 1), width=4), outputs).to(meta).train()
-    sgd = optim.build_sgd(net, load(FinetuneConfig, ["index=s", "run=r"]).optim)
+    sgd = optim.build_finetuning(net, load(FinetuneConfig, ["index=s", "run=r"]).optim)
     patch, target = torch.zeros(4, 1, 16, 32, 32).half().to(meta), torch.zeros(4, 1, 16, 32, 32, dtype=torch.uint8)
     batch = {"patch": patch, "target": target.to(meta), "labelled": torch.ones(4, 3, dtype=torch.uint8).to(meta)}
     for _ in range(2):
@@ -134,13 +134,13 @@ def test_optimizer_norm_and_target_are_a_few_operations_however_large_the_networ
         config = load(PretrainConfig, [*SMALL, f"encoder.depths={depths}"])
         net = pretrain.build_model(config)[0].to(META)
         trained = [p for p in net.parameters() if p.requires_grad]
-        lars = optim.build_lars(net, config.optim)
+        optimizer = optim.build_pretraining(net, config.optim)
         for _ in range(2):
             for p in trained:
                 p.grad = torch.zeros_like(p)
             with OnDevice() as seen:
                 health.norm(p.grad for p in trained)
-                lars.step()
+                optimizer.step()
                 net.follow(0.99)
         counts.append((sum(seen.ops.values()), len(trained)))
     assert counts[0][0] == counts[1][0] < 40 and counts[1][1] > counts[0][1] + 10

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import torch
 
-from pgl_ray.config import LarsConfig
+from pgl_ray.config import PretrainOptimConfig
 from pgl_ray.train.optim import build_lars, ema_decay, polynomial, warmup_cosine
 
 
 def test_lars_equals_the_formula_and_exempts_vectors():
-    config = LarsConfig(lr=0.2, momentum=0.9, weight_decay=0.01, trust_coefficient=1e-3)
+    config = PretrainOptimConfig(lr=0.2, momentum=0.9, weight_decay=0.01, trust_coefficient=1e-3)
     model = torch.nn.Linear(5, 4).double()
     weight, bias = model.weight.detach().numpy().copy(), model.bias.detach().numpy().copy()
     lars = build_lars(model, config)

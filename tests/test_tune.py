@@ -294,16 +294,16 @@ def test_pbt_without_anything_to_copy_goes_on_as_it_was(tmp_path, monkeypatch):
     config = c.build(c.FinetuneConfig, {"index": "s", "run": str(folder / "finetune"), "optim": {"lr": 0.4}})
     assert trial._take_over(folder, {}, config) == config  # it has not begun either
     (folder / "finetune").mkdir(parents=True)
-    record = {"config": config.model_copy(update={"optim": c.SgdConfig(lr=0.1)}).model_dump(mode="json")}
+    record = {"config": config.model_copy(update={"optim": c.FinetuneOptimConfig(lr=0.1)}).model_dump(mode="json")}
     checkpoint.write_json(folder / "finetune" / "run.json", record)
-    assert trial._take_over(folder, {}, config).optim == c.SgdConfig(lr=0.1)
+    assert trial._take_over(folder, {}, config).optim == c.FinetuneOptimConfig(lr=0.1)
     assert not (folder / "taken_over.json").exists()
 
 
 def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     """What pbt does: weights, momentum and step of another run, the polynomial of one's own rate."""
     config = c.build(c.FinetuneConfig, {"index": "s", "run": str(tmp_path / "mine"), "optim": {"lr": 0.4}})
-    theirs = config.model_copy(update={"optim": c.SgdConfig(lr=0.1), "run": str(tmp_path / "theirs")})
+    theirs = config.model_copy(update={"optim": c.FinetuneOptimConfig(lr=0.1), "run": str(tmp_path / "theirs")})
 
     def step(sgd, schedule, net):
         net(torch.ones(1, 3)).sum().backward()
@@ -312,7 +312,7 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
 
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 2)
-    sgd = optim.build_sgd(net, theirs.optim)
+    sgd = optim.build_finetuning(net, theirs.optim)
     schedule = optim.polynomial(sgd, 10, 0.9)
     for _ in range(4):
         step(sgd, schedule, net)
@@ -335,7 +335,7 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["optim"]["lr"] == 0.4
     state = checkpoint.read_state(checkpoint.committed(config.run)[0] / checkpoint.STATE)
     net = torch.nn.Linear(3, 2)
-    sgd = optim.build_sgd(net, config.optim)
+    sgd = optim.build_finetuning(net, config.optim)
     schedule = optim.polynomial(sgd, 10, 0.9)
     net.load_state_dict(state["model"])
     sgd.load_state_dict(state["optimizer"])

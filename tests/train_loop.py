@@ -88,8 +88,8 @@ def train(
     import tensorboardX  # noqa: F401
 
     render({name: column[:1] for name, column in plan.columns(0, 1).items()})
-    optim.build_lars(torch.nn.Linear(1, 1), c.LarsConfig())
-    optim.build_sgd(torch.nn.Linear(1, 1), c.SgdConfig())
+    optim.build_lars(torch.nn.Linear(1, 1), c.PretrainOptimConfig(lr=1, weight_decay=0))
+    optim.build_finetuning(torch.nn.Linear(1, 1), c.FinetuneOptimConfig())
 
     faulthandler.cancel_dump_traceback_later()  # pytest's: a fork of a process that has one can have none of its own
     torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it

@@ -12,14 +12,14 @@ from monai.data.utils import compute_importance_map
 from torch import Tensor
 
 from pgl_ray.model import device as on
-from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 
 SUM_BYTES = 4 * 2**30  # of the sums of logits held at once; what needs more is done in several strips of rows
 
 
 @torch.inference_mode()
 def segment(
-    model: Segmenter,
+    model: Segmenter | LightSegmenter,
     volume: np.ndarray,
     patch_size: tuple[int, int, int],
     task: Literal["multiclass", "binary"],
@@ -85,7 +85,7 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def _segment(
-    model: Segmenter,
+    model: Segmenter | LightSegmenter,
     volume: np.ndarray,
     size: tuple[int, int, int],
     task: Literal["multiclass", "binary"],
@@ -121,7 +121,7 @@ def _starts(size: int, length: int, overlap: float) -> list[int]:
 
 
 def _sums(
-    model: Segmenter,
+    model: Segmenter | LightSegmenter,
     volume: np.ndarray,
     size: tuple[int, int, int],
     rows: slice,
@@ -170,7 +170,7 @@ def _where_sums_fit(device: torch.device, shape: tuple[int, ...]) -> torch.devic
     return device
 
 
-def _mean_over_flips(model: Segmenter, x: Tensor) -> Tensor:
+def _mean_over_flips(model: Segmenter | LightSegmenter, x: Tensor) -> Tensor:
     total = 0
     for axes in chain.from_iterable(combinations((2, 3, 4), num) for num in range(4)):
         total = total + model(x.flip(axes)).flip(axes).float()
@@ -178,7 +178,10 @@ def _mean_over_flips(model: Segmenter, x: Tensor) -> Tensor:
 
 
 def time_forward(
-    model: Segmenter, size: tuple[int, int, int] = (64, 192, 192), repeats: int = 3, precision: str = "auto"
+    model: Segmenter | LightSegmenter,
+    size: tuple[int, int, int] = (64, 192, 192),
+    repeats: int = 3,
+    precision: str = "auto",
 ) -> float:
     """Milliseconds of one forward pass of one volume [1, 1, *size], the fastest of some after a first one.
 

@@ -59,7 +59,11 @@ def place_contrast_loss(query: Tensor, key: Tensor, temperature: float, negative
 
 
 def segmentation_loss(
-    logits: Tensor, target: Tensor, task: Literal["multiclass", "binary"], labelled: Tensor | None = None
+    logits: Tensor,
+    target: Tensor,
+    task: Literal["multiclass", "binary"],
+    labelled: Tensor | None = None,
+    ce_weight: float | None = None,
 ) -> Tensor:
     """Dice + cross-entropy, the Dice sums taken over the batch (Eq. 11 and 12), for partly labelled scans too.
 
@@ -75,17 +79,18 @@ def segmentation_loss(
         task: "multiclass" or "binary".
         labelled: bool [N, number of organs + 1], which classes are annotated in each sample; background's column is
             taken as true. None = all.
+        ce_weight: of the cross-entropy beside the Dice; none = the equations', 1 / C (multiclass) or 1 (binary).
 
     Returns:
         Scalar. A class without a voxel in the batch counts a Dice loss of 1, as in the equations, without gradient.
     """
     logits = logits.float()
     if task == "binary":
-        return _binary_loss(logits, target, labelled)
+        return _binary_loss(logits, target, labelled, 1.0 if ce_weight is None else ce_weight)
     if labelled is not None:
         logits, target = _merge_unlabelled(logits, target, labelled)
-    num_classes = logits.shape[1]
-    loss = DiceCELoss(softmax=True, to_onehot_y=True, batch=True, smooth_nr=0, lambda_ce=1 / num_classes)
+    weight = 1 / logits.shape[1] if ce_weight is None else ce_weight
+    loss = DiceCELoss(softmax=True, to_onehot_y=True, batch=True, smooth_nr=0, lambda_ce=weight)
     return loss(logits, target)
 
 
@@ -100,7 +105,7 @@ def _merge_unlabelled(logits: Tensor, target: Tensor, labelled: Tensor) -> tuple
     return torch.cat([background.unsqueeze(1), logits[:, 1:].masked_fill(hidden[:, 1:], lowest)], 1), target
 
 
-def _binary_loss(logits: Tensor, target: Tensor, labelled: Tensor | None) -> Tensor:
+def _binary_loss(logits: Tensor, target: Tensor, labelled: Tensor | None, ce_weight: float) -> Tensor:
     """Samples are weighed, not picked: how many are labelled is not known before the device is asked."""
     channels = torch.arange(logits.shape[1], device=target.device).view(-1, 1, 1, 1)
     weight = torch.ones_like(logits[:, :, 0, 0, 0]) if labelled is None else labelled[:, 1:].to(logits.dtype)
@@ -110,5 +115,5 @@ def _binary_loss(logits: Tensor, target: Tensor, labelled: Tensor | None) -> Ten
     dice = dice(logits.masked_fill(shown == 0, lowest), answer * shown).flatten()
     entropy = F.binary_cross_entropy_with_logits(logits, answer, reduction="none").flatten(2).mean(2)
     num = weight.sum(0)  # samples per channel
-    parts = (dice + (entropy * weight).sum(0) / num.clamp_min(1)) * (num > 0)
+    parts = (dice + ce_weight * (entropy * weight).sum(0) / num.clamp_min(1)) * (num > 0)
     return parts.sum() / (num > 0).sum().clamp_min(1)  # 0 with a gradient where nothing is labelled: DDP waits for one

@@ -6,10 +6,34 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from pgl_ray.config import LarsConfig, SgdConfig
+from pgl_ray.config import FinetuneOptimConfig, PretrainOptimConfig
+
+NAMES = {"lars": "LARS", "sgd": "SGD", "adamw": "AdamW"}
 
 
-def build_lars(model: nn.Module, config: LarsConfig) -> torch.optim.Optimizer:
+def build_pretraining(model: nn.Module, config: PretrainOptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of a method over its trainable parameters.
+
+    Args:
+        config: as it stands in a `PretrainConfig`, which leaves neither kind nor rate open.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    match config.kind:
+        case "lars":
+            return build_lars(model, config)
+        case "sgd":
+            return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
+        case "adamw":
+            return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    raise ValueError(f"optim.kind={config.kind}: expected the kind that a PretrainConfig resolves to")
+
+
+def describe(config: PretrainOptimConfig | FinetuneOptimConfig) -> str:
+    """An optimizer and its rate, in a few words."""
+    return f"{NAMES[config.kind]} at {config.lr:g}"
+
+
+def build_lars(model: nn.Module, config: PretrainOptimConfig) -> torch.optim.Optimizer:
     """LARS over the trainable parameters; 1-D ones (biases, norms) are exempt from decay and from the layer-wise rate,
     as in BYOL."""
     from pytorch_optimizer import LARS
@@ -23,15 +47,23 @@ def build_lars(model: nn.Module, config: LarsConfig) -> torch.optim.Optimizer:
     )
 
 
-def build_sgd(model: nn.Module, config: SgdConfig) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum over the trainable parameters."""
-    return torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-    )
+def build_finetuning(model: nn.Module, config: FinetuneOptimConfig) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW, over the trainable parameters.
+
+    Args:
+        model: with an `encoder`, whose parameters are a group of their own, the second one, where
+            `config.encoder_lr_factor` is not 1.
+    """
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    if config.encoder_lr_factor != 1:
+        encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+        known = set(encoder)
+        groups[0]["params"] = [p for p in groups[0]["params"] if p not in known]
+        groups += [{"params": encoder, "lr": config.lr * config.encoder_lr_factor}] if encoder else []
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
+    momentum = {"momentum": config.momentum, "nesterov": config.momentum > 0}
+    return torch.optim.SGD(groups, config.lr, weight_decay=config.weight_decay, **momentum)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:

@@ -14,7 +14,7 @@ from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
-from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.model.segmenter import LightSegmenter, Segmenter, build_segmenter
 from pgl_ray.train import bucket, checkpoint
 
 SHOWN = 3  # names of a kind that a line shows
@@ -40,11 +40,12 @@ def load_encoder(run: str) -> tuple[Encoder | ResEncoder, dict[str, Any]]:
     return encoder, meta
 
 
-def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmenter, dict[str, Any]]:
+def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmenter | LightSegmenter, dict[str, Any]]:
     """The best segmentation network of a fine-tuning run, in eval mode.
 
     Returns:
-        The network on `device` and the meta dict: "hu_window", "labels" {name: value}, "task", "patch_size", "encoder".
+        The network on `device` and the meta dict: "hu_window", "labels" {name: value}, "task", "patch_size", "encoder",
+        "decoder".
 
     Raises:
         ValueError: not a fine-tuning run.
@@ -53,7 +54,7 @@ def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmen
     meta = state["meta"]
     if meta["door"] != "finetune":
         raise ValueError(f"{run} is a {meta['door']} run: give a fine-tuning run")
-    model = Segmenter(build_encoder(**meta["encoder"]), meta["num_outputs"])
+    model = build_segmenter(build_encoder(**meta["encoder"]), meta["num_outputs"], meta.get("decoder", "paper"))
     _fill(model, state["model"], run)
     return on.lay_out(model, torch.device(device)).eval(), meta
 
@@ -160,12 +161,12 @@ def read(
     return encoder, _for_encoder(init, file, meta, encoder)
 
 
-def for_segmenter(source: Source, model: Segmenter) -> Source:
+def for_segmenter(source: Source, model: Segmenter | LightSegmenter) -> Source:
     """The same for a segmentation network: its encoder alone, or, from a run of Models Genesis, whose network is the
-    same, all but the head."""
+    paper's `Segmenter`, all of that but the head."""
     tensors = {f"encoder.{name}": value for name, value in source.tensors.items()}
     wanted, left_out = [f"encoder.{name}" for name in source.wanted], source.left_out
-    if source.meta.get("method") == "genesis" and "door" in source.meta:
+    if source.meta.get("method") == "genesis" and "door" in source.meta and isinstance(model, Segmenter):
         parts = ("aspp.", "ups.")
         restorer = checkpoint.below("online.", checkpoint.state_of(source.init)["model"])
         tensors |= {name: value for name, value in restorer.items() if name.startswith(parts)}

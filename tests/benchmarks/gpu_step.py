@@ -52,7 +52,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pgl_ray.config import IntensityConfig, LarsConfig, SgdConfig, ViewsConfig
+from pgl_ray.config import FinetuneOptimConfig, IntensityConfig, PretrainOptimConfig, ViewsConfig
 from pgl_ray.data import views as v
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
@@ -283,7 +283,7 @@ def step_row(args, strides: str, batch: int, peak_tflops: float) -> dict:
     make = partial(augment, args)
     if is_compiled(args) and args.device == "cuda":  # a CPU makes views by kernels of its own
         make = torch.compile(make, dynamic=False)
-    lars = optim.build_lars(net, LarsConfig())
+    lars = optim.build_lars(net, PretrainOptimConfig(lr=0.2, weight_decay=1.5e-6))
     schedule = optim.warmup_cosine(lars, 10, 10**6)
     batches = [crops_of(args, batch, seed) for seed in range(2)]
 
@@ -404,7 +404,7 @@ def whole_steps(args, way: str) -> tuple[Pgl, Callable[[], torch.Tensor]]:
     net = on.lay_out(build(args, "early"), torch.device(args.device))
     if WAYS[way] is not None:
         net.compile(dynamic=False, **WAYS[way])
-    lars = optim.build_lars(net, LarsConfig())
+    lars = optim.build_lars(net, PretrainOptimConfig(lr=0.2, weight_decay=1.5e-6))
     schedule = optim.warmup_cosine(lars, 10, 10**6)
     batches, number = [crops_of(args, args.batch, seed) for seed in range(2)], 0
 
@@ -541,7 +541,7 @@ def segmentation(args) -> dict[str, float | None]:
         torch._dynamo.reset()
         net = on.lay_out(Segmenter(build_encoder(**small), classes), device).train()
         model = on.compiled(net, device, args.compile)
-        sgd = optim.build_sgd(net, SgdConfig())
+        sgd = optim.build_finetuning(net, FinetuneOptimConfig())
         patches = torch.randn(batch, 1, *size, device=device)
         target = torch.randint(0, classes, (batch, 1, *size), device=device)
 

@@ -81,7 +81,7 @@ def work(rank: int, world: int, port: int, seconds: float, answers) -> None:
     model = net
     if world > 1:
         model = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
-    lars = optim.build_lars(net, config.optim)
+    lars = optim.build_pretraining(net, config.optim)
     schedule = optim.warmup_cosine(lars, 1, 10**6)
     size, generator = config.views.size, torch.Generator().manual_seed(rank)
     views = [torch.randn(4, 1, *size, generator=generator) for _ in range(2)]
