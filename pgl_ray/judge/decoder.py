@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from pgl_ray.data.store import Index, ScanRecord, class_lookup, open_label, open_volume
 from pgl_ray.data.views import normalise
+from pgl_ray.judge.dense import dense_maps
 from pgl_ray.judge.readings import AIR, StandardisedMaps
-from pgl_ray.model.inference import segment
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import organ_metrics
-from pgl_ray.model.segmenter import LightSegmenter
+from pgl_ray.model.segmenter import LightDecoder, light_levels
 
 STEPS, BATCH, LR = 450, 4, 3e-3
-SHIFT = 4  # a patch's middle is a voxel of an organ, moved by up to size / SHIFT
-OVERLAP = 0.25  # of the windows that test scans are segmented in
+JITTER = 8  # voxels by which a part's middle is moved from a voxel of an organ
+SLAB, HALO = 8, 3  # cells of the coarsest map along D that are decoded at a time, and beside them
 
 
 class LabelledScan:
@@ -45,20 +47,30 @@ class LabelledScan:
         self.voxels = [voxels for voxels in found if len(voxels)]
 
 
+def read_maps(encoder: StandardisedMaps, scan: LabelledScan, size: tuple[int, int, int]) -> list[Tensor]:
+    """The maps of a whole scan that the light decoder takes, finest first."""
+    device = next(encoder.parameters()).device
+    volume = torch.from_numpy(normalise(scan.volume, *scan.scaling)).to(device)
+    air = float(normalise(np.array(AIR), *scan.scaling))
+    return dense_maps(encoder, volume, size, light_levels(encoder.strides), air)
+
+
 def train_decoder(
-    maps: StandardisedMaps, scans: list[LabelledScan], size: tuple[int, int, int], seed: int, steps: int = STEPS
-) -> LightSegmenter:
-    """A light decoder on frozen maps: AdamW, Dice + cross-entropy of weight 1, patches around organs.
+    encoder: StandardisedMaps, scans: list[LabelledScan], size: tuple[int, int, int], seed: int, steps: int = STEPS
+) -> LightDecoder:
+    """A light decoder on the frozen maps of whole scans: AdamW, Dice + cross-entropy of weight 1, parts around organs.
+
+    The scans' maps are computed once and kept, 2 bytes a value.
 
     Args:
-        maps: the encoder.
+        encoder: in eval mode.
         scans: to learn from.
-        size: of the patches (D, H, W).
-        seed: of initial weights and patches.
-        steps: of BATCH patches.
+        size: of the parts of a scan that a step sees (D, H, W), rounded up to the coarsest stride.
+        seed: of initial weights and parts.
+        steps: of BATCH parts.
 
     Returns:
-        Encoder and decoder, in eval mode.
+        The decoder, in eval mode.
 
     Raises:
         ValueError: no organ is drawn in any of the scans.
@@ -66,64 +78,92 @@ def train_decoder(
     scans = [scan for scan in scans if scan.voxels]
     if not scans:
         raise ValueError("no organ occurs in the labelled scans to learn from: raise num_scans or choose another seed")
-    rng, device = np.random.default_rng((seed, 2)), next(maps.parameters()).device
+    rng, device = np.random.default_rng((seed, 2)), next(encoder.parameters()).device
+    levels = light_levels(encoder.strides)
+    channels, strides = ([values[level] for level in levels] for values in (encoder.channels, encoder.strides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LightSegmenter(maps, len(scans[0].labelled)).to(device)
-    decoder = model.decoder.train()
+        decoder = LightDecoder(channels, strides, len(scans[0].labelled)).to(device).train()
+    maps = [read_maps(encoder, scan, size) for scan in scans]
+    size = tuple(int(-(-length // by) * by) for length, by in zip(size, strides[-1]))
     adamw = torch.optim.AdamW(decoder.parameters(), LR)
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: (1 - step / steps) ** 0.9)
     for _ in range(steps):
-        patches = [draw_patch(rng, scans[rng.integers(len(scans))], size) for _ in range(BATCH)]
-        x, target, labelled = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*patches))
+        parts = [draw_part(rng, scans[i], maps[i], strides, size) for i in rng.integers(len(scans), size=BATCH)]
+        several, target, labelled = zip(*parts)
         at = [slice(rng.integers(2), None, 2) for _ in range(2)]  # every second voxel of H and W is loss enough
-        logits = model(x[:, None])[..., at[0], at[1]]
+        logits = decoder([torch.stack(one).float() for one in zip(*several)], size)[..., at[0], at[1]]
+        target, labelled = (torch.from_numpy(np.stack(part)).to(device) for part in (target, labelled))
         adamw.zero_grad(set_to_none=True)
         segmentation_loss(logits, target[:, None, :, at[0], at[1]].long(), "multiclass", labelled, 1.0).backward()
         adamw.step()
         schedule.step()
-    return model.eval()
+    return decoder.eval()
 
 
-def draw_patch(
-    rng: np.random.Generator, scan: LabelledScan, size: tuple[int, int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A patch around a voxel of a random organ; what lies outside the scan is air and background.
+def draw_part(
+    rng: np.random.Generator, scan: LabelledScan, maps: list[Tensor], strides: list[tuple], size: tuple[int, int, int]
+) -> tuple[list[Tensor], np.ndarray, np.ndarray]:
+    """A part of a scan around a voxel of a random organ; what lies beyond the scan is 0 in maps and background.
 
     Returns:
-        Voxels float32 and classes uint8 [D, H, W], and bool [classes] of those that are annotated.
+        Per map [C, d, h, w], classes uint8 [D, H, W], and bool [classes] of those that are annotated.
     """
-    voxels = scan.voxels[rng.integers(len(scan.voxels))]
-    reach = np.array(size) // SHIFT
-    middle = voxels[rng.integers(len(voxels))] + rng.integers(-reach, reach + 1)
-    room = np.array(scan.volume.shape) - size
-    start = np.clip(middle - np.array(size) // 2, np.minimum(room, 0), np.maximum(room, 0))
-    inside = tuple(slice(max(0, s), s + n) for s, n in zip(start, size))
-    short = [(max(0, -s), max(0, s + n - whole)) for s, n, whole in zip(start, size, scan.volume.shape)]
-    crop = np.pad(scan.volume[inside], short, constant_values=AIR)
-    return normalise(crop, *scan.scaling), np.pad(scan.target[inside], short), scan.labelled
+    voxels, coarse = scan.voxels[rng.integers(len(scan.voxels))], np.array(strides[-1])
+    middle = voxels[rng.integers(len(voxels))] + rng.integers(-JITTER, JITTER + 1, 3)
+    room = np.maximum(np.array(scan.target.shape) - size, 0)
+    start = np.clip(middle - np.array(size) // 2, 0, room) // coarse * coarse
+    parts = []
+    for one, stride in zip(maps, strides):
+        first, num = start // stride, np.array(size) // stride
+        part = one[(slice(None), *(slice(a, a + n) for a, n in zip(first, num)))]
+        short = [n for axis in (2, 1, 0) for n in (0, int(num[axis]) - part.shape[axis + 1])]
+        parts.append(F.pad(part, short))
+    target = scan.target[tuple(slice(a, a + n) for a, n in zip(start, size))]
+    target = np.pad(target, [(0, n - have) for n, have in zip(size, target.shape)])
+    return parts, target, scan.labelled
+
+
+@torch.no_grad()
+def decode(decoder: LightDecoder, maps: list[Tensor], shape: tuple[int, ...]) -> np.ndarray:
+    """Class index of every voxel of a scan, uint8 [D, H, W], in slabs of slices, so that no logits of all are kept."""
+    step, halo, out = SLAB * decoder.strides[-1][0], HALO * decoder.strides[-1][0], np.empty(shape, np.uint8)
+    for start in range(0, shape[0], step):
+        first, last = max(0, start - halo), min(shape[0], start + step + halo)
+        slab = [one[None, :, first // s[0] : -(-last // s[0])].float() for one, s in zip(maps, decoder.strides)]
+        logits = decoder(slab, (last - first, *shape[1:]))
+        found = logits[0, :, start - first : min(start + step, shape[0]) - first].argmax(0)
+        out[start : start + step] = found.to(torch.uint8).cpu().numpy()
+    return out
 
 
 def score_decoder(
-    model: LightSegmenter, scans: list[LabelledScan], names: list[str], size: tuple[int, int, int]
-) -> list[dict[str, Any]]:
-    """Segments whole scans in windows and scores them.
+    encoder: StandardisedMaps,
+    decoders: list[LightDecoder],
+    scans: list[LabelledScan],
+    names: list[str],
+    size: tuple[int, int, int],
+) -> list[list[dict[str, Any]]]:
+    """Segments whole scans and scores them; each scan's maps are computed once.
 
     Args:
-        model: from `train_decoder`.
+        encoder: of the decoders.
+        decoders: from `train_decoder`.
         scans: labelled.
         names: of the classes, background first.
-        size: of the windows.
+        size: of the training views.
 
     Returns:
-        A row per scan and annotated organ: scan_id, organ, dice, iou, hd_mm, hd95_mm, ..., as `metrics.organ_metrics`.
+        Per decoder a row per scan and annotated organ: scan_id, organ, dice, iou, hd_mm, hd95_mm, ..., as
+        `metrics.organ_metrics`.
     """
-    rows = []
+    rows: list[list[dict[str, Any]]] = [[] for _ in decoders]
     for scan in scans:
-        air = float(normalise(np.array(AIR), *scan.scaling))
-        found = segment(model, normalise(scan.volume, *scan.scaling), size, "multiclass", air, OVERLAP)
+        maps = read_maps(encoder, scan, size)
         organs = {names[k]: int(k) for k in np.flatnonzero(scan.labelled)[1:]}
         axes = np.array(scan.record.affine).reshape(4, 4)[:3, :3]
-        scores = organ_metrics(found, scan.target, organs, axes, "multiclass")
-        rows += [{"scan_id": scan.record.scan_id, "organ": organ, **score} for organ, score in scores.items()]
+        for decoder, own in zip(decoders, rows):
+            found = decode(decoder, maps, scan.volume.shape)
+            scores = organ_metrics(found, scan.target, organs, axes, "multiclass")
+            own += [{"scan_id": scan.record.scan_id, "organ": organ, **score} for organ, score in scores.items()]
     return rows

@@ -107,10 +107,9 @@ class Judges:
         return Score(score.balanced_accuracy, bounds, details)
 
     def _decoder(self, maps: readings.StandardisedMaps) -> Score:
-        rows = []
-        for seed in range(self.config.seed, self.config.seed + self.num_seeds):
-            model = decoder.train_decoder(maps, self.train, self.config.size, seed)
-            rows.append(decoder.score_decoder(model, self.test, self.names, self.config.size))
+        seeds, size = range(self.config.seed, self.config.seed + self.num_seeds), self.config.size
+        decoders = [decoder.train_decoder(maps, self.train, size, seed) for seed in seeds]
+        rows = decoder.score_decoder(maps, decoders, self.test, self.names, size)
         together = mean_rows(rows)
         summary, bounds = metrics.summarise(together), metrics.intervals(together, self.config.seed)["dice"]
         organs = {organ: {key: one[key] for key in ("dice", "hd95_mm")} for organ, one in summary["organs"].items()}

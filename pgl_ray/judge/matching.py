@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from pgl_ray.data.views import generator
+from pgl_ray.data.views import generator, normalise
 from pgl_ray.judge.decoder import LabelledScan
-from pgl_ray.judge.readings import StandardisedMaps, body_points
-from pgl_ray.judge.voxels import Sample, scan_features
+from pgl_ray.judge.dense import dense_maps
+from pgl_ray.judge.readings import AIR, StandardisedMaps, body_points
+from pgl_ray.judge.voxels import read_map
 
 GRID_MM = 8.0  # between candidate points; half of it is the best median that can be
 NUM_LANDMARKS = 40  # per scan under a known deformation
@@ -37,22 +38,31 @@ class Points:
     features: Tensor
 
 
-def read_points(maps: StandardisedMaps, scan: LabelledScan, volume: np.ndarray, voxels: np.ndarray, size) -> Points:
+def read_points(
+    encoder: StandardisedMaps, scan: LabelledScan, volume: np.ndarray, asked: list[np.ndarray], size: tuple
+) -> list[Points]:
     """Features at voxels of a scan, or of a deformed copy of it.
 
     Args:
-        maps: the encoder.
+        encoder: in eval mode.
         scan: whose scaling and spacing count.
         volume: int16 HU [D, H, W].
-        voxels: int64 [points, 3].
-        size: of the windows that the encoder sees (D, H, W).
+        asked: lists of voxels, int64 [points, 3].
+        size: of the training views (D, H, W).
     """
-    short = [(0, max(0, want - length)) for want, length in zip(size, volume.shape)]
-    volume = np.pad(volume, short, constant_values=int(scan.scaling[0][0]))
-    found, _ = scan_features(maps, Sample(volume, voxels, np.zeros(len(voxels), np.int64), size, scan.scaling))
-    parts = found.split(list(maps.channels[: maps.last + 1]), 1)
-    features = torch.cat([F.normalize(part, dim=1) for part in parts[1:]], 1)  # not the stem's: it sees no place
-    return Points((voxels + 0.5) * np.array(scan.record.spacing_mm), features)
+    device, air = next(encoder.parameters()).device, float(normalise(np.array(AIR), *scan.scaling))
+    levels = list(range(1, encoder.last + 1))  # not the stem's, which sees no place
+    voxels = torch.from_numpy(normalise(volume, *scan.scaling)).to(device)
+    maps = dense_maps(encoder, voxels, size, levels, air)
+    found = []
+    for points in asked:
+        at = torch.from_numpy(points + 0.5).to(device)
+        parts = [
+            F.normalize(read_map(one.float(), at, encoder.strides[level], encoder.centers[level]), dim=1)
+            for one, level in zip(maps, levels)
+        ]
+        found.append(Points((points + 0.5) * np.array(scan.record.spacing_mm), torch.cat(parts, 1)))
+    return found
 
 
 def box_points(scan: LabelledScan, voxels: np.ndarray) -> Points:
@@ -89,7 +99,7 @@ def organ_errors(
         maps: the encoder; none: by the place in the body's box.
         scans: labelled, two or more.
         names: of the classes.
-        size: of the windows that the encoder sees.
+        size: of the training views.
 
     Returns:
         A row per ordered pair of scans and organ that both have: source, target, organ, error_mm.
@@ -101,10 +111,8 @@ def organ_errors(
         if maps is None:
             grids, queries = [*grids, box_points(scan, voxels)], [*queries, box_points(scan, asked)]
             continue
-        both = read_points(maps, scan, scan.volume, np.concatenate([voxels, asked]), size)
-        cut = len(voxels)
-        grids.append(Points(both.at_mm[:cut], both.features[:cut]))
-        queries.append(Points(both.at_mm[cut:], both.features[cut:]))
+        grid, query = read_points(maps, scan, scan.volume, [voxels, asked], size)
+        grids, queries = [*grids, grid], [*queries, query]
     rows = []
     for target, grid, theirs in zip(scans, grids, organs):
         for source, query, ours in zip(scans, queries, organs):
@@ -128,7 +136,7 @@ def deformation_errors(
     for scan in scans:
         rng = generator(seed, 2, scan.record.scan_id, 0)
         source = deformation(rng, scan.volume.shape, scan.record.spacing_mm)
-        copy = ndimage.map_coordinates(scan.volume, source, order=1, mode="constant", cval=scan.scaling[0][0])
+        copy = ndimage.map_coordinates(scan.volume.astype(np.float32), source, order=1, cval=float(AIR))
         copy = (copy + rng.normal(0, NOISE_HU, copy.shape)).astype(np.int16)
         voxels = body_points(copy, scan.record.spacing_mm, GRID_MM)
         inside = np.array([source[(slice(None), *voxel)] for voxel in voxels]).round().astype(np.int64)
@@ -136,8 +144,8 @@ def deformation_errors(
         if not whole.any():
             continue
         drawn = rng.choice(np.flatnonzero(whole), min(NUM_LANDMARKS, int(whole.sum())), replace=False)
-        grid = read_points(maps, scan, copy, voxels, size)
-        query = read_points(maps, scan, scan.volume, inside[drawn], size)
+        (grid,) = read_points(maps, scan, copy, [voxels], size)
+        (query,) = read_points(maps, scan, scan.volume, [inside[drawn]], size)
         errors = np.linalg.norm(grid.at_mm[nearest(query, grid)] - grid.at_mm[drawn], axis=1)
         own = scan.record.scan_id
         rows += [{"source": own, "target": own, "organ": "any", "error_mm": float(error)} for error in errors]

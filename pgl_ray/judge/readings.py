@@ -117,7 +117,7 @@ class StandardisedMaps(nn.Module):
     """An encoder whose maps have mean 0 and standard deviation 1 per channel over unlabelled views; frozen.
 
     What a judge's distances and first layers see of a channel does not depend on the scale an encoder happens to give
-    it. A constant channel becomes 0. The attributes are the encoder's.
+    it. A constant channel becomes 0. The attributes are the encoder's, of the maps that it computes.
     """
 
     def __init__(self, encoder: Encoder | ResEncoder, views: Tensor):
@@ -128,8 +128,10 @@ class StandardisedMaps(nn.Module):
         """
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
-        self.strides, self.centers = encoder.strides, encoder.centers
-        self.channels, self.last, self.stage_strides = encoder.channels, encoder.last, encoder.stage_strides
+        self.last, num = encoder.last, encoder.last + 1
+        self.strides, self.centers, self.channels = (
+            part[:num] for part in (encoder.strides, encoder.centers, encoder.channels)
+        )
         device = next(encoder.parameters()).device
         found = [[one.flatten(2) for one in self.plain(few.to(device))] for few in views.split(AT_A_TIME)]
         self.scaling = []

@@ -121,7 +121,7 @@ def light_levels(strides: Sequence[tuple[int, int, int]]) -> list[int]:
         strides: of the encoder's maps.
     """
     deepest = {stride: level for level, stride in enumerate(strides)}
-    return [*(deepest[stride] for stride in LIGHT_STRIDES), len(strides) - 1]
+    return sorted({deepest[stride] for stride in LIGHT_STRIDES if stride in deepest} | {len(strides) - 1})
 
 
 class LightDecoder(nn.Module):

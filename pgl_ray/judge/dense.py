@@ -1,0 +1,62 @@
+"""An encoder's maps of a whole scan, from overlapping windows."""
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SCALE = 2  # a window's size as a multiple of the training views': what lies near its border sees too little
+
+
+def window_size(size: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Size of the windows: SCALE times the training views', a multiple of twice the largest stride."""
+    return tuple(
+        int(-(-SCALE * length // (2 * by)) * 2 * by) for length, by in zip(size, np.max(np.array(strides), 0))
+    )
+
+
+@torch.no_grad()
+def dense_maps(encoder: nn.Module, volume: Tensor, size: Sequence[int], levels: Sequence[int], air: float) -> list[Tensor]:
+    """Maps of a whole scan, each cell from the window whose middle is nearest; a scan that fits one window is one pass.
+
+    Args:
+        encoder: gives maps; `strides` per map.
+        volume: [D, H, W] z-scored voxels, on the device to compute on.
+        size: of the training views.
+        levels: numbers of the maps that are wanted.
+        air: z-scored HU of air, for what lies beyond the scan.
+
+    Returns:
+        Per level float16 [C, ceil(D / s_d), ceil(H / s_h), ceil(W / s_w)], on the volume's device.
+    """
+    strides = [encoder.strides[level] for level in levels]
+    coarse = np.max(np.array(encoder.strides), 0)
+    window = np.minimum(window_size(size, encoder.strides), -(-np.array(volume.shape) // coarse) * coarse)
+    whole = window + -(-np.maximum(np.array(volume.shape) - window, 0) // coarse) * coarse
+    pad = [n for axis in (2, 1, 0) for n in (0, int(whole[axis] - volume.shape[axis]))]
+    volume = F.pad(volume, pad, value=air)
+    found: list[Tensor | None] = [None] * len(levels)
+    for parts in product(*(_windows(int(n), int(w), int(c)) for n, w, c in zip(whole, window, coarse))):
+        box = tuple(slice(start, start + int(w)) for (start, _, _), w in zip(parts, window))
+        maps = encoder(volume[box][None, None])
+        for number, (level, stride) in enumerate(zip(levels, strides)):
+            one = maps[level][0].half()
+            if found[number] is None:
+                cells = [n // s for n, s in zip(volume.shape, stride)]
+                found[number] = one.new_empty(len(one), *cells)
+            own = tuple(slice(first // s, last // s) for (_, first, last), s in zip(parts, stride))
+            inside = tuple(slice((a - start) // s, (b - start) // s) for (start, a, b), s in zip(parts, stride))
+            found[number][(slice(None), *own)] = one[(slice(None), *inside)]
+    kept = [[-(-(n - int(p)) // s) for n, p, s in zip(volume.shape, pad[5::-2], stride)] for stride in strides]
+    return [one[:, : d, : h, : w] for one, (d, h, w) in zip(found, kept)]
+
+
+def _windows(length: int, window: int, coarse: int) -> list[tuple[int, int, int]]:
+    """Windows along an axis: start, and the part [first, last) of the scan that each gives; all multiples of `coarse`."""
+    step = max(coarse, window // 2 // coarse * coarse)
+    starts = sorted({min(start, length - window) for start in range(0, max(1, length - window + step), step)})
+    middles = [(a + b + window) // 2 // coarse * coarse for a, b in zip(starts, starts[1:])]
+    return list(zip(starts, [0, *middles], [*middles, length]))
