@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pgl_ray import outlook
 from pgl_ray.config import FailedRun, PretrainConfig, StreamConfig, build, command
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import training_facts
@@ -56,12 +57,15 @@ def run(config: PretrainConfig) -> Result:
     """
     index = store.read_index(config.index)
     plan = make_plan(config, index)
-    model, _ = build_model(config)
+    model, geometry = build_model(config)
+    encoder = model.get_submodule("online.encoder")
+    ahead = outlook.of(config, index, plan, make_renderer(config, index, plan), encoder, geometry)
     facts = {
-        "num_parameters": sum(p.numel() for p in model.get_submodule("online.encoder").parameters()),
+        "num_parameters": sum(p.numel() for p in encoder.parameters()),
         "num_steps": plan.num_steps,
         "plan": plan.identity,
         "store": {"num_scans": len(plan.scan_ids), "labels": index.labels, "hu_window": index.hu_window},
+        "outlook": ahead.facts,
     }
     if config.probe.every and checkpoint.committed_step(config.run) < plan.num_steps:
         make_probe(config)  # refuses what would only fail in the first worker
@@ -82,6 +86,7 @@ def run(config: PretrainConfig) -> Result:
                 f"steps {done} to {plan.num_steps}, {folder}",
                 flush=True,
             )
+            print(*(f"pretrain: {line}" for line in ahead.lines), sep="\n", flush=True)
             sizes = plan.num_steps, plan.global_batch_size
             stopped = launch.fit(worker, {**worker_config, "plan": plan}, feed, config.train, folder, *sizes)
             if stopped:
@@ -196,8 +201,8 @@ def worker(worker_config: dict) -> str | None:
     optimizer = optim.build_pretraining(net, config.optim)
 
     # schedules
-    warmup = round(config.optim.warmup_epochs * plan.rows_per_epoch / plan.global_batch_size)
-    schedule = optim.warmup_cosine(optimizer, min(warmup, max(1, plan.num_steps // 10)), plan.num_steps)
+    warmup = optim.warmup_steps(config.optim, plan.rows_per_epoch, plan.global_batch_size, plan.num_steps)
+    schedule = optim.warmup_cosine(optimizer, warmup, plan.num_steps)
 
     # continue where the last committed checkpoint stands
     step, num_collapsed = 0, 0

@@ -137,6 +137,19 @@ def clamped_bins(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) 
     return tuple(found)
 
 
+def clamped_shares(box: Tensor, flip: Tensor, geometry: Geometry) -> tuple[float, float, float]:
+    """Share of the clamped bins of pairs' overlaps along D, H and W, the mean of pairs, views and bins.
+
+    Args:
+        box: [N, 2, 3, 2] the two views' boxes, scan frame.
+        flip: bool [N, 2, 3].
+        geometry: as in `interpolation_matrices`.
+    """
+    region = overlap_box(box[:, 0], box[:, 1])
+    clamped = clamped_bins(box.flatten(0, 1), flip.flatten(0, 1), region.repeat_interleave(2, 0), geometry)
+    return tuple(axis.float().mean().item() for axis in clamped)
+
+
 def feature_coordinates(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
     """Continuous feature index of every point of every bin of a region, flips undone, not clamped.
 

@@ -21,6 +21,7 @@ DOOR_TO_DOOR = {
     ("check_align", "pictures"),
 }
 DOOR_TO_DOOR |= {("predict", "viewer"), ("viewer", "pictures")}  # the page beside a label map, no door itself
+DOOR_TO_DOOR |= {("pretrain", "outlook")}  # what it says before its first step, no door itself
 DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's halves, no doors themselves
 DOOR_TO_DOOR |= {("report", "sweep_report"), ("sweeps", "tables")}
 DOOR_TO_DOOR |= {("sweep_report", other) for other in ("sweeps", "tables", "pictures")}

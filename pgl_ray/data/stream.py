@@ -258,8 +258,8 @@ def _label(store: str, scan_id: str):
 
 
 @lru_cache(maxsize=4096)
-def _chunk(store: str, scan_id: str) -> tuple[int, int, int]:
-    return chunk_of(json.loads(_records(store)[1][scan_id].array_metadata))
+def _chunk(array_metadata: str) -> tuple[int, int, int]:
+    return chunk_of(json.loads(array_metadata))
 
 
 @lru_cache(maxsize=2 * REGIONS_MIXED)
@@ -412,10 +412,15 @@ class PairRenderer:
         size = self.views.size if self.resize else v.largest_crop(self.views)
         return 2 * 2 * math.prod(size) * (2 if self.deform else 1)
 
-    def draw(self, rows: dict[str, np.ndarray]) -> "Drawn":
-        """All that is random of some rows but Genesis' deformations."""
+    def draw(self, rows: dict[str, np.ndarray], records: dict[str, store_room.ScanRecord] | None = None) -> "Drawn":
+        """All that is random of some rows but Genesis' deformations.
+
+        Args:
+            rows: of the plan.
+            records: scan_id -> scan, where they are known; none: as the store's index has them.
+        """
         scan_ids, key = [self.scan_ids[scan] for scan in rows["scan"].tolist()], (self.seed, rows["epoch"])
-        scans = [_records(self.store)[1][scan_id] for scan_id in scan_ids]
+        scans = [(records or _records(self.store)[1])[scan_id] for scan_id in scan_ids]
         shape = np.array([scan.shape for scan in scans])
         body = np.array([scan.foreground_box for scan in scans]).reshape(-1, 3, 2) if self.views.foreground else None
         u = v.uniforms(*key, scan_ids, rows["draw"], v.PAIR_NUMBERS + 2 * v.INTENSITY_NUMBERS)
@@ -425,7 +430,7 @@ class PairRenderer:
             box, flip = v.sample_pairs(of_pair, shape, self.views, body, self.shared_box)
         else:
             of_region = v.uniforms(*key, scan_ids, rows["draw"] // self.pairs_per_region, 3, of=1)
-            chunk = np.array([_chunk(self.store, scan_id) for scan_id in scan_ids])
+            chunk = np.array([_chunk(scan.array_metadata) for scan in scans])
             region = v.sample_regions(of_region, shape, chunk, self.views, body)
             box, flip = v.sample_pairs_in(region, of_pair, self.views, body, self.shared_box)
         of_views = of_views.reshape(-1, 2, v.INTENSITY_NUMBERS)

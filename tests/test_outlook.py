@@ -1,0 +1,297 @@
+"""What is said before a run, and the presets, against sums and loops that share no code with it."""
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from pgl_ray import outlook, pretrain
+from pgl_ray.config import FailedRun, PretrainConfig, build, load
+from pgl_ray.data import stream
+from pgl_ray.data import views as v
+from pgl_ray.data.store import write_index, write_scan
+from pgl_ray.prior import Geometry, clamped_shares
+from pgl_ray.train import launch, optim
+
+ROOT = Path(__file__).resolve().parents[1]
+SCANS = {"cube": (128, 128, 128), "long": (150, 512, 512), "thin": (60, 512, 480)}  # of the presets' tests
+CHUNK = '{"codecs": [{"configuration": {"chunk_shape": [8, 64, 64]}}]}'
+SMALL = ["index=s", "run=r", "encoder.width=2", "encoder.depths=[1,1,1,1]", "heads.hidden=4", "heads.out=4"]
+
+
+def loops_shares(boxes, flips, size, stride, center, ratio=1, by=0.0) -> list[float]:
+    """Share of bins with a point that lies outside a view's outermost feature centres by more than `by` voxels, bin by
+    bin."""
+    shares = []
+    for a in range(3):
+        num, clamped, cells = 0, 0, size[a] // stride[a]
+        for i, view, k in itertools.product(range(len(boxes)), range(2), range(cells)):
+            low, high = (int(edge) for edge in boxes[i][view][a])
+            start, stop = max(boxes[i][j][a][0] for j in (0, 1)), min(boxes[i][j][a][1] for j in (0, 1))
+            outside = False
+            for part in range(ratio):
+                place = start + (stop - start) * (k + (part + 0.5) / ratio) / cells
+                seen = (place - low) / (high - low) * size[a]
+                first, last = center[a], center[a] + stride[a] * (cells - 1)
+                if flips[i][view][a]:  # the cells' centres as the flip leaves them
+                    first, last = size[a] - last, size[a] - first
+                outside |= seen < first - by or seen > last + by
+            num, clamped = num + 1, clamped + outside
+        shares.append(clamped / num)
+    return shares
+
+
+def summed_turnover(num_steps, decay, schedule) -> float:
+    """Eq. 10 with BYOL's schedule, step by step."""
+    total = 0.0
+    for step in range(num_steps):
+        omega = decay if schedule == "constant" else 1 - (1 - decay) * (math.cos(math.pi * step / num_steps) + 1) / 2
+        total += 1 - omega
+    return total
+
+
+def presets() -> list:
+    """Every pre-training of conf/, those of sweeps too, but the paper's own (conf/pretrain.yaml), which is as it is."""
+    found = {}
+    for path in sorted((ROOT / "conf").glob("pretrain_*.yaml")):
+        found[path.stem] = OmegaConf.to_container(OmegaConf.load(path))
+    for path in sorted((ROOT / "conf").glob("tune_*.yaml")):
+        found[path.stem] = OmegaConf.to_container(OmegaConf.load(path))["base_pretrain"]
+    assert {"pretrain_small", "pretrain_medium", "pretrain_full", "tune_small"} <= set(found)
+    return [pytest.param(build(PretrainConfig, {"index": "s", "run": "r", **found[k]}), id=k) for k in found]
+
+
+@pytest.mark.parametrize("config", presets())
+def test_presets_have_a_target_that_turns_over(config):
+    assert config.max_steps, "a length in epochs would depend on the number of scans"
+    assert summed_turnover(config.max_steps, config.ema_decay, config.ema_schedule) >= 4
+
+
+@pytest.mark.parametrize("scan", SCANS)
+@pytest.mark.parametrize("config", presets())
+def test_presets_clamp_at_most_a_fifth_of_the_bins(config, scan):
+    rng = np.random.default_rng(0)
+    shape, num = np.array([SCANS[scan]]), 256
+    boxes, flips = v.sample_pairs(rng.random((num, v.PAIR_NUMBERS)), np.repeat(shape, num, 0), config.views)
+    assert config.encoder.kind == "resnet" and config.align.centers == "receptive_field"  # centres at 0.5
+    args = config.views.size, config.align.output_stride, (0.5, 0.5, 0.5), config.align.sampling_ratio
+    assert max(loops_shares(boxes, flips, *args)) <= 0.2
+
+
+@pytest.mark.parametrize("name", ["small", "medium", "full"])
+def test_fine_tuning_takes_the_presets_encoder(name):
+    files = [OmegaConf.load(ROOT / "conf" / f"{door}_{name}.yaml") for door in ("pretrain", "finetune")]
+    assert files[0].get("encoder") == files[1].get("encoder")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_clamped_shares_equal_loops(data):
+    stride = data.draw(st.permutations([2, 4, 8]))
+    cells = data.draw(st.permutations([2, 3, 5]))
+    size = tuple(s * n for s, n in zip(stride, cells, strict=True))
+    center = tuple(data.draw(st.sampled_from([0.5, s / 2, 0.75])) for s in stride)
+    ratio, seed = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 10**6))
+    rng = np.random.default_rng(seed)
+    length = rng.integers(np.array(size), 2 * np.array(size), (6, 2, 3))
+    start = rng.integers(0, np.array(size), (6, 2, 3))  # below every length: the boxes overlap
+    boxes, flips = np.stack([start, start + length], -1), rng.random((6, 2, 3)) < 0.5
+    got = clamped_shares(torch.from_numpy(boxes), torch.from_numpy(flips), Geometry(size, stride, center, ratio))
+    fewer, more = (loops_shares(boxes, flips, size, stride, center, ratio, by) for by in (1e-3, -1e-3))
+    assert (np.array(fewer) - 1e-6 <= got).all() and (got <= np.array(more) + 1e-6).all()  # equal but for ties
+
+
+# -- sums of the schedules --------------------------------------------------------------------------------------------
+
+
+def test_the_papers_run():
+    config = load(PretrainConfig, ["index=s", "run=r"])
+    steps = config.epochs * 1808 // config.global_batch_size  # 7,062 whole batches
+    warmup = optim.warmup_steps(config.optim, 1808, config.global_batch_size, steps)
+    assert warmup == 28
+    assert round(optim.turnover(steps, config.ema_decay), 1) == 14.1
+    assert round(optim.sum_of_rates(config.optim.lr, warmup, steps)) == 706
+
+
+@pytest.mark.parametrize(("lr", "warmup", "steps"), [(0.2, 4, 20), (1.5, 0, 7), (2.0, 1, 1), (0.3, 10, 100)])
+def test_sum_of_rates_is_what_the_optimizer_gets(lr, warmup, steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    schedule, total = optim.warmup_cosine(optimizer, warmup, steps), 0.0
+    for _ in range(steps):
+        total += optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        schedule.step()
+    assert math.isclose(optim.sum_of_rates(lr, warmup, steps), total)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 3000), st.floats(0, 1), st.sampled_from(["cosine", "constant"]))
+def test_turnover_is_the_sum(steps, decay, schedule):
+    assert math.isclose(optim.turnover(steps, decay, schedule), summed_turnover(steps, decay, schedule), abs_tol=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 20000), st.sampled_from([4.0, 1.0, 14.0]), st.sampled_from(["cosine", "constant"]))
+def test_slowest_decay_is_enough_and_hardly_more(steps, least, schedule):
+    decay = optim.slowest_decay(steps, least, schedule)
+    if decay is None:
+        assert summed_turnover(steps, 0.0, schedule) < least + 1e-6
+        return
+    turned = summed_turnover(steps, decay, schedule)
+    assert 0 <= decay < 1 and least - 1e-6 <= turned <= 1.11 * least  # one of two digits more: a tenth
+
+
+# -- what is printed --------------------------------------------------------------------------------------------------
+
+
+def look(*args, shapes=((60, 200, 180), (90, 256, 256))) -> outlook.Outlook:
+    """Of a store of such scans, which is not there: nothing is read."""
+    config = load(PretrainConfig, [*SMALL, *args])
+    records = [
+        SimpleNamespace(
+            scan_id=f"s{i}",
+            split="train",
+            shape=shape,
+            foreground_box=(5, shape[0] - 5, 9, shape[1] - 9, 20, shape[2] - 20),
+            array_metadata=CHUNK,
+        )
+        for i, shape in enumerate(shapes)
+    ]
+    index = SimpleNamespace(store="s", scans=tuple(records))
+    plan = pretrain.make_plan(config, index)
+    assert isinstance(plan, stream.Plan)
+    model, geometry = pretrain.build_model(config)
+    renderer, encoder = pretrain.make_renderer(config, index, plan), model.get_submodule("online.encoder")
+    return outlook.of(config, index, plan, renderer, encoder, geometry)
+
+
+GOOD = ["views.size=[48,96,96]", "max_steps=400", "ema_decay=0.97"]
+
+
+def notes(found: outlook.Outlook) -> list[str]:
+    return [line for line in found.lines if line.startswith("note: ")]
+
+
+def test_good_settings_need_no_note():
+    found = look(*GOOD)
+    assert notes(found) == [] and len(found.lines) == 2
+    assert math.isclose(found.facts["target_turnover"], summed_turnover(400, 0.97, "cosine"))
+    assert "turns over 6.0 times" in found.lines[0] and "add up to 40." in found.lines[0]
+    shares = [round(100 * share) for share in found.facts["clamped_share"]]
+    assert f"clamped bins (D, H, W): {shares[0]}, {shares[1]}, {shares[2]} %" in found.lines[1]
+    assert 0 < max(found.facts["clamped_share"]) <= 0.2
+
+
+@pytest.mark.parametrize("foreground", ["true", "false"])
+@pytest.mark.parametrize("args", [["views.size=[16,96,64]"], ["views.size=[24,32,96]", "align.sampling_ratio=2"]])
+def test_the_share_is_that_of_pairs_of_these_scans(args, foreground):
+    """D, H and W differ, in views, strides and scans."""
+    args = [*args, f"views.foreground={foreground}", "align.output_stride=[4,8,8]", "max_steps=400"]
+    config, shapes = load(PretrainConfig, [*SMALL, *args]), np.array([(60, 200, 180), (90, 256, 256)] * 400)
+    bodies = np.stack([np.array([[5, d - 5], [9, h - 9], [20, w - 20]]) for d, h, w in shapes.tolist()])
+    u = np.random.default_rng(1).random((len(shapes), v.PAIR_NUMBERS))
+    boxes, flips = v.sample_pairs(u, shapes, config.views, bodies if config.views.foreground else None)
+    expected = loops_shares(boxes, flips, config.views.size, (4, 8, 8), (0.5,) * 3, config.align.sampling_ratio)
+    np.testing.assert_allclose(look(*args).facts["clamped_share"], expected, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["max_steps=200", "ema_decay=0.99"],
+        ["max_steps=200", "ema_decay=0.999", "ema_schedule=constant"],
+        ["max_steps=30"],
+        ["max_steps=3", "ema_decay=0.5"],
+        ["max_steps=100000", "ema_decay=1"],
+        ["max_steps=500", "ema_decay=0.99", "method=byol"],
+    ],
+)
+def test_a_slow_target_is_noted_with_what_mends_it(args):
+    [note] = notes(look(*GOOD, *args))
+    turned = float(re.search(r"it turns over ([\d.]+) times, fewer than 4", note)[1])
+    values = dict(arg.split("=") for arg in [*GOOD, *args])
+    schedule = values.get("ema_schedule", "cosine")
+    assert abs(turned - summed_turnover(int(values["max_steps"]), float(values["ema_decay"]), schedule)) < 0.051
+    mend = re.search(r"; (?:max_steps=(\d+) with )?ema_decay=([\d.]+) would turn it over ([\d.]+) times$", note)
+    steps = mend[1] or values["max_steps"]
+    assert abs(summed_turnover(int(steps), float(mend[2]), schedule) - float(mend[3])) < 0.051
+    assert notes(look(*GOOD, *args, f"max_steps={steps}", f"ema_decay={mend[2]}")) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "axes"),
+    [
+        (["views.size=[16,96,96]"], [True, False, False]),
+        (["views.size=[48,48,96]"], [False, True, False]),
+        (["views.size=[48,96,32]"], [False, False, True]),
+        (["views.size=[8,16,16]"], [True, True, True]),
+        (["views.size=[32,64,64]", "encoder.stage_strides=late"], [True, True, True]),
+        (["views.size=[16,48,48]", "pairs_per_scan=4", "stream.pairs_per_region=4"], [True, True, True]),
+        (["views.size=[16,96,96]", "align.crop=false"], [True, False, False]),
+        (["views.size=[16,96,96]", "align.centers=cell"], [True, False, False]),
+    ],
+)
+def test_clamped_bins_are_noted_with_what_mends_it(args, axes):
+    found = look(*GOOD, *args)
+    [note] = notes(found)
+    assert [share > 0.2 for share in found.facts["clamped_share"]] == axes
+    percent = ", ".join(f"{100 * share:.0f}" for share in found.facts["clamped_share"])
+    assert note.startswith(f"note: {percent} % of the bins lie beyond") and "more than 20 %" in note
+    mends = re.findall(r"((?:views\.size|align\.output_stride)\S+)(?: with (align\S+))? would clamp ([\d, ]+) %", note)
+    assert len(mends) == 2 and "align.output_stride=[4,8,8]" in mends[1]
+    for *keys, shares in mends:
+        mended = look(*GOOD, *args, *filter(None, keys))
+        assert notes(mended) == []
+        assert [f"{100 * share:.0f}" for share in mended.facts["clamped_share"]] == shares.split(", ")
+
+
+def test_scans_that_larger_views_do_not_fit():
+    shapes = {"shapes": [(20, 200, 200)]}
+    [note] = notes(look(*GOOD, "views.size=[16,96,96]", **shapes))
+    assert re.search(r": align.output_stride=\[2,4,4\] would clamp [\d, ]+ %$", note)
+    assert notes(look(*GOOD, "views.size=[16,96,96]", "align.output_stride=[2,4,4]", **shapes)) == []
+    [note] = notes(look(*GOOD, "views.size=[4,96,4]", "align.output_stride=[1,2,2]", shapes=[(9, 200, 5)]))
+    assert note.endswith(": take larger views.size or a finer align.output_stride")
+
+
+def test_axes_that_are_well_need_not_fit():
+    [note] = notes(look(*GOOD, "views.size=[16,96,96]", shapes=[(90, 80, 200)]))  # crops reach beyond 80 rows as it is
+    assert re.search(r": views.size=\[\d+,96,96\] would clamp", note)
+
+
+def test_methods_without_target_or_alignment():
+    byol, genesis = look(*GOOD, "method=byol"), look(*GOOD, "method=genesis")
+    assert set(byol.facts) == {"sum_of_rates", "target_turnover"} and len(byol.lines) == 1
+    assert set(genesis.facts) == {"sum_of_rates"} and len(genesis.lines) == 1 and "target" not in genesis.lines[0]
+    assert notes(look("max_steps=3", "method=genesis")) == []
+
+
+def test_the_driver_prints_it_and_the_run_keeps_it(tmp_path, monkeypatch, capsys):
+    """All of a run but its training, with a store on disk."""
+    for name in ("a", "b"):
+        write_scan(tmp_path / "store", name, np.zeros((24, 64, 80), np.int16), np.eye(4), split="train")
+    write_index(tmp_path / "store", {}, (-1024.0, 325.0))
+    for name, value in (("connect", None), ("check_resources", False), ("fit", "stopped")):
+        monkeypatch.setattr(launch, name, lambda *args, value=value: value)
+    monkeypatch.setattr(stream, "too_large", lambda *args: None)
+    args = [*SMALL, f"index={tmp_path}/store", f"run={tmp_path}/run", "views.size=[16,32,48]", "max_steps=40"]
+    with pytest.raises(FailedRun, match="stopped"):
+        pretrain.run(load(PretrainConfig, args))
+    lines, facts = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "run" / "run.json").read_text())
+    assert lines[0].startswith("pretrain: pgl, 2 scans") and lines[1].startswith(
+        "pretrain: in 40 steps the target turns"
+    )
+    assert (
+        lines[2].startswith("pretrain: clamped bins") and [line[:16] for line in lines[3:]] == ["pretrain: note: "] * 2
+    )
+    assert set(facts["outlook"]) == {"sum_of_rates", "target_turnover", "clamped_share"}
+    assert math.isclose(facts["outlook"]["target_turnover"], summed_turnover(40, 0.996, "cosine"))
