@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgl_ray.config import FailedRun, ProbeConfig, ProbeSettings, command
+from pgl_ray.config import PRETRAINED, FailedRun, ProbeConfig, ProbeSettings, command
+from pgl_ray.data.facts import spacing_note
 from pgl_ray.data.store import BODY_HU, Index, ScanRecord, class_lookup, open_label, open_volume, read_index
 from pgl_ray.data.views import generator, normalise
 from pgl_ray.model.encoder import build_encoder
@@ -52,7 +53,8 @@ class ProbeResult:
 
 
 def run(config: ProbeConfig) -> ProbeResult:
-    """Probes the encoder of `config.init` and writes the JSON file.
+    """Probes the encoder of `config.init` and writes the JSON file; none for weights that come with pgl_ray, whose
+    folder is no place for results.
 
     Raises:
         ValueError: an index without labelled scans, or an encoder that cannot be used with it.
@@ -63,7 +65,7 @@ def run(config: ProbeConfig) -> ProbeResult:
     if config.output:
         Path(config.output).absolute().parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), dataclasses.asdict(result))
-    elif config.init != "random":
+    elif config.init != "random" and not config.init.startswith(PRETRAINED):
         with bucket.beside(*_place(config.init)) as output:
             write_json(output, dataclasses.asdict(result))
     return result
@@ -85,7 +87,9 @@ def _load(config: ProbeConfig, index: Index) -> Encoder:
         init_kaiming_uniform(encoder, config.seed)
     else:
         encoder, source = weights.read(config.init, settings, index.hu_window)
-        weights.fill(encoder, source)
+        loaded = weights.fill(encoder, source)
+        if note := spacing_note(loaded.trained_on, index):
+            print(f"probe: note: init={config.init} {note}", flush=True)
         encoder.stop_at(source.meta.get("level", encoder.last))  # what was trained
     return encoder.to("cuda" if torch.cuda.is_available() else "cpu")
 
