@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from yaml import YAMLError
 
+PRETRAINED = "pretrained:"  # before the name of weights that come with pgl_ray
 JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's working directory
 
 
@@ -46,15 +47,15 @@ def _absolute_or_url(value: str) -> str:
     return value.rstrip("/") if "://" in value else _absolute(value)
 
 
-def _absolute_unless_random(value: str) -> str:
-    return value if value == "random" else _absolute_or_url(value)
+def _absolute_unless_named(value: str) -> str:
+    return value if value == "random" or value.startswith(PRETRAINED) else _absolute_or_url(value)
 
 
 FilePath = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
 StorePath = Annotated[FilePath, AfterValidator(_absolute_or_url)]
 RunPath = StorePath  # of a pre-training or fine-tuning; a sweep is a folder
 FilePath = Annotated[FilePath, AfterValidator(_absolute)]
-Init = Annotated[str, AfterValidator(_absolute_unless_random)]
+Init = Annotated[str, AfterValidator(_absolute_unless_named)]
 Seed = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -709,7 +710,8 @@ class FinetuneConfig(Section):
     """Folder of the run, or its place in a bucket (s3://, gs://, az://); typed again, an interrupted run continues."""
     init: Init = "random"
     """Initialisation of the encoder: `random` (Kaiming uniform), a run's folder (with method=genesis ASPP and decoder
-    come along), a .safetensors file of `export`, or a .pth file with the keys of MONAI's resnet50 (MedicalNet)."""
+    come along), `pretrained:NAME` (weights that come with pgl_ray: openkbp_small), a .safetensors file of `export`, or
+    a .pth file with the keys of MONAI's resnet50 (MedicalNet)."""
     allow_partial: bool = False
     """Take of `init` the tensors whose names and shapes fit, and say which; false: a mismatch is an error."""
     freeze: bool = False
@@ -835,7 +837,7 @@ class ProbeConfig(ProbeSettings):
     size: Triple = (16, 96, 96)
     """Window that the encoder sees, in voxels (D, H, W)."""
     init: Init = "random"
-    """Encoder: `random`, a run's folder, or a file as for fine-tuning."""
+    """Encoder: `random`, a run's folder, `pretrained:NAME`, or a file as for fine-tuning."""
     encoder: EncoderConfig | None = None
     """Encoder; none: the checkpoint's, or the default for init=random."""
     judges: Annotated[
@@ -853,7 +855,8 @@ class ProbeConfig(ProbeSettings):
     ceiling: RunPath | None = None
     """A run of the same size that was fine-tuned with all labels: its encoder is the upper end."""
     output: FilePath | None = None
-    """JSON file for the result; none: <init>/probe.json, X.probe.json beside a file X, or no file for random."""
+    """JSON file for the result; none: <init>/probe.json, X.probe.json beside a file X, or no file for random
+    and pretrained:NAME."""
 
 
 class SchedulerConfig(Section):

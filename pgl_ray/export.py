@@ -9,12 +9,12 @@
 Every file says what the network expects as input, and is read back and compared with the network before it is kept.
 """
 
+import contextlib
 import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ import pgl_ray
 from pgl_ray.config import ExportConfig, FailedRun, PatchConfig, command
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.place import check_writable
-from pgl_ray.data.store import statistics
+from pgl_ray.data.store import data_sets, read_settings, statistics
 from pgl_ray.data.views import normalise
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.segmenter import build_segmenter
-from pgl_ray.train.weights import load_encoder, load_segmenter
+from pgl_ray.train.weights import load_encoder, load_segmenter, locate
 
 INPUT = {
     "axes": "N,1,D,H,W",
@@ -99,6 +99,9 @@ class Expected:
 def load(path: str | Path) -> tuple[nn.Module, Expected]:
     """Rebuilds the network of a .safetensors file that `export` wrote.
 
+    Args:
+        path: of the file, or pretrained:NAME for weights that come with pgl_ray.
+
     Returns:
         The encoder (its maps up to the last one that was trained, finest first) or the segmentation network (logits),
         in eval mode, and what it expects.
@@ -109,7 +112,7 @@ def load(path: str | Path) -> tuple[nn.Module, Expected]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(locate(path), "pt") as file:
             raw = file.metadata() or {}
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except FileNotFoundError:
@@ -203,6 +206,7 @@ def _metadata(network: nn.Module, part: str, meta: dict[str, Any]) -> dict[str, 
     spacing = (facts or {}).get("resampled_mm") or meta.get("spacing_mm") or spacing
     architecture = {"encoder": encoder.settings}
     found: dict[str, Any] = {"part": part, **INPUT, "hu_window": meta["hu_window"], "spacing_mm": spacing}
+    found["median_spacing_mm"] = facts["spacing_mm"][1] if facts else "not recorded"
     if part == "segmenter":
         architecture |= {"num_outputs": meta["num_outputs"], "decoder": meta.get("decoder", "paper")}
         found |= {key: meta[key] for key in ("labels", "task", "patch_size")}
@@ -210,9 +214,32 @@ def _metadata(network: nn.Module, part: str, meta: dict[str, Any]) -> dict[str, 
         maps = [{"output_stride": stride, "center": center} for stride, center in zip(encoder.strides, encoder.centers)]
         method = meta.get("method", "pgl" if meta["door"] == "pretrain" else "fine-tuned")  # old runs were all PGL
         found |= {"maps": maps, "last_trained_map": encoder.last, "method": method}
-    found |= {"architecture": architecture, "training_scans": facts or {}, "config": meta["config"]}
-    found |= {"made_by": f"pgl_ray {pgl_ray.__version__} {meta['door']}", "format": "pt"}
+    found |= {"architecture": architecture, "training_scans": facts or {}, "data_licence": _licence(meta)}
+    found["steps"] = "not recorded" if meta["steps"] is None else meta["steps"]
+    found["config"] = _without_places(json.loads(meta["config"]))
+    found |= {"made_by": f"pgl_ray {pgl_ray.__version__} {meta['door']}", "pgl_ray_version": pgl_ray.__version__}
+    found["format"] = "pt"
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
+
+
+def _licence(meta: dict[str, Any]) -> str:
+    """Under what the training data were published; of runs that did not note it, as their store says today."""
+    known = (meta.get("data") or {}).get("data_sets")
+    store = json.loads(meta["config"]).get("index", "")
+    if known is None and store and "://" not in store:
+        with contextlib.suppress(ValueError, OSError):
+            known = data_sets(read_settings(store))
+    named = [f"{one['name'] or 'a data set without a name'}: {one['licence'] or 'not stated'}" for one in known or ()]
+    return "; ".join(named) or "not stated"
+
+
+def _without_places(config: Any) -> Any:
+    """A config without what says something of the machine alone: folders by their last name, no cluster."""
+    if not isinstance(config, dict):
+        return config
+    kept = {key: _without_places(value) for key, value in config.items() if key != "ray"}
+    places = {key: Path(kept[key]).name for key in ("index", "run", "init") if isinstance(kept.get(key), str)}
+    return kept | places
 
 
 def _as_list(value: Tensor | list[Tensor]) -> list[Tensor]:
@@ -233,7 +260,7 @@ def _safetensors(network: nn.Module, metadata: dict[str, str], examples: list[Te
     return [_as_list(again(x)) for x in examples]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Torch's exporters tell of operators of torchvision and of their own deprecations."""
     log = logging.getLogger("torch.onnx")

@@ -15,7 +15,7 @@ import torch
 from pgl_ray import evaluate
 from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build, command
 from pgl_ray.data import store, stream
-from pgl_ray.data.facts import training_facts
+from pgl_ray.data.facts import spacing_note, training_facts
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.inference import TooLittleMemory, out_of_memory
@@ -89,6 +89,8 @@ def run(config: FinetuneConfig) -> Result:
             )
             for line in loaded.lines() if loaded else ():
                 print(f"  weights: {line}", flush=True)
+            if note := loaded and spacing_note(loaded.trained_on, index):
+                print(f"finetune: note: init={config.init} {note}", flush=True)
             if meta["init_level"] < len(model.encoder.channels) - 1:
                 print(
                     f"finetune: {config.init} was trained up to stage {meta['init_level']} of the encoder "

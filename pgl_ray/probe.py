@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgl_ray.config import ProbeConfig, command
+from pgl_ray.config import PRETRAINED, ProbeConfig, command
+from pgl_ray.data.facts import spacing_note
 from pgl_ray.data.store import Index, read_index
 from pgl_ray.judge import readings
 from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, to_device
@@ -114,7 +115,9 @@ def load(init: str, config: ProbeConfig, index: Index) -> Encoder:
         init_kaiming_uniform(encoder, config.seed)
         return to_device(encoder)
     encoder, source = weights.read(init, settings, index.hu_window)
-    weights.fill(encoder, source)
+    loaded = weights.fill(encoder, source)
+    if note := spacing_note(loaded.trained_on, index):
+        print(f"probe: note: init={init} {note}", flush=True)
     encoder.stop_at(source.meta.get("level", encoder.last))  # what was trained
     return to_device(encoder)
 
@@ -152,7 +155,7 @@ def _write(config: ProbeConfig, result: ProbeResult) -> None:
     if config.output:
         Path(config.output).absolute().parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.output), dataclasses.asdict(result))
-    elif config.init != "random":
+    elif config.init != "random" and not config.init.startswith(PRETRAINED):  # the package is no place for results
         with bucket.beside(*_place(config.init)) as output:
             write_json(output, dataclasses.asdict(result))
 

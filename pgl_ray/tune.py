@@ -19,7 +19,7 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,9 +29,11 @@ from omegaconf import OmegaConf
 
 from pgl_ray import finetune, pretrain, probe, report, sweeps
 from pgl_ray.config import (
+    PRETRAINED,
     FailedRun,
     FinetuneConfig,
     ReportConfig,
+    Section,
     TrainConfig,
     TuneConfig,
     build,
@@ -40,7 +42,7 @@ from pgl_ray.config import (
 )
 from pgl_ray.data import stream
 from pgl_ray.data.store import Index, read_index
-from pgl_ray.train import launch
+from pgl_ray.train import launch, weights
 from pgl_ray.train.checkpoint import write_json
 from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, own_name, stage_config, stage_configs
 from pgl_ray.trial import run as run_trial
@@ -278,6 +280,7 @@ def _check_stores(config: TuneConfig, trials: list[Trial]) -> None:
                 if "finetune" in configs or "probe" in configs:
                     labelled = configs.get("finetune") or configs["probe"]
                     _check_windows(read(configs["pretrain"].index), read(labelled.index))
+            _check_shipped(configs, read)
             if "probe" in configs:
                 probe.choose_scans(read(configs["probe"].index), configs["probe"])
             if "finetune" in configs:
@@ -297,6 +300,14 @@ def _check_windows(pool: Index, labelled: Index) -> None:
             f"base_pretrain.index={pool.store} has hu_window={list(pool.hu_window)}, index={labelled.store} "
             f"{list(labelled.hu_window)}: prepare one of them again with the other's hu_window"
         )
+
+
+def _check_shipped(configs: dict[str, Section], read: Callable[[str], Index]) -> None:
+    """Weights that come with pgl_ray are there, and fit encoder and store; those of runs may come into being yet."""
+    for config in (configs[stage] for stage in ("probe", "finetune") if stage in configs):
+        if config.init.startswith(PRETRAINED):
+            encoder, partial = config.encoder and config.encoder.model_dump(), getattr(config, "allow_partial", False)
+            weights.read(config.init, encoder, read(config.index).hu_window, partial)
 
 
 def _check_checkpoints(grace: int, config: FinetuneConfig, train_ids: list[str]) -> None:

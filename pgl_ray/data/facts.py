@@ -12,6 +12,7 @@ from pgl_ray.data.store import Index, statistics
 
 SPACING_MARGIN = 1.25  # how far beyond the training scans' voxel sizes a scan may lie, as a factor
 RESAMPLED_MARGIN = 1.05  # the same where all training scans were resampled to one voxel size
+SPACING_NOTED = 1.5  # factor between two stores' voxel sizes from which initial weights may be of less use
 LEAST_MARGIN_HU = 100.0  # how far beyond the training scans' mean and standard deviation a scan may always lie
 
 
@@ -19,7 +20,8 @@ def training_facts(index: Index, scan_ids: Iterable[str]) -> dict[str, Any]:
     """What a checkpoint keeps of its training scans; plain values.
 
     Returns:
-        num_scans; hash (sha256 over their names and voxels' hashes); spacing_mm (least, median and largest voxel size,
+        num_scans; hash (sha256 over their names and voxels' hashes); data_sets (name, licence and origin of what the
+        store was prepared from, "" where a recipe does not say it); spacing_mm (least, median and largest voxel size,
         each D, H, W); resampled_mm (the voxel size that all were resampled to, or none); mean_hu and std_hu (least and
         largest of the scans, after clipping to the window).
     """
@@ -30,6 +32,7 @@ def training_facts(index: Index, scan_ids: Iterable[str]) -> dict[str, Any]:
     return {
         "num_scans": len(scans),
         "hash": hashlib.sha256(names.encode()).hexdigest(),
+        "data_sets": list(index.data_sets),
         "spacing_mm": [np.round(of(spacing, 0), 4).tolist() for of in (np.min, np.median, np.max)],
         "resampled_mm": index.spacing_mm and list(index.spacing_mm),
         "mean_hu": [min(scan.mean_hu for scan in scans), max(scan.mean_hu for scan in scans)],
@@ -71,6 +74,26 @@ def disagreements(
                 f"{high:.0f}: is it in HU, and a CT?"
             )
     return found
+
+
+def spacing_note(facts: dict[str, Any], index: Index) -> str | None:
+    """What to say of initial weights whose training scans had another voxel size than a store's scans; none: alike.
+
+    Args:
+        facts: of the training scans, from `training_facts`; {} where nothing is known of them.
+        index: of the store.
+    """
+    if not facts or not index.scans:
+        return None
+    known = np.array(facts["resampled_mm"] or facts["spacing_mm"][1])
+    own = np.array(index.spacing_mm or np.median([scan.spacing_mm for scan in index.scans], 0))
+    if np.maximum(own / known, known / own).max() <= SPACING_NOTED:
+        return None
+    size = ",".join(f"{length:.3g}" for length in known)
+    return (
+        f"was trained on voxels of {_text(known)} mm (D, H, W; median), those of {index.store} are {_text(own)} mm, so "
+        f"it may help less; prepare with spacing_mm=[{size}] makes voxels of its size"
+    )
 
 
 def _text(spacing: np.ndarray) -> str:

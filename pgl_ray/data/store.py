@@ -136,6 +136,7 @@ class Index:
         labels: organ name -> label value.
         hu_window: of the statistics, and of the views.
         spacing_mm: that all scans were resampled to; none: each has its own.
+        data_sets: name, licence and origin of each that was prepared into it, as their recipes say; "" for not said.
     """
 
     store: str
@@ -143,6 +144,7 @@ class Index:
     labels: dict[str, int]
     hu_window: tuple[float, float]
     spacing_mm: tuple[float, float, float] | None = None
+    data_sets: tuple[dict[str, str], ...] = ()
 
     def labelled(self, split: str) -> list[ScanRecord]:
         """Scans of a split that have a label map.
@@ -186,7 +188,15 @@ def read_index(store: str | Path) -> Index:
         raise ValueError(f"index.parquet of {str(store)!r} is damaged ({reason}): {mend}") from None
     if not rows:
         raise ValueError(f"store {str(store)!r} holds no scan: its failed.jsonl says why")
-    return Index(place.url, tuple(rows), settings.labels, settings.hu_window, settings.spacing_mm)
+    known = settings.labels, settings.hu_window, settings.spacing_mm, data_sets(settings)
+    return Index(place.url, tuple(rows), *known)
+
+
+def data_sets(settings: Settings) -> tuple[dict[str, str], ...]:
+    """What `Index.data_sets` holds."""
+    recipes = [said.get("recipe", {}) for said in settings.preparations]
+    found = [{key: recipe.get(key, "") for key in ("name", "licence", "origin")} for recipe in recipes]
+    return tuple(one for number, one in enumerate(found) if one not in found[:number])
 
 
 def read_table(content: bytes) -> list[ScanRecord]:

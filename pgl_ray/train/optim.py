@@ -79,7 +79,7 @@ def rate_factor(step: int, warmup_steps: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / rest)))
 
 
-def warmup_steps(config: LarsConfig, rows_per_epoch: int, global_batch_size: int, num_steps: int) -> int:
+def warmup_steps(config: PretrainOptimConfig, rows_per_epoch: int, global_batch_size: int, num_steps: int) -> int:
     """Length of the warm-up: `config.warmup_epochs`, but at most a tenth of the run."""
     return min(round(config.warmup_epochs * rows_per_epoch / global_batch_size), max(1, num_steps // 10))
 

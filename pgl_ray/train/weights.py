@@ -1,7 +1,8 @@
-"""Networks as runs left them; initial weights from runs, exported safetensors, MONAI's and MedicalNet's ResNets, and
-what of them fits."""
+"""Networks as runs left them; initial weights from runs, from this package (pretrained/), exported safetensors, MONAI's
+and MedicalNet's ResNets, and what of them fits."""
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pgl_ray.config import PRETRAINED
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
@@ -18,6 +20,7 @@ from pgl_ray.model.segmenter import LightSegmenter, Segmenter, build_segmenter
 from pgl_ray.train import bucket, checkpoint
 
 SHOWN = 3  # names of a kind that a line shows
+FOLDER = Path(__file__).parents[1] / "pretrained"  # of the weights that come with pgl_ray, each with its card
 
 
 def load_encoder(run: str) -> tuple[Encoder | ResEncoder, dict[str, Any]]:
@@ -27,7 +30,8 @@ def load_encoder(run: str) -> tuple[Encoder | ResEncoder, dict[str, Any]]:
         run: run folder, checkpoint folder or .pt file.
 
     Returns:
-        The encoder on the CPU and the checkpoint's meta dict (its key "encoder" holds the settings).
+        The encoder on the CPU and the checkpoint's meta dict: "encoder" holds the settings, "steps" those trained, if
+        it is known.
 
     Raises:
         ValueError: no checkpoint, or one of another architecture.
@@ -35,6 +39,7 @@ def load_encoder(run: str) -> tuple[Encoder | ResEncoder, dict[str, Any]]:
     state = checkpoint.state_of(run)
     meta = state["meta"]
     meta["encoder"] = {"kind": "resnet", **meta["encoder"]}  # before there were others it was not named
+    meta["steps"] = state.get("step")
     encoder = build_encoder(**meta["encoder"])
     _fill(encoder, checkpoint.below(checkpoint.PREFIX[meta["door"]], state["model"]), run)
     return encoder, meta
@@ -76,7 +81,7 @@ class Source:
         tensors: by the keys of the network that they are for.
         wanted: keys that the network should find among them.
         left_out: keys of the file that nothing starts from: heads, targets, classifiers, stages that were not trained.
-        meta: what the file says of itself: "encoder", "hu_window", "level", "method", ...; {} where it says nothing.
+        meta: what the file says of itself: "encoder", "hu_window", "level", "data", ...; {} where it says nothing.
     """
 
     init: str
@@ -97,6 +102,7 @@ class Report:
         unexpected: the file has them, the network does not.
         other_shape: name -> (shape in the file, shape in the network).
         left_out: keys of the file that nothing starts from.
+        trained_on: what the file knows of the scans of its training, as `data.facts.training_facts` gives it; or {}.
     """
 
     init: str
@@ -105,6 +111,7 @@ class Report:
     unexpected: list[str]
     other_shape: dict[str, tuple[list[int], list[int]]]
     left_out: list[str]
+    trained_on: dict[str, Any]
 
     def mismatches(self) -> str:
         """What does not fit, in half a sentence; "" if all does."""
@@ -136,8 +143,8 @@ def read(
     """An encoder of the right architecture, not yet filled, and the tensors for it.
 
     Args:
-        init: folder or .pt file of a run; .safetensors as `export` writes it; .pth of plain tensors with the keys of
-            MONAI's ResNets (MedicalNet's too), with or without a prefix such as "module.".
+        init: folder or .pt file of a run; pretrained:NAME; .safetensors as `export` writes it; .pth of plain tensors
+            with the keys of MONAI's ResNets (MedicalNet's too), with or without a prefix such as "module.".
         settings: of the encoder; none: the file's own, and where it has none the default.
         hu_window: of the scans that it will see.
         allow_partial: whether the file's encoder may have other settings.
@@ -191,6 +198,7 @@ def fill(module: nn.Module, source: Source, allow_partial: bool = False) -> Repo
         unexpected=[name for name in given if name not in own],
         other_shape=other_shape,
         left_out=source.left_out,
+        trained_on=source.meta.get("data") or {},
     )
     wrong = report.mismatches()
     if not report.loaded:
@@ -204,11 +212,27 @@ def fill(module: nn.Module, source: Source, allow_partial: bool = False) -> Repo
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+def locate(init: str | os.PathLike) -> Path:
+    """Path on this machine of what an init names: weights of this package (pretrained:NAME), another file, or a run.
+
+    Raises:
+        ValueError: no weights of that name come with pgl_ray.
+    """
+    init = os.fspath(init)
+    if not init.startswith(PRETRAINED):
+        return bucket.network(init)
+    files = {f"{PRETRAINED}{path.stem}": path for path in sorted(FOLDER.glob("*.safetensors"))}
+    if init not in files:
+        known = ", ".join(files) or "none; install it again"
+        raise ValueError(f"init={init}: no weights of that name come with pgl_ray; there are: {known}")
+    return files[init]
+
+
 def _read(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a file by its own keys, and what it says of itself."""
-    path = bucket.network(init)
+    path = locate(init)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _read_safetensors(init, path)
     if path.is_dir() or not path.exists():
         state = checkpoint.state_of(init)
         return state["model"], state["meta"]
@@ -222,27 +246,29 @@ def _read(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {}
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(init: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ValueError(f"init={path}: safetensors is not installed: pip install 'pgl_ray[export]'") from None
+        raise ValueError(f"init={init}: safetensors is not installed: pip install 'pgl_ray[export]'") from None
     if not path.is_file():
-        raise ValueError(f"init={path} does not exist")
+        raise ValueError(f"init={init} does not exist")
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
             texts = file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"init={path} is damaged or no safetensors file: {error}") from None
+        mend = "; install pgl_ray again" if init.startswith(PRETRAINED) else ""
+        raise ValueError(f"init={init} is damaged or no safetensors file: {error}{mend}") from None
     if not texts.get("made_by", "").startswith("pgl_ray "):
         return tensors, {}
     try:
         names = {"hu_window": "hu_window", "last_trained_map": "level", "architecture": "encoder"}
+        names |= {"training_scans": "data"}
         meta = {ours: json.loads(texts[theirs]) for theirs, ours in names.items() if theirs in texts}
         meta["encoder"] = meta["encoder"]["encoder"]
     except (ValueError, KeyError) as error:
-        raise ValueError(f"init={path}: its metadata are damaged: {error}") from None
+        raise ValueError(f"init={init}: its metadata are damaged: {error}") from None
     return tensors, meta
 
 
