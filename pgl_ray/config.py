@@ -667,7 +667,6 @@ class PretrainConfig(Section):
             )
         return self
 
-
     @property
     def beyond_paper(self) -> bool:
         """Whether PGL compares anything else than one whole map by Eq. 8."""

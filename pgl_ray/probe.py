@@ -77,7 +77,9 @@ def run(config: ProbeConfig) -> ProbeResult:
         print(f"probe: note: {note}", flush=True)
     encoder = load(config.init, config, index)
     if not readings.norms(encoder):
-        print(f"probe: note: the encoder of init={config.init} has no BatchNorm: there is one reading of it", flush=True)
+        print(
+            f"probe: note: the encoder of init={config.init} has no BatchNorm: there is one reading of it", flush=True
+        )
     found = _read(judges, encoder, config.init != "random")
     controls, ceiling = _ends(config, index, judges, encoder, found)
     first = next(iter(found.values()))

@@ -13,13 +13,13 @@ SCALE = 2  # a window's size as a multiple of the training views': what lies nea
 
 def window_size(size: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """Size of the windows: SCALE times the training views', a multiple of twice the largest stride."""
-    return tuple(
-        int(-(-SCALE * length // (2 * by)) * 2 * by) for length, by in zip(size, np.max(np.array(strides), 0))
-    )
+    return tuple(int(-(-SCALE * length // (2 * by)) * 2 * by) for length, by in zip(size, np.max(np.array(strides), 0)))
 
 
 @torch.no_grad()
-def dense_maps(encoder: nn.Module, volume: Tensor, size: Sequence[int], levels: Sequence[int], air: float) -> list[Tensor]:
+def dense_maps(
+    encoder: nn.Module, volume: Tensor, size: Sequence[int], levels: Sequence[int], air: float
+) -> list[Tensor]:
     """Maps of a whole scan, each cell from the window whose middle is nearest; a scan that fits one window is one pass.
 
     Args:
@@ -51,7 +51,7 @@ def dense_maps(encoder: nn.Module, volume: Tensor, size: Sequence[int], levels: 
             inside = tuple(slice((a - start) // s, (b - start) // s) for (start, a, b), s in zip(parts, stride))
             found[number][(slice(None), *own)] = one[(slice(None), *inside)]
     kept = [[-(-(n - int(p)) // s) for n, p, s in zip(volume.shape, pad[5::-2], stride)] for stride in strides]
-    return [one[:, : d, : h, : w] for one, (d, h, w) in zip(found, kept)]
+    return [one[:, :d, :h, :w] for one, (d, h, w) in zip(found, kept)]
 
 
 def _windows(length: int, window: int, coarse: int) -> list[tuple[int, int, int]]:

@@ -147,7 +147,9 @@ def by_target(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Median error per searched scan and organ, for paired comparisons."""
     keys = sorted({(row["target"], row["organ"]) for row in rows})
     errors = {key: [row["error_mm"] for row in rows if (row["target"], row["organ"]) == key] for key in keys}
-    return [{"scan_id": scan, "organ": organ, "error_mm": float(np.median(errors[scan, organ]))} for scan, organ in keys]
+    return [
+        {"scan_id": scan, "organ": organ, "error_mm": float(np.median(errors[scan, organ]))} for scan, organ in keys
+    ]
 
 
 def median_bounds(rows: list[dict[str, Any]], seed: int, num_draws: int = 1000) -> list[float] | None:

@@ -117,7 +117,9 @@ class PlacesPgl(nn.Module):
         num_cells = features.shape[2:].numel()
         cells = _drawn(pair.boxes, num_cells, min(self.objective.num_bins, num_cells))  # [2N, cells]
         index = torch.stack(torch.unravel_index(cells, features.shape[2:]), -1)
-        stride, center = (torch.tensor(part, device=features.device) for part in (geometry.output_stride, geometry.center))
+        stride, center = (
+            torch.tensor(part, device=features.device) for part in (geometry.output_stride, geometry.center)
+        )
         at = view_to_scan(index * stride + center, pair.boxes[:, None], pair.flips[:, None], size) / (size / 2)
         told = self.place[number](_gather(features.flatten(2), cells)).flatten(2).transpose(1, 2)  # [2N, cells, 3]
         told_1, told_2 = told.float().chunk(2)

@@ -1,0 +1,225 @@
+"""Does PGL help? Arms that are pre-trained alike, judged alike, on real CT: the tables of tune_spaces/README.md.
+
+python tests/benchmarks/promise.py train STORE RUNS [steps=600] [seeds=0,1,2] [arms=0,4,...] [scans=1,5,10]
+    pre-trains and judges what is not there yet, in this process, one thread; typed again, it goes on where it was ended
+python tests/benchmarks/promise.py table RUNS [output=FILE.json]
+    the tables as Markdown, and the figures behind them (per seed and scan) as JSON
+
+The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in one state
+(BatchNorm re-estimated on the same views); of random weights the stronger reading counts. The upper end is an encoder of
+the same size that was trained with the labels of all training scans.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import train_loop  # noqa: E402 - the doors' training loops without Ray
+
+from pgl_ray import probe  # noqa: E402
+from pgl_ray.config import FinetuneConfig, PretrainConfig, ProbeConfig, build  # noqa: E402
+from pgl_ray.model.metrics import percentile_bounds  # noqa: E402
+
+BASE = {
+    "global_batch_size": 16,
+    "ema_decay": 0.97,
+    "views": {"size": [32, 64, 64], "foreground": True},
+    "encoder": {"width": 8, "depths": [1, 1, 2, 1]},
+    "heads": {"hidden": 256, "out": 64},
+    "align": {"output_stride": [8, 16, 16]},
+    "optim": {"lr": 2.4},
+    "health": {"every": 20},
+    "train": {"checkpoint_every": 100, "log_every": 20},
+}
+PLACES = {
+    "align": {"flip": False, "more_strides": [[2, 4, 4], [4, 8, 8]]},
+    "loss": {"kind": "contrast", "displacement": 1.0},
+}
+ARMS = {
+    "wrong priors": {"align": {"wrong_priors": True}},
+    "byol": {"method": "byol"},
+    "genesis": {"method": "genesis", "optim": {"lr": None}},
+    "pgl, the paper's loss": {},
+    "pgl, by place": PLACES,
+    "pgl, by place, wrong priors": OmegaConf.to_container(OmegaConf.merge(PLACES, {"align": {"wrong_priors": True}})),
+}
+JUDGES = ["voxels", "decoder", "matching"]
+NUM_SCANS = (1, 5, 10)
+SPLITS = {"split": "train", "test_split": "validation", "num_test_scans": 15}
+CEILING, CEILING_STEPS = "all labels", 1200
+RANDOM = "random"
+
+
+def pretraining(store: str, run: Path, arm: str, seed: int, steps: int) -> PretrainConfig:
+    """The config of one arm and seed."""
+    own = {"index": store, "run": str(run), "seed": seed, "split": "train", "max_steps": steps}
+    return build(PretrainConfig, OmegaConf.to_container(OmegaConf.merge(BASE, ARMS[arm], own)))
+
+
+def with_labels(store: str, run: Path, seed: int, steps: int) -> FinetuneConfig:
+    """The upper end: the same encoder trained with all labels, by the light decoder."""
+    own = {"index": store, "run": str(run), "seed": seed, "max_steps": steps, "encoder": BASE["encoder"]}
+    own |= {"decoder": "light", "optim": {"kind": "adamw"}, "loss": {"ce_weight": 1.0}, "foreground_share": 0.9}
+    own |= {"patch": {"size": BASE["views"]["size"], "crop_scale": [0.9, 1.1], "flip_prob": 0}, "global_batch_size": 4}
+    own |= {"val_share": 0.05, "validate_every": 1000, "patience": 100, "patches_per_scan": 1}
+    own["train"] = {"checkpoint_every": 200, "log_every": 50}
+    return build(FinetuneConfig, OmegaConf.to_container(OmegaConf.create(own)))
+
+
+def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
+    """Judges one encoder with so many labelled scans, where it is not done."""
+    output = run.parent / "judged" / f"{arm}, seed {seed}, {num_scans} scans.json"
+    if output.exists():
+        return
+    settings = {"index": store, "seed": seed, "num_scans": num_scans, "output": str(output), "ends": False, **SPLITS}
+    settings |= {"init": RANDOM if arm == RANDOM else str(run), "size": BASE["views"]["size"]}
+    settings |= {"encoder": BASE["encoder"]} if arm == RANDOM else {}
+    # matching learns nothing from labelled scans: once is enough
+    settings["judges"] = JUDGES if num_scans == 5 else JUDGES[:2]
+    result = probe.run(build(ProbeConfig, settings))
+    print(f"{arm}, seed {seed}, {num_scans} scans:\n{probe.table(result)}", flush=True)
+
+
+def train(store: str, runs: Path, steps: int, seeds: list[int], arms: list[str], numbers: list[int]) -> None:
+    """Everything that is not there yet, seed by seed."""
+    torch.set_num_threads(1)
+    for seed in seeds:
+        for arm in [RANDOM, CEILING, *arms]:
+            began, run = time.monotonic(), runs / f"{arm}, seed {seed}"
+            if arm == CEILING:
+                train_loop.train(with_labels(store, run, seed, CEILING_STEPS))
+            elif arm != RANDOM:
+                stopped = train_loop.train(pretraining(store, run, arm, seed, steps))
+                if stopped:
+                    print(f"{arm}, seed {seed}: {stopped}", flush=True)
+            print(f"{arm}, seed {seed}: trained in {time.monotonic() - began:.0f} s", flush=True)
+            for num_scans in numbers:
+                judged(store, run, arm, seed, num_scans)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def per_scan(judge: str, details: dict) -> dict[str, float]:
+    """What a judge says of each test scan: mean recall, mean Dice, or median error."""
+    if judge == "voxels":
+        hits, counts = np.array(details["hits"]), np.array(details["counts"])
+        shares = np.where(counts > 0, hits / np.maximum(counts, 1), np.nan)
+        return {str(i): float(value) for i, value in enumerate(np.nanmean(shares, 1))}
+    key = "dice" if judge == "decoder" else "error_mm"
+    scans: dict[str, list[float]] = {}
+    for row in details["rows"]:
+        scans.setdefault(row["scan_id"], []).append(row[key])
+    return {scan: float(np.nanmean(values)) for scan, values in scans.items()}
+
+
+def figures(runs: Path) -> list[dict]:
+    """A row per arm, seed, number of labelled scans, judge and reading."""
+    rows = []
+    for path in sorted((runs / "judged").glob("*.json")):
+        arm, seed, num_scans = path.stem.rsplit(", ", 2)
+        about = {"arm": arm, "seed": int(seed.removeprefix("seed ")), "num_scans": int(num_scans.removesuffix(" scans"))}
+        for reading, scores in json.loads(path.read_text())["readings"].items():
+            for judge, score in scores.items():
+                scans = {scan: round(value, 4) for scan, value in per_scan(judge, score["details"]).items()}
+                last = score["details"].get("last_map")
+                row = {"judge": judge, "reading": reading, "value": round(score["value"], 4), "scans": scans}
+                rows.append(about | row | ({"last_map": round(last, 4)} if last else {}))
+    return rows
+
+
+def strongest(rows: list[dict], judge: str, num_scans: int) -> tuple[str, str]:
+    """Arm and reading of the strongest that needs no places: random in each reading, and wrong priors."""
+    best, sign = None, -1 if judge == "matching" else 1
+    for arm, reading in ((RANDOM, "reestimated"), (RANDOM, "off"), ("wrong priors", "reestimated")):
+        values = [row["value"] for row in chosen(rows, arm, reading, judge, num_scans)]
+        if values and (best is None or sign * np.mean(values) > best[0]):
+            best = sign * np.mean(values), arm, reading
+    return best[1], best[2]
+
+
+def chosen(rows: list[dict], arm: str, reading: str, judge: str, num_scans: int) -> list[dict]:
+    """Rows of one cell, by seed."""
+    keys = {"arm": arm, "reading": reading, "judge": judge, "num_scans": num_scans}
+    found = [row for row in rows if all(row[key] == value for key, value in keys.items())]
+    return sorted(found, key=lambda row: row["seed"])
+
+
+def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, list[float], int] | None:
+    """Mean difference over seeds and scans that both have, its 95 % interval (seeds and scans are drawn), and in how
+    many seeds it is above 0."""
+    pairs = [(a, b) for a in ours for b in theirs if a["seed"] == b["seed"]]
+    if not pairs:
+        return None
+    scans = sorted(set.intersection(*(set(row["scans"]) for pair in pairs for row in pair)))
+    table = np.array([[a["scans"][scan] - b["scans"][scan] for scan in scans] for a, b in pairs])
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(5000):
+        seeds, columns = rng.integers(len(table), size=len(table)), rng.integers(len(scans), size=len(scans))
+        drawn.append(table[np.ix_(seeds, columns)].mean())
+    return float(table.mean()), percentile_bounds(np.array(drawn)), int((table.mean(1) > 0).sum())
+
+
+def tables(runs: Path) -> tuple[str, list[dict]]:
+    """Markdown, and the rows behind it."""
+    rows, text = figures(runs), []
+    arms = [arm for arm in (RANDOM, *ARMS, CEILING) if any(row["arm"] == arm for row in rows)]
+    for judge in JUDGES:
+        for num_scans in NUM_SCANS if judge != "matching" else (5,):
+            if not any(row["judge"] == judge and row["num_scans"] == num_scans for row in rows):
+                continue
+            low, sign = strongest(rows, judge, num_scans), -1 if judge == "matching" else 1
+            base, top = chosen(rows, *low, judge, num_scans), chosen(rows, CEILING, "reestimated", judge, num_scans)
+            unit = {"voxels": "balanced accuracy", "decoder": "Dice", "matching": "mm"}[judge]
+            text.append(f"\n{judge}, {num_scans} labelled scans; the strongest control is {low[0]} ({low[1]})\n")
+            text.append(f"| arm | {unit}, by seed | mean | better than the control by, 95 % | of the room |\n|---|---|---|---|---|")
+            for arm in arms:
+                for reading in ("reestimated", "off") if arm == RANDOM else ("reestimated",):
+                    cells = chosen(rows, arm, reading, judge, num_scans)
+                    if not cells:
+                        continue
+                    values = [row["value"] for row in cells]
+                    found = difference(cells, base)
+                    gain = "-"
+                    if found and (arm, reading) != low:
+                        low_high = sorted(sign * bound for bound in found[1])
+                        gain = f"{sign * found[0]:+.3f} [{low_high[0]:+.3f}, {low_high[1]:+.3f}]"
+                    shared = [v for v in values]
+                    room = "-"
+                    if top and base and (arm, reading) != low:
+                        ends = np.mean([row["value"] for row in base]), np.mean([row["value"] for row in top])
+                        room = f"{(np.mean(shared) - ends[0]) / (ends[1] - ends[0]):.0%}"
+                    name = f"{arm}, BatchNorm off" if reading == "off" else arm
+                    listed = " ".join(f"{value:.3f}" if judge != "matching" else f"{value:.1f}" for value in values)
+                    mean = f"{np.mean(values):.3f}" if judge != "matching" else f"{np.mean(values):.1f}"
+                    text.append(f"| {name} | {listed} | {mean} | {gain} | {room} |")
+    return "\n".join(text), rows
+
+
+def main() -> None:
+    """See the top."""
+    verb, *rest = sys.argv[1:]
+    options = dict(part.split("=", 1) for part in rest if "=" in part)
+    places = [part for part in rest if "=" not in part]
+    if verb == "train":
+        seeds = [int(seed) for seed in options.get("seeds", "0,1,2").split(",")]
+        arms = [list(ARMS)[int(i)] for i in options["arms"].split(",")] if "arms" in options else list(ARMS)
+        numbers = [int(num) for num in options.get("scans", "1,5,10").split(",")]
+        train(places[0], Path(places[1]).absolute(), int(options.get("steps", 600)), seeds, arms, numbers)
+        return
+    text, rows = tables(Path(places[0]))
+    print(text)
+    if "output" in options:
+        Path(options["output"]).write_text(json.dumps(rows, indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    main()
