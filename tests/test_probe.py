@@ -1,5 +1,6 @@
 """The linear probe: planted features, chance, interpolation and windows against independent oracles."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch.nn.functional as F
 from scipy import ndimage, optimize
 
 from pgl_ray import probe
-from pgl_ray.config import EncoderConfig, ProbeConfig
+from pgl_ray.config import EncoderConfig, FailedRun, ProbeConfig
 from pgl_ray.data.store import open_label, write_index, write_scan
+from pgl_ray.judge import judges
+from pgl_ray.judge import voxels as voxel_judge
 from pgl_ray.model.resnet import Encoder
 
 LABELS = {"kidney": 2, "liver": 5, "spleen": 9}  # gaps on purpose: classes are not label values
@@ -54,6 +57,12 @@ def config(store, **changes):
     return ProbeConfig(index=str(store), **(values | changes))
 
 
+def score(encoder, index, settings):
+    """The voxel probe of an encoder as it is."""
+    probed = voxel_judge.VoxelProbe(index, settings)
+    return probed.score(probed.features(encoder.eval()))
+
+
 def write_store(folder, hu_of, labelled=(2, 5, 9), num_scans=5, shape=SHAPE):
     """Scans of random label maps; hu_of(label, rng) gives the voxels."""
     for number in range(num_scans):
@@ -80,10 +89,10 @@ def planted(tmp_path_factory):
 
 def test_planted_features_are_read_perfectly(planted):
     encoder = OneMap(bins, 33, ((1, 1, 1),) * 5)
-    result = probe.probe_encoder(encoder, planted, config(planted.store))
+    result = score(encoder, planted, config(planted.store))
     assert result.balanced_accuracy == 1
     assert result.recall == dict.fromkeys(("background", *LABELS), 1)
-    assert (result.num_train_scans, result.num_test_scans, result.init) == (3, 2, "random")
+    assert result.hits.shape == result.counts.shape == (2, 4) and (result.hits == result.counts).all()
 
 
 def test_scale_and_offset_of_the_features_do_not_matter(planted):
@@ -92,7 +101,7 @@ def test_scale_and_offset_of_the_features_do_not_matter(planted):
     def disguised(x):
         return torch.cat([1e-3 * bins(x) + 0.5, torch.full_like(x, 1e5)], 1)
 
-    result = probe.probe_encoder(OneMap(disguised, 34, ((1, 1, 1),) * 5), planted, config(planted.store))
+    result = score(OneMap(disguised, 34, ((1, 1, 1),) * 5), planted, config(planted.store))
     assert result.balanced_accuracy == 1
 
 
@@ -114,11 +123,11 @@ def test_recall_is_of_standardised_features_and_of_the_classes_that_are_tested(n
     """In numpy but for sampling and fit: training statistics for both sets, absent classes are no part of the mean."""
     encoder = OneMap(lambda x: 1e-3 * x + 0.5, 1, ((1, 1, 1),) * 5)
     settings = config(noisy.store)
-    result = probe.probe_encoder(encoder, noisy, settings)
-    sets = probe.choose_scans(noisy, settings)
-    found = [[probe.scan_features(encoder, probe.read_sample(noisy, s, settings)) for s in part] for part in sets]
+    result = score(encoder, noisy, settings)
+    sets = voxel_judge.choose_scans(noisy, settings)
+    found = [[voxel_judge.scan_features(encoder, voxel_judge.read_sample(noisy, s, settings)) for s in part] for part in sets]
     (x, y), (x_test, y_test) = ([np.concatenate(parts) for parts in zip(*part)] for part in found)
-    weight, bias = probe.fit_linear(torch.from_numpy((x - x.mean(0)) / x.std(0)), torch.from_numpy(y), 4)
+    weight, bias = voxel_judge.fit_linear(torch.from_numpy((x - x.mean(0)) / x.std(0)), torch.from_numpy(y), 4)
     found = ((x_test - x.mean(0)) / x.std(0) @ weight.numpy() + bias.numpy()).argmax(1)
     assert set(result.recall) == {"background", "liver", "spleen"}  # no kidney to test on
     for k, name in ((0, "background"), (2, "liver"), (3, "spleen")):
@@ -130,7 +139,7 @@ def test_recall_is_of_standardised_features_and_of_the_classes_that_are_tested(n
 def test_labels_without_relation_to_the_voxels_give_chance(tmp_path):
     index = write_store(tmp_path, lambda label, rng: rng.integers(-400, 300, label.shape))
     encoder = OneMap(bins, 33, ((1, 1, 1),) * 5)
-    result = probe.probe_encoder(encoder, index, config(tmp_path, voxels_per_class=400))
+    result = score(encoder, index, config(tmp_path, voxels_per_class=400))
     assert result.balanced_accuracy == pytest.approx(1 / 4, abs=0.05)
 
 
@@ -145,7 +154,7 @@ def test_an_organ_absent_from_the_training_scans_counts_as_missed(tmp_path):
         kept = {"labelled": scan.labelled, "split": scan.split, "hu_window": HU_WINDOW}
         write_scan(tmp_path, scan.scan_id, volume, np.eye(4), label=label, **kept)
     index = write_index(tmp_path, LABELS, HU_WINDOW)
-    result = probe.probe_encoder(OneMap(bins, 33, ((1, 1, 1),) * 5), index, config(tmp_path))
+    result = score(OneMap(bins, 33, ((1, 1, 1),) * 5), index, config(tmp_path))
     assert result.recall["spleen"] == 0
     assert result.balanced_accuracy == pytest.approx(np.mean(list(result.recall.values())))
     assert result.recall["liver"] == 1
@@ -159,13 +168,13 @@ def test_features_are_the_maps_at_the_voxels_true_position(tmp_path, shape):
     index = write_store(tmp_path, lambda label, rng: ramp, num_scans=1, shape=shape)
     scan, settings = index.scans[0], config(tmp_path)
     strides = ((1, 1, 1), (1, 2, 2), (2, 4, 4), (4, 8, 8), (8, 16, 16))
-    features, classes = probe.scan_features(OneMap(lambda x: x, 1, strides), probe.read_sample(index, scan, settings))
-    voxels, drawn = probe.draw_voxels(index, scan, ramp, read_label(tmp_path, scan), settings)
+    features, classes = voxel_judge.scan_features(OneMap(lambda x: x, 1, strides), voxel_judge.read_sample(index, scan, settings))
+    voxels, drawn = voxel_judge.draw_voxels(index, scan, ramp, read_label(tmp_path, scan), settings)
     assert features.shape == (len(voxels), 5) and classes.tolist() == drawn.tolist()
 
     padded = np.pad(ramp, [(0, max(0, s - n)) for s, n in zip(SIZE, shape)], constant_values=-1000).clip(*HU_WINDOW)
     scored = (padded - scan.mean_hu) / scan.std_hu
-    starts, window_of = probe.assign_windows(voxels, scored.shape, SIZE)
+    starts, window_of = voxel_judge.assign_windows(voxels, scored.shape, SIZE)
     for feature, voxel, window in zip(features.numpy(), voxels, window_of):
         start = starts[window]
         crop = scored[tuple(slice(a, a + n) for a, n in zip(start, SIZE))]
@@ -187,8 +196,8 @@ def test_read_map_agrees_with_grid_sample():
     cell = (point - torch.tensor(center)) / torch.tensor(stride)  # index; edge coordinate of a cell's middle + 0.5
     grid = (2 * (cell + 0.5) / torch.tensor(sizes) - 1).flip(-1).view(1, -1, 1, 1, 3)
     expected = F.grid_sample(feature_map[None], grid, align_corners=False, padding_mode="border")[0, :, :, 0, 0].T
-    torch.testing.assert_close(probe.read_map(feature_map, point, stride, center), expected)
-    one_cell = probe.read_map(feature_map[:, :1, :1, :1], point, stride, center)
+    torch.testing.assert_close(voxel_judge.read_map(feature_map, point, stride, center), expected)
+    one_cell = voxel_judge.read_map(feature_map[:, :1, :1, :1], point, stride, center)
     torch.testing.assert_close(one_cell, feature_map[:, 0, 0, 0].expand(200, 6))
 
 
@@ -196,7 +205,7 @@ def test_windows_contain_their_voxels_and_lie_nearest():
     rng = np.random.default_rng(0)
     shape, size = (20, 33, 16), (8, 15, 16)
     voxels = rng.integers(0, shape, (500, 3))
-    starts, window_of = probe.assign_windows(voxels, shape, size)
+    starts, window_of = voxel_judge.assign_windows(voxels, shape, size)
     assert (starts >= 0).all() and (starts + size <= shape).all()
     assert sorted(set(starts[:, 0])) == [0, 4, 8, 12] and sorted(set(starts[:, 1])) == [0, 7, 14, 18]
     for voxel, window in zip(voxels, window_of):
@@ -210,18 +219,18 @@ def test_voxels_drawn_are_balanced_and_background_only_where_all_organs_are_anno
     scan, settings = planted.scans[0], config(planted.store)
     label = read_label(planted.store, scan)
     volume = np.where(np.indices(SHAPE)[1] < 25, 0, -800)  # half of the scan is air
-    voxels, classes = probe.draw_voxels(planted, scan, volume, label, settings)
+    voxels, classes = voxel_judge.draw_voxels(planted, scan, volume, label, settings)
     assert np.bincount(classes).tolist() == [40] * 4
     assert len(np.unique(voxels, axis=0)) == len(voxels)
     np.testing.assert_array_equal(np.array([0, 2, 5, 9])[classes], label[tuple(voxels.T)])
     assert (voxels[classes == 0, 1] < 25).all()
-    again, _ = probe.draw_voxels(planted, scan, volume, label, settings)
+    again, _ = voxel_judge.draw_voxels(planted, scan, volume, label, settings)
     np.testing.assert_array_equal(voxels, again)
-    other, _ = probe.draw_voxels(planted, scan, volume, label, config(planted.store, seed=1))
+    other, _ = voxel_judge.draw_voxels(planted, scan, volume, label, config(planted.store, seed=1))
     assert (voxels != other).any()
 
     partly = write_store(tmp_path, lambda label, rng: 40 * label.astype(int) - 200, labelled=(2, 9))
-    _, classes = probe.draw_voxels(partly, partly.scans[0], volume, label, settings)
+    _, classes = voxel_judge.draw_voxels(partly, partly.scans[0], volume, label, settings)
     assert set(classes) == {1, 3}
 
 
@@ -236,10 +245,10 @@ def test_classifier_minimises_its_objective():
         logits = features @ weight + bias
         entropy = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(classes)), np.searchsorted([0, 2, 3], classes)]
         means = [entropy[classes == k].mean() for k in (0, 2, 3)]
-        return np.mean(means) + probe.L2 * 4 / 2 * (weight**2).sum()
+        return np.mean(means) + voxel_judge.L2 * 4 / 2 * (weight**2).sum()
 
     expected = optimize.minimize(objective, np.zeros(15)).fun
-    weight, bias = probe.fit_linear(torch.from_numpy(features), torch.from_numpy(classes), 5)
+    weight, bias = voxel_judge.fit_linear(torch.from_numpy(features), torch.from_numpy(classes), 5)
     found = objective(np.concatenate([weight[:, [0, 2, 3]].numpy().ravel(), bias[[0, 2, 3]].numpy()]))
     assert found == pytest.approx(expected, abs=1e-4)
     predicted = (torch.from_numpy(features) @ weight + bias).argmax(1)
@@ -250,34 +259,34 @@ def test_a_live_encoder_comes_back_as_it_was(planted):
     encoder = Encoder(**TINY).train()
     encoder.layer1.eval()  # a part of it may be frozen
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    first = probe.probe_encoder(encoder, planted, config(planted.store))
+    judge = judges.Judges(planted, config(planted.store))
+    first = judge.judge(encoder, "reestimated")["voxels"]
     assert [part.training for part in (encoder, encoder.layer1, encoder.layer2)] == [True, False, True]
     assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
     assert all(p.grad is None for p in encoder.parameters())
     with torch.no_grad():  # as inside a training loop's validation
-        second = probe.probe_encoder(encoder, planted, config(planted.store))
-    assert second.recall == first.recall
+        assert judge.judge(encoder, "reestimated")["voxels"].details == first.details
 
 
 def test_scans_are_read_once_for_many_encoders(planted, monkeypatch):
     settings = config(planted.store)
-    reads, open_volume = [], probe.open_volume
-    monkeypatch.setattr(probe, "open_volume", lambda *args: reads.append(args) or open_volume(*args))
-    judge = probe.Probe(planted, settings)
+    reads, read = [], voxel_judge.open_volume
+    monkeypatch.setattr(voxel_judge, "open_volume", lambda *args: reads.append(args) or read(*args))
+    judge = judges.Judges(planted, settings)
     for seed in range(3):
         torch.manual_seed(seed)
         encoder = Encoder(**TINY)
-        assert judge.judge(encoder).recall == probe.probe_encoder(encoder, planted, settings).recall
-    assert len(reads) == (1 + 3) * 5  # the probe's own, and one each of those that it is compared with
+        assert judge.judge(encoder, "trained")["voxels"].details["recall"] == score(encoder, planted, settings).recall
+    assert len(reads) == (1 + 3) * 5  # the judges' own, and one each of those that they are compared with
 
 
 def test_scans_are_never_in_both_sets(planted):
     both = config(planted.store, test_split="train", num_scans=2)
-    train, test = probe.choose_scans(planted, both)
+    train, test = voxel_judge.choose_scans(planted, both)
     assert len(train) == 2 and len(test) == 1 and test[0] not in train
-    other, _ = probe.choose_scans(planted, config(planted.store, num_scans=2, seed=5))
+    other, _ = voxel_judge.choose_scans(planted, config(planted.store, num_scans=2, seed=5))
     assert [s.scan_id for s in other] != [s.scan_id for s in train]
-    assert [s.scan_id for s in probe.choose_scans(planted, config(planted.store))[1]] == ["s3", "s4"]
+    assert [s.scan_id for s in voxel_judge.choose_scans(planted, config(planted.store))[1]] == ["s3", "s4"]
 
 
 def test_run_writes_its_result(planted, tmp_path):
@@ -285,14 +294,10 @@ def test_run_writes_its_result(planted, tmp_path):
     output = tmp_path / "new" / "probe.json"
     result = probe.run(config(planted.store, encoder=encoder, output=str(output)))
     found = json.loads(output.read_text())
-    assert found == {
-        "balanced_accuracy": result.balanced_accuracy,
-        "recall": result.recall,
-        "init": "random",
-        "num_train_scans": 3,
-        "num_test_scans": 2,
-        "seconds": result.seconds,
-    }
+    assert found == json.loads(json.dumps(dataclasses.asdict(result)))
+    assert found["init"] == "random" and list(found["readings"]) == ["reestimated", "off"]
+    assert found["balanced_accuracy"] == found["readings"]["reestimated"]["voxels"]["value"]
+    assert list(found["controls"]) == ["random, BatchNorm re-estimated", "random, BatchNorm off"]
     assert probe.run(config(planted.store, encoder=encoder)).recall == result.recall  # the seed decides
     assert "balanced accuracy" in probe.describe(result)
 
@@ -305,7 +310,9 @@ def test_run_reads_a_checkpoint(planted, tmp_path):
     torch.save({"meta": meta, "model": weights}, tmp_path / "state.pt")
     result = probe.run(config(planted.store, init=str(tmp_path)))
     assert json.loads((tmp_path / "probe.json").read_text())["init"] == str(tmp_path)
-    assert result.recall == probe.probe_encoder(encoder, planted, config(planted.store)).recall
+    assert list(result.readings) == ["reestimated", "trained", "off"]
+    trained = result.readings["trained"]["voxels"]["details"]["recall"]
+    assert trained == score(encoder, planted, config(planted.store)).recall
     for name in ("one.pt", "two.pt"):
         torch.save({"meta": meta, "model": weights}, tmp_path / name)
         assert probe.run(config(planted.store, init=str(tmp_path / name))).recall == result.recall
@@ -324,8 +331,8 @@ def test_what_cannot_be_probed_is_said(planted, tmp_path):
         probe.run(config(tmp_path, encoder=EncoderConfig(**TINY)))
     only_organ = write_store(tmp_path / "one", lambda label, rng: label * 0, labelled=(5,))
     with pytest.raises(ValueError, match="raise num_scans=3"):
-        probe.probe_encoder(Encoder(**TINY), only_organ, config(tmp_path))
+        score(Encoder(**TINY), only_organ, config(tmp_path))
     broken = Encoder(**TINY)
     torch.nn.init.constant_(broken.conv1.weight, torch.nan)
-    with pytest.raises(probe.FailedRun, match="not finite"):
-        probe.probe_encoder(broken, planted, config(planted.store))
+    with pytest.raises(FailedRun, match="not finite"):
+        score(broken, planted, config(planted.store))
