@@ -651,7 +651,7 @@ class PretrainConfig(Section):
         if self.align.mask_clamped and self.beyond_paper:
             raise ValueError(
                 "align.mask_clamped masks whole maps; with loss.kind, loss.displacement or align.more_strides set, bins "
-                "that are not clamped are drawn first anyway: leave it out"
+                "are drawn, those not clamped first: leave it out"
             )
         if self.align.wrong_priors and not (self.align.flip or self.align.crop):
             raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")

@@ -125,7 +125,9 @@ def test_recall_is_of_standardised_features_and_of_the_classes_that_are_tested(n
     settings = config(noisy.store)
     result = score(encoder, noisy, settings)
     sets = voxel_judge.choose_scans(noisy, settings)
-    found = [[voxel_judge.scan_features(encoder, voxel_judge.read_sample(noisy, s, settings)) for s in part] for part in sets]
+    found = [
+        [voxel_judge.scan_features(encoder, voxel_judge.read_sample(noisy, s, settings)) for s in part] for part in sets
+    ]
     (x, y), (x_test, y_test) = ([np.concatenate(parts) for parts in zip(*part)] for part in found)
     weight, bias = voxel_judge.fit_linear(torch.from_numpy((x - x.mean(0)) / x.std(0)), torch.from_numpy(y), 4)
     found = ((x_test - x.mean(0)) / x.std(0) @ weight.numpy() + bias.numpy()).argmax(1)
@@ -168,7 +170,9 @@ def test_features_are_the_maps_at_the_voxels_true_position(tmp_path, shape):
     index = write_store(tmp_path, lambda label, rng: ramp, num_scans=1, shape=shape)
     scan, settings = index.scans[0], config(tmp_path)
     strides = ((1, 1, 1), (1, 2, 2), (2, 4, 4), (4, 8, 8), (8, 16, 16))
-    features, classes = voxel_judge.scan_features(OneMap(lambda x: x, 1, strides), voxel_judge.read_sample(index, scan, settings))
+    features, classes = voxel_judge.scan_features(
+        OneMap(lambda x: x, 1, strides), voxel_judge.read_sample(index, scan, settings)
+    )
     voxels, drawn = voxel_judge.draw_voxels(index, scan, ramp, read_label(tmp_path, scan), settings)
     assert features.shape == (len(voxels), 5) and classes.tolist() == drawn.tolist()
 

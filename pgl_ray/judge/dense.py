@@ -1,7 +1,7 @@
 """An encoder's maps of a whole scan, from overlapping windows."""
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import torch
@@ -55,8 +55,8 @@ def dense_maps(
 
 
 def _windows(length: int, window: int, coarse: int) -> list[tuple[int, int, int]]:
-    """Windows along an axis: start, and the part [first, last) of the scan that each gives; all multiples of `coarse`."""
+    """Windows along an axis: start, and the part [first, last) of the scan that each gives; multiples of `coarse`."""
     step = max(coarse, window // 2 // coarse * coarse)
     starts = sorted({min(start, length - window) for start in range(0, max(1, length - window + step), step)})
-    middles = [(a + b + window) // 2 // coarse * coarse for a, b in zip(starts, starts[1:])]
+    middles = [(a + b + window) // 2 // coarse * coarse for a, b in pairwise(starts)]
     return list(zip(starts, [0, *middles], [*middles, length]))

@@ -22,7 +22,7 @@ from pgl_ray.judge.voxels import read_map
 GRID_MM = 8.0  # between candidate points; half of it is the best median that can be
 NUM_LANDMARKS = 40  # per scan under a known deformation
 TURN_DEG, STRETCH, WARP_MM, NOISE_HU = 10.0, 0.1, 8.0, 30.0  # largest of each deformation
-CONTROL = 5  # points per axis of the smooth displacement
+CONTROL_MM = 80.0  # between the points of the smooth displacement: shorter ones would fold
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,9 @@ def deformation(rng: np.random.Generator, shape: tuple[int, ...], spacing_mm: tu
     size, middle = np.array(spacing_mm), (np.array(shape) - 1) / 2
     at = np.stack(np.meshgrid(*(np.arange(length) for length in shape), indexing="ij")).reshape(3, -1)
     mm = (at - middle[:, None]) * size[:, None]
-    coarse = rng.uniform(-WARP_MM, WARP_MM, (3, *(CONTROL,) * 3))
-    where = at * (CONTROL - 1) / (np.array(shape)[:, None] - 1).clip(1)
+    points = np.maximum(2, np.ceil(np.array(shape) * size / CONTROL_MM).astype(int) + 1)
+    coarse = rng.uniform(-WARP_MM, WARP_MM, (3, *points))
+    where = at * (size / CONTROL_MM)[:, None]
     warp = np.stack([ndimage.map_coordinates(part, where, order=3, mode="nearest") for part in coarse])
     return ((linear @ mm + warp) / size[:, None] + middle[:, None]).reshape(3, *shape).astype(np.float32)
 

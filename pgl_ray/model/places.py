@@ -64,7 +64,7 @@ class PlacesPgl(nn.Module):
         Args:
             encoder: owned from now on; its stages behind the deepest map are switched off.
             hidden, out: channels of projectors and predictors.
-            maps: number and geometry of each map, from `feature_geometry`; the last is the one of `align.output_stride`.
+            maps: number and geometry of each map, from `feature_geometry`; the last is `align.output_stride`'s.
             objective: of every map.
         """
         super().__init__()

@@ -5,9 +5,9 @@ python tests/benchmarks/promise.py train STORE RUNS [steps=600] [seeds=0,1,2] [a
 python tests/benchmarks/promise.py table RUNS [output=FILE.json]
     the tables as Markdown, and the figures behind them (per seed and scan) as JSON
 
-The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in one state
-(BatchNorm re-estimated on the same views); of random weights the stronger reading counts. The upper end is an encoder of
-the same size that was trained with the labels of all training scans.
+The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in one state (BatchNorm re-estimated
+on the same views); of random weights the stronger reading counts. The upper end is an encoder of the same size that was
+trained with the labels of all training scans.
 """
 
 import json
@@ -126,7 +126,11 @@ def figures(runs: Path) -> list[dict]:
     rows = []
     for path in sorted((runs / "judged").glob("*.json")):
         arm, seed, num_scans = path.stem.rsplit(", ", 2)
-        about = {"arm": arm, "seed": int(seed.removeprefix("seed ")), "num_scans": int(num_scans.removesuffix(" scans"))}
+        about = {
+            "arm": arm,
+            "seed": int(seed.removeprefix("seed ")),
+            "num_scans": int(num_scans.removesuffix(" scans")),
+        }
         for reading, scores in json.loads(path.read_text())["readings"].items():
             for judge, score in scores.items():
                 scans = {scan: round(value, 4) for scan, value in per_scan(judge, score["details"]).items()}
@@ -180,7 +184,8 @@ def tables(runs: Path) -> tuple[str, list[dict]]:
             base, top = chosen(rows, *low, judge, num_scans), chosen(rows, CEILING, "reestimated", judge, num_scans)
             unit = {"voxels": "balanced accuracy", "decoder": "Dice", "matching": "mm"}[judge]
             text.append(f"\n{judge}, {num_scans} labelled scans; the strongest control is {low[0]} ({low[1]})\n")
-            text.append(f"| arm | {unit}, by seed | mean | better than the control by, 95 % | of the room |\n|---|---|---|---|---|")
+            head = f"| arm | {unit}, by seed | mean | better than the control by, 95 % | of the room |"
+            text += [head, "|---|---|---|---|---|"]
             for arm in arms:
                 for reading in ("reestimated", "off") if arm == RANDOM else ("reestimated",):
                     cells = chosen(rows, arm, reading, judge, num_scans)
@@ -192,11 +197,10 @@ def tables(runs: Path) -> tuple[str, list[dict]]:
                     if found and (arm, reading) != low:
                         low_high = sorted(sign * bound for bound in found[1])
                         gain = f"{sign * found[0]:+.3f} [{low_high[0]:+.3f}, {low_high[1]:+.3f}]"
-                    shared = [v for v in values]
                     room = "-"
                     if top and base and (arm, reading) != low:
                         ends = np.mean([row["value"] for row in base]), np.mean([row["value"] for row in top])
-                        room = f"{(np.mean(shared) - ends[0]) / (ends[1] - ends[0]):.0%}"
+                        room = f"{(np.mean(values) - ends[0]) / (ends[1] - ends[0]):.0%}"
                     name = f"{arm}, BatchNorm off" if reading == "off" else arm
                     listed = " ".join(f"{value:.3f}" if judge != "matching" else f"{value:.1f}" for value in values)
                     mean = f"{np.mean(values):.3f}" if judge != "matching" else f"{np.mean(values):.1f}"

@@ -1,0 +1,355 @@
+"""The judges of frozen encoders: one state for all, whole-scan maps, the decoder and point matching, and their ends."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage, stats
+from torch import nn
+
+from pgl_ray import probe
+from pgl_ray.config import EncoderConfig, ProbeConfig
+from pgl_ray.data.store import read_index, write_index, write_scan
+from pgl_ray.judge import decoder, dense, judges, matching, readings, voxels
+from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.resnet import Encoder
+from pgl_ray.model.segmenter import LightDecoder
+
+SIZE = (8, 16, 32)
+TINY = {"depths": (1, 1, 1, 1), "width": 4}
+LABELS = {"brick": 2, "ball": 5}
+SPACING = (3.0, 1.0, 2.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def paint(number: int, shape=(24, 40, 72)) -> tuple[np.ndarray, np.ndarray]:
+    """A body in air with a brick and a ball, moved from scan to scan."""
+    rng = np.random.default_rng(number)
+    grid, move = np.indices(shape), rng.integers(-3, 4, 3)
+    volume, label = np.full(shape, -1000), np.zeros(shape, np.uint8)
+    volume[2:-2, 4:-4, 6:-6] = 0
+    brick = tuple(slice(a + m, b + m) for (a, b), m in zip(((6, 14), (8, 18), (14, 30)), move))
+    label[brick] = 2
+    middle = np.array([13, 24, 50]) + move
+    label[((grid - middle[:, None, None, None]) ** 2 / np.array([16, 49, 64])[:, None, None, None]).sum(0) < 1] = 5
+    volume[label == 2], volume[label == 5] = 200, -120
+    return (volume + rng.normal(0, 15, shape)).round().astype(np.int16), label
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    for number in range(7):
+        volume, label = paint(number)
+        split = "train" if number < 4 else "test"
+        more = {"label": label, "labelled": (2, 5), "split": split}
+        write_scan(folder, f"s{number}", volume, np.diag([*SPACING, 1]), **more)
+    return write_index(folder, LABELS, (-1024.0, 325.0))
+
+
+def config(index, **changes) -> ProbeConfig:
+    values = {"index": index.store, "size": SIZE, "num_scans": 3, "num_test_scans": 3, "encoder": EncoderConfig(**TINY)}
+    return ProbeConfig(**(values | changes))
+
+
+# -- readings ---------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_the_views_and_the_encoder_stays(store):
+    """The stem's BatchNorm against mean and variance of its own input, by numpy, over passes of equal size."""
+    torch.manual_seed(0)
+    encoder = Encoder(**TINY).train()
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    views = readings.unlabelled_views(store, list(store.scans[:4]), SIZE, 0)
+    assert views.shape == (readings.NUM_VIEWS, 1, *SIZE)
+    again = readings.unlabelled_views(store, list(store.scans[:4]), SIZE, 0)
+    assert torch.equal(views, again)
+    found = readings.read_as(encoder, "reestimated", views)
+    with torch.no_grad():
+        stem = encoder.conv1(views).numpy()
+    assert found.bn1.running_mean.numpy() == pytest.approx(stem.mean((0, 2, 3, 4)), abs=1e-5)
+    passes = [part.var((0, 2, 3, 4), ddof=1) for part in np.split(stem, len(stem) // readings.AT_A_TIME)]
+    assert found.bn1.running_var.numpy() == pytest.approx(np.mean(passes, 0), rel=1e-4)
+    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items()) and encoder.training
+    off = readings.read_as(encoder, "off", views)
+    for part in readings.norms(off):
+        assert not part.running_mean.any() and (part.running_var == 1).all() and not part.training
+    encoder.bn1.running_mean.fill_(3.0)
+    assert (readings.read_as(encoder, "trained", views).bn1.running_mean == 3).all()
+
+
+def test_readings_that_differ():
+    encoder = Encoder(**TINY)
+    assert readings.possible(encoder, True) == ("reestimated", "trained", "off")
+    assert readings.possible(encoder, False) == ("reestimated", "off")
+    without = build_encoder(kind="resenc", depths=(1, 1, 1, 1, 1), width=4)  # InstanceNorm: one state
+    assert readings.possible(without, True) == ("trained",)
+    views = torch.randn(4, 1, 16, 64, 64)
+    with torch.no_grad():
+        maps = [readings.read_as(without, name, views)(views)[-1] for name in readings.READINGS]
+    assert torch.equal(maps[0], maps[1]) and torch.equal(maps[0], maps[2])
+
+
+def test_standardised_maps_and_constant_channels(store):
+    views = readings.unlabelled_views(store, list(store.scans[:2]), SIZE, 0)
+    torch.manual_seed(0)
+    encoder = readings.read_as(Encoder(**TINY), "off", views)
+    nn.init.zeros_(encoder.bn1.weight[:1])
+    maps = readings.StandardisedMaps(encoder, views)
+    found = [maps(part) for part in views.split(16)]
+    for level in range(5):
+        values = torch.cat([one[level] for one in found]).movedim(1, 0).flatten(1)
+        std, mean = values.std(1), values.mean(1)
+        assert ((std - 1).abs().lt(0.01) | (values == 0).all(1)).all() and mean.abs().max() < 0.01
+    assert not torch.cat([one[0] for one in found])[:, 0].any()
+    assert not any(p.requires_grad for p in maps.parameters()) and not maps.train().encoder.training
+
+
+# -- whole scans ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(24, 40, 72), (9, 17, 130), (61, 33, 20)])
+def test_whole_scan_maps_are_the_windows_own_cells(shape):
+    """An encoder that sees cell by cell: windows leave no seam, whatever the size; scans that are no multiple, too."""
+
+    class Cells(nn.Module):
+        strides, channels, last = ((1, 2, 2), (2, 4, 4), (4, 8, 8)), (1, 1, 1), 2
+
+        def forward(self, x):
+            return [x[:, :, ::d, ::h, ::w] for d, h, w in self.strides]
+
+    volume = torch.from_numpy(np.random.default_rng(0).integers(-9, 9, shape)).float()
+    for one, (d, h, w) in zip(dense.dense_maps(Cells(), volume, (4, 8, 16), [0, 2], -9.0), ((1, 2, 2), (4, 8, 8))):
+        assert torch.equal(one[0].float(), volume[::d, ::h, ::w])
+
+
+@pytest.mark.parametrize(("length", "window", "coarse"), [(64, 32, 8), (72, 32, 8), (32, 32, 16), (160, 64, 16)])
+def test_each_cell_comes_from_the_nearest_window(length, window, coarse):
+    parts = dense._windows(length, window, coarse)
+    assert parts[0][1] == 0 and parts[-1][2] == length and parts[-1][0] + window == length
+    for (_, _, last), (_, first, _) in itertools.pairwise(parts):
+        assert last == first
+    for start, first, last in parts:
+        assert start <= first < last <= start + window and not any(at % coarse for at in (start, first, last))
+        for cell in range(first, last, coarse):
+            gaps = [abs(cell + coarse / 2 - other - window / 2) for other, _, _ in parts]
+            assert abs(cell + coarse / 2 - start - window / 2) <= min(gaps) + coarse
+
+
+def test_slabs_decode_as_the_whole_scan():
+    torch.manual_seed(0)
+    strides, shape = [(2, 4, 4), (4, 8, 8), (8, 16, 16)], (200, 32, 48)
+    maps = [torch.randn(c, *(-(-n // s) for n, s in zip(shape, by))).half() for c, by in zip((3, 5, 7), strides)]
+    model = LightDecoder((3, 5, 7), strides, 4, width=8).eval()
+    with torch.no_grad():
+        whole = model([one[None].float() for one in maps], shape)[0].argmax(0).numpy()
+    found = decoder.decode(model, maps, shape)
+    assert found.dtype == np.uint8 and (found == whole).mean() > 0.9999  # ties of rounding alone
+
+
+def test_parts_of_maps_and_labels_lie_together(store):
+    """Maps that hold each cell's own first voxel: a part's labels start where its maps do, scans' ends included."""
+    scan = decoder.LabelledScan(store, store.scans[0])
+    strides = [(2, 4, 4), (8, 16, 16)]
+    maps = [torch.from_numpy(scan.target[::d, ::h, ::w].astype(np.float32))[None] + 1 for d, h, w in strides]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        parts, target, labelled = decoder.draw_part(rng, scan, maps, strides, (16, 48, 32))
+        assert target.shape == (16, 48, 32) and labelled.tolist() == [True, True, True] and target.any()
+        for part, (d, h, w) in zip(parts, strides):
+            inside = part[0] > 0
+            assert torch.equal(part[0][inside] - 1, torch.from_numpy(target[::d, ::h, ::w].astype(np.float32))[inside])
+
+
+def test_a_decoder_learns_where_the_features_tell(store):
+    """The maps are the voxels: the two organs differ in HU, so a few steps find them."""
+    torch.manual_seed(0)
+    found = judges.Judges(store, config(store), ("decoder",))
+    plain = readings.read_as(Encoder(**TINY), "reestimated", found.views)
+    maps = readings.StandardisedMaps(plain, found.views)
+    trained = decoder.train_decoder(maps, found.train, SIZE, 0, steps=200)
+    (rows,) = decoder.score_decoder(maps, [trained], found.test, found.names, SIZE)
+    assert {row["organ"] for row in rows} == {"brick", "ball"} and len(rows) == 6
+    assert np.mean([row["dice"] for row in rows]) > 0.35
+    untrained = decoder.train_decoder(maps, found.train, SIZE, 0, steps=1)
+    (before,) = decoder.score_decoder(maps, [untrained], found.test, found.names, SIZE)
+    assert np.mean([row["dice"] for row in before]) < 0.15
+
+
+# -- matching ---------------------------------------------------------------------------------------------------------
+
+
+class Coordinates(nn.Module):
+    """Maps whose features name the place: this judge's best case, at stride 1."""
+
+    strides, channels, last = ((1, 1, 1), (1, 1, 1)), (1, 3), 1
+    centers = ((0.5, 0.5, 0.5),) * 2
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        angle = x * 0.1  # on a circle: a cosine names the value
+        return [x, torch.cat([angle.sin(), angle.cos(), 0 * x], 1)]
+
+
+def test_organs_are_found_where_features_name_their_place(store, monkeypatch):
+    """Volumes that count voxels along W: the found place lies in the right plane, to half the grid; loops as oracle."""
+    scans = [decoder.LabelledScan(store, scan) for scan in store.scans[4:]]
+    for scan in scans:
+        scan.volume = np.broadcast_to(np.arange(72, dtype=np.int16) - 36, (24, 40, 72)).copy()
+        scan.scaling = ((-1024.0, 325.0), 0.0, 1.0)
+    monkeypatch.setattr(dense, "window_size", lambda size, strides: (64, 64, 128))
+    names = ["background", "brick", "ball"]
+    rows = matching.organ_errors(Coordinates(), scans, names, SIZE)
+    assert len(rows) == 3 * 2 * 2
+    for row in rows:
+        source, target = (next(s for s in scans if s.record.scan_id == row[key]) for key in ("source", "target"))
+        k = names.index(row["organ"])
+        asked, right = (np.argwhere(scan.target == k).mean(0).round() for scan in (source, target))
+        grid = readings.body_points(target.volume, SPACING, matching.GRID_MM)
+        gaps = np.abs(grid[:, 2] - asked[2])
+        candidates = grid[gaps == gaps.min()]
+        errors = np.linalg.norm((candidates - right) * SPACING, axis=1)
+        assert np.isclose(errors, row["error_mm"], atol=1e-4).any()
+
+
+def test_places_in_the_bodys_box_against_numpy(store):
+    scans = [decoder.LabelledScan(store, scan) for scan in store.scans[4:6]]
+    rows = matching.organ_errors(None, scans, ["background", "brick", "ball"], SIZE)
+    assert len(rows) == 4
+    row, (source, target) = rows[0], scans[::-1]
+    box, own = (np.reshape(scan.record.foreground_box, (3, 2)) for scan in (target, source))
+    k = 1 if row["organ"] == "brick" else 2
+    asked = np.argwhere(source.target == k).mean(0).round() + 0.5
+    share = (asked - own[:, 0]) / (own[:, 1] - own[:, 0])
+    grid = readings.body_points(target.volume, SPACING, matching.GRID_MM) + 0.5
+    at = grid[np.linalg.norm((grid - box[:, 0]) / (box[:, 1] - box[:, 0]) - share, axis=1).argmin()]
+    right = np.argwhere(target.target == k).mean(0).round() + 0.5
+    assert row["error_mm"] == pytest.approx(np.linalg.norm((at - right) * SPACING), abs=1e-4)
+
+
+def test_a_deformation_is_smooth_bounded_and_in_mm():
+    shape = (20, 60, 40)
+    source = matching.deformation(np.random.default_rng(0), shape, SPACING)
+    assert source.shape == (3, *shape)
+    step = np.diff(source, axis=1)[0]
+    assert step.min() > 0.6 and step.max() < 1.4  # no fold, about the voxel's own length
+    still = [getattr(matching, name) for name in ("TURN_DEG", "STRETCH", "WARP_MM")]
+    assert still == [10.0, 0.1, 8.0]
+    moved = np.linalg.norm((source - np.indices(shape)) * np.array(SPACING)[:, None, None, None], axis=0)
+    reach = np.linalg.norm(np.array(shape) / 2 * SPACING)
+    assert moved.max() < 8 * 3**0.5 * 1.3 + reach * (0.1 + np.deg2rad(10) + 0.02)
+
+
+def test_places_are_found_in_a_deformed_copy_by_features_of_value(store):
+    scans = [decoder.LabelledScan(store, store.scans[4])]
+    grid = np.indices((24, 40, 72))
+    scans[0].volume = ndimage.gaussian_filter(np.random.default_rng(0).normal(0, 4000, grid.shape[1:]), 2).astype(
+        np.int16
+    )
+    rows = matching.deformation_errors(Coordinates(), scans, SIZE, 0)
+    assert 0 < len(rows) <= matching.NUM_LANDMARKS and {row["organ"] for row in rows} == {"any"}
+    again = matching.deformation_errors(Coordinates(), scans, SIZE, 0)
+    assert rows == again
+
+
+def test_body_points_cover_the_body_and_not_the_air():
+    volume, _ = paint(0)
+    points = readings.body_points(volume, SPACING, 6.0)
+    assert (volume[tuple(points.T)] > -500).mean() > 0.95
+    inside = np.argwhere(volume[2:-2, 4:-4, 6:-6] > -500) + np.array([2, 4, 6])
+    gaps = [np.linalg.norm((points - voxel) * SPACING, axis=1).min() for voxel in inside[::997]]
+    assert max(gaps) < 6.0 * 3**0.5
+
+
+# -- scores, ends, the door -------------------------------------------------------------------------------------------
+
+
+def test_intervals_of_the_voxel_probe_are_bootstraps_over_scans():
+    hits, counts = np.array([[8, 1], [5, 9], [10, 0]]), np.array([[10, 10], [10, 10], [10, 0]])
+    score = voxels.VoxelScore(0.0, {}, hits, counts)
+    draws = np.array([[1, 1, 1], [3, 0, 0], [0, 2, 1], [0, 0, 3]])
+    expected = [np.mean([23 / 30, 10 / 20]), np.mean([0.8, 0.1]), np.mean([20 / 30, 18 / 20]), 1.0]
+    assert voxels.drawn_accuracies(score, draws) == pytest.approx(expected)
+
+
+def test_interval_of_a_median_draws_whole_scans():
+    rng = np.random.default_rng(0)
+    rows = [{"target": f"{i}", "error_mm": 10.0 * i + rng.normal()} for i in range(12) for _ in range(5)]
+    low, high = judges.median_bounds(rows, 0)
+    medians = [np.median([row["error_mm"] for row in rows if row["target"] == f"{i}"]) for i in range(12)]
+    expected = stats.bootstrap((medians,), np.median, method="percentile", random_state=0).confidence_interval
+    assert low == pytest.approx(expected.low, abs=8) and high == pytest.approx(expected.high, abs=8)
+    assert judges.median_bounds(rows[:5], 0) is None
+
+
+@pytest.mark.parametrize(
+    ("judge", "value", "lows", "high", "closed"),
+    [
+        ("decoder", 0.3, {"a": 0.1, "b": 0.2}, 0.4, 0.5),
+        ("matching", 24.0, {"a": 30.0, "b": 35.0}, 18.0, 0.5),
+        ("voxels", 0.8, {"a": 0.78}, 0.79, None),  # no room
+        ("voxels", 0.8, {"a": 0.9}, 0.7, None),  # the wrong way round
+        ("voxels", 0.8, {"a": 0.7}, None, None),
+    ],
+)
+def test_where_a_value_stands_between_its_ends(judge, value, lows, high, closed):
+    standing = judges.Standing.of(judge, value, lows, high)
+    assert standing.low == (max if judge != "matching" else min)(lows.values())
+    assert standing.closed == (pytest.approx(closed) if closed is not None else None)
+    text = standing.sentence(judge, value)
+    assert ("of the room" in text) == (closed is not None)
+    assert ("no room" in text) == (closed is None and high is not None)
+
+
+def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):
+    torch.manual_seed(3)
+    meta = {"door": "pretrain", "encoder": {**TINY, "depths": [1, 1, 1, 1], "stage_strides": "early"}}
+    meta |= {"hu_window": [-1024.0, 325.0]}
+    for name in ("run", "control", "ceiling"):
+        (tmp_path / name).mkdir()
+        model = {f"online.encoder.{key}": value for key, value in Encoder(**TINY).state_dict().items()}
+        torch.save({"meta": meta, "model": model}, tmp_path / name / "state.pt")
+    where = {name: str(tmp_path / name) for name in ("control", "ceiling")} | {"init": str(tmp_path / "run")}
+    more = {"judges": ["voxels", "decoder", "matching"], "encoder": None, "num_scans": 9}
+    result = probe.run(config(store, **where, **more))
+    found = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert list(found["readings"]) == ["reestimated", "trained", "off"]
+    assert list(found["controls"]) == ["random, BatchNorm re-estimated", "random, BatchNorm off", "control"]
+    for scores in (*found["readings"].values(), *found["controls"].values(), found["ceiling"]):
+        assert list(scores) == ["voxels", "decoder", "matching"]
+    assert set(found["standing"]) == {"voxels", "decoder", "matching"} and len(result.sentences) == 3
+    assert found["body_box_mm"] > 0 and found["readings"]["off"]["matching"]["details"]["deformed_mm"] > 0
+    assert "num_scans=9: split='train' has 4 labelled scans" in capsys.readouterr().out
+    text = probe.describe(result)
+    assert "BatchNorm off" in text and "trained with all labels" in text and "body's box" in text
+
+
+def test_shortcomings_of_the_scans_are_said(tmp_path):
+    for number, split in ((0, "train"), (1, "train"), (0, "test")):
+        volume, label = paint(number)
+        label[label == 5] *= split == "test"
+        more = {"label": label, "labelled": (2, 5), "split": split}
+        write_scan(tmp_path, f"{split}{number}", volume, np.diag([*SPACING, 1]), **more)
+    write_index(tmp_path, LABELS, (-1024.0, 325.0))
+    index = read_index(tmp_path)
+    notes = judges.Judges(index, config(index)).notes
+    assert any("no scan to learn from shows ball" in note for note in notes)
+    assert any("the same voxels are learnt from and tested on: test0 and train0" in note for note in notes)
+    assert any(note.startswith("num_test_scans=3") for note in notes)
+    with pytest.raises(ValueError, match="two test scans or more"):
+        judges.Judges(index, config(index), ("matching",))
+    with pytest.raises(ValueError, match="no scan to estimate BatchNorm's statistics on"):
+        readings.unlabelled_views(index, [], SIZE, 0)
