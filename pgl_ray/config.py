@@ -650,8 +650,8 @@ class PretrainConfig(Section):
             raise ValueError(f"loss.* and align.more_strides are of method=pgl, not {self.method}: leave them out")
         if self.align.mask_clamped and self.beyond_paper:
             raise ValueError(
-                "align.mask_clamped masks whole maps; with loss.kind, loss.displacement or align.more_strides set, bins "
-                "are drawn, those not clamped first: leave it out"
+                "align.mask_clamped masks whole maps; with loss.kind, loss.displacement or align.more_strides bins are "
+                "drawn, those not clamped first: leave it out"
             )
         if self.align.wrong_priors and not (self.align.flip or self.align.crop):
             raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")

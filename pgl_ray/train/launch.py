@@ -253,7 +253,10 @@ def setup_worker(threads: int) -> torch.device:
     logging.getLogger(report_context.__file__).setLevel(logging.WARNING)
     workers_here = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // workers_here))
-    return ray.train.torch.get_device()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        on.keep_freed_memory()
+    return device
 
 
 def distributed(net: torch.nn.Module) -> torch.nn.Module:
