@@ -648,6 +648,11 @@ class PretrainConfig(Section):
             )
         if self.method != "pgl" and (self.loss != PretrainLossConfig() or self.align.more_strides):
             raise ValueError(f"loss.* and align.more_strides are of method=pgl, not {self.method}: leave them out")
+        if self.align.sampling_ratio > 1 and self.beyond_paper:
+            raise ValueError(
+                f"align.sampling_ratio={self.align.sampling_ratio} goes with the paper's loss alone: leave it out, or "
+                "loss.kind, loss.displacement and align.more_strides"
+            )
         if self.align.mask_clamped and self.beyond_paper:
             raise ValueError(
                 "align.mask_clamped masks whole maps; with loss.kind, loss.displacement or align.more_strides bins are "

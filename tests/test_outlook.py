@@ -287,7 +287,7 @@ def test_the_driver_prints_it_and_the_run_keeps_it(tmp_path, monkeypatch, capsys
     with pytest.raises(FailedRun, match="stopped"):
         pretrain.run(load(PretrainConfig, args))
     lines, facts = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "run" / "run.json").read_text())
-    assert lines[0].startswith("pretrain: pgl, 2 scans") and lines[1].startswith(
+    assert lines[0].startswith("pretrain: pgl by LARS at 0.2, 2 scans") and lines[1].startswith(
         "pretrain: in 40 steps the target turns"
     )
     assert (

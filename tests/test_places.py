@@ -11,8 +11,8 @@ import train_loop
 from torch import nn
 
 from pgl_ray.model.losses import place_contrast_loss
-from pgl_ray.model.pgl import Pair, feature_geometry, valid_bins
-from pgl_ray.model.places import Objective, PlacesPgl, _read, drawn_bins
+from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
+from pgl_ray.model.places import Objective, PlacesPgl, bin_coordinates, drawn_bins, read_at
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.pretrain import build_model
 from pgl_ray.prior import interpolation_matrices, view_to_scan
@@ -66,12 +66,25 @@ def test_both_views_are_read_at_the_same_places(level):
     pair = pairs(8)
     geometry = network().maps[level][1]
     bins, valid = drawn_bins(pair, geometry, 12), valid_bins(pair, geometry).flatten(1)
-    matrices = interpolation_matrices(pair.boxes, pair.flips, pair.regions, geometry)
-    first, second = _read(ramps(pair, geometry), matrices, bins)[..., 0, 0].chunk(2)
+    first, second = read_at(ramps(pair, geometry), bin_coordinates(pair, geometry, bins))[..., 0, 0].chunk(2)
     good = valid.gather(1, bins)
     assert good.sum() > 20
     gap = (first - second).abs().amax(1)[good]
     assert gap.max() < 1e-3  # the matrices are float32
+
+
+def test_drawn_bins_are_read_as_the_aligner_reads_them():
+    """Against the paper's aligner, which reads every bin of the overlap, gradient included."""
+    pair, geometry = pairs(4), network().maps[0][1]
+    features = torch.randn(8, 3, 8, 8, 16, dtype=torch.float64, requires_grad=True)
+    bins = drawn_bins(pair, geometry, 50)
+    matrices = interpolation_matrices(pair.boxes, pair.flips, pair.regions, geometry)
+    whole = align(features, matrices).flatten(2).gather(2, bins.repeat(2, 1)[:, None].expand(-1, 3, -1))
+    found = read_at(features, bin_coordinates(pair, geometry, bins))[..., 0, 0]
+    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(whole)
+    ours, theirs = (torch.autograd.grad((one * weight).sum(), features)[0] for one in (found, whole))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_bins_depend_on_the_priors_alone_and_clamped_ones_come_last():
@@ -170,8 +183,8 @@ def test_consistency_on_more_maps_is_the_papers_loss_on_drawn_bins():
     net.eval()
     losses = []
     for number, (level, geometry) in enumerate(net.maps):
-        matrices = interpolation_matrices(pair.boxes, pair.flips, pair.regions, geometry)
-        query = _read(net.online["encoder"](pair.views)[level], matrices, drawn_bins(pair, geometry, 10**6))
+        at = bin_coordinates(pair, geometry, drawn_bins(pair, geometry, 10**6))
+        query = read_at(net.online["encoder"](pair.views)[level], at)
         key = net.target["projector"][number](query)
         query = net.predictor[number](net.online["projector"][number](query))
         (q_1, q_2), (k_1, k_2) = (F.normalize(part[..., 0, 0], dim=1).chunk(2) for part in (query, key))

@@ -5,6 +5,7 @@ also met by features that name the scan and not the place, and on one coarse map
 """
 
 import copy
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -12,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgl_ray.model.losses import local_consistency_loss, place_contrast_loss
-from pgl_ray.model.pgl import Output, Pair, align, follow, mlp, valid_bins
+from pgl_ray.model.pgl import Output, Pair, follow, mlp, valid_bins
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
-from pgl_ray.prior import Geometry, interpolation_matrices, view_to_scan
+from pgl_ray.prior import Geometry, feature_coordinates, view_to_scan
 
 _STEP = -0x61C8864680B583EB  # of splitmix64's counter, modulo 2**64
 
@@ -89,11 +90,10 @@ class PlacesPgl(nn.Module):
             target_maps = self.target["encoder"](views)
         losses = []
         for number, (level, geometry) in enumerate(self.maps):
-            bins = drawn_bins(pair, geometry, self.objective.num_bins)
-            matrices = interpolation_matrices(pair.boxes, pair.flips, pair.regions, geometry)
-            query = self.predictor[number](self.online["projector"][number](_read(maps[level], matrices, bins)))
+            at = bin_coordinates(pair, geometry, drawn_bins(pair, geometry, self.objective.num_bins))
+            query = self.predictor[number](self.online["projector"][number](read_at(maps[level], at)))
             with torch.no_grad():
-                key = self.target["projector"][number](_read(target_maps[level], matrices, bins))
+                key = self.target["projector"][number](read_at(target_maps[level], at))
             (query_1, query_2), (key_1, key_2) = query.flatten(2).chunk(2), key.flatten(2).chunk(2)
             loss = (self._compare(query_1, key_2) + self._compare(query_2, key_1)) / 2
             if self.objective.displacement:
@@ -131,9 +131,45 @@ class PlacesPgl(nn.Module):
         follow(self.target, self.online, decay)
 
 
-def _read(features: Tensor, matrices: tuple[Tensor, ...], bins: Tensor) -> Tensor:
-    """Drawn bins of both views' aligned maps: [2N, C, d, h, w] and int64 [N, bins] -> [2N, C, bins, 1, 1]."""
-    return _gather(align(features, matrices).flatten(2), bins.repeat(2, 1)).to(features.dtype)
+def bin_coordinates(pair: Pair, geometry: Geometry, bins: Tensor) -> Tensor:
+    """Where both views' maps are read for bins of their overlap: the aligner's interpolation, bin by bin.
+
+    Args:
+        pair: N pairs.
+        geometry: of the map.
+        bins: int64 [N, K], from `drawn_bins`.
+
+    Returns:
+        float32 [2N, K, 3], continuous indices of cells, clamped to the outermost; views 1, then views 2.
+    """
+    axes = feature_coordinates(pair.boxes, pair.flips, pair.regions, geometry)
+    cells = [axis.shape[1] for axis in axes]
+    index = torch.unravel_index(bins.repeat(2, 1), cells)
+    found = [axis[..., 0].gather(1, at).clamp(0, num - 1) for axis, at, num in zip(axes, index, cells)]
+    return torch.stack(found, -1)
+
+
+def read_at(features: Tensor, at: Tensor) -> Tensor:
+    """Trilinear interpolation of a map at drawn places alone, in float32 or above: eight cells each, however fine it is.
+
+    Args:
+        features: [N, C, d, h, w].
+        at: [N, K, 3], continuous indices inside the map.
+
+    Returns:
+        [N, C, K, 1, 1], of the features' type.
+    """
+    sizes = torch.tensor(features.shape[2:], device=at.device)
+    low = at.long()
+    high, share = torch.minimum(low + 1, sizes - 1), at - low
+    flat, found = features.flatten(2), 0.0
+    for corner in product((0, 1), repeat=3):
+        upper = torch.tensor(corner, device=at.device, dtype=torch.bool)
+        d, h, w = torch.where(upper, high, low).unbind(-1)
+        weight = torch.where(upper, share, 1 - share).prod(-1)[:, None, :, None, None]
+        part = _gather(flat, (d * sizes[1] + h) * sizes[2] + w)
+        found = found + part.to(torch.promote_types(part.dtype, torch.float32)) * weight
+    return found.to(features.dtype)
 
 
 def _gather(features: Tensor, places: Tensor) -> Tensor:
