@@ -125,8 +125,15 @@ def load(init: str, config: ProbeConfig, index: Index) -> Encoder:
 
 
 def _read(judges: Judges, encoder: Encoder, trained: bool) -> dict[str, dict[str, Score]]:
-    """Reading -> what the judges say; the one that counts comes first."""
-    return {reading: judges.judge(encoder, reading) for reading in readings.possible(encoder, trained)}
+    """Reading -> what the judges say; the one that counts comes first.
+
+    A trained encoder's other readings are those of the voxel probe alone, which is quick; of random weights, whose
+    strongest reading counts, all judges read all.
+    """
+    first, *others = readings.possible(encoder, trained)
+    found = {first: judges.judge(encoder, first)}
+    only = ("voxels",) if trained else JUDGES
+    return found | {reading: scores for reading in others if (scores := judges.judge(encoder, reading, only))}
 
 
 def _ends(
@@ -182,17 +189,21 @@ def table(result: ProbeResult) -> str:
     for name, scores in rows.items():
         line = f"{name[:33]:<34}"
         for judge in asked:
-            value, more = scores[judge]["value"], scores[judge]["details"]
+            value, more = scores[judge]["value"] if judge in scores else None, scores.get(judge, {}).get("details", {})
             if judge == "voxels":
-                line += f"{value:>8.3f}{more['last_map']:>10.3f}"
+                line += _cell(value, 8, 3) + _cell(more.get("last_map"), 10, 3)
             elif judge == "decoder":
-                line += f"{value:>8.3f}" + (f"{more['hd95_mm']:>9.1f}" if more["hd95_mm"] is not None else f"{'-':>9}")
+                line += _cell(value, 8, 3) + _cell(more.get("hd95_mm"), 9, 1)
             else:
-                line += f"{value:>10.1f}" + (f"{more['deformed_mm']:>10.1f}" if more["deformed_mm"] else f"{'-':>10}")
+                line += _cell(value, 10, 1) + _cell(more.get("deformed_mm"), 10, 1)
         lines.append(line)
     if result.body_box_mm is not None:
         lines.append(f"point matching by the place in the body's box alone: {result.body_box_mm:.1f} mm")
     return "\n".join(lines)
+
+
+def _cell(value: float | None, width: int, digits: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
 
 def describe(result: ProbeResult) -> str:

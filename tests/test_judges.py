@@ -328,10 +328,11 @@ def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):
     found = json.loads((tmp_path / "run" / "probe.json").read_text())
     assert list(found["readings"]) == ["reestimated", "trained", "off"]
     assert list(found["controls"]) == ["random, BatchNorm re-estimated", "random, BatchNorm off", "control"]
-    for scores in (*found["readings"].values(), *found["controls"].values(), found["ceiling"]):
+    for scores in (found["readings"]["reestimated"], *found["controls"].values(), found["ceiling"]):
         assert list(scores) == ["voxels", "decoder", "matching"]
+    assert list(found["readings"]["off"]) == list(found["readings"]["trained"]) == ["voxels"]
     assert set(found["standing"]) == {"voxels", "decoder", "matching"} and len(result.sentences) == 3
-    assert found["body_box_mm"] > 0 and found["readings"]["off"]["matching"]["details"]["deformed_mm"] > 0
+    assert found["body_box_mm"] > 0 and found["readings"]["reestimated"]["matching"]["details"]["deformed_mm"] > 0
     assert "num_scans=9: split='train' has 4 labelled scans" in capsys.readouterr().out
     text = probe.describe(result)
     assert "BatchNorm off" in text and "trained with all labels" in text and "body's box" in text

@@ -75,24 +75,26 @@ class Judges:
         if both[1] and len(self.test) < 2:
             raise ValueError(f"judges=matching needs two test scans or more: num_test_scans={config.num_test_scans}")
 
-    def judge(self, encoder: Encoder | ResEncoder, reading: str) -> dict[str, Score]:
+    def judge(self, encoder: Encoder | ResEncoder, reading: str, only: tuple[str, ...] = JUDGES) -> dict[str, Score]:
         """What every judge says of one reading of an encoder, which is left as it is.
 
         Args:
             encoder: on the device to compute on.
             reading: of `readings.READINGS`.
+            only: of the judges that were asked, these alone.
 
         Raises:
             FailedRun: its features are not finite.
         """
         plain = readings.read_as(encoder, reading, self.views)
-        found = {"voxels": self._voxels(plain)} if "voxels" in self.judges else {}
-        if len(found) == len(self.judges):
+        asked = [judge for judge in self.judges if judge in only]
+        found = {"voxels": self._voxels(plain)} if "voxels" in asked else {}
+        if len(found) == len(asked):
             return found
         maps = readings.StandardisedMaps(plain, self.views)
-        if "decoder" in self.judges:
+        if "decoder" in asked:
             found["decoder"] = self._decoder(maps)
-        if "matching" in self.judges:
+        if "matching" in asked:
             found["matching"] = self._matching(maps)
         return found
 

@@ -150,7 +150,7 @@ def bin_coordinates(pair: Pair, geometry: Geometry, bins: Tensor) -> Tensor:
 
 
 def read_at(features: Tensor, at: Tensor) -> Tensor:
-    """Trilinear interpolation of a map at drawn places alone, in float32 or above: eight cells each, however fine it is.
+    """Trilinear interpolation of a map at drawn places alone, in float32 or above: eight cells each, however fine.
 
     Args:
         features: [N, C, d, h, w].
