@@ -56,8 +56,10 @@ def run(config: FinetuneConfig) -> Result:
     """
     index = store.read_index(config.index)
     train_ids, val_ids = split_scans(config, index)
-    model, meta, loaded = build_model(config, index, begun(config))
-    meta["data"] = training_facts(index, [*train_ids, *val_ids])
+    earlier = begun(config)
+    model, meta, loaded = build_model(config, index, earlier)
+    before = loaded.trained_on if loaded else (earlier or {}).get("data")
+    meta["data"] = training_facts(index, [*train_ids, *val_ids], with_labels=True, before=before)
     limits = (config.epochs, config.max_steps, config.seed)
     plan = stream.Plan.make(train_ids, config.patches_per_scan, config.global_batch_size, *limits)
     facts = {

@@ -457,6 +457,6 @@ def test_stages_that_were_not_trained_start_at_random(made, index, monkeypatch):
     assert meta["init_level"] == 3 and not report.mismatches()
     assert torch.equal(model.encoder.layer3[0].conv1.weight, encoder.layer3[0].conv1.weight)
     assert not torch.equal(model.encoder.layer4[0].conv1.weight, encoder.layer4[0].conv1.weight)
-    assert probe._load(probing(index, "pretrained:run"), index).last == 3
+    assert probe.load("init", probing(index, "pretrained:run"), index, [], []).last == 3
     with pytest.raises(ValueError, match=r"pretrained:run was trained up to stage 3 .* take freeze=false"):
         finetune.build_model(tuning(index, "freeze=true", init="pretrained:run"), index)
