@@ -719,7 +719,8 @@ class FinetuneConfig(Section):
     allow_partial: bool = False
     """Take of `init` the tensors whose names and shapes fit, and say which; false: a mismatch is an error."""
     freeze: bool = False
-    """Leave the encoder as `init` has it: no gradients, and its BatchNorm as in inference."""
+    """Leave the encoder as `init` has it: no gradients, and its BatchNorm as in inference, with statistics that are
+    estimated once, at the start, on unlabelled views of the split, for every `init` alike."""
     seed: Seed = 0
     """Seed of the split, the patches and the initialisation."""
     split: str = "train"

@@ -168,12 +168,17 @@ def _ends(
         init_kaiming_uniform(other, config.seed)
         other.stop_at(encoder.last)
         chance = _read(judges, to_device(other), False)
-    controls = {f"random, {IN_WORDS[reading]}": scores for reading, scores in chance.items()}
+    controls = {f"random, {_in_words(chance)[reading]}": scores for reading, scores in chance.items()}
     if config.control:
         controls |= {"control": judges.judge(load("control", config, index, judges.probe.scans[1], notes), FIRST)}
     if not config.ceiling:
         return controls, {}
     return controls, judges.judge(load("ceiling", config, index, judges.probe.scans[1], notes), FIRST)
+
+
+def _in_words(found: dict[str, Any]) -> dict[str, str]:
+    """What the readings of an encoder are called; that without BatchNorm has one alone."""
+    return {"trained": "no BatchNorm"} if list(found) == ["trained"] else IN_WORDS
 
 
 def _plain(scores: dict[str, Score]) -> dict[str, Any]:
@@ -203,7 +208,8 @@ def table(result: ProbeResult) -> str:
     heads = {"voxels": f"{'voxels':>8}{'last map':>10}", "decoder": f"{'Dice':>8}{'HD95 mm':>9}"}
     heads["matching"] = f"{'match mm':>10}{'deformed':>10}"
     lines = [f"{'encoder':<34}" + "".join(heads[judge] for judge in asked)]
-    rows = {f"{Path(result.init).name}, {IN_WORDS[reading]}": one for reading, one in result.readings.items()}
+    words = _in_words(result.readings)
+    rows = {f"{Path(result.init).name}, {words[reading]}": one for reading, one in result.readings.items()}
     rows |= {name: one for name, one in result.controls.items() if result.init != "random" or name == "control"}
     rows |= {"trained with all labels": result.ceiling} if result.ceiling else {}
     for name, scores in rows.items():
@@ -230,7 +236,8 @@ def describe(result: ProbeResult) -> str:
     """The table, where each judge stands, and the closing line."""
     first = next(iter(result.readings))
     text = "\n".join([table(result), *result.sentences])
-    line = f"init={result.init}, {IN_WORDS[first]}, {result.num_train_scans} labelled scans, {result.seconds} s"
+    how = _in_words(result.readings)[first]
+    line = f"init={result.init}, {how}, {result.num_train_scans} labelled scans, {result.seconds} s"
     if result.recall is None:
         return f"{text}\nprobe: done; {line}"
     worst = min(result.recall, key=result.recall.get)

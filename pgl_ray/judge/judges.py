@@ -31,8 +31,9 @@ class Score:
     Attributes:
         value: balanced accuracy, mean Dice, or median error in mm.
         ci95: [low, high] over the test scans (for matching: the scans that are searched); none for a single scan.
-        details: plain values: of voxels "recall" and "last_map"; of the decoder "organs" with Dice and HD95, "hd95_mm",
-            "seeds"; of matching "organs", "last_map", "deformed_mm".
+        details: plain values: of voxels "recall", "last_map", and "hits" of "counts" voxels per "scans" and "classes";
+            of the decoder "organs" with Dice and HD95, "hd95_mm", "seeds", and "rows" per scan and organ; of matching
+            "organs", "deformed_mm", and "rows".
     """
 
     value: float
@@ -72,6 +73,11 @@ class Judges:
         self.train = [decoder.LabelledScan(index, scan) for scan in train] if both[0] else []
         self.test = [decoder.LabelledScan(index, scan) for scan in test] if any(both) else []
         self.names = [voxels.BACKGROUND, *sorted(index.labels, key=index.labels.get)]
+        if any(both) and not any(scan.voxels for scan in self.test):
+            raise ValueError(
+                f"judges={','.join(judges)}: no organ occurs in the {len(test)} scans to test on: raise num_test_scans="
+                f"{config.num_test_scans}, or choose another test_split than {config.test_split!r}"
+            )
         if both[1] and len(self.test) < 2:
             raise ValueError(f"judges=matching needs two test scans or more: num_test_scans={config.num_test_scans}")
 
@@ -106,6 +112,7 @@ class Judges:
         bounds = metrics.percentile_bounds(voxels.drawn_accuracies(score, draws)) if len(score.hits) > 1 else None
         details = {"recall": score.recall, "last_map": last.balanced_accuracy}
         details |= {"hits": score.hits.tolist(), "counts": score.counts.tolist()}
+        details |= {"scans": [scan.scan_id for scan in self.probe.scans[1]], "classes": list(self.probe.names.values())}
         return Score(score.balanced_accuracy, bounds, details)
 
     def _decoder(self, maps: readings.StandardisedMaps) -> Score:
@@ -117,7 +124,7 @@ class Judges:
         organs = {organ: {key: one[key] for key in ("dice", "hd95_mm")} for organ, one in summary["organs"].items()}
         details = {"organs": organs, "hd95_mm": summary["hd95_mm"], "rows": together}
         details["seeds"] = [metrics.summarise(part)["dice"] for part in rows]
-        return Score(summary["dice"] or 0.0, bounds, details)
+        return Score(summary["dice"], bounds, details)
 
     def _matching(self, maps: readings.StandardisedMaps) -> Score:
         rows = matching.organ_errors(maps, self.test, self.names, self.config.size)
