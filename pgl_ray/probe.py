@@ -126,7 +126,8 @@ def load(key: str, config: ProbeConfig, index: Index, tested: list[ScanRecord], 
     loaded = weights.fill(encoder, source)
     if note := spacing_note(loaded.trained_on, index):
         _note(notes, f"{key}={init} {note}")
-    _note(notes, *(f"{key}={init}: {note}" for note in seen_notes(loaded.trained_on, tested)))
+    whose = "" if key == "init" else f"{key}={init}: "
+    _note(notes, *(f"{whose}{note}" for note in seen_notes(loaded.trained_on, tested)))
     encoder.stop_at(source.meta.get("level", encoder.last))  # what was trained
     return to_device(encoder)
 

@@ -225,7 +225,7 @@ def standard_error(scores: list[dict], key: str, organ: str | None = None) -> fl
 
 
 class Difference(NamedTuple):
-    """Paired difference of mean Dice over the scans that two runs share, with its 95 % interval."""
+    """Paired difference of a mean score over the scans that two runs share, with its 95 % interval."""
 
     mean: float
     low: float
@@ -233,12 +233,12 @@ class Difference(NamedTuple):
     num_scans: int
 
 
-def paired_difference(first: list[dict], second: list[dict]) -> Difference | None:
-    """Mean Dice of `first` minus that of `second` as `metrics.compare` has it, with Student's interval over the scans.
+def paired_difference(first: list[dict], second: list[dict], score: str = "dice") -> Difference | None:
+    """Mean score of `first` minus that of `second` as `metrics.compare` has it, with Student's interval over the scans.
 
     None with fewer than two common scans.
     """
-    by_scan = paired_by_scan(first, second)
+    by_scan = paired_by_scan(first, second, score)
     if len(by_scan) < 2:
         return None
     mean, half = float(by_scan.mean()), reach(by_scan)
@@ -282,7 +282,11 @@ def gathered(notes: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{', '.join(dict.fromkeys(found))}: {note}." for note, found in names.items()]
 
 
-JUDGED = {"voxels": ("balanced accuracy", ".3f"), "decoder": ("Dice", ".3f"), "matching": ("matching, mm", ".1f")}
+JUDGED = {  # judge -> head of its column, and how its figures are written
+    "voxels": ("balanced accuracy", ".3f"),
+    "decoder": ("decoder Dice", ".3f"),
+    "matching": ("matching, mm", ".1f"),
+}
 
 
 def probes(runs: list[Run]) -> dict[str, Any] | None:

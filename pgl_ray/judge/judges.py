@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pgl_ray.config import ProbeSettings
-from pgl_ray.data.store import Index
+from pgl_ray.data.store import Index, ScanRecord
 from pgl_ray.judge import decoder, matching, readings, voxels
 from pgl_ray.model import metrics
 from pgl_ray.model.resenc import ResEncoder
@@ -66,6 +66,7 @@ class Judges:
         self.config, self.judges, self.num_seeds = config, judges, num_seeds
         self.probe = voxels.VoxelProbe(index, config)
         train, test = self.probe.scans
+        check_number(test, config, judges)
         self.notes = voxels.shortcomings(self.probe, index, config)
         unlabelled = [scan for scan in index.scans if scan.split == config.split]
         self.views = readings.unlabelled_views(index, unlabelled, config.size, config.seed)
@@ -78,8 +79,6 @@ class Judges:
                 f"judges={','.join(judges)}: no organ occurs in the {len(test)} scans to test on: raise num_test_scans="
                 f"{config.num_test_scans}, or choose another test_split than {config.test_split!r}"
             )
-        if both[1] and len(self.test) < 2:
-            raise ValueError(f"judges=matching needs two test scans or more: num_test_scans={config.num_test_scans}")
 
     def judge(self, encoder: Encoder | ResEncoder, reading: str, only: tuple[str, ...] = JUDGES) -> dict[str, Score]:
         """What every judge says of one reading of an encoder, which is left as it is.
@@ -138,6 +137,19 @@ class Judges:
     def body_box_mm(self) -> float:
         """Median matching error of the place in the body's box, which needs no encoder."""
         return matching.median_error(matching.organ_errors(None, self.test, self.names, self.config.size))
+
+
+def check_number(test: list[ScanRecord], config: ProbeSettings, judges: tuple[str, ...]) -> None:
+    """Refuses too few scans to test on.
+
+    Raises:
+        ValueError: one alone, in which nothing of another can be found.
+    """
+    if "matching" in judges and len(test) < 2:
+        raise ValueError(
+            f"judges=matching needs two test scans or more: num_test_scans={config.num_test_scans}, and "
+            f"test_split={config.test_split!r} has {len(test)} that are not learnt from"
+        )
 
 
 def mean_rows(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
