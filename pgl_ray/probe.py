@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ray.config import PRETRAINED, ProbeConfig, command
-from pgl_ray.data.facts import spacing_note
-from pgl_ray.data.store import Index, read_index
+from pgl_ray.data.facts import seen_notes, spacing_note
+from pgl_ray.data.store import Index, ScanRecord, read_index
 from pgl_ray.judge import readings
 from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, to_device
 from pgl_ray.model.encoder import build_encoder
@@ -38,7 +38,7 @@ class ProbeResult:
         ceiling: judge -> score of the encoder that was trained with all labels; empty: none was given.
         standing: judge -> where the reading that counts stands.
         sentences: the standings in words.
-        notes: what of the scans is not as asked.
+        notes: what of the scans is not as asked, and which of them the networks have seen in training.
         balanced_accuracy, recall: of the voxel probe in the reading that counts; none where it was not asked.
         body_box_mm: median matching error of the place in the body's box; none where matching was not asked.
         seconds: wall time.
@@ -73,15 +73,13 @@ def run(config: ProbeConfig) -> ProbeResult:
     began = time.monotonic()
     index = read_index(config.index)
     judges = Judges(index, config, config.judges, config.decoder_seeds)
-    for note in judges.notes:
-        print(f"probe: note: {note}", flush=True)
-    encoder = load(config.init, config, index)
+    notes: list[str] = []
+    _note(notes, *judges.notes)
+    encoder = load("init", config, index, judges.probe.scans[1], notes)
     if not readings.norms(encoder):
-        print(
-            f"probe: note: the encoder of init={config.init} has no BatchNorm: there is one reading of it", flush=True
-        )
+        _note(notes, f"the encoder of init={config.init} has no BatchNorm: there is one reading of it")
     found = _read(judges, encoder, config.init != "random")
-    controls, ceiling = _ends(config, index, judges, encoder, found)
+    controls, ceiling = _ends(config, index, judges, encoder, found, notes)
     first = next(iter(found.values()))
     standing = {
         judge: Standing.of(judge, score.value, {name: one[judge].value for name, one in controls.items()}, high)
@@ -99,7 +97,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         ceiling=_plain(ceiling),
         standing={judge: dataclasses.asdict(one) for judge, one in standing.items()},
         sentences=[f"{judge}: {one.sentence(judge, first[judge].value)}" for judge, one in standing.items()],
-        notes=judges.notes,
+        notes=notes,
         balanced_accuracy=voxel and voxel.value,
         recall=voxel and voxel.details["recall"],
         body_box_mm=judges.body_box_mm() if "matching" in config.judges else None,
@@ -109,9 +107,17 @@ def run(config: ProbeConfig) -> ProbeResult:
     return result
 
 
-def load(init: str, config: ProbeConfig, index: Index) -> Encoder:
-    """An encoder, on CUDA where there is one: `random`, or of a run or file, up to the last stage that was trained."""
-    settings = config.encoder.model_dump() if config.encoder else None
+def load(key: str, config: ProbeConfig, index: Index, tested: list[ScanRecord], notes: list[str]) -> Encoder:
+    """An encoder, on CUDA where there is one: `random`, or of a run or file, up to the last stage that was trained.
+
+    Args:
+        key: of the config, that names it: init, control or ceiling.
+        config: of the probe.
+        index: of the store.
+        tested: scans that it is tested on.
+        notes: what is to be said of it is printed, and added here.
+    """
+    init, settings = getattr(config, key), config.encoder.model_dump() if config.encoder else None
     if init == "random":
         encoder = build_encoder(**(settings or {}))
         init_kaiming_uniform(encoder, config.seed)
@@ -119,9 +125,18 @@ def load(init: str, config: ProbeConfig, index: Index) -> Encoder:
     encoder, source = weights.read(init, settings, index.hu_window)
     loaded = weights.fill(encoder, source)
     if note := spacing_note(loaded.trained_on, index):
-        print(f"probe: note: init={init} {note}", flush=True)
+        _note(notes, f"{key}={init} {note}")
+    whose = "" if key == "init" else f"{key}={init}: "
+    _note(notes, *(f"{whose}{note}" for note in seen_notes(loaded.trained_on, tested)))
     encoder.stop_at(source.meta.get("level", encoder.last))  # what was trained
     return to_device(encoder)
+
+
+def _note(notes: list[str], *lines: str) -> None:
+    """Prints lines and keeps them."""
+    for line in lines:
+        print(f"probe: note: {line}", flush=True)
+    notes += lines
 
 
 def _read(judges: Judges, encoder: Encoder, trained: bool) -> dict[str, dict[str, Score]]:
@@ -137,7 +152,12 @@ def _read(judges: Judges, encoder: Encoder, trained: bool) -> dict[str, dict[str
 
 
 def _ends(
-    config: ProbeConfig, index: Index, judges: Judges, encoder: Encoder, found: dict[str, dict[str, Score]]
+    config: ProbeConfig,
+    index: Index,
+    judges: Judges,
+    encoder: Encoder,
+    found: dict[str, dict[str, Score]],
+    notes: list[str],
 ) -> tuple[dict[str, dict[str, Score]], dict[str, Score]]:
     """Name -> scores of the controls, and the scores of the upper end, both of the same size as the encoder."""
     if not config.ends:
@@ -149,11 +169,17 @@ def _ends(
         init_kaiming_uniform(other, config.seed)
         other.stop_at(encoder.last)
         chance = _read(judges, to_device(other), False)
-    controls = {f"random, {IN_WORDS[reading]}": scores for reading, scores in chance.items()}
+    controls = {f"random, {_in_words(chance)[reading]}": scores for reading, scores in chance.items()}
     if config.control:
-        controls |= {"control": judges.judge(load(config.control, config, index), FIRST)}
-    ceiling = judges.judge(load(config.ceiling, config, index), FIRST) if config.ceiling else {}
-    return controls, ceiling
+        controls |= {"control": judges.judge(load("control", config, index, judges.probe.scans[1], notes), FIRST)}
+    if not config.ceiling:
+        return controls, {}
+    return controls, judges.judge(load("ceiling", config, index, judges.probe.scans[1], notes), FIRST)
+
+
+def _in_words(found: dict[str, Any]) -> dict[str, str]:
+    """What the readings of an encoder are called; that without BatchNorm has one alone."""
+    return {"trained": "no BatchNorm"} if list(found) == ["trained"] else IN_WORDS
 
 
 def _plain(scores: dict[str, Score]) -> dict[str, Any]:
@@ -183,7 +209,8 @@ def table(result: ProbeResult) -> str:
     heads = {"voxels": f"{'voxels':>8}{'last map':>10}", "decoder": f"{'Dice':>8}{'HD95 mm':>9}"}
     heads["matching"] = f"{'match mm':>10}{'deformed':>10}"
     lines = [f"{'encoder':<34}" + "".join(heads[judge] for judge in asked)]
-    rows = {f"{Path(result.init).name}, {IN_WORDS[reading]}": one for reading, one in result.readings.items()}
+    words = _in_words(result.readings)
+    rows = {f"{Path(result.init).name}, {words[reading]}": one for reading, one in result.readings.items()}
     rows |= {name: one for name, one in result.controls.items() if result.init != "random" or name == "control"}
     rows |= {"trained with all labels": result.ceiling} if result.ceiling else {}
     for name, scores in rows.items():
@@ -210,7 +237,8 @@ def describe(result: ProbeResult) -> str:
     """The table, where each judge stands, and the closing line."""
     first = next(iter(result.readings))
     text = "\n".join([table(result), *result.sentences])
-    line = f"init={result.init}, {IN_WORDS[first]}, {result.num_train_scans} labelled scans, {result.seconds} s"
+    how = _in_words(result.readings)[first]
+    line = f"init={result.init}, {how}, {result.num_train_scans} labelled scans, {result.seconds} s"
     if result.recall is None:
         return f"{text}\nprobe: done; {line}"
     worst = min(result.recall, key=result.recall.get)

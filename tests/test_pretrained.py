@@ -259,7 +259,7 @@ def test_probe_and_finetune_start_from_the_files_weights(index, capsys):
         own = name.removeprefix("encoder.")
         taken = name.startswith("encoder.") and own.startswith(tuple(trained))
         assert torch.equal(value, held[own] if taken else random.state_dict()[name]), name
-    encoder = probe.load(probing(index).init, probing(index), index)
+    encoder = probe._load(probing(index), index)
     assert encoder.last == said["last_trained_map"]
     for name, value in encoder.state_dict().items():
         assert not name.startswith(tuple(trained)) or torch.equal(value.cpu(), held[name]), name
@@ -457,6 +457,6 @@ def test_stages_that_were_not_trained_start_at_random(made, index, monkeypatch):
     assert meta["init_level"] == 3 and not report.mismatches()
     assert torch.equal(model.encoder.layer3[0].conv1.weight, encoder.layer3[0].conv1.weight)
     assert not torch.equal(model.encoder.layer4[0].conv1.weight, encoder.layer4[0].conv1.weight)
-    assert probe.load("pretrained:run", probing(index), index).last == 3
+    assert probe.load("init", probing(index, "pretrained:run"), index, [], []).last == 3
     with pytest.raises(ValueError, match=r"pretrained:run was trained up to stage 3 .* take freeze=false"):
         finetune.build_model(tuning(index, "freeze=true", init="pretrained:run"), index)

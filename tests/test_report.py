@@ -210,7 +210,15 @@ def test_page_says_the_planted_numbers(page):
 
 def test_page_has_every_section(page):
     text = Reader(page).text
-    for heading in ("Runs", "Results", "Voxel probe", "Pre-training", "A pair of views", "Fine-tuning", "What was run"):
+    for heading in (
+        "Runs",
+        "Results",
+        "Probes of the frozen encoder",
+        "Pre-training",
+        "A pair of views",
+        "Fine-tuning",
+        "What was run",
+    ):
         assert heading in text
     assert text.count("A pair of views") == report.NUM_PAIRS
     assert "Predicted and true labels" in text and text.count("axial slice") == report.NUM_OVERLAYS

@@ -23,7 +23,8 @@ DOOR_TO_DOOR |= {("predict", "viewer"), ("viewer", "pictures")}  # the page besi
 DOOR_TO_DOOR |= {("pretrain", "outlook")}  # what it says before its first step, no door itself
 DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's halves, no doors themselves
 DOOR_TO_DOOR |= {("report", "sweep_report"), ("sweeps", "tables")}
-DOOR_TO_DOOR |= {("sweep_report", other) for other in ("sweeps", "tables", "pictures")}
+DOOR_TO_DOOR |= {("sweep_report", other) for other in ("arms", "sweeps", "tables", "pictures")}
+DOOR_TO_DOOR |= {("arms", other) for other in ("sweeps", "tables")}  # what a sweep's arms differ by, no door itself
 PLACES = {
     f"pgl_ray.data.place.{name}" for name in ("Bucket", "NO_LOCKS", "write_aside")
 }  # runs lie in buckets as stores do
