@@ -99,7 +99,7 @@ def train(store: str, runs: Path, steps: int, seeds: list[int], arms: list[str],
     """Everything that is not there yet, seed by seed."""
     torch.set_num_threads(1)
     for seed in seeds:
-        for arm in [RANDOM, CEILING, *arms]:
+        for arm in [RANDOM, *([CEILING] if seed == 0 else []), *arms]:  # the upper end is no arm: one is enough
             began, run = time.monotonic(), runs / f"{arm}, seed {seed}"
             if arm == CEILING:
                 train_loop.train(with_labels(store, run, seed, CEILING_STEPS))
