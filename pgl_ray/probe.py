@@ -12,18 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from pgl_ray import feature_pictures
 from pgl_ray.config import PRETRAINED, ProbeConfig, command
 from pgl_ray.data.facts import spacing_note
-from pgl_ray.data.store import Index, read_index
+from pgl_ray.data.store import Index, read_index, write_aside
 from pgl_ray.judge import readings
-from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, to_device
+from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, answer, to_device
+from pgl_ray.judge.readings import IN_WORDS
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
+from pgl_ray.pictures import to_bytes
 from pgl_ray.train import bucket, weights
 from pgl_ray.train.checkpoint import write_json
 
 FIRST = "reestimated"  # the reading that counts for a trained encoder
-IN_WORDS = {"reestimated": "BatchNorm re-estimated", "trained": "BatchNorm as trained", "off": "BatchNorm off"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class ProbeResult:
         notes: what of the scans is not as asked.
         balanced_accuracy, recall: of the voxel probe in the reading that counts; none where it was not asked.
         body_box_mm: median matching error of the place in the body's box; none where matching was not asked.
+        pictures: names of the files beside the result, where matching was asked of an encoder that was trained.
         seconds: wall time.
     """
 
@@ -56,11 +61,17 @@ class ProbeResult:
     balanced_accuracy: float | None
     recall: dict[str, float] | None
     body_box_mm: float | None
+    pictures: list[str]
     seconds: float
 
     def value(self, judge: str) -> float:
         """Of the reading that counts."""
         return next(iter(self.readings.values()))[judge]["value"]
+
+    def answer(self, name: str) -> str:
+        """Is the encoder better than random weights, by how much, and how sure is that: one sentence, of `name`."""
+        standing = {judge: Standing(**one) for judge, one in self.standing.items()}
+        return answer(name, standing, {judge: self.value(judge) for judge in standing})
 
 
 def run(config: ProbeConfig) -> ProbeResult:
@@ -84,12 +95,13 @@ def run(config: ProbeConfig) -> ProbeResult:
     controls, ceiling = _ends(config, index, judges, encoder, found)
     first = next(iter(found.values()))
     standing = {
-        judge: Standing.of(judge, score.value, {name: one[judge].value for name, one in controls.items()}, high)
+        judge: Standing.of(judge, score, {name: one[judge] for name, one in controls.items()}, high)
         for judge, score in first.items()
         for high in [ceiling[judge].value if ceiling else None]
         if controls
     }
-    voxel = first.get("voxels")
+    voxel, place = first.get("voxels"), _place(config)
+    figures = _figures(config, judges, encoder, found, controls) if place else {}
     result = ProbeResult(
         init=config.init,
         num_train_scans=len(judges.probe.train),
@@ -103,9 +115,11 @@ def run(config: ProbeConfig) -> ProbeResult:
         balanced_accuracy=voxel and voxel.value,
         recall=voxel and voxel.details["recall"],
         body_box_mm=judges.body_box_mm() if "matching" in config.judges else None,
+        pictures=[_picture_name(place[1], name) for name in figures],
         seconds=round(time.monotonic() - began, 2),
     )
-    _write(config, result)
+    if place:
+        _write(*place, result, figures)
     return result
 
 
@@ -145,10 +159,7 @@ def _ends(
     if config.init == "random":
         chance = found
     else:
-        other = build_encoder(**encoder.settings)
-        init_kaiming_uniform(other, config.seed)
-        other.stop_at(encoder.last)
-        chance = _read(judges, to_device(other), False)
+        chance = _read(judges, _random_like(encoder, config.seed), False)
     controls = {f"random, {IN_WORDS[reading]}": scores for reading, scores in chance.items()}
     if config.control:
         controls |= {"control": judges.judge(load(config.control, config, index), FIRST)}
@@ -156,24 +167,69 @@ def _ends(
     return controls, ceiling
 
 
+def _random_like(encoder: Encoder, seed: int) -> Encoder:
+    """Random weights of the same size, up to the same stage."""
+    other = build_encoder(**encoder.settings)
+    init_kaiming_uniform(other, seed)
+    other.stop_at(encoder.last)
+    return to_device(other)
+
+
 def _plain(scores: dict[str, Score]) -> dict[str, Any]:
     return {judge: score.plain() for judge, score in scores.items()}
 
 
-def _write(config: ProbeConfig, result: ProbeResult) -> None:
-    if config.output:
-        Path(config.output).absolute().parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.output), dataclasses.asdict(result))
-    elif config.init != "random" and not config.init.startswith(PRETRAINED):  # the package is no place for results
-        with bucket.beside(*_place(config.init)) as output:
-            write_json(output, dataclasses.asdict(result))
+def _figures(
+    config: ProbeConfig,
+    judges: Judges,
+    encoder: Encoder,
+    found: dict[str, dict[str, Score]],
+    controls: dict[str, dict[str, Score]],
+) -> dict[str, Figure]:
+    """Pictures of what point matching finds, and of the features, beside those of random weights' strongest reading."""
+    if "matching" not in config.judges or config.init == "random":
+        return {}
+    own, errors = next(iter(found)), {}
+    for reading in readings.possible(encoder, False):
+        scores = controls.get(f"random, {IN_WORDS[reading]}")
+        errors |= {reading: scores["matching"].value} if scores else {}
+    text = "{}, {}: median matching error {:.0f} mm"
+    shown = {text.format(_short(config.init), IN_WORDS[own], found[own]["matching"].value): (encoder, own)}
+    if errors:
+        best = min(errors, key=errors.get)
+        shown[text.format("random", IN_WORDS[best], errors[best])] = _random_like(encoder, config.seed), best
+    maps = {title: judges.maps(*one) for title, one in shown.items()}
+    return feature_pictures.draw(judges.test, judges.names, config.size, maps)
 
 
-def _place(init: str) -> tuple[str, str]:
+def _short(init: str) -> str:
+    return os.path.basename(init.rstrip("/"))
+
+
+def _write(folder: str, name: str, result: ProbeResult, figures: dict[str, Figure]) -> None:
+    with bucket.beside(folder, name) as path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dataclasses.asdict(result))
+    for picture, figure in figures.items():
+        with bucket.beside(folder, _picture_name(name, picture)) as path:
+            write_aside(path, to_bytes(figure, "png", dpi=150))
+
+
+def _picture_name(name: str, picture: str) -> str:
+    """matching.png beside probe.json, X.matching.png beside X.probe.json."""
+    stem = name.removesuffix(".json").removesuffix("probe").removesuffix(".")
+    return f"{stem}.{picture}" if stem else picture
+
+
+def _place(config: ProbeConfig) -> tuple[str, str] | None:
     """Folder and name of the result: a run has one, files with weights one each, for several may lie in a folder."""
-    if not bucket.network(init).is_file():
-        return init, "probe.json"
-    folder, name = os.path.split(init)
+    if config.output:
+        return os.path.split(os.path.abspath(config.output))
+    if config.init == "random" or config.init.startswith(PRETRAINED):  # the package is no place for results
+        return None
+    if not bucket.network(config.init).is_file():
+        return config.init, "probe.json"
+    folder, name = os.path.split(config.init)
     return folder, f"{name}.probe.json"
 
 

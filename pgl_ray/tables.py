@@ -269,44 +269,7 @@ def sentences(runs: list[Run], alike: bool) -> list[str]:
     return lines
 
 
-# -- probes and health ------------------------------------------------------------------------------------------------
-
-
-def probes(runs: list[Run]) -> dict[str, Any] | None:
-    """Voxel probes in the runs' folders; beside these, those of random encoders and of encoders that the runs use."""
-    inits = [run.config.get("init", "random") for run in runs]
-    known = {"random", *(shown(run.path) for run in runs), *(os.path.realpath(init) for init in inits)}
-    inside = sorted({path for run in runs for path in run.path.glob("*probe*.json")})
-    beside = sorted({path for run in runs for path in run.path.parent.glob("*probe*.json")})
-    kept = []
-    for path in dict.fromkeys([*inside, *beside]):
-        found = _read_probe(path)
-        if found and (path in inside or found["init"] in known or os.path.realpath(found["init"]) in known):
-            kept.append((path, found))
-    if not kept:
-        return None
-    classes = list(dict.fromkeys(name for _, found in kept for name in found["recall"]))
-    rows = [
-        {
-            "init": os.path.basename(found["init"]),
-            "accuracy": found["balanced_accuracy"],
-            "num_scans": f"{found['num_train_scans']} / {found['num_test_scans']}",
-            "recall": [number(found["recall"].get(name), ".2f") for name in classes],
-            "path": str(path),
-        }
-        for path, found in kept
-    ]
-    rows.sort(key=lambda row: -row["accuracy"])
-    return {"classes": [name.replace("_", " ") for name in classes], "rows": rows}
-
-
-def _read_probe(path: Path) -> dict[str, Any] | None:
-    """A probe's result; none where the file is something else, for its name alone speaks for it."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and {"init", "recall", "balanced_accuracy"} <= set(found) else None
+# -- health ---------------------------------------------------------------------------------------------------------
 
 
 def verdict(run: Run) -> str:

@@ -21,6 +21,7 @@ from pgl_ray.model.resnet import Encoder
 
 Reading = Literal["reestimated", "trained", "off"]
 READINGS: tuple[Reading, ...] = ("reestimated", "trained", "off")
+IN_WORDS = {"reestimated": "BatchNorm re-estimated", "trained": "BatchNorm as trained", "off": "BatchNorm off"}
 AIR = -1024  # HU outside a scan
 NUM_VIEWS = 64  # that statistics are estimated on
 AT_A_TIME = 8  # views per forward pass
