@@ -719,7 +719,8 @@ class FinetuneConfig(Section):
     allow_partial: bool = False
     """Take of `init` the tensors whose names and shapes fit, and say which; false: a mismatch is an error."""
     freeze: bool = False
-    """Leave the encoder as `init` has it: no gradients, and its BatchNorm as in inference."""
+    """Leave the encoder as `init` has it: no gradients, and its BatchNorm as in inference, with statistics that are
+    estimated once, at the start, on unlabelled views of the split, for every `init` alike."""
     seed: Seed = 0
     """Seed of the split, the patches and the initialisation."""
     split: str = "train"
@@ -885,7 +886,8 @@ class TuneConfig(Section):
     base_pretrain: dict[str, Any] | None = None
     """What the trials' pre-training config says beyond the defaults; none: no pre-training."""
     base_probe: dict[str, Any] | None = None
-    """The same of a voxel probe of the pre-trained encoder; none: no probe."""
+    """The same of a probe of the pre-trained encoder; none: no probe. Its `ends` is false where it is not given: random
+    weights are an arm of the sweep (probe.init: random), judged once, in every reading."""
     base_finetune: dict[str, Any] | None = {}
     """The same of fine-tuning. With `init` (or where an arm sets finetune.init) there is no pre-training before it."""
     base_evaluate: dict[str, Any] | None = None
@@ -897,10 +899,11 @@ class TuneConfig(Section):
     """Dotted key (pretrain.ema_decay, finetune.optim.lr) -> one of Ray Tune's verbs and its arguments. `a + b` gives
     two keys one value. On a command line: 'space[finetune.optim.lr].choice=[1,2]'."""
     judge: str = "val/dice"
-    """Figure of the last stage that trials are judged by, of the metrics; higher is better."""
+    """Figure of the last stage that trials are judged by: of the metrics, higher is better; where a probe comes last,
+    probe/balanced_accuracy, probe/decoder_dice, or probe/matching_mm, of which lower is better."""
     first_judge: str | None = None
-    """Figure of pre-training (of its metrics, or probe/balanced_accuracy) that the scheduler may stop trials by; none:
-    pre-training is not judged, only a collapse ends it."""
+    """Figure of a probe (as above) that the scheduler may stop trials by before fine-tuning; none: pre-training is not
+    judged, only a collapse ends it."""
     scheduler: SchedulerConfig = SchedulerConfig()
     search: Literal["random", "optuna"] = "random"
     """How values are drawn: at random, or by Optuna's TPE from what earlier trials gave (extra `tune`)."""

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, command
+from pgl_ray.data.facts import seen_notes
 from pgl_ray.data.resample import onto_grid
 from pgl_ray.data.store import (
     Index,
@@ -88,6 +89,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     index = read_index(config.index)
     records = _choose(config, meta, index)
     others = _read_others(config.compare, records) if config.compare else None
+    notes = seen_notes(meta.get("data") or {}, records)
     folder.mkdir(parents=True, exist_ok=True)
     found = _continue(folder, _identity(config, device), records)
     left = [record for record in records if record.scan_id not in found]
@@ -117,6 +119,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
             "num_scans": len(records),
             "split": config.split,
             "index": config.index,
+            "notes": notes,
             "seconds_per_scan": (time.monotonic() - began) / max(1, len(left)),
             "forward_ms": _forward_ms(model, device, config.inference.precision),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -124,12 +127,14 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         _write_table(folder / TABLE, rows)
         write_json(folder / "summary.json", summary)
     summary = json.loads((folder / "summary.json").read_text())
-    told = {"seed": config.seed, "split": config.split, "index": config.index}  # the store may have been moved
+    told = {"seed": config.seed, "split": config.split, "index": config.index, "notes": notes}  # it may have been moved
     if any(summary.get(key) != value for key, value in told.items()):
         rows = [row for record in records for row in found[record.scan_id]]
         summary |= told | {"ci95": intervals(rows, config.seed)}
         write_json(folder / "summary.json", summary)
     print(table(summary), flush=True)
+    for note in notes:
+        print(f"evaluate: note: {note}", flush=True)
     if summary["forward_ms"] is not None:
         size = "x".join(map(str, FORWARD_SIZE))
         print(

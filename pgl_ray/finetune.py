@@ -16,6 +16,7 @@ from pgl_ray import evaluate
 from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build, command
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import spacing_note, training_facts
+from pgl_ray.judge import readings
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.inference import TooLittleMemory, out_of_memory
@@ -56,8 +57,10 @@ def run(config: FinetuneConfig) -> Result:
     """
     index = store.read_index(config.index)
     train_ids, val_ids = split_scans(config, index)
-    model, meta, loaded = build_model(config, index, begun(config))
-    meta["data"] = training_facts(index, [*train_ids, *val_ids])
+    earlier = begun(config)
+    model, meta, loaded = build_model(config, index, earlier)
+    before = loaded.trained_on if loaded else (earlier or {}).get("data")
+    meta["data"] = training_facts(index, [*train_ids, *val_ids], with_labels=True, before=before)
     limits = (config.epochs, config.max_steps, config.seed)
     plan = stream.Plan.make(train_ids, config.patches_per_scan, config.global_batch_size, *limits)
     facts = {
@@ -82,7 +85,7 @@ def run(config: FinetuneConfig) -> Result:
             if note := stream.too_large(renderer.row_bytes * plan.global_batch_size // num_workers, num_workers):
                 print(f"finetune: note: {note}", flush=True)
             print(
-                f"finetune: init={config.init}{', encoder frozen' if config.freeze else ''}, "
+                f"finetune: init={config.init}{_frozen(config, model)}, "
                 f"{config.decoder} decoder, {optim.describe(config.optim)}, {len(train_ids)} scans to "
                 f"train on, {len(val_ids)} to validate, steps {done[1] if done else 0} to {plan.num_steps}, {folder}",
                 flush=True,
@@ -210,6 +213,8 @@ def worker(worker_config: dict) -> str | None:
     # model, optimizer, schedule; what was committed needs the initial weights no more
     state = checkpoint.resumed(worker_config["run"], device)
     segmenter = on.lay_out(build_model(config, index, meta if state else None)[0], device)
+    if config.freeze and not state:
+        prepare_frozen(segmenter.encoder, config, index)
     if device.type == "cuda" and world > 1:
         segmenter = torch.nn.SyncBatchNorm.convert_sync_batchnorm(segmenter)
     if config.train.recompute and not config.freeze:
@@ -333,6 +338,26 @@ def worker(worker_config: dict) -> str | None:
     if step != plan.num_steps and not overfitted and not stopped:
         raise FailedRun(f"the stream ended at step {step} of {plan.num_steps}")
     return stopped
+
+
+def prepare_frozen(encoder: torch.nn.Module, config: FinetuneConfig, index: store.Index) -> None:
+    """Gives a frozen encoder's BatchNorm the statistics of unlabelled views, as the judges do, whatever it starts from:
+    those of random weights are 0 and 1, and a comparison would be one of states. The same on all workers."""
+    if readings.norms(encoder):
+        scans = [scan for scan in index.scans if scan.split == config.split]
+        views = readings.unlabelled_views(index, scans, config.patch.size, config.seed)
+        with watch.beating(encoder):
+            readings.reestimate(encoder, views)
+        launch.share_buffers(encoder)
+
+
+def _frozen(config: FinetuneConfig, model: Segmenter | LightSegmenter) -> str:
+    """What the first line says of it."""
+    if not config.freeze:
+        return ""
+    num = readings.NUM_VIEWS
+    how = f" (BatchNorm's statistics are those of {num} unlabelled views)" if readings.norms(model.encoder) else ""
+    return f", encoder frozen{how}"
 
 
 def train_mode(model: Segmenter | LightSegmenter, freeze: bool) -> None:

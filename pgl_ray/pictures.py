@@ -521,14 +521,17 @@ def _score_colors(scores: list[float]) -> np.ndarray:
 
 
 @style
-def parallel_coordinates(axes: list[Axis], scores: list[float], ended: list[bool], judge: str) -> Figure:
-    """A line per trial through its settings to its score; dashed where it was stopped early."""
+def parallel_coordinates(
+    axes: list[Axis], scores: list[float], ended: list[bool], judge: str, merits: list[float]
+) -> Figure:
+    """A line per trial through its settings to its score, brighter where it is better by its merit; dashed where it was
+    stopped early."""
     last = Axis(judge, scores, None)
-    all_axes, colors = [*axes, last], _score_colors(scores)
+    all_axes, colors = [*axes, last], _score_colors(merits)
     figure = Figure(figsize=(max(4.0, 1.7 * len(all_axes)), 3.0))
     ax = figure.add_subplot(xlim=(-0.15, len(all_axes) - 0.75), ylim=(-0.06, 1.06))
     places = np.stack([axis.places for axis in all_axes], 1)
-    for k in np.argsort(scores):
+    for k in np.argsort(merits):
         ax.plot(places[k], color=colors[k], lw=1.4, ls="-" if ended[k] else "--", marker=".", ms=4)
     for k, axis in enumerate(all_axes):
         ax.axvline(k, color="#999999", lw=0.8, zorder=0)
@@ -581,11 +584,12 @@ def setting_scores(
 
 
 @style
-def trial_curves(lines: list[tuple[list[float], list[float], bool]], scores: list[float], judge: str) -> Figure:
-    """The judged figure of every trial over its training in percent; dashed where it was stopped early."""
-    figure, colors = Figure(figsize=(5.4, 2.8)), _score_colors(scores)
+def trial_curves(lines: list[tuple[list[float], list[float], bool]], merits: list[float], judge: str) -> Figure:
+    """The judged figure of every trial over its training in percent, brighter where it is better by its merit; dashed
+    where it was stopped early."""
+    figure, colors = Figure(figsize=(5.4, 2.8)), _score_colors(merits)
     ax = figure.add_subplot(xlabel="percent of the judged training", ylabel=f"best {judge} so far")
-    for k in np.argsort(scores):
+    for k in np.argsort(merits):
         x, y, ended = lines[k]
         ax.plot(x, y, color=colors[k], lw=1.2, ls="-" if ended else "--", marker="." if len(x) < 30 else None, ms=4)
     return figure

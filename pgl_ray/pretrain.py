@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pgl_ray import outlook
 from pgl_ray.config import FailedRun, PretrainConfig, StreamConfig, build, command
 from pgl_ray.data import store, stream
-from pgl_ray.data.facts import training_facts
+from pgl_ray.data.facts import seen_notes, training_facts
 from pgl_ray.data.views import ablated
 from pgl_ray.judge.judges import Judges
 from pgl_ray.judge.readings import READINGS
@@ -67,8 +67,11 @@ def run(config: PretrainConfig) -> Result:
         "store": {"num_scans": len(plan.scan_ids), "labels": index.labels, "hu_window": index.hu_window},
         "outlook": ahead.facts,
     }
+    trained_on = training_facts(index, plan.scan_ids)
     if config.probe.every and checkpoint.committed_step(config.run) < plan.num_steps:
-        make_probe(config)  # refuses what would only fail in the first worker
+        judges = make_probe(config)  # refuses what would only fail in the first worker
+        for note in [*judges.notes, *seen_notes(trained_on, judges.probe.scans[1])]:
+            print(f"pretrain: note: voxel probe: {note}", flush=True)
     folder = checkpoint.open_run(config, "pretrain", facts)
     with checkpoint.alone(folder) as found:
         done = found[1] if found else 0
@@ -80,7 +83,7 @@ def run(config: PretrainConfig) -> Result:
             if note := stream.too_large(renderer.row_bytes * plan.global_batch_size // num_workers, num_workers):
                 print(f"pretrain: note: {note}", flush=True)
             worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
-            worker_config["data"] = training_facts(index, plan.scan_ids)
+            worker_config["data"] = trained_on
             print(
                 f"pretrain: {config.method} by {optim.describe(config.optim)}, {len(plan.scan_ids)} scans, "
                 f"steps {done} to {plan.num_steps}, {folder}",

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 
 from pgl_ray import feature_pictures
 from pgl_ray.config import PRETRAINED, ProbeConfig, command
-from pgl_ray.data.facts import spacing_note
-from pgl_ray.data.store import Index, read_index, write_aside
+from pgl_ray.data.facts import seen_notes, spacing_note
+from pgl_ray.data.store import Index, ScanRecord, read_index, write_aside
 from pgl_ray.judge import readings
 from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, answer, to_device
-from pgl_ray.judge.readings import IN_WORDS
+from pgl_ray.judge.readings import in_words
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.pictures import to_bytes
@@ -42,7 +42,7 @@ class ProbeResult:
         ceiling: judge -> score of the encoder that was trained with all labels; empty: none was given.
         standing: judge -> where the reading that counts stands.
         sentences: the standings in words.
-        notes: what of the scans is not as asked.
+        notes: what of the scans is not as asked, and which of them the networks have seen in training.
         balanced_accuracy, recall: of the voxel probe in the reading that counts; none where it was not asked.
         body_box_mm: median matching error of the place in the body's box; none where matching was not asked.
         pictures: names of the files beside the result, where matching was asked of an encoder that was trained.
@@ -84,15 +84,13 @@ def run(config: ProbeConfig) -> ProbeResult:
     began = time.monotonic()
     index = read_index(config.index)
     judges = Judges(index, config, config.judges, config.decoder_seeds)
-    for note in judges.notes:
-        print(f"probe: note: {note}", flush=True)
-    encoder = load(config.init, config, index)
+    notes: list[str] = []
+    _note(notes, *judges.notes)
+    encoder = load("init", config, index, judges.probe.scans[1], notes)
     if not readings.norms(encoder):
-        print(
-            f"probe: note: the encoder of init={config.init} has no BatchNorm: there is one reading of it", flush=True
-        )
+        _note(notes, f"the encoder of init={config.init} has no BatchNorm: there is one reading of it")
     found = _read(judges, encoder, config.init != "random")
-    controls, ceiling = _ends(config, index, judges, encoder, found)
+    controls, ceiling = _ends(config, index, judges, encoder, found, notes)
     first = next(iter(found.values()))
     standing = {
         judge: Standing.of(judge, score, {name: one[judge] for name, one in controls.items()}, high)
@@ -111,7 +109,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         ceiling=_plain(ceiling),
         standing={judge: dataclasses.asdict(one) for judge, one in standing.items()},
         sentences=[f"{judge}: {one.sentence(judge, first[judge].value)}" for judge, one in standing.items()],
-        notes=judges.notes,
+        notes=notes,
         balanced_accuracy=voxel and voxel.value,
         recall=voxel and voxel.details["recall"],
         body_box_mm=judges.body_box_mm() if "matching" in config.judges else None,
@@ -123,9 +121,17 @@ def run(config: ProbeConfig) -> ProbeResult:
     return result
 
 
-def load(init: str, config: ProbeConfig, index: Index) -> Encoder:
-    """An encoder, on CUDA where there is one: `random`, or of a run or file, up to the last stage that was trained."""
-    settings = config.encoder.model_dump() if config.encoder else None
+def load(key: str, config: ProbeConfig, index: Index, tested: list[ScanRecord], notes: list[str]) -> Encoder:
+    """An encoder, on CUDA where there is one: `random`, or of a run or file, up to the last stage that was trained.
+
+    Args:
+        key: of the config, that names it: init, control or ceiling.
+        config: of the probe.
+        index: of the store.
+        tested: scans that it is tested on.
+        notes: what is to be said of it is printed, and added here.
+    """
+    init, settings = getattr(config, key), config.encoder.model_dump() if config.encoder else None
     if init == "random":
         encoder = build_encoder(**(settings or {}))
         init_kaiming_uniform(encoder, config.seed)
@@ -133,9 +139,18 @@ def load(init: str, config: ProbeConfig, index: Index) -> Encoder:
     encoder, source = weights.read(init, settings, index.hu_window)
     loaded = weights.fill(encoder, source)
     if note := spacing_note(loaded.trained_on, index):
-        print(f"probe: note: init={init} {note}", flush=True)
+        _note(notes, f"{key}={init} {note}")
+    whose = "" if key == "init" else f"{key}={init}: "
+    _note(notes, *(f"{whose}{note}" for note in seen_notes(loaded.trained_on, tested)))
     encoder.stop_at(source.meta.get("level", encoder.last))  # what was trained
     return to_device(encoder)
+
+
+def _note(notes: list[str], *lines: str) -> None:
+    """Prints lines and keeps them."""
+    for line in lines:
+        print(f"probe: note: {line}", flush=True)
+    notes += lines
 
 
 def _read(judges: Judges, encoder: Encoder, trained: bool) -> dict[str, dict[str, Score]]:
@@ -151,7 +166,12 @@ def _read(judges: Judges, encoder: Encoder, trained: bool) -> dict[str, dict[str
 
 
 def _ends(
-    config: ProbeConfig, index: Index, judges: Judges, encoder: Encoder, found: dict[str, dict[str, Score]]
+    config: ProbeConfig,
+    index: Index,
+    judges: Judges,
+    encoder: Encoder,
+    found: dict[str, dict[str, Score]],
+    notes: list[str],
 ) -> tuple[dict[str, dict[str, Score]], dict[str, Score]]:
     """Name -> scores of the controls, and the scores of the upper end, both of the same size as the encoder."""
     if not config.ends:
@@ -160,11 +180,12 @@ def _ends(
         chance = found
     else:
         chance = _read(judges, _random_like(encoder, config.seed), False)
-    controls = {f"random, {IN_WORDS[reading]}": scores for reading, scores in chance.items()}
+    controls = {f"random, {in_words(chance)[reading]}": scores for reading, scores in chance.items()}
     if config.control:
-        controls |= {"control": judges.judge(load(config.control, config, index), FIRST)}
-    ceiling = judges.judge(load(config.ceiling, config, index), FIRST) if config.ceiling else {}
-    return controls, ceiling
+        controls |= {"control": judges.judge(load("control", config, index, judges.probe.scans[1], notes), FIRST)}
+    if not config.ceiling:
+        return controls, {}
+    return controls, judges.judge(load("ceiling", config, index, judges.probe.scans[1], notes), FIRST)
 
 
 def _random_like(encoder: Encoder, seed: int) -> Encoder:
@@ -189,15 +210,14 @@ def _figures(
     """Pictures of what point matching finds, and of the features, beside those of random weights' strongest reading."""
     if "matching" not in config.judges or config.init == "random":
         return {}
-    own, errors = next(iter(found)), {}
-    for reading in readings.possible(encoder, False):
-        scores = controls.get(f"random, {IN_WORDS[reading]}")
-        errors |= {reading: scores["matching"].value} if scores else {}
-    text = "{}, {}: median matching error {:.0f} mm"
-    shown = {text.format(_short(config.init), IN_WORDS[own], found[own]["matching"].value): (encoder, own)}
+    own, text = next(iter(found)), "{}, {}: median matching error {:.0f} mm"
+    shown = {text.format(_short(config.init), in_words(found)[own], found[own]["matching"].value): (encoder, own)}
+    states = readings.possible(encoder, False)
+    names = {f"random, {in_words(states)[reading]}": reading for reading in states}
+    errors = {name: scores["matching"].value for name, scores in controls.items() if name in names}
     if errors:
         best = min(errors, key=errors.get)
-        shown[text.format("random", IN_WORDS[best], errors[best])] = _random_like(encoder, config.seed), best
+        shown[f"{best}: median matching error {errors[best]:.0f} mm"] = _random_like(encoder, config.seed), names[best]
     maps = {title: judges.maps(*one) for title, one in shown.items()}
     return feature_pictures.draw(judges.test, judges.names, config.size, maps)
 
@@ -239,7 +259,8 @@ def table(result: ProbeResult) -> str:
     heads = {"voxels": f"{'voxels':>8}{'last map':>10}", "decoder": f"{'Dice':>8}{'HD95 mm':>9}"}
     heads["matching"] = f"{'match mm':>10}{'deformed':>10}"
     lines = [f"{'encoder':<34}" + "".join(heads[judge] for judge in asked)]
-    rows = {f"{Path(result.init).name}, {IN_WORDS[reading]}": one for reading, one in result.readings.items()}
+    words = in_words(result.readings)
+    rows = {f"{Path(result.init).name}, {words[reading]}": one for reading, one in result.readings.items()}
     rows |= {name: one for name, one in result.controls.items() if result.init != "random" or name == "control"}
     rows |= {"trained with all labels": result.ceiling} if result.ceiling else {}
     for name, scores in rows.items():
@@ -266,7 +287,8 @@ def describe(result: ProbeResult) -> str:
     """The table, where each judge stands, and the closing line."""
     first = next(iter(result.readings))
     text = "\n".join([table(result), *result.sentences])
-    line = f"init={result.init}, {IN_WORDS[first]}, {result.num_train_scans} labelled scans, {result.seconds} s"
+    how = in_words(result.readings)[first]
+    line = f"init={result.init}, {how}, {result.num_train_scans} labelled scans, {result.seconds} s"
     if result.recall is None:
         return f"{text}\nprobe: done; {line}"
     worst = min(result.recall, key=result.recall.get)

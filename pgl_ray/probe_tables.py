@@ -5,19 +5,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pgl_ray.judge.judges import HIGHER_IS_BETTER, IN_FULL, JUDGES
-from pgl_ray.judge.readings import IN_WORDS
-from pgl_ray.tables import Run, number
+from pgl_ray.judge.judges import HIGHER_IS_BETTER, IN_FULL
+from pgl_ray.judge.readings import in_words
+from pgl_ray.tables import JUDGED, Run, gathered, number
 from pgl_ray.train.bucket import shown
 
-HEADS = {"voxels": "balanced accuracy", "decoder": "Dice", "matching": "matching, mm"}
-MORE = {
-    "voxels": ("last_map", "last map"),
-    "decoder": ("hd95_mm", "HD95, mm"),
-    "matching": ("deformed_mm", "moved, mm"),
+MORE = {  # a judge's second figure: its key, the head of its column, and how it is written
+    "voxels": ("last_map", "last map", ".3f"),
+    "decoder": ("hd95_mm", "HD95, mm", ".1f"),
+    "matching": ("deformed_mm", "moved, mm", ".1f"),
 }
-SPECS = {"voxels": ".3f", "decoder": ".3f", "matching": ".1f"}
-MORE_SPECS = {"voxels": ".3f", "decoder": ".1f", "matching": ".1f"}
 ORGAN_SPECS = {"voxels": ".2f", "decoder": ".2f", "matching": ".0f"}
 
 
@@ -61,7 +58,7 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
     """
     if not probes:
         return None
-    judges = [judge for judge in JUDGES if any(judge in first(found) for _, found in probes)]
+    judges = [judge for judge in JUDGED if any(judge in first(found) for _, found in probes)]
     rows: list[dict[str, Any]] = []
     for path, found in probes:
         for name, scores in scored(found).items():
@@ -79,10 +76,10 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
             cell["best"] = best is not None and cell["value"] == best
     boxes = {f"{found['body_box_mm']:.1f} mm" for _, found in probes if found["body_box_mm"] is not None}
     return {
-        "heads": [head for judge in judges for head in (HEADS[judge], MORE[judge][1])],
+        "heads": [head for judge in judges for head in (JUDGED[judge][0], MORE[judge][1])],
         "rows": rows,
         "sentences": [f"{name_of(found)}, {line}." for _, found in probes for line in found["sentences"]],
-        "notes": [f"{name_of(found)}: {note}." for _, found in probes for note in found["notes"]],
+        "notes": gathered((name_of(found), note) for _, found in probes for note in found["notes"]),
         "organs": by_organ(probes, judges),
         "body_box": ", ".join(sorted(boxes)),
     }
@@ -101,7 +98,8 @@ def first(found: dict[str, Any]) -> dict[str, Any]:
 def scored(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Name -> judge -> score: the readings, the one that counts first, then what they are to be compared with."""
     name = name_of(found)
-    rows = {f"{name}, {IN_WORDS[reading]}": scores for reading, scores in found["readings"].items()}
+    words = in_words(found["readings"])
+    rows = {f"{name}, {words[reading]}": scores for reading, scores in found["readings"].items()}
     rows |= found["controls"]  # of random weights that are judged themselves, the same rows
     return rows | ({"trained with all labels": found["ceiling"]} if found["ceiling"] else {})
 
@@ -110,11 +108,11 @@ def _cells(judge: str, score: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The judge's value with its interval, and its second figure."""
     value, more = (None, None) if score is None else (score["value"], score["details"].get(MORE[judge][0]))
     bounds = score and score["ci95"]
-    spec = SPECS[judge]
+    spec = JUDGED[judge][1]
     interval = f"{bounds[0]:{spec}} to {bounds[1]:{spec}}" if bounds else ""
     return [
         {"text": number(value, spec), "ci": interval, "value": value, "best": False},
-        {"text": number(more, MORE_SPECS[judge]), "ci": "", "value": more, "best": False},
+        {"text": number(more, MORE[judge][2]), "ci": "", "value": more, "best": False},
     ]
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import yaml
 from scipy import stats
 
-from pgl_ray import pictures, sweeps, tables
+from pgl_ray import arms, pictures, sweeps, tables
 from pgl_ray.model.metrics import reach
 from pgl_ray.sweeps import Trial
 
@@ -33,7 +33,8 @@ def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[s
     """
     config, trials = tables.read_json(folder / sweeps.SWEEP), sweeps.read_trials(folder)
     scored = [trial for trial in trials if trial.score is not None and trial.state in sweeps.ENDED]
-    best = max((t for t in scored if t.state == "done"), key=lambda t: t.score, default=None)
+    best = max((t for t in scored if t.state == "done"), key=lambda t: t.merit, default=None)
+    judges = [judge for judge in tables.JUDGED if any(judge in sweeps.probed(trial.folder) for trial in trials)]
     figures = {"parallel": "", "settings": [], "curves": ""}
     if len(scored) > 1:
         figures = _figures(config, scored)
@@ -42,27 +43,41 @@ def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[s
         "judge": config["judge"],
         "num": {state: sum(trial.state == state for trial in trials) for state in (*sweeps.ENDED, "failed", "running")},
         "best": best and {"title": best.title, "score": best.score, "name": best.name},
-        "trials": [_row(trial) for trial in sorted(trials, key=lambda t: (t.state != "done", -(t.score or -1)))],
+        "judges": [tables.JUDGED[judge][0] for judge in judges],
+        "trials": [_row(trial, judges) for trial in sorted(trials, key=lambda t: (t.state != "done", -t.merit))],
+        "notes_of_scans": tables.gathered(_notes(trials)),
         "totals": _totals(trials),
         **figures,
         "importance": importance(config, [trial for trial in scored if trial.state == "done"]),
         "min_trials": MIN_TRIALS,
         "grid": grid(config, trials, overlays) if config["arms"] else None,
+        "judged": arms.judged(config, trials) if config["arms"] else [],
     }
 
 
 # -- trials -----------------------------------------------------------------------------------------------------------
 
 
-def _row(trial: Trial) -> dict[str, Any]:
-    cost, evaluation = sweeps.cost(trial), sweeps.evaluation(trial)
+def _notes(trials: list[Trial]) -> list[tuple[str, str]]:
+    """What probes and evaluations say of their scans, after the arm or the settings of each trial."""
+    found = []
+    for trial in trials:
+        run = trial.run("finetune")
+        paths = [trial.folder / "probe.json", *([run / "evaluation" / "summary.json"] if run else [])]
+        notes = [note for path in paths if path.is_file() for note in tables.read_json(path).get("notes", [])]
+        found += [(str(trial.values.get("arm", trial.title)), note) for note in notes]
+    return found
+
+
+def _row(trial: Trial, judges: list[str]) -> dict[str, Any]:
+    cost, evaluation, said = sweeps.cost(trial), sweeps.evaluation(trial), sweeps.probed(trial.folder)
     return {
         "name": trial.name,
         "title": trial.title,
         "state": trial.state if trial.state in ("done", "failed") else f"{trial.state} in {trial.stage}",
         "first": tables.number(_first(trial), ".4f"),
         "score": tables.number(trial.score, ".4f"),
-        "probe": tables.number(sweeps.probed(trial), ".3f"),
+        "judged": [tables.number(said.get(judge), tables.JUDGED[judge][1]) for judge in judges],
         "test": tables.number(evaluation.get("dice"), ".4f"),
         "pairs": f"{cost['pairs']:,}",
         "patches": f"{cost['patches']:,}",
@@ -119,9 +134,9 @@ def _axes(config: dict[str, Any], trials: list[Trial]) -> list[pictures.Axis]:
 
 
 def _figures(config: dict[str, Any], trials: list[Trial]) -> dict[str, Any]:
-    axes, judge = _axes(config, trials), config["judge"]
+    axes, judge, merits = _axes(config, trials), config["judge"], [trial.merit for trial in trials]
     scores, ended = [trial.score for trial in trials], [trial.state == "done" for trial in trials]
-    parallel = pictures.to_svg(pictures.parallel_coordinates(axes, scores, ended, judge)) if axes else ""
+    parallel = pictures.to_svg(pictures.parallel_coordinates(axes, scores, ended, judge, merits)) if axes else ""
     lines = []
     for trial in trials:
         reports = [point for point in trial.reports if point[0] > trial.record.get("judged_from", 0)]
@@ -134,7 +149,7 @@ def _figures(config: dict[str, Any], trials: list[Trial]) -> dict[str, Any]:
     return {
         "parallel": parallel,
         "settings": plots,
-        "curves": pictures.to_svg(pictures.trial_curves(lines, scores, judge)),
+        "curves": pictures.to_svg(pictures.trial_curves(lines, merits, judge)),
     }
 
 
@@ -195,9 +210,9 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
             of_point.setdefault(trial.values["arm"], []).append(_evaluated(run, trial.values["arm"]))
     if not cells:
         return None
-    arms = list(config["arms"])
-    colors = {arm: pictures.RUN_COLORS[k % len(pictures.RUN_COLORS)] for k, arm in enumerate(arms)}
-    cells = {point: {arm: found[arm] for arm in arms if arm in found} for point, found in cells.items()}
+    names = list(config["arms"])
+    colors = {arm: pictures.RUN_COLORS[k % len(pictures.RUN_COLORS)] for k, arm in enumerate(names)}
+    cells = {point: {arm: found[arm] for arm in names if arm in found} for point, found in cells.items()}
     points, published = sorted(cells, key=lambda point: _num_scans(cells[point])), _published(config)
     blocks = [_block(point, cells[point], published if _of_all(cells[point]) else {}, colors) for point in points]
     shown = _one_seed(cells[points[-1]])
@@ -262,8 +277,8 @@ def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, 
         rows, distance = [], score.startswith("hd")
         for arm, runs in cells.items():
             values = [[tables.mean_score(run, score, organ) for run in runs] for organ in columns]
-            texts = [_cell([v * factor for v in column if v is not None]) for column in values]
-            texts += [_cell([tables.unscored(run) for run in runs], 1)] if distance else []
+            texts = [arms.cell([v * factor for v in column if v is not None]) for column in values]
+            texts += [arms.cell([tables.unscored(run) for run in runs], 1)] if distance else []
             rows.append({"name": arm, "color": colors[arm], "seeds": len(runs), "cells": texts, "paper": False})
             for table, figures in published.get(score, {}).get(arm, []):
                 texts = [tables.number(figures.get(organ or "mean"), ".2f") for organ in columns] + [""] * distance
@@ -285,14 +300,6 @@ def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, 
     }
 
 
-def _cell(values: list[float], digits: int = 2) -> str:
-    """Mean over seeds, and their standard deviation."""
-    if not values:
-        return "–"
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
-
-
 def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
     """Each arm against the first one: over the scans, seeds taken together, and over the seeds, scans taken together; a
     finding that is more than the scans' noise may be no more than the seeds'."""
@@ -300,35 +307,10 @@ def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
     theirs = {run.config["seed"]: run for run in others}
     for arm, runs in list(cells.items())[1:]:
         pairs = [(run, theirs[run.config["seed"]]) for run in runs if run.config["seed"] in theirs]
-        found = tables.paired_difference(*(_over_seeds(list(part)) for part in zip(*pairs))) if pairs else None
+        rows = [(mine.scores, other.scores) for mine, other in pairs]
         by_seed = [(mine.summary["dice"] or 0.0) - (other.summary["dice"] or 0.0) for mine, other in pairs]
-        if found:
-            worth = "within" if found.low <= 0 <= found.high else "more than"
-            lines.append(
-                f"{arm} against {first}: {100 * found.mean:+.2f} points of Dice, {worth} the noise of "
-                f"{found.num_scans} scans (95 % interval {100 * found.low:+.2f} to {100 * found.high:+.2f}); "
-                f"ahead with {sum(value > 0 for value in by_seed)} of {len(pairs)} seeds{_over(by_seed)}."
-            )
+        lines += arms.difference(f"{arm} against {first}", rows, by_seed, arms.DICE)
     return lines
-
-
-def _over(by_seed: list[float]) -> str:
-    """Student's interval of the differences of several seeds, and whether it is one of a finding."""
-    half, mean = reach(by_seed), float(np.mean(by_seed))
-    if half is None:
-        return ""
-    worth = "within" if abs(mean) <= half else "more than"
-    return f", {worth} their noise ({100 * (mean - half):+.2f} to {100 * (mean + half):+.2f})"
-
-
-def _over_seeds(runs: list[tables.Run]) -> list[dict[str, Any]]:
-    """Dice per scan and organ, the mean of the runs."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for run in runs:
-        for row in run.scores:
-            if not math.isnan(row["dice"]):
-                found.setdefault((row["scan_id"], row["organ"]), []).append(row["dice"])
-    return [{"scan_id": scan, "organ": organ, "dice": float(np.mean(v))} for (scan, organ), v in found.items()]
 
 
 def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:

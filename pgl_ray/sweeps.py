@@ -15,13 +15,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pgl_ray.tables import duration_s, read_json
+from pgl_ray.judge.judges import HIGHER_IS_BETTER
+from pgl_ray.tables import duration_s, probe_values, read_json
 from pgl_ray.train.checkpoint import read_metrics, write_json
 from pgl_ray.train.health import verdict
 from pgl_ray.train.launch import clock
 
 SWEEP = "sweep.json"
 ENDED = ("done", "stopped", "collapsed")  # and not to be run again; "failed" is tried again, "running" was interrupted
+FIGURES = {  # of a probe, that trials may be judged by -> the judge that says it
+    "probe/balanced_accuracy": "voxels",
+    "probe/decoder_dice": "decoder",
+    "probe/matching_mm": "matching",
+}
+WORST_MM = 1e4  # stands for the error of what failed
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Trial:
         error: of a failed or collapsed one.
         score: the judged figure; of one that is not done, the best on the way.
         reports: (percent of the judged stages, score).
-        record: trial.json.
+        record: trial.json; its "judge" names the judged figure.
     """
 
     name: str
@@ -54,9 +61,27 @@ class Trial:
         """The settings in short: the arm, and the last part of each key with its value."""
         return settings(self.values)
 
+    @property
+    def merit(self) -> float:
+        """Its score as something to maximise."""
+        return merit(self.record.get("judge"), self.score)
+
     def run(self, stage: str) -> Path | None:
         """Folder of its pre-training or fine-tuning, as far as it began."""
         return Path(self.record[stage]) if self.record.get(stage) else None
+
+
+def merit(figure: str | None, value: float | None) -> float:
+    """What is to be maximised, whatever the figure: the only place that knows where lower is better.
+
+    Args:
+        figure: that trials are judged by.
+        value: of a trial; none where it failed, which is as bad as can be.
+    """
+    lower = figure in FIGURES and not HIGHER_IS_BETTER[FIGURES[figure]]
+    if value is None:
+        return -WORST_MM if lower else 0.0
+    return -value if lower else value
 
 
 def settings(values: dict[str, Any], sep: str = ", ") -> str:
@@ -167,10 +192,10 @@ def evaluation(trial: Trial) -> dict[str, Any]:
     return {key: found[key] for key in ("dice", "iou", "hd_mm", "hd95_mm") if found.get(key) is not None}
 
 
-def probed(trial: Trial) -> float | None:
-    """Balanced accuracy of its probe."""
-    path = trial.folder / "probe.json"
-    return read_json(path)["balanced_accuracy"] if path.exists() else None
+def probed(folder: Path) -> dict[str, float]:
+    """What the judges of a trial's probe say of the reading that counts; {} without one."""
+    path = folder / "probe.json"
+    return probe_values(read_json(path)) if path.exists() else {}
 
 
 def write_table(folder: Path) -> None:
@@ -178,7 +203,9 @@ def write_table(folder: Path) -> None:
     rows = []
     for trial in read_trials(folder):
         row = {"trial": trial.name, "state": trial.state, "stage": trial.stage, "score": trial.score}
-        row |= {"probe": probed(trial), "test_dice": evaluation(trial).get("dice"), **cost(trial)}
+        said = probed(trial.folder)
+        row |= {"probe": said.get("voxels"), "test_dice": evaluation(trial).get("dice"), **cost(trial)}
+        row |= {figure.split("/")[1]: said[judge] for figure, judge in FIGURES.items() if judge in said}
         row |= {"pretrain": trial.record.get("pretrain"), "finetune": trial.record.get("finetune")}
         values = {key: json.dumps(v) if isinstance(v, list) else v for key, v in trial.values.items()}
         rows.append(row | {"error": trial.error, **values, "values": json.dumps(trial.values)})
@@ -204,11 +231,11 @@ def _column(values: list[Any]) -> pa.Array:
 
 def table(shown: list[Trial], head: bool = True) -> str:
     """Trial, settings, stage, best figure and time left of its stage, a line each, under a head."""
-    lines = [f"{'trial':<10}{'stage':<20}{'best':>7}{'left':>9}  settings"] if head else []
+    lines = [f"{'trial':<10}{'stage':<20}{'best':>9}{'left':>9}  settings"] if head else []
     for trial in shown:
         stage, left = _where(trial)
         score = "-" if trial.score is None else f"{trial.score:.4f}"
-        lines.append(f"{trial.name:<10}{stage:<20}{score:>7}{left:>9}  {trial.title}")
+        lines.append(f"{trial.name:<10}{stage:<20}{score:>9}{left:>9}  {trial.title}")
         lines += [f"{'':<10}{trial.error[:200]}"] if trial.error else []
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -224,7 +225,7 @@ def standard_error(scores: list[dict], key: str, organ: str | None = None) -> fl
 
 
 class Difference(NamedTuple):
-    """Paired difference of mean Dice over the scans that two runs share, with its 95 % interval."""
+    """Paired difference of a mean score over the scans that two runs share, with its 95 % interval."""
 
     mean: float
     low: float
@@ -232,12 +233,12 @@ class Difference(NamedTuple):
     num_scans: int
 
 
-def paired_difference(first: list[dict], second: list[dict]) -> Difference | None:
-    """Mean Dice of `first` minus that of `second` as `metrics.compare` has it, with Student's interval over the scans.
+def paired_difference(first: list[dict], second: list[dict], score: str = "dice") -> Difference | None:
+    """Mean score of `first` minus that of `second` as `metrics.compare` has it, with Student's interval over the scans.
 
     None with fewer than two common scans.
     """
-    by_scan = paired_by_scan(first, second)
+    by_scan = paired_by_scan(first, second, score)
     if len(by_scan) < 2:
         return None
     mean, half = float(by_scan.mean()), reach(by_scan)
@@ -255,6 +256,7 @@ def sentences(runs: list[Run], alike: bool) -> list[str]:
         seen = set(run.record["scans"]["train"]) & {row["scan_id"] for row in run.scores}
         if seen and run.summary["index"] == run.config["index"]:
             lines.append(f"{run.name} was trained on {len(seen)} of the scans that it is scored on.")
+    lines += gathered((run.name, note) for run in runs for note in run.summary.get("notes", []))
     best, *others = sorted(runs, key=lambda run: -(run.summary["dice"] or 0.0))
     for other in others:
         found = paired_difference(best.scores, other.scores)
@@ -269,7 +271,29 @@ def sentences(runs: list[Run], alike: bool) -> list[str]:
     return lines
 
 
-# -- health ---------------------------------------------------------------------------------------------------------
+# -- probes and health ------------------------------------------------------------------------------------------------
+
+
+def gathered(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes of several runs, (name, note), a line for each note, after the names of all that it is of."""
+    names: dict[str, list[str]] = {}
+    for name, note in notes:
+        names.setdefault(note, []).append(name)
+    return [f"{', '.join(dict.fromkeys(found))}: {note}." for note, found in names.items()]
+
+
+JUDGED = {  # judge -> head of its column, and how its figures are written
+    "voxels": ("balanced accuracy", ".3f"),
+    "decoder": ("decoder Dice", ".3f"),
+    "matching": ("matching, mm", ".1f"),
+}
+
+
+def probe_values(found: dict[str, Any]) -> dict[str, float]:
+    """Judge -> what it says of the reading that counts, which is a probe's first."""
+    first = next(iter(found.get("readings", {}).values()), {})
+    old = {} if found.get("balanced_accuracy") is None else {"voxels": found["balanced_accuracy"]}
+    return old | {judge: score["value"] for judge, score in first.items()}
 
 
 def verdict(run: Run) -> str:

@@ -38,7 +38,7 @@ from pgl_ray.train.checkpoint import write_json
 from pgl_ray.train.quiet import quiet_worker
 
 STAGES = {"pretrain": PretrainConfig, "probe": ProbeConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig}
-PROBE = "probe/balanced_accuracy"
+PROBE = next(iter(sweeps.FIGURES))
 FOLLOW_S = 2.0  # between two looks at a run's metrics
 
 # -- its point and its configs ----------------------------------------------------------------------------------------
@@ -91,7 +91,9 @@ def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], fold
         "ray": config.ray.model_dump(),
     }
     places = {key: value for key, value in places.items() if key in STAGES[stage].model_fields}
-    values = {"index": config.index} | OmegaConf.to_container(merged) | places
+    # a sweep has random weights and wrong priors as arms: each trial's own would judge them again and again
+    own = {"index": config.index} | ({"ends": False} if stage == "probe" else {})
+    values = own | OmegaConf.to_container(merged) | places
     if stage == "pretrain":
         values["health"] = {"stop_on_collapse": True} | values.get("health", {})
     return build(STAGES[stage], values)
@@ -165,27 +167,27 @@ def _run(config: TuneConfig, values: dict[str, Any], folder: Path, room: int) ->
     earlier, name = sweeps.read_trial(folder), folder.name
     if earlier and earlier.state in sweeps.ENDED:  # Optuna drew it a second time
         if earlier.score is not None:
-            _report(earlier.score, end_of(config), name)
+            _report(config.judge, earlier.score, end_of(config), name)
         return
     first = 100 if config.first_judge and config.base_finetune is not None else 0
-    facts = {} if earlier else {"values": values, "started": time.time(), "judged_from": first}
+    facts = {} if earlier else {"values": values, "started": time.time(), "judged_from": first, "judge": config.judge}
     sweeps.note(folder, state="running", error=None, since=time.time(), **facts)
     try:
         score, collapse = _stages(config, values, folder, room)
         sweeps.end(folder, "collapsed" if collapse else "done", collapse, score)
-        _report(score or 0.0, end_of(config), name)
+        _report(config.judge, score, end_of(config), name)
     except Exception as error:  # a failed trial does not end the sweep: its error goes to the table
         sweeps.end(folder, "failed", " ".join(str(error).split()) or type(error).__name__)
-        _report(0.0, 0, name)  # below every rung; Optuna learns that these settings are bad
+        _report(config.judge, None, 0, name)  # below every rung; Optuna learns that these settings are bad
 
 
 def _stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: int) -> tuple[float | None, str | None]:
     """Runs the stages; returns the score, or how the features collapsed."""
     configs = stage_configs(config, values, folder)
     score, tuning, pretraining = None, configs.get("finetune"), configs.get("pretrain")
+    figure = config.first_judge if tuning else config.judge  # of the encoder
     if pretraining:
         sweeps.note(folder, stage="pretrain", pretrain=pretraining.run, pretrain_gpus=_gpus(pretraining.train))
-        figure = config.first_judge if tuning else config.judge
         with _alone(pretraining.run), _Follower(folder, pretraining.run, figure, 0) as follower:
             collapse = _pretrain(pretraining)
         if collapse:
@@ -194,11 +196,11 @@ def _stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: int)
     if "probe" in configs:
         sweeps.note(folder, stage="probe")
         if not (folder / "probe.json").exists():
-            _apart(probe.run, configs["probe"], (pretraining or tuning).train, room)
-        accuracy = json.loads((folder / "probe.json").read_text())["balanced_accuracy"]
-        if PROBE in (config.judge, config.first_judge):
-            score = accuracy
-            _report(score, 100, folder.name, folder)
+            trained = pretraining or tuning or stage_config(config, "pretrain", {}, folder)
+            _apart(probe.run, configs["probe"], trained.train if trained else TrainConfig(), room)
+        if figure in sweeps.FIGURES:
+            score = sweeps.probed(folder)[sweeps.FIGURES[figure]]
+            _report(figure, score, 100, folder.name, folder)
     if tuning:
         sweeps.note(folder, stage="finetune", finetune=tuning.run, finetune_gpus=_gpus(tuning.train))
         tuning = _take_over(folder, values, tuning)
@@ -267,8 +269,8 @@ def _with_share_of_cores(door: Any, config: Section, room: int) -> Any:
     return door(config)
 
 
-def _report(score: float, progress: int, name: str, folder: Path | None = None) -> None:
-    """Tells Ray Tune, and the trial's folder, a score at a percentage of the judged stages."""
+def _report(figure: str, score: float | None, progress: int, name: str, folder: Path | None = None) -> None:
+    """Tells Ray Tune, and the trial's folder, a figure at a percentage of the judged stages; none: the trial failed."""
     from ray import tune
 
     if folder:
@@ -277,12 +279,13 @@ def _report(score: float, progress: int, name: str, folder: Path | None = None) 
     place = Path(tune.get_context().get_trial_dir(), "source")
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "source.json", {"name": name, "progress": progress})
-    tune.report({"score": score, "progress": progress}, checkpoint=tune.Checkpoint.from_directory(place))
+    said = {"score": sweeps.merit(figure, score), "progress": progress}
+    tune.report(said, checkpoint=tune.Checkpoint.from_directory(place))
 
 
 class _Follower:
-    """Reports a run's judged figure to Ray Tune while its door runs; `best` is the highest so far of the last stage,
-    the newest of an earlier one.
+    """Reports a run's judged figure to Ray Tune while its door runs; `best` is the best so far of the last stage, the
+    newest of an earlier one.
 
     Of the last stage the end is not reported: a scheduler cannot stop what is done.
     """
@@ -318,10 +321,11 @@ class _Follower:
             if row["step"] > self.step and math.isfinite(row.get(self.figure, math.nan)):
                 self.step, value = row["step"], row[self.figure]
                 # fine-tuning keeps its best network; of pre-training the newest encoder counts, not the untrained one
-                self.best = max(value, self.best) if self.last and self.best is not None else value
+                known = [self.best] if self.last and self.best is not None else []
+                self.best = max(value, *known, key=functools.partial(sweeps.merit, self.figure)) if known else value
                 if not (self.last and self.step >= num_steps):
                     progress = self.offset + max(1, int(100 * self.step / num_steps))
-                    _report(self.best, progress, self.folder.name, self.folder)
+                    _report(self.figure, self.best, progress, self.folder.name, self.folder)
 
 
 # -- population based training ----------------------------------------------------------------------------------------

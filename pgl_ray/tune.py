@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from pgl_ray import finetune, pretrain, probe, report, sweeps
+from pgl_ray import finetune, pretrain, report, sweeps
 from pgl_ray.config import (
     PRETRAINED,
+    EvaluateConfig,
     FailedRun,
     FinetuneConfig,
     ReportConfig,
@@ -41,7 +42,9 @@ from pgl_ray.config import (
     keys,
 )
 from pgl_ray.data import stream
-from pgl_ray.data.store import Index, read_index
+from pgl_ray.data.store import Index, ScanRecord, read_index
+from pgl_ray.judge import voxels
+from pgl_ray.judge.judges import check_number
 from pgl_ray.train import launch, weights
 from pgl_ray.train.checkpoint import write_json
 from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, own_name, stage_config, stage_configs
@@ -162,6 +165,7 @@ def check(config: TuneConfig) -> list[Trial]:
             configs = stage_configs(config, trial.values, Path(config.run))
             if config.first_judge and "pretrain" not in configs and "probe" not in configs:
                 raise ValueError(f"it is not pre-trained: for first_judge={config.first_judge} it needs a base_probe")
+            _check_probe(config, configs)
     return [] if config.search == "optuna" else trials  # what Optuna draws is of the same kind
 
 
@@ -178,13 +182,27 @@ def _check_judges(config: TuneConfig) -> None:
         raise ValueError(
             f"judge={config.judge} is no figure of fine-tuning, which comes last: take val/dice, or base_finetune=null"
         )
-    probed = (config.base_pretrain or {}).get("probe", {}).get("every") or config.base_probe is not None
-    if config.first_judge and (config.first_judge != PROBE or not probed):
-        raise ValueError(
-            f"first_judge={config.first_judge}: take {PROBE}, with base_pretrain.probe.every=... or a base_probe"
-        )
+    curve = bool((config.base_pretrain or {}).get("probe", {}).get("every"))
+    for name, figure in (("judge", config.judge), ("first_judge", config.first_judge)):
+        if figure and (name == "first_judge" or figure in sweeps.FIGURES):
+            probed = config.base_probe is not None or (curve and figure == PROBE)
+            if figure not in sweeps.FIGURES or not probed:
+                others = " or ".join(figure for figure in sweeps.FIGURES if figure != PROBE)
+                raise ValueError(
+                    f"{name}={figure}: take {PROBE}, with base_pretrain.probe.every=... or a base_probe; or {others}, "
+                    "with a base_probe"
+                )
     if config.base_finetune is None and config.judge.startswith("val/"):
         raise ValueError(f"judge={config.judge} is a figure of fine-tuning, and base_finetune is null: take {PROBE}")
+
+
+def _check_probe(config: TuneConfig, configs: dict[str, Section]) -> None:
+    """Refuses a trial whose probe does not say what trials are judged by."""
+    figure = config.first_judge if "finetune" in configs else config.judge
+    judge = sweeps.FIGURES.get(figure)
+    if judge and "probe" in configs and judge not in configs["probe"].judges:
+        asked = ",".join(configs["probe"].judges)
+        raise ValueError(f"{figure} is said by {judge}: add it to base_probe.judges=[{asked}]")
 
 
 def _check_key(config: TuneConfig, name: str, what: str, fixed: tuple[str, ...]) -> None:
@@ -270,27 +288,55 @@ def _check_stores(config: TuneConfig, trials: list[Trial]) -> None:
     Raises:
         ValueError: of the first such trial.
     """
-    read = functools.cache(read_index)
+    read, notes = functools.cache(read_index), []
     read(config.index)
     for values in [trial.values for trial in trials] or [{}]:
         with _named(_title(values) or "base"):
-            configs = stage_configs(config, values, Path(config.run))
-            if "pretrain" in configs:
-                pretrain.make_plan(configs["pretrain"], read(configs["pretrain"].index))
-                if "finetune" in configs or "probe" in configs:
-                    labelled = configs.get("finetune") or configs["probe"]
-                    _check_windows(read(configs["pretrain"].index), read(labelled.index))
+            configs, tested = stage_configs(config, values, Path(config.run)), []
             _check_shipped(configs, read)
             if "probe" in configs:
-                probe.choose_scans(read(configs["probe"].index), configs["probe"])
+                _, tested = voxels.choose_scans(read(configs["probe"].index), configs["probe"])
+                check_number(tested, configs["probe"], configs["probe"].judges)
             if "finetune" in configs:
                 train_ids, _ = finetune.split_scans(configs["finetune"], read(configs["finetune"].index))
                 if config.scheduler.kind == "pbt":
                     _check_checkpoints(config.scheduler.grace, configs["finetune"], train_ids)
-            if "evaluate" in configs and not read(configs["evaluate"].index).labelled(configs["evaluate"].split):
-                raise ValueError(
-                    f"index={configs['evaluate'].index} has no labelled scan in split={configs['evaluate'].split!r}"
-                )
+            if "evaluate" in configs:
+                tested = tested + _evaluated(configs["evaluate"], read(configs["evaluate"].index))
+            if "pretrain" in configs:
+                pool = read(configs["pretrain"].index)
+                plan = pretrain.make_plan(configs["pretrain"], pool)
+                if "finetune" in configs or "probe" in configs:
+                    _check_windows(pool, read((configs.get("finetune") or configs["probe"]).index))
+                curve = configs["pretrain"].probe
+                if curve.every:
+                    tested = tested + voxels.choose_scans(read(curve.index or str(pool.store)), curve)[1]
+                notes += _overlap(pool, plan, tested)
+    for note in dict.fromkeys(notes):
+        print(f"tune: note: {note}", flush=True)
+
+
+def _evaluated(config: EvaluateConfig, index: Index) -> list[ScanRecord]:
+    """The scans to evaluate on.
+
+    Raises:
+        ValueError: none.
+    """
+    found = index.labelled(config.split)[: config.num_scans]
+    if not found:
+        raise ValueError(f"index={config.index} has no labelled scan in split={config.split!r}")
+    return found
+
+
+def _overlap(pool: Index, plan: stream.Plan, tested: list[ScanRecord]) -> list[str]:
+    """What to say of scans that are tested on and pre-trained on, and what would leave them out."""
+    hashes, wanted = {scan.content_hash for scan in tested}, set(plan.scan_ids)
+    seen = {scan.content_hash for scan in pool.scans if scan.scan_id in wanted} & hashes
+    apart = {scan.split for scan in pool.scans} - {scan.split for scan in pool.scans if scan.content_hash in hashes}
+    mend = f": base_pretrain.split={' or '.join(sorted(filter(None, apart)))} leaves them out" if any(apart) else ""
+    return (
+        [f"{len(seen)} of the {len(hashes)} scans to test on are pre-trained on (without labels){mend}"] if seen else []
+    )
 
 
 def _check_windows(pool: Index, labelled: Index) -> None:
@@ -355,7 +401,7 @@ def _room(config: TuneConfig, trials: list[Trial]) -> int:
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
     points = [trial.values for trial in trials] or [{}]
     configs = [one for values in points for one in stage_configs(config, values, Path()).values()]
-    trains, needs = {one.train for one in configs if hasattr(one, "train")}, []
+    trains, needs = {one.train for one in configs if hasattr(one, "train")} or {TrainConfig()}, []
     for train in trains:
         on_gpu = launch.check_resources(train)
         needs.append((_cpus(train), train.num_workers * train.gpus_per_worker if on_gpu else 0))
@@ -452,7 +498,7 @@ def _optuna(config: TuneConfig, begun: list[sweeps.Trial], again: int = 0) -> An
     seed, first = config.seed + len(begun) + 1000 * again, [point for point, _ in interrupted] or None
     search = OptunaSearch(space=space, metric="score", mode="max", points_to_evaluate=first, seed=seed)
     for point, score in ended:
-        search.add_evaluated_point(point, score or 0.0)  # a collapsed one has none
+        search.add_evaluated_point(point, sweeps.merit(config.judge, score))  # a collapsed one has none
     return search
 
 
@@ -468,7 +514,8 @@ def _scheduler(config: TuneConfig, done: list[sweeps.Trial]) -> Any:
             stub = SimpleNamespace(trial_id=trial.name)
             asha.on_trial_add(None, stub)
             for progress, score in trial.reports:
-                asha.on_trial_result(None, stub, {"progress": progress, "score": score})
+                figure = config.first_judge if progress <= trial.record.get("judged_from", 0) else config.judge
+                asha.on_trial_result(None, stub, {"progress": progress, "score": sweeps.merit(figure, score)})
         return asha
     if chosen.kind == "pbt":
         mutations = {"trial": {"values": {LEARNING_RATE: _domain(config.space[LEARNING_RATE])}}}
@@ -528,7 +575,7 @@ def _collect(config: TuneConfig, folder: Path) -> Result:
     if not scored:
         failed = next((trial.error for trial in found if trial.error), "no result")
         raise FailedRun(f"no trial of {len(found)} came to a score; the first: {failed}")
-    best = max(scored, key=lambda trial: trial.score)
+    best = max(scored, key=lambda trial: trial.merit)
     configs = stage_configs(config, best.values, folder / "trials" / best.name)
     left_out = {"index", "run", "ray"} | ({"init"} if "pretrain" in configs else set())
     sections = {
@@ -545,7 +592,7 @@ def _collect(config: TuneConfig, folder: Path) -> Result:
     aside.write_text(text + OmegaConf.to_yaml(OmegaConf.create(sections)))
     aside.replace(folder / "best.yaml")
     report.run(build(ReportConfig, {"run": [str(folder)], "title": f"Sweep {folder.name}"}))
-    print("\n" + sweeps.table(sorted(found, key=lambda trial: -(trial.score or -1))))
+    print("\n" + sweeps.table(sorted(found, key=lambda trial: -trial.merit)))
     states = dict(Counter(trial.state for trial in found))
     return Result(str(folder), best.values, best.score, states)
 

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import train_loop as loop
 from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
 from pgl_ray import finetune
 from pgl_ray.config import FinetuneConfig, FinetuneOptimConfig, load
 from pgl_ray.data.store import read_index, write_index, write_scan
+from pgl_ray.judge import readings
 from pgl_ray.model.device import autocast
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.inference import out_of_memory
@@ -132,6 +134,71 @@ def test_a_frozen_encoder_stays_as_it_is_bit_for_bit(tmp_path):
     finetune.backward(free, free, batch(), "multiclass", 1, autocast(CPU, "float32"))
     assert free.encoder.conv1.weight.grad.abs().sum() > 0
     assert not torch.equal(free.encoder.bn1.running_mean, before["encoder.bn1.running_mean"])
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    return loop.scans(tmp_path_factory.mktemp("scans") / "store")
+
+
+def statistics(state: dict) -> dict[str, torch.Tensor]:
+    """The encoder's BatchNorm in a state."""
+    found = {name: value for name, value in state["model"].items() if name.startswith("encoder.")}
+    return {name: value for name, value in found.items() if "running_" in name}
+
+
+@pytest.mark.parametrize("init", ["random", "trained"])
+def test_a_frozen_encoder_is_prepared_as_the_judges_prepare_it(scans, tmp_path, monkeypatch, init):
+    """On any number of workers, whatever it starts from; once, so a continued run has what its checkpoint has."""
+    torch.manual_seed(1)
+    first = build_encoder(**loop.ENCODER)
+    for part in readings.norms(first):
+        part.running_mean.uniform_(-1, 1)
+    meta = {"door": "pretrain", "encoder": first.settings, "hu_window": [-1024.0, 325.0]}
+    state = {"meta": meta, "model": {f"online.encoder.{name}": value for name, value in first.state_dict().items()}}
+    torch.save(state, tmp_path / "init.pt")
+    given = {"freeze": True, "seed": 3, "max_steps": 4, "init": init if init == "random" else str(tmp_path / "init.pt")}
+
+    runs = {name: loop.finetuning(scans, tmp_path / name, **given) for name in ("one", "continued")}
+    runs["two"] = loop.finetuning(scans, tmp_path / "two", **given, train={"num_workers": 2})
+    index = read_index(scans)
+    start = finetune.build_model(runs["one"], index)[0].encoder
+    views = readings.unlabelled_views(index, list(index.scans), (16, 32, 32), 3)
+    expected = {f"encoder.{n}": v for n, v in readings.read_as(start, "reestimated", views).named_buffers()}
+    loop.train(runs["one"])
+    loop.train(runs["two"], world=2)
+    with pytest.raises(loop.Killed):
+        loop.train(runs["continued"], until=3)
+    monkeypatch.setattr(readings, "reestimate", lambda *args: pytest.fail("estimated a second time"))
+    loop.train(runs["continued"])
+    for name in runs:
+        found = statistics(loop.state_of(tmp_path / name))
+        assert found and all(torch.equal(value, expected[key]) for key, value in found.items()), name
+    assert not any(torch.equal(value, start.get_buffer(key[8:])) for key, value in found.items())
+    one, continued = (loop.state_of(tmp_path / name)["model"] for name in ("one", "continued"))
+    assert loop.equal(one, continued)
+
+
+def test_the_first_line_says_how_a_frozen_encoder_was_prepared(scans, tmp_path, monkeypatch, capsys):
+    class Ended(Exception):
+        pass
+
+    def fit(*args):
+        raise Ended
+
+    monkeypatch.setattr(finetune.launch, "fit", fit)
+    monkeypatch.setattr(finetune.launch, "connect", lambda ray: None)
+    monkeypatch.setattr(finetune.stream, "too_large", lambda *sizes: None)
+    without = {"kind": "resenc", "depths": [1, 1, 1, 1, 1], "width": 4, "stage_strides": "early"}
+    line = ", encoder frozen (BatchNorm's statistics are those of 64 unlabelled views), paper decoder"
+    for name, changes, expected in (
+        ("frozen", {"freeze": True}, line),
+        ("free", {}, "init=random, paper decoder"),
+        ("instance", {"freeze": True, "encoder": without, "decoder": "light"}, "random, encoder frozen, light decoder"),
+    ):
+        with pytest.raises(Ended):
+            finetune.run(loop.finetuning(scans, tmp_path / name, **changes))
+        assert expected in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The judges of frozen encoders: one state for all, whole-scan maps, the decoder and point matching, and their ends."""
 
+import copy
 import itertools
 import json
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 from scipy import ndimage, stats
 from torch import nn
+from torch.distributed import destroy_process_group, init_process_group
 
 from pgl_ray import probe
-from pgl_ray.config import EncoderConfig, ProbeConfig
+from pgl_ray.config import EncoderConfig, FailedRun, ProbeConfig
 from pgl_ray.data.store import read_index, write_index, write_scan
 from pgl_ray.judge import decoder, dense, judges, matching, readings, voxels
 from pgl_ray.model.encoder import build_encoder
@@ -411,3 +413,93 @@ def test_shortcomings_of_the_scans_are_said(tmp_path):
         judges.Judges(index, config(index), ("matching",))
     with pytest.raises(ValueError, match="no scan to estimate BatchNorm's statistics on"):
         readings.unlabelled_views(index, [], SIZE, 0)
+
+
+# -- encoders and stores that are not as usual ------------------------------------------------------------------------
+
+
+def test_an_encoder_without_batchnorm_has_one_reading_and_is_judged_by_all(store, tmp_path, capsys):
+    settings = {"kind": "resenc", "depths": [1, 1, 1, 1, 1], "width": 4, "stage_strides": "early"}
+    torch.manual_seed(0)
+    encoder = build_encoder(**settings)
+    model = {f"online.encoder.{key}": value for key, value in encoder.state_dict().items()}
+    meta = {"door": "pretrain", "encoder": settings, "hu_window": [-1024.0, 325.0]}
+    torch.save({"meta": meta, "model": model}, tmp_path / "run.pt")
+    judged = {"judges": ["voxels", "matching"], "encoder": None, "size": (16, 32, 32)}
+    result = probe.run(config(store, init=str(tmp_path / "run.pt"), **judged))
+    assert list(result.readings) == ["trained"] and list(result.controls) == ["random, no BatchNorm"]
+    assert f"the encoder of init={tmp_path}/run.pt has no BatchNorm: there is one reading of it" in result.notes
+    text = probe.describe(result)
+    assert "run.pt, no BatchNorm" in text and "as trained" not in text and "re-estimated" not in text
+    printed = capsys.readouterr().out
+    assert printed.count("probe: note:") == len(result.notes)
+
+
+def test_statistics_that_do_not_follow_are_estimated_as_others_are(store):
+    """Frozen layers: in eval mode, without gradients, of momentum 0; they come back as they were."""
+    views = readings.unlabelled_views(store, list(store.scans[:2]), SIZE, 0)
+    torch.manual_seed(0)
+    live = Encoder(**TINY).train()
+    frozen = Encoder(**TINY).eval().requires_grad_(False)
+    frozen.load_state_dict(live.state_dict())
+    for part in readings.norms(frozen):
+        part.momentum = 0.0
+        part.running_mean.fill_(5.0)
+    expected = readings.read_as(live, "reestimated", views).state_dict()
+    found = readings.read_as(frozen, "reestimated", views).state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+    assert all((part.running_mean == 5).all() and part.momentum == 0 for part in readings.norms(frozen))
+    readings.reestimate(frozen, views)
+    assert all(torch.equal(value, found[key]) for key, value in frozen.state_dict().items())
+    assert not any(part.training or part.momentum for part in readings.norms(frozen))
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_an_encoder_of_several_workers_is_judged_by_one(store, tmp_path):
+    """SyncBatchNorm would wait for the others, and cannot be run on a CPU at all."""
+    views = readings.unlabelled_views(store, list(store.scans[:2]), SIZE, 0)
+    torch.manual_seed(0)
+    plain = Encoder(**TINY)
+    shared = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        found = readings.read_as(shared, "reestimated", views)
+        assert not any(isinstance(part, nn.SyncBatchNorm) for part in found.modules())
+        expected = readings.read_as(plain, "reestimated", views)
+        assert all(torch.equal(value, found.state_dict()[key]) for key, value in expected.state_dict().items())
+        assert any(isinstance(part, nn.SyncBatchNorm) for part in shared.modules())
+    finally:
+        destroy_process_group()
+
+
+@pytest.mark.parametrize("judge", ["voxels", "decoder", "matching"])
+def test_features_that_are_not_finite_are_no_score(store, judge):
+    broken = Encoder(**TINY)
+    nn.init.constant_(broken.layer2[0].conv1.weight, torch.nan)
+    with pytest.raises(FailedRun, match=r"^the encoder's features are not finite$"):
+        judges.Judges(store, config(store), (judge,)).judge(broken, "off")
+
+
+def test_an_encoder_that_was_trained_in_part_is_judged_by_all(store):
+    """As PGL at a finer output stride leaves it: the stages behind are not there."""
+    torch.manual_seed(0)
+    encoder = Encoder(**TINY)
+    encoder.stop_at(2)
+    found = judges.Judges(store, config(store, num_scans=1), ("voxels", "decoder", "matching")).judge(encoder, "off")
+    assert 0 <= found["decoder"].value <= 1 and found["matching"].value > 0
+    assert list(found["voxels"].details["recall"]) == ["background", "brick", "ball"]
+
+
+def test_scans_without_organs_are_refused_in_one_line(tmp_path):
+    for number in range(4):
+        volume, label = paint(number)
+        split = "train" if number < 2 else "test"
+        more = {"label": label * (split == "train"), "labelled": (2, 5), "split": split}
+        write_scan(tmp_path, f"s{number}", volume, np.diag([*SPACING, 1]), **more)
+    index = write_index(tmp_path, LABELS, (-1024.0, 325.0))
+    for judge in ("decoder", "matching"):
+        with pytest.raises(
+            ValueError, match="no organ occurs in the 2 scans to test on: raise num_test_scans=3"
+        ) as got:
+            judges.Judges(index, config(index), (judge,))
+        assert "\n" not in str(got.value)

@@ -75,7 +75,9 @@ def test_phantoms_end_to_end(ray_cluster, tmp_path, monkeypatch):
     # fine-tuning on 2 workers from it, their patches in two parts, the encoder frozen
     tuned = finetune.run(finetuning("store", "tuned", "pgl", 2, global_batch_size=4, accumulate=2, freeze=True))
     encoders = [weights.load_encoder(run)[0].state_dict() for run in (pretrained.run, tuned.run)]
-    assert all(torch.equal(value, encoders[1][name]) for name, value in encoders[0].items())
+    same = {name: torch.equal(value, encoders[1][name]) for name, value in encoders[0].items()}
+    statistics = ("running_mean", "running_var", "num_batches_tracked")  # estimated anew
+    assert all(same[name] for name in same if not name.endswith(statistics)) and not all(same.values())
     meta = weights.load_segmenter(tuned.run)[1]
     assert meta["labels"] == read_index(str(store)).labels
     record = json.loads((tmp_path / "tuned" / "run.json").read_text())

@@ -83,7 +83,8 @@ def test_there_are_weights_and_each_has_a_card():
 def test_every_file_beside_the_code_is_part_of_the_package():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pgl_ray"]
     package = ROOT / "pgl_ray"
-    others = [p.relative_to(package) for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    files = (p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    others = [p.relative_to(package) for p in files if p.suffix != ".py"]
     for path in others:
         depth = len(path.parts)
         assert any(fnmatch(str(path), one) and one.count("/") == depth - 1 for one in patterns), path
@@ -151,14 +152,14 @@ def blocks(path, language):
 def test_the_cards_code_runs_and_monai_computes_the_same(path, tmp_path, monkeypatch):
     (tmp_path / path.name).write_bytes(path.read_bytes())
     affine = np.diag([-4.5, -4.5, 2.5, 1])
-    hu = np.random.default_rng(0).normal(-900, 280, (52, 50, 20)).clip(-1000, 1000).astype(np.int16)
+    hu = np.random.default_rng(0).normal(-900, 280, (70, 66, 40)).clip(-1000, 1000).astype(np.int16)
     nib.save(nib.Nifti1Image(hu, affine), tmp_path / "ct.nii.gz")
     monkeypatch.chdir(tmp_path)
     known = {}
     for code in blocks(path, "python"):
         exec(code, known)
     ours, theirs = known["maps"], known["resnet"]
-    x = known["ct"][..., :16, :48, :48]
+    x = known["ct"][..., :32, :64, :64]
     with torch.inference_mode():
         maps = [theirs.act(theirs.bn1(theirs.conv1(x)))]
         for stage in (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4):
@@ -259,7 +260,7 @@ def test_probe_and_finetune_start_from_the_files_weights(index, capsys):
         own = name.removeprefix("encoder.")
         taken = name.startswith("encoder.") and own.startswith(tuple(trained))
         assert torch.equal(value, held[own] if taken else random.state_dict()[name]), name
-    encoder = probe._load(probing(index), index)
+    encoder = probe.load("init", probing(index), index, [], [])
     assert encoder.last == said["last_trained_map"]
     for name, value in encoder.state_dict().items():
         assert not name.startswith(tuple(trained)) or torch.equal(value.cpu(), held[name]), name
@@ -457,6 +458,6 @@ def test_stages_that_were_not_trained_start_at_random(made, index, monkeypatch):
     assert meta["init_level"] == 3 and not report.mismatches()
     assert torch.equal(model.encoder.layer3[0].conv1.weight, encoder.layer3[0].conv1.weight)
     assert not torch.equal(model.encoder.layer4[0].conv1.weight, encoder.layer4[0].conv1.weight)
-    assert probe._load(probing(index, "pretrained:run"), index).last == 3
+    assert probe.load("init", probing(index, "pretrained:run"), index, [], []).last == 3
     with pytest.raises(ValueError, match=r"pretrained:run was trained up to stage 3 .* take freeze=false"):
         finetune.build_model(tuning(index, "freeze=true", init="pretrained:run"), index)

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import train_loop as loop
 from scipy import ndimage, optimize
 
-from pgl_ray import probe
+from pgl_ray import pretrain, probe
 from pgl_ray.config import EncoderConfig, FailedRun, ProbeConfig
 from pgl_ray.data.store import open_label, write_index, write_scan
 from pgl_ray.judge import judges
 from pgl_ray.judge import voxels as voxel_judge
 from pgl_ray.model.resnet import Encoder
+from pgl_ray.train import checkpoint, weights
 
 LABELS = {"kidney": 2, "liver": 5, "spleen": 9}  # gaps on purpose: classes are not label values
 SHAPE, SIZE = (13, 50, 37), (8, 24, 16)
@@ -340,3 +342,47 @@ def test_what_cannot_be_probed_is_said(planted, tmp_path):
     torch.nn.init.constant_(broken.conv1.weight, torch.nan)
     with pytest.raises(FailedRun, match="not finite"):
         score(broken, planted, config(planted.store))
+
+
+# -- while pre-training -----------------------------------------------------------------------------------------------
+
+
+def curve(where, run, **changes):
+    """A pre-training that is probed at each step."""
+    settings = {"every": 1, "num_scans": 3, "num_test_scans": 3, "test_split": "train", "voxels_per_class": 60}
+    return loop.pretraining(where, run, probe=settings, max_steps=2, train={"checkpoint_every": 1}, **changes)
+
+
+def told(run):
+    """Step -> what the metrics say of the probe."""
+    rows = {int(row["step"]): row for row in loop.rows_of(run)}
+    return {step: {key: row[key] for key in row if key.startswith("probe/")} for step, row in rows.items()}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_curve_is_what_the_checkpoints_weights_are_worth(tmp_path, world):
+    """Whatever the workers' own BatchNorm has seen: a judge that starts from the checkpoint says the same."""
+    scans = loop.scans(tmp_path / "store")
+    settings = curve(scans, tmp_path / "run", global_batch_size=4 * world)
+    loop.train(settings, world=world)
+    judge = pretrain.make_probe(settings)
+    for place, step in checkpoint.checkpoints(tmp_path / "run"):
+        encoder, _ = weights.load_encoder(str(place))
+        found = judge.judge(encoder, "reestimated")["voxels"]
+        expected = {"probe/balanced_accuracy": found.value}
+        expected |= {f"probe/recall_{name}": value for name, value in found.details["recall"].items()}
+        assert told(tmp_path / "run")[step] == expected
+    assert step == 2
+
+
+def test_the_curve_does_not_depend_on_the_number_of_workers(tmp_path):
+    """At a rate that moves no weight: statistics differ between one worker and two, the figures do not."""
+    scans, found = loop.scans(tmp_path / "store"), {}
+    for world in (1, 2):
+        settings = curve(scans, tmp_path / str(world), optim={"lr": 1e-30}, global_batch_size=4)
+        loop.train(settings, world=world)
+        found[world] = loop.state_of(tmp_path / str(world))["model"]
+    assert told(tmp_path / "1") == told(tmp_path / "2") and set(told(tmp_path / "1")) == {1, 2}
+    online = {key: value for key, value in found[1].items() if key.startswith("online.encoder.")}
+    assert all(torch.equal(value, found[2][key]) for key, value in online.items() if "running_" not in key)
+    assert not torch.equal(online["online.encoder.bn1.running_var"], found[2]["online.encoder.bn1.running_var"])

@@ -16,8 +16,8 @@ import torch
 from omegaconf import OmegaConf
 from scipy import stats
 
+from pgl_ray import arms, pictures, report, sweep_report, sweeps, trial, tune
 from pgl_ray import config as c
-from pgl_ray import pictures, report, sweep_report, sweeps, trial, tune
 from pgl_ray.data.store import write_index, write_scan
 from pgl_ray.train import checkpoint, launch, optim
 
@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {"width": 8, "depths": [1, 1, 1, 1]}
 BASE = {"base_pretrain": {"max_steps": 4, "encoder": ENCODER}, "base_finetune": {"max_steps": 4}}
 LR = {"finetune.optim.lr": {"loguniform": [0.001, 0.1]}}
+CURVE = {"base_pretrain": {**BASE["base_pretrain"], "probe": {"every": 2}}}
+PROBED = {"base_finetune": None, "base_probe": {"judges": ["voxels", "decoder", "matching"]}}
 
 
 def sweep(tmp_path, **changes) -> c.TuneConfig:
@@ -49,6 +51,19 @@ def sweep(tmp_path, **changes) -> c.TuneConfig:
         ({"space": LR, "judge": "val/iou"}, "no figure of fine-tuning, which comes last: take val/dice"),
         ({"space": LR, "judge": "probe/balanced_accuracy"}, "take val/dice, or base_finetune=null"),
         ({"space": LR, "first_judge": "probe/balanced_accuracy"}, "with base_pretrain.probe.every"),
+        (
+            {"space": LR, "first_judge": "probe/matching_mm", **CURVE},
+            "or probe/decoder_dice or probe/matching_mm, with a",
+        ),
+        (
+            {"space": LR, "first_judge": "probe/decoder_dice", "base_probe": {"judges": ["voxels", "matching"]}},
+            "probe/decoder_dice is said by decoder: add it to base_probe.judges=[voxels,matching]",
+        ),
+        (
+            {"arms": {"a": {"probe.judges": ["decoder"]}}, "judge": "probe/balanced_accuracy", **PROBED},
+            "arm=a: probe/balanced_accuracy is said by voxels: add it to base_probe.judges=[decoder]",
+        ),
+        ({"arms": {"a": {}}, "judge": "probe/matching_mm", "base_finetune": None}, "judge=probe/matching_mm: take"),
         ({"arms": {"a": {"finetune.run": "x"}}}, "arms.a: 'finetune.run' is not a key"),
         ({"space": {"finetune.seed": {"grid_search": [1]}}, "search": "optuna"}, "take choice instead of grid_search"),
         ({"space": LR, "scheduler": {"kind": "pbt"}}, "num_trials of at least 4"),
@@ -94,6 +109,21 @@ def test_fine_tuning_takes_the_encoder_that_was_pretrained(tmp_path, path, small
         if "pretrain" in configs and "finetune" in configs:
             assert configs["finetune"].encoder == configs["pretrain"].encoder
             assert configs["finetune"].init == configs["pretrain"].run
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_no_shipped_space_pretrains_on_what_it_tests_on(tmp_path, path):
+    """Where pool and tested scans lie in one store, they are of different splits; else the file says what to add."""
+    config = c.load(c.TuneConfig, [str(path), "index=s", f"run={tmp_path}/sweep"])
+    for each in tune.check(config):
+        configs = trial.stage_configs(config, each.values, tmp_path)
+        tested = {configs[stage].split for stage in ("evaluate",) if stage in configs}
+        tested |= {configs["probe"].test_split} if "probe" in configs else set()
+        pool = configs.get("pretrain")
+        tested |= {pool.probe.test_split} if pool and pool.probe.every else set()
+        if pool and tested:
+            apart = pool.split is not None and pool.split not in tested
+            assert apart or "add base_pretrain.split=train" in " ".join(path.read_text().split())
 
 
 def test_every_point_of_the_space_is_one_trial(tmp_path):
@@ -346,6 +376,220 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     assert not trial._fork(tmp_path / "nothing", tmp_path / "mine", config)
 
 
+# -- judges of which lower is better ----------------------------------------------------------------------------------
+
+
+def test_a_probe_in_a_trial_takes_the_sweeps_own_ends(tmp_path):
+    """Random weights are an arm; a trial judges none beside it, unless it is said."""
+    config = sweep(tmp_path, arms={"random": {"probe.init": "random"}, "pgl": {}}, judge="probe/matching_mm", **PROBED)
+    for one in tune.check(config):
+        found = trial.stage_configs(config, one.values, tmp_path / "t")["probe"]
+        assert not found.ends and found.judges == ("voxels", "decoder", "matching")
+        assert found.output == str(tmp_path / "t" / "probe.json")
+    base = {"judges": ["matching"], "ends": True}
+    asked = sweep(tmp_path, arms={"pgl": {}}, judge="probe/matching_mm", base_finetune=None, base_probe=base)
+    assert trial.stage_configs(asked, {"arm": "pgl"}, tmp_path)["probe"].ends
+    assert c.ProbeConfig(index="s").ends  # of the door itself it stays
+
+
+def said(value: float, scans=("p", "q"), init="run", off: float | None = None) -> dict:
+    """A probe's file in which every judge says what follows from one value; higher is better of all but matching."""
+
+    def scores(level):
+        organs, num = ("liver", "spleen"), 1000
+        hits = [[round(num * level)] * 2 for _ in scans]
+        rows = [{"scan_id": scan, "organ": organ, "dice": level / 2} for scan in scans for organ in organs]
+        errors = [{"scan_id": scan, "organ": organ, "error_mm": 50 * (1 - level)} for scan in scans for organ in organs]
+        details = {"scans": list(scans), "classes": list(organs), "hits": hits, "counts": [[num] * 2 for _ in scans]}
+        return {
+            "voxels": {"value": level, "details": details},
+            "decoder": {"value": level / 2, "details": {"rows": rows}},
+            "matching": {"value": 50 * (1 - level), "details": {"rows": errors}},
+        }
+
+    readings = {"reestimated": scores(value)} | ({} if off is None else {"off": scores(off)})
+    if init != "random" and off is not None:
+        readings["off"] = {"voxels": readings["off"]["voxels"]}
+    return {"init": init, "readings": readings, "balanced_accuracy": value, "recall": {}, "notes": []}
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Trials without Ray: what is reported is kept; values give what their probes find, none a failure."""
+    told: list[tuple[str, dict]] = []
+
+    class Trial:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def get_trial_dir(self):
+            return str(self.folder)
+
+    def run(config, values, folder, found):
+        from ray import tune as ray_tune
+
+        def apart(door, probed, train, room):
+            assert isinstance(train, c.TrainConfig)
+            if found is None:
+                raise c.FailedRun("out of memory")
+            checkpoint.write_json(Path(probed.output), found)
+
+        folder.mkdir(parents=True)
+        monkeypatch.setattr(trial, "_apart", apart)
+        monkeypatch.setattr(trial, "_pretrain", lambda config: None)
+        monkeypatch.setattr(trial, "_gpus", lambda train: 0.0)
+        monkeypatch.setattr(ray_tune, "get_context", lambda: Trial(folder / "ray"))
+        monkeypatch.setattr(ray_tune, "report", lambda figures, checkpoint: told.append((folder.name, figures)))
+        trial._run(config, values, folder, 1)
+        return sweeps.read_trial(folder)
+
+    return run, told
+
+
+@pytest.mark.parametrize("figure", list(sweeps.FIGURES))
+def test_the_best_trial_is_the_best_whatever_its_judge(tmp_path, alone, figure):
+    """Four trials, one of which fails: reports to Ray Tune, ASHA, Optuna, the table, best.yaml and the page agree."""
+    run, told = alone
+    space = {"pretrain.optim.lr": {"choice": [0.1, 0.2, 0.3, 0.4]}}
+    config = sweep(tmp_path, space=space, judge=figure, scheduler={"kind": "asha", "grace": 50}, **PROBED)
+    tune._remember(config, tmp_path / "sweep")
+    levels = {0.1: 0.5, 0.2: 0.9, 0.3: None, 0.4: 0.7}
+    found = {}
+    for lr, level in levels.items():
+        values = {"pretrain.optim.lr": lr}
+        folder = tmp_path / "sweep" / "trials" / trial.name_of(values)
+        found[lr] = run(config, values, folder, None if level is None else said(level))
+    states = {0.1: ("done", None), 0.2: ("done", None), 0.3: ("failed", "out of memory"), 0.4: ("done", None)}
+    assert {lr: (one.state, one.error) for lr, one in found.items()} == states
+    value = {"voxels": lambda v: v, "decoder": lambda v: v / 2, "matching": lambda v: 50 * (1 - v)}[
+        sweeps.FIGURES[figure]
+    ]
+    assert all(
+        found[lr].score == pytest.approx(value(level)) for lr, level in levels.items() if level
+    )  # in its own unit
+    order = [0.2, 0.4, 0.1, 0.3]  # from the best to the failed one
+    last = {lr: next(f["score"] for name, f in reversed(told) if name == one.name) for lr, one in found.items()}
+    assert sorted(last, key=last.get, reverse=True) == order and all(map(math.isfinite, last.values()))
+    assert sorted(found, key=lambda lr: found[lr].merit, reverse=True) == order
+
+    result = tune._collect(config, tmp_path / "sweep")
+    assert result.best == {"pretrain.optim.lr": 0.2} and result.score == found[0.2].score
+    assert c.load(c.PretrainConfig, [str(tmp_path / "sweep/best.yaml"), "index=s", "run=r"]).optim.lr == 0.2
+    page = Path(tmp_path / "sweep/report.html").read_text()
+    assert f"{figure} {found[0.2].score:.4f} (trial {found[0.2].name})" in page
+    rows = [page.index(f"<td>{found[lr].name}</td>") for lr in order]
+    assert rows == sorted(rows) and "decoder Dice</th><th>matching, mm</th>" in page
+    table = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
+    assert {(r["probe"], r["decoder_dice"], round(r["matching_mm"], 6)) for r in table if r["probe"]} == {
+        (level, level / 2, round(50 * (1 - level), 6)) for level in levels.values() if level
+    }
+
+    asha, new = (
+        tune._scheduler(config, [one for one in found.values() if one.state == "done"]),
+        SimpleNamespace(trial_id="n"),
+    )
+    for level, decision in ((0.6, "STOP"), (0.95, "CONTINUE")):
+        asha.on_trial_add(None, new)
+        report = {"progress": 60, "score": sweeps.merit(figure, value(level))}
+        assert asha.on_trial_result(None, new, report) == decision
+        new = SimpleNamespace(trial_id="another")
+    pytest.importorskip("optuna")
+    search = tune._optuna(config.model_copy(update={"search": "optuna"}), list(found.values()))
+    assert search._ot_study.best_value == pytest.approx(found[0.2].merit)
+
+
+def test_an_arm_may_be_a_probe_of_random_weights_alone(tmp_path, alone, monkeypatch):
+    """It trains nothing; it is judged on the resources of the others' pre-training."""
+    import ray
+
+    config = sweep(tmp_path, arms={"random": {"probe.init": "random"}}, judge="probe/decoder_dice", **PROBED)
+    (only,) = tune.check(config)
+    run, told = alone
+    found = run(config, only.values, tmp_path / "trials" / only.name, said(0.4, init="random", off=0.6))
+    assert (found.state, found.error, found.score) == ("done", None, 0.2)  # of the reading that counts
+    assert [figures["score"] for _, figures in told] == [0.2, 0.2]
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [1, 2])
+    assert tune._room(config, [only]) == 2
+
+
+def test_the_first_judges_rungs_have_its_own_sign(tmp_path):
+    """Matching before fine-tuning (lower is better), Dice after it: each rung compares its own figure."""
+    base = {"base_probe": {"judges": ["matching"]}, "first_judge": "probe/matching_mm"}
+    config = sweep(tmp_path, space=LR, scheduler={"kind": "asha", "grace": 50}, **base)
+    done = [
+        ended(tmp_path, {"a": k}, dice, [(100, mm), (150, dice)], judged_from=100, judge="val/dice")
+        for k, (mm, dice) in enumerate(((20.0, 0.5), (30.0, 0.6), (40.0, 0.7)))
+    ]
+    assert [one.score for one in done] == [one.merit for one in done] == [0.5, 0.6, 0.7]
+    for mm, decision in ((45.0, "STOP"), (18.0, "CONTINUE")):
+        asha, new = tune._scheduler(config, done), SimpleNamespace(trial_id="new")
+        asha.on_trial_add(None, new)
+        score = sweeps.merit(config.first_judge, mm)
+        assert asha.on_trial_result(None, new, {"progress": 100, "score": score}) == decision
+
+
+def test_arms_are_held_against_the_strongest_control_by_every_judge(tmp_path):
+    """Random weights are stronger with BatchNorm off here; matching's sign is turned in words, too."""
+    controls = {"random": {"probe.init": "random"}, "wrong priors": {"pretrain.align.wrong_priors": True}}
+    space = {"pretrain.seed + probe.seed": {"grid_search": [0, 1, 2]}}
+    config = sweep(tmp_path, arms=controls | {"pgl": {}}, space=space, judge="probe/matching_mm", **PROBED)
+    tune._remember(config, tmp_path / "sweep")
+    seen = "2 of the 2 evaluated scans were pre-trained on (without labels): figures may be optimistic"
+    for seed in range(3):
+        for arm, level, off in (("random", 0.4, 0.6), ("wrong priors", 0.5, 0.9), ("pgl", 0.7 + 0.01 * seed, 0.1)):
+            values = {"arm": arm, "pretrain.seed + probe.seed": seed}
+            place = ended(tmp_path, values, 50 * (1 - level), judge="probe/matching_mm").folder
+            kind = "random" if arm == "random" else "run"
+            found = said(level, init=kind, off=off) | ({"notes": [seen]} if arm != "random" else {})
+            checkpoint.write_json(place / "probe.json", found)
+    (block,) = arms.judged(json.loads(config.model_dump_json()), sweeps.read_trials(tmp_path / "sweep"))
+    assert [row["name"] for row in block["rows"]] == ["random", "random, BatchNorm off", "wrong priors", "pgl"]
+    spread = np.std([0.7, 0.71, 0.72], ddof=1)
+    assert block["rows"][3]["cells"] == [
+        f"0.710 ± {spread:.3f}",
+        f"0.355 ± {spread / 2:.3f}",
+        f"14.5 ± {50 * spread:.1f}",
+    ]
+    low, high = stats.t.interval(0.95, 2, 11, 100 * spread / 3**0.5)
+    ours = [line for line in block["sentences"] if line.startswith("pgl against random, BatchNorm off: ")]
+    assert ours[0].endswith(
+        "+11.00 points of balanced accuracy, more than the noise of 2 scans (95 % interval +11.00 to +11.00); "
+        f"ahead with 3 of 3 seeds, more than their noise ({low:+.2f} to {high:+.2f})."
+    )
+    assert "+5.50 points of Dice, more than" in ours[1] and "-5.50 mm of error (lower is better), more than" in ours[2]
+    assert all("ahead with 3 of 3 seeds" in line for line in ours) and len(ours) == 3
+    behind = [line for line in block["sentences"] if line.startswith("wrong priors against random, BatchNorm off: ")]
+    assert len(behind) == 3 and "+5.00 mm" in behind[2] and all("ahead with 0 of 3" in line for line in behind)
+    assert len(block["sentences"]) == 6  # random weights are not held against themselves
+    page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
+    assert f"<p>wrong priors, pgl: {seen}.</p>" in page and "Frozen encoders" in page and ours[2] in page
+
+
+def test_scans_that_are_trained_and_tested_on_are_said_before_a_sweep(tmp_path, capsys):
+    for split, numbers in (("train", range(3)), ("test", range(3, 5))):
+        for i in numbers:
+            volume = np.random.default_rng(i).integers(-200, 200, (24, 40, 40)).astype(np.int16)
+            kept = {"label": np.ones_like(volume, np.uint8), "labelled": (1,), "split": split}
+            write_scan(tmp_path / "own", f"s{i}", volume, np.eye(4), **kept)
+    write_index(tmp_path / "own", {"a": 1}, (-1024.0, 325.0))
+    geometry = {"views": {"size": [16, 32, 32]}, "global_batch_size": 1, "max_steps": 1, "encoder": ENCODER}
+    bases = {"base_probe": {"num_scans": 2, "judges": ["matching"]}, "base_evaluate": {"split": "test"}}
+    line = (
+        "tune: note: 2 of the 2 scans to test on are pre-trained on (without labels): base_pretrain.split=train leaves"
+    )
+    for split, expected in ((None, 1), ("train", 0)):
+        base = {**geometry, "split": split}
+        config = sweep(tmp_path, index=str(tmp_path / "own"), space=LR, num_trials=3, base_pretrain=base, **bases)
+        tune._check_stores(config, tune.check(config))
+        assert capsys.readouterr().out.count(line) == expected
+    config = sweep(
+        tmp_path, index=str(tmp_path / "own"), space=LR, base_probe={"judges": "matching", "num_test_scans": 1}
+    )
+    with pytest.raises(ValueError, match="judges=matching needs two test scans or more: num_test_scans=1"):
+        tune._check_stores(config, tune.check(config))
+
+
 # -- what is read back ------------------------------------------------------------------------------------------------
 
 
@@ -416,8 +660,8 @@ def test_an_arms_difference_is_held_against_the_seeds_noise_too():
     for values, worth in (([0.02, 0.04, -0.01], "within"), ([0.02, 0.03, 0.025], "more than")):
         wanted = stats.ttest_1samp(values, 0).confidence_interval(0.95)
         text = f", {worth} their noise ({100 * wanted.low:+.2f} to {100 * wanted.high:+.2f})"
-        assert sweep_report._over(values) == text
-    assert sweep_report._over([0.02]) == ""
+        assert arms.over(values) == text
+    assert arms.over([0.02]) == ""
 
 
 def test_settings_that_matter_and_their_intervals(tmp_path):

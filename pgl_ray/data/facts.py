@@ -1,5 +1,6 @@
 """What a network's training scans were like, and whether another scan is like them."""
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterable
@@ -8,22 +9,36 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from pgl_ray.data.store import Index, statistics
+from pgl_ray.data.store import Index, ScanRecord, statistics
 
 SPACING_MARGIN = 1.25  # how far beyond the training scans' voxel sizes a scan may lie, as a factor
 RESAMPLED_MARGIN = 1.05  # the same where all training scans were resampled to one voxel size
 SPACING_NOTED = 1.5  # factor between two stores' voxel sizes from which initial weights may be of less use
 LEAST_MARGIN_HU = 100.0  # how far beyond the training scans' mean and standard deviation a scan may always lie
+HASH_BYTES = 8  # of a scan's voxels that a checkpoint keeps: 1 MB of text for 100,000 scans
+KINDS = {  # of training, and what it makes of figures on the same scans
+    "without_labels": "pre-trained on (without labels): figures may be optimistic",
+    "with_labels": "trained or validated on (with labels): figures are too good",
+}
 
 
-def training_facts(index: Index, scan_ids: Iterable[str]) -> dict[str, Any]:
+def training_facts(
+    index: Index, scan_ids: Iterable[str], with_labels: bool = False, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """What a checkpoint keeps of its training scans; plain values.
+
+    Args:
+        index: of the store.
+        scan_ids: the scans.
+        with_labels: whether their labels were used.
+        before: the facts of the initial weights, whose scans the network has seen, too.
 
     Returns:
         num_scans; hash (sha256 over their names and voxels' hashes); data_sets (name, licence and origin of what the
         store was prepared from, "" where a recipe does not say it); spacing_mm (least, median and largest voxel size,
         each D, H, W); resampled_mm (the voxel size that all were resampled to, or none); mean_hu and std_hu (least and
-        largest of the scans, after clipping to the window).
+        largest of the scans, after clipping to the window); seen (kind of KINDS -> the first HASH_BYTES of the hash of
+        each scan's voxels, base64; those of `before` among them).
     """
     wanted = set(scan_ids)
     scans = [scan for scan in index.scans if scan.scan_id in wanted]
@@ -37,7 +52,39 @@ def training_facts(index: Index, scan_ids: Iterable[str]) -> dict[str, Any]:
         "resampled_mm": index.spacing_mm and list(index.spacing_mm),
         "mean_hu": [min(scan.mean_hu for scan in scans), max(scan.mean_hu for scan in scans)],
         "std_hu": [min(scan.std_hu for scan in scans), max(scan.std_hu for scan in scans)],
+        "seen": _seen(scans, with_labels, before or {}),
     }
+
+
+def _seen(scans: list[ScanRecord], with_labels: bool, before: dict[str, Any]) -> dict[str, str]:
+    found = {kind: _hashes(before, kind) for kind in KINDS}
+    found["with_labels" if with_labels else "without_labels"] |= {_short(scan) for scan in scans}
+    return {kind: base64.b64encode(b"".join(sorted(own))).decode() for kind, own in found.items()}
+
+
+def _hashes(facts: dict[str, Any], kind: str) -> set[bytes]:
+    packed = base64.b64decode(facts.get("seen", {}).get(kind, ""))
+    return {packed[at : at + HASH_BYTES] for at in range(0, len(packed), HASH_BYTES)}
+
+
+def _short(scan: ScanRecord) -> bytes:
+    return bytes.fromhex(scan.content_hash)[:HASH_BYTES]
+
+
+def seen_notes(facts: dict[str, Any], scans: Iterable[ScanRecord]) -> list[str]:
+    """What to say of evaluated scans that a network has seen in training, by their voxels; a sentence per kind.
+
+    Args:
+        facts: of the network, from `training_facts`; {} where nothing is known of it, which says nothing.
+        scans: that it is evaluated on, of any store.
+    """
+    evaluated, found = [_short(scan) for scan in scans], []
+    for kind, what in KINDS.items():
+        known = _hashes(facts, kind)
+        num = sum(one in known for one in evaluated)
+        if num:
+            found.append(f"{num} of the {len(evaluated)} evaluated scans {'was' if num == 1 else 'were'} {what}")
+    return found
 
 
 def disagreements(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pgl_ray.config import ProbeSettings
-from pgl_ray.data.store import Index
+from pgl_ray.data.store import Index, ScanRecord
 from pgl_ray.judge import decoder, matching, readings, voxels
 from pgl_ray.model import metrics
 from pgl_ray.model.resenc import ResEncoder
@@ -36,8 +36,9 @@ class Score:
     Attributes:
         value: balanced accuracy, mean Dice, or median error in mm.
         ci95: [low, high] over the test scans (for matching: the scans that are searched); none for a single scan.
-        details: plain values: of voxels "recall" and "last_map"; of the decoder "organs" with Dice and HD95, "hd95_mm",
-            "seeds"; of matching "organs", "last_map", "deformed_mm".
+        details: plain values: of voxels "recall", "last_map", and "hits" of "counts" voxels per "scans" and "classes";
+            of the decoder "organs" with Dice and HD95, "hd95_mm", "seeds", and "rows" per scan and organ; of matching
+            "organs", "deformed_mm", and "rows".
         drawn: the value in bootstrap draws of the test scans, [draws], the same draws for every encoder, so that
             differences are paired; none for a single scan. Not written to files.
     """
@@ -73,6 +74,7 @@ class Judges:
         self.config, self.judges, self.num_seeds = config, judges, num_seeds
         self.probe = voxels.VoxelProbe(index, config)
         train, test = self.probe.scans
+        check_number(test, config, judges)
         self.notes = voxels.shortcomings(self.probe, index, config)
         unlabelled = [scan for scan in index.scans if scan.split == config.split]
         self.views = readings.unlabelled_views(index, unlabelled, config.size, config.seed)
@@ -80,8 +82,11 @@ class Judges:
         self.train = [decoder.LabelledScan(index, scan) for scan in train] if both[0] else []
         self.test = [decoder.LabelledScan(index, scan) for scan in test] if any(both) else []
         self.names = [voxels.BACKGROUND, *sorted(index.labels, key=index.labels.get)]
-        if both[1] and len(self.test) < 2:
-            raise ValueError(f"judges=matching needs two test scans or more: num_test_scans={config.num_test_scans}")
+        if any(both) and not any(scan.voxels for scan in self.test):
+            raise ValueError(
+                f"judges={','.join(judges)}: no organ occurs in the {len(test)} scans to test on: raise num_test_scans="
+                f"{config.num_test_scans}, or choose another test_split than {config.test_split!r}"
+            )
 
     def judge(self, encoder: Encoder | ResEncoder, reading: str, only: tuple[str, ...] = JUDGES) -> dict[str, Score]:
         """What every judge says of one reading of an encoder, which is left as it is.
@@ -118,6 +123,7 @@ class Judges:
         drawn = voxels.drawn_accuracies(score, draws) if len(score.hits) > 1 else None
         details = {"recall": score.recall, "last_map": last.balanced_accuracy}
         details |= {"hits": score.hits.tolist(), "counts": score.counts.tolist()}
+        details |= {"scans": [scan.scan_id for scan in self.probe.scans[1]], "classes": list(self.probe.names.values())}
         return Score(score.balanced_accuracy, _bounds(drawn), details, drawn)
 
     def _decoder(self, maps: readings.StandardisedMaps) -> Score:
@@ -129,7 +135,7 @@ class Judges:
         organs = {organ: {key: one[key] for key in ("dice", "hd95_mm")} for organ, one in summary["organs"].items()}
         details = {"organs": organs, "hd95_mm": summary["hd95_mm"], "rows": together}
         details["seeds"] = [metrics.summarise(part)["dice"] for part in rows]
-        return Score(summary["dice"] or 0.0, _bounds(drawn), details, drawn)
+        return Score(summary["dice"], _bounds(drawn), details, drawn)
 
     def _matching(self, maps: readings.StandardisedMaps) -> Score:
         rows = matching.organ_errors(maps, self.test, self.names, self.config.size)
@@ -144,6 +150,19 @@ class Judges:
     def body_box_mm(self) -> float:
         """Median matching error of the place in the body's box, which needs no encoder."""
         return matching.median_error(matching.organ_errors(None, self.test, self.names, self.config.size))
+
+
+def check_number(test: list[ScanRecord], config: ProbeSettings, judges: tuple[str, ...]) -> None:
+    """Refuses too few scans to test on.
+
+    Raises:
+        ValueError: one alone, in which nothing of another can be found.
+    """
+    if "matching" in judges and len(test) < 2:
+        raise ValueError(
+            f"judges=matching needs two test scans or more: num_test_scans={config.num_test_scans}, and "
+            f"test_split={config.test_split!r} has {len(test)} that are not learnt from"
+        )
 
 
 def mean_rows(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ for every encoder on the same unlabelled views, and the readings as trained and 
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pgl_ray.config import CropConfig
+from pgl_ray.config import CropConfig, FailedRun
 from pgl_ray.data.store import BODY_HU, Index, ScanRecord, open_volume
 from pgl_ray.data.views import generator, read_padded, render, sample_prior
 from pgl_ray.model.resenc import ResEncoder
@@ -71,7 +72,7 @@ def read_as(encoder: nn.Module, reading: Reading, views: Tensor) -> nn.Module:
     Returns:
         The copy, on the encoder's device. An encoder without BatchNorm reads the same in all states.
     """
-    encoder = copy.deepcopy(encoder)
+    encoder = _alone(copy.deepcopy(encoder))
     own = norms(encoder)
     if reading == "trained" or not own:
         return encoder.eval()
@@ -88,11 +89,45 @@ def read_as(encoder: nn.Module, reading: Reading, views: Tensor) -> nn.Module:
     return encoder.eval()
 
 
+def _alone(encoder: nn.Module) -> nn.Module:
+    """The same with BatchNorm in the place of SyncBatchNorm, which would wait for workers that do not judge."""
+    for parent in list(encoder.modules()):
+        for name, part in list(parent.named_children()):
+            if isinstance(part, nn.SyncBatchNorm):
+                settings = part.num_features, part.eps, part.momentum, part.affine, part.track_running_stats
+                plain = nn.BatchNorm3d(*settings).to(next(part.buffers()))
+                plain.load_state_dict(part.state_dict())
+                setattr(parent, name, plain.train(part.training))
+    return encoder
+
+
+@torch.no_grad()
+def reestimate(encoder: nn.Module, views: Tensor) -> None:
+    """Gives an encoder's BatchNorm the statistics of unlabelled views, in place; all else of it stays.
+
+    Args:
+        encoder: on the device to compute on.
+        views: [N, 1, D, H, W], from `unlabelled_views`.
+    """
+    for own, found in zip(norms(encoder), norms(read_as(encoder, "reestimated", views)), strict=True):
+        for name, buffer in own.named_buffers(recurse=False):
+            buffer.copy_(found.get_buffer(name))
+
+
 def possible(encoder: nn.Module, trained: bool) -> tuple[Reading, ...]:
     """Readings that differ: a random encoder was not trained, and one without BatchNorm has one state."""
     if not norms(encoder):
         return ("trained",)
     return READINGS if trained else ("reestimated", "off")
+
+
+def in_words(found: Iterable[str]) -> dict[str, str]:
+    """What the readings of an encoder are called; that without BatchNorm has one alone.
+
+    Args:
+        found: all its readings.
+    """
+    return {"trained": "no BatchNorm"} if list(found) == ["trained"] else IN_WORDS
 
 
 def body_points(volume: np.ndarray, spacing_mm: tuple[float, ...], every_mm: float) -> np.ndarray:
@@ -126,6 +161,9 @@ class StandardisedMaps(nn.Module):
         Args:
             encoder: in eval mode, as `read_as` gives it.
             views: [N, 1, D, H, W].
+
+        Raises:
+            FailedRun: maps that are not finite.
         """
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
@@ -138,6 +176,8 @@ class StandardisedMaps(nn.Module):
         self.scaling = []
         for maps in zip(*found):
             mean = torch.stack([one.mean((0, 2)) for one in maps]).mean(0)
+            if not mean.isfinite().all():
+                raise FailedRun("the encoder's features are not finite")
             std = torch.stack([(one - mean[:, None]).square().mean((0, 2)) for one in maps]).mean(0).sqrt()
             scale = torch.where(std > 1e-4 * mean.abs(), 1 / std, 0)
             self.scaling.append((mean[:, None, None, None], scale[:, None, None, None]))

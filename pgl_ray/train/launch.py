@@ -316,6 +316,13 @@ def of_all_workers(value: Any) -> list[Any]:
     return values
 
 
+def share_buffers(module: torch.nn.Module) -> None:
+    """Gives all workers rank 0's buffers of a module, in place; all of them call this."""
+    if torch.distributed.is_initialized():
+        for buffer in module.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
 def mean_over_workers(figures: dict[str, float]) -> dict[str, float]:
     """Mean of each figure over all workers, which all call this; every worker gets the same answer."""
     rows = of_all_workers(figures)

@@ -186,7 +186,8 @@ def figures(runs: Path) -> list[dict]:
 def strongest(rows: list[dict], judge: str, num_scans: int) -> tuple[str, str]:
     """Arm and reading of the strongest that needs no places: random in each reading, and wrong priors."""
     best, sign = None, -1 if judge == "matching" else 1
-    for arm, reading in ((RANDOM, "reestimated"), (RANDOM, "off"), ("wrong priors", "reestimated")):
+    candidates = [(arm, reading) for arm in (RANDOM, "wrong priors") for reading in ("reestimated", "off")]
+    for arm, reading in candidates:
         values = [row["value"] for row in chosen(rows, arm, reading, judge, num_scans)]
         if values and (best is None or sign * np.mean(values) > best[0]):
             best = sign * np.mean(values), arm, reading
