@@ -948,7 +948,7 @@ class ReportConfig(Section):
 
 
 class DemoConfig(Section):
-    """Phantoms -> prepare -> pre-train -> probe -> fine-tune -> evaluate -> report at a small size."""
+    """Phantoms -> prepare -> pre-train -> judges -> fine-tune -> evaluate -> report at a small size."""
 
     out: Annotated[FilePath, Field(validate_default=True)] = "demo"
     """Folder of everything the demo writes."""

@@ -139,19 +139,23 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 @style
-def to_png(figure: Figure, dpi: int = 150) -> str:
-    return _data_uri(figure, "png", "image/png", dpi=dpi)
-
-
-@style
-def to_svg(figure: Figure) -> str:
-    return _data_uri(figure, "svg", "image/svg+xml", metadata={"Date": None})
-
-
-def _data_uri(figure: Figure, kind: str, mime: str, **options) -> str:
+def to_bytes(figure: Figure, kind: str, **options) -> bytes:
+    """The figure as a file of `kind`, png or svg."""
     sink = io.BytesIO()
     figure.savefig(sink, format=kind, **options)
-    return f"data:{mime};base64,{base64.b64encode(sink.getvalue()).decode()}"
+    return sink.getvalue()
+
+
+def to_png(figure: Figure, dpi: int = 150) -> str:
+    return data_uri(to_bytes(figure, "png", dpi=dpi), "image/png")
+
+
+def to_svg(figure: Figure) -> str:
+    return data_uri(to_bytes(figure, "svg", metadata={"Date": None}), "image/svg+xml")
+
+
+def data_uri(content: bytes, mime: str) -> str:
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
 # -- curves and bars --------------------------------------------------------------------------------------------------
@@ -198,13 +202,13 @@ def organ_bars(organs: list[str], runs: list[tuple[str, list[float], list[float]
 # -- slices -----------------------------------------------------------------------------------------------------------
 
 
-def _slice(volume: np.ndarray, plane: Plane, position: float) -> np.ndarray:
+def slice_of(volume: np.ndarray, plane: Plane, position: float) -> np.ndarray:
     """The slice that holds edge coordinate `position`; rows and columns as the plane says."""
     index = int(np.clip(np.floor(position), 0, volume.shape[plane.through] - 1))
     return np.take(volume, index, axis=plane.through)
 
 
-def _show(ax: Axes, image: np.ndarray, plane: Plane, unit_mm: np.ndarray, **options) -> None:
+def draw_slice(ax: Axes, image: np.ndarray, plane: Plane, unit_mm: np.ndarray, **options) -> None:
     """Draws a slice in its own edge coordinates at the anatomy's proportions; unit_mm [3] is a voxel's size."""
     rows, columns = image.shape[:2]
     extent = (0, columns, rows, 0) if plane.origin == "upper" else (0, columns, 0, rows)
@@ -213,7 +217,7 @@ def _show(ax: Axes, image: np.ndarray, plane: Plane, unit_mm: np.ndarray, **opti
     ax.set_axis_off()
 
 
-def _letters(ax: Axes, plane: Plane, flip: np.ndarray) -> None:
+def draw_letters(ax: Axes, plane: Plane, flip: np.ndarray) -> None:
     """Anatomical directions at the four edges; a flipped axis has them swapped."""
     column, row = (AXIS_ENDS[axis][:: -1 if flip[axis] else 1] for axis in (plane.column, plane.row))
     top, bottom = row if plane.origin == "upper" else row[::-1]
@@ -247,9 +251,9 @@ def pair_in_scan(pair: ViewPair) -> Figure:
     middle = pair.overlap.mean(-1)
     for k, plane in enumerate((AXIAL, CORONAL)):
         ax = figure.add_subplot(1, 2, k + 1)
-        image = _slice(pair.volume, plane, middle[plane.through])
-        _show(ax, image, plane, pair.spacing_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
-        _letters(ax, plane, np.zeros(3, bool))
+        image = slice_of(pair.volume, plane, middle[plane.through])
+        draw_slice(ax, image, plane, pair.spacing_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
+        draw_letters(ax, plane, np.zeros(3, bool))
         for box, color in zip(pair.boxes, VIEW_COLORS):
             _frame(ax, box, plane, color, 1.4)
         _frame_overlap(ax, pair.overlap, plane)
@@ -268,7 +272,7 @@ def pair_as_seen(pair: ViewPair) -> Figure:
     low, high = pair.z_scored(VIEW_DISPLAY_HU)
     size = np.array(pair.views[0].shape)
     units_mm = [(box[:, 1] - box[:, 0]) * pair.spacing_mm / size for box in pair.boxes]
-    heights = [max(_proportion(size, plane, unit) for unit in units_mm) for plane in (AXIAL, CORONAL)]
+    heights = [max(height_per_width(size, plane, unit) for unit in units_mm) for plane in (AXIAL, CORONAL)]
     figure = Figure(figsize=(5.6, 2.8 * sum(heights) + 0.5))
     grid = figure.add_gridspec(2, 2, height_ratios=heights)
     for k, (view, box, flip) in enumerate(zip(pair.views, pair.boxes, pair.flips)):
@@ -277,9 +281,9 @@ def pair_as_seen(pair: ViewPair) -> Figure:
         titles = (f"view {k + 1}: " + (f"flipped {flipped}" if flipped else "not flipped"), None)
         for row, plane in enumerate((AXIAL, CORONAL)):
             ax = figure.add_subplot(grid[row, k], title=titles[row])
-            image = _slice(view, plane, region[plane.through].mean())
-            _show(ax, image, plane, units_mm[k], cmap="gray", vmin=low, vmax=high, interpolation="nearest")
-            _letters(ax, plane, flip)
+            image = slice_of(view, plane, region[plane.through].mean())
+            draw_slice(ax, image, plane, units_mm[k], cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+            draw_letters(ax, plane, flip)
             _frame(ax, np.stack([np.zeros(3), size], -1), plane, VIEW_COLORS[k], 2.5)
             _frame_overlap(ax, region, plane)
     return figure
@@ -302,13 +306,13 @@ def pair_aligned(pair: ViewPair, plane: Plane) -> Figure:
         ("checkerboard of both", np.where(_checkers(pair.region.shape, unit_mm), first, second), gray),
         ("view 1 - view 2", first - second, {"cmap": "PuOr_r", "vmin": -2, "vmax": 2}),
     )
-    proportion = _proportion(pair.region.shape, plane, unit_mm)
+    proportion = height_per_width(pair.region.shape, plane, unit_mm)
     rows, columns = (5, 1) if proportion < 0.3 else (1, 5)
     figure = Figure(figsize=(9, rows * (8.8 / columns * proportion + 0.25)))
     for k, (title, volume, options) in enumerate(panels, 1):
         ax = figure.add_subplot(rows, columns, k, title=title)
-        image = _slice(volume, plane, volume.shape[plane.through] / 2)
-        _show(ax, image, plane, unit_mm, interpolation="nearest", **options)
+        image = slice_of(volume, plane, volume.shape[plane.through] / 2)
+        draw_slice(ax, image, plane, unit_mm, interpolation="nearest", **options)
     return figure
 
 
@@ -339,7 +343,7 @@ def places(
     size = np.array(views[0].shape)
     units_mm = [(prior.box[:, 1] - prior.box[:, 0]) * spacing_mm / size for prior in priors]
     overlap = overlap_box(*(prior.box for prior in priors))
-    height = max(_proportion(size, AXIAL, unit) for unit in units_mm)
+    height = max(height_per_width(size, AXIAL, unit) for unit in units_mm)
     figure = Figure(figsize=(6, len(compared) * (2.9 * height + 0.3) + 0.4))
     figure.suptitle(
         "one line = two features that are compared; circle: where view 1's looks, cross: where view 2's looks",
@@ -353,8 +357,8 @@ def places(
             ax.set_title(f"view {k + 1}, {PLACES[name]}" if k == 0 else f"view {k + 1}", fontsize=7)
             middle = region_in_view(overlap, prior.box, prior.flip, size)[0].mean()
             low, high = window
-            _show(ax, _slice(view, AXIAL, middle), AXIAL, units_mm[k], cmap="gray", vmin=low, vmax=high)
-            _letters(ax, AXIAL, prior.flip)
+            draw_slice(ax, slice_of(view, AXIAL, middle), AXIAL, units_mm[k], cmap="gray", vmin=low, vmax=high)
+            draw_letters(ax, AXIAL, prior.flip)
             circles, crosses = (scan_to_view(points, prior.box, prior.flip, size) for points in (first, second))
             for circle, cross, color in zip(circles, crosses, colors):
                 ax.plot(*np.stack([circle, cross]).T[[2, 1]], color=color, lw=0.7)
@@ -372,7 +376,7 @@ def _some_places(scan_points: np.ndarray) -> np.ndarray:
     return plane[:, :: steps[0], :: steps[1]].reshape(3, -1).T
 
 
-def _proportion(shape: tuple[int, ...], plane: Plane, unit_mm: np.ndarray) -> float:
+def height_per_width(shape: tuple[int, ...], plane: Plane, unit_mm: np.ndarray) -> float:
     """Height of a plane's slices as a multiple of their width."""
     return shape[plane.row] * unit_mm[plane.row] / (shape[plane.column] * unit_mm[plane.column])
 
@@ -422,12 +426,12 @@ def overlay(shown: Overlay, values: tuple[int, ...]) -> Figure:
     figure = Figure(figsize=(2.4 * columns, rows * (2.4 * height / width + 0.25)))
     for k, (title, label, wrong) in enumerate(panels):
         ax = figure.add_subplot(rows, columns, k + 1)
-        _show(ax, shown.image, AXIAL, shown.unit_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
+        draw_slice(ax, shown.image, AXIAL, shown.unit_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
         ax.set_title(title)
         if label is None:
-            _letters(ax, AXIAL, np.zeros(3, bool))
+            draw_letters(ax, AXIAL, np.zeros(3, bool))
             continue
-        _show(ax, _paint(label, values), AXIAL, shown.unit_mm, interpolation="nearest")
+        draw_slice(ax, _paint(label, values), AXIAL, shown.unit_mm, interpolation="nearest")
         if wrong is not None and wrong.any():
             y, x = (np.arange(size) + 0.5 for size in wrong.shape)
             ax.contour(x, y, wrong, [0.5], colors="white", linewidths=0.6)
@@ -469,20 +473,20 @@ def montage(volume: np.ndarray, numbers: np.ndarray, spacing_mm: np.ndarray, org
     middles = [found[len(found) // 2] for found in labelled]
     cuts = [(AXIAL, labelled[0][int((len(labelled[0]) - 1) * share)]) for share in (0.2, 0.5, 0.8)]
     cuts += [(CORONAL, middles[1]), (SAGITTAL, middles[2])]
-    proportions = [_proportion(volume.shape, plane, spacing_mm) for plane, _ in cuts]
+    proportions = [height_per_width(volume.shape, plane, spacing_mm) for plane, _ in cuts]
     figure = Figure(figsize=(2 * len(cuts), 2 * 2 * max(proportions) + 0.25 * (1 + math.ceil(len(organs) / 6))))
     grid = figure.add_gridspec(2, len(cuts))
     for k, (plane, index) in enumerate(cuts):
-        image, label = (_slice(array, plane, index + 0.5) for array in (volume, numbers))
+        image, label = (slice_of(array, plane, index + 0.5) for array in (volume, numbers))
         for row in (0, 1):
             ax = figure.add_subplot(grid[row, k])
-            _show(ax, image, plane, spacing_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
+            draw_slice(ax, image, plane, spacing_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
             if row:
                 values = tuple(range(1, len(organs) + 1))
-                _show(ax, _paint(label, values), plane, spacing_mm, interpolation="nearest")
+                draw_slice(ax, _paint(label, values), plane, spacing_mm, interpolation="nearest")
                 _numbers(ax, label, values)
             else:
-                _letters(ax, plane, np.zeros(3, bool))
+                draw_letters(ax, plane, np.zeros(3, bool))
                 ax.set_title(f"{plane.name}, {'DHW'[plane.through]} = {index} of {volume.shape[plane.through]}")
     patches = [Rectangle((0, 0), 1, 1, fc=organ_color(number)) for number in range(1, len(organs) + 1)]
     names = [f"{number} {name.replace('_', ' ')}" for number, name in enumerate(organs, 1)]

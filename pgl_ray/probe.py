@@ -12,18 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from pgl_ray import feature_pictures
 from pgl_ray.config import PRETRAINED, ProbeConfig, command
 from pgl_ray.data.facts import seen_notes, spacing_note
-from pgl_ray.data.store import Index, ScanRecord, read_index
+from pgl_ray.data.store import Index, ScanRecord, read_index, write_aside
 from pgl_ray.judge import readings
-from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, to_device
+from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, answer, to_device
+from pgl_ray.judge.readings import in_words
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
+from pgl_ray.pictures import to_bytes
 from pgl_ray.train import bucket, weights
 from pgl_ray.train.checkpoint import write_json
 
 FIRST = "reestimated"  # the reading that counts for a trained encoder
-IN_WORDS = {"reestimated": "BatchNorm re-estimated", "trained": "BatchNorm as trained", "off": "BatchNorm off"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class ProbeResult:
         notes: what of the scans is not as asked, and which of them the networks have seen in training.
         balanced_accuracy, recall: of the voxel probe in the reading that counts; none where it was not asked.
         body_box_mm: median matching error of the place in the body's box; none where matching was not asked.
+        pictures: names of the files beside the result, where matching was asked of an encoder that was trained.
         seconds: wall time.
     """
 
@@ -56,11 +61,17 @@ class ProbeResult:
     balanced_accuracy: float | None
     recall: dict[str, float] | None
     body_box_mm: float | None
+    pictures: list[str]
     seconds: float
 
     def value(self, judge: str) -> float:
         """Of the reading that counts."""
         return next(iter(self.readings.values()))[judge]["value"]
+
+    def answer(self, name: str) -> str:
+        """Is the encoder better than random weights, by how much, and how sure is that: one sentence, of `name`."""
+        standing = {judge: Standing(**one) for judge, one in self.standing.items()}
+        return answer(name, standing, {judge: self.value(judge) for judge in standing})
 
 
 def run(config: ProbeConfig) -> ProbeResult:
@@ -82,12 +93,13 @@ def run(config: ProbeConfig) -> ProbeResult:
     controls, ceiling = _ends(config, index, judges, encoder, found, notes)
     first = next(iter(found.values()))
     standing = {
-        judge: Standing.of(judge, score.value, {name: one[judge].value for name, one in controls.items()}, high)
+        judge: Standing.of(judge, score, {name: one[judge] for name, one in controls.items()}, high)
         for judge, score in first.items()
         for high in [ceiling[judge].value if ceiling else None]
         if controls
     }
-    voxel = first.get("voxels")
+    voxel, place = first.get("voxels"), _place(config)
+    figures = _figures(config, judges, encoder, found, controls) if place else {}
     result = ProbeResult(
         init=config.init,
         num_train_scans=len(judges.probe.train),
@@ -101,9 +113,11 @@ def run(config: ProbeConfig) -> ProbeResult:
         balanced_accuracy=voxel and voxel.value,
         recall=voxel and voxel.details["recall"],
         body_box_mm=judges.body_box_mm() if "matching" in config.judges else None,
+        pictures=[_picture_name(place[1], name) for name in figures],
         seconds=round(time.monotonic() - began, 2),
     )
-    _write(config, result)
+    if place:
+        _write(*place, result, figures)
     return result
 
 
@@ -165,11 +179,8 @@ def _ends(
     if config.init == "random":
         chance = found
     else:
-        other = build_encoder(**encoder.settings)
-        init_kaiming_uniform(other, config.seed)
-        other.stop_at(encoder.last)
-        chance = _read(judges, to_device(other), False)
-    controls = {f"random, {_in_words(chance)[reading]}": scores for reading, scores in chance.items()}
+        chance = _read(judges, _random_like(encoder, config.seed), False)
+    controls = {f"random, {in_words(chance)[reading]}": scores for reading, scores in chance.items()}
     if config.control:
         controls |= {"control": judges.judge(load("control", config, index, judges.probe.scans[1], notes), FIRST)}
     if not config.ceiling:
@@ -177,29 +188,68 @@ def _ends(
     return controls, judges.judge(load("ceiling", config, index, judges.probe.scans[1], notes), FIRST)
 
 
-def _in_words(found: dict[str, Any]) -> dict[str, str]:
-    """What the readings of an encoder are called; that without BatchNorm has one alone."""
-    return {"trained": "no BatchNorm"} if list(found) == ["trained"] else IN_WORDS
+def _random_like(encoder: Encoder, seed: int) -> Encoder:
+    """Random weights of the same size, up to the same stage."""
+    other = build_encoder(**encoder.settings)
+    init_kaiming_uniform(other, seed)
+    other.stop_at(encoder.last)
+    return to_device(other)
 
 
 def _plain(scores: dict[str, Score]) -> dict[str, Any]:
     return {judge: score.plain() for judge, score in scores.items()}
 
 
-def _write(config: ProbeConfig, result: ProbeResult) -> None:
-    if config.output:
-        Path(config.output).absolute().parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.output), dataclasses.asdict(result))
-    elif config.init != "random" and not config.init.startswith(PRETRAINED):  # the package is no place for results
-        with bucket.beside(*_place(config.init)) as output:
-            write_json(output, dataclasses.asdict(result))
+def _figures(
+    config: ProbeConfig,
+    judges: Judges,
+    encoder: Encoder,
+    found: dict[str, dict[str, Score]],
+    controls: dict[str, dict[str, Score]],
+) -> dict[str, Figure]:
+    """Pictures of what point matching finds, and of the features, beside those of random weights' strongest reading."""
+    if "matching" not in config.judges or config.init == "random":
+        return {}
+    own, text = next(iter(found)), "{}, {}: median matching error {:.0f} mm"
+    shown = {text.format(_short(config.init), in_words(found)[own], found[own]["matching"].value): (encoder, own)}
+    states = readings.possible(encoder, False)
+    names = {f"random, {in_words(states)[reading]}": reading for reading in states}
+    errors = {name: scores["matching"].value for name, scores in controls.items() if name in names}
+    if errors:
+        best = min(errors, key=errors.get)
+        shown[f"{best}: median matching error {errors[best]:.0f} mm"] = _random_like(encoder, config.seed), names[best]
+    maps = {title: judges.maps(*one) for title, one in shown.items()}
+    return feature_pictures.draw(judges.test, judges.names, config.size, maps)
 
 
-def _place(init: str) -> tuple[str, str]:
+def _short(init: str) -> str:
+    return os.path.basename(init.rstrip("/"))
+
+
+def _write(folder: str, name: str, result: ProbeResult, figures: dict[str, Figure]) -> None:
+    with bucket.beside(folder, name) as path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dataclasses.asdict(result))
+    for picture, figure in figures.items():
+        with bucket.beside(folder, _picture_name(name, picture)) as path:
+            write_aside(path, to_bytes(figure, "png", dpi=150))
+
+
+def _picture_name(name: str, picture: str) -> str:
+    """matching.png beside probe.json, X.matching.png beside X.probe.json."""
+    stem = name.removesuffix(".json").removesuffix("probe").removesuffix(".")
+    return f"{stem}.{picture}" if stem else picture
+
+
+def _place(config: ProbeConfig) -> tuple[str, str] | None:
     """Folder and name of the result: a run has one, files with weights one each, for several may lie in a folder."""
-    if not bucket.network(init).is_file():
-        return init, "probe.json"
-    folder, name = os.path.split(init)
+    if config.output:
+        return os.path.split(os.path.abspath(config.output))
+    if config.init == "random" or config.init.startswith(PRETRAINED):  # the package is no place for results
+        return None
+    if not bucket.network(config.init).is_file():
+        return config.init, "probe.json"
+    folder, name = os.path.split(config.init)
     return folder, f"{name}.probe.json"
 
 
@@ -209,7 +259,7 @@ def table(result: ProbeResult) -> str:
     heads = {"voxels": f"{'voxels':>8}{'last map':>10}", "decoder": f"{'Dice':>8}{'HD95 mm':>9}"}
     heads["matching"] = f"{'match mm':>10}{'deformed':>10}"
     lines = [f"{'encoder':<34}" + "".join(heads[judge] for judge in asked)]
-    words = _in_words(result.readings)
+    words = in_words(result.readings)
     rows = {f"{Path(result.init).name}, {words[reading]}": one for reading, one in result.readings.items()}
     rows |= {name: one for name, one in result.controls.items() if result.init != "random" or name == "control"}
     rows |= {"trained with all labels": result.ceiling} if result.ceiling else {}
@@ -237,7 +287,7 @@ def describe(result: ProbeResult) -> str:
     """The table, where each judge stands, and the closing line."""
     first = next(iter(result.readings))
     text = "\n".join([table(result), *result.sentences])
-    how = _in_words(result.readings)[first]
+    how = in_words(result.readings)[first]
     line = f"init={result.init}, {how}, {result.num_train_scans} labelled scans, {result.seconds} s"
     if result.recall is None:
         return f"{text}\nprobe: done; {line}"

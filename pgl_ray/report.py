@@ -1,7 +1,6 @@
 """python -m pgl_ray.report run=RUN [a.b=c ...], run=[A,B,C] to compare, or run=SWEEP: one self-contained HTML page with
 tables, curves and pictures. What a run lacks is left out, and a line says so."""
 
-import base64
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ import jinja2
 import nibabel as nib
 import numpy as np
 
-from pgl_ray import pictures, sweep_report, tables
+from pgl_ray import pictures, probe_tables, sweep_report, tables
 from pgl_ray.config import ReportConfig, command
 from pgl_ray.data.resample import onto_grid
 from pgl_ray.data.shard import ArrayReader
@@ -52,6 +51,8 @@ def run(config: ReportConfig) -> str:
         f"{r.name} is not evaluated: python -m pgl_ray.evaluate run={shown(r.path)}" for r in tuned if not r.summary
     ]
     missing += [f"{r.name} has no metrics yet" for r in runs if not r.rows]
+    probes, old = probe_tables.read(runs)
+    missing += old
     num_pairs = NUM_PAIRS if len(pretrained) == 1 else 1
     content = {
         "title": config.title,
@@ -61,7 +62,8 @@ def run(config: ReportConfig) -> str:
         "overviews": [tables.overview(r) for r in runs],
         "differences": [(group, tables.differing_settings(group)) for group in (pretrained, tuned) if len(group) > 1],
         "comparison": tables.comparison(evaluated) if evaluated else None,
-        "probes": tables.probes(runs),
+        "probes": probe_tables.table(probes),
+        "probe_pictures": [picture for path, found in probes for picture in probe_pictures(path, found)],
         "pretrained": pretrained,
         "verdicts": [tables.verdict(r) for r in pretrained],
         "health": tables.health(pretrained),
@@ -212,8 +214,28 @@ def alignment(one: Run) -> dict[str, Any] | None:
     table, picture = one.path / "check_align.json", one.path / "check_align.png"
     if not (table.is_file() and picture.is_file()):
         return None
-    encoded = base64.b64encode(picture.read_bytes()).decode()
-    return {"name": one.name, **tables.alignment(tables.read_json(table)), "src": f"data:image/png;base64,{encoded}"}
+    found = tables.alignment(tables.read_json(table))
+    return {"name": one.name, **found, "src": pictures.data_uri(picture.read_bytes(), "image/png")}
+
+
+PROBE_CAPTIONS = {
+    "matching": "Organ centroids of one test scan (filled), where the nearest feature of another scan finds them "
+    "(crosses) and where they are (rings), drawn onto one coronal and one axial slice; the errors are those in space.",
+    "features": "The same slice as CT and with the first three principal components of the features as red, green and "
+    "blue, fitted over several test scans: where features name places, the same anatomy has the same colour in both "
+    "scans. Each encoder has colours of its own.",
+}
+
+
+def probe_pictures(path: Path, found: dict[str, Any]) -> list[dict[str, str]]:
+    """What probe drew beside its result, as data URIs with captions."""
+    drawn = []
+    for name in found["pictures"]:
+        kind = Path(name).stem.rpartition(".")[2]
+        if kind in PROBE_CAPTIONS and (path.parent / name).is_file():
+            src = pictures.data_uri((path.parent / name).read_bytes(), "image/png")
+            drawn.append({"src": src, "caption": f"{probe_tables.name_of(found)}. {PROBE_CAPTIONS[kind]}"})
+    return drawn
 
 
 def view_pairs(one: Run, num_pairs: int) -> list[dict[str, Any]]:

@@ -289,50 +289,11 @@ JUDGED = {  # judge -> head of its column, and how its figures are written
 }
 
 
-def probes(runs: list[Run]) -> dict[str, Any] | None:
-    """Probes in the runs' folders; beside these, those of random encoders and of encoders that the runs use."""
-    inits = [run.config.get("init", "random") for run in runs]
-    known = {"random", *(shown(run.path) for run in runs), *(os.path.realpath(init) for init in inits)}
-    inside = sorted({path for run in runs for path in run.path.glob("*probe*.json")})
-    beside = sorted({path for run in runs for path in run.path.parent.glob("*probe*.json")})
-    kept = []
-    for path in dict.fromkeys([*inside, *beside]):
-        found = _read_probe(path)
-        if found and (path in inside or found["init"] in known or os.path.realpath(found["init"]) in known):
-            kept.append((path, found))
-    if not kept:
-        return None
-    classes = list(dict.fromkeys(name for _, found in kept for name in found["recall"] or ()))
-    asked = [judge for judge in JUDGED if any(judge in probe_values(found) for _, found in kept)]
-    rows = [
-        {
-            "init": os.path.basename(found["init"]),
-            "values": [number(probe_values(found).get(judge), JUDGED[judge][1]) for judge in asked],
-            "num_scans": f"{found['num_train_scans']} / {found['num_test_scans']}",
-            "recall": [number((found["recall"] or {}).get(name), ".2f") for name in classes],
-            "path": str(path),
-        }
-        for path, found in sorted(kept, key=lambda one: -(one[1]["balanced_accuracy"] or 0.0))
-    ]
-    notes = gathered((os.path.basename(found["init"]), note) for _, found in kept for note in found.get("notes", []))
-    heads = [JUDGED[judge][0] for judge in asked]
-    return {"heads": heads, "classes": [name.replace("_", " ") for name in classes], "rows": rows, "notes": notes}
-
-
 def probe_values(found: dict[str, Any]) -> dict[str, float]:
     """Judge -> what it says of the reading that counts, which is a probe's first."""
     first = next(iter(found.get("readings", {}).values()), {})
     old = {} if found.get("balanced_accuracy") is None else {"voxels": found["balanced_accuracy"]}
     return old | {judge: score["value"] for judge, score in first.items()}
-
-
-def _read_probe(path: Path) -> dict[str, Any] | None:
-    """A probe's result; none where the file is something else, for its name alone speaks for it."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) and {"init", "recall", "balanced_accuracy"} <= set(found) else None
 
 
 def verdict(run: Run) -> str:

@@ -290,11 +290,11 @@ def test_intervals_of_the_voxel_probe_are_bootstraps_over_scans():
 def test_interval_of_a_median_draws_whole_scans():
     rng = np.random.default_rng(0)
     rows = [{"target": f"{i}", "error_mm": 10.0 * i + rng.normal()} for i in range(12) for _ in range(5)]
-    low, high = judges.median_bounds(rows, 0)
+    low, high = np.percentile(judges.drawn_medians(rows, 0), (2.5, 97.5))
     medians = [np.median([row["error_mm"] for row in rows if row["target"] == f"{i}"]) for i in range(12)]
     expected = stats.bootstrap((medians,), np.median, method="percentile", random_state=0).confidence_interval
     assert low == pytest.approx(expected.low, abs=8) and high == pytest.approx(expected.high, abs=8)
-    assert judges.median_bounds(rows[:5], 0) is None
+    assert judges.drawn_medians(rows[:5], 0) is None
 
 
 @pytest.mark.parametrize(
@@ -308,12 +308,66 @@ def test_interval_of_a_median_draws_whole_scans():
     ],
 )
 def test_where_a_value_stands_between_its_ends(judge, value, lows, high, closed):
-    standing = judges.Standing.of(judge, value, lows, high)
-    assert standing.low == (max if judge != "matching" else min)(lows.values())
+    lows = {name: judges.Score(low, None) for name, low in lows.items()}
+    standing = judges.Standing.of(judge, judges.Score(value, None), lows, high)
+    assert standing.low == (max if judge != "matching" else min)(low.value for low in lows.values())
     assert standing.closed == (pytest.approx(closed) if closed is not None else None)
     text = standing.sentence(judge, value)
     assert ("of the room" in text) == (closed is not None)
     assert ("no room" in text) == (closed is None and high is not None)
+
+
+@pytest.mark.parametrize("judge", judges.JUDGES)
+@pytest.mark.parametrize(("gain", "words"), [(0.4, "ahead of b"), (0.0, "not clearly ahead of b"), (-0.4, "behind b")])
+def test_a_difference_is_paired_over_draws_of_the_scans(judge, gain, words):
+    """The draws differ far more than the encoders do: only the pairing shows the difference. More mm are worse."""
+    rng = np.random.default_rng(0)
+    scans = rng.normal(20, 5, 1000)
+    sign = -1 if judge == "matching" else 1
+    other = judges.Score(20.0, None, drawn=scans)
+    ours = judges.Score(20.0 + sign * gain, None, drawn=scans + sign * gain + rng.uniform(-0.1, 0.1, 1000))
+    worse = judges.Score(20.0 - 9 * sign, None, drawn=scans - 9 * sign)
+    standing = judges.Standing.of(judge, ours, {"a": worse, "b": other}, None)
+    assert standing.low_is == "b" and standing.ahead == pytest.approx(gain)
+    assert standing.ahead_ci95 == pytest.approx([gain - 0.095, gain + 0.095], abs=0.005)
+    text = standing.sentence(judge, ours.value)
+    assert f", {words} 20.0" in text
+    if gain:
+        low, high = (float(number) for number in text.split("95 % interval ")[1].split(")")[0].split(" to "))
+        assert 0.3 - 0.06 < low < high < 0.5 + 0.06
+    answer = judges.answer("NET", {judge: standing}, {judge: ours.value})
+    assert answer.startswith(f"NET is {words.removesuffix(' b')} the strongest control by ")
+    chance = judges.Standing.of(judge, ours, {"random, off": other}, None)
+    assert "random weights in their strongest reading" in judges.answer("NET", {judge: chance}, {judge: ours.value})
+
+
+def test_one_sentence_names_every_judge_on_its_side():
+    def standing(ahead, bounds):
+        return judges.Standing(0.5, "random, BatchNorm off", ahead, bounds, None, None)
+
+    found = {"voxels": standing(0.2, [0.1, 0.3]), "decoder": standing(0.02, [-0.1, 0.1])}
+    text = judges.answer(
+        "PGL", found | {"matching": standing(5.0, [4.0, 6.0])}, {"voxels": 0.7, "decoder": 0.52, "matching": 9}
+    )
+    first, second = text.split(". It is ")
+    assert first.startswith("PGL is ahead of random weights") and "by 2 of 3 judges" in first
+    assert "voxels 0.700 against 0.500, by 0.200 (95 % interval 0.100 to 0.300)" in first and "mm 9.0" in first
+    assert second.startswith("not clearly ahead of") and "0.520 against 0.500, by +0.020" in second
+    whole = judges.answer("PGL", {"voxels": found["voxels"]}, {"voxels": 0.7})
+    assert "by every judge: balanced accuracy" in whole and "It is" not in whole
+
+
+def test_an_encoder_is_not_ahead_of_itself(store):
+    """The draws of all judges are the same for every encoder: a difference to itself has no width."""
+    found = judges.Judges(store, config(store), judges.JUDGES)
+    torch.manual_seed(0)
+    encoder = Encoder(**TINY)
+    one, other = (found.judge(encoder, "reestimated") for _ in range(2))
+    for judge in judges.JUDGES:
+        standing = judges.Standing.of(judge, one[judge], {"itself": other[judge]}, None)
+        assert (standing.ahead, standing.ahead_ci95, standing.is_ahead) == (0, [0, 0], None)
+        low, high = np.percentile(one[judge].drawn, (2.5, 97.5))
+        assert one[judge].ci95 == [low, high] and low < high and "drawn" not in one[judge].plain()
 
 
 def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):
@@ -336,6 +390,9 @@ def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):
     assert set(found["standing"]) == {"voxels", "decoder", "matching"} and len(result.sentences) == 3
     assert found["body_box_mm"] > 0 and found["readings"]["reestimated"]["matching"]["details"]["deformed_mm"] > 0
     assert "num_scans=9: split='train' has 4 labelled scans" in capsys.readouterr().out
+    assert found["pictures"] == ["matching.png", "features.png"]
+    for name in found["pictures"]:
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
     text = probe.describe(result)
     assert "BatchNorm off" in text and "trained with all labels" in text and "body's box" in text
 

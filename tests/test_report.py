@@ -101,6 +101,39 @@ def evaluate(folder, index, dice, missed=0, organs=ORGANS, predictions=True):
             nib.save(nib.Nifti1Image(label, np.eye(4)), out / "predictions" / f"{record.scan_id}.nii.gz")
 
 
+JUDGES = ("voxels", "decoder", "matching")
+CHANCE = (0.345, 0.123, 45.6)  # what the judges say of random weights
+
+
+def judged(init, values=CHANCE, judges=JUDGES, ceiling=False):
+    """A probe's result as its door writes it, of planted values and of shares of them."""
+
+    def scores(planted, share=1.0, only=judges):
+        details = (
+            {"recall": {"background": 0.6, "liver": 0.25}, "last_map": 0.111},
+            {"organs": {"liver": {"dice": 0.3}}},
+        )
+        details = dict(zip(JUDGES, (*details, {"organs": {"liver": 19}, "deformed_mm": 7.7})))
+        details["decoder"]["hd95_mm"] = None
+        return {
+            judge: {"value": value * share, "ci95": [value * 0.9, value * 1.1], "details": details[judge]}
+            for judge, value in zip(JUDGES, planted)
+            if judge in only
+        }
+
+    low = "random, BatchNorm off"
+    found = {"init": str(init), "num_train_scans": 5, "num_test_scans": 4, "seconds": 1.0, "notes": ["few scans"]}
+    chance = {"reestimated": scores(CHANCE), "off": scores(CHANCE, 0.9)}
+    trained = {"reestimated": scores(values), "trained": scores(values, 0.8, ["voxels"])}
+    found["readings"] = chance if init == "random" else trained
+    found["controls"] = {"random, BatchNorm re-estimated": chance["reestimated"], low: chance["off"]}
+    found["ceiling"] = scores(values, 1.3) if ceiling else {}
+    found["standing"] = {judge: {"low_is": low} for judge in judges}
+    found["sentences"] = [f"{judge}: ahead of everything" for judge in judges]
+    found |= {"balanced_accuracy": None, "recall": None, "body_box_mm": None, "pictures": ["probe_pgl.matching.png"]}
+    return found | ({"body_box_mm": 33.3} if "matching" in judges else {})
+
+
 def finetuned(folder, index, dice, **options):
     write_run(folder, "finetune", index, FINETUNE_ROWS, init=options.pop("init", "random"))
     evaluate(folder, index, dice, **options)
@@ -146,14 +179,13 @@ def page(scans, tmp_path_factory):
     write_views(folder / "pgl", scans)
     finetuned(folder / "tuned_pgl", scans, [0.81, 0.80, 0.83, 0.79, 0.82, 0.84], init=str(folder / "pgl"))
     finetuned(folder / "tuned_random", scans, [0.70, 0.71, 0.72, 0.68, 0.69, 0.73])
-    for name, init, accuracy in (
-        ("pgl", folder / "pgl", 0.512),
-        ("random", "random", 0.345),
-        ("other", "/no/run", 0.9),
+    for name, init, values in (
+        ("pgl", folder / "pgl", (0.512, 0.321, 23.4)),
+        ("random", "random", CHANCE),
+        ("other", "/no/run", (0.9, 0.9, 0.9)),
     ):
-        probe = {"balanced_accuracy": accuracy, "recall": {"background": accuracy, "liver": 0.25}, "init": str(init)}
-        probe |= {"num_train_scans": 5, "num_test_scans": 4, "seconds": 1.0}
-        (folder / f"probe_{name}.json").write_text(json.dumps(probe))
+        (folder / f"probe_{name}.json").write_text(json.dumps(judged(init, values)))
+    (folder / "probe_pgl.matching.png").write_bytes(b"a picture")
     (folder / "probe_notes.json").write_text("[]")
     runs = [folder / name for name in ("pgl", "tuned_pgl", "tuned_random")]
     return write_page(*runs, title="A <title>", notes=["First note.", "Bold <b>claim</b>."])
@@ -185,6 +217,19 @@ class Reader(HTMLParser):
         self.words += [] if self.quiet else [data]
 
 
+def table_rows(html, head_says, head=0):
+    """First cell -> texts of the others, of the table whose `head`-th row has a cell of that text."""
+    for table in re.findall(r"<table>.*?</table>", html, re.DOTALL):
+        rows = [
+            re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)
+            for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)
+        ]
+        rows = [[" ".join(re.sub("<[^>]*>", "", cell).split()) for cell in row] for row in rows]
+        if any(head_says in row for row in rows[: head + 1]):
+            return {row[0]: row[1:] for row in rows[head:]}
+    raise AssertionError(f"no table with {head_says}")
+
+
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +258,7 @@ def test_page_has_every_section(page):
     for heading in (
         "Runs",
         "Results",
-        "Probes of the frozen encoder",
+        "What the frozen encoder knows",
         "Pre-training",
         "A pair of views",
         "Fine-tuning",
@@ -221,9 +266,50 @@ def test_page_has_every_section(page):
     ):
         assert heading in text
     assert text.count("A pair of views") == report.NUM_PAIRS
-    assert "Predicted and true labels" in text and text.count("axial slice") == report.NUM_OVERLAYS
+    assert "Predicted and true labels" in text and text.count(", axial slice") == report.NUM_OVERLAYS
     assert "pgl: not collapsed (feature_std 0.70, effective rank 12.0 at step 20); aligned places agree more" in text
     assert "left out" not in text and "not evaluated" not in text
+
+
+def test_page_says_what_the_judges_say(page):
+    """Readings, controls, intervals and the standing sentences; pictures beside the result, once each."""
+    read, rows = Reader(page), table_rows(page, "balanced accuracy")
+    assert rows["pgl, BatchNorm re-estimated"][:6] == [
+        "0.512 0.461 to 0.563",
+        "0.111",
+        "0.321 0.289 to 0.353",
+        "–",
+        "23.4 21.1 to 25.7",
+        "7.7",
+    ]
+    assert rows["pgl, BatchNorm as trained"][:6] == ["0.410 0.461 to 0.563", "0.111", "–", "–", "–", "–"]
+    assert [cell.split(" ")[0] for cell in rows["random, BatchNorm off"][:5:2]] == ["0.310", "0.111", "41.0"]
+    assert rows["random, BatchNorm re-estimated"][6] == "5 / 4" and page.count("random, BatchNorm re-estimated") == 1
+    assert "<b>0.512</b>" in page and "<b>23.4</b>" in page  # the lowest matching error is the best
+    for judge in ("voxels", "decoder", "matching"):
+        assert f"pgl, {judge}: ahead of everything." in read.text
+    assert "pgl, random: few scans." in read.text and "33.3 mm" in read.text
+    assert sum(link == "data:image/png;base64,YSBwaWN0dXJl" for link in read.links) == 2  # pgl's and random's
+
+
+def test_organs_stand_beside_those_of_the_strongest_control(page):
+    rows = table_rows(page, "recall of voxels", head=1)
+    assert rows["class"] == ["pgl", "random, BatchNorm off", "random"] * 3
+    assert rows["liver"] == ["0.25", "0.25", "0.25", "0.30", "0.30", "0.30", "19", "19", "19"]
+    assert rows["background"] == ["0.60"] * 3 + ["–"] * 6
+
+
+def test_a_ceiling_and_a_judge_that_was_not_asked(scans, tmp_path):
+    one = write_run(tmp_path / "pgl", "pretrain", scans, [])
+    (one / "probe.json").write_text(json.dumps(judged(one, (0.5, 0.3, 20.0), ["matching"], ceiling=True)))
+    old = {"balanced_accuracy": 0.987, "recall": {"liver": 0.987}, "init": "random", "num_test_scans": 4}
+    (one / "old_probe.json").write_text(json.dumps(old))
+    html = write_page(one)
+    assert "old_probe.json is of an earlier version and left out" in html and "0.987" not in html
+    rows = table_rows(html, "matching, mm")
+    assert rows["trained with all labels"][:2] == ["26.0 18.0 to 22.0", "7.7"]
+    assert rows["pgl, BatchNorm re-estimated"][:2] == ["20.0 18.0 to 22.0", "7.7"]
+    assert rows["pgl, BatchNorm as trained"][:2] == ["–", "–"]
 
 
 def test_what_is_missing_is_said(scans, tmp_path):

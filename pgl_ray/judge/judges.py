@@ -5,7 +5,7 @@ whichever reading is best, and wrong priors as a second control), and an encoder
 all labels.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,11 @@ from pgl_ray.model.resnet import Encoder
 JUDGES = ("voxels", "decoder", "matching")
 HIGHER_IS_BETTER = {"voxels": True, "decoder": True, "matching": False}
 UNITS = {"voxels": "balanced accuracy", "decoder": "Dice", "matching": "mm"}
+IN_FULL = {
+    "voxels": "balanced accuracy of voxels",
+    "decoder": "Dice of a decoder on the frozen maps",
+    "matching": "median error of point matching in mm",
+}
 LEAST_ROOM = {"voxels": 0.02, "decoder": 0.02, "matching": 2.0}  # between its ends, below which a judge says nothing
 
 
@@ -34,15 +39,18 @@ class Score:
         details: plain values: of voxels "recall", "last_map", and "hits" of "counts" voxels per "scans" and "classes";
             of the decoder "organs" with Dice and HD95, "hd95_mm", "seeds", and "rows" per scan and organ; of matching
             "organs", "deformed_mm", and "rows".
+        drawn: the value in bootstrap draws of the test scans, [draws], the same draws for every encoder, so that
+            differences are paired; none for a single scan. Not written to files.
     """
 
     value: float
     ci95: list[float] | None
     details: dict[str, Any] = field(default_factory=dict)
+    drawn: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def plain(self) -> dict[str, Any]:
         """For a JSON file."""
-        return asdict(self)
+        return {"value": self.value, "ci95": self.ci95, "details": self.details}
 
 
 class Judges:
@@ -103,27 +111,31 @@ class Judges:
             found["matching"] = self._matching(maps)
         return found
 
+    def maps(self, encoder: Encoder | ResEncoder, reading: str) -> readings.StandardisedMaps:
+        """The maps of one reading, those that decoder and matching see."""
+        return readings.StandardisedMaps(readings.read_as(encoder, reading, self.views), self.views)
+
     def _voxels(self, encoder: Encoder | ResEncoder) -> Score:
         features = self.probe.features(encoder)
         score = self.probe.score(features)
         last = self.probe.score(features, slice(-encoder.channels[encoder.last], None))
         draws = metrics.scan_draws(len(score.hits), self.config.seed)
-        bounds = metrics.percentile_bounds(voxels.drawn_accuracies(score, draws)) if len(score.hits) > 1 else None
+        drawn = voxels.drawn_accuracies(score, draws) if len(score.hits) > 1 else None
         details = {"recall": score.recall, "last_map": last.balanced_accuracy}
         details |= {"hits": score.hits.tolist(), "counts": score.counts.tolist()}
         details |= {"scans": [scan.scan_id for scan in self.probe.scans[1]], "classes": list(self.probe.names.values())}
-        return Score(score.balanced_accuracy, bounds, details)
+        return Score(score.balanced_accuracy, _bounds(drawn), details, drawn)
 
     def _decoder(self, maps: readings.StandardisedMaps) -> Score:
         seeds, size = range(self.config.seed, self.config.seed + self.num_seeds), self.config.size
         decoders = [decoder.train_decoder(maps, self.train, size, seed) for seed in seeds]
         rows = decoder.score_decoder(maps, decoders, self.test, self.names, size)
         together = mean_rows(rows)
-        summary, bounds = metrics.summarise(together), metrics.intervals(together, self.config.seed)["dice"]
+        summary, drawn = metrics.summarise(together), metrics.drawn_means(together, "dice", self.config.seed)
         organs = {organ: {key: one[key] for key in ("dice", "hd95_mm")} for organ, one in summary["organs"].items()}
         details = {"organs": organs, "hd95_mm": summary["hd95_mm"], "rows": together}
         details["seeds"] = [metrics.summarise(part)["dice"] for part in rows]
-        return Score(summary["dice"], bounds, details)
+        return Score(summary["dice"], _bounds(drawn), details, drawn)
 
     def _matching(self, maps: readings.StandardisedMaps) -> Score:
         rows = matching.organ_errors(maps, self.test, self.names, self.config.size)
@@ -132,7 +144,8 @@ class Judges:
         moved = matching.deformation_errors(maps, self.test, self.config.size, self.config.seed)
         details = {"organs": matching.by_organ(rows), "deformed_mm": matching.median_error(moved) if moved else None}
         details["rows"] = by_target(rows)
-        return Score(matching.median_error(rows), median_bounds(rows, self.config.seed), details)
+        drawn = drawn_medians(rows, self.config.seed)
+        return Score(matching.median_error(rows), _bounds(drawn), details, drawn)
 
     def body_box_mm(self) -> float:
         """Median matching error of the place in the body's box, which needs no encoder."""
@@ -173,24 +186,20 @@ def by_target(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def median_bounds(rows: list[dict[str, Any]], seed: int, num_draws: int = 1000) -> list[float] | None:
-    """95 % interval of the median error, the searched scans drawn with all their rows; none for a single scan."""
+def drawn_medians(rows: list[dict[str, Any]], seed: int, num_draws: int = 1000) -> np.ndarray | None:
+    """The median error in bootstrap draws of the searched scans, each with all its rows; none for a single scan."""
     errors: dict[str, list[float]] = {}
     for row in rows:
         errors.setdefault(row["target"], []).append(row["error_mm"])
     if len(errors) < 2:
         return None
     parts, rng = list(errors.values()), np.random.default_rng(seed)
-    drawn = [
-        np.median(np.concatenate([parts[i] for i in rng.integers(len(parts), size=len(parts))]))
-        for _ in range(num_draws)
-    ]
-    return metrics.percentile_bounds(np.array(drawn))
+    draws = rng.integers(len(parts), size=(num_draws, len(parts)))
+    return np.array([np.median(np.concatenate([parts[i] for i in draw])) for draw in draws])
 
 
-def better(judge: str, one: float, other: float) -> bool:
-    """Whether a value of a judge is better than another."""
-    return one > other if HIGHER_IS_BETTER[judge] else one < other
+def _bounds(drawn: np.ndarray | None) -> list[float] | None:
+    return None if drawn is None else metrics.percentile_bounds(drawn)
 
 
 @dataclass(frozen=True)
@@ -200,36 +209,47 @@ class Standing:
     Attributes:
         low: the strongest of the controls.
         low_is: which that is, e.g. "random, BatchNorm off".
+        ahead: by how much the value is better than that, in the judge's unit; below 0 it is worse.
+        ahead_ci95: [low, high] of it, paired over bootstrap draws of the test scans; none for a single scan.
         high: of the encoder that was trained with all labels; none: not given.
         closed: share of the room between them that is closed; none without an upper end, or without room.
     """
 
     low: float
     low_is: str
+    ahead: float
+    ahead_ci95: list[float] | None
     high: float | None
     closed: float | None
 
     @classmethod
-    def of(cls, judge: str, value: float, lows: dict[str, float], high: float | None) -> "Standing":
+    def of(cls, judge: str, score: Score, lows: dict[str, Score], high: float | None) -> "Standing":
         """
         Args:
             judge: of JUDGES.
-            value: to place.
-            lows: name -> value of each control, at least one.
+            score: to place.
+            lows: name -> score of each control, at least one.
             high: the upper end.
         """
-        low_is = (max if HIGHER_IS_BETTER[judge] else min)(lows, key=lows.get)
-        low = lows[low_is]
-        room = None if high is None else (high - low) * (1 if HIGHER_IS_BETTER[judge] else -1)
+        sign, value = 1 if HIGHER_IS_BETTER[judge] else -1, score.value
+        low_is = max(lows, key=lambda name: sign * lows[name].value)
+        low, other = lows[low_is].value, lows[low_is].drawn
+        paired = None if score.drawn is None or other is None else sign * (score.drawn - other)
+        room = None if high is None else sign * (high - low)
         closed = (value - low) / (high - low) if room is not None and room >= LEAST_ROOM[judge] else None
-        return cls(low, low_is, high, closed)
+        return cls(low, low_is, sign * (value - low), _bounds(paired), high, closed)
+
+    @property
+    def is_ahead(self) -> bool | None:
+        """Whether the value is better than the strongest control; none: within the noise of the test scans."""
+        if self.ahead_ci95 is None:
+            return self.ahead > 0
+        low, high = self.ahead_ci95
+        return None if low <= 0 <= high else low > 0
 
     def sentence(self, judge: str, value: float) -> str:
         """In words."""
-        unit = UNITS[judge]
-        ends = f"{self.low_is} {_number(judge, self.low)}"
-        word = "ahead of" if better(judge, value, self.low) else "not ahead of"
-        text = f"{_number(judge, value)} {unit}, {word} {ends}"
+        text = f"{_number(judge, value)} {UNITS[judge]}, {self.against(judge)}"
         if self.high is None:
             return f"{text}; ceiling=RUN of an encoder trained with all labels would say how much room there is"
         text += f"; trained with all labels {_number(judge, self.high)}"
@@ -237,9 +257,48 @@ class Standing:
             return f"{text}: no room between these ends, so this judge says nothing here"
         return f"{text}: {self.closed:.0%} of the room between them"
 
+    def against(self, judge: str) -> str:
+        """The difference to the strongest control in words, with its interval."""
+        other = f"{self.low_is} {_number(judge, self.low)}"
+        if self.ahead_ci95 is None:
+            return f"{'ahead of' if self.is_ahead else 'not ahead of'} {other}"
+        if self.is_ahead is None:
+            return f"not clearly ahead of {other}: {self.by(judge)}"
+        return f"{'ahead of' if self.is_ahead else 'behind'} {other} by {self.by(judge)}"
 
-def _number(judge: str, value: float) -> str:
-    return f"{value:.1f}" if judge == "matching" else f"{value:.3f}"
+    def by(self, judge: str) -> str:
+        """The difference and its interval; a deficit is turned round, and what may be either is signed."""
+        values, sign = [self.ahead, *self.ahead_ci95], "+" if self.is_ahead is None else ""
+        if self.is_ahead is False:
+            values = [-self.ahead, -self.ahead_ci95[1], -self.ahead_ci95[0]]
+        ahead, low, high = (_number(judge, value, sign) for value in values)
+        return f"{ahead} (95 % interval {low} to {high})"
+
+
+def answer(name: str, standing: dict[str, Standing], values: dict[str, float]) -> str:
+    """One sentence: is an encoder better than the strongest random weights, by how much, and how sure is that.
+
+    Args:
+        name: of the encoder.
+        standing: judge -> where it stands.
+        values: judge -> its own value.
+    """
+    chance = all(one.low_is.startswith("random") for one in standing.values())
+    other = "random weights in their strongest reading" if chance else "the strongest control"
+    parts = []
+    for ahead, word in {True: "ahead of", None: "not clearly ahead of", False: "behind"}.items():
+        told = []
+        for judge, one in standing.items():
+            if one.is_ahead is ahead:
+                text = f"{IN_FULL[judge]} {_number(judge, values[judge])} against {_number(judge, one.low)}"
+                told.append(text + (f", by {one.by(judge)}" if one.ahead_ci95 else ""))
+        count = "every judge" if len(told) == len(standing) else f"{len(told)} of {len(standing)} judges"
+        parts += [f"{word} {other} by {count}: {'; '.join(told)}"] if told else []
+    return f"{name} is {'. It is '.join(parts)}."
+
+
+def _number(judge: str, value: float, sign: str = "") -> str:
+    return f"{value:{sign}.1f}" if judge == "matching" else f"{value:{sign}.3f}"
 
 
 def to_device(encoder: Encoder | ResEncoder) -> Encoder | ResEncoder:

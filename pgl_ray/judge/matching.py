@@ -102,7 +102,8 @@ def organ_errors(
         size: of the training views.
 
     Returns:
-        A row per ordered pair of scans and organ that both have: source, target, organ, error_mm.
+        A row per ordered pair of scans and organ that both have: source, target, organ, error_mm, and found_mm, the
+        place that was found along the target's own axes.
     """
     grids, queries, organs = [], [], [centroids(scan, names) for scan in scans]
     for scan, own in zip(scans, organs):
@@ -124,7 +125,7 @@ def organ_errors(
                     right = (theirs[organ] + 0.5) * np.array(target.record.spacing_mm)
                     error = float(np.linalg.norm(place - right))
                     pair = {"source": source.record.scan_id, "target": target.record.scan_id}
-                    rows.append({**pair, "organ": organ, "error_mm": error})
+                    rows.append({**pair, "organ": organ, "error_mm": error, "found_mm": place.tolist()})
     return rows
 
 

@@ -6,6 +6,7 @@ for every encoder on the same unlabelled views, and the readings as trained and 
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from pgl_ray.model.resnet import Encoder
 
 Reading = Literal["reestimated", "trained", "off"]
 READINGS: tuple[Reading, ...] = ("reestimated", "trained", "off")
+IN_WORDS = {"reestimated": "BatchNorm re-estimated", "trained": "BatchNorm as trained", "off": "BatchNorm off"}
 AIR = -1024  # HU outside a scan
 NUM_VIEWS = 64  # that statistics are estimated on
 AT_A_TIME = 8  # views per forward pass
@@ -117,6 +119,15 @@ def possible(encoder: nn.Module, trained: bool) -> tuple[Reading, ...]:
     if not norms(encoder):
         return ("trained",)
     return READINGS if trained else ("reestimated", "off")
+
+
+def in_words(found: Iterable[str]) -> dict[str, str]:
+    """What the readings of an encoder are called; that without BatchNorm has one alone.
+
+    Args:
+        found: all its readings.
+    """
+    return {"trained": "no BatchNorm"} if list(found) == ["trained"] else IN_WORDS
 
 
 def body_points(volume: np.ndarray, spacing_mm: tuple[float, ...], every_mm: float) -> np.ndarray:

@@ -138,6 +138,15 @@ def intervals(rows: list[dict], seed: int = 0) -> dict:
     return found
 
 
+def drawn_means(rows: list[dict], score: str, seed: int = 0) -> np.ndarray | None:
+    """A score's mean in the draws of scans behind `intervals`, [draws]; none for fewer than two scans that have it."""
+    scans, organs = _names(rows)
+    values = _table(rows, score, scans, organs)
+    if (~np.isnan(values)).any(1).sum() < 2:
+        return None
+    return _means(values, scan_draws(len(scans), seed))[1]
+
+
 def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
     """Two runs on the same scans, paired by scan and organ.
 

@@ -1,0 +1,90 @@
+"""The demo's settings and what it says: one geometry throughout, nothing learnt from the phantoms it is judged on."""
+
+import dataclasses
+
+import pytest
+
+from pgl_ray import config as c
+from pgl_ray import demo, pretrain
+from pgl_ray.judge.judges import Standing
+from pgl_ray.model.places import PlacesPgl
+from pgl_ray.probe import ProbeResult
+from pgl_ray.tables import Difference
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """The demo's config, and that of each door."""
+    config = c.DemoConfig(out=str(tmp_path), seed=3, pretrain_steps=7, finetune_steps=9, num_labelled=4, num_test=5)
+    store, run = str(tmp_path / "store"), str(tmp_path / "run")
+    doors = {"pretrain": demo._pretraining(config, store, run, {}), "probe": demo._probe(config, store, run)}
+    doors |= {init: demo._finetuning(config, store, run, init, f"{run}_{init}", {}) for init in demo.INITS}
+    return config, doors
+
+
+def test_every_step_sees_one_encoder_and_the_training_phantoms(settings):
+    _, doors = settings
+    sizes = {(one.encoder.width, one.encoder.depths) for name, one in doors.items() if name != "probe"}
+    assert len(sizes) == 1 and doors["probe"].encoder is None  # the run's own
+    assert doors["probe"].size == doors["pretrain"].views.size
+    assert {one.split for one in doors.values()} == {"train"} and doors["probe"].test_split == "test"
+    assert {one.seed for one in doors.values()} == {3}
+    assert (doors["pretrain"].max_steps, doors["random"].max_steps, doors["pgl"].max_steps) == (7, 9, 9)
+    assert (doors["probe"].num_scans, doors["pgl"].num_scans, doors["probe"].num_test_scans) == (4, 4, 5)
+    for name, one in doors.items():
+        assert c.build(type(one), one.model_dump(mode="json")) == one, name
+
+
+def test_both_fine_tunings_differ_in_their_init_alone(settings):
+    _, doors = settings
+    random, pgl = (doors[init].model_dump(exclude={"run", "init"}) for init in demo.INITS)
+    assert random == pgl and (doors["random"].init, doors["pgl"].init) == ("random", doors["pretrain"].run)
+
+
+def test_pre_training_learns_by_place_on_maps_that_the_views_hold(settings):
+    _, doors = settings
+    model, geometry = pretrain.build_model(doors["pretrain"])
+    assert isinstance(model, PlacesPgl) and len(model.maps) == 3 and len(model.place) == 3
+    for _, one in model.maps:
+        cells = [size // stride for size, stride in zip(one.view_size, one.output_stride)]
+        assert min(cells) >= 2, f"{one.output_stride}: a view has {cells} cells"
+    assert geometry.view_size == tuple(demo.VIEW)
+
+
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [
+        (
+            Difference(0.1, 0.05, 0.15, 8),
+            "+0.100, more than the noise of 8 test scans (95 % interval +0.050 to +0.150)",
+        ),
+        (Difference(-0.1, -0.25, 0.05, 8), "-0.100, within the noise"),
+        (Difference(-0.1, -0.15, -0.05, 8), "-0.100, more than the noise"),
+        (None, "from PGL and 0.300 from random weights."),
+    ],
+)
+def test_what_fine_tuning_gained_is_said_with_its_noise(gain, said):
+    assert said in demo.fine_tuned({"random": 0.3, "pgl": 0.4}, gain)
+
+
+def test_the_closing_lines_answer_whether_pgl_helps(capsys):
+    """The judges' sentence, the table with random weights, the gain in Dice, and where the page lies."""
+    standing = Standing(0.5, "random, BatchNorm off", 0.2, [0.1, 0.3], None, None)
+    score = {"value": 0.7, "ci95": [0.6, 0.8], "details": {"last_map": 0.6}}
+    chance = score | {"value": 0.5}
+    judged = ProbeResult(
+        *(
+            "/runs/pretrain_pgl",
+            5,
+            12,
+            {"reestimated": {"voxels": score}},
+            {"random, BatchNorm off": {"voxels": chance}},
+        ),
+        *({}, {"voxels": dataclasses.asdict(standing)}, ["voxels: a sentence"], [], 0.7, {"liver": 0.7}, None, [], 1.0),
+    )
+    dice = {"random": 0.3, "pgl": 0.4}
+    lines = demo.describe(demo.Result("/x/report.html", judged, dice, None, 12.3)).splitlines()
+    assert any(line.startswith("random, BatchNorm off") and "0.500" in line for line in lines)
+    assert any(line.startswith("PGL is ahead of random weights in their strongest reading") for line in lines)
+    assert lines[-1] == "demo: done in 12 s; report in /x/report.html"
+    assert any(line.startswith("Fine-tuned, test Dice is 0.400 from PGL") for line in lines)
