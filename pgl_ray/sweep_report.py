@@ -41,6 +41,7 @@ def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[s
     return {
         "config": config,
         "judge": config["judge"],
+        "lower": sweeps.merit(config["judge"], 1.0) < 0,
         "num": {state: sum(trial.state == state for trial in trials) for state in (*sweeps.ENDED, "failed", "running")},
         "best": best and {"title": best.title, "score": best.score, "name": best.name},
         "judges": [tables.JUDGED[judge][0] for judge in judges],

@@ -205,7 +205,8 @@ def write_table(folder: Path) -> None:
         row = {"trial": trial.name, "state": trial.state, "stage": trial.stage, "score": trial.score}
         said = probed(trial.folder)
         row |= {"probe": said.get("voxels"), "test_dice": evaluation(trial).get("dice"), **cost(trial)}
-        row |= {figure.split("/")[1]: said[judge] for figure, judge in FIGURES.items() if judge in said}
+        others = {figure.split("/")[1]: judge for figure, judge in FIGURES.items() if judge != "voxels"}
+        row |= {name: said[judge] for name, judge in others.items() if judge in said}
         row |= {"pretrain": trial.record.get("pretrain"), "finetune": trial.record.get("finetune")}
         values = {key: json.dumps(v) if isinstance(v, list) else v for key, v in trial.values.items()}
         rows.append(row | {"error": trial.error, **values, "values": json.dumps(trial.values)})

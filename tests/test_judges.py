@@ -409,6 +409,9 @@ def test_shortcomings_of_the_scans_are_said(tmp_path):
     assert any("no scan to learn from shows ball" in note for note in notes)
     assert any("the same voxels are learnt from and tested on: test0 and train0" in note for note in notes)
     assert any(note.startswith("num_test_scans=3") for note in notes)
+    torch.manual_seed(0)
+    found = judges.Judges(index, config(index), ("voxels", "decoder")).judge(Encoder(**TINY), "off")
+    assert found["voxels"].details["recall"]["ball"] == found["decoder"].details["organs"]["ball"]["dice"] == 0
     with pytest.raises(ValueError, match="two test scans or more"):
         judges.Judges(index, config(index), ("matching",))
     with pytest.raises(ValueError, match="no scan to estimate BatchNorm's statistics on"):

@@ -477,6 +477,7 @@ def test_the_best_trial_is_the_best_whatever_its_judge(tmp_path, alone, figure):
     assert c.load(c.PretrainConfig, [str(tmp_path / "sweep/best.yaml"), "index=s", "run=r"]).optim.lr == 0.2
     page = Path(tmp_path / "sweep/report.html").read_text()
     assert f"{figure} {found[0.2].score:.4f} (trial {found[0.2].name})" in page
+    assert (f"Judged by {figure} (lower is better);" in page) == (figure == "probe/matching_mm")
     rows = [page.index(f"<td>{found[lr].name}</td>") for lr in order]
     assert rows == sorted(rows) and "decoder Dice</th><th>matching, mm</th>" in page
     table = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
