@@ -142,6 +142,8 @@ def test_the_card_says_what_the_file_says(path):
     card = path.with_suffix(".md").read_text()
     assert [line for line in card_lines(path) if line not in card] == []
     assert "10.1002/mp.14845" in card and "Babier" in card and "MIT" in card and "No medical device" in card
+    assert "{{" not in card
+    assert metadata(path)["method"] == "pgl" and int(metadata(path)["steps"]) > 0
 
 
 def blocks(path, language):

@@ -244,7 +244,8 @@ def tables(runs: Path) -> tuple[str, list[dict]]:
                     room = "-"
                     if top and base and (arm, reading) != low:
                         ends = np.mean([row["value"] for row in base]), np.mean([row["value"] for row in top])
-                        room = f"{(np.mean(values) - ends[0]) / (ends[1] - ends[0]):.0%}"
+                        closed = (np.mean(values) - ends[0]) / (ends[1] - ends[0])
+                        room = f"{closed:.0%}" if closed > 0 else "none"
                     name = f"{arm}, BatchNorm off" if reading == "off" else arm
                     listed = " ".join(f"{value:.3f}" if judge != "matching" else f"{value:.1f}" for value in values)
                     mean = f"{np.mean(values):.3f}" if judge != "matching" else f"{np.mean(values):.1f}"
