@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pgl_ray import config as c
-from pgl_ray import export, finetune, probe, tables, trial, tune
+from pgl_ray import export, finetune, probe, probe_tables, tables, trial, tune
 from pgl_ray.data.facts import spacing_note, training_facts
 from pgl_ray.data.store import Index, read_index, write_index, write_scan
 from pgl_ray.model.encoder import build_encoder
@@ -315,11 +315,12 @@ def test_a_report_names_them(tmp_path):
     record |= {"store": {"num_scans": 1}, "versions": {}, "num_steps": 0}
     (run / "run.json").write_text(json.dumps(record))
     found = {"init": INIT, "balanced_accuracy": 0.5, "recall": {"a": 0.5}, "num_train_scans": 1, "num_test_scans": 1}
+    found |= {"readings": {}, "controls": {}, "ceiling": {}, "sentences": [], "pictures": []}
     (tmp_path / "probe_given.json").write_text(json.dumps(found))
     (tmp_path / "probe_other.json").write_text(json.dumps(found | {"init": "pretrained:other"}))
     runs = tables.read_runs([str(run)])
     assert tables.overview(runs[0])["init"] == INIT
-    assert [row["init"] for row in tables.probes(runs)["rows"]] == [INIT]
+    assert [given["init"] for _, given in probe_tables.read(runs)[0]] == [INIT]
 
 
 # -- what is wrong ----------------------------------------------------------------------------------------------------
