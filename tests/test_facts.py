@@ -200,7 +200,9 @@ def test_an_evaluation_and_its_report_say_it(pool, other, tmp_path, monkeypatch,
     checkpoint.write_json(run / "run.json", record | {"scans": {"train": ["train20"], "val": ["train21"]}})
     checkpoint.metrics_path(run).write_text('{"step": 1, "time_s": 2.0}\n')
     found = {"init": str(run), "recall": None, "balanced_accuracy": None, "num_train_scans": 1, "num_test_scans": 5}
-    found |= {"readings": {"reestimated": {"matching": {"value": 31.25}}}, "notes": [line]}
+    matching = {"value": 31.25, "ci95": None, "details": {"organs": {}, "deformed_mm": None}}
+    found |= {"readings": {"reestimated": {"matching": matching}}, "notes": [line], "controls": {}, "ceiling": {}}
+    found |= {"sentences": [], "pictures": [], "body_box_mm": None, "standing": {}}
     checkpoint.write_json(run / "probe.json", found)
     page = Path(report.run(c.ReportConfig(run=[str(run)]))).read_text()
     assert page.count(f"<p>run: {line}.</p>") == 2 and "31.2" in page  # of the evaluation, and of the probe
