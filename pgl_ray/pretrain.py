@@ -37,8 +37,8 @@ ACCURACY = "probe/balanced_accuracy"  # of the metrics; a sweep may judge by it
 
 @dataclass(frozen=True)
 class Result:
-    """Where a run lies and how it ended; `health` is what the last health figures say, `probe` the last balanced
-    accuracy of the voxel probe, none where none was asked for."""
+    """Where a run lies and how it ended; `health` is what the last health figures say, `rise` why the loss rose where
+    it did, `probe` the last balanced accuracy of the voxel probe, none where none was asked for."""
 
     run: str
     steps: int
@@ -46,6 +46,7 @@ class Result:
     health: str
     already_finished: bool
     probe: float | None = None
+    rise: str | None = None
 
 
 def run(config: PretrainConfig) -> Result:
@@ -97,8 +98,9 @@ def run(config: PretrainConfig) -> Result:
     rows = checkpoint.read_metrics(folder)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     probed = [row[ACCURACY] for row in rows if ACCURACY in row]
-    finished = done >= plan.num_steps
-    return Result(folder, plan.num_steps, losses[-1], health.newest_verdict(rows), finished, *probed[-1:])
+    probe, rise = (probed or [None])[-1], health.rise(rows, config.method, config.loss.kind)
+    ends = losses[-1], health.newest_verdict(rows), done >= plan.num_steps
+    return Result(folder, plan.num_steps, *ends, probe, rise)
 
 
 def make_probe(config: PretrainConfig) -> Judges:
@@ -272,7 +274,8 @@ def worker(worker_config: dict) -> str | None:
                 break
         if check:
             row |= launch.mean_over_workers(health.panel(net, done.output, done.pair, geometry))
-            collapsed = health.collapse(row)
+            collapsed, spread = health.collapse(row), health.directions(row)
+            row |= {} if spread is None else {"health/directions": spread}
             row["health/collapsed"] = float(collapsed is not None)
             num_collapsed = num_collapsed + 1 if collapsed else 0
             if config.health.stop_on_collapse and num_collapsed >= 2 and step < plan.num_steps:
@@ -280,8 +283,9 @@ def worker(worker_config: dict) -> str | None:
                 stopped += "lower optim.lr or a larger batch; health.stop_on_collapse=false goes on with this one"
                 keep = True
         if (log or check or keep) and config.stream.on_error == "skip":
-            row["data/skipped_share"], stopped = skipped.share(step, worker_config["run"] if metrics else None)
-            if stopped:
+            row["data/skipped_share"], too_many = skipped.share(step, worker_config["run"] if metrics else None)
+            if too_many and not stopped:  # of two reasons the first is said, and a collapse's row is written
+                stopped = too_many
                 break
         if probes and judge:
             encoder = net.get_submodule("online.encoder")
@@ -464,8 +468,9 @@ def _keep_views(run: str, batch: dict, plan: stream.Plan, num: int = 4) -> None:
 def describe(result: Result) -> str:
     """What the health figures say, and the closing line."""
     state = "was finished already" if result.already_finished else f"done after {result.steps} steps"
-    probed = "" if result.probe is None else f"  voxel probe: balanced accuracy {result.probe:.4f}\n"
-    return f"  health: {result.health}\n{probed}pretrain: {state}, loss {result.loss:.4f}; run in {result.run}"
+    more = "" if result.rise is None else f"  note: {result.rise}\n"
+    more += "" if result.probe is None else f"  voxel probe: balanced accuracy {result.probe:.4f}\n"
+    return f"  health: {result.health}\n{more}pretrain: {state}, loss {result.loss:.4f}; run in {result.run}"
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from pgl_ray.data.views import normalise, read_padded, resize_and_flip
 from pgl_ray.prior import overlap_box
 from pgl_ray.tables import Run
 from pgl_ray.train.bucket import beside, is_url, shown
+from pgl_ray.train.health import COLLAPSED, directions
 
 NUM_PAIRS, NUM_OVERLAYS = 2, 3
 
@@ -69,6 +70,8 @@ def run(config: ReportConfig) -> str:
         "health": tables.health(pretrained),
         "alignments": [found for r in pretrained if (found := alignment(r))],
         "pretrain_curves": pretrain_curves(pretrained),
+        "rises": tables.rises(pretrained),
+        "least_directions": COLLAPSED,
         "pairs": [
             pair for r in pretrained for pair in _or_missing(missing, r.name, lambda r=r: view_pairs(r, num_pairs))
         ],
@@ -143,6 +146,10 @@ def pretrain_curves(runs: list[Run]) -> dict[str, str]:
     def pairs_of(solid: str, dashed: str) -> list[pictures.Series]:
         return [_metric(r, solid) for r in runs] + [_metric(r, dashed, dashed=True) for r in runs]
 
+    def spread(one: Run) -> Iterable[tuple[float, float]]:
+        """From what older runs recorded, too."""
+        return ((row["step"], found) for row in one.rows if (found := directions(row)) is not None)
+
     comparing = [r for r in runs if r.config.get("method") != "genesis"]
     restoring = [r for r in runs if r.config.get("method") == "genesis"]
     encoder_cosines = pairs_of("health/encoder_cosine_aligned", "health/encoder_cosine_shuffled")
@@ -153,6 +160,7 @@ def pretrain_curves(runs: list[Run]) -> dict[str, str]:
         "decay": _plot("EMA decay", [_metric(r, "ema/decay") for r in comparing], None, None),
         "grad": _plot("gradient norm", [_metric(r, "train/grad_norm") for r in runs], 0, None),
         "weights": _plot("weight norms", pairs_of("weight/encoder_norm", "weight/heads_norm"), 0, None),
+        "directions": _plot("directions", [_series(r, spread(r)) for r in runs], 0, None),
         "std": _plot("feature_std", compared("feature_std"), 0, 1.1),
         "rank": _plot("effective rank", compared("effective_rank"), 0, None),
         "cosine": _plot(

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pgl_ray.model.metrics import paired_by_scan, reach
 from pgl_ray.train.bucket import is_url, shelf, shown
 from pgl_ray.train.checkpoint import read_metrics
-from pgl_ray.train.health import newest_verdict
+from pgl_ray.train.health import newest_verdict, rise
 
 SCORES = {"dice": "Dice", "iou": "IoU", "hd_mm": "HD, mm", "hd95_mm": "HD95, mm"}
 LOWER_IS_BETTER = ("hd_mm", "hd95_mm")
@@ -299,6 +299,13 @@ def probe_values(found: dict[str, Any]) -> dict[str, float]:
 def verdict(run: Run) -> str:
     """Whether a pre-training run's features collapsed, and by which figure."""
     return f"{run.name}: {newest_verdict(run.rows)}."
+
+
+def rises(runs: list[Run]) -> str:
+    """Why the losses of pre-training runs rose, a sentence for each that did."""
+    kinds = [(run.config.get("method", "pgl"), run.config.get("loss", {}).get("kind", "consistency")) for run in runs]
+    said = [(run.name, rise(run.rows, *kind)) for run, kind in zip(runs, kinds, strict=True)]
+    return " ".join(f"{name}: {text}." for name, text in said if text)
 
 
 HEALTH = ("feature_std", "effective_rank", "cosine_aligned", "cosine_shuffled", "retrieval")

@@ -1,7 +1,9 @@
 """The health panel: its figures against their definitions, and that it notices collapse and wrong priors."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,10 +26,11 @@ def named(found: dict) -> dict:
     return {f"health/{name}": value for name, value in found.items()}
 
 
-def test_byol_is_judged_by_its_views_spread_and_the_encoders_map():
+def test_byol_is_judged_by_its_views_and_the_encoders_map():
+    """Two rows of a sound BYOL: 1.5 directions of eight views are no collapse while the encoder's map keeps many."""
     healthy = {"health/encoder_feature_std": 0.9, "health/encoder_effective_rank": 9.0}
     assert health.collapse(healthy | {"health/view_feature_std": 0.8, "health/view_effective_rank": 1.5}) is None
-    assert health.collapse(healthy | {"health/view_feature_std": 0.01})
+    assert health.collapse(healthy | {"health/view_feature_std": 0.01, "health/view_effective_rank": 5.0})
     assert health.collapse({"health/encoder_feature_std": 0.9, "health/encoder_effective_rank": 1.1})
 
 
@@ -64,6 +67,42 @@ def test_spread_is_healthy():
     assert found["cosine_aligned"] == pytest.approx(1) and found["retrieval"] == 1
     assert abs(found["cosine_shuffled"]) < 0.1
     assert health.collapse(named(found)) is None
+
+
+def defined_directions(features: torch.Tensor) -> float:
+    """feature_std^2 * effective_rank by loops over vectors and channels."""
+    vectors = features.permute(0, 2, 3, 4, 1).reshape(-1, features.shape[1]).double().numpy()
+    vectors = [vector / math.sqrt(sum(x * x for x in vector)) for vector in vectors]
+    num, size = len(vectors), len(vectors[0])
+    means = [sum(vector[c] for vector in vectors) / num for c in range(size)]
+    covariance = np.zeros((size, size))
+    for vector in vectors:
+        for i, j in itertools.product(range(size), repeat=2):
+            covariance[i, j] += (vector[i] - means[i]) * (vector[j] - means[j]) / (num - 1)
+    std = sum(math.sqrt(covariance[c, c]) for c in range(size)) / size * math.sqrt(size)
+    share = np.linalg.eigvalsh(covariance).clip(1e-30) / np.trace(covariance)
+    return std**2 * math.exp(-sum(x * math.log(x) for x in share))
+
+
+def test_directions_equal_their_definition():
+    compared, maps = spread(0) + 1, spread(1) * torch.arange(16).view(1, -1, 1, 1, 1)
+    row = named(health.feature_health(compared, compared))
+    row |= {f"health/encoder_{name}": value for name, value in health.feature_health(maps, maps).items()}
+    both = [defined_directions(features) for features in (compared, maps)]
+    assert both[0] < 9 and both[1] < 12 and health.directions(row) == pytest.approx(math.sqrt(math.prod(both)), 1e-3)
+    alone = {key: value for key, value in row.items() if "encoder" in key}
+    assert health.directions(alone) == pytest.approx(both[1], rel=1e-3) and health.directions({"step": 1}) is None
+
+
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_directions_are_counted(num):
+    """Vectors along `num` lines, either way, are of `num` directions; all have parts in all channels."""
+    hadamard = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(16)] for i in range(1, 1 + num)])
+    vectors = torch.cat([hadamard, -hadamard]).repeat(64, 1)
+    features = vectors.T.reshape(1, 16, -1, 1, 1)
+    row = named(health.feature_health(features, features))
+    assert health.directions(row) == pytest.approx(num, rel=0.01)
+    assert (health.collapse(row) is not None) == (num == 1)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +168,78 @@ def test_wrong_priors_show_in_the_panel():
     assert health.collapse(right) is None
 
 
+# -- recorded trainings -----------------------------------------------------------------------------------------------
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "health_controls.json").read_text())
+CONTROLS = GOLDEN["controls"]
+
+
+def recorded(name: str) -> list[dict[str, float]]:
+    """The metrics rows of one recorded training."""
+    rows = [dict(zip(GOLDEN["columns"], values, strict=True)) for values in CONTROLS[name]["rows"]]
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_recorded_trainings_are_judged_right(name):
+    """The rule of the worker: two rows in a row end a run. What collapses is to be ended within 100 steps."""
+    alarms = [(row["step"], health.collapse(row) is not None) for row in recorded(name)]
+    ended = [step for (_, before), (step, now) in itertools.pairwise(alarms) if before and now]
+    assert bool(ended) == CONTROLS[name]["collapsed"], ended
+    assert not ended or ended[0] <= 100
+
+
+def test_no_recorded_figure_alone_tells_collapse():
+    """What makes the recordings a test: sound trainings with narrow compared features, collapsed ones with spread ones,
+    and collapsed ones whose encoder still has its directions."""
+    rows = {
+        kind: [row for name in CONTROLS if CONTROLS[name]["collapsed"] == kind for row in recorded(name)[4:]]
+        for kind in (True, False)
+    }
+    figures = (
+        "health/feature_std",
+        "health/effective_rank",
+        "health/encoder_feature_std",
+        "health/encoder_effective_rank",
+    )
+    for figure in figures:
+        assert min(row[figure] for row in rows[False] if figure in row) < max(
+            row[figure] for row in rows[True] if figure in row
+        )
+    ranks = [row["health/effective_rank"] for row in rows[False] if "health/effective_rank" in row]
+    assert min(ranks) < 1.9  # what once ended a sound training
+
+
+# -- a loss that rises ------------------------------------------------------------------------------------------------
+
+
+def losses(values) -> list[dict[str, float]]:
+    return [{"step": 5 * i or 1, "train/loss": float(value)} for i, value in enumerate(values)]
+
+
+RISING = [4.0, 1.5, 1.2, 1.1, 1.15, 1.15, 1.3, 1.5, 1.6, 1.7, 1.75, 1.8, 1.85, 1.9, 1.9, 1.9]
+
+
+def test_a_loss_that_rises_is_explained_once_it_is_above_its_first_rows():
+    said = health.rise(losses(RISING), "pgl", "consistency")
+    assert said.startswith("the loss rose again, from 1.15 around step 20 to 1.89, which by itself is no fault")
+    assert health.rise(losses(RISING), "byol", "consistency") == said
+    for method, kind in (("pgl", "contrast"), ("genesis", "consistency")):  # neither agrees with a moving target
+        assert health.rise(losses(RISING), method, kind) is None
+    assert (
+        health.rise(losses(RISING[:7]), "pgl", "consistency") is None and health.rise([], "pgl", "consistency") is None
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_noisy_loss_that_falls_has_not_risen(seed):
+    noise = np.random.default_rng(seed).uniform(0.7, 1.3, 40)
+    assert health.rise(losses(np.geomspace(3, 0.3, 40) * noise), "pgl", "consistency") is None
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
 def test_what_an_update_blew_up_is_not_sound():
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     assert health.is_sound(module)
@@ -139,3 +250,11 @@ def test_what_an_update_blew_up_is_not_sound():
             assert not health.is_sound(module)
             tensor.copy_(kept)
     assert health.is_sound(module)
+
+
+def test_directions_against_numpy():
+    row = {"health/feature_std": 0.5, "health/effective_rank": 8.0, "health/encoder_feature_std": 0.9}
+    row |= {"health/encoder_effective_rank": 10.0}
+    assert health.directions(row) == pytest.approx(np.sqrt(0.25 * 8 * 0.81 * 10))
+    assert health.directions({}) is None and health.collapse({}) is None
+    assert health.directions({key: row[key] for key in list(row)[2:]}) == pytest.approx(8.1)

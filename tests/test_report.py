@@ -64,7 +64,7 @@ def pretrain_rows(std=0.7, rank=12.0, aligned=0.8, shuffled=0.2):
         row = {"step": step, "time_s": time_s, "epoch": step / 6, "train/loss": 4.0 / step, "train/lr": 0.1}
         row |= {"train/pairs_per_s": 4.0, "data/wait_s": 0.5, "ema/decay": 0.99}
         health = {"feature_std": std, "effective_rank": rank, "cosine_aligned": aligned, "cosine_shuffled": shuffled}
-        health["collapsed"] = float(std < 0.1 or rank < 2)
+        health["collapsed"] = float(std**2 * rank < 1.1)
         row["probe/balanced_accuracy"] = 0.4 + step / 100
         rows.append(row | {f"health/{key}": value for key, value in health.items()})
     return rows
@@ -267,7 +267,9 @@ def test_page_has_every_section(page):
         assert heading in text
     assert text.count("A pair of views") == report.NUM_PAIRS
     assert "Predicted and true labels" in text and text.count(", axial slice") == report.NUM_OVERLAYS
-    assert "pgl: not collapsed (feature_std 0.70, effective rank 12.0 at step 20); aligned places agree more" in text
+    assert (
+        "pgl: not collapsed (5.9 directions: feature_std 0.70, effective rank 12.0 at step 20); aligned places" in text
+    )
     assert "left out" not in text and "not evaluated" not in text
 
 
@@ -451,17 +453,30 @@ def test_an_evaluation_without_any_score_is_shown(tmp_path, scans):
 @pytest.mark.parametrize(
     ("health", "words"),
     [
-        ({"std": 0.03}, "features collapsed: feature_std is below 0.1"),
-        ({"rank": 1.2}, "features collapsed: the effective rank is below 2"),
+        ({"std": 0.03}, "features collapsed: they spread over 0.01 directions, and 1.1 is the least (feature_std 0.03"),
+        ({"rank": 1.2}, "features collapsed: they spread over 0.59 directions, and 1.1 is the least"),
         (
             {"aligned": 0.4, "shuffled": 0.5},
-            "not collapsed (feature_std 0.70, effective rank 12.0 at step 20); aligned places do not yet agree more",
+            "not collapsed (5.9 directions: feature_std 0.70, effective rank 12.0 at step 20); aligned places do not "
+            "yet agree more",
         ),
     ],
 )
 def test_verdict(health, words, tmp_path, scans):
     folder = write_run(tmp_path / "run", "pretrain", scans, pretrain_rows(**health))
     assert tables.verdict(tables.read_runs([str(folder)])[0]).startswith(f"run: {words}")
+
+
+def test_a_loss_that_rose_is_explained_below_its_curve(scans, tmp_path):
+    def rows(first: float, last: float) -> list[dict]:
+        losses = [4.0, *np.linspace(first, last, 15)]
+        return [{"step": 5 * i or 1, "time_s": 1.0 + i, "train/loss": loss} for i, loss in enumerate(losses)]
+
+    rose = write_run(tmp_path / "rose", "pretrain", scans, rows(1.1, 1.9))
+    fell = write_run(tmp_path / "fell", "pretrain", scans, rows(1.9, 1.1))
+    text = Reader(write_page(rose, fell)).text
+    assert "rose: the loss rose again, from 1.19 around step 15 to 1.81, which by itself is no fault" in text
+    assert "fell: the loss" not in text and "the loss rose" not in Reader(write_page(fell)).text
 
 
 def test_names_and_differing_settings(tmp_path, scans):

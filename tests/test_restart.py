@@ -84,6 +84,27 @@ def test_too_many_skipped_pairs_end_the_training(broken, tmp_path):
     assert "were skipped, more than stream.max_skipped_share=0.1" in why and "cannot be read: s2" in why
 
 
+@pytest.mark.parametrize(("from_step", "said"), [(9, "collapsed"), (2, "collapsed"), (1, "skipped")])
+def test_skipping_leaves_the_collapse_alarm_on(scans, tmp_path, monkeypatch, from_step, said):
+    """Of two reasons to end a run the first is said: blank views are two rows of collapse by step 2."""
+
+    def share(self, step: int, run: str | None) -> tuple[float, str | None]:
+        return 0.5, "too many were skipped" if step >= from_step else None
+
+    def seen(rank: int, batch: dict) -> None:
+        for view in (batch["view_1"], batch["view_2"]):
+            view.fill(0)
+
+    monkeypatch.setattr(pretrain.Skipped, "share", share)
+    changes = {"health": {"every": 1, "stop_on_collapse": True}, "stream": {"on_error": "skip"}}
+    config = loop.pretraining(scans, tmp_path / "run", **changes)
+    why = loop.train(config, seen=seen)
+    assert said in why and ("stopped at step 2" in why) == (said == "collapsed")
+    if said == "collapsed":
+        assert [row["health/collapsed"] for row in loop.rows_of(config.run)] == [1, 1]
+        assert checkpoint.committed_step(config.run) == 2
+
+
 def test_too_little_memory_in_fine_tuning_says_what_to_take(scans, tmp_path, monkeypatch):
     """In a step, the first update's momentum included, and in a validation, whose advice is fine-tuning's own."""
 

@@ -1,6 +1,7 @@
 """The health panel: figures that tell whether features mean something, and what they say in plain words."""
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,11 +13,15 @@ from torch.overrides import TorchFunctionMode
 from pgl_ray.model.pgl import Output, Pair, align, valid_bins
 from pgl_ray.prior import Geometry, clamped_bins, interpolation_matrices
 
-COLLAPSED_STD, COLLAPSED_RANK = 0.1, 2.0  # below either, features of different places are nearly one vector
+# Fewer `directions` are a collapse. All features along one line make 1. Of the recorded trainings
+# (tests/golden/health_controls.json, drawn by tests/benchmarks/health_controls.py) the collapsed ones had at most 0.87
+# in two rows in a row, the sound ones at least 1.15.
+COLLAPSED = 1.1
 MIN_ROWS = 8  # fewer vectors have neither spread nor rank
 MAX_ROWS = 1024  # that rank and retrieval look at, spread over the batch
 FEW, MANY = 4, 8  # health rows whose mean retrieval means something, and that are averaged at most
 MAX_ELEMENTS = 2**26  # of one block of the similarity matrix
+RISEN = 1.05  # a loss that ends above this multiple of what it was at first has risen
 
 
 @torch.no_grad()
@@ -175,26 +180,38 @@ class _Fired(TorchFunctionMode):
 # -- in words ---------------------------------------------------------------------------------------------------------
 
 
-def collapse(row: dict[str, float]) -> str | None:
-    """Why the features of a row of metrics count as collapsed, or none.
+def directions(row: dict[str, float]) -> float | None:
+    """Over how many directions the features of a row of metrics spread, or none without health figures.
 
-    Judged on the places that the loss compares, and where it compares none (BYOL, Models Genesis) on the encoder's map
-    and on the spread of BYOL's views.
+    feature_std^2 * effective_rank: the rank where features spread evenly, 1 where all lie along one line (half of them
+    opposite the rest), 0 where all are one vector, whatever rank their rounding errors have. The geometric mean of what
+    the loss compares (BYOL: whole views; Models Genesis: nothing) and of the encoder's map: neither is enough alone.
+    The rank of compared features falls to 2 and below in sound trainings, since they encode place, and the encoder's
+    map collapses long after what is compared, or not at all.
     """
-    prefix = "health/" if "health/feature_std" in row else "health/encoder_"
-    spreads = [row[key] for key in (f"{prefix}feature_std", "health/view_feature_std") if key in row]
-    if spreads and min(spreads) < COLLAPSED_STD:
-        return f"features collapsed: feature_std is below {COLLAPSED_STD}"
-    if row.get(f"{prefix}effective_rank", COLLAPSED_RANK) < COLLAPSED_RANK:
-        return f"features collapsed: the effective rank is below {COLLAPSED_RANK:.0f}"
-    return None
+    compared = "health/" if "health/feature_std" in row else "health/view_"
+    found = [
+        row[f"{prefix}feature_std"] ** 2 * row[f"{prefix}effective_rank"]
+        for prefix in (compared, "health/encoder_")
+        if f"{prefix}feature_std" in row
+    ]
+    return math.prod(found) ** (1 / len(found)) if found else None
+
+
+def collapse(row: dict[str, float]) -> str | None:
+    """Why the features of a row of metrics count as collapsed, or none."""
+    found = directions(row)
+    if found is None or found >= COLLAPSED:
+        return None
+    return f"features collapsed: they spread over {found:.2f} directions, and {COLLAPSED} is the least"
 
 
 def verdict(row: dict[str, float]) -> str:
     """What a row of metrics with health figures says, as half a sentence."""
-    prefix = "health/" if "health/feature_std" in row else "health/encoder_"
-    if f"{prefix}feature_std" not in row:
+    found = directions(row)
+    if found is None:
         return "too few features in a batch to judge their health"
+    prefix = next(f"health/{part}" for part in ("", "encoder_", "view_") if f"health/{part}feature_std" in row)
     std, rank = (row[f"{prefix}{name}"] for name in ("feature_std", "effective_rank"))
     figures = f"feature_std {std:.2f}, effective rank {rank:.1f} at step {row['step']:.0f}"
     reason = collapse(row)
@@ -203,7 +220,7 @@ def verdict(row: dict[str, float]) -> str:
     aligned, shuffled = row[f"{prefix}cosine_aligned"], row[f"{prefix}cosine_shuffled"]
     told = "do not yet agree more" if aligned <= shuffled else "agree more"
     return (
-        f"not collapsed ({figures}); aligned places {told} than shuffled ones "
+        f"not collapsed ({found:.1f} directions: {figures}); aligned places {told} than shuffled ones "
         f"(cosine {aligned:.2f} against {shuffled:.2f})"
     )
 
@@ -224,3 +241,30 @@ def newest_verdict(rows: list[dict[str, float]]) -> str:
         if len(last) >= FEW and found <= chance:
             text += " (wrong priors look like this, or a training that has hardly begun)"
     return text
+
+
+def rise(rows: list[dict[str, float]], method: str, kind: str) -> str | None:
+    """Why a loss rose after its first steps, or none where it did not.
+
+    Means of FEW rows are compared, since one batch's loss is noise: the last with the lowest of the first third.
+
+    Args:
+        rows: of metrics.
+        method, kind: `method` and `loss.kind` of the config; only features that agree with a moving target (PGL's
+            Eq. 8, BYOL) have this reason.
+    """
+    losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+    means = [sum(loss for _, loss in losses[i : i + FEW]) / FEW for i in range(len(losses) - FEW + 1)]
+    agreement = method == "byol" or (method == "pgl" and kind == "consistency")
+    if not agreement or len(losses) < 2 * FEW:
+        return None
+    lowest = min(means[: math.ceil(len(means) / 3)])
+    if means[-1] <= RISEN * lowest:
+        return None
+    step = losses[means.index(lowest) + FEW // 2][0]
+    return (
+        f"the loss rose again, from {lowest:.2f} around step {step:.0f} to {means[-1]:.2f}, which by itself is no "
+        "fault: at first the target is nearly a random network, whose features have one direction in common that is "
+        "easy to predict, and the target moves away from there as its features spread; look at the cosine of aligned "
+        "places against that of shuffled ones, and at a voxel probe (probe.every), instead"
+    )
