@@ -1,12 +1,14 @@
-"""LARS, schedules and the EMA against their formulas."""
+"""LARS, schedules and the EMA against their formulas; which optimizer a method has."""
 
+import json
 import math
 
 import numpy as np
+import pytest
 import torch
 
-from pgl_ray.config import PretrainOptimConfig
-from pgl_ray.train.optim import build_lars, ema_decay, polynomial, warmup_cosine
+from pgl_ray.config import PretrainConfig, PretrainOptimConfig, build, dump, load
+from pgl_ray.train.optim import build_lars, build_pretraining, describe, ema_decay, polynomial, warmup_cosine
 
 
 def test_lars_equals_the_formula_and_exempts_vectors():
@@ -28,6 +30,71 @@ def test_lars_equals_the_formula_and_exempts_vectors():
         weight, bias = weight - config.lr * buffers[0], bias - config.lr * buffers[1]
     np.testing.assert_allclose(model.weight.detach().numpy(), weight, atol=1e-12)
     np.testing.assert_allclose(model.bias.detach().numpy(), bias, atol=1e-12)
+
+
+# -- which optimizer ---------------------------------------------------------------------------------------------------
+
+
+def config(*args) -> PretrainConfig:
+    return load(PretrainConfig, ["index=s", "run=r", *args])
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["method=pgl"], ("lars", 0.2, 1.5e-6)),  # the paper's
+        (["method=byol"], ("lars", 0.2, 1.5e-6)),
+        (["method=genesis"], ("sgd", 0.1, 0.0)),
+        (["optim.lr=1.5"], ("lars", 1.5, 1.5e-6)),
+        (["optim.weight_decay=0"], ("lars", 0.2, 0.0)),
+        (["optim.lr=1.5", "optim.lr=null", "method=genesis"], ("sgd", 0.1, 0.0)),  # of a file, taken back
+        (["method=genesis", "optim.kind=sgd", "optim.lr=0.3"], ("sgd", 0.3, 0.0)),
+        (["method=genesis", "optim.kind=lars"], ("lars", 0.2, 1.5e-6)),  # as it was
+        (["optim.kind=adamw"], ("adamw", 1e-3, 1e-2)),
+        (["method=genesis", "optim.kind=adamw", "optim.weight_decay=0.1"], ("adamw", 1e-3, 0.1)),
+    ],
+)
+def test_a_config_leaves_no_optimizer_open(tmp_path, args, expected):
+    found = config(*args)
+    assert (found.optim.kind, found.optim.lr, found.optim.weight_decay) == expected
+    dump(found, tmp_path / "config.yaml")
+    assert load(PretrainConfig, [str(tmp_path / "config.yaml")]) == found
+
+
+def test_a_rate_for_lars_is_not_taken_for_sgd():
+    with pytest.raises(ValueError, match=r"optim.lr=1.5 without optim.kind: method=genesis takes sgd.*optim.lr=null"):
+        config("optim.lr=1.5", "method=genesis")
+    for args in (["method=nonsense"], ["optim.kind=adam"], ["optim=3"], ["optim.lr=-1"], ["method=[pgl]"]):
+        with pytest.raises(ValueError, match=args[0].split("=")[0]):
+            config(*args)
+
+
+def test_a_run_of_before_is_still_the_same_config():
+    """Its record holds no kind, and rate and decay in numbers."""
+    wanted = config()
+    record = json.loads(wanted.model_dump_json())
+    record["optim"] = {
+        "lr": 0.2,
+        "momentum": 0.9,
+        "weight_decay": 1.5e-6,
+        "trust_coefficient": 1e-3,
+        "warmup_epochs": 2,
+    }
+    assert build(PretrainConfig, record) == wanted
+
+
+def test_each_kind_is_built_as_its_authors_have_it():
+    model = torch.nn.Linear(5, 4)
+    model.bias.requires_grad_(False)
+    sgd = build_pretraining(model, config("method=genesis").optim)
+    (group,) = sgd.param_groups
+    assert type(sgd) is torch.optim.SGD and group["params"] == [model.weight]
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.1, 0.9, 0, False)
+    adamw = build_pretraining(model, config("optim.kind=adamw").optim)
+    assert type(adamw) is torch.optim.AdamW and adamw.param_groups[0]["lr"] == 1e-3
+    lars, same = build_pretraining(model, config().optim), build_lars(model, config().optim)
+    assert type(lars) is type(same) and lars.state_dict() == same.state_dict()
+    assert describe(config().optim) == "LARS at 0.2" and describe(config("method=genesis").optim) == "SGD at 0.1"
 
 
 def rates(schedule, optimizer, steps):
