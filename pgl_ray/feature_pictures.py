@@ -303,12 +303,16 @@ def features(rows: list[Colored], encoders: list[str]) -> Figure:
         encoders: titles, in the order of the rows' colours.
     """
     boxes = [np.array([(0, 1), *_reach(row.body)]) for row in rows]
-    height = max(height_per_width(box[:, 1] - box[:, 0], AXIAL, row.unit_mm) for box, row in zip(boxes, rows))
-    figure = Figure(figsize=(2.9 * (1 + len(encoders)), len(rows) * (2.9 * height + 0.2) + 0.35))
+    heights = [height_per_width(box[:, 1] - box[:, 0], AXIAL, row.unit_mm) for box, row in zip(boxes, rows)]
+    figure = Figure(figsize=(2.9 * (1 + len(encoders)), 2.9 * sum(heights) + 0.2 * len(rows) + 0.35))
+    grid = figure.add_gridspec(len(rows), 1 + len(encoders), height_ratios=heights)
     for number, (row, box) in enumerate(zip(rows, boxes)):
-        panels = [(row.title, None), *((title.replace(": ", "\n"), one) for title, one in zip(encoders, row.colors))]
+        panels = [
+            (row.title, None),
+            *((title.replace(": ", "\n").replace(", ", "\n"), one) for title, one in zip(encoders, row.colors)),
+        ]
         for k, (title, colors) in enumerate(panels):
-            ax = figure.add_subplot(len(rows), len(panels), number * len(panels) + k + 1)
+            ax = figure.add_subplot(grid[number, k])
             draw_slice(ax, row.image, AXIAL, row.unit_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
             if colors is not None:
                 _paint(ax, row, colors)

@@ -99,7 +99,7 @@ def test_grafana_draws_what_is_exported():
     assert drawn - exported == of_ray and exported - drawn <= {"ray_pgl_ray_epoch"}
     places = [tuple(panel["gridPos"][key] for key in "xy") for panel in dashboard["panels"]]
     assert len(set(places)) == len(places)
-    readme = (ROOT / "README.md").read_text()
+    readme = (CLUSTER / "README.md").read_text()
     assert all(f"`{name}`" in readme for name, _ in launch.EXPORTED.values())
 
 
