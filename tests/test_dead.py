@@ -157,7 +157,7 @@ def tuning_losses(phantoms, decoder, init, seed, num_steps=40):
 
 
 def test_from_models_genesis_it_learns_no_slower_than_random(phantoms, genesis, tmp_path):
-    """By the light decoder; by the paper's, whose ASPP and decoder come along, it is slower at this size (judge/README.md)."""
+    """By the light decoder; by the paper's, whose ASPP and decoder come along, it is slower here: judge/README.md."""
     net, _ = genesis
     meta = {"door": "pretrain", "method": "genesis", "encoder": net.online.encoder.settings}
     torch.save({"model": net.state_dict(), "meta": meta | {"hu_window": [-1024.0, 325.0]}}, tmp_path / "genesis.pt")

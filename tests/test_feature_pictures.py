@@ -177,7 +177,7 @@ def test_both_pictures_of_labelled_scans(monkeypatch):
     titles = [ax.get_title() for ax in figures["matching.png"].axes]
     assert titles.count("asked in s1, coronal") == titles.count("found in s2, axial") == 2
     shown = [ax.get_title() for ax in figures["features.png"].axes]
-    assert shown[:4] == ["s1, D = 6 of 16", "random, b\n9 mm", "net, a\n3 mm", "s2, D = 6 of 16"]
+    assert shown[:4] == ["s1, D = 6 of 16", "random\nb\n9 mm", "net\na\n3 mm", "s2, D = 6 of 16"]
     for figure in figures.values():
         assert pixels(figure)[..., :3].std() > 0.1
 
