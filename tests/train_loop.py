@@ -55,7 +55,7 @@ def pretraining(where: Path, run: Path, **changes) -> c.PretrainConfig:
 
 def finetuning(where: Path, run: Path, **changes) -> c.FinetuneConfig:
     values = {"index": str(where), "run": str(run), "max_steps": 6, "global_batch_size": 4, "encoder": ENCODER}
-    values |= {"patch": {"size": [16, 32, 32]}, "validate_every": 2, "patches_per_scan": 1}
+    values |= {"patch": {"size": [16, 32, 32]}, "validate_every": 2, "patches_per_scan": 1, "foreground_share": 0.5}
     values |= {"train": {"log_every": 1, "checkpoint_every": 2, "threads_per_worker": 1}}
     return c.build(c.FinetuneConfig, c.OmegaConf.to_container(c.OmegaConf.merge(values, changes)))
 
@@ -75,7 +75,8 @@ def train(
         plan = stream.Plan.make(
             train_ids, config.patches_per_scan, config.global_batch_size, config.epochs, config.max_steps, config.seed
         )
-        render = stream.PatchRenderer(index.store, plan.scan_ids, config.seed, config.patch, config.intensity, 0.5)
+        own = config.patch, config.intensity, config.foreground_share
+        render = stream.PatchRenderer(index.store, plan.scan_ids, config.seed, *own)
         given = {"meta": finetune.build_model(config, index, finetune.begun(config))[1], "val_ids": val_ids}
     folder = checkpoint.open_run(
         config, kind.__name__.split(".")[1], {"plan": plan.identity, "num_steps": plan.num_steps}

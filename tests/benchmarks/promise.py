@@ -74,7 +74,7 @@ def pretraining(store: str, run: Path, arm: str, seed: int, steps: int) -> Pretr
 def with_labels(store: str, run: Path, seed: int, steps: int) -> FinetuneConfig:
     """The upper end: the same encoder trained with all labels, by the light decoder."""
     own = {"index": store, "run": str(run), "seed": seed, "max_steps": steps, "encoder": BASE["encoder"]}
-    own |= {"decoder": "light", "optim": {"kind": "adamw"}, "loss": {"ce_weight": 1.0}, "foreground_share": 0.9}
+    own |= {"decoder": "light", "optim": {"kind": "adamw"}, "loss": {"ce_weight": 1.0}, "foreground_share": 0.5}
     own |= {"patch": {"size": BASE["views"]["size"], "crop_scale": [0.9, 1.1], "flip_prob": 0}, "global_batch_size": 4}
     own |= {"val_share": 0.05, "validate_every": 1000, "patience": 100, "patches_per_scan": 1}
     own["train"] = {"checkpoint_every": 200, "log_every": 50}
