@@ -288,7 +288,7 @@ def main() -> None:
         runs = Path(places[1]).absolute()
         for seed in [int(seed) for seed in options.get("seeds", "0,1,2").split(",")]:
             tuned(places[0], runs, RANDOM, seed, RANDOM)
-            for i in options.get("arms", "4").split(","):
+            for i in filter(None, options.get("arms", "4").split(",")):
                 arm = list(ARMS)[int(i)]
                 tuned(places[0], runs, arm, seed, str(runs / f"{arm}, seed {seed}"))
             if "init" in options:
