@@ -13,7 +13,7 @@ from torch import nn
 
 from pgl_ray.config import PretrainConfig, load
 from pgl_ray.model.pgl import Output, Pair
-from pgl_ray.pretrain import build_model
+from pgl_ray.pretrain import Result, build_model, describe
 from pgl_ray.prior import view_to_scan
 from pgl_ray.train import health
 
@@ -235,6 +235,29 @@ def test_a_loss_that_rises_is_explained_once_it_is_above_its_first_rows():
 def test_a_noisy_loss_that_falls_has_not_risen(seed):
     noise = np.random.default_rng(seed).uniform(0.7, 1.3, 40)
     assert health.rise(losses(np.geomspace(3, 0.3, 40) * noise), "pgl", "consistency") is None
+
+
+def test_the_closing_lines_say_why_a_loss_rose():
+    result = Result("runs/a", 75, 1.9, "not collapsed", False, None, health.rise(losses(RISING), "pgl", "consistency"))
+    first, why, last = describe(result).splitlines()
+    assert first == "  health: not collapsed"
+    assert why.startswith("  note: the loss rose again, from 1.15 around step 20 to 1.89, which by itself is no fault")
+    assert "cosine of aligned places" in why and "probe.every" in why
+    assert last == "pretrain: done after 75 steps, loss 1.9000; run in runs/a"
+    falls = health.rise(losses(np.geomspace(4, 0.5, 16)), "pgl", "consistency")
+    assert "note" not in describe(Result("runs/a", 75, 0.5, "not collapsed", False, None, falls))
+
+
+def test_the_bound_lies_midway_between_the_recordings():
+    """As a ratio: as far above the widest collapse that lasts two rows as below the narrowest sound pair of rows."""
+    widest = {}
+    for name in CONTROLS:
+        spreads = [found for row in recorded(name) if (found := health.directions(row)) is not None]
+        widest[name] = min(max(pair) for pair in itertools.pairwise(spreads))
+    collapsed = max(spread for name, spread in widest.items() if CONTROLS[name]["collapsed"])
+    sound = min(spread for name, spread in widest.items() if not CONTROLS[name]["collapsed"])
+    assert collapsed < health.COLLAPSED < sound
+    assert pytest.approx(math.sqrt(collapsed * sound), rel=0.02) == health.COLLAPSED
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

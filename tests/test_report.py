@@ -64,7 +64,7 @@ def pretrain_rows(std=0.7, rank=12.0, aligned=0.8, shuffled=0.2):
         row = {"step": step, "time_s": time_s, "epoch": step / 6, "train/loss": 4.0 / step, "train/lr": 0.1}
         row |= {"train/pairs_per_s": 4.0, "data/wait_s": 0.5, "ema/decay": 0.99}
         health = {"feature_std": std, "effective_rank": rank, "cosine_aligned": aligned, "cosine_shuffled": shuffled}
-        health["collapsed"] = float(std**2 * rank < 1.1)
+        health["collapsed"] = float(std**2 * rank < 1)
         row["probe/balanced_accuracy"] = 0.4 + step / 100
         rows.append(row | {f"health/{key}": value for key, value in health.items()})
     return rows
@@ -453,8 +453,8 @@ def test_an_evaluation_without_any_score_is_shown(tmp_path, scans):
 @pytest.mark.parametrize(
     ("health", "words"),
     [
-        ({"std": 0.03}, "features collapsed: they spread over 0.01 directions, and 1.1 is the least (feature_std 0.03"),
-        ({"rank": 1.2}, "features collapsed: they spread over 0.59 directions, and 1.1 is the least"),
+        ({"std": 0.03}, "features collapsed: they spread over 0.01 directions, and 1.0 is the least (feature_std 0.03"),
+        ({"rank": 1.2}, "features collapsed: they spread over 0.59 directions, and 1.0 is the least"),
         (
             {"aligned": 0.4, "shuffled": 0.5},
             "not collapsed (5.9 directions: feature_std 0.70, effective rank 12.0 at step 20); aligned places do not "

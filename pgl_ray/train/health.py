@@ -13,10 +13,11 @@ from torch.overrides import TorchFunctionMode
 from pgl_ray.model.pgl import Output, Pair, align, valid_bins
 from pgl_ray.prior import Geometry, clamped_bins, interpolation_matrices
 
-# Fewer `directions` are a collapse. All features along one line make 1. Of the recorded trainings
-# (tests/golden/health_controls.json, drawn by tests/benchmarks/health_controls.py) the collapsed ones had at most 0.87
+# Fewer `directions` are a collapse: all features along one line make 1. It lies midway between the recorded trainings
+# (tests/golden/health_controls.json, drawn by tests/benchmarks/health_controls.py): the collapsed ones had at most 0.87
 # in two rows in a row, the sound ones at least 1.15.
-COLLAPSED = 1.1
+COLLAPSED = 1.0
+ON_A_LINE = 1.02  # a collapse, too: n features along one line, half of them either way, make n / (n - 1)
 MIN_ROWS = 8  # fewer vectors have neither spread nor rank
 MAX_ROWS = 1024  # that rank and retrieval look at, spread over the batch
 FEW, MANY = 4, 8  # health rows whose mean retrieval means something, and that are averaged at most
@@ -201,7 +202,7 @@ def directions(row: dict[str, float]) -> float | None:
 def collapse(row: dict[str, float]) -> str | None:
     """Why the features of a row of metrics count as collapsed, or none."""
     found = directions(row)
-    if found is None or found >= COLLAPSED:
+    if found is None or found >= COLLAPSED * ON_A_LINE:
         return None
     return f"features collapsed: they spread over {found:.2f} directions, and {COLLAPSED} is the least"
 
