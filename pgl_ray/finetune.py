@@ -3,7 +3,6 @@ segmentation network (paper, Sec. 5.1 and Appendix B)."""
 
 import dataclasses
 import json
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,8 @@ from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import summarise
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter, build_segmenter
-from pgl_ray.train import checkpoint, health, launch, optim, watch, weights
+from pgl_ray.train import checkpoint, health, launch, optim, ranks, watch, weights
+from pgl_ray.train.session import Session
 
 BEST = "best.pt"
 
@@ -197,147 +197,118 @@ def build_model(
     return model, meta, loaded
 
 
-def worker(worker_config: dict) -> str | None:
+def worker(session: Session, worker_config: dict) -> str | None:
     """The training loop on each rank; returns why it had to stop, the same on every rank, or none."""
-    import ray.train
-
     config = build(FinetuneConfig, json.loads(worker_config["config"]))
-    plan: stream.Plan = worker_config["plan"]
-    meta, folder = worker_config["meta"], Path(worker_config["run"])
-    device = launch.setup_worker(config.train.threads_per_worker)
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
+    plan, meta, begun = session.plan, worker_config["meta"], bool(session.state)
     index = store.read_index(config.index)
     val_records = [scan for scan in index.scans if scan.scan_id in worker_config["val_ids"]]
 
-    # model, optimizer, schedule; what was committed needs the initial weights no more
-    state = checkpoint.resumed(worker_config["run"], device)
-    segmenter = on.lay_out(build_model(config, index, meta if state else None)[0], device)
-    if config.freeze and not state:
-        prepare_frozen(segmenter.encoder, config, index)
-    if device.type == "cuda" and world > 1:
-        segmenter = torch.nn.SyncBatchNorm.convert_sync_batchnorm(segmenter)
+    # network, optimizer, schedule; what was committed needs the initial weights no more
+    segmenter = build_model(config, index, meta if begun else None)[0]
+    if config.freeze and not begun:
+        prepare_frozen(on.lay_out(segmenter, session.device).encoder, config, index)
+    segmenter = session.lay_out(segmenter)
     if config.train.recompute and not config.freeze:
         on.recompute(segmenter.encoder)
     optimizer = optim.build_finetuning(segmenter, config.optim)
     schedule = optim.polynomial(optimizer, plan.num_steps, config.optim.power)
 
-    # continue where the last committed checkpoint stands
-    step, best, stale = 0, -1.0, 0
-    if state:
-        segmenter.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        step, best, stale = state["step"], state["best"], state["stale"]
-        if state["stopped"] or step >= plan.num_steps:
-            return None
-    model = on.compiled(launch.distributed(segmenter), device, config.train.compile)
-    metrics = writer = None
-    if rank == 0:
-        metrics = checkpoint.Metrics(str(folder), step, config.train.tracker)
-        writer = checkpoint.Writer(str(folder), config.train.keep_checkpoints, world=world)
-    autocast = on.autocast(device, config.train.precision)
-    parts = config.accumulate * launch.parts_of(config.train, world)
+    # from where the newest checkpoint stands
+    best, stale = session.state.get("best", -1.0), session.state.get("stale", 0)
+    session.resume(segmenter, optimizer, schedule)
+    if session.is_last or session.state.get("stopped"):
+        return None
+    model = session.begin()
+    parts, overfitted = config.accumulate * session.parts, False
     steps_per_val = max(1, round(config.validate_every * plan.rows_per_epoch / plan.global_batch_size))
-
-    batches = launch.batches(plan.global_batch_size // world, device, stream.ABOUT_ROWS)
     train_mode(segmenter, config.freeze)
-    logged, since, stopped, overfitted, first = step, time.monotonic(), None, False, True
-    notice = launch.Notice()
     unseen: list[torch.Tensor] = []  # loss and norm of the gradient of the steps since they were last looked at
-    for batch in batches:
-        watch.at(step, watch.STEP)
-        if not (batch["step"] == step).all():
-            raise FailedRun(f"the stream is out of step: {batch['step'].tolist()} at step {step}")
-
+    for batch in session.batches(stream.ABOUT_ROWS):
         # loss and step
+        _check_rows(batch, session.step)
         optimizer.zero_grad(set_to_none=True)
-        forward_and_back = partial(
-            backward, model, segmenter, batch, config.task, parts, autocast, config.loss.ce_weight
-        )
+        about_loss = config.task, parts, session.autocast, config.loss.ce_weight
+        loss_of = partial(backward, model, segmenter, batch, *about_loss)
         try:
-            if first:
-                launch.settle(model, forward_and_back)
-                first = False
-            loss = forward_and_back()
+            session.settle(model, loss_of)
+            loss = loss_of()
             norm = health.norm(p.grad for p in segmenter.parameters() if p.grad is not None)
             optimizer.step()  # the first one makes room for its state
         except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            stopped = f"out of memory on {device} at step {step + 1} {_smaller(config)}"
-            if world > 1:
-                raise FailedRun(stopped) from error  # the other ranks wait for this one's gradient
-            break
+            if session.stops(_memory_fault(error, session, config)):
+                break
+            raise
         unseen.append(torch.stack([loss, norm]))
         lr = schedule.get_last_lr()[0]
         schedule.step()
-        watch.at(step, watch.METRICS)
-        step += 1
+        session.advance()
 
-        # not finite: every rank comes to the same, and no checkpoint is written any more
-        last = step == plan.num_steps
-        log, validates = last or step == 1 or step % config.train.log_every == 0, last or step % steps_per_val == 0
-        keep = last or step % config.train.checkpoint_every == 0 or (log and notice.wants_checkpoint())
-        if log or validates or keep:
-            seen = launch.of_all_workers(torch.stack(unseen).tolist())
-            values, unseen = np.mean(seen, 0), []
-            if not np.isfinite(values).all():
-                stopped = _not_finite(config, values, step, best, config.run)
-                break
-            if (validates or keep) and not all(launch.of_all_workers(health.is_sound(segmenter))):
-                stopped = f"the weights have blown up by step {step}: {_lower(config, best, config.run)}"
-                break
-            stopped = launch.of_all_workers(writer and writer.fault)[0]
-            if stopped:
-                break
+        # what this step owes
+        logs, validates = session.due(config.train.log_every), session.is_last or session.step % steps_per_val == 0
+        keeps = session.keeps(logs)
+        if not (logs or validates or keeps):
+            continue
+        values, unseen = np.mean(ranks.of_all_workers(torch.stack(unseen).tolist()), 0), []
 
-        # metrics
-        if log:
-            rate = (step - logged) * plan.global_batch_size / (time.monotonic() - since)
-            row = {"epoch": plan.epoch_at(step), "train/loss": values[-1, 0], "train/grad_norm": values[-1, 1]}
-            row |= {"train/lr": lr, "train/patches_per_s": rate, "data/wait_s": batches.waited_s() / (step - logged)}
-            launch.publish(step, row)
-            if metrics:
-                row |= writer.figures()
-                metrics.write(step, **row)
-            logged, since = step, time.monotonic()
+        # reasons to stop here and now
+        if session.stops(_not_finite(config, values, session.step, best, config.run)):
+            break
+        if (validates or keeps) and session.stops(session.blown_up(segmenter, _lower(config, best, config.run))):
+            break
+        if session.stops(session.storage_fault()):
+            break
 
-        # validate, keep the best, stop when it overfits
-        if validates or keep:
+        # figures; the best network is kept, and training stops when it overfits
+        if logs:
+            session.log({"train/loss": values[-1, 0], "train/grad_norm": values[-1, 1], "train/lr": lr}, unit="patches")
+        if validates or keeps:
             optim.average_buffers(segmenter)
         if validates:
-            watch.at(step - 1, watch.JUDGE)
-            inference = InferenceConfig(precision=config.train.precision)
-            scores = validate(segmenter, meta, index, val_records, inference, rank, world)
-            train_mode(segmenter, config.freeze)
+            with session.paused():
+                scores = _validate(session, segmenter, config, meta, index, val_records)
             stale = 0 if scores["val/dice"] > best or not best else stale + 1
             if stale == 0:
                 best = scores["val/dice"]
-                if writer:
-                    kept = {"model": segmenter.state_dict(), "meta": meta, "step": step, "val_dice": best}
-                    writer.save_file(BEST, kept)
-            launch.publish(step, {"epoch": plan.epoch_at(step), **scores})
-            if metrics:
-                metrics.write(step, epoch=plan.epoch_at(step), **scores)
-            since = time.monotonic()
+                session.save_file(BEST, {"model": segmenter.state_dict(), "meta": meta, "val_dice": best})
+            session.log(scores)
         overfitted = stale >= config.patience
-        if keep or overfitted:
-            state = {"step": step, "best": best, "stale": stale, "stopped": overfitted, "meta": meta}
-            state |= {"model": segmenter.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"plan": plan.identity, "versions": checkpoint.versions()}
-            if writer:
-                writer.save({**state, "schedule": schedule.state_dict()}, step, {"val/best": best})
+        if keeps or overfitted:
+            session.save({"best": best, "stale": stale, "stopped": overfitted, "meta": meta}, {"val/best": best})
         if overfitted:
             break
-        watch.at(step, watch.BATCH)
-    if writer:
-        writer.close()
-        stopped = stopped or writer.fault
-        metrics.close()
-    if step != plan.num_steps and not overfitted and not stopped:
-        raise FailedRun(f"the stream ended at step {step} of {plan.num_steps}")
-    return stopped
+    return session.end(is_over=overfitted)
+
+
+def _check_rows(batch: dict[str, torch.Tensor], step: int) -> None:
+    if not (batch["step"] == step).all():
+        raise FailedRun(f"the stream is out of step: {batch['step'].tolist()} at step {step}")
+
+
+def _memory_fault(error: RuntimeError, session: Session, config: FinetuneConfig) -> str | None:
+    """Why a step that failed for want of memory ends the run; none where it failed for something else."""
+    if not out_of_memory(error):
+        return None
+    reason = f"out of memory on {session.device} at step {session.step + 1} {_smaller(config)}"
+    if session.world > 1:
+        raise FailedRun(reason) from error  # the other ranks wait for this one's gradient
+    return reason
+
+
+def _validate(
+    session: Session,
+    segmenter: Segmenter | LightSegmenter,
+    config: FinetuneConfig,
+    meta: dict,
+    index: store.Index,
+    records: list[store.ScanRecord],
+) -> dict[str, float]:
+    """`validate` between two steps; the network is left in training mode."""
+    watch.at(session.step - 1, watch.JUDGE)
+    inference = InferenceConfig(precision=config.train.precision)
+    scores = validate(segmenter, meta, index, records, inference, session.rank, session.world)
+    train_mode(segmenter, config.freeze)
+    return scores
 
 
 def prepare_frozen(encoder: torch.nn.Module, config: FinetuneConfig, index: store.Index) -> None:
@@ -348,7 +319,7 @@ def prepare_frozen(encoder: torch.nn.Module, config: FinetuneConfig, index: stor
         views = readings.unlabelled_views(index, scans, config.patch.size, config.seed)
         with watch.beating(encoder):
             readings.reestimate(encoder, views)
-        launch.share_buffers(encoder)
+        ranks.share_buffers(encoder)
 
 
 def _frozen(config: FinetuneConfig, model: Segmenter | LightSegmenter) -> str:
@@ -432,8 +403,10 @@ def _smaller(config: FinetuneConfig) -> str:
     )
 
 
-def _not_finite(config: FinetuneConfig, values: np.ndarray, step: int, best: float, run: str) -> str:
-    """What to say of losses and gradients [steps, 2], the last of them of `step`."""
+def _not_finite(config: FinetuneConfig, values: np.ndarray, step: int, best: float, run: str) -> str | None:
+    """Why losses and gradients [steps, 2], the last of them of `step`, end the run, if they do."""
+    if np.isfinite(values).all():
+        return None
     first = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
     what = f"train/loss is {values[first, 0]} and train/grad_norm {values[first, 1]}"
     return f"{what} at step {step - len(values) + 1 + first}: {_lower(config, best, run)}"
@@ -469,7 +442,7 @@ def validate(
             mend = "train.device=cpu, or a new run=... with a smaller patch.size"
             raise FailedRun(f"validation: {error.what}: take {mend}") from None
     watch.meet()
-    summary = summarise([row for part in launch.of_all_workers(rows) for row in part])
+    summary = summarise([row for part in ranks.of_all_workers(rows) for row in part])
     scores = {f"val/dice_{organ}": found["dice"] for organ, found in summary["organs"].items()}
     scores = {key: float(value) for key, value in scores.items() if value is not None}
     return {"val/dice": summary["dice"] or 0.0, **scores}

@@ -30,7 +30,8 @@ from pgl_ray.model.pgl import Output, Pair, Pgl, feature_geometry
 from pgl_ray.model.places import Objective, PlacesPgl
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.prior import Geometry
-from pgl_ray.train import checkpoint, health, launch, optim, watch
+from pgl_ray.train import checkpoint, health, launch, optim, ranks, watch
+from pgl_ray.train.session import Session
 
 ACCURACY = "probe/balanced_accuracy"  # of the metrics; a sweep may judge by it
 
@@ -186,157 +187,119 @@ def make_plan(config: PretrainConfig, index: store.Index) -> stream.Plan:
     return stream.Plan.make(ids, config.pairs_per_scan, batch, *lasts, config.seed, regions)
 
 
-def worker(worker_config: dict) -> str | None:
+def worker(session: Session, worker_config: dict) -> str | None:
     """The training loop on each rank; returns why it stopped early, the same on every rank, or none."""
-    import ray.train
-
     config = build(PretrainConfig, json.loads(worker_config["config"]))
-    plan: stream.Plan = worker_config["plan"]
-    device = launch.setup_worker(config.train.threads_per_worker)
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
+    plan, mend = session.plan, f"start a new run=... with a lower optim.lr than {config.optim.lr}"
 
-    # model and optimizer
+    # network, optimizer, schedule
     net, geometry = build_model(config)
-    net = on.lay_out(net, device)
-    if device.type == "cuda" and world > 1:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net = session.lay_out(net)
+    encoder = net.get_submodule("online.encoder")
     if config.train.recompute:
-        on.recompute(net.get_submodule("online.encoder"))
+        on.recompute(encoder)
     optimizer = optim.build_pretraining(net, config.optim)
-
-    # schedules
     warmup = optim.warmup_steps(config.optim, plan.rows_per_epoch, plan.global_batch_size, plan.num_steps)
     schedule = optim.warmup_cosine(optimizer, warmup, plan.num_steps)
 
-    # continue where the last committed checkpoint stands
-    step, num_collapsed = 0, 0
-    state = checkpoint.resumed(worker_config["run"], device)
-    if state:
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        step, num_collapsed = state["step"], state["num_collapsed"]
-    if step >= plan.num_steps:
+    # from where the newest checkpoint stands
+    num_collapsed, skipped = session.state.get("num_collapsed", 0), session.state.get("skipped", {})
+    session.resume(net, optimizer, schedule)
+    if session.is_last:
         return None
-    model = on.compiled(launch.distributed(net), device, config.train.compile)
-    metrics = writer = None
-    if rank == 0:
-        metrics = checkpoint.Metrics(worker_config["run"], step, config.train.tracker)
-        writer = checkpoint.Writer(worker_config["run"], config.train.keep_checkpoints, ACCURACY, world)
-    autocast, parts = on.autocast(device, config.train.precision), launch.parts_of(config.train, world)
-
-    batches = launch.batches(plan.global_batch_size // world, device, stream.ABOUT_ROWS)
-    skipped, notice = Skipped(plan, config.stream, (state or {}).get("skipped", {})), launch.Notice()
-    judge = make_probe(config) if config.probe.every and rank == 0 else None
+    model = session.begin(best=ACCURACY)
+    skipped = Skipped(plan, config.stream, skipped)
+    judge = make_probe(config) if config.probe.every and session.rank == 0 else None
     model.train()
-    logged, since, stopped, first = step, time.monotonic(), None, True
-    for batch in batches:
-        watch.at(step, watch.STEP)
-        _check_rows(batch, plan, step, rank, world)
+    for batch in session.batches(stream.ABOUT_ROWS):
+        # views
+        _check_rows(batch, session)
         skipped.add(batch["missed"])
         batch = stream.finish(batch, config.views.size, config.intensity, worker_config["hu_window"])
-        if step == 0 and rank == 0:
-            _keep_views(worker_config["run"], batch, plan)
+        if session.step == 0 and session.rank == 0:
+            _keep_views(session.run, batch, plan)
         pair = Pair.from_batch(batch)
         if config.align.wrong_priors:
             pair = pair.with_wrong_priors()
 
-        if first:
-            launch.settle(model, lambda pair=pair: forward_and_back(model, net, pair, parts, autocast))
-            first = False
-        decay = optim.ema_decay(step, plan.num_steps, config.ema_decay, config.ema_schedule)
-        done = train_step(model, net, optimizer, schedule, pair, decay, autocast, parts)
-        watch.at(step, watch.METRICS)
-        step += 1
+        # loss, step, target
+        session.settle(model, lambda pair=pair: forward_and_back(model, net, pair, session.parts, session.autocast))
+        decay = optim.ema_decay(session.step, plan.num_steps, config.ema_decay, config.ema_schedule)
+        done = train_step(model, net, optimizer, schedule, pair, decay, session.autocast, session.parts)
+        session.advance()
 
-        # metrics, and the reasons to stop: every rank comes to the same
-        ends = step in (1, plan.num_steps)
-        log, check = ends or step % config.train.log_every == 0, ends or step % config.health.every == 0
-        probes = config.probe.every > 0 and (ends or step % config.probe.every == 0)
-        keep = step % config.train.checkpoint_every == 0 or step == plan.num_steps or probes
-        keep = keep or (log and notice.wants_checkpoint())
-        if log or check or keep or probes:
-            loss, grad_norm = torch.stack([done.output.loss, done.grad_norm]).tolist()  # waits for the device
-            row = launch.mean_over_workers({"train/loss": loss, "train/grad_norm": grad_norm})
-            if not all(map(math.isfinite, row.values())):
-                stopped = (
-                    f"train/loss is {row['train/loss']} and train/grad_norm {row['train/grad_norm']} at step {step}: "
-                )
-                stopped += f"start a new run=... with a lower optim.lr than {config.optim.lr}"
-                break
-            if keep and not all(launch.of_all_workers(health.is_sound(net))):
-                stopped = f"the weights have blown up by step {step}: "
-                stopped += f"start a new run=... with a lower optim.lr than {config.optim.lr}"
-                break
-            stopped = launch.of_all_workers(writer and writer.fault)[0]
-            if stopped:
-                break
-        if check:
-            row |= launch.mean_over_workers(health.panel(net, done.output, done.pair, geometry))
-            collapsed, spread = health.collapse(row), health.directions(row)
-            row |= {} if spread is None else {"health/directions": spread}
-            row["health/collapsed"] = float(collapsed is not None)
-            num_collapsed = num_collapsed + 1 if collapsed else 0
-            if config.health.stop_on_collapse and num_collapsed >= 2 and step < plan.num_steps:
-                stopped = f"stopped at step {step}: {health.verdict({'step': step} | row)}: start a new run=... with a "
-                stopped += "lower optim.lr or a larger batch; health.stop_on_collapse=false goes on with this one"
-                keep = True
-        if (log or check or keep) and config.stream.on_error == "skip":
-            row["data/skipped_share"], too_many = skipped.share(step, worker_config["run"] if metrics else None)
-            if too_many and not stopped:  # of two reasons the first is said, and a collapse's row is written
-                stopped = too_many
-                break
-        if probes and judge:
-            encoder = net.get_submodule("online.encoder")
-            with watch.beating(encoder):
-                began = time.monotonic()
-                score = judge.judge(encoder, READINGS[0])["voxels"]
-                seconds = time.monotonic() - began
-            row |= {ACCURACY: score.value, "probe/seconds": seconds}
-            row |= {f"probe/recall_{name}": value for name, value in score.details["recall"].items()}
-            since += seconds  # no part of the training's speed
-        if probes:
-            watch.meet()
-        if log or check or probes:
-            seconds, waited = time.monotonic() - since, batches.waited_s()
-            row |= {
-                "epoch": plan.epoch_at(step),
-                "train/lr": done.lr,
-                "train/pairs_per_s": (step - logged) * plan.global_batch_size / seconds,
-                "data/wait_s": waited / (step - logged),
-                "data/wait_share": waited / seconds,
-                "ema/decay": decay,
-            }
-            launch.publish(step, row)
-            if metrics:
-                row |= writer.figures()
-                metrics.write(step, **row)
-            logged, since = step, time.monotonic()
-        if keep:
-            optim.average_buffers(net)
-            meta = _meta(config, net.get_submodule("online.encoder").last, worker_config)
-            state = {"step": step, "model": net.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"schedule": schedule.state_dict(), "num_collapsed": num_collapsed, "meta": meta}
-            state |= {"skipped": dict(skipped.rows)}
-            state |= {"plan": plan.identity, "versions": checkpoint.versions()}
-            if writer:
-                writer.save(state, step, {key: row[key] for key in ("train/loss", ACCURACY) if key in row})
-        if stopped:
+        # what this step owes
+        logs, checks, probes = map(session.due, (config.train.log_every, config.health.every, config.probe.every))
+        keeps = probes or session.keeps(logs)
+        if not (logs or checks or keeps):
+            continue
+        loss, grad_norm = torch.stack([done.output.loss, done.grad_norm]).tolist()  # waits for the device
+        row = ranks.mean_over_workers({"train/loss": loss, "train/grad_norm": grad_norm})
+
+        # reasons to stop here and now
+        if session.stops(_not_finite(row, session.step, mend)):
             break
-        watch.at(step, watch.BATCH)
-    if writer:
-        writer.close()
-        stopped = stopped or writer.fault
-        metrics.close()
-    if step != plan.num_steps and not stopped:
-        raise FailedRun(f"the stream ended at step {step} of {plan.num_steps}")
-    return stopped
+        if keeps and session.stops(session.blown_up(net, mend)):
+            break
+        if session.stops(session.storage_fault()):
+            break
+
+        # figures
+        if checks:
+            row |= _health(net, done, geometry)
+            num_collapsed = num_collapsed + 1 if row["health/collapsed"] else 0
+            if config.health.stop_on_collapse and num_collapsed >= 2 and not session.is_last:
+                keeps = session.stops(_collapse(row, session.step, mend))  # with its row and a checkpoint
+        if config.stream.on_error == "skip":
+            row["data/skipped_share"], too_many = skipped.share(session.step, session.run if session.metrics else None)
+            if session.stops(too_many):
+                break
+        if probes:
+            with session.paused():
+                row |= _probe(judge, encoder) if judge else {}
+                watch.meet()
+        if logs or checks or probes:
+            session.log({"train/lr": done.lr, "ema/decay": decay, **row}, unit="pairs")
+        if keeps:
+            optim.average_buffers(net)
+            own = {"meta": _meta(config, encoder.last, worker_config), "num_collapsed": num_collapsed}
+            figures = {key: row[key] for key in ("train/loss", ACCURACY) if key in row}
+            session.save(own | {"skipped": dict(skipped.rows)}, figures)
+    return session.end()
 
 
-def _check_rows(batch: dict[str, Tensor], plan: stream.Plan, step: int, rank: int, world: int) -> None:
+def _not_finite(row: dict[str, float], step: int, mend: str) -> str | None:
+    if all(map(math.isfinite, row.values())):
+        return None
+    return f"train/loss is {row['train/loss']} and train/grad_norm {row['train/grad_norm']} at step {step}: {mend}"
+
+
+def _health(net: nn.Module, done: "Step", geometry: Geometry) -> dict[str, float]:
+    """The health figures of a step, the workers' mean, and whether they are a collapse."""
+    row = ranks.mean_over_workers(health.panel(net, done.output, done.pair, geometry))
+    found = health.directions(row)
+    row |= {} if found is None else {"health/directions": found}
+    return row | {"health/collapsed": float(health.collapse(row) is not None)}
+
+
+def _collapse(row: dict[str, float], step: int, mend: str) -> str:
+    text = f"stopped at step {step}: {health.verdict({'step': step} | row)}: {mend} or a larger batch; "
+    return text + "health.stop_on_collapse=false goes on with this one"
+
+
+def _probe(judge: Judges, encoder: nn.Module) -> dict[str, float]:
+    """What the voxel probe says of the encoder now, and how long it took."""
+    began = time.monotonic()
+    with watch.beating(encoder):
+        score = judge.judge(encoder, READINGS[0])["voxels"]
+    found = {f"probe/recall_{name}": value for name, value in score.details["recall"].items()}
+    return {ACCURACY: score.value, "probe/seconds": time.monotonic() - began, **found}
+
+
+def _check_rows(batch: dict[str, Tensor], session: Session) -> None:
     """A worker's batch must be its part of the step's rows, exactly: no pair twice, none lost, whatever happened."""
-    size = plan.global_batch_size // world
+    plan, step, rank = session.plan, session.step, session.rank
+    size = plan.global_batch_size // session.world
     due = {name: column[rank * size : (rank + 1) * size] for name, column in plan.columns(step, step + 1).items()}
     shown = batch["missed"].numpy() < 0
     for name, column in due.items():
@@ -370,7 +333,7 @@ class Skipped:
             run: where skipped.json is written; none: nowhere.
         """
         missed, self.waiting = self.waiting, []
-        for rows in launch.of_all_workers(missed):
+        for rows in ranks.of_all_workers(missed):
             self.rows.update(rows)
         named = {self.plan.scan_ids[scan]: num for scan, num in self.rows.most_common()}
         if run and named:

@@ -14,7 +14,7 @@ import ray
 import yaml
 
 from pgl_ray import config as c
-from pgl_ray.train import launch
+from pgl_ray.train import session
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "conf" / "cluster"
@@ -94,13 +94,13 @@ def test_the_image_has_the_tested_ray():
 def test_grafana_draws_what_is_exported():
     dashboard = json.loads((CLUSTER / "grafana.json").read_text())
     drawn = {t["expr"].split("{")[0] for panel in dashboard["panels"] for t in panel["targets"]}
-    exported = {f"ray_{name}" for name, _ in launch.EXPORTED.values()}
+    exported = {f"ray_{name}" for name, _ in session.EXPORTED.values()}
     of_ray = {"ray_node_cpu_utilization", "ray_node_gpus_utilization"}  # of Ray's own, seen at its endpoint
     assert drawn - exported == of_ray and exported - drawn <= {"ray_pgl_ray_epoch"}
     places = [tuple(panel["gridPos"][key] for key in "xy") for panel in dashboard["panels"]]
     assert len(set(places)) == len(places)
     readme = (CLUSTER / "README.md").read_text()
-    assert all(f"`{name}`" in readme for name, _ in launch.EXPORTED.values())
+    assert all(f"`{name}`" in readme for name, _ in session.EXPORTED.values())
 
 
 STAND_INS = {

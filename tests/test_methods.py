@@ -19,7 +19,7 @@ from pgl_ray.model.losses import local_consistency_loss
 from pgl_ray.model.pgl import Pair, feature_geometry, valid_bins
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.pretrain import build_model, train_step
-from pgl_ray.train import launch, optim
+from pgl_ray.train import optim, ranks
 
 SMALL = ["index=a", "run=b", "encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=16", "heads.out=12"]
 SMALL += ["views.size=[16,48,32]"]
@@ -238,7 +238,7 @@ def trained(rank: int, world: int, frozen_norms: bool) -> dict:
         done.append(train_step(model, net, lars, schedule, batch, decay, autocast))
     own = {name: value.clone() for name, value in net.named_buffers()}
     optim.average_buffers(net)
-    losses = [launch.mean_over_workers({"loss": step.output.loss.item()})["loss"] for step in done]
+    losses = [ranks.mean_over_workers({"loss": step.output.loss.item()})["loss"] for step in done]
     norms = [step.grad_norm.item() for step in done]
     return {"state": net.state_dict(), "own": own, "losses": losses, "norms": norms, "lr": [s.lr for s in done]}
 

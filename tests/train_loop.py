@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
@@ -23,8 +21,10 @@ from pgl_ray import config as c
 from pgl_ray import finetune, pretrain
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import training_facts
-from pgl_ray.train import checkpoint, launch, optim, watch
+from pgl_ray.model import device as on
+from pgl_ray.train import checkpoint, optim, watch
 from pgl_ray.train.quiet import QUIET
+from pgl_ray.train.session import Place, Session
 
 ENCODER = {"width": 4, "depths": [1, 1, 1, 1]}
 
@@ -84,8 +84,6 @@ def train(
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     # here: each child would take seconds for them otherwise
-    import ray.train
-    import ray.train.torch
     import tensorboardX  # noqa: F401
 
     render({name: column[:1] for name, column in plan.columns(0, 1).items()})
@@ -114,27 +112,18 @@ def train(
                 yield {name: torch.from_numpy(value) for name, value in batch.items()}
 
         def work(rank: int) -> str | None:
-            context = SimpleNamespace(
-                get_world_rank=lambda: rank,
-                get_world_size=lambda: world,
-                get_local_world_size=lambda: world,
-                get_experiment_name=lambda: "run",
-            )
-            shard = SimpleNamespace(iter_torch_batches=lambda **_: batches(rank))
+            def wrap(net: torch.nn.Module) -> torch.nn.Module:
+                alike = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+                return torch.nn.parallel.DistributedDataParallel(net, **alike) if world > 1 else net
 
-            def prepare_model(net, parallel_strategy_kwargs):
-                wrap = torch.nn.parallel.DistributedDataParallel
+            def worker(given: dict) -> str | None:
+                cpu = torch.device("cpu")
+                place = Place(rank, world, cpu, lambda _, stay: on.Batches(batches(rank), cpu, stay), wrap)
+                return kind.worker(Session(given["run"], plan, config.train, place), given)
+
+            with warnings.catch_warnings(), checkpoint.joined(folder, rank) as here:
                 warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers
-                return wrap(net, **parallel_strategy_kwargs) if world > 1 else net
-
-            with (
-                mock.patch.object(ray.train, "get_context", lambda: context),
-                mock.patch.object(ray.train, "get_dataset_shard", lambda name: shard),
-                mock.patch.object(ray.train.torch, "prepare_model", prepare_model),
-                mock.patch.object(launch, "setup_worker", lambda threads: torch.device("cpu")),
-                checkpoint.joined(folder, rank) as here,
-            ):
-                return watch.watched(kind.worker, {**given, "run": here}, rank, world, config.train.timeout_s)
+                return watch.watched(worker, {**given, "run": here}, rank, world, config.train.timeout_s)
 
         if "://" in folder:  # obstore does not survive a fork
             assert world == 1

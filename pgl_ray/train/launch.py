@@ -2,29 +2,29 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.model import device as on
 from pgl_ray.train import bucket, checkpoint, logs, watch
-from pgl_ray.train.quiet import QUIET, quiet_data
+from pgl_ray.train.quiet import QUIET, WATCH, quiet_data
+
+if TYPE_CHECKING:  # it imports networks, and processes that feed and control a run do without
+    from pgl_ray.train.session import Place, Session
 
 RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
 NO_MEMORY = "Ray ended a process because the machine's memory was nearly full"
-WATCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 WATCHED = {WATCH: "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}  # on a cluster that others may take nodes from
 NODES_S = 1800  # that a fixed number of workers waits for nodes; spot instances take minutes to come back
-NOTICE_S = 5  # between two checkpoints while a node is about to be taken away
 FEED_CPUS = 1  # that the stream must have at least: it lays out its plan with one
 
 
@@ -75,7 +75,7 @@ def connect(config: RayConfig) -> None:
 
 
 def fit(
-    worker: Callable[[dict], Any],
+    worker: Callable[["Session", dict], Any],
     worker_config: dict,
     stream: Callable[..., Any],
     train: TrainConfig,
@@ -86,8 +86,8 @@ def fit(
     """Runs `worker` on every rank under DDP and returns what rank 0's worker returns.
 
     Args:
-        worker: the loop; called with `worker_config` on each rank.
-        worker_config: plain values.
+        worker: the loop; called on each rank with its session and `worker_config`.
+        worker_config: plain values; `plan`: the run's.
         stream: builds the Ray Dataset; called at every start of the workers, with num_workers and start (step).
         train: number and kind of workers.
         run: folder of the run, absolute, or its URL, and held by `checkpoint.alone`.
@@ -121,7 +121,7 @@ def fit(
         rank, world = context.get_world_rank(), context.get_world_size()
         with checkpoint.joined(config["run"], rank) as folder:
             here = {**config, "run": folder}
-            return watch.watched(partial(_logged, worker), here, rank, world, train.timeout_s)
+            return watch.watched(partial(_logged, worker, train), here, rank, world, train.timeout_s)
 
     use_gpu = check_resources(train)
     mirror = bucket.mirror(run)
@@ -154,20 +154,22 @@ def fit(
             raise FailedRun(_first_cause(error)) from error
 
 
-def _logged(worker: Callable[[dict], Any], worker_config: dict) -> Any:
-    """Runs on each rank: the worker with its log in the run's folder.
+def _logged(worker: Callable[["Session", dict], Any], train: TrainConfig, worker_config: dict) -> Any:
+    """Runs on each rank: the worker with a session, its log in the run's folder.
 
     Raises:
         FailedRun: this node does not see the run's folder.
     """
     import ray.train
 
+    from pgl_ray.train.session import Session
+
     context, run = ray.train.get_context(), worker_config["run"]
     if not os.path.exists(f"{run}/run.json"):
         node = ray.util.get_node_ip_address()
         raise FailedRun(f"node {node} does not see run={run}: store and run must lie on storage that all nodes share")
     with logs.written(run, context.get_world_rank(), context.get_world_size()):
-        return worker(worker_config)
+        return worker(Session(run, worker_config["plan"], train, place_of(train)), worker_config)
 
 
 @contextlib.contextmanager
@@ -192,12 +194,6 @@ def _whole_parts(batch_size: int) -> Iterator[None]:
         yield
     finally:
         trainer.create_scaling_policy = theirs
-
-
-def parts_of(train: TrainConfig, world: int) -> int:
-    """Parts that a worker's batch goes through the network in where some of an elastic run's workers are missing: none
-    is larger than with all workers."""
-    return -(-train.num_workers // world) if train.min_workers else 1
 
 
 def check_resources(train: TrainConfig) -> bool:
@@ -238,6 +234,17 @@ def _first_cause(error: Exception) -> str:
     return f"worker {rank} failed: {(named or lines)[-1]}"
 
 
+def place_of(train: TrainConfig) -> "Place":
+    """What Ray Train gives this worker."""
+    import ray.train
+
+    from pgl_ray.train.session import Place
+
+    context, device = ray.train.get_context(), setup_worker(train.threads_per_worker)
+    feed = partial(_batches, device=device)
+    return Place(context.get_world_rank(), context.get_world_size(), device, feed, _distributed)
+
+
 def setup_worker(threads: int) -> torch.device:
     """First call of every worker: threads, quiet logs, device.
 
@@ -259,7 +266,7 @@ def setup_worker(threads: int) -> torch.device:
     return device
 
 
-def distributed(net: torch.nn.Module) -> torch.nn.Module:
+def _distributed(net: torch.nn.Module) -> torch.nn.Module:
     """DDP where there are several workers: gradients are added up in buckets while the backward pass goes on.
 
     Rank 0's buffers are not broadcast: each worker keeps its own, and checkpoints hold the workers' mean.
@@ -270,129 +277,20 @@ def distributed(net: torch.nn.Module) -> torch.nn.Module:
     return ray.train.torch.prepare_model(net, parallel_strategy_kwargs=options)
 
 
-def batches(size: int, device: torch.device, stay: Set[str]) -> on.Batches:
+def _batches(size: int, stay: Set[str], device: torch.device) -> on.Batches:
     """This worker's batches of the stream on its device; Ray itself would copy them between the steps, by the stream
     that computes them.
 
     Args:
         size: rows of a batch.
-        device: of this worker.
         stay: columns that are left on the host.
+        device: of this worker.
     """
     import ray.train
 
     options = {"prefetch_batches": 2, "drop_last": True, "device": "cpu", "pin_memory": device.type == "cuda"}
     shard = ray.train.get_dataset_shard("train")
     return on.Batches(shard.iter_torch_batches(batch_size=size, **options), device, stay)
-
-
-def settle(model: torch.nn.Module, work: Callable[[], Any]) -> None:
-    """One pass forward and back that leaves nothing behind, at every start of the workers.
-
-    DDP lays its buckets of gradients out anew after its first pass, and three or more workers' sums depend on where in
-    a bucket a gradient lies: without this, a run that was interrupted would differ in the last bits from one that was
-    not.
-
-    Args:
-        model: a DDP wrapper; any other is left alone.
-        work: the pass, on a batch like those to come.
-    """
-    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        return
-    kept = [buffer.clone() for buffer in model.buffers()]
-    work()
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), kept, strict=True):
-            buffer.copy_(value)
-    model.zero_grad(set_to_none=True)
-
-
-def of_all_workers(value: Any) -> list[Any]:
-    """What each worker has, by rank; all workers call this."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def share_buffers(module: torch.nn.Module) -> None:
-    """Gives all workers rank 0's buffers of a module, in place; all of them call this."""
-    if torch.distributed.is_initialized():
-        for buffer in module.buffers():
-            torch.distributed.broadcast(buffer, 0)
-
-
-def mean_over_workers(figures: dict[str, float]) -> dict[str, float]:
-    """Mean of each figure over all workers, which all call this; every worker gets the same answer."""
-    rows = of_all_workers(figures)
-    return {key: sum(row[key] for row in rows) / len(rows) for key in figures}
-
-
-# What a worker exports to Prometheus through its node's Ray, where the name gets `ray_` in front: key of the metrics,
-# name, description. conf/cluster/grafana.json draws them.
-EXPORTED = {
-    "train/loss": ("pgl_ray_loss", "training loss"),
-    "train/lr": ("pgl_ray_learning_rate", "learning rate"),
-    "train/grad_norm": ("pgl_ray_grad_norm", "norm of the gradient"),
-    "train/pairs_per_s": ("pgl_ray_pairs_per_s", "pairs of views per second of all workers"),
-    "train/patches_per_s": ("pgl_ray_patches_per_s", "patches per second of all workers"),
-    "data/wait_share": ("pgl_ray_wait_share", "share of the time that this worker waits for data"),
-    "data/skipped_share": ("pgl_ray_skipped_share", "share of the pairs whose scan cannot be read"),
-    "health/feature_std": ("pgl_ray_feature_std", "spread of the compared features, 0 = collapsed"),
-    "health/effective_rank": ("pgl_ray_effective_rank", "effective rank of the compared features"),
-    "health/collapsed": ("pgl_ray_collapsed", "1 where the features collapsed"),
-    "probe/balanced_accuracy": ("pgl_ray_probe_accuracy", "balanced accuracy of the voxel probe"),
-    "val/dice": ("pgl_ray_val_dice", "validation Dice"),
-    "epoch": ("pgl_ray_epoch", "epochs done"),
-    "step": ("pgl_ray_step", "steps done"),
-}
-
-
-def publish(step: int, row: dict[str, float]) -> None:
-    """A row of metrics into this worker's log and, as gauges tagged with run and rank, to Prometheus."""
-    import ray.train
-
-    logs.at(row["epoch"], step)
-    logs.say("metrics", **{key: float(value) for key, value in row.items() if key != "epoch"})
-    context = ray.train.get_context()
-    tags = {"run": context.get_experiment_name(), "rank": str(context.get_world_rank())}
-    for key, value in {**row, "step": step}.items():
-        if key in EXPORTED:
-            _gauge(*EXPORTED[key]).set(float(value), tags)
-
-
-@cache
-def _gauge(name: str, text: str) -> Any:
-    from ray.util.metrics import Gauge
-
-    return Gauge(name, text, tag_keys=("run", "rank"))
-
-
-class Notice:
-    """Nodes that are about to be taken away: spot instances, SIGTERM to `ray start --block`, `ray drain-node`.
-
-    When their time is over Ray Train goes on without them at the last checkpoint, and counts no failure. Nothing is
-    watched on a cluster that this process started.
-    """
-
-    def __init__(self):
-        self.known, self.saved = None, -math.inf
-
-    def wants_checkpoint(self) -> bool:
-        """Whether a checkpoint is due: at the notice, and from then on every few seconds. All workers call this and get
-        the same answer."""
-        import ray.train
-
-        if os.environ.get(WATCH) != "1":
-            return False
-        before, self.known = self.known, ray.train.get_preemption_info()
-        if before is None and self.known is not None:
-            logs.LOG.warning("nodes of ranks %s are about to be taken away", self.known.preempted_ranks)
-        told = of_all_workers((self.known is not None, time.monotonic() - self.saved >= NOTICE_S))
-        due = any(known for known, _ in told) and told[0][1]  # the notice does not reach all at the same time
-        self.saved = time.monotonic() if due else self.saved
-        return due
 
 
 class Progress:

@@ -6,11 +6,12 @@ import warnings
 from pathlib import Path
 
 # Ray reads these at import, in this process and in every worker; hence they are set before the first `import ray`.
+WATCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # Ray's switch: 1 where nodes may be taken away
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon the death of a worker is seen
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    WATCH: "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",

@@ -1,0 +1,304 @@
+"""One worker's part of a training: where it begins, what a step owes, its metrics and checkpoints, and why it ends.
+
+A loop says what is computed; what every loop needs besides stands here once. All workers call the methods alike, for
+some of them compare or exchange what the workers have. `launch` makes a Session of what Ray gives a worker, a test of
+what it likes.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Set
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pgl_ray.config import FailedRun, TrainConfig
+from pgl_ray.model import device as on
+from pgl_ray.train import checkpoint, health, logs, watch
+from pgl_ray.train.quiet import WATCH
+from pgl_ray.train.ranks import of_all_workers
+
+NOTICE_S = 5  # between two checkpoints while a node is about to be taken away
+PARTS = ("model", "optimizer", "schedule")  # of a checkpoint's state that are loaded back by `resume`
+
+
+class Place(NamedTuple):
+    """Where a worker stands among the others, and what it is given.
+
+    Attributes:
+        rank, world: number of this worker, and of all.
+        device: to compute on.
+        feed: rows per batch and columns that stay on the host -> this worker's batches, on the device.
+        wrap: a network -> the same under DDP, or alone.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    feed: Callable[[int, Set[str]], on.Batches]
+    wrap: Callable[[nn.Module], nn.Module]
+
+
+class Session:
+    """See the top of the file.
+
+    Attributes:
+        run: the run's folder on this machine.
+        plan: which rows make up which step, a `stream.Plan`.
+        rank, world, device: of this worker.
+        state: the newest committed checkpoint's, without what `resume` loaded; empty at the start of a run.
+        step: steps done.
+        reason: why training ends early, the first that was given, the same on every rank; none: it goes on.
+    """
+
+    def __init__(self, run: str, plan: Any, train: TrainConfig, place: Place):
+        self.run, self.plan, self.train, self.place = run, plan, train, place
+        self.rank, self.world, self.device = place.rank, place.world, place.device
+        self.autocast = on.autocast(self.device, train.precision)
+        self.parts = parts_of(train, self.world)
+        self.state: dict[str, Any] = checkpoint.resumed(run, self.device) or {}
+        self.step, self.reason = self.state.get("step", 0), None
+        self.metrics: checkpoint.Metrics | None = None
+        self.writer: checkpoint.Writer | None = None
+        self.notice, self._settled = Notice(), False
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    def lay_out(self, net: nn.Module) -> nn.Module:
+        """The network on the device, its BatchNorm synchronised where there are several GPUs."""
+        net = on.lay_out(net, self.device)
+        if self.device.type == "cuda" and self.world > 1:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return net
+
+    def resume(self, *parts: Any) -> None:
+        """Brings network, optimizer and schedule to where the checkpoint stands; each will be part of the next ones."""
+        self._kept = dict(zip(PARTS, parts, strict=True))
+        for name, part in self._kept.items():
+            if self.state:
+                part.load_state_dict(self.state.pop(name))
+
+    def begin(self, best: str | None = None) -> nn.Module:
+        """Opens metrics and checkpoints on rank 0; returns what is called in training: the network, under DDP where
+        there are several workers, compiled where that pays.
+
+        Args:
+            best: figure by which the best checkpoint is kept, besides the newest ones.
+        """
+        model = on.compiled(self.place.wrap(self._kept["model"]), self.device, self.train.compile)
+        if self.rank == 0:
+            self.metrics = checkpoint.Metrics(self.run, self.step, self.train.tracker)
+            self.writer = checkpoint.Writer(self.run, self.train.keep_checkpoints, best, self.world)
+        return model
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def batches(self, stay: Set[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """This worker's batches, columns `stay` on the host, until the last or until there is a reason to stop."""
+        self._feed = self.place.feed(self.plan.global_batch_size // self.world, stay)
+        self._logged, self._since = self.step, time.monotonic()
+        for batch in self._feed:
+            watch.at(self.step, watch.STEP)
+            yield batch
+            if self.reason:
+                return
+            watch.at(self.step, watch.BATCH)
+
+    def settle(self, model: nn.Module, work: Callable[[], Any]) -> None:
+        """At the first step of this start: see `settle`."""
+        if not self._settled:
+            settle(model, work)
+        self._settled = True
+
+    def advance(self) -> None:
+        """One step is done."""
+        watch.at(self.step, watch.METRICS)
+        self.step += 1
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the run's last step is done."""
+        return self.step >= self.plan.num_steps
+
+    def due(self, every: int) -> bool:
+        """Whether something that comes every so many steps, and after the first and the last one, is due; 0: never."""
+        return every > 0 and (self.step == 1 or self.is_last or self.step % every == 0)
+
+    def keeps(self, logs: bool) -> bool:
+        """Whether a checkpoint is due: by the config, at the end, or, looked at where a row `logs`, because a node is
+        about to be taken away."""
+        return self.is_last or self.step % self.train.checkpoint_every == 0 or (logs and self.notice.wants_checkpoint())
+
+    # -- reasons to stop ----------------------------------------------------------------------------------------------
+
+    def stops(self, reason: str | None) -> bool:
+        """Takes a reason to stop; whether it is one, and the first. Every rank gives the same."""
+        first = reason is not None and self.reason is None
+        self.reason = reason if first else self.reason
+        return first
+
+    def blown_up(self, net: nn.Module, mend: str) -> str | None:
+        """Why weights that are no longer finite on some rank end the run; a network of these is not checkpointed."""
+        if all(of_all_workers(health.is_sound(net))):
+            return None
+        return f"the weights have blown up by step {self.step}: {mend}"
+
+    def storage_fault(self) -> str | None:
+        """Why checkpoints can no longer be written."""
+        return of_all_workers(self.writer and self.writer.fault)[0]
+
+    # -- rows and checkpoints -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no part of the training's speed."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
+
+    def log(self, row: dict[str, float], unit: str | None = None) -> None:
+        """Writes a row of metrics at this step, and exports it.
+
+        Args:
+            row: figures, `group/name_unit`.
+            unit: what a batch holds, pairs or patches, for its speed since the last row with one; none: no speed.
+        """
+        row = {"epoch": self.plan.epoch_at(self.step), **row}
+        if unit:
+            steps, seconds = self.step - self._logged, time.monotonic() - self._since
+            waited = self._feed.waited_s()
+            row[f"train/{unit}_per_s"] = steps * self.plan.global_batch_size / seconds
+            row |= {"data/wait_s": waited / steps, "data/wait_share": waited / seconds}
+            self._logged, self._since = self.step, time.monotonic()
+        publish(self.step, row, {"run": Path(self.run).name, "rank": str(self.rank)})
+        if self.metrics:
+            self.metrics.write(self.step, **row, **(self.writer.figures() if unit else {}))
+
+    def save(self, own: dict[str, Any], figures: dict[str, float]) -> None:
+        """Takes a checkpoint on rank 0: network, optimizer, schedule, step, plan, versions, and what is the loop's own.
+
+        Args:
+            own: plain values and tensors; `figures`: of metrics, by which the best is known.
+        """
+        if self.writer:
+            state = {"step": self.step, "plan": self.plan.identity, "versions": checkpoint.versions()}
+            state |= {name: part.state_dict() for name, part in self._kept.items()}
+            self.writer.save(state | own, self.step, figures)
+
+    def save_file(self, name: str, state: dict[str, Any]) -> None:
+        """Takes a state, the step added, for a file in the run's folder, written before any later checkpoint."""
+        if self.writer:
+            self.writer.save_file(name, {"step": self.step, **state})
+
+    def end(self, is_over: bool = False) -> str | None:
+        """Writes what is left; the reason to stop, if there is one.
+
+        Args:
+            is_over: whether it may end before the plan does.
+
+        Raises:
+            FailedRun: the stream ended before the plan.
+        """
+        if self.writer:
+            self.writer.close()
+            self.stops(self.writer.fault)
+            self.metrics.close()
+        if not (self.is_last or is_over or self.reason):
+            raise FailedRun(f"the stream ended at step {self.step} of {self.plan.num_steps}")
+        return self.reason
+
+
+def parts_of(train: TrainConfig, world: int) -> int:
+    """Parts that a worker's batch goes through the network in where some of an elastic run's workers are missing: none
+    is larger than with all workers."""
+    return -(-train.num_workers // world) if train.min_workers else 1
+
+
+def settle(model: torch.nn.Module, work: Callable[[], Any]) -> None:
+    """One pass forward and back that leaves nothing behind, at every start of the workers.
+
+    DDP lays its buckets of gradients out anew after its first pass, and three or more workers' sums depend on where in
+    a bucket a gradient lies: without this, a run that was interrupted would differ in the last bits from one that was
+    not.
+
+    Args:
+        model: a DDP wrapper; any other is left alone.
+        work: the pass, on a batch like those to come.
+    """
+    if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return
+    kept = [buffer.clone() for buffer in model.buffers()]
+    work()
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(value)
+    model.zero_grad(set_to_none=True)
+
+
+# -- to Prometheus, and from Ray -------------------------------------------------------------------------------------
+
+# What a worker exports to Prometheus through its node's Ray, where the name gets `ray_` in front: key of the metrics,
+# name, description. conf/cluster/grafana.json draws them.
+EXPORTED = {
+    "train/loss": ("pgl_ray_loss", "training loss"),
+    "train/lr": ("pgl_ray_learning_rate", "learning rate"),
+    "train/grad_norm": ("pgl_ray_grad_norm", "norm of the gradient"),
+    "train/pairs_per_s": ("pgl_ray_pairs_per_s", "pairs of views per second of all workers"),
+    "train/patches_per_s": ("pgl_ray_patches_per_s", "patches per second of all workers"),
+    "data/wait_share": ("pgl_ray_wait_share", "share of the time that this worker waits for data"),
+    "data/skipped_share": ("pgl_ray_skipped_share", "share of the pairs whose scan cannot be read"),
+    "health/feature_std": ("pgl_ray_feature_std", "spread of the compared features, 0 = collapsed"),
+    "health/effective_rank": ("pgl_ray_effective_rank", "effective rank of the compared features"),
+    "health/collapsed": ("pgl_ray_collapsed", "1 where the features collapsed"),
+    "probe/balanced_accuracy": ("pgl_ray_probe_accuracy", "balanced accuracy of the voxel probe"),
+    "val/dice": ("pgl_ray_val_dice", "validation Dice"),
+    "epoch": ("pgl_ray_epoch", "epochs done"),
+    "step": ("pgl_ray_step", "steps done"),
+}
+
+
+def publish(step: int, row: dict[str, float], tags: dict[str, str]) -> None:
+    """A row of metrics into this worker's log and, as gauges with tags, to Prometheus."""
+    logs.at(row["epoch"], step)
+    logs.say("metrics", **{key: float(value) for key, value in row.items() if key != "epoch"})
+    for key, value in {**row, "step": step}.items():
+        if key in EXPORTED:
+            _gauge(*EXPORTED[key]).set(float(value), tags)
+
+
+@cache
+def _gauge(name: str, text: str) -> Any:
+    from ray.util.metrics import Gauge
+
+    return Gauge(name, text, tag_keys=("run", "rank"))
+
+
+class Notice:
+    """Nodes that are about to be taken away: spot instances, SIGTERM to `ray start --block`, `ray drain-node`.
+
+    When their time is over Ray Train goes on without them at the last checkpoint, and counts no failure. Nothing is
+    watched on a cluster that this process started.
+    """
+
+    def __init__(self):
+        self.known, self.saved = None, -math.inf
+
+    def wants_checkpoint(self) -> bool:
+        """Whether a checkpoint is due: at the notice, and from then on every few seconds. All workers call this and get
+        the same answer."""
+        import ray.train
+
+        if os.environ.get(WATCH) != "1":
+            return False
+        before, self.known = self.known, ray.train.get_preemption_info()
+        if before is None and self.known is not None:
+            logs.LOG.warning("nodes of ranks %s are about to be taken away", self.known.preempted_ranks)
+        told = of_all_workers((self.known is not None, time.monotonic() - self.saved >= NOTICE_S))
+        due = any(known for known, _ in told) and told[0][1]  # the notice does not reach all at the same time
+        self.saved = time.monotonic() if due else self.saved
+        return due

@@ -1,0 +1,118 @@
+"""A training loop's session: what is due when, whose reason to stop stands, what a checkpoint holds."""
+
+from itertools import permutations
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pgl_ray.config import FailedRun, TrainConfig
+from pgl_ray.model import device as on
+from pgl_ray.train import checkpoint
+from pgl_ray.train.session import Place, Session
+
+CPU = torch.device("cpu")
+SETTINGS = TrainConfig(checkpoint_every=4, log_every=3, threads_per_worker=1)
+
+
+def session(folder, num_steps=10, start=0) -> Session:
+    """One worker, whose batches are numbers."""
+    folder.mkdir(exist_ok=True)
+    plan = SimpleNamespace(num_steps=num_steps, global_batch_size=2, identity={"id": 1}, epoch_at=lambda step: step / 5)
+
+    def feed(size, stay):
+        return on.Batches(({"x": torch.full((size,), step)} for step in range(start, num_steps)), CPU, stay)
+
+    return Session(str(folder), plan, SETTINGS, Place(0, 1, CPU, feed, lambda net: net))
+
+
+def parts() -> tuple:
+    """A network, its optimizer and its schedule."""
+    net = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    return net, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+
+def test_what_is_due_after_each_step(tmp_path):
+    one, due = session(tmp_path), []
+    one.resume(*parts())
+    one.begin()
+    for _ in one.batches(set()):
+        one.advance()
+        due.append((one.step, one.due(3), one.due(0), one.keeps(False)))
+    assert [step for step, logs, _, _ in due if logs] == [1, 3, 6, 9, 10]  # the first, every third, the last
+    assert [step for step, _, _, keeps in due if keeps] == [4, 8, 10]
+    assert not any(never for _, _, never, _ in due)
+    assert one.is_last and one.end() is None
+
+
+REASONS = {
+    "loss": "not finite",
+    "weights": "blown up",
+    "disk": "disk full",
+    "collapse": "collapsed",
+    "scans": "skipped",
+}
+
+
+@pytest.mark.parametrize(("first", "second"), permutations(REASONS, 2))
+def test_of_two_reasons_the_first_stands(tmp_path, first, second):
+    one = session(tmp_path)
+    one.resume(*parts())
+    one.begin()
+    seen = 0
+    for _ in one.batches(set()):
+        one.advance()
+        seen += 1
+        assert not one.stops(None) and one.reason is None
+        if one.step == 2:
+            assert one.stops(first) and not one.stops(second)
+    assert seen == 2 and one.end() == first
+
+
+def test_a_stream_that_ends_early_is_no_end(tmp_path):
+    one = session(tmp_path, start=4)  # six batches for ten steps
+    one.resume(*parts())
+    one.begin()
+    for _ in one.batches(set()):
+        one.advance()
+    with pytest.raises(FailedRun, match="the stream ended at step 6 of 10"):
+        one.end()
+
+
+def test_a_checkpoint_brings_everything_back_and_is_let_go(tmp_path):
+    one, (net, optimizer, schedule) = session(tmp_path), parts()
+    one.resume(net, optimizer, schedule)
+    model = one.begin()
+    for _ in one.batches(set()):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        schedule.step()
+        one.advance()
+        if one.keeps(False):
+            one.save({"own": one.step}, {"train/loss": 0.5})
+    one.end()
+    assert checkpoint.committed_step(str(tmp_path)) == 10
+    again, (other, optimizer_2, schedule_2) = session(tmp_path), parts()
+    assert again.step == 10 and again.state["own"] == 10 and again.state["plan"] == {"id": 1}
+    again.resume(other, optimizer_2, schedule_2)
+    assert torch.equal(other.weight, net.weight) and schedule_2.get_last_lr() == schedule.get_last_lr()
+    assert not any(isinstance(value, dict) and "weight" in value for value in again.state.values())  # no tensors stay
+
+
+def test_a_pause_is_no_part_of_the_speed(tmp_path, monkeypatch):
+    one, now = session(tmp_path), [0.0]
+    one.resume(*parts())
+    one.begin()
+    for _ in one.batches(set()):
+        one.advance()
+        if one.step == 2:
+            with monkeypatch.context() as fixed:
+                fixed.setattr("pgl_ray.train.session.time.monotonic", lambda: now[0])
+                one._since = -2.0
+                with one.paused():
+                    now[0] += 100.0
+                one.log({"train/loss": 1.0}, unit="pairs")
+    one.end()
+    row = checkpoint.read_metrics(str(tmp_path))[0]
+    assert row["train/pairs_per_s"] == pytest.approx(2.0)  # 2 steps of 2 pairs in 2 of 102 seconds
