@@ -252,11 +252,10 @@ def worker(session: Session, worker_config: dict) -> str | None:
         values, unseen = np.mean(ranks.of_all_workers(torch.stack(unseen).tolist()), 0), []
 
         # reasons to stop here and now
-        if session.stops(_not_finite(config, values, session.step, best, config.run)):
+        not_finite = _not_finite(config, values, session.step, best, config.run)
+        if session.stops(not_finite) or session.stops(session.storage_fault()):
             break
         if (validates or keeps) and session.stops(session.blown_up(segmenter, _lower(config, best, config.run))):
-            break
-        if session.stops(session.storage_fault()):
             break
 
         # figures; the best network is kept, and training stops when it overfits
