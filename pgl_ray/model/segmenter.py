@@ -87,8 +87,9 @@ class LightSegmenter(nn.Module):
 
     Attributes:
         encoder: as the `Segmenter`'s.
-        levels: numbers of the encoder's maps that the decoder takes, finest first: layer1, layer2 and layer4 of the
-            paper's encoder.
+        levels: numbers of the encoder's maps that the decoder takes, finest first: the stem, layer1, layer2 and layer4
+            of the paper's encoder. Without the finest one logits of stride 2,4,4 would be enlarged, where voxels of
+            4 mm leave a spinal cord no room.
     """
 
     def __init__(self, encoder: Encoder | ResEncoder, num_outputs: int, width: int = 32):
@@ -99,7 +100,7 @@ class LightSegmenter(nn.Module):
             width: channels of the decoder.
         """
         super().__init__()
-        self.encoder, self.levels = encoder, light_levels(encoder.strides)
+        self.encoder, self.levels = encoder, sorted({0, *light_levels(encoder.strides)})
         channels, strides = ([values[i] for i in self.levels] for values in (encoder.channels, encoder.strides))
         self.decoder = LightDecoder(channels, strides, num_outputs, width)
 
@@ -115,7 +116,7 @@ class LightSegmenter(nn.Module):
 
 
 def light_levels(strides: Sequence[tuple[int, int, int]]) -> list[int]:
-    """Which of an encoder's maps a light decoder takes, finest first: the deepest ones of LIGHT_STRIDES, and the last.
+    """Which of an encoder's coarser maps a light decoder takes, finest first: the deepest of LIGHT_STRIDES, the last.
 
     Args:
         strides: of the encoder's maps.

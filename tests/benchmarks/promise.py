@@ -61,7 +61,7 @@ NUM_SCANS = (1, 5, 10)
 SPLITS = {"split": "train", "test_split": "validation", "num_test_scans": 15}
 CEILING, CEILING_STEPS = "all labels", 1200
 RANDOM = "random"
-FACTORS, TUNE_STEPS = (0.1, 0.3, 1.0), 450  # of the encoder's rate beside the decoder's 0.003
+FACTORS, TUNE_STEPS = (0.3, 1.0), 450  # of the encoder's rate beside the decoder's 0.003
 NUM_LABELLED, FOLDS = 5, 8  # scans to learn from, and to choose the rate by
 
 
