@@ -21,11 +21,13 @@ from isal import igzip
 from nibabel import orientations
 from nibabel.imageglobals import logger as nibabel_logger
 
-from pgl_ray.data import contours, dicom, itk
+from pgl_ray.data import contours, dicom, dicom_grid, itk
 from pgl_ray.data.dicom import AIR
+from pgl_ray.data.dicom_values import PADDING
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 STORED = orientations.axcodes2ornt("LPS")  # of the axes W, H, D
+LIKE_AIR = -500  # HU that no tissue but lung has
 GRID_TOLERANCE = 0.1  # how far a label's corner may lie from its CT's, in voxels
 
 
@@ -40,6 +42,7 @@ class Scan:
         orientation: the source's axis codes in its own axis order, e.g. "RAS".
         rounding_error_hu: largest change by rounding to int16; 0 for integer sources.
         num_padding: voxels that were below -1024 HU.
+        notes: what is worth saying of it; a sentence each.
     """
 
     voxels: np.ndarray
@@ -48,6 +51,7 @@ class Scan:
     orientation: str
     rounding_error_hu: float
     num_padding: int
+    notes: tuple[str, ...] = ()
 
 
 def is_volume(path: Path) -> bool:
@@ -72,9 +76,9 @@ def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
         ValueError: missing, not a readable image, not one 3D volume of single numbers, without geometry, or with
             voxels that are not finite or not HU.
     """
-    path = Path(path)
+    path, notes = Path(path), ()
     if path.is_dir():
-        voxels, rounding_error, affine = _read_series(path, slices)
+        voxels, rounding_error, affine, notes = _read_series(path, slices)
     else:
         raw, slope, inter, affine = _read(path)
         voxels, rounding_error = _whole_numbers(raw, slope, inter, np.int16, path)
@@ -90,6 +94,7 @@ def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
         orientation="".join(nib.aff2axcodes(affine)),
         rounding_error_hu=rounding_error,
         num_padding=num_padding,
+        notes=notes,
     )
 
 
@@ -170,7 +175,7 @@ def num_voxels(path: str | Path, slices: tuple[str, ...] = ()) -> int:
     """
     path = Path(path)
     if path.is_dir():
-        return math.prod(dicom.read_grid(path, slices or dicom.only_series(path)).shape)
+        return math.prod(dicom_grid.read_grid(path, slices or dicom.only_series(path)).shape)
     return math.prod(_open_nifti(path).shape if _is_nifti(path) else itk.open_header(path).GetSize())
 
 
@@ -187,7 +192,8 @@ def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: t
     """
     header, image_class = None, nib.Nifti1Image
     if Path(like).is_dir():
-        _, _, shape, affine = dicom.read_grid(like, slices or dicom.only_series(like))
+        grid = dicom_grid.read_grid(like, slices or dicom.only_series(like))
+        shape, affine = grid.shape, grid.affine
     elif _is_nifti(Path(like)):
         image = _open_nifti(Path(like))
         shape, affine, header, image_class = image.shape[:3], image.affine, image.header.copy(), type(image)
@@ -207,15 +213,19 @@ def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: t
 # -- formats ----------------------------------------------------------------------------------------------------------
 
 
-def _read_series(folder: Path, slices: tuple[str, ...]) -> tuple[np.ndarray, float, np.ndarray]:
-    """int16 HU [i, j, k] of a DICOM series, the largest change by rounding, and affine (i, j, k, 1) -> RAS+ mm."""
-    grid = dicom.read_grid(folder, slices or dicom.only_series(folder))
+def _read_series(folder: Path, slices: tuple[str, ...]) -> tuple[np.ndarray, float, np.ndarray, tuple[str, ...]]:
+    """int16 HU [i, j, k] of a DICOM series, the largest change by rounding, affine (i, j, k, 1) -> RAS+ mm, notes."""
+    grid = dicom_grid.read_grid(folder, slices or dicom.only_series(folder))
     voxels, rounding_error = np.empty(grid.shape, np.int16, order="F"), 0.0
-    for k, file in enumerate(grid.files):
-        values = dicom.read_hu(folder, file, grid.shape[:2])[..., None]
-        voxels[..., k : k + 1], error = _whole_numbers(values, 1, 0, np.int16, folder / file)
+    for k, hu in enumerate(dicom_grid.read_slices(folder, grid)):
+        voxels[..., k : k + 1], error = _whole_numbers(hu[..., None], 1, 0, np.int16, folder / grid.files[k])
         rounding_error = max(rounding_error, error)
-    return voxels, rounding_error, grid.affine
+    if grid.unspecified and not ((voxels > PADDING) & (voxels < LIKE_AIR)).any():
+        raise ValueError(
+            f"{grid.name}: pixels are in US (no unit is stated), and none lies below {LIKE_AIR} as air does in HU: "
+            "take the original series"
+        )
+    return voxels, rounding_error, grid.affine, grid.notes
 
 
 def _read(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
