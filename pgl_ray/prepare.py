@@ -133,7 +133,8 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: frozenset[str]
     # convert
     converted, failed = 0, list(layout.faults)
     with closing(_outcomes(config, folder, token, tasks, names)) as outcomes:
-        for source, status, reason in _watched(outcomes, len(tasks)):
+        notes = {}
+        for source, status, reason, said in _watched(outcomes, len(tasks)):
             if status == "disk full":
                 raise _disk_full(folder)
             if status == "failed":
@@ -141,12 +142,14 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: frozenset[str]
             else:
                 stored.append(source)
                 converted += status == "converted"
+                notes |= {source.scan_id: said} if status == "converted" else {}
 
     # index
     for name in set(place.names("scans")) - set(store.read_records(folder)):
         mend = f"its zarr.json is damaged: python -m pgl_ray.prepare repair store={folder}"
         failed.append(Fault(f"{folder}/scans/{name}", mend))
     failed.sort()
+    _note(place, notes)
     names = _finish(folder, stored, names)
     others = {"encoding": config.encoding, "spacing_mm": config.spacing_mm}
     index = store.write_index(folder, names, config.hu_window, preparations=_preparations(config, known), **others)
@@ -322,13 +325,13 @@ def _unchanged(source: Source, record: store.ScanRecord) -> bool:
 
 def _outcomes(
     config: PrepareConfig, folder: str, token: str, tasks: list[Task], names: dict[str, int] | None
-) -> Iterator[tuple[Source, str, str]]:
-    """Converts in parallel; yields (source, status, reason) as scans are done."""
+) -> Iterator[tuple[Source, str, str, list[dict]]]:
+    """Converts in parallel; yields (source, status, reason, notes) as scans are done."""
     options = {key: getattr(config, key) for key in ("hu_window", "chunk", "encoding", "compression", "spacing_mm")}
     work = partial(convert, folder=folder, token=token, names=names, options=options)
     with closing(_in_parallel(work, tasks, config.ray, [source for source, _ in tasks])) as rows:
         for row in rows:
-            yield tasks[row["task"]][0], row["status"], row["reason"]
+            yield tasks[row["task"]][0], row["status"], row["reason"], json.loads(row["notes"])
 
 
 def _in_parallel(
@@ -380,21 +383,22 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
         options: hu_window, chunk, encoding, compression and spacing_mm.
 
     Returns:
-        task, status ("converted", "unchanged", "failed", "disk full"), and the reason of a failure.
+        task, status ("converted", "unchanged", "failed", "disk full"), the reason of a failure, and notes (JSON: a list
+        of source, reason, and whether it is shown).
     """
-    task, status, reason = pickle.loads(row["item"]), "failed", ""
+    task, status, reason, notes = pickle.loads(row["item"]), "failed", "", []
     try:
         with store.open_place(folder).joined(token):
             if _tries(folder, row["task"]) > MAX_TRIES:
                 raise ValueError(f"its worker died {MAX_TRIES} times: out of memory, or a library crashed on it")
-            status = _convert(task, folder, names, options)
+            status, notes = _convert(task, folder, names, options)
     except OSError as error:
         status, reason = ("disk full" if error.errno in DISK_FULL else "failed"), str(error)
     except ValueError as error:
         reason = str(error)
     except Exception as error:  # whatever else a damaged file may cause must not stop the other scans
         reason = f"{type(error).__name__}: {error}"
-    return {"task": row["task"], "status": status, "reason": reason}
+    return {"task": row["task"], "status": status, "reason": reason, "notes": json.dumps(notes)}
 
 
 def _tries(folder: str, task: int) -> int:
@@ -404,16 +408,19 @@ def _tries(folder: str, task: int) -> int:
     return len(place.names(key))
 
 
-def _convert(task: Task, folder: str, names: dict[str, int] | None, options: dict[str, Any]) -> str:
+def _convert(
+    task: Task, folder: str, names: dict[str, int] | None, options: dict[str, Any]
+) -> tuple[str, list[dict[str, Any]]]:
     source, known = task
     size, time_ns = source.stamp()
     digest = source.digest()
     if known and digest == known.source_hash:
         store.update_record(folder, replace(known, source_size=size, source_mtime_ns=time_ns))
-        return "unchanged"
+        return "unchanged", []
     if known and known.source != source.image:
         raise ValueError(f"{source.image}: the store has another {source.scan_id!r}, from {known.source}: rename it")
-    scan, label = source.read(names)
+    reading = source.read(names)
+    scan, label = reading.scan, reading.label
     unknown = sorted(set(store.count_labels(label)) - set(names.values())) if label is not None and names else []
     if unknown:
         raise ValueError(f"{source.label}: label values {unknown} are not among {names}: add them to labels.names")
@@ -426,6 +433,7 @@ def _convert(task: Task, folder: str, names: dict[str, int] | None, options: dic
         voxels,
         affine,
         label=label,
+        labelled=reading.labelled or (),
         source_label=None if label is own else own,
         source_affine=scan.affine,
         split=source.split,
@@ -438,7 +446,28 @@ def _convert(task: Task, folder: str, names: dict[str, int] | None, options: dic
         source_hash=digest,
         **{key: options[key] for key in ("hu_window", "chunk", "encoding", "compression")},
     )
-    return "converted"
+    notes = [{"source": path, "reason": reason, "shown": True} for path, reason in reading.notes]
+    return "converted", notes + [{"source": path, "reason": what, "shown": False} for path, what in reading.unasked]
+
+
+def _note(place: store.Place, notes: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints what was said of scans as they were converted, but for structures that nobody asked for, and keeps it in
+    notes.jsonl beside what was said of those that were converted before."""
+    try:
+        earlier = [json.loads(line) for line in place.read("notes.jsonl").splitlines()]
+    except (FileNotFoundError, ValueError):
+        earlier = []
+    here = set(place.names("scans"))
+    lines = [line for line in earlier if line["scan_id"] in here and line["scan_id"] not in notes]
+    lines += [{"scan_id": scan_id, **line} for scan_id, said in notes.items() for line in said]
+    shown = [line for said in notes.values() for line in said if line["shown"]]
+    for line in shown[:NUM_SHOWN]:
+        print(f"prepare: note: {line['source']}: {line['reason']}")
+    if len(shown) > NUM_SHOWN:
+        print(f"prepare: {len(shown)} notes in all, see {place.url}/notes.jsonl", flush=True)
+    if lines or earlier:
+        content = "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["scan_id"]))
+        place.write("notes.jsonl", [content.encode()])
 
 
 def _finish(folder: str, sources: list[Source], names: dict[str, int] | None) -> dict[str, int]:
@@ -453,7 +482,9 @@ def _finish(folder: str, sources: list[Source], names: dict[str, int] | None) ->
             new = replace(new, source=source.image, split=source.split)
         if record.label_metadata and (source or unnamed):
             stated = source.labelled if source else None
-            new = replace(new, labelled=tuple(sorted(names.values())) if stated is None else stated)
+            if stated is None:  # of structures, what was filled
+                stated = record.labelled if source and source.structures else tuple(sorted(names.values()))
+            new = replace(new, labelled=stated)
         if new != record:
             store.update_record(folder, new)
     return names

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from matplotlib.path import Path as Polygon
 
 from pgl_ray.config import LabelsConfig
-from pgl_ray.data import contours, ct
+from pgl_ray.data import contours, ct, structures
 from pgl_ray.data.layout import read_layout
 
 SPACING, ORIGIN, SHAPE = np.array((0.7, 0.8, 2.5)), np.array((-30.0, 20, -400)), (12, 60, 70)  # x, y, z; D, H, W
@@ -38,6 +38,11 @@ def make(tmp_path, structures, **options):
     return ct.read_scan(tmp_path / "ct"), tmp_path / "rs/RS.dcm"
 
 
+def fill(path, names, scan):
+    """The label map of one structure set."""
+    return structures.read_structures([str(path)], names, scan.affine, scan.voxels.shape)
+
+
 def volume(label, value):
     return np.count_nonzero(label == value) * SPACING.prod()
 
@@ -51,8 +56,9 @@ def test_a_cylinder_and_a_box_have_their_volumes(tmp_path):
         "Couch": [box(low, high, z) for z in on(range(12))],
     }
     scan, path = make(tmp_path, structures)
-    label = ct.read_contours(path, {"tumour": 3, "box": 1}, scan)
-    assert label.dtype == np.uint8 and label.shape == SHAPE
+    label, values, notes, unasked = fill(path, {"tumour": 3, "box": 1}, scan)
+    assert label.shape == SHAPE and values == (1, 3) and not notes
+    assert unasked == [(str(path), "not asked for: 'Couch'")]
     assert volume(label, 3) == pytest.approx(np.pi * 12.3**2 * 6 * 2.5, rel=0.005)
     assert volume(label, 1) == pytest.approx(20 * 30 * 3 * SPACING.prod(), rel=1e-9)
     assert set(np.flatnonzero((label == 3).any((1, 2)))) == set(range(2, 8))
@@ -70,17 +76,20 @@ def test_holes_keyholes_and_several_contours(tmp_path):
         "dot": [("POINT", outer)],
     }
     scan, path = make(tmp_path, structures)
-    ring, key = (ct.read_contours(path, {name: 1}, scan) for name in ("ring", "key"))
+    ring, key = (fill(path, {name: 1}, scan).label for name in ("ring", "key"))
     np.testing.assert_array_equal(ring, key)
     assert volume(ring, 1) == pytest.approx((30 * 25 - 12 * 12) * 2.5, rel=0.04)
-    two = ct.read_contours(path, {"two": 300}, scan)
-    assert two.dtype == np.uint16 and volume(two, 300) == pytest.approx(np.pi * (16 + 25) * 2.5, rel=0.05)
-    assert not ct.read_contours(path, {"dot": 1, "absent": 2}, scan).any()
+    two = fill(path, {"two": 300}, scan).label
+    assert volume(two, 300) == pytest.approx(np.pi * (16 + 25) * 2.5, rel=0.05)
+    label, values, notes, _ = fill(path, {"dot": 1, "absent": 2}, scan)
+    assert not label.any() and not values
+    assert notes == [(str(path), "structure 'dot' (ROI 4): 1 contour is POINT, which bounds no area")]
 
 
 def test_the_larger_value_stands_where_structures_overlap(tmp_path):
     scan, path = make(tmp_path, {"tumour": [circle(4, on([3])[0])], "liver": [circle(9, on([3])[0])]})
-    label = ct.read_contours(path, {"liver": 1, "tumour": 2}, scan)
+    label, values, *_ = fill(path, {"liver": 1, "tumour": 2}, scan)
+    assert values == (1, 2)
     assert volume(label, 2) == pytest.approx(np.pi * 16 * 2.5, rel=0.05)
     assert volume(label, 1) == pytest.approx(np.pi * (81 - 16) * 2.5, rel=0.02)
 
@@ -91,7 +100,7 @@ def test_a_sagittal_series(tmp_path):
     rings = [np.c_[np.full(300, -30 + 1.5 * k), 40 + 9 * np.cos(turn), 80 + 9 * np.sin(turn)] for k in (4, 5, 6)]
     structures = {"ball": rings}
     scan, path = make(tmp_path, structures, iop=(0, 1, 0, 0, 0, -1), step=step, origin=origin)
-    label = ct.read_contours(path, {"ball": 1}, scan)
+    label = fill(path, {"ball": 1}, scan).label
     assert label.sum() * np.prod(scan.spacing_mm) == pytest.approx(np.pi * 81 * 3 * 1.5, rel=0.02)
     middle = scan.affine @ (*np.argwhere(label).mean(0), 1)
     np.testing.assert_allclose(middle[:3] * (-1, -1, 1), (-22.5, 40, 80), atol=0.05)
@@ -120,26 +129,31 @@ def test_filling_agrees_with_matplotlib(points, more):
     [
         (
             lambda: [circle(5, ORIGIN[2] + 1.2)],
-            "'a': a contour lies at slice 0.48, between its CT's slices: draw",
+            "its contour lies between the CT's slices, as at slice 0.48: draw it on this CT",
         ),
-        (lambda: [circle(5, on([20])[0])], "a contour lies at slice 20 of 12, outside its CT: is it another's"),
+        (lambda: [circle(5, on([20])[0])], "it lies at slice 20 of 12, outside its CT: is it another's"),
         (lambda: [circle(5, z) for z in on((1, 3, 5, 7))], "only one slice in 2 has contours: interpolate them"),
     ],
 )
-def test_contours_off_the_slices_are_refused(tmp_path, rings, message):
-    scan, path = make(tmp_path, {"a": rings()})
-    with pytest.raises(ValueError, match=message) as caught:
-        ct.read_contours(path, {"a": 1}, scan)
-    assert str(path) in str(caught.value)
+def test_contours_off_the_slices_cost_their_structure_alone(tmp_path, rings, message):
+    scan, path = make(tmp_path, {"a": rings(), "b": [circle(5, on([3])[0])]})
+    label, values, notes, _ = fill(path, {"a": 1, "b": 2}, scan)
+    assert values == (2,) and volume(label, 2) > 0 and not (label == 1).any()
+    ((where, reason),) = notes
+    assert where == str(path) and message in reason and reason.startswith("structure 'a' (ROI 1): ")
+    assert reason.endswith("'a' is unlabelled in this scan")
 
 
-def test_damaged_structure_sets_are_refused(tmp_path):
+def test_a_damaged_structure_set_does_not_cost_the_ct(tmp_path):
     scan, path = make(tmp_path, {"a": [circle(5, on([3])[0])]})
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ValueError, match=r"RS.dcm: not a readable DICOM file"):
-        ct.read_contours(path, {"a": 1}, scan)
-    with pytest.raises(ValueError, match="no such file"):
-        ct.read_contours(tmp_path / "none.dcm", {"a": 1}, scan)
+    for one, reason in ((path, "not a readable DICOM file"), (tmp_path / "none.dcm", "no such file")):
+        label, values, notes, _ = fill(one, {"a": 1}, scan)
+        assert not label.any() and values == () and notes[0][0] == str(one) and reason in notes[0][1]
+    layout = read_layout(str(tmp_path), LabelsConfig(names={"a": 1}))
+    (fault,), (scan,) = layout.faults, layout.scans
+    assert fault.source == str(path) and "so it labels no scan" in fault.reason
+    assert scan.label is None and scan.read(layout.names).scan.voxels.shape == SHAPE
 
 
 # -- in a folder ------------------------------------------------------------------------------------------------------
@@ -154,9 +168,13 @@ def test_contours_become_labels_where_they_are_named(tmp_path):
 
     layout = read_layout(str(tmp_path), LabelsConfig(names={"liver": 4, "spleen": 5}))
     (scan,) = layout.scans
-    assert scan.labelled == (4,) and scan.split == "train" and not layout.left_out  # spleen is not drawn: unlabelled
+    assert scan.split == "train" and not layout.left_out
     assert len(scan.files()) == SHAPE[0] + 1
-    assert volume(scan.read(layout.names)[1], 4) == pytest.approx(np.pi * 81 * 2.5, rel=0.02)
+    reading = scan.read(layout.names)
+    assert volume(reading.label, 4) == pytest.approx(np.pi * 81 * 2.5, rel=0.02) and reading.label.dtype == np.uint8
+    assert reading.labelled == (4,)  # spleen is not drawn: unlabelled
+    assert [reason for _, reason in reading.notes] == ["structure 'Spleen' (ROI 2): is empty"]
+    assert [reason for _, reason in reading.unasked] == ["not asked for: 'PTV'"]
 
     save([pydicom.dcmread(scan.label)], tmp_path / "again", "RS2.dcm")
     (fault,) = read_layout(str(tmp_path), LabelsConfig(names={"liver": 4})).faults
@@ -169,7 +187,7 @@ def test_contours_become_labels_where_they_are_named(tmp_path):
 @pytest.mark.parametrize("patient", ["STS_002", "STS_008"])
 def test_real_contours_have_the_volume_of_their_polygons(real_data, patient):
     layout = read_layout(str(real_data / "dicom" / patient), LabelsConfig(names={"GTV_Mass_CT": 1}))
-    scan, label = layout.scans[0].read(layout.names)
+    scan, label, *_ = layout.scans[0].read(layout.names)
     area = 0.0
     for contour in pydicom.dcmread(layout.scans[0].label).ROIContourSequence[0].ContourSequence:
         x, y, _ = np.array(contour.ContourData, float).reshape(-1, 3).T

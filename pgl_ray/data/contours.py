@@ -1,96 +1,181 @@
-"""Contours of a DICOM structure set (RTSTRUCT) as a label map on a CT's grid.
+"""Contours of a DICOM structure set (RTSTRUCT) on a CT's grid, one ROI at a time.
 
-Own code, because no kept library fits: rt-utils needs OpenCV and rounds the points to pixels, platipy holds pydicom
-below 3, dcmrtstruct2nii takes one series in one folder.
+A voxel belongs to a ROI where its centre lies inside an odd number of the ROI's contours on its slice, so that inner
+contours and keyholes are holes (DICOM PS3.3, C.8.8.6). Own code, because no kept library fits: rt-utils needs OpenCV
+and rounds the points to pixels, platipy holds pydicom below 3, dcmrtstruct2nii takes one series in one folder.
 """
 
 from collections import Counter, defaultdict
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from pgl_ray.data import dicom
+from pgl_ray.data.structure_header import CLOSED, check_whole, roi_names, whole
 
 TOLERANCE = 0.2  # how far a contour may lie from its slice, in slice distances
 
 
-def fill_contours(
-    path: str | Path, values: dict[str, int], affine: np.ndarray, shape: tuple[int, int, int]
-) -> np.ndarray:
-    """Fills the closed contours of a structure set.
+@dataclass
+class Placed:
+    """A structure on a CT's grid.
 
-    A voxel belongs to a structure where its centre lies inside an odd number of the structure's contours on its slice,
-    so that inner contours and keyholes are holes (DICOM PS3.3, C.8.8.6). Where structures overlap, the larger value
-    stands, as tumour in organ.
+    Attributes:
+        pieces: (axis, slice, mask bool [the two other axes]).
+        notes: what of it is not used, and why.
+        refused: why nothing of it is used, "" where it is.
+    """
+
+    pieces: list[tuple[int, int, np.ndarray]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    refused: str = ""
+
+
+class Roi:
+    """A ROI of a structure set: its name, how messages call it, and its contours."""
+
+    def __init__(self, name: str, title: str, contours: Iterable) -> None:
+        self.name, self.title, self._contours = name, title, list(contours)
+
+    def place(self, to_index: np.ndarray, shape: tuple[int, int, int]) -> Placed:
+        """Fills the closed contours.
+
+        Args:
+            to_index: [4, 4], LPS mm -> voxel index of the grid (three axes in any order).
+            shape: of the grid.
+        """
+        placed = Placed()
+        kinds = Counter(str(one.get("ContourGeometricType") or "of no type") for one in self._contours)
+        closed = [one for one in self._contours if str(one.get("ContourGeometricType")) in CLOSED]
+        for kind, count in kinds.items():
+            if kind not in CLOSED:
+                placed.notes.append(f"{_contours(count)} {_are(count)} {kind}, which {_bound(count)} no area")
+        points = []
+        for number, contour in enumerate(closed, 1):
+            try:
+                found = _points(contour)
+            except ValueError as error:
+                placed.refused = f"its contour {number} is broken ({error})"
+                return placed
+            if len(found) < 3:
+                placed.notes.append(f"its contour {number} has {len(found)} point{'s' * (len(found) != 1)}, no area")
+                continue
+            points.append(np.c_[found, np.ones(len(found))] @ to_index.T[:, :3])
+        if points:
+            _place(points, shape, placed)
+        elif not placed.notes:
+            placed.notes.append("is empty")
+        return placed
+
+
+def rois(structures) -> list[Roi]:
+    """The ROIs of a structure set, drawn or not, by number.
 
     Args:
-        values: structure name -> label value; other structures are left out. Capitals do not matter.
-        affine: [4, 4], voxel index (three axes in any order, 1) -> RAS+ mm.
-        shape: of the grid.
-
-    Returns:
-        uint16 label map.
+        structures: pydicom's data set.
 
     Raises:
-        ValueError: contours that do not lie on the grid's slices, or only on every second or later slice.
+        ValueError: it is cut off.
     """
+    check_whole(structures)
+    contours = defaultdict(list)
+    names = roi_names(structures)
+    for roi in structures.get("ROIContourSequence") or []:
+        contours[whole(roi.get("ReferencedROINumber"))].extend(roi.get("ContourSequence") or [])
+    unnamed = [number for number in contours if not names.get(number)]
+    found = [
+        Roi(name, f"structure {name!r} (ROI {number})", contours[number]) for number, name in names.items() if name
+    ]
+    return found + [Roi("", f"ROI {number}", contours[number]) for number in unnamed]
+
+
+def _points(contour) -> np.ndarray:
+    """Points [N, 3] of a contour, LPS mm."""
     try:
-        structures = dicom.read(path)
-        numbers = {int(roi.ROINumber): str(roi.ROIName).strip() for roi in structures.StructureSetROISequence}
-        points = {
-            numbers[int(roi.ReferencedROINumber)]: [_points(one) for one in roi.get("ContourSequence") or []]
-            for roi in structures.ROIContourSequence
-        }
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # see find
-        raise ValueError(dicom.unreadable(path, error)) from None
-    by_name = {name.casefold(): value for name, value in values.items()}
-    chosen = [(by_name[name.casefold()], name) for name in points if name.casefold() in by_name]
-    to_index = np.linalg.inv(affine) @ dicom.LPS_TO_RAS
-    label = np.zeros(shape, np.uint16)
-    for value, name in sorted(chosen):
-        contours = [np.c_[one, np.ones(len(one))] @ to_index.T[:, :3] for one in points[name] if one is not None]
-        if contours:
-            try:
-                _fill(label, value, contours)
-            except dicom.Refused as error:
-                raise ValueError(f"{path}: structure {name!r}: {error}") from None
-    return label
+        values = contour.get("ContourData")
+        values = np.array([float(one) for one in ([] if values is None else np.atleast_1d(values))])
+    except (TypeError, ValueError):
+        raise ValueError("its points are no numbers") from None
+    if len(values) % 3:
+        raise ValueError(f"{len(values)} numbers, which are no points of 3")
+    if not np.isfinite(values).all():
+        raise ValueError("its points are not finite")
+    stated = whole(contour.get("NumberOfContourPoints"))
+    if stated is not None and stated > len(values) // 3:
+        raise ValueError(f"{len(values) // 3} of {stated} points")
+    return values.reshape(-1, 3)
 
 
-def _points(contour) -> np.ndarray | None:
-    """Points [N, 3] of a closed contour, LPS mm; none of points and open lines."""
-    if contour.get("ContourGeometricType") not in dicom.CLOSED:
-        return None
-    points = np.array([float(number) for number in contour.ContourData]).reshape(-1, 3)
-    return points if len(points) > 2 else None
-
-
-def _fill(label: np.ndarray, value: int, contours: list[np.ndarray]) -> None:
-    """Fills contours [N, 3] in voxel indices into the label map."""
-    axis = int(np.argmin([max(np.ptp(points[:, axis]) for points in contours) for axis in range(3)]))
+def _place(contours: list[np.ndarray], shape: tuple[int, int, int], placed: Placed) -> None:
+    """Puts contours [N, 3] in voxel indices on their slices."""
+    axis = int(np.argmin([np.median([np.ptp(points[:, axis]) for points in contours]) for axis in range(3)]))
     across = [other for other in range(3) if other != axis]
-    slices = defaultdict(list)
+    slices, between, beyond, wide = defaultdict(list), [], [], 0
     for points in contours:
-        place = round(float(points[:, axis].mean()))
-        if np.abs(points[:, axis] - place).max() > TOLERANCE:
-            raise dicom.Refused(
-                f"a contour lies at slice {points[:, axis].mean():.2f}, between its CT's slices: draw it on this CT"
-            )
-        if not 0 <= place < label.shape[axis]:
-            raise dicom.Refused(
-                f"a contour lies at slice {place} of {label.shape[axis]}, outside its CT: is it another's?"
-            )
-        slices[place].append(points[:, across])
+        height = float(points[:, axis].mean())
+        if np.abs(points[:, axis] - round(height)).max() > TOLERANCE:
+            between.append(height)
+        elif not 0 <= round(height) < shape[axis]:
+            beyond.append(round(height))
+        else:
+            slices[round(height)].append(points[:, across])
+            limits = np.array([shape[other] for other in across]) - 0.5
+            wide += bool((points[:, across] < -1).any() or (points[:, across] > limits + 0.5).any())
+    if len(between) > (len(contours) - len(between)):
+        what = f"{len(between)} of its {_contours(len(contours))}" if len(contours) > 1 else "its contour"
+        placed.refused = (
+            f"{what} {_lie(len(between) if len(contours) > 1 else 1)} between the CT's slices, as at slice "
+            f"{between[0]:.2f}: draw it on this CT"
+        )
+        return
+    if not slices:
+        placed.refused = f"it lies at slice {_span(beyond)} of {shape[axis]}, outside its CT: is it another's?"
+        return
     steps = Counter(np.diff(sorted(slices)).tolist())
     if len(slices) > 2 and 1 not in steps:
-        raise dicom.Refused(
-            f"only one slice in {steps.most_common(1)[0][0]} has contours: interpolate them to all slices first"
+        step = steps.most_common(1)[0][0]
+        placed.refused = f"only one slice in {step} has contours: interpolate them to all slices first"
+        return
+    if between:
+        where = ", ".join(f"{height:.2f}" for height in between[:5])
+        placed.notes.append(
+            f"{_contours(len(between))} at slice {where}, between the CT's slices, {_are(len(between))} not used"
         )
-    view = np.moveaxis(label, axis, 0)
-    for place, polygons in slices.items():
-        view[place][_inside(polygons, view.shape[1:])] = value
+    if beyond:
+        where = f"at slice {_span(beyond)} of {shape[axis]}, outside the CT,"
+        placed.notes.append(f"{_contours(len(beyond))} {where} {_are(len(beyond))} not used")
+    if wide:
+        placed.notes.append(
+            f"{_contours(wide)} {_reach(wide)} beyond the CT's field of view, and {_are(wide)} cut there"
+        )
+    size = tuple(shape[other] for other in across)
+    placed.pieces = [(axis, place, _inside(polygons, size)) for place, polygons in sorted(slices.items())]
+    if not any(mask.any() for _, _, mask in placed.pieces):
+        placed.refused = "no voxel's centre lies inside its contours"
+
+
+def _contours(count: int) -> str:
+    return f"{count} contour{'s' * (count != 1)}"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _lie(count: int) -> str:
+    return "lies" if count == 1 else "lie"
+
+
+def _bound(count: int) -> str:
+    return "bounds" if count == 1 else "bound"
+
+
+def _reach(count: int) -> str:
+    return "reaches" if count == 1 else "reach"
+
+
+def _span(places: list[int]) -> str:
+    return f"{min(places)}" if min(places) == max(places) else f"{min(places)} to {max(places)}"
 
 
 def _inside(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:

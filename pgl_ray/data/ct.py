@@ -21,7 +21,7 @@ from isal import igzip
 from nibabel import orientations
 from nibabel.imageglobals import logger as nibabel_logger
 
-from pgl_ray.data import contours, dicom, dicom_grid, itk
+from pgl_ray.data import dicom, dicom_grid, itk
 from pgl_ray.data.dicom import AIR
 from pgl_ray.data.dicom_values import PADDING
 
@@ -122,7 +122,7 @@ def read_label(path: str | Path, like: Scan) -> np.ndarray:
             f"{path}: label affine {_text(label_affine)} differs from its CT's {_text(like.affine)}: resample it onto "
             "the CT's grid"
         )
-    return _smallest(label)
+    return smallest(label)
 
 
 def read_masks(folder: str | Path, masks: dict[str, int], like: Scan) -> np.ndarray:
@@ -145,25 +145,11 @@ def read_masks(folder: str | Path, masks: dict[str, int], like: Scan) -> np.ndar
         if inside.any() and mask[inside].min() != mask.max():
             raise ValueError(f"{Path(folder, name)}: values up to {mask.max()}, expected a mask of one organ (0 and 1)")
         label[inside] = value
-    return _smallest(label)
+    return smallest(label)
 
 
-def read_contours(path: str | Path, names: dict[str, int], like: Scan) -> np.ndarray:
-    """Fills the contours of a DICOM structure set on its CT's stored grid (see contours.fill_contours).
-
-    Args:
-        names: structure name -> label value.
-
-    Returns:
-        As read_label.
-
-    Raises:
-        ValueError: not readable, or contours off the CT's slices.
-    """
-    return _smallest(contours.fill_contours(path, names, like.affine, like.voxels.shape))
-
-
-def _smallest(label: np.ndarray) -> np.ndarray:
+def smallest(label: np.ndarray) -> np.ndarray:
+    """A label map as uint8, or uint16 where a value is above 255."""
     return np.ascontiguousarray(label, dtype=np.uint8 if label.max() <= 255 else np.uint16)
 
 

@@ -11,33 +11,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pgl_ray.data import structure_header
+from pgl_ray.data.structure_header import Contours
+
 SUFFIXES = (".dcm", ".dicom", ".ima")
 AIR = -1024  # HU of voxels outside the reconstruction
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-RT_STRUCTURE_SET, DIRECTORY = "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.1.3.10"
+DIRECTORY = "1.2.840.10008.1.3.10"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 HEADER = ("SOPClassUID", "Modality", "ImageType", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
-HEADER += ("SamplesPerPixel", "StructureSetROISequence", "ROIContourSequence", "ReferencedFrameOfReferenceSequence")
-CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")  # contours that bound a surface
+HEADER += ("SamplesPerPixel", *structure_header.HEADER)
 
 
 class Series(NamedTuple):
-    """A CT series: its UID, number and description, the folder that all its files lie below, and their paths in it."""
+    """A CT series: its UID, number and description, the folder that all its files lie below, their paths in it, the
+    UID of its frame of reference, and its patient."""
 
     uid: str
     number: str
     description: str
     folder: str
     slices: tuple[str, ...]
-
-
-class Contours(NamedTuple):
-    """A structure set (RTSTRUCT): its path, the UIDs of the series it is drawn on, and the names of the structures
-    that have closed contours."""
-
-    path: str
-    series: frozenset[str]
-    organs: tuple[str, ...]
+    frame: str = ""
+    patient: str = ""
 
 
 class Found(NamedTuple):
@@ -69,21 +65,26 @@ def find(folder: Path) -> Found:
         try:
             header = read(path, stop_before_pixels=True, specific_tags=list(HEADER))
             uid, kind = str(header.get("SeriesInstanceUID", "")), str(header.get("SOPClassUID", ""))
-            if kind == RT_STRUCTURE_SET:
-                found.contours.append(_contours(path, header))
+            if kind in structure_header.KINDS:
+                found.contours.append(structure_header.summarise(path, header))
             elif reason := _no_ct(header, kind):
                 others[uid, reason].append(path)
             elif header.file_meta.get("MediaStorageSOPClassUID") != DIRECTORY:
                 number, description = (str(header.get(tag, "")) for tag in ("SeriesNumber", "SeriesDescription"))
-                slices[uid].append((path, number, description))
+                frame, patient = (str(header.get(tag) or "") for tag in ("FrameOfReferenceUID", "PatientID"))
+                slices[uid].append((path, number, description, frame, patient))
         except ImportError:
             raise ValueError(f"{path}: DICOM needs pydicom: pip install 'pgl_ray[dicom]'") from None
         except Exception as error:  # pydicom has no common base for what a damaged header can cause
-            found.unreadable.append((str(path), unreadable(path, error)))
+            if structure_header.is_structures(path):
+                found.contours.append(structure_header.broken(path, str(error)))
+            else:
+                found.unreadable.append((str(path), unreadable(path, error)))
     for uid, files in slices.items():
         below = os.path.commonpath([path.parent for path, *_ in files])
         names = tuple(sorted(os.path.relpath(path, below) for path, *_ in files))
-        found.series.append(Series(uid, *files[0][1:], below, names))
+        _, number, description, frame, patient = files[0]
+        found.series.append(Series(uid, number, description, below, names, frame, patient))
     for (_, reason), files in others.items():
         found.left_out.append((str(files[0]), f"{reason} ({len(files)} file{'s' * (len(files) > 1)})"))
     return found
@@ -133,22 +134,6 @@ def _no_ct(header, kind: str) -> str:
     if (header.get("SamplesPerPixel") or 1) != 1:
         return "colour picture, not CT values"
     return ""
-
-
-def _contours(path: Path, header) -> Contours:
-    series = [
-        str(one.SeriesInstanceUID)
-        for frame in header.get("ReferencedFrameOfReferenceSequence") or []
-        for study in frame.get("RTReferencedStudySequence") or []
-        for one in study.get("RTReferencedSeriesSequence") or []
-    ]
-    names = {int(roi.ROINumber): str(roi.ROIName).strip() for roi in header.get("StructureSetROISequence") or []}
-    drawn = [
-        names[int(roi.ReferencedROINumber)]
-        for roi in header.get("ROIContourSequence") or []
-        if any(contour.get("ContourGeometricType") in CLOSED for contour in roi.get("ContourSequence") or [])
-    ]
-    return Contours(str(path), frozenset(series), tuple(drawn))
 
 
 def read(path: str | Path, **options) -> Any:

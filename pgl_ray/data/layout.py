@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pgl_ray.config import LabelsConfig, RecipeConfig
-from pgl_ray.data import ct, dicom
+from pgl_ray.data import ct, dicom, structures
 from pgl_ray.data.recipe import draw_split, find_scans
 from pgl_ray.data.source import Fault, Found, Source, some, volume_files
 
@@ -93,7 +93,9 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> F
     objects = dicom.find(root)
     found.faults.extend(Fault(path, reason) for path, reason in objects.unreadable)
     found.left_out.extend(Fault(path, reason) for path, reason in objects.left_out)
-    chosen = _chosen(objects.series, series, root)
+    chosen, assigned = _chosen(objects.series, series, root), structures.assign(objects.contours, objects.series, names)
+    found.faults.extend(Fault(path, reason) for path, reason in assigned.faults)
+    found.left_out.extend(Fault(path, reason) for path, reason in assigned.left_out)
     for images, label_folder, split in folders:
         without = [*([label_folder] if label_folder else []), *(inner if images == root else [])]
         volumes = _volumes(images, without)
@@ -113,9 +115,13 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> F
                 found.faults.append(Fault(one.folder, doubt))
                 continue
             scan = Source("", one.folder, label and str(label), split, slices=one.slices)
-            _add(found, (key, name), scan, one.uid, objects.contours, names)
+            _add(found, (key, name), scan, assigned.sets.get(objects.series.index(one), []), assigned.notes, names)
         found.faults.extend(Fault(str(path), "label map without a volume of its name") for path in maps.values())
-    _note_unused(found, objects.contours, chosen, names)
+    used = {path for scan in found.scans.values() for path in scan.structures}
+    used |= {fault.source for fault in (*found.left_out, *found.faults)}
+    for one in objects.contours:
+        if one.path not in used:
+            found.left_out.append(Fault(one.path, "structures of a series that is not used"))
     if not found.scans and not found.faults:
         others = "; ".join(f"{path}: {reason}" for path, reason in found.left_out[:5])
         found_too = f"; found {others}" if others else ""
@@ -181,38 +187,33 @@ def series_names(found: list[dicom.Series], images: Path) -> list[str]:
 
 
 def _add(
-    found: Found,
-    key: tuple[str, ...],
-    scan: Source,
-    uid: str,
-    contours: list[dicom.Contours],
-    names: dict[str, int],
+    found: Found, key: tuple[str, ...], scan: Source, sets: list[dicom.Contours], said: dict[str, str], names: dict
 ) -> None:
-    """Adds a DICOM scan with the contours that are drawn on it."""
-    values = {name.casefold(): value for name, value in names.items()}
-    drawn = [one for one in contours if uid in one.series and values.keys() & {o.casefold() for o in one.organs}]
-    if len(drawn) + bool(scan.label) > 1:
+    """Adds a DICOM scan with the structure sets that label it.
+
+    Args:
+        sets: that belong to its series and have structures which are asked for, drawn or not.
+        said: path of a set -> what to say of its use.
+        names: organ name -> label value.
+    """
+    asked = {structures.key_of(name) for name in names}
+    drawn = [one for one in sets if asked & {structures.key_of(organ) for organ in one.organs}]
+    clash = structures.conflict(drawn, names)
+    if clash or (scan.label and drawn):
         paths = ", ".join(filter(None, [scan.label, *(one.path for one in drawn)]))
-        found.faults.append(Fault(scan.image, f"has several labels ({paths}): keep one of them"))
+        what = f" of {clash!r}" if clash else ""
+        found.faults.append(Fault(scan.image, f"has several labels{what} ({paths}): keep one of them"))
         return
-    if drawn:
-        labelled = {values[organ.casefold()] for organ in drawn[0].organs if organ.casefold() in values}
-        scan = replace(scan, label=drawn[0].path, split=scan.split or "train", labelled=tuple(sorted(labelled)))
+    if scan.label:
+        found.left_out.extend(Fault(one.path, "draws nothing of what is asked for") for one in sets)
+    elif sets:
+        paths, notes = (
+            tuple(one.path for one in sets),
+            tuple((one.path, said[one.path]) for one in sets if one.path in said),
+        )
+        split = scan.split or ("train" if drawn else "")
+        scan = replace(scan, label=paths[0], structures=paths, split=split, notes=notes)
     found.scans[key] = scan
-
-
-def _note_unused(
-    found: Found, contours: list[dicom.Contours], series: list[dicom.Series], names: dict[str, int]
-) -> None:
-    """Says why contours are not used."""
-    used, there = {scan.label for scan in found.scans.values()}, {one.uid for one in series}
-    known = {name.casefold() for name in names}
-    for one in contours:
-        if one.path not in used and not (one.series & there):
-            found.left_out.append(Fault(one.path, "contours of a series that is not here"))
-        elif one.path not in used and not known & {organ.casefold() for organ in one.organs}:
-            organs = ", ".join(repr(organ) for organ in one.organs)
-            found.left_out.append(Fault(one.path, f"contours of {organs}: name those to use, labels.names={{NAME: 1}}"))
 
 
 def _with_ids(found: dict[tuple[str, ...], Source]) -> list[Source]:

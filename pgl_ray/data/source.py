@@ -7,9 +7,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pgl_ray.data import ct, itk
+from pgl_ray.data import ct, itk, structures
 
 NUM_NAMED = 5  # of things that a message names
+
+
+class Reading(NamedTuple):
+    """What was read of a source.
+
+    Attributes:
+        scan: the CT.
+        label: uint8 or uint16 [D, H, W]; none where it has none, or none could be used.
+        labelled: label values that are annotated; none: what the source says, all that have a name if it says nothing.
+        notes: (file, what is worth saying of it, as a structure that could not be used).
+        unasked: (file, structures in it that nobody asked for).
+    """
+
+    scan: ct.Scan
+    label: np.ndarray | None
+    labelled: tuple[int, ...] | None = None
+    notes: tuple[tuple[str, str], ...] = ()
+    unasked: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -20,11 +38,13 @@ class Source:
         scan_id: the file's name without suffix; with its folders, joined by "__", where the name occurs twice. Of
             DICOM the folders, and the series' number where several lie in one.
         image: absolute path of the file, or of the folder of a DICOM series.
-        label: absolute path of a label map, of contours, or of the folder of the masks.
+        label: absolute path of a label map, of the first structure set, or of the folder of the masks.
         split: "" where nothing is said.
         labelled: annotated label values; None = all that have a name.
         slices: paths of the DICOM files in `image`.
         masks: (file name in `label`, value) of the masks of single organs.
+        structures: absolute paths of the DICOM structure sets (RTSTRUCT, SEG) that label it.
+        notes: (file, what is worth saying of it).
     """
 
     scan_id: str
@@ -34,24 +54,29 @@ class Source:
     labelled: tuple[int, ...] | None = None
     slices: tuple[str, ...] = ()
     masks: tuple[tuple[str, int], ...] = ()
+    structures: tuple[str, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
 
-    def read(self, names: dict[str, int] | None) -> tuple[ct.Scan, np.ndarray | None]:
-        """The scan and its label map, uint8 or uint16 [D, H, W], if it has one.
+    def read(self, names: dict[str, int] | None) -> Reading:
+        """The scan, its label map if it has one, and what is worth saying of both.
 
         Args:
-            names: organ name -> label value, which contours need.
+            names: organ name -> label value, which structures need.
 
         Raises:
-            ValueError: see ct.read_scan, ct.read_label, ct.read_masks, ct.read_contours.
+            ValueError: see ct.read_scan, ct.read_label, ct.read_masks.
         """
         scan = ct.read_scan(self.image, self.slices)
+        notes = (*self.notes, *((self.image, note) for note in scan.notes))
+        if self.structures:
+            found = structures.read_structures(self.structures, names or {}, scan.affine, scan.voxels.shape)
+            label = ct.smallest(found.label) if found.values else None
+            return Reading(scan, label, found.values, (*notes, *found.notes), tuple(found.unasked))
         if not self.label:
-            return scan, None
+            return Reading(scan, None, notes=notes)
         if self.masks:
-            return scan, ct.read_masks(self.label, dict(self.masks), scan)
-        if ct.is_volume(Path(self.label)):
-            return scan, ct.read_label(self.label, scan)
-        return scan, ct.read_contours(self.label, names or {}, scan)
+            return Reading(scan, ct.read_masks(self.label, dict(self.masks), scan), notes=notes)
+        return Reading(scan, ct.read_label(self.label, scan), notes=notes)
 
     def num_voxels(self) -> int:
         """Size of the volume by its headers alone.
@@ -64,7 +89,7 @@ class Source:
     def files(self) -> list[Path]:
         """All files that the scan is made from."""
         images = [Path(self.image, name) for name in self.slices] or itk.files_of(Path(self.image))
-        masks = [Path(self.label, name) for name, _ in self.masks]
+        masks = [Path(path) for path in self.structures] or [Path(self.label, name) for name, _ in self.masks]
         return images + (masks or (itk.files_of(Path(self.label)) if self.label else []))
 
     def stamp(self) -> tuple[int, int]:

@@ -1,0 +1,138 @@
+"""What DICOM objects that hold structures, RTSTRUCT (contours) and SEG (segmentations), say in their headers."""
+
+import unicodedata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RT_STRUCTURE_SET, SEGMENTATION = "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.5.1.4.1.1.66.4"
+KINDS = (RT_STRUCTURE_SET, SEGMENTATION)
+HEADER = ("StructureSetROISequence", "ROIContourSequence", "ReferencedFrameOfReferenceSequence", "FrameOfReferenceUID")
+HEADER += ("SegmentSequence", "ReferencedSeriesSequence", "PatientID")
+CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")  # contours that bound a surface
+
+
+class Contours(NamedTuple):
+    """A structure set (RTSTRUCT, or SEG): its path, the UIDs of the series it is drawn on, the names of the structures
+    that have closed contours or are segments, the UIDs of its frames of reference, its patient, the names of those that
+    have none, and why it cannot be read ("": it can)."""
+
+    path: str
+    series: frozenset[str]
+    organs: tuple[str, ...]
+    frames: frozenset[str] = frozenset()
+    patient: str = ""
+    undrawn: tuple[str, ...] = ()
+    broken: str = ""
+
+
+def summarise(path: Path, header) -> Contours:
+    """The header of a structure set; damage within it is `broken`, and nothing is raised."""
+    try:
+        is_seg = str(header.get("SOPClassUID", "")) == SEGMENTATION
+        organs, undrawn = (_segments(header), ()) if is_seg else _drawn(header)
+        series, frames = _references(header)
+        return Contours(str(path), series, organs, frames, str(header.get("PatientID") or ""), undrawn)
+    except Exception as error:  # pydicom has no common base for what a damaged header can cause
+        return broken(path, str(error) or type(error).__name__)
+
+
+def broken(path: Path, reason: str) -> Contours:
+    """A structure set that cannot be read."""
+    return Contours(str(path), frozenset(), (), broken=" ".join(reason.split())[:200])
+
+
+def is_structures(path: Path) -> bool:
+    """Whether a file whose data cannot be read says that it is a structure set."""
+    import pydicom
+
+    try:
+        return pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID") in KINDS
+    except Exception:  # see summarise
+        return False
+
+
+def key_of(name: str) -> str:
+    """A structure's name as it is compared: capitals, outer blanks and the way that accents are composed do not
+    matter."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
+
+
+def near(name: str, names) -> list[str]:
+    """Those of `names` that may be meant by a name: they differ in blanks, underscores and the like, or in how their
+    bytes were read."""
+    return [other for other in names if _letters(other) == _letters(name) and key_of(other) != key_of(name)]
+
+
+def _letters(name: str) -> str:
+    for charset in ("cp1252", "latin-1"):
+        try:
+            name = name.encode(charset).decode()  # UTF-8 without its SpecificCharacterSet
+            break
+        except UnicodeError:
+            continue
+    return "".join(letter for letter in key_of(name) if letter.isalnum())
+
+
+def check_whole(header) -> None:
+    """Refuses a structure set that is cut off: pydicom leaves out the element that the file ends in.
+
+    Raises:
+        ValueError: it is.
+    """
+    for sequence in ("StructureSetROISequence", "ROIContourSequence"):
+        if sequence not in header:
+            raise ValueError(f"no {sequence} in it")
+
+
+def _drawn(header) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the ROIs that have closed contours, and of those that have none."""
+    check_whole(header)
+    names = roi_names(header)
+    drawn = [
+        names.get(whole(roi.get("ReferencedROINumber")), "")
+        for roi in header.get("ROIContourSequence") or []
+        if any(str(contour.get("ContourGeometricType")) in CLOSED for contour in roi.get("ContourSequence") or [])
+    ]
+    found = tuple(dict.fromkeys(name for name in drawn if name))
+    return found, tuple(dict.fromkeys(name for name in names.values() if name and name not in found))
+
+
+def roi_names(header) -> dict[int | None, str]:
+    """ROI number -> name; "" where several ROIs of different names have one number."""
+    found: dict[int | None, str] = {}
+    for roi in header.get("StructureSetROISequence") or []:
+        number, name = whole(roi.get("ROINumber")), str(roi.get("ROIName") or "").strip()
+        found[number] = name if found.get(number, name) == name else ""
+    return found
+
+
+def whole(value: Any) -> int | None:
+    """A whole number as DICOM writes it; none where it is not one."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _segments(header) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(segment_names(header).values()))
+
+
+def segment_names(header) -> dict[int | None, str]:
+    """Segment number -> label."""
+    segments = header.get("SegmentSequence") or []
+    return {whole(one.get("SegmentNumber")): str(one.get("SegmentLabel") or "").strip() for one in segments}
+
+
+def _references(header) -> tuple[frozenset[str], frozenset[str]]:
+    """UIDs of the series that structures are drawn on, and of their frames of reference."""
+    series, frames = set(), {str(header.get("FrameOfReferenceUID") or "")}
+    series |= {str(one.get("SeriesInstanceUID") or "") for one in header.get("ReferencedSeriesSequence") or []}
+    for frame in header.get("ReferencedFrameOfReferenceSequence") or []:
+        frames.add(str(frame.get("FrameOfReferenceUID") or ""))
+        for study in frame.get("RTReferencedStudySequence") or []:
+            for one in study.get("RTReferencedSeriesSequence") or []:
+                series.add(str(one.get("SeriesInstanceUID") or ""))
+    for roi in header.get("StructureSetROISequence") or []:
+        frames.add(str(roi.get("ReferencedFrameOfReferenceUID") or ""))
+    return frozenset(series - {""}), frozenset(frames - {""})
