@@ -74,7 +74,8 @@ def _letters(name: str) -> str:
 
 
 def check_whole(header) -> None:
-    """Refuses a structure set that is cut off: pydicom leaves out the element that the file ends in.
+    """Refuses a structure set that is cut off: pydicom leaves out the sequence that the file ends in, or gives those of
+    its items that are there. To be called before the sequences are looked at.
 
     Raises:
         ValueError: it is.
@@ -82,6 +83,9 @@ def check_whole(header) -> None:
     for sequence in ("StructureSetROISequence", "ROIContourSequence"):
         if sequence not in header:
             raise ValueError(f"no {sequence} in it")
+        raw = header.get_item(sequence)  # not yet parsed
+        if raw.is_raw and isinstance(raw.value, bytes) and raw.length not in (len(raw.value), 0xFFFFFFFF):
+            raise ValueError(f"{len(raw.value)} of {raw.length} bytes of its {sequence}")
 
 
 def _drawn(header) -> tuple[tuple[str, ...], tuple[str, ...]]:
