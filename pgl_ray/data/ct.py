@@ -21,7 +21,7 @@ from isal import igzip
 from nibabel import orientations
 from nibabel.imageglobals import logger as nibabel_logger
 
-from pgl_ray.data import dicom, dicom_grid, itk
+from pgl_ray.data import dicom, dicom_grid, dicom_masks, itk
 from pgl_ray.data.dicom import AIR
 from pgl_ray.data.dicom_values import PADDING
 
@@ -98,8 +98,12 @@ def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
     )
 
 
-def read_label(path: str | Path, like: Scan) -> np.ndarray:
+def read_label(path: str | Path, like: Scan, slices: tuple[str, ...] = ()) -> np.ndarray:
     """Reads a label map onto its CT's stored grid.
+
+    Args:
+        path: a file, or a folder of DICOM.
+        slices: of a folder, the names of the label map's slices.
 
     Returns:
         uint8 [D, H, W], or uint16 where a value is above 255.
@@ -107,7 +111,10 @@ def read_label(path: str | Path, like: Scan) -> np.ndarray:
     Raises:
         ValueError: as read_scan; another grid than the CT's; negative values or fractions.
     """
-    raw, slope, inter, affine = _read(Path(path))
+    if slices:
+        (raw, affine), slope, inter = dicom_masks.read(Path(path), slices), 1.0, 0.0
+    else:
+        raw, slope, inter, affine = _read(Path(path))
     label, rounding_error = _whole_numbers(raw, slope, inter, np.uint16, path)
     if rounding_error:
         raise ValueError(f"{path}: label values must be whole numbers, found fractions: is it a label map?")

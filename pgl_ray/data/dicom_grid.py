@@ -83,6 +83,10 @@ def read_grid(folder: str | os.PathLike, slices: tuple[str, ...], as_hu: bool = 
         order, affine, notes = _ordered([(_frame_name(slices, file, k), one) for file, k, one in places])
     except Refused as error:
         raise ValueError(f"{name}: {error}") from None
+    if lossy and not as_hu:
+        raise ValueError(
+            f"{name}: compressed with loss (as JPEG), so its values are not what was written: take the original"
+        )
     if lossy:
         notes.append("its pixels were compressed with loss (as JPEG), so its HU are not what the scanner measured")
     (rows, columns), ordered = places[0][2].size, [places[k] for k in order]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pgl_ray.config import LabelsConfig, RecipeConfig
-from pgl_ray.data import ct, dicom, structures
+from pgl_ray.data import ct, dicom, dicom_masks, structures
 from pgl_ray.data.recipe import draw_split, find_scans
 from pgl_ray.data.source import Fault, Found, Source, some, volume_files
 
@@ -100,6 +100,7 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> F
         without = [*([label_folder] if label_folder else []), *(inner if images == root else [])]
         volumes = _volumes(images, without)
         maps = _volumes(label_folder) if label_folder else {}
+        masks = _masks(label_folder, maps, found) if label_folder else {}
         counts = Counter(parts[-1] for parts in volumes)
         key = "__".join(images.relative_to(root).parts)
         for parts, path in volumes.items():
@@ -107,16 +108,21 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> F
                 found.faults.append(Fault(str(path), "a link to a file that is not there"))
                 continue
             label = maps.pop(parts, None) or (maps.pop(parts[-1:], None) if counts[parts[-1]] == 1 else None)
-            found.scans[key, *parts] = Source("", str(path), label and str(label), split)
+            found.scans[key, *parts] = Source(
+                "", str(path), label and str(label), split, label_slices=masks.get(label, ())
+            )
         here = [one for one in chosen if _below(Path(one.folder), images, without)]
         for one, name in zip(here, series_names(here, images)):
             label = maps.pop(Path(one.folder).relative_to(images).parts, None) or maps.pop((name,), None)
             if doubt := objects.doubt(one):
                 found.faults.append(Fault(one.folder, doubt))
                 continue
-            scan = Source("", one.folder, label and str(label), split, slices=one.slices)
+            slices = masks.get(label, ())
+            scan = Source("", one.folder, label and str(label), split, slices=one.slices, label_slices=slices)
             _add(found, (key, name), scan, assigned.sets.get(objects.series.index(one), []), assigned.notes, names)
         found.faults.extend(Fault(str(path), "label map without a volume of its name") for path in maps.values())
+    labels = {scan.label for scan in found.scans.values() if scan.label_slices}
+    found.left_out[:] = [fault for fault in found.left_out if str(Path(fault.source).parent) not in labels]
     used = {path for scan in found.scans.values() for path in scan.structures}
     used |= {fault.source for fault in (*found.left_out, *found.faults)}
     for one in objects.contours:
@@ -127,6 +133,18 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> F
         found_too = f"; found {others}" if others else ""
         raise ValueError(f"source={root}: no volume in it ({', '.join(ct.SUFFIXES)}, DICOM){found_too}")
     return found
+
+
+def _masks(label_folder: Path, maps: dict[tuple[str, ...], Path], found: Found) -> dict[Path | None, tuple[str, ...]]:
+    """Adds the DICOM label maps below a folder of labels to its label maps; their slices by their folders."""
+    masks, faults = dicom_masks.find(label_folder)
+    found.faults.extend(Fault(*fault) for fault in faults)
+    for parts, mask in masks.items():
+        if parts in maps:
+            found.faults.append(Fault(str(mask.folder), f"a label map beside {maps[parts].name}: keep one of them"))
+        else:
+            maps[parts] = mask.folder
+    return {mask.folder: mask.slices for mask in masks.values()}
 
 
 def _folders(root: Path) -> list[tuple[Path, Path, str]]:

@@ -38,11 +38,12 @@ class Source:
         scan_id: the file's name without suffix; with its folders, joined by "__", where the name occurs twice. Of
             DICOM the folders, and the series' number where several lie in one.
         image: absolute path of the file, or of the folder of a DICOM series.
-        label: absolute path of a label map, of the first structure set, or of the folder of the masks.
+        label: absolute path of a label map, of the first structure set, or of the folder of the masks or label slices.
         split: "" where nothing is said.
         labelled: annotated label values; None = all that have a name.
         slices: paths of the DICOM files in `image`.
         masks: (file name in `label`, value) of the masks of single organs.
+        label_slices: names in `label` of the DICOM slices that are the label map.
         structures: absolute paths of the DICOM structure sets (RTSTRUCT, SEG) that label it.
         notes: (file, what is worth saying of it).
     """
@@ -54,6 +55,7 @@ class Source:
     labelled: tuple[int, ...] | None = None
     slices: tuple[str, ...] = ()
     masks: tuple[tuple[str, int], ...] = ()
+    label_slices: tuple[str, ...] = ()
     structures: tuple[str, ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
 
@@ -76,7 +78,7 @@ class Source:
             return Reading(scan, None, notes=notes)
         if self.masks:
             return Reading(scan, ct.read_masks(self.label, dict(self.masks), scan), notes=notes)
-        return Reading(scan, ct.read_label(self.label, scan), notes=notes)
+        return Reading(scan, ct.read_label(self.label, scan, self.label_slices), notes=notes)
 
     def num_voxels(self) -> int:
         """Size of the volume by its headers alone.
@@ -89,8 +91,9 @@ class Source:
     def files(self) -> list[Path]:
         """All files that the scan is made from."""
         images = [Path(self.image, name) for name in self.slices] or itk.files_of(Path(self.image))
-        masks = [Path(path) for path in self.structures] or [Path(self.label, name) for name, _ in self.masks]
-        return images + (masks or (itk.files_of(Path(self.label)) if self.label else []))
+        parts = self.label_slices or [name for name, _ in self.masks]
+        labels = [Path(path) for path in self.structures] or [Path(self.label or "", name) for name in parts]
+        return images + (labels or (itk.files_of(Path(self.label)) if self.label else []))
 
     def stamp(self) -> tuple[int, int]:
         """Bytes of all files, and the newest one's time in ns."""
