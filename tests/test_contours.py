@@ -129,7 +129,7 @@ def test_filling_agrees_with_matplotlib(points, more):
     [
         (
             lambda: [circle(5, ORIGIN[2] + 1.2)],
-            "its contour lies between the CT's slices, as at slice 0.48: draw it on this CT",
+            "1 of its 1 contour lies between the CT's slices, as at slice 0.48: draw it on this CT",
         ),
         (lambda: [circle(5, on([20])[0])], "it lies at slice 20 of 12, outside its CT: is it another's"),
         (lambda: [circle(5, z) for z in on((1, 3, 5, 7))], "only one slice in 2 has contours: interpolate them"),
@@ -164,7 +164,7 @@ def test_contours_become_labels_where_they_are_named(tmp_path):
     make(tmp_path, structures)
     bare = read_layout(str(tmp_path), LabelsConfig())
     assert [scan.label for scan in bare.scans] == [None] and bare.scans[0].split == ""
-    assert bare.left_out[0].reason == "contours of 'Liver', 'PTV': name those to use, labels.names={NAME: 1}"
+    assert bare.left_out[0].reason == "structures 'Liver', 'PTV': name those to use, labels.names={NAME: 1}"
 
     layout = read_layout(str(tmp_path), LabelsConfig(names={"liver": 4, "spleen": 5}))
     (scan,) = layout.scans

@@ -115,7 +115,7 @@ def test_other_units_are_refused(tmp_path, unit, message):
 
 def test_an_unspecified_unit_has_to_show_hu(tmp_path):
     files = stored_as(hu(), u16(hu(0, 1000)), PixelRepresentation=1, RescaleType="US")
-    with pytest.raises(ValueError, match="pixels are in US .* none lies below -500 as air does in HU"):
+    with pytest.raises(ValueError, match=r"pixels are in US .* none lies below -500 as air does in HU"):
         ct.read_scan(save(files, tmp_path / "a"))
     kind = ["DERIVED", "PRIMARY", "TOMOSYNTHESIS", "GENERATED_2D"]
     files = stored_as(hu(), u16(hu()), PixelRepresentation=1, RescaleType="US", ImageType=kind)
@@ -241,7 +241,7 @@ def test_compressed_values_and_their_sign(tmp_path, compressor, mono, signed, st
         file.PixelRepresentation = int(signed == (stated == "right"))
     folder = save(files, tmp_path / "a")
     if stated == "wrong" and signed and compressor != "JPEG2000":
-        with pytest.raises(ValueError, match="values from .* HU lie in"):
+        with pytest.raises(ValueError, match=r"values from .* HU lie in"):
             ct.read_scan(folder)
     else:
         same(folder, volume)
@@ -269,7 +269,7 @@ def test_an_unknown_syntax_names_what_to_do(tmp_path):
         file.PixelData = encapsulate([file.PixelData])
         file["PixelData"].is_undefined_length = True
     with pytest.raises(
-        ValueError, match="High-Throughput JPEG 2000 .* rewrite it uncompressed first, .* gdcmconv --raw"
+        ValueError, match=r"High-Throughput JPEG 2000 .* rewrite it uncompressed first, .* gdcmconv --raw"
     ):
         ct.read_scan(save(files, tmp_path / "a"))
 
@@ -323,7 +323,7 @@ def test_frames_without_places_name_the_tool(tmp_path):
     with pytest.raises(ValueError, match=r"4 frames in one file, without a place for each: .*dcm2niix, or emf2sf"):
         ct.read_scan(save([file], tmp_path / "a"))
     file, _ = enhanced(hu(), (0.0, 0.0, 5, 5))
-    with pytest.raises(ValueError, match="2 slices at each of 2 positions, as 000.dcm and 000.dcm frame 2"):
+    with pytest.raises(ValueError, match=r"2 slices at each of 2 positions, as 000.dcm and 000.dcm frame 2"):
         ct.read_scan(save([file], tmp_path / "b"))
 
 

@@ -49,7 +49,9 @@ class Roi:
         closed = [one for one in self._contours if str(one.get("ContourGeometricType")) in CLOSED]
         for kind, count in kinds.items():
             if kind not in CLOSED:
-                placed.notes.append(f"{_contours(count)} {_are(count)} {kind}, which {_bound(count)} no area")
+                placed.notes.append(
+                    f"{_contours(count)} {_verb(count, 'is', 'are')} {kind}, which {_verb(count, 'bounds', 'bound')} no area"
+                )
         points = []
         for number, contour in enumerate(closed, 1):
             try:
@@ -110,6 +112,7 @@ def _place(contours: list[np.ndarray], shape: tuple[int, int, int], placed: Plac
     """Puts contours [N, 3] in voxel indices on their slices."""
     axis = int(np.argmin([np.median([np.ptp(points[:, axis]) for points in contours]) for axis in range(3)]))
     across = [other for other in range(3) if other != axis]
+    size = tuple(shape[other] for other in across)
     slices, between, beyond, wide = defaultdict(list), [], [], 0
     for points in contours:
         height = float(points[:, axis].mean())
@@ -119,13 +122,11 @@ def _place(contours: list[np.ndarray], shape: tuple[int, int, int], placed: Plac
             beyond.append(round(height))
         else:
             slices[round(height)].append(points[:, across])
-            limits = np.array([shape[other] for other in across]) - 0.5
-            wide += bool((points[:, across] < -1).any() or (points[:, across] > limits + 0.5).any())
+            wide += bool((points[:, across] < -1).any() or (points[:, across] > size).any())
     if len(between) > (len(contours) - len(between)):
-        what = f"{len(between)} of its {_contours(len(contours))}" if len(contours) > 1 else "its contour"
         placed.refused = (
-            f"{what} {_lie(len(between) if len(contours) > 1 else 1)} between the CT's slices, as at slice "
-            f"{between[0]:.2f}: draw it on this CT"
+            f"{len(between)} of its {_contours(len(contours))} {_verb(len(between), 'lies', 'lie')} between the CT's "
+            f"slices, as at slice {between[0]:.2f}: draw it on this CT"
         )
         return
     if not slices:
@@ -136,42 +137,33 @@ def _place(contours: list[np.ndarray], shape: tuple[int, int, int], placed: Plac
         step = steps.most_common(1)[0][0]
         placed.refused = f"only one slice in {step} has contours: interpolate them to all slices first"
         return
+    placed.pieces = [(axis, place, _inside(polygons, size)) for place, polygons in sorted(slices.items())]
+    if not any(mask.any() for _, _, mask in placed.pieces):
+        outside = wide == sum(map(len, slices.values()))
+        placed.refused = (
+            "it lies beside its CT: is it another's?" if outside else "no voxel's centre lies in its contours"
+        )
+        return
     if between:
         where = ", ".join(f"{height:.2f}" for height in between[:5])
         placed.notes.append(
-            f"{_contours(len(between))} at slice {where}, between the CT's slices, {_are(len(between))} not used"
+            f"{_contours(len(between))} at slice {where}, between the CT's slices, {_verb(len(between), 'is', 'are')} not used"
         )
     if beyond:
         where = f"at slice {_span(beyond)} of {shape[axis]}, outside the CT,"
-        placed.notes.append(f"{_contours(len(beyond))} {where} {_are(len(beyond))} not used")
+        placed.notes.append(f"{_contours(len(beyond))} {where} {_verb(len(beyond), 'is', 'are')} not used")
     if wide:
         placed.notes.append(
-            f"{_contours(wide)} {_reach(wide)} beyond the CT's field of view, and {_are(wide)} cut there"
+            f"{_contours(wide)} {_verb(wide, 'reaches', 'reach')} beyond the CT's field of view, and {_verb(wide, 'is', 'are')} cut there"
         )
-    size = tuple(shape[other] for other in across)
-    placed.pieces = [(axis, place, _inside(polygons, size)) for place, polygons in sorted(slices.items())]
-    if not any(mask.any() for _, _, mask in placed.pieces):
-        placed.refused = "no voxel's centre lies inside its contours"
 
 
 def _contours(count: int) -> str:
     return f"{count} contour{'s' * (count != 1)}"
 
 
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
-
-
-def _lie(count: int) -> str:
-    return "lies" if count == 1 else "lie"
-
-
-def _bound(count: int) -> str:
-    return "bounds" if count == 1 else "bound"
-
-
-def _reach(count: int) -> str:
-    return "reaches" if count == 1 else "reach"
+def _verb(count: int, one: str, several: str) -> str:
+    return one if count == 1 else several
 
 
 def _span(places: list[int]) -> str:

@@ -155,7 +155,7 @@ def assign(sets: Sequence[Contours], series: Sequence[dicom.Series], names: dict
         elif not asked & {key_of(organ) for organ in one.organs + one.undrawn}:
             hints = [f"{_some(alike)} for {name!r}" for name in names if (alike := near(name, one.organs))]
             hint = f" (is {hints[0]} meant?)" if hints else ""
-            what = f"contours of {_some(one.organs)}" if one.organs else "no closed contours or segments in it"
+            what = f"structures {_some(one.organs)}" if one.organs else "no closed contours or segments in it"
             found.left_out.append(
                 (one.path, what + f"{hint}: name those to use, labels.names={{NAME: 1}}" * bool(one.organs))
             )
