@@ -199,7 +199,7 @@ def test_dicom_beside_nifti(tmp_path, serial, capsys):
     assert counts(go(raw, tmp_path / "s", labels={"names": {"liver": 1, "spleen": 2}})) == (0, 2, 1)
     (raw / "images/case 1/004").unlink()  # the slice in the middle
     again = go(raw, tmp_path / "s", labels={"names": {"liver": 1, "spleen": 2}})
-    assert counts(again) == (0, 1, 2) and "slices are missing (1)" in again.failed[0].reason
+    assert counts(again) == (0, 1, 2) and "1 slice is missing, between" in again.failed[0].reason
 
 
 def test_a_series_that_vanished_from_its_folder_is_reported(tmp_path, serial):

@@ -49,9 +49,8 @@ class Roi:
         closed = [one for one in self._contours if str(one.get("ContourGeometricType")) in CLOSED]
         for kind, count in kinds.items():
             if kind not in CLOSED:
-                placed.notes.append(
-                    f"{_contours(count)} {_verb(count, 'is', 'are')} {kind}, which {_verb(count, 'bounds', 'bound')} no area"
-                )
+                verbs = ("is", "bounds") if count == 1 else ("are", "bound")
+                placed.notes.append(f"{_contours(count)} {verbs[0]} {kind}, which {verbs[1]} no area")
         points = []
         for number, contour in enumerate(closed, 1):
             try:
@@ -144,18 +143,15 @@ def _place(contours: list[np.ndarray], shape: tuple[int, int, int], placed: Plac
             "it lies beside its CT: is it another's?" if outside else "no voxel's centre lies in its contours"
         )
         return
-    if between:
-        where = ", ".join(f"{height:.2f}" for height in between[:5])
-        placed.notes.append(
-            f"{_contours(len(between))} at slice {where}, between the CT's slices, {_verb(len(between), 'is', 'are')} not used"
-        )
-    if beyond:
-        where = f"at slice {_span(beyond)} of {shape[axis]}, outside the CT,"
-        placed.notes.append(f"{_contours(len(beyond))} {where} {_verb(len(beyond), 'is', 'are')} not used")
+    for count, what in (
+        (len(between), f"at slice {', '.join(f'{height:.2f}' for height in between[:5])}, between the CT's slices"),
+        (len(beyond), f"at slice {_span(beyond)} of {shape[axis]}, outside the CT"),
+    ):
+        if count:
+            placed.notes.append(f"{_contours(count)} {what}, {_verb(count, 'is', 'are')} not used")
     if wide:
-        placed.notes.append(
-            f"{_contours(wide)} {_verb(wide, 'reaches', 'reach')} beyond the CT's field of view, and {_verb(wide, 'is', 'are')} cut there"
-        )
+        verbs = ("reaches", "is") if wide == 1 else ("reach", "are")
+        placed.notes.append(f"{_contours(wide)} {verbs[0]} beyond the CT's field of view, and {verbs[1]} cut there")
 
 
 def _contours(count: int) -> str:
@@ -167,6 +163,8 @@ def _verb(count: int, one: str, several: str) -> str:
 
 
 def _span(places: list[int]) -> str:
+    if not places:
+        return ""
     return f"{min(places)}" if min(places) == max(places) else f"{min(places)} to {max(places)}"
 
 
