@@ -16,7 +16,9 @@ import matplotlib.image
 import numpy as np
 
 from pgl_ray.config import InspectConfig, IntensityConfig, ViewsConfig, command
+from pgl_ray.data import notes as said
 from pgl_ray.data import store, stream
+from pgl_ray.data.geometry import shear_notes
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD
 from pgl_ray.data.store import HISTOGRAM_HU, Index, ScanRecord
 
@@ -41,6 +43,9 @@ def run(config: InspectConfig) -> str:
     """
     index, settings = store.read_index(config.store), store.read_settings(config.store)
     notes = {record.scan_id: warnings(record) for record in index.scans}
+    for line in said.read(store.open_place(config.store)):
+        if line["shown"] and line["reason"] not in notes.get(line["scan_id"], [line["reason"]]):
+            notes[line["scan_id"]].append(line["reason"])
     for record, others in duplicates(index).items():
         notes[record].append(f"the same voxels as {', '.join(others)}")
     sizes = _sizes(index)
@@ -89,6 +94,7 @@ def warnings(record: ScanRecord) -> list[str]:
         found.append(f"field of view cuts the body: it covers {record.border_share:.0%} of the side faces")
     if record.shape[0] < FEWEST_SLICES:
         found.append(f"{record.shape[0]} slices")
+    found += shear_notes(np.reshape(record.affine, (4, 4)))
     if record.label_metadata is not None and not record.label_voxels:
         found.append("its label map is empty")
     return found

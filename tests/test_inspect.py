@@ -1,5 +1,6 @@
 """inspect: what it says of scans that are wrong on purpose, and that the page holds it all."""
 
+import json
 import re
 from pathlib import Path
 
@@ -94,3 +95,22 @@ def test_the_store_of_real_scans(real_data, tmp_path):
     index = store.write_index(tmp_path, {}, (-1024.0, 325.0))
     notes = {record.scan_id: inspect.warnings(record) for record in index.scans}
     assert not notes["pt_2"] and not notes["LIDC-IDRI-0001"] and "cuts the body" in notes["STS_001"][0]
+
+
+def test_sheared_grids_and_what_was_said_of_a_scan_stand_out(tmp_path):
+    turn = np.deg2rad(14)
+    sheared = AFFINE.copy()
+    sheared[:3, 0] = 3 * np.array([1, np.tan(turn), 0])
+    for name, affine in (("tilted", sheared), ("straight", AFFINE)):
+        store.write_scan(tmp_path, name, body(), affine)
+    store.write_index(tmp_path, {}, (-1024.0, 325.0))
+    told = [
+        {"scan_id": name, "source": "a", "reason": f"told {shown}", "shown": shown}
+        for name, shown in (("straight", True), ("tilted", False), ("gone", True))
+    ]
+    (tmp_path / "notes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    found = {record.scan_id: inspect.warnings(record) for record in store.read_index(tmp_path).scans}
+    (warning,) = found["tilted"]
+    assert warning.startswith("its grid is sheared by 14 degrees (gantry tilt?)") and not found["straight"]
+    page = Path(inspect.run(InspectConfig(store=str(tmp_path)))).read_text()
+    assert "told True" in page and "told False" not in page and "sheared by 14 degrees" in page

@@ -24,6 +24,7 @@ from nibabel.imageglobals import logger as nibabel_logger
 from pgl_ray.data import dicom, dicom_grid, dicom_masks, itk
 from pgl_ray.data.dicom import AIR
 from pgl_ray.data.dicom_values import PADDING
+from pgl_ray.data.geometry import shear_notes
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 STORED = orientations.axcodes2ornt("LPS")  # of the axes W, H, D
@@ -94,7 +95,7 @@ def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
         orientation="".join(nib.aff2axcodes(affine)),
         rounding_error_hu=rounding_error,
         num_padding=num_padding,
-        notes=notes,
+        notes=(*notes, *shear_notes(affine)),
     )
 
 
