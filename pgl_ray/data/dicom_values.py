@@ -5,11 +5,13 @@ is a copy that says nothing of rescaling, sign or MONOCHROME1, so that it gives 
 MONOCHROME1 and cut values to the bits stored. The meaning of the bits is read here, in one way for all encodings.
 """
 
+import io
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1
 JPEG = "1.2.840.10008.1.2.4."
 JPEG_2000 = (f"{JPEG}90", f"{JPEG}91")
 COMPRESSED = (*(f"{JPEG}{one}" for one in (50, 51, 53, 55, 57, 70, 80, 81)), *JPEG_2000, "1.2.840.10008.1.2.5")
+PIXELS_BEGIN, PIXELS_END = b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff", b"\xfe\xff\xdd\xe0\0\0\0\0"  # of no stated length
 LOSSY = tuple(f"{JPEG}{one}" for one in (50, 51, 53, 55, 81))
 
 
@@ -285,11 +288,11 @@ def frames_bits(dataset, of: Encoding, count: int = 1) -> Iterator[np.ndarray]:
     elif syntax in COMPRESSED:
         parts = [dataset.PixelData]
         if count > 1:
-            from pydicom.encaps import generate_frames
+            from pydicom.encaps import encapsulate, generate_frames
 
-            parts = generate_frames(dataset.PixelData, number_of_frames=count)
+            parts = (encapsulate([one]) for one in generate_frames(dataset.PixelData, number_of_frames=count))
         for part in parts:
-            yield _decoded_bits(dataset, of, syntax, part, count > 1)
+            yield _decoded_bits(of, syntax, part)
     else:
         raise Refused(
             f"transfer syntax {getattr(syntax, 'name', syntax)} cannot be decoded here: rewrite it uncompressed first, "
@@ -318,24 +321,31 @@ def _raw_bits(dataset, of: Encoding, count: int, syntax: str) -> Iterator[np.nda
         yield bits.astype(own, copy=False).reshape(of.shape)
 
 
-def _decoded_bits(dataset, of: Encoding, syntax: str, frame: bytes, wrap: bool) -> np.ndarray:
-    import SimpleITK as sitk
+@lru_cache(maxsize=8)
+def _plain_header(shape: tuple[int, int], allocated: int, syntax: str) -> bytes:
+    """A DICOM file up to its pixels that says nothing of rescaling, sign or MONOCHROME1."""
     from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.encaps import encapsulate
 
     meta = FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = syntax, "1.2.840.10008.5.1.4.1.1.2"
     meta.MediaStorageSOPInstanceUID = "1.2.3"
     plain = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
     plain.SOPClassUID, plain.SOPInstanceUID, plain.Modality = meta.MediaStorageSOPClassUID, "1.2.3", "CT"
-    plain.Rows, plain.Columns = of.shape
+    plain.Rows, plain.Columns = shape
     plain.SamplesPerPixel, plain.PhotometricInterpretation, plain.PixelRepresentation = 1, "MONOCHROME2", 0
-    plain.BitsAllocated = plain.BitsStored = of.allocated
-    plain.HighBit = of.allocated - 1
-    plain.PixelData = encapsulate([frame]) if wrap else frame
-    plain["PixelData"].is_undefined_length = True
+    plain.BitsAllocated = plain.BitsStored = allocated
+    plain.HighBit = allocated - 1
+    content = io.BytesIO()
+    plain.save_as(content, enforce_file_format=True)
+    return content.getvalue()
+
+
+def _decoded_bits(of: Encoding, syntax: str, items: bytes) -> np.ndarray:
+    """The stored bits of one compressed frame, given as the items of a PixelData element."""
+    import SimpleITK as sitk
+
     with tempfile.NamedTemporaryFile(suffix=".dcm") as file:
-        plain.save_as(file, enforce_file_format=True)
+        file.write(_plain_header(of.shape, of.allocated, str(syntax)) + PIXELS_BEGIN + items + PIXELS_END)
         file.flush()
         reader = sitk.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")
