@@ -148,6 +148,7 @@ DOUBTFUL = {
     "impossible": ({"BitsStored": 12, "HighBit": 5}, u16(hu()), "BitsStored 12, HighBit 5 .* do not go together"),
     "no sign": ({"PixelRepresentation": None}, u16(hu()), "has no valid PixelRepresentation"),
     "twice the pixels": ({"Rows": 10}, u16(hu()), "1200 bytes of pixels, 600 expected"),
+    "any size": ({"Rows": 65535, "Columns": 65535}, u16(hu()), "1200 bytes of pixels, 8589672450 expected"),
     "micron": ({"PixelSpacing": [700.0, 700.0]}, u16(hu()), "PixelSpacing .* outside 0.005 to 50"),
     "metres": ({"PixelSpacing": [0.0007, 0.0007]}, u16(hu()), "PixelSpacing .* outside 0.005 to 50"),
     "floats": ({"FloatPixelData": b"\0" * 8, "PixelData": None}, u16(hu()), "FloatPixelData, not HU"),

@@ -6,6 +6,7 @@ Masks are boxes of whole voxels, so that what is right is known voxel by voxel.
 import unicodedata
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_files import ct_series, new_file, save
 from pydicom.dataset import Dataset
@@ -215,6 +216,27 @@ def test_near_misses_are_hinted_at(tmp_path, there, asked):
     assert f"(is {there!r} for {asked!r} meant?): name those to use" in layout.left_out[0].reason
 
 
+def test_names_that_differ_in_capitals_alone_are_told_apart(tmp_path):
+    _, reading = read(tmp_path, [(1, "GTV", [box(*A)]), (2, "gtv", [box(*B)])], {"gtv": 1, "GTV": 2})
+    assert_label(reading, {1: mask(B), 2: mask(A)})
+
+
+def test_a_cut_set_without_meta_header_does_not_cost_its_ct(tmp_path):
+    files = ct_files()
+    folder = save(files, tmp_path / "all")
+    file = structure_set([(1, "a", [box(*A)])], files[0].SeriesInstanceUID)
+    del file.file_meta
+    file.preamble = None
+    pydicom.dcmwrite(folder / "rs.dcm", file, implicit_vr=True, little_endian=True)
+    whole = (folder / "rs.dcm").read_bytes()
+    for size in (200, len(whole) - 40):
+        (folder / "rs.dcm").write_bytes(whole[:size])
+        layout = read_layout(str(tmp_path), LabelsConfig(names={"a": 1}))
+        assert [scan.scan_id for scan in layout.scans] == ["all"]
+        (fault,) = layout.faults
+        assert fault.source == str(folder / "rs.dcm") and "so it labels no scan" in fault.reason
+
+
 def test_any_cut_of_a_structure_set_loses_nothing_silently(tmp_path):
     files = ct_files()
     save(files, tmp_path / "ct")
@@ -362,6 +384,7 @@ SEG_REFUSED = {
     "fractional": ({"kind": "FRACTIONAL"}, "a segmentation that is FRACTIONAL, expected BINARY: threshold it first"),
     "between": ({"places": lambda k: k + 0.5}, "it has another grid: resample it onto the CT's first"),
     "other voxels": ({"spacing": (1.6, 1.4)}, "it has another grid: resample it onto the CT's first"),
+    "a little larger voxels": ({"spacing": (0.8 * 28 / 23, 0.7)}, "it has another grid: resample it"),
     "outside": ({"places": lambda k: k + 50}, "it lies outside its CT: is it another's?"),
     "few pixels": ({"PixelData": b"\0\0"}, "pixels, "),
     "few frames": ({"NumberOfFrames": 77}, "77 frames, 2 of them with a place"),

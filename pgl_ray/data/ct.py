@@ -210,8 +210,10 @@ def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: t
 def _read_series(folder: Path, slices: tuple[str, ...]) -> tuple[np.ndarray, float, np.ndarray, tuple[str, ...]]:
     """int16 HU [i, j, k] of a DICOM series, the largest change by rounding, affine (i, j, k, 1) -> RAS+ mm, notes."""
     grid = dicom_grid.read_grid(folder, slices or dicom.only_series(folder))
-    voxels, rounding_error = np.empty(grid.shape, np.int16, order="F"), 0.0
+    voxels, rounding_error = np.empty((0, 0, 0), np.int16), 0.0
     for k, hu in enumerate(dicom_grid.read_slices(folder, grid)):
+        if not k:  # a header may state any size: the first slice has it
+            voxels = np.empty(grid.shape, np.int16, order="F")
         voxels[..., k : k + 1], error = _whole_numbers(hu[..., None], 1, 0, np.int16, folder / grid.files[k])
         rounding_error = max(rounding_error, error)
     if grid.unspecified and not ((voxels > PADDING) & (voxels < LIKE_AIR)).any():

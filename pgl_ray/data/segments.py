@@ -34,7 +34,8 @@ class Segment:
             steps = to_voxel[:3, :2]
             corners = np.array([(c, r, 1) for c in (0, mask.shape[1] - 1) for r in (0, mask.shape[0] - 1)]).T
             places = (to_voxel @ corners)[:3]
-            unit = np.abs(np.rint(steps)).sum(0).tolist() == [1, 1]
+            drift = np.abs(steps - np.rint(steps)) * (mask.shape[1] - 1, mask.shape[0] - 1)
+            unit = np.abs(np.rint(steps)).sum(0).tolist() == [1, 1] and drift.max() <= TOLERANCE
             if not unit or np.abs(places - np.rint(places)).max() > TOLERANCE:
                 placed.refused = "its voxels are not the CT's, it has another grid: resample it onto the CT's first"
                 return placed

@@ -46,7 +46,9 @@ def is_structures(path: Path) -> bool:
     import pydicom
 
     try:
-        return pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID") in KINDS
+        with path.open("rb") as file:  # old files have no preamble and no meta header
+            header = pydicom.filereader.read_partial(file, lambda tag, *_: tag > 0x00080016, force=True)
+        return header.get("SOPClassUID") in KINDS or header.file_meta.get("MediaStorageSOPClassUID") in KINDS
     except Exception:  # see summarise
         return False
 

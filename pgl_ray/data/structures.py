@@ -58,8 +58,10 @@ def read_structures(
         _note_unasked(path, [one.name or one.title for one in inside], names, found)
     to_index, values = np.linalg.inv(affine) @ dicom.LPS_TO_RAS, set()
     for value, name in sorted((value, name) for name, value in names.items()):
-        pieces, refused = [], False
+        pieces, refused, alike = [], False, [other for other in names if key_of(other) == key_of(name)]
         for path, one in by_key[key_of(name)]:
+            if len(alike) > 1 and one.name in alike and one.name != name:
+                continue  # names that differ in capitals alone, and ROIs that do
             placed = one.place(to_index, shape)
             found.notes.extend((path, f"{one.title}: {note}") for note in placed.notes)
             if placed.refused:
