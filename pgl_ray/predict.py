@@ -176,7 +176,6 @@ def _predict(
     stamp = _stamp(job)
     scan = ct.read_scan(job.source, job.slices)
     notes = disagreements(meta["data"], meta["hu_window"], scan.voxels, scan.affine) if "data" in meta else []
-    notes = [*scan.notes, *notes]
     voxels, affine = scan.voxels, scan.affine
     if meta.get("spacing_mm"):
         voxels, _, affine = resample(voxels, None, affine, tuple(meta["spacing_mm"]))
