@@ -91,7 +91,10 @@ def test_stored_bits_give_the_hu_that_were_written(tmp_path, pack, tags):
     assert not same(save(stored_as(volume, pack(volume), **tags), tmp_path / "a"), volume).notes
 
 
-@pytest.mark.parametrize("unit", ["hu", "HU ", " Hu", "Houndsfield Unit", "HOUNSFIELD UNITS", "Hounsfield", "", "US"])
+@pytest.mark.parametrize(
+    "unit",
+    ["hu", "HU ", " Hu", "Houndsfield Unit", "HOUNSFIELD UNITS", "Hounsfield units (HU)", "Hounsfield", "", "US"],
+)
 def test_the_unit_is_judged_by_its_meaning(tmp_path, unit):
     volume = hu()
     files = stored_as(volume, u16(volume), PixelRepresentation=1, RescaleType=unit)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgl_ray.data import dicom
+from pgl_ray.data import dicom, dicom_pixels
 from pgl_ray.data import dicom_values as values
 from pgl_ray.data.dicom_values import Refused
 
@@ -72,7 +72,7 @@ def read_grid(folder: str | os.PathLike, slices: tuple[str, ...], as_hu: bool = 
                 (values.encoding if as_hu else values.stored_encoding)(frame)
                 unspecified |= as_hu and values.is_unspecified(frame)
                 places.append((file, k, _slice_geometry(frame)))
-            lossy |= values.is_lossy(header, values.syntax_of(header))
+            lossy |= dicom_pixels.is_lossy(header, dicom_pixels.syntax_of(header))
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file") from None
         except Refused as error:
@@ -272,7 +272,7 @@ def _read_file(path: str, as_hu: bool) -> list[np.ndarray]:
     headers = frames(dataset)
     kinds = [(values.encoding if as_hu else values.stored_encoding)(one) for one in headers]
     found = []
-    for bits, header, of in zip(values.frames_bits(dataset, kinds[0], len(kinds)), headers, kinds):
-        of = values.with_own_sign(dataset, header, of)
+    for bits, header, of in zip(dicom_pixels.frames_bits(dataset, kinds[0], len(kinds)), headers, kinds):
+        of = dicom_pixels.with_own_sign(dataset, header, of)
         found.append(values.to_hu(bits, of) if as_hu else values.stored_values(bits, of)[0])
     return found

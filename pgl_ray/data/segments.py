@@ -8,8 +8,9 @@ from collections import defaultdict
 
 import numpy as np
 
-from pgl_ray.data import dicom_values
+from pgl_ray.data import dicom_pixels
 from pgl_ray.data.contours import TOLERANCE, Placed
+from pgl_ray.data.dicom_values import Refused
 from pgl_ray.data.structure_header import segment_names, whole
 
 
@@ -70,7 +71,7 @@ def segments(dataset) -> list[Segment]:
     """
     kind = str(dataset.get("SegmentationType") or "of no type")
     if kind != "BINARY":
-        raise dicom_values.Refused(f"a segmentation that is {kind}, expected BINARY: threshold it first")
+        raise Refused(f"a segmentation that is {kind}, expected BINARY: threshold it first")
     names, frames = segment_names(dataset), defaultdict(list)
     shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
     groups = dataset.get("PerFrameFunctionalGroupsSequence") or []
@@ -79,7 +80,7 @@ def segments(dataset) -> list[Segment]:
         number = _item(group, shared, "SegmentIdentificationSequence", "ReferencedSegmentNumber")
         frames[whole(number)].append((mask, _to_mm(group, shared)))
     if unknown := set(frames) - set(names):
-        raise dicom_values.Refused(f"frames of segment {sorted(map(str, unknown))[0]}, which it does not name")
+        raise Refused(f"frames of segment {sorted(map(str, unknown))[0]}, which it does not name")
     return [Segment(name, number, frames[number]) for number, name in names.items()]
 
 
@@ -87,12 +88,10 @@ def _masks(dataset, count: int) -> np.ndarray:
     """bool [frame, row, column]."""
     size = int(dataset.Rows) * int(dataset.Columns)
     if int(dataset.get("NumberOfFrames") or 1) != count:
-        raise dicom_values.Refused(f"{dataset.get('NumberOfFrames')} frames, {count} of them with a place")
-    syntax = dicom_values.syntax_of(dataset)
-    if syntax not in dicom_values.UNCOMPRESSED:
-        raise dicom_values.Refused(
-            f"a segmentation in transfer syntax {getattr(syntax, 'name', syntax)}: rewrite it uncompressed"
-        )
+        raise Refused(f"{dataset.get('NumberOfFrames')} frames, {count} of them with a place")
+    syntax = dicom_pixels.syntax_of(dataset)
+    if syntax not in dicom_pixels.UNCOMPRESSED:
+        raise Refused(f"a segmentation in transfer syntax {getattr(syntax, 'name', syntax)}: rewrite it uncompressed")
     content = np.frombuffer(dataset.PixelData, np.uint8)
     if int(dataset.BitsAllocated) == 1:
         content = np.unpackbits(content, bitorder="little")  # frames follow one another without filling (PS3.5, 8.1.1)
@@ -106,7 +105,7 @@ def _item(group, shared, sequence: str, tag: str):
         for item in one.get(sequence) or []:
             if item.get(tag) is not None:
                 return item.get(tag)
-    raise dicom_values.Refused(f"a frame without {tag}: its place is unknown")
+    raise Refused(f"a frame without {tag}: its place is unknown")
 
 
 def _to_mm(group, shared) -> np.ndarray:
