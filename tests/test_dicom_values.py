@@ -138,7 +138,8 @@ def test_a_perfusion_map_is_no_ct(tmp_path):
 
 
 DOUBTFUL = {
-    "slope 0": ({"slope": 0}, u16(hu()), "RescaleSlope is 0"),
+    "slope 0": ({"slope": 0}, u16(hu()), "RescaleSlope is 0, which makes all voxels alike"),
+    "slope -1": ({"slope": -1}, u16(hu()), "RescaleSlope is -1, which turns dense into thin"),
     "no number": ({"intercept": None}, u16(hu()), "has no RescaleIntercept"),
     "table": ({"ModalityLUTSequence": [Dataset()]}, u16(hu()), "pass through a table"),
     "signed in doubt": ({"intercept": -1024, **TWELVE}, u16(hu(0, 3000)), "pixels may be below air or above 2048"),

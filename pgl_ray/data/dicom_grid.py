@@ -13,6 +13,7 @@ import numpy as np
 from pgl_ray.data import dicom, dicom_pixels
 from pgl_ray.data import dicom_values as values
 from pgl_ray.data.dicom_values import Refused
+from pgl_ray.data.structure_header import whole
 
 POSITION_TOLERANCE = 0.1  # how far a slice may lie from its place in the regular grid, in slice distances
 NOTED_DEVIATION = 0.02  # the same from which it is said
@@ -105,9 +106,11 @@ def frames(header) -> list[Mapping[str, Any]]:
     Raises:
         Refused: several frames without a place for each.
     """
-    count, groups = int(header.get("NumberOfFrames") or 1), header.get("PerFrameFunctionalGroupsSequence")
+    count, groups = whole(header.get("NumberOfFrames") or 1), header.get("PerFrameFunctionalGroupsSequence")
     if count == 1 and not groups:
         return [header]
+    if count is None:
+        raise Refused("has no valid NumberOfFrames: mend the header, or take the original series")
     if not groups or len(groups) != count:
         raise Refused(
             f"{count} frames in one file, without a place for each: convert it to single slices or NIfTI first "

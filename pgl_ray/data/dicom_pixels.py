@@ -44,7 +44,7 @@ def frames_bits(dataset, of: Encoding, count: int = 1) -> Iterator[np.ndarray]:
         Refused: a transfer syntax that cannot be decoded.
         ValueError: fewer or more pixels than the header says, or damaged ones.
     """
-    if "PixelData" not in dataset:
+    if not dataset.get("PixelData"):
         others = [one for one in ("FloatPixelData", "DoubleFloatPixelData") if one in dataset]
         raise Refused(f"{others[0]}, not HU: take the original series") if others else ValueError("no pixels in it")
     syntax = syntax_of(dataset)

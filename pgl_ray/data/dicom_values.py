@@ -57,8 +57,9 @@ def encoding(header) -> Encoding:
     slope, intercept = _number(header, "RescaleSlope", 1.0), _number(header, "RescaleIntercept", None)
     if intercept is None:
         raise Refused("has no RescaleIntercept, so its values are not HU: take the original series")
-    if slope == 0:
-        raise Refused("RescaleSlope is 0, which makes all voxels alike: mend the header, or take the original series")
+    if slope <= 0:
+        what = "makes all voxels alike" if slope == 0 else "turns dense into thin"
+        raise Refused(f"RescaleSlope is {slope:g}, which {what}: mend the header, or take the original series")
     found = plain._replace(slope=slope, intercept=intercept)
     return found._replace(padding=padding_of(header, found))
 
@@ -71,12 +72,14 @@ def stored_encoding(header) -> Encoding:
     """
     if not header.get("Rows") or not header.get("Columns"):
         raise Refused("has no picture: leave this file out")
+    if not (isinstance(header.get("Rows"), int) and isinstance(header.get("Columns"), int)):
+        raise Refused("has no valid Rows and Columns: mend the header, or take the original series")
     bits, overlay = _bits(header), 0
     for group in range(0x6000, 0x6020, 2):  # old files keep an overlay in the pixels' upper bits
         position = header.get((group, 0x0102))
         if position is not None and isinstance(position.value, int) and bits[2] < position.value < bits[0]:
             overlay |= 1 << position.value
-    return Encoding((int(header.get("Rows")), int(header.get("Columns"))), *bits, 1.0, 0.0, None, overlay)
+    return Encoding((header.get("Rows"), header.get("Columns")), *bits, 1.0, 0.0, None, overlay)
 
 
 def is_unspecified(header) -> bool:
