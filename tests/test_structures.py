@@ -118,6 +118,12 @@ def test_rois_of_one_name_that_overlap_make_no_hole(tmp_path):
     assert_label(reading, {1: mask(A)})
 
 
+def test_a_contour_that_stands_twice_is_no_hole(tmp_path):
+    _, reading = read(tmp_path, [(1, "a", [box(*A), box(*B), box(*A)])], {"a": 1})
+    assert_label(reading, {1: mask(A, B)})
+    assert reasons(reading) == ["structure 'a' (ROI 1): 1 contour stands there twice, taken once"]
+
+
 @pytest.mark.parametrize("empty", [[], None])
 @pytest.mark.parametrize("first", [True, False])
 def test_an_empty_roi_does_not_take_its_namesake_along(tmp_path, empty, first):
@@ -140,7 +146,8 @@ def test_the_order_of_the_sequences_does_not_matter(tmp_path):
 BROKEN = {
     "seven numbers": ([contour(box(*A), data=["1"] * 7)], "its contour 1 is broken (7 numbers, which are no points"),
     "no numbers": ([box(*A), contour(box(*C), data=[NO_NUMBER] * 3)], "its contour 2 is broken (its points are no n"),
-    "fewer points": ([contour([*box(*A), (0, 0, 0)], data=[0.0] * 9)], "its contour 1 is broken (3 of 5 points)"),
+    "fewer points": ([contour([*box(*A), (0, 0, 0)], data=[0.0] * 9)], "its contour 1 is broken (3 points, its he"),
+    "more points": ([contour(box(*A)[:3], data=np.ravel(box(*A)).tolist())], "(4 points, its header says 3)"),
     "points": ([contour(box(*A), "POINT")], "1 contour is POINT, which bounds no area"),
     "open": ([contour(box(*A), "OPEN_PLANAR")] * 2, "2 contours are OPEN_PLANAR, which bound no area"),
     "no type": ([contour(box(*A), "")], "1 contour is of no type, which bounds no area"),

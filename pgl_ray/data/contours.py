@@ -51,7 +51,7 @@ class Roi:
             if kind not in CLOSED:
                 verbs = ("is", "bounds") if count == 1 else ("are", "bound")
                 placed.notes.append(f"{_contours(count)} {verbs[0]} {kind}, which {verbs[1]} no area")
-        points = []
+        points, seen, copies = [], set(), 0
         for number, contour in enumerate(closed, 1):
             try:
                 found = _points(contour)
@@ -61,7 +61,13 @@ class Roi:
             if len(found) < 3:
                 placed.notes.append(f"its contour {number} has {len(found)} point{'s' * (len(found) != 1)}, no area")
                 continue
+            if found.tobytes() in seen:  # it would undo itself, for what lies in two contours is a hole
+                copies += 1
+                continue
+            seen.add(found.tobytes())
             points.append(np.c_[found, np.ones(len(found))] @ to_index.T[:, :3])
+        if copies:
+            placed.notes.append(f"{_contours(copies)} {_verb(copies, 'stands', 'stand')} there twice, taken once")
         if points:
             _place(points, shape, placed)
         elif not placed.notes:
@@ -102,8 +108,8 @@ def _points(contour) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError("its points are not finite")
     stated = whole(contour.get("NumberOfContourPoints"))
-    if stated is not None and stated > len(values) // 3:
-        raise ValueError(f"{len(values) // 3} of {stated} points")
+    if stated is not None and stated != len(values) // 3:
+        raise ValueError(f"{len(values) // 3} points, its header says {stated}")
     return values.reshape(-1, 3)
 
 
