@@ -472,9 +472,10 @@ def _finish(folder: str, sources: list[Source], names: dict[str, int] | None) ->
             new = replace(new, source=source.image, split=source.split)
         if record.label_metadata and (source or unnamed):
             stated = source.labelled if source else None
-            if stated is None:  # of structures, what was filled
-                stated = record.labelled if source and source.structures else tuple(sorted(names.values()))
-            new = replace(new, labelled=stated)
+            if source and source.structures:  # no more than what was filled, whatever a table says
+                filled = {*record.labelled, *record.label_voxels}
+                stated = record.labelled if stated is None else tuple(value for value in stated if value in filled)
+            new = replace(new, labelled=tuple(sorted(names.values())) if stated is None else stated)
         if new != record:
             store.update_record(folder, new)
     return names

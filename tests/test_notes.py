@@ -82,3 +82,14 @@ def test_what_was_not_used_is_said_kept_and_stays_unlabelled(tmp_path, capsys):
     save([files], tmp_path / "in/p1/rs", "rs.dcm")
     assert run(tmp_path).converted == 1
     assert kept(tmp_path) == expected[2:] and labelled(tmp_path)["p1__ct"] == (1, 2)
+
+
+def test_a_table_makes_no_structure_of_one_that_was_not_filled(tmp_path):
+    patient(tmp_path / "in/p1", {"Liver": [square(2)], "Spleen": [("POINT", square(3))], "cord": [square(4)]})
+    (tmp_path / "in/t.csv").write_text("scan,labelled_organs\np1__ct,liver spleen\n")
+    config = PrepareConfig(
+        source=str(tmp_path / "in"), store=str(tmp_path / "s"), labels={"names": NAMES, "table": "t.csv"}
+    )
+    for _ in range(2):
+        prepare.run(config)
+        assert labelled(tmp_path) == {"p1__ct": (1,)}

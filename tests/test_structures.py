@@ -300,6 +300,18 @@ def test_where_that_is_ambiguous_the_set_is_named(tmp_path, frames, patients, re
     assert source == str(folder / "000.dcm") and reason in said
 
 
+def test_sets_of_a_series_that_is_not_chosen_are_named(tmp_path):
+    for k, word in enumerate(("thin", "thick")):
+        files = ct_files(k, SeriesDescription=word, SeriesNumber=k)
+        save(files, tmp_path / word)
+        save([structure_set([(1, "a", [box(*A)])], files[0].SeriesInstanceUID)], tmp_path / "rs", f"{word}{{}}.dcm")
+    layout = read_layout(str(tmp_path), LabelsConfig(names={"a": 1}), series=("thin",))
+    assert labelled(layout) == {"thin": (1,)}
+    assert [tuple(fault) for fault in layout.left_out] == [
+        (str(tmp_path / "rs/thick0.dcm"), "structures of a series that is not used")
+    ]
+
+
 def test_several_sets_are_joined_unless_they_conflict(tmp_path):
     files = ct_files()
     save(files, tmp_path / "ct")

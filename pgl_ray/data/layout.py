@@ -6,7 +6,8 @@
                    something else in each of them; prepare them one by one to keep labels
     recipe         patterns of a public data set (data_prep/*.yaml)
 A volume is a file, or the slices of a DICOM series. A label map has its volume's path below their folders, or its name;
-contours (RTSTRUCT) belong to the series that they name. A table may say otherwise about splits.
+structure sets (RTSTRUCT, SEG) belong to the series that they name, and a folder of DICOM slices in labels/ is a label
+map, too. A table may say otherwise about splits.
 """
 
 import csv
