@@ -16,9 +16,9 @@ import matplotlib.image
 import numpy as np
 
 from pgl_ray.config import InspectConfig, IntensityConfig, ViewsConfig, command
-from pgl_ray.data import notes as said
 from pgl_ray.data import store, stream
 from pgl_ray.data.geometry import shear_notes
+from pgl_ray.data.notes import read_notes
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD
 from pgl_ray.data.store import HISTOGRAM_HU, Index, ScanRecord
 
@@ -43,7 +43,7 @@ def run(config: InspectConfig) -> str:
     """
     index, settings = store.read_index(config.store), store.read_settings(config.store)
     notes = {record.scan_id: warnings(record) for record in index.scans}
-    for line in said.read(store.open_place(config.store)):
+    for line in read_notes(store.open_place(config.store)):
         if line["shown"] and line["reason"] not in notes.get(line["scan_id"], [line["reason"]]):
             notes[line["scan_id"]].append(line["reason"])
     for record, others in duplicates(index).items():

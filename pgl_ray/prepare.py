@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ray.config import FailedRun, PrepareConfig, RayConfig, StoreConfig, build, command
-from pgl_ray.data import notes, store
+from pgl_ray.data import store
 from pgl_ray.data.layout import Fault, Layout, Source, read_layout
+from pgl_ray.data.notes import NOTES_FILE, keep_notes
 from pgl_ray.data.resample import resample
 
 PEAK_BYTES_PER_VOXEL = 8  # of a conversion, label map included (tests/benchmarks/test_prepare_cost.py)
@@ -133,8 +134,8 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: frozenset[str]
     # convert
     converted, failed = 0, list(layout.faults)
     with closing(_outcomes(config, folder, token, tasks, names)) as outcomes:
-        said = {}
-        for source, status, reason, lines in _watched(outcomes, len(tasks)):
+        notes = {}
+        for source, status, reason, said in _watched(outcomes, len(tasks)):
             if status == "disk full":
                 raise _disk_full(folder)
             if status == "failed":
@@ -142,14 +143,14 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: frozenset[str]
             else:
                 stored.append(source)
                 converted += status == "converted"
-                said |= {source.scan_id: lines} if status == "converted" else {}
+                notes |= {source.scan_id: said} if status == "converted" else {}
 
     # index
     for name in set(place.names("scans")) - set(store.read_records(folder)):
         mend = f"its zarr.json is damaged: python -m pgl_ray.prepare repair store={folder}"
         failed.append(Fault(f"{folder}/scans/{name}", mend))
     failed.sort()
-    _note(place, said)
+    _note(place, notes)
     names = _finish(folder, stored, names)
     others = {"encoding": config.encoding, "spacing_mm": config.spacing_mm}
     index = store.write_index(folder, names, config.hu_window, preparations=_preparations(config, known), **others)
@@ -386,19 +387,19 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
         task, status ("converted", "unchanged", "failed", "disk full"), the reason of a failure, and notes (JSON: a list
         of source, reason, and whether it is shown).
     """
-    task, status, reason, said = pickle.loads(row["item"]), "failed", "", []
+    task, status, reason, notes = pickle.loads(row["item"]), "failed", "", []
     try:
         with store.open_place(folder).joined(token):
             if _tries(folder, row["task"]) > MAX_TRIES:
                 raise ValueError(f"its worker died {MAX_TRIES} times: out of memory, or a library crashed on it")
-            status, said = _convert(task, folder, names, options)
+            status, notes = _convert(task, folder, names, options)
     except OSError as error:
         status, reason = ("disk full" if error.errno in DISK_FULL else "failed"), str(error)
     except ValueError as error:
         reason = str(error)
     except Exception as error:  # whatever else a damaged file may cause must not stop the other scans
         reason = f"{type(error).__name__}: {error}"
-    return {"task": row["task"], "status": status, "reason": reason, "notes": json.dumps(said)}
+    return {"task": row["task"], "status": status, "reason": reason, "notes": json.dumps(notes)}
 
 
 def _tries(folder: str, task: int) -> int:
@@ -446,18 +447,18 @@ def _convert(
         source_hash=digest,
         **{key: options[key] for key in ("hu_window", "chunk", "encoding", "compression")},
     )
-    said = [{"source": path, "reason": reason, "shown": True} for path, reason in reading.notes]
-    return "converted", said + [{"source": path, "reason": what, "shown": False} for path, what in reading.unasked]
+    notes = [{"source": path, "reason": reason, "shown": True} for path, reason in reading.notes]
+    return "converted", notes + [{"source": path, "reason": what, "shown": False} for path, what in reading.unasked]
 
 
-def _note(place: store.Place, said: dict[str, list[dict[str, Any]]]) -> None:
+def _note(place: store.Place, notes: dict[str, list[dict[str, Any]]]) -> None:
     """Prints what was said of scans as they were converted, but for matters of course, and keeps it."""
-    shown = [line for lines in said.values() for line in lines if line["shown"]]
+    shown = [line for said in notes.values() for line in said if line["shown"]]
     for line in shown[:NUM_SHOWN]:
         print(f"prepare: note: {line['source']}: {line['reason']}")
     if len(shown) > NUM_SHOWN:
-        print(f"prepare: {len(shown)} notes in all, see {place.url}/{notes.FILE}", flush=True)
-    notes.keep(place, said)
+        print(f"prepare: {len(shown)} notes in all, see {place.url}/{NOTES_FILE}", flush=True)
+    keep_notes(place, notes)
 
 
 def _finish(folder: str, sources: list[Source], names: dict[str, int] | None) -> dict[str, int]:

@@ -9,26 +9,26 @@ from typing import Any
 
 from pgl_ray.data.place import Place
 
-FILE = "notes.jsonl"
+NOTES_FILE = "notes.jsonl"
 
 
-def read(place: Place) -> list[dict[str, Any]]:
+def read_notes(place: Place) -> list[dict[str, Any]]:
     """The notes of a store; none where there are none, or the file is damaged."""
     try:
-        return [json.loads(line) for line in place.read(FILE).splitlines()]
+        return [json.loads(line) for line in place.read(NOTES_FILE).splitlines()]
     except (FileNotFoundError, ValueError):
         return []
 
 
-def keep(place: Place, new: dict[str, list[dict[str, Any]]]) -> None:
+def keep_notes(place: Place, new: dict[str, list[dict[str, Any]]]) -> None:
     """Keeps new notes beside those of the scans that were converted before and are still there.
 
     Args:
         new: scan_id -> notes of those that were converted now.
     """
-    earlier, there = read(place), set(place.names("scans"))
+    earlier, there = read_notes(place), set(place.names("scans"))
     lines = [line for line in earlier if line["scan_id"] in there and line["scan_id"] not in new]
     lines += [{"scan_id": scan_id, **line} for scan_id, said in new.items() for line in said]
     if lines or earlier:
         content = "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["scan_id"]))
-        place.write(FILE, [content.encode()])
+        place.write(NOTES_FILE, [content.encode()])
