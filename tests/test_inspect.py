@@ -108,7 +108,7 @@ def test_sheared_grids_and_what_was_said_of_a_scan_stand_out(tmp_path):
         {"scan_id": name, "source": "a", "reason": f"told {shown}", "shown": shown}
         for name, shown in (("straight", True), ("tilted", False), ("gone", True))
     ]
-    (tmp_path / "notes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    (tmp_path / "notes.jsonl").write_text("[]\n{}\n" + "".join(json.dumps(line) + "\n" for line in told))
     found = {record.scan_id: inspect.warnings(record) for record in store.read_index(tmp_path).scans}
     (warning,) = found["tilted"]
     assert warning.startswith("its grid is sheared by 14 degrees (gantry tilt?)") and not found["straight"]

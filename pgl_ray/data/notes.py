@@ -15,9 +15,10 @@ NOTES_FILE = "notes.jsonl"
 def read_notes(place: Place) -> list[dict[str, Any]]:
     """The notes of a store; none where there are none, or the file is damaged."""
     try:
-        return [json.loads(line) for line in place.read(NOTES_FILE).splitlines()]
+        lines = [json.loads(line) for line in place.read(NOTES_FILE).splitlines()]
     except (FileNotFoundError, ValueError):
         return []
+    return [line for line in lines if isinstance(line, dict) and line.keys() >= {"scan_id", "reason", "shown"}]
 
 
 def keep_notes(place: Place, new: dict[str, list[dict[str, Any]]]) -> None:

@@ -178,11 +178,16 @@ def _series_of(one: Contours, series: Sequence[dicom.Series]) -> tuple[list[int]
     if named:
         return named, ""
     close = [k for k, other in enumerate(series) if other.frame and other.frame in one.frames]
-    close = [k for k in close if not one.patient or series[k].patient in ("", one.patient)]
+    strange = [k for k in close if one.patient and series[k].patient not in ("", one.patient)]
+    close = [k for k in close if k not in strange]
     if len(close) == 1:
         why = "it names a series that is not here" if one.series else "it names no series"
         return close, f"{why}: taken for the only one in its frame of reference"
     others = f", and {len(close)} series lie in its frame of reference" if close else ""
+    if strange and not close:
+        others = (
+            f", and that in its frame of reference is of patient {series[strange[0]].patient!r}, not {one.patient!r}"
+        )
     return f"contours of a series that is not here{others}", ""
 
 
