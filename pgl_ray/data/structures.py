@@ -185,9 +185,7 @@ def _series_of(one: Contours, series: Sequence[dicom.Series]) -> tuple[list[int]
         return close, f"{why}: taken for the only one in its frame of reference"
     others = f", and {len(close)} series lie in its frame of reference" if close else ""
     if strange and not close:
-        others = (
-            f", and that in its frame of reference is of patient {series[strange[0]].patient!r}, not {one.patient!r}"
-        )
+        others = ", and that in its frame of reference is of another patient (PatientID)"
     return f"contours of a series that is not here{others}", ""
 
 
