@@ -5,7 +5,6 @@ together. Says which of them limits the configured run, what to change, and how 
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pgl_ray.config import BenchConfig, command
 from pgl_ray.data import store, stream
+from pgl_ray.data.system import num_cores
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device
 from pgl_ray.model.pgl import Pair
@@ -86,7 +86,7 @@ def run(config: BenchConfig) -> Result:
     plan = make_plan(config, index)
     device = pick_device(config.train.device)
     renderer = make_renderer(config, index, plan, device.type == "cuda")
-    cores, worker_batch = len(os.sched_getaffinity(0)), config.global_batch_size // config.train.num_workers
+    cores, worker_batch = num_cores(), config.global_batch_size // config.train.num_workers
     num_pairs = config.bench_pairs or (worker_batch if device.type == "cuda" else min(worker_batch, 8))
 
     # the stages of rendering, one core; of pairs that share regions as many as are shuffled together

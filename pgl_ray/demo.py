@@ -23,7 +23,7 @@ from pgl_ray.config import (
 from pgl_ray.data.phantom import write_phantoms
 
 SHAPE, SPACING_MM = (40, 96, 96), (6.0, 3.5, 3.5)
-VIEW = [16, 48, 48]
+VIEW = [24, 48, 48]
 ENCODER = {"width": 8, "depths": [1, 1, 2, 1]}  # 0.26 M parameters instead of 46 M, as in conf/pretrain_small.yaml
 TRAIN = {"num_workers": 1, "log_every": 10, "checkpoint_every": 1000}
 INITS = ("random", "pgl")
@@ -92,7 +92,7 @@ def run(config: DemoConfig) -> Result:
 def _pretraining(config: DemoConfig, store: str, run: str, shared: dict) -> PretrainConfig:
     """PGL by place, as conf/pretrain_small.yaml, of smaller views in fewer steps."""
     values = {"index": store, "run": run, "seed": config.seed, "split": "train", "max_steps": config.pretrain_steps}
-    values |= {"global_batch_size": 16, "views": {"size": VIEW, "foreground": True}, "ema_decay": 0.99, "train": TRAIN}
+    values |= {"global_batch_size": 16, "views": {"size": VIEW, "foreground": True}, "ema_decay": 0.93, "train": TRAIN}
     values |= {"encoder": ENCODER, "heads": {"hidden": 256, "out": 64}, "optim": {"lr": 1.5}}
     values |= {"align": {"flip": False, "output_stride": [4, 8, 8], "more_strides": [[2, 4, 4], [8, 16, 16]]}}
     return build(PretrainConfig, {**values, "loss": {"kind": "contrast", "displacement": 1.0}, **shared})

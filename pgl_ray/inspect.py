@@ -21,6 +21,7 @@ from pgl_ray.data.geometry import shear_notes
 from pgl_ray.data.notes import read_notes
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD
 from pgl_ray.data.store import HISTOGRAM_HU, Index, ScanRecord
+from pgl_ray.data.system import num_cores
 
 DISPLAY_HU = (-1000.0, 600.0)  # wide, for scans that are no soft tissue at all must be seen as such
 PICTURE_PX = 192
@@ -177,7 +178,7 @@ def _epoch(index: Index) -> str:
         seconds = (time.perf_counter() - began) / len(scans)
     except (ValueError, RuntimeError, OSError) as error:  # a damaged scan
         return f"not measured: {error}"
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     total = len(index.scans) * seconds / cores
     rate = f"{_duration(total)} on this machine's {cores} cores ({seconds * 1e3:.0f} ms per pair and core)"
     pairs = f"{len(index.scans)} view pairs of 16 x 96 x 96, one per scan"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pgl_ray.config import PretrainConfig
+from pgl_ray.config import AlignConfig, PretrainConfig
 from pgl_ray.data.store import Index, ScanRecord
 from pgl_ray.data.stream import PairRenderer, Plan
 from pgl_ray.model.pgl import feature_geometry
@@ -67,7 +67,7 @@ def of(
         facts["clamped_share"] = list(shares)
         lines.append(f"clamped bins (D, H, W): {_percent(shares)}, counted on {NUM_PAIRS} pairs")
         if max(shares) > MAX_CLAMPED:
-            notes.append(f"note: {_clamped(views, shares, encoder, geometry, config.align.centers)}")
+            notes.append(f"note: {_clamped(views, shares, encoder, geometry, config.align)}")
     return Outlook(facts, lines + notes)
 
 
@@ -113,16 +113,16 @@ def _clamped(
     shares: tuple[float, float, float],
     encoder: Encoder | ResEncoder,
     geometry: Geometry,
-    centers: str,
+    align: AlignConfig,
 ) -> str:
     """That many bins are clamped, and which settings would mend it: larger views, or a finer map."""
     size, mends = geometry.view_size, []
     finer = [stride for stride in sorted(set(encoder.strides), reverse=True) if stride < geometry.output_stride]
     for stride in (geometry.output_stride, *finer):
-        if any(p % s for p, s in zip(size, stride, strict=True)):
+        if stride in align.more_strides or any(p % s for p, s in zip(size, stride, strict=True)):
             continue
-        way = feature_geometry(encoder, size, stride, centers, geometry.sampling_ratio)[1]
-        enough, found = _large_enough(views, way)
+        way = feature_geometry(encoder, size, stride, align.centers, geometry.sampling_ratio)[1]
+        enough, found = _large_enough(views, way, np.lcm.reduce([stride, *align.more_strides]))
         if enough:
             keys = [f"views.size={_listed(enough)}"] if enough != size else []
             keys += [f"align.output_stride={_listed(stride)}"] if stride in finer else []
@@ -136,13 +136,16 @@ def _clamped(
     )
 
 
-def _large_enough(views: _Views, geometry: Geometry) -> tuple[tuple[int, ...] | None, tuple[float, ...]]:
-    """The smallest views that clamp few bins in this geometry, none where the scans are too small, and the shares."""
-    size, stride = geometry.view_size, geometry.output_stride
+def _large_enough(
+    views: _Views, geometry: Geometry, whole: np.ndarray
+) -> tuple[tuple[int, ...] | None, tuple[float, ...]]:
+    """The smallest views that clamp few bins in this geometry, none where the scans are too small, and the shares.
+    Their sizes are multiples of `whole` [3], the strides of all maps that are compared."""
+    size = geometry.view_size
     shares = clamped_shares(*views.draw(size), geometry)
     while max(shares) > MAX_CLAMPED:
         grown = []
-        for length, step, share in zip(size, stride, shares, strict=True):
+        for length, step, share in zip(size, whole.tolist(), shares, strict=True):
             cells = length // step  # they clamp about a share in proportion to 1 / cells
             grown.append(step * (cells if share <= MAX_CLAMPED else max(cells + 1, int(cells * share / MAX_CLAMPED))))
         size = tuple(grown)

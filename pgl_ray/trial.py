@@ -1,7 +1,6 @@
 """A trial of a sweep: its doors' configs, and the doors one after another inside one of Ray Tune's processes."""
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -31,6 +30,7 @@ from pgl_ray.config import (
     build,
     dump,
 )
+from pgl_ray.data.system import lock_file
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import feature_geometry
 from pgl_ray.train import checkpoint, launch
@@ -235,12 +235,9 @@ def _pretrain(config: PretrainConfig) -> str | None:
 def _alone(run: str) -> Iterator[None]:
     """One process at a time in a trial's folder, and one trial in a shared pre-training; the kernel frees the lock of a
     killed one."""
-    Path(run).parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{run}.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with lock_file(Path(f"{run}.lock")) as lock:
+        if not lock.take():
+            lock.take(wait_s=math.inf)
             time.sleep(5)  # the workers of a trial that was killed end a little later than its lock
         yield
 

@@ -7,7 +7,6 @@ settings, and nowhere else: Ray Tune chooses, stops and places the trials that a
 """
 
 import contextlib
-import fcntl
 import functools
 import importlib
 import itertools
@@ -43,6 +42,7 @@ from pgl_ray.config import (
 )
 from pgl_ray.data import stream
 from pgl_ray.data.store import Index, ScanRecord, read_index
+from pgl_ray.data.system import lock_file
 from pgl_ray.judge import voxels
 from pgl_ray.judge.judges import check_number
 from pgl_ray.train import launch, weights
@@ -98,11 +98,10 @@ def run(config: TuneConfig) -> Result:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time runs a sweep; the kernel frees the lock of a killed one."""
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"run={folder} is being run by another process: wait for it, or end it") from None
+    with lock_file(folder / ".lock") as lock:
+        if not lock.take():
+            raise ValueError(f"run={folder} is being run by another process: wait for it, or end it")
+        lock.warn(f"run={folder}")
         yield
 
 

@@ -1,11 +1,14 @@
 """The demo's settings and what it says: one geometry throughout, nothing learnt from the phantoms it is judged on."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 from pgl_ray import config as c
-from pgl_ray import demo, pretrain
+from pgl_ray import demo, outlook, pretrain
+from pgl_ray.data.phantom import make_phantom
+from pgl_ray.data.store import foreground_box
 from pgl_ray.judge.judges import Standing
 from pgl_ray.model.places import PlacesPgl
 from pgl_ray.probe import ProbeResult
@@ -49,6 +52,22 @@ def test_pre_training_learns_by_place_on_maps_that_the_views_hold(settings):
         cells = [size // stride for size, stride in zip(one.view_size, one.output_stride)]
         assert min(cells) >= 2, f"{one.output_stride}: a view has {cells} cells"
     assert geometry.view_size == tuple(demo.VIEW)
+
+
+def test_pre_training_begins_without_a_note(tmp_path):
+    """The target turns over and few bins are clamped, on phantoms of the demo's kind and other seeds."""
+    config = demo._pretraining(c.DemoConfig(), "store", str(tmp_path / "run"), {})
+    bodies = [foreground_box(make_phantom(990 + i, demo.SHAPE, demo.SPACING_MM).volume) for i in range(4)]
+    chunk = '{"codecs": [{"configuration": {"chunk_shape": [8, 64, 64]}}]}'
+    scans = [
+        SimpleNamespace(scan_id=f"s{i}", split="train", shape=demo.SHAPE, foreground_box=body, array_metadata=chunk)
+        for i, body in enumerate(bodies)
+    ]
+    index = SimpleNamespace(store="store", scans=tuple(scans))
+    plan, (model, geometry) = pretrain.make_plan(config, index), pretrain.build_model(config)
+    renderer = pretrain.make_renderer(config, index, plan)
+    found = outlook.of(config, index, plan, renderer, model.get_submodule("online.encoder"), geometry)
+    assert len(found.lines) == 2 and not any("note" in line for line in found.lines)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,8 @@ DOOR_TO_DOOR |= {("probe", "feature_pictures"), ("feature_pictures", "pictures")
 DOOR_TO_DOOR |= {("report", "sweep_report"), ("sweeps", "tables")}
 DOOR_TO_DOOR |= {("sweep_report", other) for other in ("arms", "sweeps", "tables", "pictures")}
 DOOR_TO_DOOR |= {("arms", other) for other in ("sweeps", "tables")}  # what a sweep's arms differ by, no door itself
-PLACES = {
-    f"pgl_ray.data.place.{name}" for name in ("Bucket", "NO_LOCKS", "write_aside")
-}  # runs lie in buckets as stores do
+PLACES = {f"pgl_ray.data.place.{name}" for name in ("Bucket", "write_aside")}  # runs lie in buckets as stores do
+PLACES |= {"pgl_ray.data.system.lock_file"}
 
 
 def imports(path: Path) -> set[str]:

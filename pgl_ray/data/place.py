@@ -5,8 +5,6 @@ zarr's ObjectStore; credentials, region and endpoint come from the environment, 
 (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_NAME, ...).
 """
 
-import errno
-import fcntl
 import os
 import shutil
 import socket
@@ -21,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ray.config import FailedRun
+from pgl_ray.data.system import lock_file
 
 STRAGGLERS_S = 20  # how long workers of a killed run may live on
 HEARTBEAT_S, SILENCE_S = 5, 30  # of the lock in a bucket
 LARGEST_READ = 2**20  # bytes after which no neighbour is added
 PIECE = 2**24  # bytes of a large object that are asked for at a time
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 def open_place(url: str | os.PathLike) -> "Place":
@@ -138,15 +136,12 @@ class Folder:
         Raises:
             FailedRun: another run holds it.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("ab") as file:
-            until = time.monotonic() + STRAGGLERS_S
-            while not _flock(file, fcntl.LOCK_EX):
-                if time.monotonic() > until:
-                    raise _in_use(self.url)
-                time.sleep(0.2)
+        with lock_file(self.root / ".lock") as lock:
+            if not lock.take(wait_s=STRAGGLERS_S):
+                raise _in_use(self.url)
+            lock.warn(f"store={self.url}")
             with _part(self) as token:
-                if not _flock(file, fcntl.LOCK_SH):
+                if not lock.take(shared=True):
                     raise _in_use(self.url)
                 yield token
 
@@ -157,23 +152,11 @@ class Folder:
         Raises:
             FailedRun: the run of this token is over.
         """
-        with (self.root / ".lock").open("ab") as file:
-            if not _flock(file, fcntl.LOCK_SH):
+        with lock_file(self.root / ".lock") as lock:
+            if not lock.take(shared=True):
                 raise _in_use(self.url)
             _check_token(self, token)
             yield
-
-
-def _flock(file, kind: int) -> bool:
-    """Whether the lock was got; a file system without locks has every wish granted."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
 
 
 @contextmanager

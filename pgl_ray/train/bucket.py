@@ -7,9 +7,9 @@ processes bring to the bucket what each of them writes, and one to read, for all
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +19,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from pgl_ray.config import FailedRun
-from pgl_ray.data.place import NO_LOCKS, Bucket, write_aside
+from pgl_ray.data.place import Bucket, write_aside
+from pgl_ray.data.system import lock_file
 from pgl_ray.train.track import ID as TRACKER
 
 STATE = "state.pt"
@@ -404,11 +405,6 @@ def _parts(path: Path) -> Iterator[bytes]:
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
     """One process of this machine at a time; the kernel frees the lock of a killed one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+    with lock_file(path) as lock:
+        lock.take(wait_s=math.inf)
         yield

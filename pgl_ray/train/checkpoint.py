@@ -9,7 +9,6 @@ in copies of its folder (see bucket.py): what is asked of the run as a whole tak
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ import torch
 
 import pgl_ray
 from pgl_ray.config import FailedRun, Section, build, dump
+from pgl_ray.data.system import lock_file
 from pgl_ray.train import bucket
 from pgl_ray.train.bucket import EVENTS, MANIFEST, METRICS, NAME, SNAPSHOT, STATE
 from pgl_ray.train.track import Tracker
@@ -143,18 +143,15 @@ def held(run: str) -> str | None:
 
 @contextlib.contextmanager
 def _locked(run: str) -> Iterator[None]:
-    with (Path(run) / "run.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(f"run={run} is being trained by {holder}: wait for it, or end it") from None
-        except OSError as error:  # some network storage has no locks
-            print(f"  no lock on run={run} ({error.strerror}): take care not to start it twice", flush=True)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+    with lock_file(Path(run) / "run.lock") as lock:
+        if not lock.take():
+            lock.file.seek(0)
+            holder = lock.file.read().strip() or "another process"
+            raise ValueError(f"run={run} is being trained by {holder}: wait for it, or end it")
+        lock.warn(f"run={run}")
+        lock.file.truncate(0)
+        lock.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.file.flush()
         yield
 
 

@@ -1,0 +1,98 @@
+"""What the operating system has to be asked for, in one place: locks between processes, and cores. Linux and macOS."""
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+try:
+    import fcntl
+except ImportError:  # filelock's locks stand in
+    fcntl = None
+
+BUSY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # EACCES: some network file systems
+PAUSE_S = 0.1  # between two looks at a lock that another process holds
+
+
+def num_cores() -> int:
+    """Cores that this process may use; on macOS, which does not say so, all of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Lock:
+    """An open lock file. Its locks end with the process, also with a killed one, or when the block ends.
+
+    The kernel's (`flock`), which hold between the machines of a network file system, too: there a shared lock asks for
+    a file that is open for reading, an exclusive one for writing, so it is open for both. The file stays: waiters of a
+    removed one would hold locks on different files.
+
+    Attributes:
+        file: the lock file, open for reading and appending, for what the holder has to say.
+        refused: why the file system has no locks, so that every wish was granted; none where it has.
+    """
+
+    def __init__(self, path: Path):
+        self.file, self.refused = path.open("a+"), None
+        self._stand_in = None if fcntl else filelock.SoftFileLock(f"{path}.held")
+
+    def take(self, shared: bool = False, wait_s: float = 0.0) -> bool:
+        """Takes the lock, or changes its kind, which others may come between; whether it was got in time.
+
+        Args:
+            shared: together with other holders of shared locks.
+            wait_s: how long to wait for other holders; math.inf: as long as they hold it.
+        """
+        until = time.monotonic() + wait_s
+        while not self._got(shared):
+            if time.monotonic() > until:
+                return False
+            time.sleep(PAUSE_S)
+        return True
+
+    def _got(self, shared: bool) -> bool:
+        if self._stand_in:
+            return self._stand_in_got(shared)
+        try:
+            fcntl.flock(self.file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in BUSY:
+                return False
+            self.refused = error.strerror  # some network storage has no locks
+        return True
+
+    def _stand_in_got(self, shared: bool) -> bool:
+        """The stand-in knows exclusive locks alone; a shared one keeps nobody out."""
+        if shared or self._stand_in.is_locked:
+            return True
+        try:
+            self._stand_in.acquire(timeout=0)
+        except filelock.Timeout:
+            return False
+        return True
+
+    def warn(self, what: str) -> None:
+        """Prints that nothing is locked, where nothing is."""
+        if self.refused:
+            print(f"  no lock on {what} ({self.refused}): take care not to start it twice", flush=True)
+
+    def close(self) -> None:
+        if self._stand_in:
+            self._stand_in.release()
+        self.file.close()
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[Lock]:
+    """A lock file, made where there is none; nothing is locked yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = Lock(path)
+    try:
+        yield lock
+    finally:
+        lock.close()

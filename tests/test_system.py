@@ -1,0 +1,226 @@
+"""Locks between processes, and that no door needs what Linux alone has."""
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pgl_ray import tune
+from pgl_ray.config import FailedRun
+from pgl_ray.data import place, system
+from pgl_ray.train import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What macOS has not: names of os and signal, modules, Linux's files. Everything else is as it is here.
+MACOS = """
+import builtins, ctypes, os, signal, sys
+LINUX = "sched_getaffinity sched_setaffinity posix_fadvise posix_fallocate sendfile pipe2 memfd_create eventfd "
+LINUX += "copy_file_range getrandom setresuid splice getxattr setxattr O_DIRECT O_NOATIME O_TMPFILE"
+import psutil, ray, torch  # bring what they need on a Mac themselves
+for name in LINUX.split():
+    if hasattr(os, name):
+        delattr(os, name)
+ctypes.CDLL = lambda name, *_, **__: (_ for _ in ()).throw(OSError(f"{name}: no such library"))
+opened = builtins.open
+def no_proc(path, *args, **kwargs):
+    if str(path).startswith(("/proc/", "/sys/", "/dev/shm")):
+        raise FileNotFoundError(path)
+    return opened(path, *args, **kwargs)
+builtins.open = no_proc
+"""
+NO_FCNTL = """
+import sys
+import psutil, ray, torch
+for name in [name for name in sys.modules if name.split(".")[0] in ("filelock", "fcntl")]:
+    del sys.modules[name]
+sys.modules["fcntl"] = None
+"""
+ALL_DOORS = """
+import importlib, pathlib
+for path in sorted(pathlib.Path("pgl_ray").rglob("*.py")):
+    importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
+"""
+
+
+def python(code: str, *args: str, **options) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("hidden", [MACOS, NO_FCNTL])
+def test_every_module_loads_without_what_linux_has(hidden):
+    python(hidden + ALL_DOORS)
+
+
+def test_cores_are_counted_without_affinity(monkeypatch):
+    if hasattr(os, "sched_getaffinity"):
+        assert system.num_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert system.num_cores() == os.cpu_count()
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert system.num_cores() == 1
+
+
+USE = """
+import os, sys, pathlib
+from pgl_ray.data import phantom, store, system
+from pgl_ray.data.place import open_place
+from pgl_ray.model import device
+from pgl_ray.train import checkpoint
+folder = pathlib.Path(sys.argv[1])
+assert system.num_cores() >= 1
+device.keep_freed_memory()
+with open_place(folder / "store").locked() as token, open_place(folder / "store").joined(token):
+    open_place(folder / "store").write("a", [b"b"])
+(folder / "run").mkdir()
+with checkpoint.alone(str(folder / "run")):
+    pass
+print("done")
+"""
+
+
+@pytest.mark.parametrize("hidden", [MACOS, NO_FCNTL])
+def test_stores_and_runs_are_locked_without_it(hidden, tmp_path):
+    assert python(hidden + USE, str(tmp_path)).splitlines()[-1] == "done"
+
+
+# -- locks ------------------------------------------------------------------------------------------------------------
+
+COUNT = """
+import math, pathlib, sys, time
+from pgl_ray.data.system import lock_file
+path, times = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+for _ in range(times):
+    with lock_file(path.with_suffix(".lock")) as lock:
+        assert lock.take(wait_s=math.inf)
+        number = int(path.read_text())
+        time.sleep(0.002)
+        path.write_text(str(number + 1))
+"""
+
+
+@pytest.mark.parametrize("hidden", ["", NO_FCNTL.replace("import psutil, ray, torch\n", "")])
+def test_many_waiters_get_the_lock_one_at_a_time(hidden, tmp_path):
+    """Each reads a number, waits, and writes the next one: what two hold at once is lost."""
+    path, times = tmp_path / "number", 5
+    path.write_text("0")
+    waiters = [
+        subprocess.Popen([sys.executable, "-c", hidden + COUNT, str(path), str(times)], cwd=ROOT) for _ in "12345678"
+    ]
+    assert [one.wait(120) for one in waiters] == [0] * 8
+    assert path.read_text() == str(8 * times)
+
+
+HOLD = """
+import pathlib, sys, time
+from pgl_ray.data.system import lock_file
+with lock_file(pathlib.Path(sys.argv[1])) as lock:
+    print(lock.take(shared=sys.argv[2] == "shared"), flush=True)
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def other_process(path: Path, kind: str):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), kind], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "True\n"
+        yield holder
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine", "got"),
+    [("shared", True, True), ("shared", False, False), ("alone", True, False), ("alone", False, False)],
+)
+def test_shared_locks_keep_exclusive_ones_out(theirs, mine, tmp_path):
+    path, got = tmp_path / "a.lock", theirs == "shared" and mine
+    with other_process(path, theirs) as holder:
+        with system.lock_file(path) as lock:
+            assert lock.take(shared=mine) == got
+            began = time.monotonic()
+            assert lock.take(shared=mine, wait_s=0.3) == got and (got or time.monotonic() - began >= 0.3)
+        holder.kill()
+        holder.wait()
+        with system.lock_file(path) as lock:
+            assert lock.take(), "the lock of a killed process is free"
+    assert path.exists()
+
+
+def test_one_holder_changes_the_kind_of_its_lock(tmp_path):
+    with system.lock_file(tmp_path / "deep" / "a.lock") as one, system.lock_file(tmp_path / "deep" / "a.lock") as two:
+        assert one.take() and not two.take(shared=True)
+        assert one.take(shared=True) and two.take(shared=True) and not one.take()
+
+
+def test_lock_files_are_open_for_reading_and_writing(tmp_path):
+    """On NFS, whose locks are byte ranges, a shared one asks for the first and an exclusive one for the second."""
+    import fcntl
+
+    with system.lock_file(tmp_path / "a.lock") as lock:
+        assert fcntl.fcntl(lock.file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        (tmp_path / "a.lock").write_text("who")
+        for kind in (fcntl.LOCK_SH, fcntl.LOCK_EX):  # as an NFS client translates flock
+            fcntl.lockf(lock.file, kind | fcntl.LOCK_NB)
+    with system.lock_file(tmp_path / "a.lock") as lock:
+        lock.file.seek(0)
+        assert lock.take() and lock.file.read() == "who", "an asker leaves what the holder wrote"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_storage_without_locks_grants_every_wish_and_says_so(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(system.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, "no locks here")))
+    with place.open_place(tmp_path / "store").locked() as token, place.open_place(tmp_path / "store").joined(token):
+        pass
+    (tmp_path / "run").mkdir()
+    with checkpoint.alone(str(tmp_path / "run")), tune._locked(tmp_path / "sweep"):
+        pass
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0].strip() for line in told] == [
+        f"no lock on store={tmp_path / 'store'}",
+        f"no lock on run={tmp_path / 'run'}",
+        f"no lock on run={tmp_path / 'sweep'}",
+    ]
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
+def test_a_busy_lock_is_no_missing_one(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(system.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, "busy")))
+    monkeypatch.setattr(place, "STRAGGLERS_S", 0)
+    with pytest.raises(FailedRun, match="another prepare"), place.open_place(tmp_path / "store").locked():
+        pass
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.lock").write_text("process 7 on node_3")
+    with (
+        pytest.raises(ValueError, match="is being trained by process 7 on node_3"),
+        checkpoint.alone(str(tmp_path / "run")),
+    ):
+        pass
+
+
+SECOND = """
+import sys
+from pgl_ray.train import checkpoint
+try:
+    checkpoint.alone(sys.argv[1]).__enter__()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_second_process_is_told_who_trains(tmp_path):
+    (tmp_path / "run").mkdir()
+    with checkpoint.alone(str(tmp_path / "run")):
+        told = python(SECOND, str(tmp_path / "run"))
+    assert f"is being trained by process {os.getpid()} on" in told
