@@ -1,10 +1,13 @@
 """python -m pgl_ray.inspect store=STORE: what lies in a store, as one self-contained HTML page.
 
-Table, histograms and warnings come from the index alone; of the voxels only the pictured slices are read.
+Table, histograms and warnings come from the index and what prepare wrote beside it; of the voxels only the pictured
+slices are read.
 """
 
 import base64
 import io
+import json
+import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +17,8 @@ from typing import Any
 import jinja2
 import matplotlib.image
 import numpy as np
+from matplotlib.colors import to_rgb
+from scipy import ndimage
 
 from pgl_ray.config import InspectConfig, IntensityConfig, ViewsConfig, command
 from pgl_ray.data import store, stream
@@ -22,6 +27,7 @@ from pgl_ray.data.notes import read_notes
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD
 from pgl_ray.data.store import HISTOGRAM_HU, Index, ScanRecord
 from pgl_ray.data.system import num_cores
+from pgl_ray.pictures import organ_color
 
 DISPLAY_HU = (-1000.0, 600.0)  # wide, for scans that are no soft tissue at all must be seen as such
 PICTURE_PX = 192
@@ -34,6 +40,23 @@ MOST_IN_ONE_BIN = 0.98
 LEAST_BODY = 0.02
 MOST_AT_BORDER = 0.1
 FEWEST_SLICES = 10
+MOST_SHEARED = 0.1  # degrees
+BOUNDS = (
+    f"less than {LEAST_BELOW_FAT:.1%} of its voxels are below -128 HU (air, lung, fat)",
+    f"less than {LEAST_SOFT:.0%} are soft tissue (-128 to 192 HU)",
+    f"more than {MOST_ABOVE_BONE:.0%} are above 1600 HU",
+    f"more than {MOST_IN_ONE_BIN:.0%} lie within 64 HU",
+    f"less than {LEAST_BODY:.0%} are body (above {store.BODY_HU} HU)",
+    f"the body covers more than {MOST_AT_BORDER:.0%} of the four side faces",
+    f"there are fewer than {FEWEST_SLICES} slices",
+    f"its axes are more than {MOST_SHEARED} degrees off right angles",
+    "its label map is empty",
+    "another scan has the same voxels",
+    "prepare had something to say of it",
+)
+LEAST_OF_LARGEST = 0.25  # a plane of less than this share of the largest one's area is not pictured
+UNUSED = {"failed.jsonl": "failed", "left_out.jsonl": "left out"}  # what prepare wrote -> in a word
+NUM_UNUSED = 500  # that the page names
 
 
 def run(config: InspectConfig) -> str:
@@ -49,6 +72,7 @@ def run(config: InspectConfig) -> str:
             notes[line["scan_id"]].append(line["reason"])
     for record, others in duplicates(index).items():
         notes[record].append(f"the same voxels as {', '.join(others)}")
+    unused = [(word, line) for file, word in UNUSED.items() for line in _lines(index, file)]
     sizes = _sizes(index)
     content = {
         "store": index.store,
@@ -58,9 +82,12 @@ def run(config: InspectConfig) -> str:
         "bounds": HISTOGRAM_HU,
         "outliers": [(scan_id, notes[scan_id]) for scan_id in sorted(notes) if notes[scan_id]],
         "pictures": [_picture(index, record, notes[record.scan_id]) for record in _shown(config, index, notes)],
+        "unused": unused[:NUM_UNUSED],
+        "num_unused": {word: sum(kind == word for kind, _ in unused) for word in UNUSED.values()},
         "organs": list(index.labels),
+        "colors": {name: organ_color(number) for number, name in enumerate(index.labels, 1)},
         "rows": [_row(record, index, sizes[record.scan_id], notes[record.scan_id]) for record in index.scans],
-        "thresholds": {name: globals()[name] for name in THRESHOLDS},
+        "thresholds": BOUNDS,
     }
     loader, blocks = jinja2.FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
@@ -72,7 +99,13 @@ def run(config: InspectConfig) -> str:
 
 # -- what stands out --------------------------------------------------------------------------------------------------
 
-THRESHOLDS = [name for name in dir() if name.startswith(("LEAST_", "MOST_", "FEWEST_"))]
+
+def _lines(index: Index, name: str) -> list[dict[str, Any]]:
+    """What prepare wrote beside the index; nothing where it didn't, or what is there cannot be read."""
+    try:
+        return [json.loads(line) for line in store.open_place(index.store).read(name).splitlines() if line.strip()]
+    except (OSError, ValueError):
+        return []
 
 
 def warnings(record: ScanRecord) -> list[str]:
@@ -239,31 +272,69 @@ def _shown(config: InspectConfig, index: Index, notes: dict[str, list[str]]) -> 
     )
 
 
+PLANES = (("axial", 0), ("coronal", 1), ("sagittal", 2))  # with the axis that they are cut through
+
+
+def planes(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> list[tuple[str, int]]:
+    """Which planes of a scan are pictured: two, or of a thin stack only the one in which it lies."""
+    areas, lines = {}, {}
+    for name, axis in PLANES:
+        across = [k for k in range(3) if k != axis]
+        areas[name] = math.prod(shape[k] * spacing_mm[k] for k in across)
+        lines[name] = min(shape[k] for k in across)
+    largest = max(areas, key=areas.get)
+    wanted = {
+        name for name in areas if areas[name] >= LEAST_OF_LARGEST * areas[largest] and lines[name] >= FEWEST_SLICES
+    }
+    return [plane for plane in PLANES if plane[0] in wanted | {largest}][:2]
+
+
 def _picture(index: Index, record: ScanRecord, notes: list[str]) -> dict[str, Any]:
-    """Axial and coronal slice through the middle of the body, upright, at the anatomy's proportions."""
-    middle = [(low + high) // 2 for low, high in np.reshape(record.foreground_box, (3, 2))]
-    whole = [(0, size) for size in record.shape]
+    """Slices through the middle of the labels or else of the body, upright, at the anatomy's proportions, with the
+    labels' outlines."""
     spacing, shown = record.spacing_mm, {"scan_id": record.scan_id, "notes": notes, "slices": [], "error": ""}
+    chosen = planes(record.shape, spacing)
     try:
         reader = store.open_volume(index.store, record)
-        for axis, name in ((0, "axial"), (1, "coronal")):
-            box = [(middle[k], middle[k] + 1) if k == axis else bounds for k, bounds in enumerate(whole)]
-            image = np.squeeze(reader.read(np.array(box)), axis)
-            row = 1 - axis
-            if axis == 1:
-                image = image[::-1]  # head up
-            ratio = image.shape[0] * spacing[row] / (image.shape[1] * spacing[2])
-            shown["slices"].append({"name": name, "src": _png(image), "ratio": f"{1 / ratio:.3f}"})
+        labels = store.open_label(index.store, record) if record.label_metadata is not None else None
+        for name, axis in chosen:
+            box = [
+                (at, at + 1) if k == axis else (0, n) for k, (at, n) in enumerate(zip(_middle(record), record.shape))
+            ]
+            image, label = (np.squeeze(part.read(np.array(box)), axis) if part else None for part in (reader, labels))
+            row, column = (k for k in range(3) if k != axis)
+            ratio = image.shape[1] * spacing[column] / (image.shape[0] * spacing[row])
+            if row == 0:  # head up
+                image, label = image[::-1], None if label is None else label[::-1]
+            picture = _png(image, label, list(index.labels.values()))
+            shown["slices"].append({"name": name, "src": picture, "ratio": f"{ratio:.3f}"})
     except RuntimeError as error:  # damaged; the others can be shown
         shown["error"] = str(error)
     return shown
 
 
-def _png(image: np.ndarray) -> str:
-    small = image[tuple(slice(None, None, max(1, round(size / PICTURE_PX))) for size in image.shape)]
-    sink = io.BytesIO()
+def _middle(record: ScanRecord) -> list[int]:
+    """The middle of the largest organ's box, else of the body's."""
+    box = record.foreground_box
+    if record.label_voxels:
+        box = record.label_boxes[max(record.label_voxels, key=record.label_voxels.get)]
+    return [(low + high) // 2 for low, high in np.reshape(box, (3, 2)).tolist()]
+
+
+def _png(image: np.ndarray, label: np.ndarray | None, values: list[int]) -> str:
+    """HU [rows, columns] as a small grey PNG; the k-th label value is outlined in the colour of organ k + 1."""
+    cut = tuple(slice(None, None, max(1, round(size / PICTURE_PX))) for size in image.shape)
     low, high = DISPLAY_HU
-    matplotlib.image.imsave(sink, small, cmap="gray", vmin=low, vmax=high, format="png")
+    grey = ((image[cut].astype(np.float32) - low) / (high - low)).clip(0, 1)
+    colors = np.repeat(grey[..., None], 3, axis=2)
+    if label is not None:
+        label = label[cut]
+        edge = label != ndimage.minimum_filter(label, 3)
+        edge |= label != ndimage.maximum_filter(label, 3)
+        for number, value in enumerate(values, 1):
+            colors[edge & (label == value)] = to_rgb(organ_color(number))
+    sink = io.BytesIO()
+    matplotlib.image.imsave(sink, colors, format="png")
     return f"data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 

@@ -210,9 +210,10 @@ def _predict(
         spacing = f"{' x '.join(f'{length:.3g}' for length in scan.spacing_mm)} mm (D, H, W)"
         texts = {
             "title": job.target.name.removesuffix(".nii.gz"),
-            "subtitle": f"{size} of {spacing}; labels by {config.run}",
+            "subtitle": f"{job.source}: {size} of {spacing}; labels by {config.run}",
+            "made_by": made_by,
         }
-        page, picture = viewer.make_page(scan.voxels, label, scan.affine, organs, texts | {"made_by": made_by})
+        page, picture = viewer.make_page(scan.voxels, label, scan.affine, organs, texts, notes)
         store.write_aside(job.beside(".html"), page.encode())
         store.write_aside(job.beside(".png"), picture)
     facts = {"input": str(job.source), "run": config.run, "organs": [organ._asdict() for organ in organs]}

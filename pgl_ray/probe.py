@@ -258,13 +258,14 @@ def table(result: ProbeResult) -> str:
     asked = [judge for judge in JUDGES if judge in next(iter(result.readings.values()))]
     heads = {"voxels": f"{'voxels':>8}{'last map':>10}", "decoder": f"{'Dice':>8}{'HD95 mm':>9}"}
     heads["matching"] = f"{'match mm':>10}{'deformed':>10}"
-    lines = [f"{'encoder':<34}" + "".join(heads[judge] for judge in asked)]
     words = in_words(result.readings)
     rows = {f"{Path(result.init).name}, {words[reading]}": one for reading, one in result.readings.items()}
     rows |= {name: one for name, one in result.controls.items() if result.init != "random" or name == "control"}
     rows |= {"trained with all labels": result.ceiling} if result.ceiling else {}
+    width = max(34, *(len(name) + 1 for name in rows))
+    lines = [f"{'encoder':<{width}}" + "".join(heads[judge] for judge in asked)]
     for name, scores in rows.items():
-        line = f"{name[:33]:<34}"
+        line = f"{name:<{width}}"
         for judge in asked:
             value, more = scores[judge]["value"] if judge in scores else None, scores.get(judge, {}).get("details", {})
             if judge == "voxels":

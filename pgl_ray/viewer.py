@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,12 @@ class Organ(NamedTuple):
 
 
 def make_page(
-    voxels: np.ndarray, label: np.ndarray, affine: np.ndarray, organs: list[Organ], texts: dict[str, str]
+    voxels: np.ndarray,
+    label: np.ndarray,
+    affine: np.ndarray,
+    organs: list[Organ],
+    texts: dict[str, str],
+    notes: Sequence[str] = (),
 ) -> tuple[str, bytes]:
     """A page with the scan, its labels and a legend, and the pictures in it as a file of their own.
 
@@ -46,6 +52,7 @@ def make_page(
         affine: [4, 4], voxel index (d, h, w, 1) -> RAS+ mm.
         organs: in the order of the legend's numbers.
         texts: "title", "subtitle" and "made_by".
+        notes: what the reader should know of the scan, a sentence each.
 
     Returns:
         HTML and PNG.
@@ -63,6 +70,7 @@ def make_page(
         "scan": _nifti(_greys(voxels[cut]), small, (GREY_HU, -1024.0)),
         "labels": _nifti(numbers[cut], small, (1.0, 0.0)),
         "window": WINDOWS["soft tissue"],
+        "range": [-1024, round(255 * GREY_HU - 1024)],
         "centre": _centre_mm(numbers, affine),
         "colormap": {
             **dict(zip("RGB", channels)),
@@ -80,11 +88,13 @@ def make_page(
     )
     page = environment.get_template("viewer.html").render(
         **texts,
+        notes=notes,
         organs=rows,
         windows=WINDOWS,
         shrunk=shrunk,
         montage=picture,
         display_hu=DISPLAY_HU,
+        grey_hu=GREY_HU,
         niivue=(HERE / "niivue.umd.js").read_text().replace("</script", r"<\/script"),
         licence=(HERE / "niivue.license.txt").read_text().replace("--", "- -"),
         data=json.dumps(data).replace("<", r"\u003c"),
