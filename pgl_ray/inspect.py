@@ -22,7 +22,7 @@ from scipy import ndimage
 
 from pgl_ray.config import InspectConfig, IntensityConfig, ViewsConfig, command
 from pgl_ray.data import store, stream
-from pgl_ray.data.geometry import shear_notes
+from pgl_ray.data.geometry import MOST_SHEAR, shear_notes
 from pgl_ray.data.notes import read_notes
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD
 from pgl_ray.data.store import HISTOGRAM_HU, Index, ScanRecord
@@ -40,7 +40,6 @@ MOST_IN_ONE_BIN = 0.98
 LEAST_BODY = 0.02
 MOST_AT_BORDER = 0.1
 FEWEST_SLICES = 10
-MOST_SHEARED = 0.1  # degrees
 BOUNDS = (
     f"less than {LEAST_BELOW_FAT:.1%} of its voxels are below -128 HU (air, lung, fat)",
     f"less than {LEAST_SOFT:.0%} are soft tissue (-128 to 192 HU)",
@@ -49,7 +48,7 @@ BOUNDS = (
     f"less than {LEAST_BODY:.0%} are body (above {store.BODY_HU} HU)",
     f"the body covers more than {MOST_AT_BORDER:.0%} of the four side faces",
     f"there are fewer than {FEWEST_SLICES} slices",
-    f"its axes are more than {MOST_SHEARED} degrees off right angles",
+    f"its axes are more than {MOST_SHEAR:g} degrees off right angles",
     "its label map is empty",
     "another scan has the same voxels",
     "prepare had something to say of it",
@@ -282,11 +281,10 @@ def planes(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> list[tuple[
         across = [k for k in range(3) if k != axis]
         areas[name] = math.prod(shape[k] * spacing_mm[k] for k in across)
         lines[name] = min(shape[k] for k in across)
-    largest = max(areas, key=areas.get)
-    wanted = {
-        name for name in areas if areas[name] >= LEAST_OF_LARGEST * areas[largest] and lines[name] >= FEWEST_SLICES
-    }
-    return [plane for plane in PLANES if plane[0] in wanted | {largest}][:2]
+    fine = [name for name in areas if lines[name] >= FEWEST_SLICES] or [max(areas, key=areas.get)]
+    largest = max(areas[name] for name in fine)
+    wanted = [name for name in fine if areas[name] >= LEAST_OF_LARGEST * largest]
+    return [plane for plane in PLANES if plane[0] in wanted][:2]
 
 
 def _picture(index: Index, record: ScanRecord, notes: list[str]) -> dict[str, Any]:
