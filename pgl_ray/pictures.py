@@ -471,7 +471,7 @@ def _numbers(ax: Axes, label: np.ndarray, values: tuple[int, ...], apart: np.nda
 
 
 WIDTH_IN, HEIGHT_IN = 10.0, 3.2  # of a montage, and of one of its two rows at most
-GAP_IN, TITLE_IN, LINE_IN, NUMBER_IN = 0.1, 0.4, 0.17, 0.13  # between panels; above them; of the legend; of a number
+GAP_IN, TITLE_IN, LINE_IN, NUMBER_IN = 0.08, 0.4, 0.17, 0.13  # between panels; above them; of the legend; of a number
 LEAST_IN = 1.0  # of a panel's column, for its title
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from pgl_ray import viewer
+from pgl_ray import pictures, viewer
 from pgl_ray.viewer import Organ
 
 AFFINE = np.array([[0.1, 0.0, -1.5, 40], [0.05, 1.2, 0.02, -30], [3.0, 0, 0, 7], [0, 0, 0, 1]])  # d, h, w -> RAS+ mm
@@ -130,3 +130,59 @@ def test_a_browser_shows_the_organ_where_it_lies(tmp_path, webgl):
         first, last = np.flatnonzero(inside)[[0, -1]]
         spans.append((np.flatnonzero(organ)[[0, -1]] - first) / (last - first))
     np.testing.assert_allclose(spans, [[6 / 52, 24 / 52], [6 / 44, 16 / 44]], atol=0.04)
+
+
+def test_notes_and_their_signs_are_shown():
+    voxels, label = scan()
+    organs = viewer.legend(label, {"spleen": 4, "liver": 300}, AFFINE, nested=False)
+    page, _ = viewer.make_page(voxels, label, AFFINE, organs, TEXTS, ["its voxels are <3 mm", "a second one"])
+    assert "<li>its voxels are &lt;3 mm</li>" in page and "<li>a second one</li>" in page
+    assert "<li>" not in viewer.make_page(voxels, label, AFFINE, organs, TEXTS)[0].split("<script>")[0]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium that would show the page")
+def test_a_browser_says_where_the_cross_stands(tmp_path):
+    """Organ, mm and HU of the labels' middle, as the affine has it."""
+    voxels = np.full((24, 64, 64), -1000, np.int16)
+    label = np.zeros_like(voxels, np.uint16)
+    voxels[6:19, 12:31, 16:27], label[6:19, 12:31, 16:27] = 64, 300
+    affine = np.array([[0, 0, -2.0, 60], [0, -2, 0, 60], [5, 0, 0, 100], [0, 0, 0, 1]])
+    organs = viewer.legend(label, {"spleen": 4, "liver": 300}, affine, nested=False)
+    (tmp_path / "page.html").write_text(viewer.make_page(voxels, label, affine, organs, TEXTS)[0])
+    command = [BROWSER, "--headless=new", "--no-sandbox", f"--user-data-dir={tmp_path}/browser", "--dump-dom"]
+    command += ["--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--virtual-time-budget=20000"]
+    done = subprocess.run([*command, f"file://{tmp_path}/page.html"], check=True, capture_output=True, timeout=120)
+    said = re.search(r'id="place"[^>]*>([^<]*)<', done.stdout.decode())[1]
+    assert said == "liver, x 18, y 18, z 160 mm, 64 HU"  # voxel (12, 21, 21): 60 - 2 * 21, 60 - 2 * 21, 100 + 5 * 12
+
+
+def test_a_montage_has_one_scale_and_a_bounded_size():
+    """mm per inch are the same in all ten panels, and no scan makes the picture tall."""
+    for shape, spacing in [((24, 64, 64), (5, 2, 2)), ((600, 128, 128), (3, 4, 4)), ((6, 512, 512), (5, 0.7, 0.7))]:
+        numbers = np.zeros(shape, np.uint8)
+        numbers[shape[0] // 3, 10:40, 10:40] = 1
+        figure = pictures.montage(np.zeros(shape, np.int16), numbers, np.array(spacing), ["liver"])
+        size, scales = figure.get_size_inches(), []
+        for ax in figure.axes:
+            rows, columns = ax.images[0].get_array().shape[:2]
+            box = ax.get_position()
+            across = {(shape[k], shape[m]): (spacing[k], spacing[m]) for k, m in ((1, 2), (0, 2), (0, 1))}
+            unit = across[rows, columns]
+            scales += [box.height * size[1] / (rows * unit[0]), box.width * size[0] / (columns * unit[1])]
+        assert len(figure.axes) == 10 and np.ptp(scales) < 1e-6 * max(scales)
+        assert size[0] == 10 and size[1] < 8
+
+
+def test_numbers_of_small_organs_are_not_piled_up():
+    """Forty organs in a corner: what has no room is left out, large ones first."""
+    numbers = np.zeros((20, 100, 100), np.uint8)
+    numbers[:, 50:90, 50:90] = 1
+    for k in range(40):
+        numbers[:, 10 + k % 8 * 4 : 14 + k % 8 * 4, 10 + k // 8 * 4 : 14 + k // 8 * 4] = k + 2
+    figure = pictures.montage(np.zeros_like(numbers, np.int16), numbers, np.array([5.0, 3, 3]), ["a"] * 41)
+    axial = figure.axes[1]
+    texts = [text for text in axial.texts if text.get_text().isdigit()]
+    places = np.array([text.get_position() for text in texts])
+    far = np.abs(places[:, None] - places[None]).max(2) + 1000 * np.eye(len(places))
+    inch = axial.get_position().width * figure.get_size_inches()[0] / 100
+    assert "1" in {text.get_text() for text in texts} and 4 < len(texts) < 41 and far.min() * inch >= 0.12
