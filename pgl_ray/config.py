@@ -6,12 +6,15 @@ and reports every fault in one message that names the dotted path.
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
@@ -25,7 +28,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from yaml import YAMLError
 
 PRETRAINED = "pretrained:"  # before the name of weights that come with pgl_ray
 JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's working directory
@@ -33,6 +35,8 @@ JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job'
 
 def _absolute(value: str) -> str:
     """Workers run in other directories, so paths are made absolute where they are read."""
+    if not value:
+        raise PydanticCustomError("path", "is empty: give a path")
     if "://" in value:
         raise PydanticCustomError(
             "path", "only stores and runs of pretrain and finetune may lie in a bucket: give a folder"
@@ -51,7 +55,14 @@ def _absolute_unless_named(value: str) -> str:
     return value if value == "random" or value.startswith(PRETRAINED) else _absolute_or_url(value)
 
 
-FilePath = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
+def _as_written(value: Any) -> Any:
+    """Refuses a number in place of a path, where what was written (007, 1e5, yes) is not known any more."""
+    if isinstance(value, int | float):
+        raise PydanticCustomError("path", "is read as a number or as yes/no: put the path into quotes")
+    return value
+
+
+FilePath = Annotated[str, BeforeValidator(_as_written)]
 StorePath = Annotated[FilePath, AfterValidator(_absolute_or_url)]
 RunPath = StorePath  # of a pre-training or fine-tuning; a sweep is a folder
 FilePath = Annotated[FilePath, AfterValidator(_absolute)]
@@ -985,22 +996,106 @@ def load(model: type[Model], args: list[str]) -> Model:
     Raises:
         ValueError: one message with every fault: dotted path, given value, accepted values.
     """
-    merged = OmegaConf.create({})
+    merged, kept = OmegaConf.create({}), []
     for arg in args:
-        key, eq, _ = arg.partition("=")
+        key, eq, value = arg.partition("=")
         try:
             if eq and not key.endswith((".yaml", ".yml")):
+                annotation = _annotation_at(model, key)
+                if _is_text(annotation) or _is_texts(annotation):
+                    kept.append(_typed(annotation, value))
+                    arg = f"{key}={KEPT}{len(kept) - 1}"
                 part = OmegaConf.from_dotlist([arg])
             elif arg.endswith((".yaml", ".yml")):
-                part = _own_section(model, OmegaConf.load(arg), arg)
+                part = _load_file(model, arg)
             else:
                 raise ValueError(f"{arg!r}: expected a .yaml file or key=value")
             merged = OmegaConf.merge(merged, part)
         except FileNotFoundError:
             raise ValueError(f"config file {arg!r} does not exist") from None
-        except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, TypeError) as error:
+        except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError, TypeError) as error:
             raise ValueError(f"{arg!r}: {' '.join(str(error).split())}") from None
-    return build(model, OmegaConf.to_container(merged, resolve=False))
+    return build(model, _put_back(OmegaConf.to_container(merged, resolve=False), kept))
+
+
+# Paths and other texts mean what was typed: YAML would read 007 as 7, 1e5 and 2_000 as numbers, yes as true.
+
+KEPT = "\ue000text "  # stands for a text of the command line, with its number, until all is merged
+
+
+def _annotation_at(model: Any, key: str) -> Any:
+    """The type of the field at a dotted path; none: no field, or inside a free dict."""
+    annotation = model
+    for part in re.findall(r"[^.\[\]]+", key):
+        if part.isdecimal():  # of a list
+            continue
+        section = _section_of(annotation) if annotation else None
+        field = section.model_fields.get(part) if section else None
+        annotation = field.annotation if field else None
+    return annotation
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an annotation allows; of Literal the types of its values."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    return {annotation}
+
+
+def _is_text(annotation: Any) -> bool:
+    return _kinds(annotation) - {NoneType} == {str}
+
+
+def _is_texts(annotation: Any) -> bool:
+    """Whether it is a list of texts."""
+    listed = get_origin(annotation) in (list, tuple)
+    return listed and all(_is_text(part) for part in get_args(annotation) if part is not Ellipsis)
+
+
+def _typed(annotation: Any, value: str) -> Any:
+    """What was typed for a text, or for a list of texts ([a, b], or one of them)."""
+    if _is_texts(annotation):
+        return yaml.load(value, yaml.BaseLoader) if value.startswith("[") else value
+    return None if value == "null" and NoneType in _kinds(annotation) else value
+
+
+def _put_back(values: Any, kept: list[Any]) -> Any:
+    if isinstance(values, dict):
+        return {key: _put_back(value, kept) for key, value in values.items()}
+    if isinstance(values, str) and values.startswith(KEPT):
+        return kept[int(values.removeprefix(KEPT))]
+    return values
+
+
+def _load_file(model: type[Section], path: str) -> Any:
+    """A YAML file, or a door's part of it, in which the fields that are texts stand as they are written."""
+    read = _own_section(model, OmegaConf.load(path), path)
+    if not OmegaConf.is_dict(read):
+        return read
+    with open(path, encoding="utf-8") as file:
+        written = _own_section(model, yaml.load(file, yaml.BaseLoader), path)
+    return OmegaConf.create(_with_texts(model, OmegaConf.to_container(read, resolve=False), written))
+
+
+def _with_texts(annotation: Any, read: Any, written: Any) -> Any:
+    """`read` with what was written wherever a text is wanted and YAML made a number or a truth of it."""
+    section = _section_of(annotation)
+    if isinstance(read, dict) and isinstance(written, dict) and section:
+        fields = section.model_fields
+        return {
+            key: _with_texts(fields[key].annotation, value, written.get(key)) if key in fields else value
+            for key, value in read.items()
+        }
+    if isinstance(read, list) and isinstance(written, list) and (section or _is_texts(annotation)):
+        inner = section or str
+        return [_with_texts(inner, *pair) for pair in zip(read, written)]
+    if isinstance(read, bool | int | float) and isinstance(written, str) and _is_text(annotation):
+        return written
+    return read
 
 
 def _own_section(model: type[Section], file: Any, name: str) -> Any:

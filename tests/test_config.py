@@ -105,3 +105,62 @@ def test_elastic_runs_name_both_ends():
     ):
         with pytest.raises(ValueError, match=message):
             train(*args)
+
+
+TEXTS = [
+    "007",
+    "1e5",
+    "2_000",
+    "yes",
+    "no",
+    "null",
+    "0x1F",
+    "1:30",
+    "a${b",
+    "{a: 1}",
+    "x: y",
+    "a=b",
+    "#5",
+    "it's",
+    " b ",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_on_the_command_line_is_what_was_typed(text, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = c.load(c.PrepareConfig, [f"source={text}", f"store={text}", f"recipe.prefix={text}"])
+    assert (config.source, config.store, config.recipe.prefix) == (*[str(tmp_path / text)] * 2, text)
+    if "${" not in text:
+        c.dump(config, tmp_path / "dumped.yaml")
+        assert c.load(c.PrepareConfig, ["dumped.yaml"]) == config
+
+
+def test_lists_of_texts_and_texts_that_may_be_missing():
+    config = c.load(c.PrepareConfig, ["source=a", "store=b", "series=[007, 1e5, 'x, y']", "labels.table=null"])
+    assert config.series == ("007", "1e5", "x, y") and config.labels.table is None
+    assert c.load(c.PrepareConfig, ["source=a", "store=b", "series=012"]).series == ("012",)
+    assert c.load(c.ReportConfig, ["run=[007,8]", "title=1.10"]).title == "1.10"
+    config = c.load(c.PretrainConfig, ["index=null", "run=b", "train.compile=off", "epochs=3"])
+    assert config.index.endswith("/null") and config.train.compile == "off" and config.epochs == 3
+
+
+def test_texts_in_a_yaml_file_are_what_was_written(tmp_path):
+    path = tmp_path / "prepare.yaml"
+    path.write_text(
+        "source: 007\nstore: 1e5\nseries: [012, yes]\nlabels: {table: 012}\n"
+        "recipe: {name: 1.10, parts: [{images: '{id}', ids: [1_000, b], split: no, num_scans: 3}]}\n"
+    )
+    config = c.load(c.PrepareConfig, [str(path)])
+    assert (Path(config.source).name, Path(config.store).name) == ("007", "1e5")
+    assert config.series == ("012", "yes") and config.labels.table == "012" and config.recipe.name == "1.10"
+    part = config.recipe.parts[0]
+    assert (part.ids, part.split, part.num_scans) == (("1_000", "b"), "no", 3)
+
+
+@pytest.mark.parametrize(
+    "values, message", [({"source": 7}, "source=7: is read as a number"), ({"source": ""}, "empty")]
+)
+def test_no_number_stands_for_a_path(values, message):
+    with pytest.raises(ValueError, match=message):
+        c.build(c.PrepareConfig, {"store": "b", **values})
