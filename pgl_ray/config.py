@@ -71,7 +71,8 @@ Seed = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
-Length = Annotated[float, Field(gt=0)]
+LEAST_VOXEL_MM, LARGEST_VOXEL_MM = 0.02, 30.0  # finest cone-beam CT: 0.075; thickest slices: 10 to 20
+Length = Annotated[float, Field(ge=LEAST_VOXEL_MM, le=LARGEST_VOXEL_MM)]  # of a voxel, in mm
 Triple = tuple[Positive, Positive, Positive]
 Verb = Literal["choice", "grid_search", "uniform", "loguniform", "quniform", "randint"]
 

@@ -2,34 +2,30 @@
 
 Stored orientation: the array axes (D, H, W) run towards S, P, L, so imshow of an axial slice looks as radiologists see
 it. Axes are permuted and flipped to the closest such order, never resampled; the affine keeps what is oblique or
-sheared. World coordinates are RAS+ mm, as in NIfTI. NIfTI goes through nibabel, because ITK refuses slightly sheared
-sforms; NRRD and MHA/MHD go through SimpleITK; a DICOM series is a folder and the names of its slices (see dicom).
+sheared. World coordinates are RAS+ mm, as in NIfTI. Files are read by nifti and itk; a DICOM series is a folder and the
+names of its slices (see dicom).
 HU below air, which scanners and converters write outside the field of view (-2000, -3024), become -1024.
 """
 
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from isal import igzip
 from nibabel import orientations
-from nibabel.imageglobals import logger as nibabel_logger
 
-from pgl_ray.data import dicom, dicom_grid, dicom_masks, itk
+from pgl_ray.data import detached, dicom, dicom_grid, dicom_masks, grids, itk, nifti, plausible
 from pgl_ray.data.dicom import AIR
 from pgl_ray.data.dicom_values import PADDING
 from pgl_ray.data.geometry import shear_notes
+from pgl_ray.data.nifti import is_nifti
+from pgl_ray.data.raw import Geometry, Raw
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 STORED = orientations.axcodes2ornt("LPS")  # of the axes W, H, D
 LIKE_AIR = -500  # HU that no tissue but lung has
-GRID_TOLERANCE = 0.1  # how far a label's corner may lie from its CT's, in voxels
+FRACTION = 1e-3  # how far label values may lie from whole numbers; scale factors of float32 make such errors
 
 
 @dataclass(frozen=True)
@@ -77,30 +73,37 @@ def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
         ValueError: missing, not a readable image, not one 3D volume of single numbers, without geometry, or with
             voxels that are not finite or not HU.
     """
-    path, notes = Path(path), ()
+    path = Path(path)
     if path.is_dir():
-        voxels, rounding_error, affine, notes = _read_series(path, slices)
+        voxels, rounding_error, geometry = _read_series(path, slices)
     else:
-        raw, slope, inter, affine = _read(path)
-        voxels, rounding_error = _whole_numbers(raw, slope, inter, np.int16, path)
+        if detached.is_segmentation(path):
+            raise plausible.LabelMap(f"{path}: a segmentation of 3D Slicer, no CT")
+        raw = _read(path)
+        voxels, rounding_error = _whole_numbers(raw, np.int16, path)
+        geometry = raw.geometry
+        if rounding_error:
+            plausible.check_fractions(path, raw, rounding_error)
         del raw
     num_padding = int(np.count_nonzero(voxels < AIR)) if voxels.min() < AIR else 0
     if num_padding:
         voxels = np.maximum(voxels, np.int16(AIR))
-    stored, stored_affine = _to_stored(voxels, affine)
+    stored, stored_affine = _to_stored(voxels, geometry.affine)
+    voxels = np.ascontiguousarray(stored)
+    doubts = plausible.check_values(path, voxels)
     return Scan(
-        voxels=np.ascontiguousarray(stored),
+        voxels=voxels,
         affine=stored_affine,
         spacing_mm=tuple(float(size) for size in np.linalg.norm(stored_affine[:3, :3], axis=0)),
-        orientation="".join(nib.aff2axcodes(affine)),
+        orientation="".join(nib.aff2axcodes(geometry.affine)),
         rounding_error_hu=rounding_error,
         num_padding=num_padding,
-        notes=(*notes, *shear_notes(affine)),
+        notes=(*geometry.notes, *shear_notes(geometry.affine), *doubts),
     )
 
 
 def read_label(path: str | Path, like: Scan, slices: tuple[str, ...] = ()) -> np.ndarray:
-    """Reads a label map onto its CT's stored grid.
+    """Reads a label map onto its CT's stored grid. A segmentation of 3D Slicer may cover a part of the grid.
 
     Args:
         path: a file, or a folder of DICOM.
@@ -112,24 +115,24 @@ def read_label(path: str | Path, like: Scan, slices: tuple[str, ...] = ()) -> np
     Raises:
         ValueError: as read_scan; another grid than the CT's; negative values or fractions.
     """
+    path = Path(path)
     if slices:
-        (raw, affine), slope, inter = dicom_masks.read(Path(path), slices), 1.0, 0.0
+        voxels, affine = dicom_masks.read(path, slices)
+        raw = Raw(voxels, 1.0, 0.0, Geometry(affine))
     else:
-        raw, slope, inter, affine = _read(Path(path))
-    label, rounding_error = _whole_numbers(raw, slope, inter, np.uint16, path)
-    if rounding_error:
-        raise ValueError(f"{path}: label values must be whole numbers, found fractions: is it a label map?")
-    label, label_affine = _to_stored(label, affine)
-    if label.shape != like.voxels.shape:
+        raw = _read(path)
+    label, rounding_error = _whole_numbers(raw, np.uint16, path)
+    if rounding_error > FRACTION:
         raise ValueError(
-            f"{path}: label shape {label.shape} differs from its CT's {like.voxels.shape} (D, H, W): resample it onto "
-            "the CT's grid"
+            f"{path}: label values must be whole numbers, found some that are {rounding_error:.3g} away from one: was "
+            "it resampled with interpolation? Take the nearest voxel's value instead"
         )
-    if _largest_shift(label_affine, like.affine, label.shape) > GRID_TOLERANCE * min(like.spacing_mm):
-        raise ValueError(
-            f"{path}: label affine {_text(label_affine)} differs from its CT's {_text(like.affine)}: resample it onto "
-            "the CT's grid"
-        )
+    label, label_affine = _to_stored(label, raw.geometry.affine)
+    if label.shape != like.voxels.shape and detached.is_segmentation(path):
+        label, label_affine = _pasted(label, label_affine, like)
+    reason = grids.difference(label.shape, label_affine, like.voxels.shape, like.affine)
+    if reason:
+        raise ValueError(f"{path}: {reason}: {grids.mend(path, label.shape, label_affine, like.voxels.shape)}")
     return smallest(label)
 
 
@@ -170,7 +173,7 @@ def num_voxels(path: str | Path, slices: tuple[str, ...] = ()) -> int:
     path = Path(path)
     if path.is_dir():
         return math.prod(dicom_grid.read_grid(path, slices or dicom.only_series(path)).shape)
-    return math.prod(_open_nifti(path).shape if _is_nifti(path) else itk.open_header(path).GetSize())
+    return math.prod(nifti.open_image(path).shape if is_nifti(path) else itk.open_header(path).GetSize())
 
 
 def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: tuple[str, ...] = ()) -> None:
@@ -184,124 +187,62 @@ def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: t
     Raises:
         ValueError: the shape is not the CT's, or the CT cannot be read.
     """
-    header, image_class = None, nib.Nifti1Image
-    if Path(like).is_dir():
+    path, like = Path(path), Path(like)
+    if like.is_dir():
         grid = dicom_grid.read_grid(like, slices or dicom.only_series(like))
         shape, affine = grid.shape, grid.affine
-    elif _is_nifti(Path(like)):
-        image = _open_nifti(Path(like))
-        shape, affine, header, image_class = image.shape[:3], image.affine, image.header.copy(), type(image)
-        header.set_data_dtype(label.dtype)
-        header["cal_min"] = header["cal_max"] = 0  # the CT's display range
-        header.extensions.clear()  # may hold the patient's DICOM header
+    elif is_nifti(like):
+        image = nifti.open_image(like)
+        shape, affine = image.shape[:3], nifti.geometry(image).affine
     else:
-        reader = itk.open_header(Path(like))
-        shape, affine = reader.GetSize(), itk.affine_of(reader)
-    own_order = orientations.ornt_transform(STORED, _checked_orientation(affine, like))
+        reader = itk.open_header(like)
+        shape, affine = itk.shape_of(reader), itk.geometry(like, reader).affine
+    own_order = orientations.ornt_transform(STORED, orientations.io_orientation(affine))
     own = orientations.apply_orientation(label.transpose(2, 1, 0), own_order)
     if own.shape != tuple(shape):
         raise ValueError(f"{path}: label shape {label.shape} (D, H, W) does not fit {like}, shape {tuple(shape)}")
-    nib.save(image_class(own, affine, header), path)
+    if is_nifti(like):
+        nifti.write_label(path, own, like)
+        return
+    written = nib.Nifti1Image(own, affine)
+    written.header.set_xyzt_units("mm")
+    nib.save(written, path)
 
 
 # -- formats ----------------------------------------------------------------------------------------------------------
 
 
-def _read_series(folder: Path, slices: tuple[str, ...]) -> tuple[np.ndarray, float, np.ndarray, tuple[str, ...]]:
-    """int16 HU [i, j, k] of a DICOM series, the largest change by rounding, affine (i, j, k, 1) -> RAS+ mm, notes."""
+def _read_series(folder: Path, slices: tuple[str, ...]) -> tuple[np.ndarray, float, Geometry]:
+    """int16 HU [i, j, k] of a DICOM series, the largest change by rounding, and where they lie."""
     grid = dicom_grid.read_grid(folder, slices or dicom.only_series(folder))
+    plausible.check_grid(folder, grid.affine, grid.shape)
     voxels, rounding_error = np.empty((0, 0, 0), np.int16), 0.0
     for k, hu in enumerate(dicom_grid.read_slices(folder, grid)):
         if not k:  # a header may state any size: the first slice has it
             voxels = np.empty(grid.shape, np.int16, order="F")
-        voxels[..., k : k + 1], error = _whole_numbers(hu[..., None], 1, 0, np.int16, folder / grid.files[k])
+        values = Raw(hu[..., None], 1.0, 0.0, Geometry(grid.affine))
+        voxels[..., k : k + 1], error = _whole_numbers(values, np.int16, folder / grid.files[k])
         rounding_error = max(rounding_error, error)
     if grid.unspecified and not ((voxels > PADDING) & (voxels < LIKE_AIR)).any():
         raise ValueError(
             f"{grid.name}: pixels are in US (no unit is stated), and none lies below {LIKE_AIR} as air does in HU: "
             "take the original series"
         )
-    return voxels, rounding_error, grid.affine, grid.notes
+    return voxels, rounding_error, Geometry(grid.affine, notes=grid.notes)
 
 
-def _read(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
-    """Raw voxels [i, j, k] in the file's axis order, slope, intercept, and affine (i, j, k, 1) -> RAS+ mm."""
+def _read(path: Path) -> Raw:
+    """Raises ValueError: no such file, another format, as nifti.read and itk.read, or an impossible grid."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     if not is_volume(path):
         raise ValueError(f"{path}: not a supported format ({', '.join(SUFFIXES)}): convert it")
-    if _is_nifti(path):
-        raw, slope, inter, affine = _read_nifti(path)
-    else:
-        (raw, affine), slope, inter = itk.read(path), 1.0, 0.0
-    _checked_orientation(affine, path)
-    return raw, slope, inter, affine
-
-
-def _is_nifti(path: Path) -> bool:
-    return path.name.lower().endswith((".nii", ".nii.gz"))
-
-
-@contextmanager
-def _quiet_nibabel() -> Iterator[None]:
-    """nibabel logs what it then raises, and what it mends in a header."""
-    level = nibabel_logger.level
-    nibabel_logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        nibabel_logger.setLevel(level)
-
-
-def _open_nifti(path: Path):
-    try:
-        with _quiet_nibabel():
-            image = nib.load(path)
-    except Exception as error:  # nibabel has no common base for what a damaged header can cause
-        raise itk.unreadable(path, error) from None
-    if not isinstance(image, nib.Nifti1Pair):
-        raise itk.unreadable(path, f"{type(image).__name__}, not NIfTI")
-    if image.get_data_dtype().kind not in "biuf":
-        raise ValueError(f"{path}: voxels are of type {image.get_data_dtype()}, expected single numbers (a CT in HU)")
-    if len(image.shape) < 3 or min(image.shape) < 1 or any(size != 1 for size in image.shape[3:]):
-        raise ValueError(f"{path}: shape {image.shape}, expected one 3D volume: split or select it first")
-    if image.dataobj.offset < image.header.single_vox_offset:
-        raise itk.unreadable(path, f"its voxels begin at byte {image.dataobj.offset}, inside its header")
-    held = path.stat().st_size * (itk.DEFLATE_RATIO if path.name.lower().endswith(".gz") else 1)
-    itk.check_fits(path, image.shape, image.get_data_dtype().itemsize, held)
-    return image
-
-
-def _read_nifti(path: Path) -> tuple[np.ndarray, float, float, np.ndarray]:
-    image = _open_nifti(path)
-    try:
-        if path.name.lower().endswith(".gz"):
-            with igzip.open(path) as stream, _quiet_nibabel():
-                image = type(image).from_stream(stream)
-                raw, surplus = image.dataobj.get_unscaled(), 0
-                while part := stream.read(
-                    2**20
-                ):  # to the end, where gzip compares its checksum; nibabel stops before it
-                    surplus += len(part)
-        else:
-            raw = image.dataobj.get_unscaled()
-            surplus = path.stat().st_size - image.dataobj.offset - raw.nbytes
-    except MemoryError:
-        raise itk.too_large(path, image.shape) from None
-    except Exception as error:  # EOFError, zlib.error, OSError, ValueError, ...
-        raise itk.unreadable(path, error) from None
-    itk.check_surplus(path, raw.shape, surplus, raw.itemsize)
-    return raw.reshape(raw.shape[:3], order="F"), image.dataobj.slope, image.dataobj.inter, image.affine
+    raw = nifti.read(path) if is_nifti(path) else itk.read(path)
+    plausible.check_grid(path, raw.geometry.affine, raw.voxels.shape, raw.geometry.unit)
+    return raw
 
 
 # -- geometry and values ----------------------------------------------------------------------------------------------
-
-
-def _checked_orientation(affine: np.ndarray, path: str | Path) -> np.ndarray:
-    """nibabel's orientation of the file's axes; refuses an affine that has none."""
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ValueError(f"{path}: affine {_text(affine)} is singular: spacing or orientation is missing in the header")
-    return orientations.io_orientation(affine)
 
 
 def _to_stored(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -311,13 +252,20 @@ def _to_stored(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.nd
     return stored, (affine @ orientations.inv_ornt_aff(transform, array.shape))[:, [2, 1, 0, 3]]
 
 
-def _largest_shift(affine_1: np.ndarray, affine_2: np.ndarray, shape: tuple[int, ...]) -> float:
-    """How far apart two affines put a corner voxel of the grid, in mm."""
-    corners = np.array([(*corner, 1) for corner in product(*((0, size - 1) for size in shape))])
-    return float(np.linalg.norm(corners @ (affine_1 - affine_2).T, axis=1).max())
+def _pasted(label: np.ndarray, affine: np.ndarray, like: Scan) -> tuple[np.ndarray, np.ndarray]:
+    """A segmentation that was saved for its segments' extent alone, on its CT's whole grid; any other as it is."""
+    step = np.linalg.inv(like.affine) @ affine
+    first = np.rint(step[:3, 3]).astype(int)
+    step[:3, 3] -= first
+    fits = (first >= 0).all() and (first + label.shape <= like.voxels.shape).all()
+    if not fits or grids.shift(step, np.eye(4), label.shape) > grids.TOLERANCE:
+        return label, affine
+    whole = np.zeros(like.voxels.shape, label.dtype)
+    whole[tuple(slice(start, start + size) for start, size in zip(first, label.shape))] = label
+    return whole, like.affine
 
 
-def _whole_numbers(raw: np.ndarray, slope: float, inter: float, dtype: type, path) -> tuple[np.ndarray, float]:
+def _whole_numbers(volume: Raw, dtype: type, path: str | Path) -> tuple[np.ndarray, float]:
     """Scaled voxels as integers, and the largest change by rounding.
 
     Works slice by slice: a whole scaled volume would be float64, four times the int16 it ends as.
@@ -325,6 +273,7 @@ def _whole_numbers(raw: np.ndarray, slope: float, inter: float, dtype: type, pat
     Raises:
         ValueError: NaN or infinity, or values beyond the integer type.
     """
+    raw, slope, inter, _ = volume
     if raw.dtype.kind in "biu" and (slope, inter) == (1, 0):
         _check_range(int(raw.min()), int(raw.max()), dtype, path)
         return raw.astype(dtype, copy=False), 0.0
@@ -338,18 +287,16 @@ def _whole_numbers(raw: np.ndarray, slope: float, inter: float, dtype: type, pat
             error = max(error, float(np.abs(values - rounded).max()))
             whole[..., k] = rounded
     if num_bad:
-        raise ValueError(f"{path}: {num_bad} of {raw.size} voxels are NaN or infinite: mend or leave out this file")
+        mend = "mend or leave out this file" if dtype is np.int16 else "set them to 0, or to the label that they have"
+        raise ValueError(f"{path}: {num_bad} of {raw.size} voxels are NaN or infinite: {mend}")
     return whole, error
 
 
 def _check_range(low: float, high: float, dtype: type, path: str | Path) -> None:
     bounds = np.iinfo(dtype)
     if low < bounds.min or high > bounds.max:
-        what = "HU" if dtype is np.int16 else "label values"
-        raise ValueError(
-            f"{path}: values from {low:g} to {high:g}, {what} lie in {bounds.min}..{bounds.max}: is it in other units?"
-        )
-
-
-def _text(affine: np.ndarray) -> str:
-    return str(np.round(affine[:3], 3).tolist())
+        if dtype is np.int16:
+            what, mend = "HU", "it is in other units, leave it out"
+        else:
+            what, mend = "label values", "give the background 0 and the organs small numbers"
+        raise ValueError(f"{path}: values from {low:g} to {high:g}, {what} lie in {bounds.min}..{bounds.max}: {mend}")

@@ -1,21 +1,26 @@
-"""NRRD and MHA/MHD through ITK, and the checks of size and checksum that ITK leaves out."""
+"""NRRD and MHA/MHD through ITK, and what ITK leaves out: the unit of length, and the checks of size and checksum."""
 
 import gzip
 import math
-import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pgl_ray.data import detached
+from pgl_ray.data.detached import TextHeader, files_of
+from pgl_ray.data.raw import Geometry, Raw
+
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 DEFLATE_RATIO = 1032  # zlib cannot compress better
-HEADER_BYTES = 2**20  # more than any text header has
+KNOWN_SPACES = ("right-anterior-superior", "left-anterior-superior", "left-posterior-superior", "ras", "las", "lps")
+READ_ENCODINGS = ("raw", "gzip", "gz", "ascii", "text", "txt")  # of NRRD
 
 
-def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels [i, j, k] in the file's axis order, and affine (i, j, k, 1) -> RAS+ mm.
+def read(path: Path) -> Raw:
+    """Reads a volume.
 
     Raises:
         ValueError: as open_header; damaged; more or fewer voxels than the header says.
@@ -23,58 +28,79 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     import SimpleITK as sitk
 
     reader = open_header(path)
-    _check_data(path, reader.GetSize(), sitk.Image([1, 1, 1], reader.GetPixelID()).GetSizeOfPixelComponent())
+    _check_data(path, shape_of(reader), sitk.Image([1, 1, 1], reader.GetPixelID()).GetSizeOfPixelComponent())
+    reader.SetExtractSize([*shape_of(reader), *[0] * (reader.GetDimension() - 3)])  # axes of one voxel go
     try:
         image = reader.Execute()
     except MemoryError:
         raise too_large(path, reader.GetSize()) from None
     except RuntimeError:
-        raise unreadable(path) from None
-    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), affine_of(reader)
+        raise _unread(path) from None
+    return Raw(sitk.GetArrayFromImage(image).transpose(2, 1, 0), 1.0, 0.0, geometry(path, reader))
 
 
 def open_header(path: Path):
     """ITK's reader of a file, its header read.
 
     Raises:
-        ValueError: not readable, not one 3D volume of single numbers, no spacing, or a shape that the file cannot hold.
+        ValueError: not readable, not one 3D volume of single numbers, no spacing, files that are not there, or a shape
+            that the files cannot hold.
     """
     import SimpleITK as sitk
 
-    reader = sitk.ImageFileReader()
+    reader, header = sitk.ImageFileReader(), detached.read_header(path)
     reader.SetFileName(str(path))
+    missing = [file for file in header.files if not file.is_file()]
     try:
         reader.ReadImageInformation()
     except RuntimeError:  # ITK's reasons mislead ("No such file" for a file that is cut off)
-        raise unreadable(path) from None
-    if reader.GetNumberOfComponents() != 1:
+        raise _unread(path) from None
+    if detached.is_segmentation(path) and (reader.GetNumberOfComponents() != 1 or reader.GetDimension() != 3):
         raise ValueError(
-            f"{path}: {reader.GetNumberOfComponents()} values per voxel (RGB or vector), expected one (HU)"
+            f"{path}: a segmentation with overlapping segments, in layers: in 3D Slicer export it as a label map "
+            "(Segmentations, Export to files)"
         )
-    if reader.GetDimension() != 3:
+    if reader.GetNumberOfComponents() != 1:
+        number = reader.GetNumberOfComponents()
+        raise ValueError(f"{path}: {number} values per voxel (colours or a vector), expected one: no CT in HU")
+    if reader.GetDimension() < 3 or any(size != 1 for size in reader.GetSize()[3:]):
         raise ValueError(f"{path}: shape {reader.GetSize()}, expected one 3D volume: split or select it first")
-    if not _fields(path)[0].keys() & {"spacedirections", "spacings", "elementspacing", "elementsize"}:
+    if not header.fields.keys() & {"spacedirections", "spacings", "elementspacing", "elementsize"}:
         raise ValueError(f"{path}: no voxel spacing in its header: add it, or take the original file")
+    if missing:
+        raise unreadable(path, f"its voxels should lie in {missing[0]}, which is not there")
     held = sum(file.stat().st_size for file in files_of(path)) * DEFLATE_RATIO
     check_fits(path, reader.GetSize(), 1, held)
     return reader
 
 
-def affine_of(reader) -> np.ndarray:
-    """Affine (i, j, k, 1) -> RAS+ mm of a header that ITK has read."""
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing()
-    affine[:3, 3] = reader.GetOrigin()
-    return LPS_TO_RAS @ affine
+def shape_of(reader) -> tuple[int, int, int]:
+    """Shape (i, j, k) of a header that ITK has read, without further axes of one voxel."""
+    return reader.GetSize()[:3]
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files that make up a volume: itself, and what a detached header (.mhd, .nhdr) names."""
-    if not path.name.lower().endswith((".mhd", ".nhdr")):
-        return [path]
-    lines = path.read_text(errors="replace").splitlines()
-    named = [path.parent / re.split("[:=]", line)[-1].strip() for line in lines if line.strip()]
-    return [path, *(file for file in named if file.is_file() and file != path)]
+def geometry(path: Path, reader) -> Geometry:
+    """Geometry of a header that ITK has read. ITK takes lengths as mm whatever their unit, and unknown axes as LPS.
+
+    Raises:
+        ValueError: a unit that is none.
+    """
+    affine, dimension = np.eye(4), reader.GetDimension()
+    direction = np.reshape(reader.GetDirection(), (dimension, dimension))[:3, :3]
+    affine[:3, :3] = direction * reader.GetSpacing()[:3]
+    affine[:3, 3] = reader.GetOrigin()[:3]
+    header = detached.read_header(path)
+    try:
+        scale, unit = detached.millimetres_per_unit(header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    space = header.fields.get("space", "").lower()
+    known = space.removesuffix("-time") in KNOWN_SPACES and "spacedirections" in header.fields
+    notes = ()
+    if not known and "elementtype" not in header.fields:  # MetaImage's axes are LPS where nothing is said
+        where = f"the space {space!r}" if space else "no orientation"
+        notes = (f"its header states {where}: its axes are taken to run towards L, P, S",)
+    return Geometry(np.diag([scale, scale, scale, 1.0]) @ LPS_TO_RAS @ affine, unit, notes)
 
 
 def check_fits(path: Path, shape: tuple[int, ...], itemsize: int, held: int) -> None:
@@ -104,46 +130,45 @@ def too_large(path: Path, shape: tuple[int, ...]) -> ValueError:
     )
 
 
-def _fields(path: Path) -> tuple[dict[str, str], int]:
-    """Fields of a text header (names in lower case, without spaces), and the first byte after it."""
-    with path.open("rb") as file:
-        content = file.read(HEADER_BYTES)
-    fields, place = {}, 0
-    for line in content.split(b"\n"):
-        place += len(line) + 1
-        text = line.decode(errors="replace").strip()
-        match = re.match(r"([\w ]+?)\s*[:=]=?\s*(.*)", text)
-        if match:
-            fields[match[1].lower().replace(" ", "")] = match[2]
-        if not text or "elementdatafile" in fields:  # the end of NRRD's header and of MetaImage's
-            break
-    return fields, place
+def _unread(path: Path) -> ValueError:
+    """The error of a file that ITK does not read: its encoding, a file of voxels that is missing, or damage."""
+    header = detached.read_header(path)
+    encoding = header.fields.get("encoding", "raw").lower()
+    if encoding not in READ_ENCODINGS:
+        return ValueError(f"{path}: its voxels are encoded as {encoding}, which is not read: save it with gzip instead")
+    missing = [file for file in header.files if not file.is_file()]
+    return unreadable(path, f"its voxels should lie in {missing[0]}, which is not there" if missing else "")
 
 
 def _check_data(path: Path, shape: tuple[int, ...], itemsize: int) -> None:
     """Compares the voxels with header and checksum; ITK reads on where they are too few, or decompressed wrongly."""
-    fields, start = _fields(path)
-    name = fields.get("elementdatafile") or fields.get("datafile") or "LOCAL"
-    skips = {fields.get(key, "0") for key in ("headersize", "byteskip", "lineskip")} - {"0"}
-    if "%" in name or name.split()[0].upper() == "LIST" or skips:
-        return  # slices in files of their own, where ITK notices what is missing
-    data, start = (path, start) if name.upper() == "LOCAL" else (path.parent / name, 0)
+    header = detached.read_header(path)
+    skip = int(header.fields.get("headersize") or header.fields.get("byteskip") or 0)
+    encoding = header.fields.get("encoding", "raw").lower()
+    if skip < 0 or header.fields.get("lineskip", "0") != "0" or encoding not in ("raw", "gzip", "gz"):
+        return
+    places = [(file, skip) for file in header.files] or [(path, header.start + skip)]
     try:
-        with data.open("rb") as file:
-            file.seek(start)
-            encoding = fields.get("encoding", "raw").lower()
-            if fields.get("compresseddata", "").lower() == "true":
-                size = _inflated_size(file)
-            elif encoding in ("gzip", "gz"):
-                with gzip.GzipFile(fileobj=file) as stream:
-                    size = sum(map(len, iter(lambda: stream.read(2**20), b"")))
-            elif encoding == "raw":
-                size = data.stat().st_size - start
-            else:
-                return
+        size = sum(_voxel_bytes(file, start, header) for file, start in places)
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(path, error) from None
     check_surplus(path, shape, size - math.prod(shape) * itemsize, itemsize)
+
+
+def _voxel_bytes(path: Path, start: int, header: TextHeader) -> int:
+    """Size of what a file holds from a byte on, decompressed."""
+    with path.open("rb") as file:
+        file.seek(start)
+        if header.fields.get("compresseddata", "").lower() == "true":
+            return _inflated_size(file)
+        if header.fields.get("encoding", "raw").lower() == "raw":
+            return path.stat().st_size - start
+        with gzip.GzipFile(fileobj=file) as stream:
+            return sum(map(len, _parts(stream)))
+
+
+def _parts(stream) -> Iterator[bytes]:
+    return iter(lambda: stream.read(2**20), b"")
 
 
 def _inflated_size(file) -> int:
