@@ -18,6 +18,7 @@ from pgl_ray.data import ct, dicom, itk, store
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.layout import series_names
 from pgl_ray.data.place import check_writable
+from pgl_ray.data.plausible import LabelMap
 from pgl_ray.data.resample import onto_grid, resample
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
@@ -76,10 +77,11 @@ def run(config: PredictConfig) -> Result:
                 print(f"predict: note: {names[job]}: {note}", flush=True)
         except (ValueError, OSError, MemoryError) as error:
             reason = " ".join(str(error).split()) or "not enough memory"
-            reason = f"{job.source}: {reason}" if isinstance(error, MemoryError) else reason
+            reason = reason if str(job.source) in reason else f"{job.source}: {reason}"
             if not many:
-                raise FailedRun(reason) if isinstance(error, MemoryError) else error from None
-            failed.append(names[job])
+                raise FailedRun(reason) if isinstance(error, MemoryError) else type(error)(reason) from None
+            if not (isinstance(error, LabelMap) and len(jobs) > 1):  # beside CTs it is none of predict's business
+                failed.append(names[job])
             print(f"predict: left out: {reason}", flush=True)
         rate = (time.monotonic() - began) / done
         progress = f"{done}/{len(todo)} scans, {rate:.1f} s per scan, {(len(todo) - done) * rate:.0f} s left"
@@ -175,7 +177,9 @@ def _predict(
     """
     stamp = _stamp(job)
     scan = ct.read_scan(job.source, job.slices)
-    notes = disagreements(meta["data"], meta["hu_window"], scan.voxels, scan.affine) if "data" in meta else []
+    notes = list(scan.notes)
+    if "data" in meta:
+        notes += disagreements(meta["data"], meta["hu_window"], scan.voxels, scan.affine)
     voxels, affine = scan.voxels, scan.affine
     if meta.get("spacing_mm"):
         voxels, _, affine = resample(voxels, None, affine, tuple(meta["spacing_mm"]))

@@ -26,6 +26,7 @@ from pgl_ray.config import FailedRun, PrepareConfig, RayConfig, StoreConfig, bui
 from pgl_ray.data import store
 from pgl_ray.data.layout import Fault, Layout, Source, read_layout
 from pgl_ray.data.notes import NOTES_FILE, keep_notes
+from pgl_ray.data.plausible import LabelMap
 from pgl_ray.data.resample import resample
 
 PEAK_BYTES_PER_VOXEL = 8  # of a conversion, label map included (tests/benchmarks/test_prepare_cost.py)
@@ -138,7 +139,10 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: frozenset[str]
         for source, status, reason, said in _watched(outcomes, len(tasks)):
             if status == "disk full":
                 raise _disk_full(folder)
-            if status == "failed":
+            if status == "label map" and _beside_another(source, layout.scans):
+                layout.left_out.append(Fault(source.image, reason))
+                print(f"prepare: left out: {reason}")
+            elif status in ("failed", "label map"):
                 failed.append(Fault(source.image, reason))
             else:
                 stored.append(source)
@@ -155,6 +159,7 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: frozenset[str]
     others = {"encoding": config.encoding, "spacing_mm": config.spacing_mm}
     index = store.write_index(folder, names, config.hu_window, preparations=_preparations(config, known), **others)
     place.write("failed.jsonl", [_json_lines(failed)])
+    place.write("left_out.jsonl", [_json_lines(sorted(layout.left_out))])
     gone = () if only is not None else tuple(sorted(_vanished(config, layout, records.values())))
     seconds, path = time.monotonic() - began, f"{folder}/index.parquet"
     return Result(folder, path, len(index.scans), converted, len(stored) - converted, tuple(failed), gone, seconds)
@@ -306,6 +311,12 @@ def _tell(layout: Layout, folder: str) -> None:
     store.open_place(folder).write("left_out.jsonl", [_json_lines(layout.left_out)])
 
 
+def _beside_another(source: Source, scans: Sequence[Source]) -> bool:
+    """Whether another volume lies in a scan's folder: then what is no CT was only taken along."""
+    folder = Path(source.image).parent
+    return any(one is not source and Path(one.image).parent == folder for one in scans)
+
+
 def _json_lines(faults: Iterable[Fault]) -> bytes:
     return "".join(json.dumps(fault._asdict()) + "\n" for fault in faults).encode()
 
@@ -384,8 +395,8 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
         options: hu_window, chunk, encoding, compression and spacing_mm.
 
     Returns:
-        task, status ("converted", "unchanged", "failed", "disk full"), the reason of a failure, and notes (JSON: a list
-        of source, reason, and whether it is shown).
+        task, status ("converted", "unchanged", "failed", "label map", "disk full"), the reason of a failure, and notes
+        (JSON: a list of source, reason, and whether it is shown).
     """
     task, status, reason, notes = pickle.loads(row["item"]), "failed", "", []
     try:
@@ -396,7 +407,7 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
     except OSError as error:
         status, reason = ("disk full" if error.errno in DISK_FULL else "failed"), str(error)
     except ValueError as error:
-        reason = str(error)
+        status, reason = ("label map" if isinstance(error, LabelMap) else "failed"), str(error)
     except Exception as error:  # whatever else a damaged file may cause must not stop the other scans
         reason = f"{type(error).__name__}: {error}"
     return {"task": row["task"], "status": status, "reason": reason, "notes": json.dumps(notes)}

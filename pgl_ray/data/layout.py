@@ -10,21 +10,21 @@ structure sets (RTSTRUCT, SEG) belong to the series that they name, and a folder
 map, too. A table may say otherwise about splits.
 """
 
-import csv
-import json
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from pgl_ray.config import LabelsConfig, RecipeConfig
-from pgl_ray.data import ct, dicom, dicom_masks, structures
+from pgl_ray.data import ct, dicom, dicom_masks, stated, structures
 from pgl_ray.data.recipe import draw_split, find_scans
-from pgl_ray.data.source import Fault, Found, Source, some, volume_files
+from pgl_ray.data.source import Fault, Found, Source, volume_files
+from pgl_ray.data.splits import with_table
+from pgl_ray.data.stated import CHANNEL
 
-CHANNEL = "_0000"  # nnU-Net's suffix of the first, and in CT only, channel
-OTHER_MODALITIES = ("MR", "T1", "T2", "FLAIR", "PET", "PT", "US", "ADC", "DWI")
+NNUNET = ("imagesTr", "imagesTs")
 
 
 class Layout(NamedTuple):
@@ -62,16 +62,18 @@ def read_layout(
         raise ValueError(f"source={source}: no such folder")
     if series and recipe.parts:
         raise ValueError(f"series={list(series)}: a recipe says where its scans lie: leave series out")
-    names = labels.names or ({} if recipe.parts else _dataset_names(root / "dataset.json"))
+    stated_names, ignored = ({}, None) if recipe.parts or labels.names else stated.organs(root / "dataset.json")
+    names = labels.names or stated_names
     if len(set(names.values())) < len(names):
         raise ValueError(f"labels.names={names}: two organs have one value")
     found = find_scans(root, recipe, names) if recipe.parts else _by_folders(root, names, series)
-    scans, faults = _with_ids(found.scans), found.faults
+    scans, faults = [replace(scan, ignored=ignored) for scan in _with_ids(found.scans)], found.faults
     if recipe.split_sizes:
         scans = draw_split(scans, recipe)
     if labels.table:
-        scans, untold = _with_table(scans, root / labels.table, names)
+        scans, untold, said = with_table(scans, root / labels.table, names)
         faults += untold
+        found.left_out.extend(said)
     scans.sort(key=lambda scan: scan.scan_id)
     return Layout(scans, names, sorted(faults), sorted(found.left_out), found.missing)
 
@@ -90,7 +92,8 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> F
         folders = [(images, None, "") for images, _, _ in nested]
         folders.append((root, root / "labels", "train" if (root / "labels").is_dir() else ""))
     else:
-        found.missing.extend(_fewer_than_stated(root))
+        there = {name: {parts[-1] for parts in _volumes(root / name)} for name in NNUNET}
+        found.missing.extend(stated.absent(root / "dataset.json", there))
     objects = dicom.find(root)
     found.faults.extend(Fault(path, reason) for path, reason in objects.unreadable)
     found.left_out.extend(Fault(path, reason) for path, reason in objects.left_out)
@@ -100,7 +103,7 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> F
     for images, label_folder, split in folders:
         without = [*([label_folder] if label_folder else []), *(inner if images == root else [])]
         volumes = _volumes(images, without)
-        maps = _volumes(label_folder) if label_folder else {}
+        maps = _label_maps(label_folder) if label_folder else {}
         masks = _masks(label_folder, maps, found) if label_folder else {}
         counts = Counter(parts[-1] for parts in volumes)
         key = "__".join(images.relative_to(root).parts)
@@ -109,6 +112,7 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> F
                 found.faults.append(Fault(str(path), "a link to a file that is not there"))
                 continue
             label = maps.pop(parts, None) or (maps.pop(parts[-1:], None) if counts[parts[-1]] == 1 else None)
+            label = label or maps.pop((*parts[:-1], parts[-1].removesuffix(CHANNEL)), None)
             found.scans[key, *parts] = Source(
                 "", str(path), label and str(label), split, label_slices=masks.get(label, ())
             )
@@ -169,7 +173,11 @@ def _below(path: Path, folder: Path, without: Sequence[Path]) -> bool:
 
 
 def _volumes(folder: Path, without: Sequence[Path] = ()) -> dict[tuple[str, ...], Path]:
-    """Volumes below a folder by their path in it, the last part without suffix and nnU-Net's channel."""
+    """Volumes below a folder by their path in it, the last part without suffix and nnU-Net's channel.
+
+    Raises:
+        ValueError: two files of one name, or a scan of several channels.
+    """
     volumes: dict[tuple[str, ...], Path] = {}
     for path in volume_files(folder):
         if not _below(path, folder, without):
@@ -178,9 +186,28 @@ def _volumes(folder: Path, without: Sequence[Path] = ()) -> dict[tuple[str, ...]
         if parts in volumes:
             raise ValueError(f"{volumes[parts]} and {path} are of one name: keep one of them")
         volumes[parts] = path
-    if folder.name in ("imagesTr", "imagesTs") and all(parts[-1].endswith(CHANNEL) for parts in volumes):
-        return {(*parts[:-1], parts[-1].removesuffix(CHANNEL)): path for parts, path in volumes.items()}
+    for parts, path in volumes.items():
+        match = re.fullmatch(r"(.+)_(\d{4})", parts[-1])
+        first = volumes.get((*parts[:-1], f"{match[1]}{CHANNEL}")) if match else None
+        if first not in (None, path):
+            raise ValueError(
+                f"{first} and {path.name} are channels of one scan (nnU-Net's), expected CT alone: keep one"
+            )
+    if folder.name in NNUNET:
+        volumes = {_short(parts, CHANNEL, volumes): path for parts, path in volumes.items()}
     return volumes
+
+
+def _label_maps(folder: Path) -> dict[tuple[str, ...], Path]:
+    """Label maps by their path in a folder; of 3D Slicer's segmentations also without ".seg"."""
+    maps = _volumes(folder)
+    return {_short(parts, ".seg", maps): path for parts, path in maps.items()}
+
+
+def _short(parts: tuple[str, ...], end: str, others: Container[tuple[str, ...]]) -> tuple[str, ...]:
+    """A name without its end, unless another file has that name."""
+    short = (*parts[:-1], parts[-1].removesuffix(end))
+    return parts if short in others else short
 
 
 def _chosen(found: list[dicom.Series], wanted: tuple[str, ...], root: Path) -> list[dicom.Series]:
@@ -243,92 +270,3 @@ def _with_ids(found: dict[tuple[str, ...], Source]) -> list[Source]:
         p: p[-1] if counts[p[-1]] == 1 else "__".join(part for part in (p if several else p[1:]) if part) for p in found
     }
     return [replace(source, scan_id=ids[parts]) for parts, source in found.items()]
-
-
-# -- what files beside the volumes say --------------------------------------------------------------------------------
-
-
-def _stated(path: Path) -> dict:
-    """A dataset.json; empty without the file.
-
-    Raises:
-        ValueError: not JSON, or no object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}): mend or remove it") from None
-
-
-def _fewer_than_stated(root: Path) -> list[str]:
-    """Training and test volumes that a dataset.json lists (MSD) or counts (nnU-Net) and that are not there.
-
-    Raises:
-        ValueError: its volumes are not CT.
-    """
-    stated, missing = _stated(root / "dataset.json"), []
-    channels = stated.get("channel_names") or stated.get("modality") or {}
-    channels = [str(name) for name in (channels.values() if isinstance(channels, dict) else [channels])]
-    if len(channels) > 1 or any(name.upper().startswith(OTHER_MODALITIES) for name in channels):
-        raise ValueError(f"{root / 'dataset.json'}: its volumes are {', '.join(channels)}, expected CT alone")
-    for key, folder in (("Training", "imagesTr"), ("Test", "imagesTs")):
-        there, listed = _volumes(root / folder), stated.get(key.lower())
-        if isinstance(listed, list):
-            paths = [str(one["image"] if isinstance(one, dict) and "image" in one else one) for one in listed]
-            ids = {path.rsplit("/", 1)[-1].split(".nii")[0].removesuffix(CHANNEL) for path in paths}
-            absent = sorted(ids - {parts[-1].removesuffix(CHANNEL) for parts in there})
-            if absent:
-                missing.append(
-                    f"{len(absent)} of {len(ids)} volumes of {folder} that dataset.json lists: {some(absent)}"
-                )
-        elif isinstance(number := stated.get(f"num{key}"), int) and len(there) < number:
-            missing.append(f"{number - len(there)} of {number} volumes of {folder} that dataset.json counts")
-    return missing
-
-
-def _dataset_names(path: Path) -> dict[str, int]:
-    """Organ names of a dataset.json: nnU-Net's {"liver": 1} or MSD's {"1": "liver"}; empty without the file. nnU-Net's
-    "ignore" is no organ: label maps with its value are refused."""
-    if not path.is_file():
-        return {}
-    try:
-        stated = dict(json.loads(path.read_text())["labels"])
-        if all(str(key).isdecimal() for key in stated):
-            stated = {name: value for value, name in stated.items()}
-        names = {str(name): int(value) for name, value in stated.items()}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: no label map name -> value in it ({error!r}): give labels.names={{organ: 1}}"
-        ) from None
-    return {name: value for name, value in names.items() if value and name != "ignore"}
-
-
-def _with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[list[Source], list[Fault]]:
-    """Splits and labelled organs from a table; labelled scans that it does not know cannot be used."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=";" if ";" in first and "," not in first else ",")
-            rows = {next(iter(row.values())): row for row in reader}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"labels.table={path}: cannot be read ({error})") from None
-    columns = reader.fieldnames or []
-    told, untold = [], []
-    for scan in scans:
-        row = rows.get(scan.scan_id)
-        if row is None and scan.label and "labelled_organs" in columns:
-            untold.append(Fault(scan.image, f"has a label map but no row {scan.scan_id!r} in {path.name}"))
-            continue
-        if "split" in columns:
-            scan = replace(scan, split=(row and row["split"]) or "")
-        if row and "labelled_organs" in columns:
-            organs = (row["labelled_organs"] or "").split()
-            unknown = [organ for organ in organs if organ not in names]
-            if unknown:
-                raise ValueError(f"labels.table={path}: {scan.scan_id}: organ {unknown[0]!r} is none of {list(names)}")
-            scan = replace(scan, labelled=tuple(sorted(names[organ] for organ in organs)))
-        told.append(scan)
-    return told, untold

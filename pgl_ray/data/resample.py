@@ -1,7 +1,11 @@
 """Resampling a scan to another voxel size; only where prepare is asked for it, for the paper does not."""
 
+import math
+
 import numpy as np
 from scipy import ndimage
+
+MAX_VOXELS = 2e9  # 4 GB as int16, twenty times a usual thorax and abdomen of 1 mm slices
 
 
 def resample(
@@ -21,12 +25,15 @@ def resample(
 
     Returns:
         The three of them on the new grid; volume and affine are the old ones where the spacing is so already.
+
+    Raises:
+        ValueError: as new_shape.
     """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     ratio = np.asarray(spacing_mm) / spacing
     if np.allclose(ratio, 1, atol=1e-6):
         return volume, label, affine
-    shape = tuple(max(1, round(size / r)) for size, r in zip(volume.shape, ratio))
+    shape = new_shape(volume.shape, affine, spacing_mm)
     smooth = volume
     for axis, r in enumerate(ratio):
         if r > 1:
@@ -39,6 +46,24 @@ def resample(
     step = np.diag([*ratio, 1.0])
     step[:3, 3] = offset
     return np.rint(moved).astype(np.int16), label, affine @ step
+
+
+def new_shape(
+    shape: tuple[int, ...], affine: np.ndarray, spacing_mm: tuple[float, float, float]
+) -> tuple[int, int, int]:
+    """Shape of a scan that is resampled.
+
+    Raises:
+        ValueError: a single voxel along an axis that had several, or more than MAX_VOXELS.
+    """
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    new = tuple(max(1, round(size * own / wanted)) for size, own, wanted in zip(shape, spacing, spacing_mm))
+    wanted = f"spacing_mm={list(map(float, spacing_mm))} makes shape {new} (D, H, W) of a scan of {tuple(shape)}"
+    if any(size == 1 < old for size, old in zip(new, shape)):
+        raise ValueError(f"{wanted}, 1 voxel along an axis: take a smaller spacing, or leave the scan out")
+    if math.prod(new) > max(MAX_VOXELS, math.prod(shape)):
+        raise ValueError(f"{wanted}, more than {MAX_VOXELS:.0e} voxels: take a larger spacing")
+    return new
 
 
 def onto_grid(label: np.ndarray, affine: np.ndarray, like: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

@@ -46,6 +46,7 @@ class Source:
         label_slices: names in `label` of the DICOM slices that are the label map.
         structures: absolute paths of the DICOM structure sets (RTSTRUCT, SEG) that label it.
         notes: (file, what is worth saying of it).
+        ignored: value in label maps of voxels that nobody annotated (nnU-Net's "ignore").
     """
 
     scan_id: str
@@ -58,6 +59,7 @@ class Source:
     label_slices: tuple[str, ...] = ()
     structures: tuple[str, ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
+    ignored: int | None = None
 
     def read(self, names: dict[str, int] | None) -> Reading:
         """The scan, its label map if it has one, and what is worth saying of both.
@@ -78,7 +80,13 @@ class Source:
             return Reading(scan, None, notes=notes)
         if self.masks:
             return Reading(scan, ct.read_masks(self.label, dict(self.masks), scan), notes=notes)
-        return Reading(scan, ct.read_label(self.label, scan, self.label_slices), notes=notes)
+        label = ct.read_label(self.label, scan, self.label_slices)
+        if self.ignored is not None and (num := int(np.count_nonzero(label == self.ignored))):
+            raise ValueError(
+                f"{self.label}: {num} voxels are marked as not annotated (dataset.json's ignore, {self.ignored}), "
+                "which a store cannot keep: annotate them, or leave this label map out"
+            )
+        return Reading(scan, label, notes=notes)
 
     def num_voxels(self) -> int:
         """Size of the volume by its headers alone.

@@ -81,8 +81,8 @@ def with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[
     if without:
         said.append(Fault(str(path), f"has no row for {_count(without, 'scan')}, which are used without"))
     if table.unused:
-        said.append(Fault(str(path), f"has {_count(table.unused, 'row')} that fit no scan"))
-    if table.id_column != table.columns[0]:
+        said.append(Fault(str(path), f"has {_count(table.unused, 'row')} of no scan that is here"))
+    if table.id_column not in (*ID_COLUMNS, table.columns[0]):
         said.append(Fault(str(path), f"its column {table.id_column!r} is taken for the scans' ids"))
     return told, untold, said
 
