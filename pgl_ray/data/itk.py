@@ -137,6 +137,8 @@ def _unread(path: Path) -> ValueError:
     if encoding not in READ_ENCODINGS:
         return ValueError(f"{path}: its voxels are encoded as {encoding}, which is not read: save it with gzip instead")
     missing = [file for file in header.files if not file.is_file()]
+    if not missing and any("%" in file.name for file in header.files):
+        return unreadable(path, f"MetaImage takes the % in {header.files[0].name} for a number: rename it, and in here")
     return unreadable(path, f"its voxels should lie in {missing[0]}, which is not there" if missing else "")
 
 

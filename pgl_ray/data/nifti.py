@@ -166,5 +166,5 @@ def write_label(path: Path, label: np.ndarray, like: Path) -> None:
         if name in header:  # NIfTI-2 has no data_type
             header[name] = b""
     header.extensions.clear()  # may hold the patient's DICOM header
-    image_class = nib.Nifti2Image if isinstance(image, nib.Nifti2Pair) else nib.Nifti1Image
+    image_class = nib.Nifti2Image if isinstance(image.header, nib.nifti2.Nifti2Header) else nib.Nifti1Image
     nib.save(image_class(label, None, header), path)

@@ -1,0 +1,439 @@
+"""What files say of themselves: units, forms, detached headers, sizes that no CT has; against ITK and by hand."""
+
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from pgl_ray.data import ct, detached
+from pgl_ray.data.resample import new_shape, resample
+
+AFFINE = np.array([[-0.75, 0, 0, 90.0], [0, -0.75, 0, 80.0], [0, 0, 2.5, -300.0], [0, 0, 0, 1]])
+SHAPE = (12, 10, 8)
+STORED_ORIGIN = (90, 80, -300)  # of the voxel that AFFINE puts first, which is the stored array's first, too
+
+
+def body(shape=SHAPE, seed=0):
+    """int16 HU with noise, air around."""
+    volume = np.full(shape, -1000, np.int16)
+    volume[2:-2, 2:-2] = 40
+    return (volume + np.random.default_rng(seed).integers(-20, 21, shape)).astype(np.int16)
+
+
+def check(scan, volume=None):
+    """The scan is `body()` at AFFINE."""
+    volume = body() if volume is None else volume
+    np.testing.assert_array_equal(scan.voxels, volume.transpose(2, 1, 0))
+    np.testing.assert_allclose(scan.spacing_mm, (2.5, 0.75, 0.75), rtol=1e-5)
+    np.testing.assert_allclose(scan.affine[:3, 3], STORED_ORIGIN, rtol=1e-5)
+
+
+def scaled(factor):
+    return np.diag([factor, factor, factor, 1]) @ AFFINE
+
+
+# -- NIfTI ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("time_code", [0, 8, 16, 24])
+@pytest.mark.parametrize("code, per_mm", [(0, 1), (1, 1e-3), (2, 1), (3, 1e3)])
+def test_units_of_nifti_are_honoured_as_itk_does(tmp_path, code, per_mm, time_code):
+    path = tmp_path / "a.nii.gz"
+    image = nib.Nifti1Image(body(), scaled(per_mm))
+    image.header["xyzt_units"] = code | time_code
+    nib.save(image, path)
+    scan = ct.read_scan(path)
+    check(scan)
+    np.testing.assert_allclose(sitk.ReadImage(str(path)).GetSpacing(), scan.spacing_mm[::-1], rtol=1e-5)
+    assert scan.notes == ()
+
+
+def test_an_unknown_unit_of_nifti_is_said(tmp_path):
+    image = nib.Nifti1Image(body(), AFFINE)
+    image.header["xyzt_units"] = 5
+    nib.save(image, tmp_path / "a.nii")
+    scan = ct.read_scan(tmp_path / "a.nii")
+    check(scan)
+    assert "unit of length has the unknown code 5: taken as mm" in scan.notes[0]
+
+
+def forms(sform, sform_code, qform, qform_code):
+    image = nib.Nifti1Image(body(), AFFINE)
+    image.set_qform(qform, qform_code)
+    image.set_sform(sform, sform_code)
+    raw = bytearray(image.header.binaryblock)
+    raw[252:254], raw[254:256] = qform_code.to_bytes(2, "little"), sform_code.to_bytes(2, "little")
+    if sform is None:
+        raw[280:328] = bytes(48)
+    raw[344:348] = b"n+1\0"
+    raw[108:112] = np.float32(352).tobytes()
+    return bytes(raw) + bytes(4) + body().tobytes(order="F")
+
+
+MIRRORED = np.diag([-1.0, 1, 1, 1]) @ AFFINE
+TILTED = AFFINE @ np.array([[1, 0.0, 0.001, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    "given, note",
+    [
+        ((AFFINE, 1, AFFINE, 1), None),
+        ((AFFINE, 1, AFFINE, 0), None),
+        ((AFFINE, 0, AFFINE, 2), None),
+        ((AFFINE, 1, TILTED, 1), None),  # a hundredth of a voxel
+        ((AFFINE, 1, MIRRORED, 1), "up to 180 mm apart"),
+        ((AFFINE, 2, MIRRORED, 0), None),
+        ((None, 1, AFFINE, 1), "sform is empty"),
+        ((None, 1, AFFINE, 0), "sform is empty"),
+    ],
+)
+def test_which_form_is_taken_and_what_is_said(tmp_path, given, note):
+    (tmp_path / "a.nii").write_bytes(forms(*given))
+    scan = ct.read_scan(tmp_path / "a.nii")
+    check(scan)
+    assert (len(scan.notes), note in "".join(scan.notes)) == (1, True) if note else scan.notes == ()
+
+
+def test_no_orientation_is_said_with_what_is_taken(tmp_path):
+    (tmp_path / "a.nii").write_bytes(forms(AFFINE, 0, AFFINE, 0))
+    scan = ct.read_scan(tmp_path / "a.nii")
+    assert "states no orientation" in scan.notes[0] and "L, A, S" in scan.notes[0]
+    np.testing.assert_array_equal(scan.voxels, body()[:, ::-1].transpose(2, 1, 0))  # rows run to anterior there
+
+
+@pytest.mark.parametrize("code, per_mm", [(1, 1e-3), (2, 1), (3, 1e3)])
+@pytest.mark.parametrize("image_class", [nib.Nifti1Image, nib.Nifti2Image])
+def test_a_written_label_keeps_forms_codes_and_units(tmp_path, code, per_mm, image_class):
+    sheared = scaled(per_mm) @ np.array([[1, 0.05, 0.1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    image = image_class(body(), sheared)
+    image.set_qform(scaled(per_mm), 3)
+    image.set_sform(sheared, 4)
+    image.header["xyzt_units"], image.header["descrip"], image.header["intent_name"] = code | 8, b"DOE", b"JANE"
+    image.header["db_name" if image_class is nib.Nifti1Image else "aux_file"] = b"DOE"
+    image.header["intent_code"] = 1001
+    nib.save(image, tmp_path / "a.nii")
+    scan = ct.read_scan(tmp_path / "a.nii")
+    ct.write_label(tmp_path / "l.nii", (scan.voxels > 0).astype(np.uint8), tmp_path / "a.nii")
+    given, written = nib.load(tmp_path / "a.nii").header, nib.load(tmp_path / "l.nii").header
+    for key in ("qform_code", "sform_code", "xyzt_units", "srow_x", "srow_y", "srow_z", "quatern_b", "qoffset_z"):
+        np.testing.assert_array_equal(written[key], given[key])
+    np.testing.assert_array_equal(written["pixdim"][1:4], given["pixdim"][1:4])
+    assert (int(written["intent_code"]), written.get_data_dtype()) == (0, np.uint8)
+    content = (tmp_path / "l.nii").read_bytes()
+    assert b"DOE" not in content and b"JANE" not in content
+    np.testing.assert_array_equal(np.asanyarray(nib.load(tmp_path / "l.nii").dataobj), body() > 0)
+    np.testing.assert_array_equal(ct.read_label(tmp_path / "l.nii", scan), scan.voxels > 0)
+
+
+# -- sizes that no CT has ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "affine, message",
+    [
+        (np.diag([-1e-3, -1e-3, 2e-3, 1]), r"voxels of 0.001 x 0.001 x 0.002 mm, expected 0.02 to 30 mm"),
+        (np.diag([-750.0, -750, 2500, 1]), r"voxels of 750 x 750 x 2.5e\+03 mm, expected"),
+        (np.diag([-1.0, -1, 1e9, 1]), "expected 0.02 to 30 mm"),
+        (np.diag([-0.5, -0.5, 0.0, 1]), "singular"),
+        (np.array([[1, 1, 0, 0], [0, 0.05, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]), "axes are nearly parallel"),
+    ],
+)
+def test_voxels_of_an_impossible_size_are_refused(tmp_path, affine, message):
+    image = nib.Nifti1Image(body(), None)
+    image.header.set_sform(affine, 1)
+    nib.save(image, tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=message) as caught:
+        ct.read_scan(tmp_path / "a.nii")
+    assert "a.nii" in str(caught.value)
+
+
+def test_a_unit_that_makes_voxels_impossible_is_named(tmp_path):
+    image = nib.Nifti1Image(body(), AFFINE)  # in mm, whatever the header says
+    image.header["xyzt_units"] = 1
+    nib.save(image, tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=r"unit of length is m.*mend it"):
+        ct.read_scan(tmp_path / "a.nii")
+
+
+def test_a_volume_of_an_impossible_length_is_refused(tmp_path):
+    nib.save(nib.Nifti1Image(body((3, 3, 400)), np.diag([-1.0, -1, 20, 1])), tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=r"8000 mm long .* expected at most 5000 mm"):
+        ct.read_scan(tmp_path / "a.nii")
+
+
+def test_resampling_leaves_several_voxels_and_asks_no_terabytes():
+    fine = np.diag([0.01, 0.01, 0.01, 1.0])
+    with pytest.raises(ValueError, match=r"makes shape \(10, 10, 1\).*smaller spacing"):
+        resample(body((10, 10, 10)), None, np.diag([1.0, 1, 1, 1]), (1, 1, 30))
+    with pytest.raises(ValueError, match=r"more than 2e\+09 voxels: take a larger spacing"):
+        new_shape((400, 512, 512), np.diag([5.0, 1, 1, 1]), (0.02, 0.02, 0.02))
+    assert new_shape((400, 512, 512), fine, (0.01, 0.01, 0.02)) == (400, 512, 256)
+    assert new_shape((1, 20, 20), np.diag([5.0, 1, 1, 1]), (5, 2, 2)) == (1, 10, 10)
+
+
+# -- text headers -----------------------------------------------------------------------------------------------------
+
+MHD = (
+    "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nDimSize = 12 10 8\n"
+    "Offset = -90 -80 -300\nElementSpacing = 0.75 0.75 2.5\nElementType = MET_SHORT\n"
+)
+NRRD = (
+    "NRRD0005\n# encoding: none, data file: x\ntype: short\ndimension: 3\nsizes: 12 10 8\nendian: little\n"
+    "space: left-posterior-superior\nspace directions: (0.75,0,0) (0,0.75,0) (0,0,2.5)\nspace origin: (-90,-80,-300)\n"
+    "encoding: raw\nNote:=encoding: bzip2\n"
+)
+NAMES = [
+    "a.raw",
+    "kernel=B30f.raw",
+    "t=10:45.raw",
+    "my ct.raw",
+    "50%.raw",
+    "a%b.raw",
+    "sub/a.raw",
+    "a#b.raw",
+    "(1,2).raw",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("kind", ["mhd", "nhdr"])
+def test_a_detached_file_of_any_name(tmp_path, name, end, kind):
+    path = tmp_path / f"x.{kind}"
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(body().tobytes(order="F"))
+    text = MHD + f"ElementDataFile = {name}\n" if kind == "mhd" else NRRD + f"data file: {name}\n"
+    path.write_bytes(text.replace("\n", end).encode())
+    assert detached.files_of(path) == [path, tmp_path / name]
+    if "%" in name and kind == "mhd":  # ITK cannot
+        with pytest.raises(ValueError, match=r"x.mhd: not a readable image \(MetaImage takes the %"):
+            ct.read_scan(path)
+        return
+    check(ct.read_scan(path))
+    (tmp_path / name).write_bytes(body().tobytes(order="F")[:-100])
+    with pytest.raises(ValueError, match="fewer voxels than the shape"):
+        ct.read_scan(path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="which is not there"):
+        ct.read_scan(path)
+
+
+@pytest.mark.parametrize(
+    "data", ["s%02d.raw 1 8 1", "s%02d.raw 8 1 -1", "LIST", "LIST 2D"], ids=["up", "down", "list", "list 2D"]
+)
+@pytest.mark.parametrize("kind", ["mhd", "nhdr"])
+def test_slices_in_files_of_their_own(tmp_path, data, kind):
+    order = range(8, 0, -1) if "-1" in data else range(1, 9)
+    if (kind, data[:6]) == ("mhd", "s%02d.") and "-1" in data:
+        pytest.skip("MetaImage's patterns go upwards")
+    files = [tmp_path / f"s{number:02}.raw" for number in order]
+    for k, file in enumerate(files):
+        file.write_bytes(body()[:, :, k].tobytes(order="F"))
+    if data.startswith("LIST"):
+        listed = "LIST" if data == "LIST" else "LIST" if kind == "mhd" else "LIST 2"
+        data = "\n".join([listed, *(file.name for file in files)])
+    path = tmp_path / f"x.{kind}"
+    path.write_text(MHD + f"ElementDataFile = {data}\n" if kind == "mhd" else NRRD + f"data file: {data}\n")
+    assert detached.files_of(path) == [path, *files]
+    check(ct.read_scan(path))
+    files[3].write_bytes(files[3].read_bytes()[:-20])
+    with pytest.raises(ValueError, match="x\\."):
+        ct.read_scan(path)
+
+
+@pytest.mark.parametrize("local", ["LOCAL", "Local", "local"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_voxels_behind_the_header(tmp_path, local, end):
+    head = (MHD + f"ElementDataFile = {local}\n").replace("\n", end).encode()
+    (tmp_path / "a.mha").write_bytes(head + body().tobytes(order="F"))
+    check(ct.read_scan(tmp_path / "a.mha"))
+    assert detached.files_of(tmp_path / "a.mha") == [tmp_path / "a.mha"]
+    (tmp_path / "a.nrrd").write_bytes((NRRD + "\n").replace("\n", end).encode() + body().tobytes(order="F"))
+    check(ct.read_scan(tmp_path / "a.nrrd"))
+
+
+UNITS = [
+    ("um", 1e3),
+    ("\u00b5m", 1e3),
+    ("\u03bcm", 1e3),
+    ("microns", 1e3),
+    ("mm", 1),
+    ("", 1),
+    ("m", 1e-3),
+    ("cm", 0.1),
+]
+
+
+@pytest.mark.parametrize("unit, per_mm", UNITS)
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_units_of_nrrd_are_honoured(tmp_path, unit, per_mm, encoding):
+    text = NRRD.replace(
+        "(0.75,0,0) (0,0.75,0) (0,0,2.5)", f"({0.75 * per_mm},0,0) (0,{0.75 * per_mm},0) (0,0,{2.5 * per_mm})"
+    )
+    text = text.replace("(-90,-80,-300)", f"({-90 * per_mm},{-80 * per_mm},{-300 * per_mm})")
+    text += f'space units: "{unit}" "{unit}" "{unit}"\n\n'
+    content = text.encode(encoding, errors="ignore" if unit == "\u03bcm" and encoding == "latin-1" else "strict")
+    if unit == "\u03bcm" and encoding == "latin-1":
+        pytest.skip("Latin 1 has no Greek letters")
+    (tmp_path / "a.nrrd").write_bytes(content + body().tobytes(order="F"))
+    scan = ct.read_scan(tmp_path / "a.nrrd")
+    check(scan)
+    ct.write_label(tmp_path / "l.nii", (scan.voxels > 0).astype(np.uint8), tmp_path / "a.nrrd")
+    np.testing.assert_allclose(nib.load(tmp_path / "l.nii").affine, AFFINE, rtol=1e-5)
+    assert nib.load(tmp_path / "l.nii").header.get_xyzt_units()[0] == "mm"
+
+
+@pytest.mark.parametrize("units", ['"mm" "mm" "um"', '"inch" "inch" "inch"'])
+def test_units_that_are_none_are_refused(tmp_path, units):
+    (tmp_path / "a.nrrd").write_bytes((NRRD + f"space units: {units}\n\n").encode() + body().tobytes(order="F"))
+    with pytest.raises(ValueError, match=r"a.nrrd: its units of length are .*expected one of mm, um"):
+        ct.read_scan(tmp_path / "a.nrrd")
+
+
+def test_a_text_header_without_orientation_is_said(tmp_path):
+    bare = "".join(line for line in NRRD.splitlines(True) if not line.startswith("space"))
+    (tmp_path / "a.nrrd").write_bytes((bare + "spacings: 0.75 0.75 2.5\n\n").encode() + body().tobytes(order="F"))
+    scan = ct.read_scan(tmp_path / "a.nrrd")
+    np.testing.assert_array_equal(scan.voxels, body().transpose(2, 1, 0))
+    assert "states no orientation: its axes are taken to run towards L, P, S" in scan.notes[0]
+
+
+def test_an_encoding_that_is_not_read_is_named(tmp_path):
+    (tmp_path / "a.nrrd").write_bytes((NRRD.replace("encoding: raw", "encoding: bzip2") + "\n").encode() + b"BZh9")
+    with pytest.raises(ValueError, match="encoded as bzip2, which is not read: save it with gzip"):
+        ct.read_scan(tmp_path / "a.nrrd")
+
+
+def test_further_axes_of_one_voxel_are_dropped(tmp_path):
+    raw = body().tobytes(order="F")
+    mha = (
+        MHD.replace("NDims = 3", "NDims = 4").replace("12 10 8", "12 10 8 1").replace("-90 -80 -300", "-90 -80 -300 0")
+    )
+    (tmp_path / "a.mha").write_bytes(
+        (mha.replace("0.75 2.5", "0.75 2.5 1") + "ElementDataFile = LOCAL\n").encode() + raw
+    )
+    nrrd = NRRD.replace("dimension: 3", "dimension: 4").replace("12 10 8", "12 10 8 1").replace("2.5)", "2.5) none")
+    (tmp_path / "a.nrrd").write_bytes((nrrd + "kinds: domain domain domain list\n\n").encode() + raw)
+    nib.save(nib.Nifti1Image(body()[..., None, None], AFFINE), tmp_path / "a.nii")
+    for name in ("a.mha", "a.nrrd", "a.nii"):
+        scan = ct.read_scan(tmp_path / name)
+        check(scan)
+        ct.write_label(tmp_path / "l.nii.gz", (scan.voxels > 0).astype(np.uint8), tmp_path / name)
+        assert nib.load(tmp_path / "l.nii.gz").shape == SHAPE
+
+
+def test_negative_spacing_of_a_metaimage_runs_down(tmp_path):
+    text = MHD.replace("0.75 2.5", "0.75 -2.5") + "ElementDataFile = LOCAL\n"
+    (tmp_path / "a.mha").write_bytes(text.encode() + body().tobytes(order="F"))
+    scan = ct.read_scan(tmp_path / "a.mha")
+    for k in range(SHAPE[2]):  # the file's slice k lies at -300 - 2.5 k mm
+        place = np.linalg.inv(scan.affine) @ [90, 80, -300 - 2.5 * k, 1]
+        np.testing.assert_allclose(place, [SHAPE[2] - 1 - k, 0, 0, 1], atol=1e-6)
+        np.testing.assert_array_equal(scan.voxels[SHAPE[2] - 1 - k], body()[:, :, k].T)
+
+
+# -- labels on their CT's grid ----------------------------------------------------------------------------------------
+
+
+def label_of(shape=SHAPE):
+    label = np.zeros(shape, np.uint8)
+    label[3:6, 3:8, 2:5] = 1
+    label[7:9, 3:5, 4:7] = 2
+    return label
+
+
+def saved(path, array, affine=AFFINE):
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+@pytest.mark.parametrize("value", [2, 13, 117, 255])
+def test_scaled_labels_within_a_thousandth_are_read(tmp_path, value):
+    scan = ct.read_scan(saved(tmp_path / "a.nii", body()))
+    label = label_of().astype(float)
+    label[label == 2] = value
+    nib.save(nib.Nifti1Image(label, AFFINE, nib.load(tmp_path / "a.nii").header), tmp_path / "l.nii.gz")
+    assert nib.load(tmp_path / "l.nii.gz").dataobj.slope != 1
+    np.testing.assert_array_equal(ct.read_label(tmp_path / "l.nii.gz", scan), label.transpose(2, 1, 0))
+    saved(tmp_path / "f.nii", label.astype(np.float32) + np.float32(0.002))
+    with pytest.raises(ValueError, match=r"whole numbers, found some that are 0.002 away"):
+        ct.read_label(tmp_path / "f.nii", scan)
+
+
+def no_origin():
+    affine = AFFINE.copy()
+    affine[:3, 3] = 0
+    return affine
+
+
+LOST = {"identity": np.eye(4), "ITK's": np.diag([-1.0, -1, 1, 1]), "no origin": no_origin()}
+OTHER = {"shifted": scaled(1) + np.array([[0, 0, 0, 7.0], [0] * 4, [0] * 4, [0] * 4]), "coarse": scaled(1.5)}
+
+
+def run_mend(message, ct_path):
+    """Runs the python of a message's mend, with the CT's path put in."""
+    code = message.split('python -c "')[1].removesuffix('"').replace("'CT'", repr(str(ct_path)))
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ct_path.parent)
+
+
+@pytest.mark.parametrize("affine", LOST.values(), ids=LOST)
+def test_a_lost_header_is_told_from_another_sampling(tmp_path, affine):
+    path = saved(tmp_path / "a.nii.gz", body())
+    scan = ct.read_scan(path)
+    saved(tmp_path / "l.nii.gz", label_of(), affine)
+    with pytest.raises(ValueError, match="lost header: copy the CT's") as caught:
+        ct.read_label(tmp_path / "l.nii.gz", scan)
+    run_mend(str(caught.value), path)
+    np.testing.assert_array_equal(ct.read_label(tmp_path / "l.nii.gz", scan), label_of().transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize("affine", OTHER.values(), ids=OTHER)
+def test_another_sampling_is_to_be_resampled(tmp_path, affine):
+    path = saved(tmp_path / "a.nii.gz", body())
+    scan = ct.read_scan(path)
+    saved(tmp_path / "l.nii.gz", label_of(), affine)
+    with pytest.raises(ValueError, match="resample it onto the CT's grid") as caught:
+        ct.read_label(tmp_path / "l.nii.gz", scan)
+    assert "lost" not in str(caught.value)
+    run_mend(str(caught.value).replace("'NEW'", "'new.nii.gz'"), path)
+    assert ct.read_label(tmp_path / "new.nii.gz", scan).shape == scan.voxels.shape
+
+
+def segmentation(path, array, first=(0, 0, 0), more=""):
+    origin = ",".join(str(start * size + zero) for start, size, zero in zip(first, (0.75, 0.75, 2.5), (-90, -80, -300)))
+    text = NRRD.replace("short", "uchar").replace("12 10 8", " ".join(map(str, array.shape)))
+    text = text.replace("-90,-80,-300", origin) + "Segment0_ID:=Segment_1\nSegment0_LabelValue:=1\n"
+    path.write_bytes((text + "\n").encode() + array.tobytes(order="F"))
+
+
+def test_a_segmentation_of_slicer_may_be_cropped(tmp_path):
+    scan = ct.read_scan(saved(tmp_path / "a.nii", body()))
+    segmentation(tmp_path / "whole.seg.nrrd", label_of())
+    segmentation(tmp_path / "part.seg.nrrd", label_of()[2:10, 3:9, 1:7], (2, 3, 1))
+    for name in ("whole", "part"):
+        np.testing.assert_array_equal(ct.read_label(tmp_path / f"{name}.seg.nrrd", scan), label_of().transpose(2, 1, 0))
+    segmentation(tmp_path / "between.seg.nrrd", label_of()[2:10, 3:9, 1:7], (2.5, 3, 1))
+    segmentation(tmp_path / "outside.seg.nrrd", label_of()[2:10, 3:9, 1:7], (9, 3, 1))
+    for name in ("between", "outside"):
+        with pytest.raises(ValueError, match=r"differs from its CT's .*resample"):
+            ct.read_label(tmp_path / f"{name}.seg.nrrd", scan)
+    with pytest.raises(ValueError, match="segmentation of 3D Slicer, no CT"):
+        ct.read_scan(tmp_path / "whole.seg.nrrd")
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda label: np.where(label == 0, np.nan, label).astype(np.float32), "NaN or infinite: set them to 0"),
+        (lambda label: label.astype(np.int16) - (label == 0), "from -1 to 2, label values lie in 0..65535: give"),
+        (lambda label: np.where(label == 2, 500000, label.astype(np.int32)), "to 500000, label values lie in"),
+    ],
+)
+def test_labels_that_are_none_are_refused_by_value(tmp_path, make, message):
+    scan = ct.read_scan(saved(tmp_path / "a.nii", body()))
+    saved(tmp_path / "l.nii", make(label_of()))
+    with pytest.raises(ValueError, match=message):
+        ct.read_label(tmp_path / "l.nii", scan)
