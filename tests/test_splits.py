@@ -1,0 +1,211 @@
+"""Tables of splits as people write them, and what a dataset.json says."""
+
+import json
+
+import pytest
+
+from pgl_ray.config import LabelsConfig
+from pgl_ray.data.layout import read_layout
+
+WANTED = {"case_1": "train", "case_2": "train", "case_3": "test"}
+NAMES = {"liver": 1, "left kidney": 2, "kidney": 3, "left": 4, "L5, lower": 5}
+
+
+def touch(root, *paths):
+    for path in paths:
+        file = root / f"{path}.nii.gz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def layout_of(root, table, names=None):
+    if isinstance(table, str):
+        table = table.encode()
+    (root / "t.csv").write_bytes(table)
+    return read_layout(str(root), LabelsConfig(table="t.csv", names=names or {}))
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    touch(tmp_path, *(f"{kind}/{case}" for kind in ("images", "labels") for case in WANTED))
+    return tmp_path
+
+
+TABLES = {
+    "plain": "scan_id,split\n{}",
+    "suffix": "scan_id,split\n{.nii.gz}",
+    "folders": "id,split\n{images/}",
+    "folders and suffix": "image,split\n{images/.nii.gz}",
+    "windows": "image,split\n{images\\.nii.gz}",
+    "other order": "split,scan_id\n{-}",
+    "capitals": "Case,Split\n{}",
+    "quoted": '"patient","split"\n{"}',
+    "a column before": "number,case,split\n{#}",
+    "unknown name": "who,split\n{}",
+}
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "comma and blank": ", ", "blanks around": " , "}
+
+
+def rows_of(form):
+    """Header and rows of a table in one of the forms above."""
+    head, _, how = form.partition("\n")
+    lines = []
+    for number, (case, split) in enumerate(WANTED.items()):
+        path = how.strip("{}")
+        name = {"-": case, "#": case, '"': f'"{case}"'}.get(path) or path.replace(".nii.gz", "") + case
+        name += ".nii.gz" if path.endswith(".nii.gz") else ""
+        lines.append([split, name] if path == "-" else [str(number), name, split] if path == "#" else [name, split])
+    return [head.split(","), *lines]
+
+
+@pytest.mark.parametrize("delimiter", DELIMITERS.values(), ids=DELIMITERS)
+@pytest.mark.parametrize("form", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("start, end", [("", "\n"), ("\ufeff", "\r\n"), ("", "\n\n")])
+def test_tables_of_many_forms_mean_the_same(labelled, form, delimiter, start, end):
+    text = start + end.join(delimiter.join(row) for row in rows_of(form)) + end
+    layout = layout_of(labelled, text)
+    assert {scan.scan_id: scan.split for scan in layout.scans} == WANTED
+    assert not layout.faults and not layout.left_out
+
+
+def test_a_column_with_another_name_is_said(labelled):
+    rows = "".join(f"{split},{case}\n" for case, split in WANTED.items())
+    layout = layout_of(labelled, f"split,who\n{rows}")
+    assert {scan.scan_id: scan.split for scan in layout.scans} == WANTED
+    assert [fault.reason for fault in layout.left_out] == ["its column 'who' is taken for the scans' ids"]
+
+
+GOOD = "case_1,train\ncase_2,train\n"
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        (
+            f"scan_id,split\n{GOOD}case-3,test\n",
+            r"no split to 1 labelled scan \(case_3\); rows that fit no scan: case-3",
+        ),
+        (f"scan_id,split\n{GOOD}", r"gives no split to 1 labelled scan \(case_3\): mend the table"),
+        (f"scan_id,split\n{GOOD}case_3,\n", r"gives no split to 1 labelled scan \(case_3\)"),
+        (
+            "scan_id,split\na,train\nb,test\n",
+            "no row fits a scan: its ids are a, b, the scans' are case_1, case_2, case_3",
+        ),
+        (f"scan_id,split\n{GOOD}case_3,test\ncase_3.nii.gz,train\n", "two rows for 'case_3', which differ"),
+        ("", "is empty"),
+        ("scan_id,split\ncase_1,train\n".encode("utf-16"), "cannot be read .*: save it as CSV in UTF-8"),
+        ("scan_id,labelled_organs\ncase_1,spleen\n", "case_1: organ 'spleen' is none of"),
+    ],
+)
+def test_tables_that_lose_something_are_refused(labelled, table, message):
+    with pytest.raises(ValueError, match=message):
+        layout_of(labelled, table, NAMES)
+
+
+def test_rows_and_scans_that_fit_nothing_are_said(tmp_path):
+    touch(tmp_path, "images/a", "images/b", "labels/a")
+    layout = layout_of(tmp_path, "scan_id,split\na,train\nx,train\ny,test\n")
+    assert {scan.scan_id: scan.split for scan in layout.scans} == {"a": "train", "b": "train"}
+    assert sorted(fault.reason for fault in layout.left_out) == [
+        "has 2 rows (x, y) of no scan that is here",
+        "has no row for 1 scan (b), which are used without",
+    ]
+
+
+def test_a_test_scan_is_not_trained_on(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000", "imagesTs/b_0000", "labelsTr/a", "labelsTs/b")
+    assert [s.split for s in layout_of(tmp_path, "id,split\na,val\nb,test\n").scans] == ["val", "test"]
+    with pytest.raises(ValueError, match="puts 'b', of a folder of test scans, into 'train': mend it"):
+        layout_of(tmp_path, "id,split\na,train\nb,train\n")
+
+
+@pytest.mark.parametrize(
+    "cell, values",
+    [
+        ("liver", (1,)),
+        ("liver left kidney", (1, 2)),
+        ("left kidney", (2,)),
+        ("kidney left", (3, 4)),
+        ("Liver LEFT Kidney", (1, 2)),
+        ("liver;left kidney", (1, 2)),
+        ("liver | kidney", (1, 3)),
+        ('"liver, left kidney"', (1, 2)),
+        ("['liver'; 'left kidney']", (1, 2)),
+        ("", ()),
+    ],
+)
+def test_organs_with_blanks_in_their_names(labelled, cell, values):
+    layout = layout_of(labelled, f"scan_id,labelled_organs\ncase_1,{cell}\ncase_2,\ncase_3,\n", NAMES)
+    assert layout.scans[0].labelled == values
+
+
+# -- dataset.json -----------------------------------------------------------------------------------------------------
+
+
+def stated(root, labels, start=b"", **more):
+    touch(root, "imagesTr/a_0000", "labelsTr/a")
+    content = {"channel_names": {"0": "CT"}, "numTraining": 1, "file_ending": ".nii.gz", "labels": labels} | more
+    (root / "dataset.json").write_bytes(start + json.dumps(content).encode())
+    return read_layout(str(root), LabelsConfig())
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(
+    "labels, names",
+    [
+        ({"background": 0, "liver": 1, "tumour": 2}, {"liver": 1, "tumour": 2}),
+        ({"0": "background", "1": "liver", "2": "tumour"}, {"liver": 1, "tumour": 2}),
+        ({"background": 0, "liver": [1], "tumour": [2], "ignore": 3}, {"liver": 1, "tumour": 2}),
+    ],
+)
+def test_names_of_a_dataset_json(tmp_path, start, labels, names):
+    layout = stated(tmp_path, labels, start)
+    assert layout.names == names
+    assert layout.scans[0].ignored == labels.get("ignore")
+
+
+def test_regions_are_refused_with_names_that_work(tmp_path):
+    from pgl_ray.config import PrepareConfig, load
+
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}
+    with pytest.raises(ValueError, match=r"regions of several values \(whole \[1, 2, 3\], core \[2, 3\]\)") as caught:
+        stated(tmp_path, labels)
+    mend = str(caught.value).split("value: ")[1].replace("'", "")
+    config = load(PrepareConfig, [f"source={tmp_path}", "store=s", mend])
+    assert config.labels.names == {"whole_1": 1, "whole_core_2": 2, "enhancing": 3}
+    assert read_layout(config.source, config.labels).names == config.labels.names
+
+
+@pytest.mark.parametrize("labels", [None, [], {"liver": "one"}, {"liver": None}])
+def test_labels_that_are_none_are_one_line(tmp_path, labels):
+    with pytest.raises(ValueError, match=r"dataset.json: .*labels.names={ORGAN: VALUE}") as caught:
+        stated(tmp_path, labels)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_stray_file_costs_no_label(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000", "imagesTr/b_0000", "imagesTr/tmp", "labelsTr/a", "labelsTr/b")
+    layout = read_layout(str(tmp_path), LabelsConfig())
+    assert {scan.scan_id: bool(scan.label) for scan in layout.scans} == {"a": True, "b": True, "tmp": False}
+    assert not layout.faults
+
+
+def test_channel_names_in_a_plain_folder_find_their_labels(tmp_path):
+    touch(tmp_path, "images/a_0000", "images/b_0000", "labels/a", "labels/b_0000")
+    layout = read_layout(str(tmp_path), LabelsConfig())
+    assert all(scan.label for scan in layout.scans) and not layout.faults
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "images"])
+def test_several_channels_are_one_line(tmp_path, folder):
+    touch(tmp_path, f"{folder}/a_0000", f"{folder}/a_0001", f"{folder}/b_0000")
+    with pytest.raises(ValueError, match=r"a_0000.nii.gz and a_0001.nii.gz are channels of one scan"):
+        read_layout(str(tmp_path), LabelsConfig())
+
+
+def test_segmentations_of_slicer_are_found_as_labels(tmp_path):
+    touch(tmp_path, "images/a", "images/b")
+    for name in ("a.seg.nrrd", "b.nrrd"):
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        (tmp_path / "labels" / name).touch()
+    assert all(scan.label for scan in read_layout(str(tmp_path), LabelsConfig()).scans)
