@@ -87,7 +87,7 @@ def main(source: str, target: str, table: str = "") -> None:
         with open(table, newline="") as file:
             wanted = {row["patient"] for row in csv.DictReader(file)}
         if absent := wanted - {path.name for path in patients}:
-            sys.exit(f"openkbp: {len(absent)} patients of {table} are not in {source}: {', '.join(sorted(absent)[:5])}")
+            sys.exit(f"openkbp: {table} names patients that are not in {source}: {', '.join(sorted(absent)[:5])}")
         patients = [path for path in patients if path.name in wanted]
     if not patients:
         sys.exit(f"openkbp: no {' or '.join(f'{folder}/pt_*' for folder in SPLITS)} in {source}: give provided-data")

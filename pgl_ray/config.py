@@ -495,8 +495,9 @@ class LabelsConfig(Section):
     """Organ name -> value in the label maps. DICOM contours (RTSTRUCT) become labels where their structures are named
     here."""
     table: str | None = None
-    """CSV inside the source folder: first column = scan_id, `split` and `labelled_organs` (space-separated) optional.
-    An organ that a row does not list is unlabelled in that scan, not absent."""
+    """CSV inside the source folder (comma, semicolon or tab) with a row per scan, by its id, file name or path; columns
+    `split` and `labelled_organs` (separated by blanks, or by ; or |) are optional. An organ that a row does not list is
+    unlabelled in that scan, not absent."""
 
 
 class PartConfig(Section):
