@@ -70,7 +70,7 @@ def run(config: PredictConfig) -> Result:
     done_before = f", {len(finished)} of them done before" if finished else ""
     print(f"predict: {len(jobs)} scan{'s' * (len(jobs) != 1)} on {device}{done_before}", flush=True)
     names = {job: job.target.name.removesuffix(".nii.gz") if job.slices else job.source.name for job in jobs}
-    failed, began, todo = [], time.monotonic(), [job for job in jobs if job not in finished]
+    failed, num_maps, began, todo = [], 0, time.monotonic(), [job for job in jobs if job not in finished]
     for done, job in enumerate(todo, 1):
         try:
             for note in _predict(model, meta, job, maker, config):
@@ -80,17 +80,17 @@ def run(config: PredictConfig) -> Result:
             reason = reason if str(job.source) in reason else f"{job.source}: {reason}"
             if not many:
                 raise FailedRun(reason) if isinstance(error, MemoryError) else type(error)(reason) from None
-            if not (isinstance(error, LabelMap) and len(jobs) > 1):  # beside CTs it is none of predict's business
-                failed.append(names[job])
+            failed.append(names[job])
+            num_maps += isinstance(error, LabelMap)
             print(f"predict: left out: {reason}", flush=True)
         rate = (time.monotonic() - began) / done
         progress = f"{done}/{len(todo)} scans, {rate:.1f} s per scan, {(len(todo) - done) * rate:.0f} s left"
         print(f"predict: {progress}; {names[job]}", flush=True)
-    if failed:
+    if failed and not (len(failed) == num_maps < len(jobs)):  # label maps beside CTs are none of predict's business
         listed = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
         others = f"; the others are in {config.output}" if len(failed) < len(jobs) else ""
         raise FailedRun(f"{len(failed)} of {len(jobs)} files failed: {listed}{others}")
-    return Result(config.output, len(jobs), len(finished))
+    return Result(config.output, len(jobs) - len(failed), len(finished))
 
 
 def _maker(model: Segmenter | LightSegmenter, meta: dict[str, Any], config: PredictConfig, device: torch.device) -> str:
