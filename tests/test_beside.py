@@ -143,7 +143,7 @@ def test_predict_says_notes_and_leaves_label_maps_out(tmp_path, network, capsys)
     assert "predict: note: offset.nii.gz: hardly a value is below" in said
     assert "left out" in said and "seg.nii.gz: whole numbers from 0 to 2 in patches" in said
     assert "hardly" in json.loads((tmp_path / "out/offset.json").read_text())["notes"][0]
-    with pytest.raises(ValueError, match="seg.nii.gz: whole numbers from 0 to 2 in patches"):
+    with pytest.raises(ValueError, match=r"seg.nii.gz: whole numbers from 0 to 2 in patches"):
         label_of(tmp_path / "in/seg.nii.gz", tmp_path / "seg_label.nii.gz")
 
 
