@@ -1,7 +1,10 @@
 """What files say of themselves: units, forms, detached headers, sizes that no CT has; against ITK and by hand."""
 
+import gzip
 import subprocess
 import sys
+import zlib
+from itertools import pairwise
 
 import nibabel as nib
 import numpy as np
@@ -346,7 +349,9 @@ def label_of(shape=SHAPE):
 
 
 def saved(path, array, affine=AFFINE):
-    nib.save(nib.Nifti1Image(array, affine), path)
+    image = nib.Nifti1Image(array, affine)
+    image.header["pixdim"][1:4] = (0.75, 0.75, 2.5)
+    nib.save(image, path)
     return path
 
 
@@ -369,7 +374,7 @@ def no_origin():
     return affine
 
 
-LOST = {"identity": np.eye(4), "ITK's": np.diag([-1.0, -1, 1, 1]), "no origin": no_origin()}
+LOST = {"identity": np.eye(4), "none": None, "ITK's": np.diag([-1.0, -1, 1, 1]), "no origin": no_origin()}
 OTHER = {"shifted": scaled(1) + np.array([[0, 0, 0, 7.0], [0] * 4, [0] * 4, [0] * 4]), "coarse": scaled(1.5)}
 
 
@@ -437,3 +442,49 @@ def test_labels_that_are_none_are_refused_by_value(tmp_path, make, message):
     saved(tmp_path / "l.nii", make(label_of()))
     with pytest.raises(ValueError, match=message):
         ct.read_label(tmp_path / "l.nii", scan)
+
+
+# -- what ITK reads wrongly, without a word ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stated, message", [(None, "has no Comp"), (-50, "says Comp"), (500, "says Comp"), (0, None)])
+@pytest.mark.parametrize("detached_file", [False, True])
+def test_the_compressed_size_of_a_metaimage_is_compared(tmp_path, capfd, stated, message, detached_file):
+    packed = zlib.compress(body().tobytes(order="F"))
+    size = "" if stated is None else f"CompressedDataSize = {len(packed) + stated}\n"
+    text = MHD + "CompressedData = True\n" + size + f"ElementDataFile = {'a.zraw' if detached_file else 'LOCAL'}\n"
+    path = tmp_path / ("a.mhd" if detached_file else "a.mha")
+    path.write_bytes(text.encode() + (b"" if detached_file else packed))
+    if detached_file:
+        (tmp_path / "a.zraw").write_bytes(packed)
+    if message is None or (stated is None and detached_file):
+        check(ct.read_scan(path))
+        return
+    with pytest.raises(ValueError, match=rf"{message}ressedDataSize.*it should be {len(packed)}"):
+        ct.read_scan(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_intensity_function_of_a_metaimage_is_applied(tmp_path):
+    function = "ElementToIntensityFunctionSlope = 0.5\nElementToIntensityFunctionOffset = -100\n"
+    raw = (body().astype(np.int32) + 100) * 2
+    (tmp_path / "a.mha").write_bytes(
+        (MHD + function + "ElementDataFile = LOCAL\n").encode() + raw.astype("<i2").tobytes(order="F")
+    )
+    check(ct.read_scan(tmp_path / "a.mha"))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("padding", [0, 512])
+def test_gzip_of_several_members_and_zeros_behind(tmp_path, parts, padding):
+    image = nib.Nifti1Image(body(), AFFINE).to_bytes()
+    raw = body().tobytes(order="F")
+
+    def packed(content):
+        cuts = np.linspace(0, len(content), parts + 1).astype(int)
+        return b"".join(gzip.compress(content[a:b]) for a, b in pairwise(cuts)) + bytes(padding)
+
+    (tmp_path / "a.nii.gz").write_bytes(packed(image))
+    (tmp_path / "a.nrrd").write_bytes((NRRD.replace("encoding: raw", "encoding: gzip") + "\n").encode() + packed(raw))
+    check(ct.read_scan(tmp_path / "a.nii.gz"))
+    check(ct.read_scan(tmp_path / "a.nrrd"))

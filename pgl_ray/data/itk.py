@@ -36,7 +36,26 @@ def read(path: Path) -> Raw:
         raise too_large(path, reader.GetSize()) from None
     except RuntimeError:
         raise _unread(path) from None
-    return Raw(sitk.GetArrayFromImage(image).transpose(2, 1, 0), 1.0, 0.0, geometry(path, reader))
+    return Raw(sitk.GetArrayFromImage(image).transpose(2, 1, 0), *_intensity(path), geometry(path, reader))
+
+
+def _intensity(path: Path) -> tuple[float, float]:
+    """Slope and offset that a MetaImage gives its values; ITK leaves them out."""
+    header = detached.read_header(path)
+    slope = _number(path, header, "elementtointensityfunctionslope", 1)
+    return slope, _number(path, header, "elementtointensityfunctionoffset", 0)
+
+
+def _number(path: Path, header: TextHeader, name: str, default: float) -> float:
+    """A field's number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return float(header.fields.get(name, default))
+    except ValueError:
+        raise unreadable(path, f"its header's {name} is {header.fields[name]!r}, no number") from None
 
 
 def open_header(path: Path):
@@ -145,7 +164,7 @@ def _unread(path: Path) -> ValueError:
 def _check_data(path: Path, shape: tuple[int, ...], itemsize: int) -> None:
     """Compares the voxels with header and checksum; ITK reads on where they are too few, or decompressed wrongly."""
     header = detached.read_header(path)
-    skip = int(header.fields.get("headersize") or header.fields.get("byteskip") or 0)
+    skip = int(_number(path, header, "headersize", 0) or _number(path, header, "byteskip", 0))
     encoding = header.fields.get("encoding", "raw").lower()
     if skip < 0 or header.fields.get("lineskip", "0") != "0" or encoding not in ("raw", "gzip", "gz"):
         return
@@ -162,7 +181,9 @@ def _voxel_bytes(path: Path, start: int, header: TextHeader) -> int:
     with path.open("rb") as file:
         file.seek(start)
         if header.fields.get("compresseddata", "").lower() == "true":
-            return _inflated_size(file)
+            size, deflated = _inflated_size(file)
+            _check_deflated(path, header, deflated, path.stat().st_size - start)
+            return size
         if header.fields.get("encoding", "raw").lower() == "raw":
             return path.stat().st_size - start
         with gzip.GzipFile(fileobj=file) as stream:
@@ -173,12 +194,21 @@ def _parts(stream) -> Iterator[bytes]:
     return iter(lambda: stream.read(2**20), b"")
 
 
-def _inflated_size(file) -> int:
-    """Size of a zlib stream's content; zlib compares its checksum at the end."""
-    inflate, size = zlib.decompressobj(), 0
+def _inflated_size(file) -> tuple[int, int]:
+    """Size of a zlib stream's content, and its own; zlib compares its checksum at the end."""
+    inflate, size, deflated = zlib.decompressobj(), 0, 0
     while not inflate.eof:
         part = file.read(2**20)
         if not part:
             raise zlib.error("the compressed voxels are cut off")
-        size += len(inflate.decompress(part))
-    return size
+        size, deflated = size + len(inflate.decompress(part)), deflated + len(part)
+    return size, deflated - len(inflate.unused_data)
+
+
+def _check_deflated(path: Path, header: TextHeader, deflated: int, held: int) -> None:
+    """Refuses a MetaImage whose compressed size is stated wrongly: ITK would read zeros."""
+    stated = header.fields.get("compresseddatasize", "")
+    right = deflated <= int(stated) <= held if stated.isdecimal() else not stated and bool(header.files)
+    if not right:
+        said = f"says CompressedDataSize = {stated}" if stated else "has no CompressedDataSize"
+        raise zlib.error(f"its header {said}, it should be {deflated}")
