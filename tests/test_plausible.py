@@ -60,6 +60,7 @@ SAID = {
     ),
     "offset twice": (lambda hu: hu - 1024, "was an offset taken twice"),
     "8 bits": (lambda hu: ((hu + 1024) / 16).clip(0, 255), "8-bit pictures"),
+    "8 bits, saturated": (lambda hu: ((hu + 50) * 1.5).clip(0, 255), "8-bit pictures"),
     "MR": (lambda hu: np.abs(hu + 1000) ** 0.8 + np.random.default_rng(1).uniform(0, 30, hu.shape), "MR, dose"),
     "dose in cGy": (lambda hu: ndimage.gaussian_filter(hu + 1000, 6) * 6, "MR, dose"),
     "one value": (lambda hu: hu * 0 - 7, "all its voxels are -7: is it empty"),

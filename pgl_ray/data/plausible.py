@@ -13,6 +13,7 @@ from pgl_ray.data.raw import Raw
 
 LONGEST_MM = 5000.0  # along an axis; no table moves further
 FLATTEST = 0.2  # share of a box' volume that sheared axes must leave; a gantry tilt of 30 degrees leaves 0.87
+MOST_LABELS = 200  # of a label map; an 8-bit picture has more values, and patches where it is saturated
 PLANES = 64  # that are looked at for patches
 SAMPLED = 2**20  # voxels whose values are looked at
 AIR = -1024  # what lies below has been raised to it (see ct)
@@ -109,6 +110,8 @@ def _stands_in_patches(voxels: np.ndarray) -> bool:
     filled = np.flatnonzero(voxels.max((1, 2)) > voxels.min())  # a lesion may lie in a few of many planes
     middle = voxels[filled[:: math.ceil(len(filled) / PLANES)]]
     values, counts = np.unique(middle, return_counts=True)
+    if len(values) > MOST_LABELS:
+        return False
     outside = middle[:, :, :-1] != values[counts.argmax()]
     equal = middle[:, :, :-1] == middle[:, :, 1:]
     return bool(outside.any() and equal[outside].mean() > 0.5)
