@@ -79,7 +79,9 @@ def run(config: PredictConfig) -> Result:
             reason = " ".join(str(error).split()) or "not enough memory"
             reason = reason if str(job.source) in reason else f"{job.source}: {reason}"
             if not many:
-                raise FailedRun(reason) if isinstance(error, MemoryError) else type(error)(reason) from None
+                if isinstance(error, OSError):
+                    raise
+                raise (FailedRun if isinstance(error, MemoryError) else ValueError)(reason) from None
             failed.append(names[job])
             num_maps += isinstance(error, LabelMap)
             print(f"predict: left out: {reason}", flush=True)
