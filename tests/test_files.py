@@ -355,7 +355,7 @@ def saved(path, array, affine=AFFINE):
     return path
 
 
-@pytest.mark.parametrize("value", [2, 13, 117, 255])
+@pytest.mark.parametrize("value", [2, 13, 117, 255, 1000])
 def test_scaled_labels_within_a_thousandth_are_read(tmp_path, value):
     scan = ct.read_scan(saved(tmp_path / "a.nii", body()))
     label = label_of().astype(float)
@@ -363,6 +363,9 @@ def test_scaled_labels_within_a_thousandth_are_read(tmp_path, value):
     nib.save(nib.Nifti1Image(label, AFFINE, nib.load(tmp_path / "a.nii").header), tmp_path / "l.nii.gz")
     assert nib.load(tmp_path / "l.nii.gz").dataobj.slope != 1
     np.testing.assert_array_equal(ct.read_label(tmp_path / "l.nii.gz", scan), label.transpose(2, 1, 0))
+    many = np.random.default_rng(0).integers(0, value + 1, SHAPE).astype(float)
+    nib.save(nib.Nifti1Image(many, AFFINE, nib.load(tmp_path / "a.nii").header), tmp_path / "m.nii.gz")
+    np.testing.assert_array_equal(ct.read_label(tmp_path / "m.nii.gz", scan), many.transpose(2, 1, 0))
     saved(tmp_path / "f.nii", label.astype(np.float32) + np.float32(0.002))
     with pytest.raises(ValueError, match=r"whole numbers, found some that are 0.002 away"):
         ct.read_label(tmp_path / "f.nii", scan)

@@ -25,6 +25,7 @@ from pgl_ray.data.raw import Geometry, Raw
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 STORED = orientations.axcodes2ornt("LPS")  # of the axes W, H, D
 LIKE_AIR = -500  # HU that no tissue but lung has
+FINEST_SCALE = 0.02  # factor up to which a file's whole numbers stand for others, scaled
 FRACTION = 1e-3  # how far label values may lie from whole numbers; scale factors of float32 make such errors
 
 
@@ -122,7 +123,8 @@ def read_label(path: str | Path, like: Scan, slices: tuple[str, ...] = ()) -> np
     else:
         raw = _read(path)
     label, rounding_error = _whole_numbers(raw, np.uint16, path)
-    if rounding_error > FRACTION:
+    scaled = 0.51 * abs(raw.slope) if abs(raw.slope) < FINEST_SCALE else 0.0  # nibabel's rounding of whole numbers
+    if rounding_error > max(FRACTION, scaled):
         raise ValueError(
             f"{path}: label values must be whole numbers, found some that are {rounding_error:.3g} away from one: was "
             "it resampled with interpolation? Take the nearest voxel's value instead"
