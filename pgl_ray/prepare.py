@@ -314,7 +314,7 @@ def _tell(layout: Layout, folder: str) -> None:
 def _beside_another(source: Source, scans: Sequence[Source]) -> bool:
     """Whether another volume lies in a scan's folder: then what is no CT was only taken along."""
     folder = Path(source.image).parent
-    return any(one is not source and Path(one.image).parent == folder for one in scans)
+    return any(one is not source and folder in (Path(one.image), Path(one.image).parent) for one in scans)
 
 
 def _json_lines(faults: Iterable[Fault]) -> bytes:
