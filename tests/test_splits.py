@@ -198,8 +198,23 @@ def test_channel_names_in_a_plain_folder_find_their_labels(tmp_path):
 
 @pytest.mark.parametrize("folder", ["imagesTr", "images"])
 def test_several_channels_are_one_line(tmp_path, folder):
-    touch(tmp_path, f"{folder}/a_0000", f"{folder}/a_0001", f"{folder}/b_0000")
+    touch(tmp_path, *(f"{folder}/{case}_{channel}" for case in "ab" for channel in ("0000", "0001")))
     with pytest.raises(ValueError, match=r"a_0000.nii.gz and a_0001.nii.gz are channels of one scan"):
+        read_layout(str(tmp_path), LabelsConfig())
+
+
+@pytest.mark.parametrize("folder, labels", [("imagesTr", "labelsTr"), ("images", "labels")])
+def test_case_numbers_are_no_channels(tmp_path, folder, labels):
+    cases = [f"case_{number:04}" for number in range(3)]
+    touch(tmp_path, *(f"{folder}/{case}" for case in cases))
+    assert [scan.scan_id for scan in read_layout(str(tmp_path), LabelsConfig()).scans] == cases
+    touch(tmp_path, *(f"{labels}/{case}" for case in cases))
+    scans = read_layout(str(tmp_path), LabelsConfig()).scans
+    assert [(scan.scan_id, bool(scan.label)) for scan in scans] == [(case, True) for case in cases]
+    touch(tmp_path, f"{labels}/case")
+    (tmp_path / labels / "case_0000.nii.gz").unlink()
+    (tmp_path / labels / "case_0001.nii.gz").unlink()
+    with pytest.raises(ValueError, match="channels of one scan"):
         read_layout(str(tmp_path), LabelsConfig())
 
 

@@ -11,7 +11,7 @@ map, too. A table may say otherwise about splits.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +105,7 @@ def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> F
         volumes = _volumes(images, without)
         maps = _label_maps(label_folder) if label_folder else {}
         masks = _masks(label_folder, maps, found) if label_folder else {}
+        volumes = _without_channels(images, volumes, maps)
         counts = Counter(parts[-1] for parts in volumes)
         key = "__".join(images.relative_to(root).parts)
         for parts, path in volumes.items():
@@ -173,10 +174,10 @@ def _below(path: Path, folder: Path, without: Sequence[Path]) -> bool:
 
 
 def _volumes(folder: Path, without: Sequence[Path] = ()) -> dict[tuple[str, ...], Path]:
-    """Volumes below a folder by their path in it, the last part without suffix and nnU-Net's channel.
+    """Volumes below a folder by their path in it, the last part without suffix.
 
     Raises:
-        ValueError: two files of one name, or a scan of several channels.
+        ValueError: two files of one name.
     """
     volumes: dict[tuple[str, ...], Path] = {}
     for path in volume_files(folder):
@@ -186,16 +187,36 @@ def _volumes(folder: Path, without: Sequence[Path] = ()) -> dict[tuple[str, ...]
         if parts in volumes:
             raise ValueError(f"{volumes[parts]} and {path} are of one name: keep one of them")
         volumes[parts] = path
+    return volumes
+
+
+def _without_channels(
+    images: Path, volumes: dict[tuple[str, ...], Path], maps: Container[tuple[str, ...]]
+) -> dict[tuple[str, ...], Path]:
+    """Volumes in nnU-Net's folders without its suffix of the channel. Case numbers, as in MSD, look like it: they are
+    those that a label map has too, or that follow one name alone.
+
+    Raises:
+        ValueError: a scan of several channels.
+    """
+    numbers: dict[tuple[str, ...], dict[str, Path]] = defaultdict(dict)
     for parts, path in volumes.items():
         match = re.fullmatch(r"(.+)_(\d{4})", parts[-1])
-        first = volumes.get((*parts[:-1], f"{match[1]}{CHANNEL}")) if match else None
-        if first not in (None, path):
+        if match and parts not in maps:
+            numbers[*parts[:-1], match[1]][match[2]] = path
+    alike = len(numbers) > 1 and len({tuple(sorted(found)) for found in numbers.values()}) == 1
+    short = dict(volumes)
+    for bare, found in numbers.items():
+        if CHANNEL[1:] not in found:
+            continue
+        if len(found) > 1 and (bare in maps or alike):
+            first, other = sorted(found.values())[:2]
             raise ValueError(
-                f"{first} and {path.name} are channels of one scan (nnU-Net's), expected CT alone: keep one"
+                f"{first} and {other.name} are channels of one scan (nnU-Net's), expected CT alone: keep one"
             )
-    if folder.name in NNUNET:
-        volumes = {_short(parts, CHANNEL, volumes): path for parts, path in volumes.items()}
-    return volumes
+        if len(found) == 1 and images.name in NNUNET and bare not in volumes:
+            short[bare] = short.pop((*bare[:-1], f"{bare[-1]}{CHANNEL}"))
+    return short
 
 
 def _label_maps(folder: Path) -> dict[tuple[str, ...], Path]:

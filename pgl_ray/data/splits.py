@@ -74,7 +74,8 @@ def with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[
             scan = replace(scan, labelled=tuple(sorted(names[organ] for organ in organs)))
         told.append(scan)
     unused = f"; rows that fit no scan: {some(table.unused)}" if table.unused else ""
-    lost = [scan.scan_id for scan in told if scan.label and (scan.scan_id not in table.rows or not scan.split)]
+    labelled = [scan for scan in told if scan.label and scan.labelled != ()]
+    lost = [scan.scan_id for scan in labelled if scan.scan_id not in table.rows or not scan.split]
     if lost and "split" in table.columns:
         raise ValueError(f"{where}: gives no split to {_count(lost, 'labelled scan')}{unused}: mend the table")
     without = [scan.scan_id for scan in told if scan.scan_id not in table.rows]

@@ -72,7 +72,7 @@ def absent(path: Path, there: dict[str, set[str]]) -> list[str]:
     """Training and test volumes that a dataset.json lists (MSD) or counts (nnU-Net) and that are not there.
 
     Args:
-        there: imagesTr and imagesTs -> names in them without channel.
+        there: imagesTr and imagesTs -> names of the volumes in them, without suffix.
 
     Raises:
         ValueError: its volumes are not CT.
@@ -87,7 +87,7 @@ def absent(path: Path, there: dict[str, set[str]]) -> list[str]:
         if isinstance(listed, list):
             paths = [str(one["image"] if isinstance(one, dict) and "image" in one else one) for one in listed]
             ids = {one.rsplit("/", 1)[-1].split(".nii")[0].removesuffix(CHANNEL) for one in paths}
-            gone = sorted(ids - there[folder])
+            gone = sorted(ids - {name.removesuffix(CHANNEL) for name in there[folder]})
             if gone:
                 found.append(f"{len(gone)} of {len(ids)} volumes of {folder} that dataset.json lists: {some(gone)}")
         elif isinstance(number, int) and len(there[folder]) < number:
