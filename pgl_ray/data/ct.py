@@ -217,7 +217,6 @@ def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: t
 def _read_series(folder: Path, slices: tuple[str, ...]) -> tuple[np.ndarray, float, Geometry]:
     """int16 HU [i, j, k] of a DICOM series, the largest change by rounding, and where they lie."""
     grid = dicom_grid.read_grid(folder, slices or dicom.only_series(folder))
-    plausible.check_grid(folder, grid.affine, grid.shape)
     voxels, rounding_error = np.empty((0, 0, 0), np.int16), 0.0
     for k, hu in enumerate(dicom_grid.read_slices(folder, grid)):
         if not k:  # a header may state any size: the first slice has it
@@ -225,6 +224,7 @@ def _read_series(folder: Path, slices: tuple[str, ...]) -> tuple[np.ndarray, flo
         values = Raw(hu[..., None], 1.0, 0.0, Geometry(grid.affine))
         voxels[..., k : k + 1], error = _whole_numbers(values, np.int16, folder / grid.files[k])
         rounding_error = max(rounding_error, error)
+    plausible.check_grid(folder, grid.affine, grid.shape)
     if grid.unspecified and not ((voxels > PADDING) & (voxels < LIKE_AIR)).any():
         raise ValueError(
             f"{grid.name}: pixels are in US (no unit is stated), and none lies below {LIKE_AIR} as air does in HU: "
