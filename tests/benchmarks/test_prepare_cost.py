@@ -20,7 +20,13 @@ from pgl_ray.data.layout import Source
 
 pytestmark = pytest.mark.skipif("PGL_RAY_BENCH" not in os.environ, reason="takes a minute: make bench")
 
-OPTIONS = {"hu_window": (-1024.0, 325.0), "chunk": (8, 64, 64), "encoding": "int16", "spacing_mm": None}
+OPTIONS = {
+    "hu_window": (-1024.0, 325.0),
+    "chunk": (8, 64, 64),
+    "encoding": "int16",
+    "compression": "lz4",
+    "spacing_mm": None,
+}
 REPEATS = 5
 
 
@@ -64,7 +70,7 @@ from pgl_ray import prepare
 from pgl_ray.data import store
 from pgl_ray.data.layout import Source
 path, label, folder = sys.argv[1:4]
-options = {"hu_window": (-1024.0, 325.0), "chunk": (8, 64, 64), "encoding": sys.argv[4], "spacing_mm": None}
+options = {"hu_window": (-1024.0, 325.0), "chunk": (8, 64, 64), "encoding": sys.argv[4], "compression": "lz4", "spacing_mm": None}
 with store.open_place(folder).locked() as token:
     task = (Source("a", path, label or None, ""), None)
     row = prepare.convert({"task": 0, "item": pickle.dumps(task)}, folder, token, {}, options)
