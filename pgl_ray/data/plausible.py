@@ -95,12 +95,15 @@ def check_values(path: str | Path, voxels: np.ndarray) -> list[str]:
         LabelMap: whole numbers from 0 on that stand in patches.
     """
     step = max(1, math.ceil((voxels.size / SAMPLED) ** (1 / 3)))
-    low, high = int(voxels.min()), int(voxels.max())
+    sample = voxels[::step, ::step, ::step].ravel()
+    low = int(sample.min())
+    high = int(sample.max())
+    if low >= 0 or low == high:  # a CT has air, in every sample
+        low, high = int(voxels.min()), int(voxels.max())
     if low >= 0 and high > low and _stands_in_patches(voxels):
         raise LabelMap(f"{path}: whole numbers from {low} to {high} in patches: a label map or mask, no CT")
     if low == high:
         return [f"all its voxels are {low}: is it empty?"]
-    sample = voxels[::step, ::step, ::step].ravel()
     sample = sample[sample > AIR] if low == AIR else sample
     return _doubts(sample, low, high) if sample.size else []
 

@@ -70,7 +70,8 @@ from pgl_ray import prepare
 from pgl_ray.data import store
 from pgl_ray.data.layout import Source
 path, label, folder = sys.argv[1:4]
-options = {"hu_window": (-1024.0, 325.0), "chunk": (8, 64, 64), "encoding": sys.argv[4], "compression": "lz4", "spacing_mm": None}
+options = {"hu_window": (-1024.0, 325.0), "chunk": (8, 64, 64), "encoding": sys.argv[4], "spacing_mm": None}
+options["compression"] = "lz4"
 with store.open_place(folder).locked() as token:
     task = (Source("a", path, label or None, ""), None)
     row = prepare.convert({"task": 0, "item": pickle.dumps(task)}, folder, token, {}, options)
