@@ -1,6 +1,7 @@
 """The import law of the house, checked on the source."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pgl_ray"
 ROOMS = {"data", "judge", "model", "train"}
-DOORS = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "config", "prior"}
-RAY_ALLOWED = {"data/stream.py", "train/launch.py", "train/session.py", "train/checkpoint.py"}
+SHARED = {"config", "prior", "ray_internals"}
+DOORS = {p.stem for p in PACKAGE.glob("*.py")} - SHARED - {"__init__"}
+RAY_ALLOWED = {"data/stream.py", "train/launch.py", "train/session.py", "train/checkpoint.py", "ray_internals.py"}
 DOOR_TO_DOOR = {
     *(("trial", stage) for stage in ("pretrain", "probe", "finetune", "evaluate")),
     *(("tune", other) for other in ("trial", "pretrain", "probe", "finetune", "report", "sweeps")),
@@ -55,9 +57,10 @@ def test_import_law(name):
         if not full.startswith("pgl_ray."):
             continue
         target = full.split(".")[1]
-        if target in ("config", "prior"):
-            assert room not in ("config", "prior"), f"{name} imports {full}"
+        if target in SHARED:
+            assert room not in SHARED, f"{name} imports {full}"
             assert target == "prior" or room != "model", f"{name} imports {full}"
+            assert target != "ray_internals" or name == "data/stream.py" or room == "train", f"{name} imports {full}"
         elif target in ROOMS:
             # train/weights rebuilds networks, so the training room may use the model's; data and model never meet but
             # where encoders are judged on scans
@@ -66,6 +69,21 @@ def test_import_law(name):
             assert allowed, f"{name} imports {full}"
         elif target in DOORS:
             assert room == "demo" or (room, target) in DOOR_TO_DOOR, f"{name} imports {full}"
+
+
+INSIDE = re.compile(r"\bray(\.\w+)*\.(_\w+|v2)\b")
+
+
+def test_names_inside_ray_are_in_one_file():
+    """Imports, attributes and texts with an underscore name of Ray's, or one of its second Train, whose public names
+    are ray.train's."""
+    for name in set(FILES) - {"ray_internals.py"}:
+        tree = ast.parse((PACKAGE / name).read_text())
+        names = imports(PACKAGE / name) | {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        names |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        assert not [text for text in names if INSIDE.search(text)], name
+    shipped = {p.name for p in PACKAGE.rglob("*.y*ml") if INSIDE.search(p.read_text())}
+    assert shipped == {"quiet_data_log.yaml"}  # ray_internals.DATA_LOG
 
 
 def test_init_files_are_empty():

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pgl_ray import ray_internals
 from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
@@ -25,7 +26,6 @@ from pgl_ray.data.shard import UnreadableScan, chunk_of
 AIR = -1024  # HU outside a scan
 ABOUT_ROWS = frozenset(("step", "epoch", "scan", "draw", "missed"))  # columns that no network sees
 BLOCKS_AHEAD = 256  # blocks of rows laid out at a time, by a task of 1 CPU: Ray Data's repartition takes no less
-IDLE_S = 0.05  # between two looks of Ray Data's executor at what there is to do while nothing runs
 BLOCKS_TAKEN = 6  # that a worker has at a time: five in the buffers of prefetch_batches=2, and one that is trained on
 SUBSTITUTES = 32  # scans that are tried in the place of one that cannot be read
 REGIONS_MIXED = 16  # regions whose pairs are shuffled with one another; up to 31 at an epoch's end
@@ -143,18 +143,13 @@ def dataset(
         stop: step to end before; none: the plan's end.
     """
     import ray.data
-    from ray.data._internal.execution import backpressure_policy as policies
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.target_max_block_size = None  # a block is a batch: never split it
-    # Ray Data's budget of bytes stands still where the store is small: the number of blocks is bounded instead
-    context.override_object_store_memory_limit_fraction = 1e6
     room = ray.cluster_resources().get("object_store_memory", 0) / 2  # workers hold blocks, too
-    keep_ahead = _keep_ahead(policies.BackpressurePolicy, _num_tasks() + num_workers, room)
-    ways = [*policies.ENABLED_BACKPRESSURE_POLICIES, keep_ahead]
-    context.set_config(policies.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, ways)
+    ray_internals.bound_blocks(context, LayOut, BLOCKS_AHEAD, _num_tasks() + num_workers, room)
     stride = max(1, BLOCKS_AHEAD // num_workers)
     stop = min(stop or plan.num_steps, plan.num_steps)
     segments = [{"start": at, "stop": min(at + stride, stop)} for at in range(start, stop, stride)]
@@ -202,40 +197,6 @@ class LayOut:
     def __call__(self, segment: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (start,), (stop,) = segment["start"].tolist(), segment["stop"].tolist()
         return self.plan.columns(start, stop)
-
-
-def _keep_ahead(base: type, least: int, room: float) -> type:
-    """Ray bounds what waits between two operators by its bytes, which for rows of the plan is no bound, and for
-    batches one that a small object store cannot meet: this one goes by their number. Made here since this module is
-    imported without Ray, too.
-
-    Args:
-        base: Ray Data's class of such policies.
-        least: batches that may always be rendered or under way.
-        room: bytes that they may fill where there is more; a task in a new process, which takes seconds to start,
-            holds up all behind it, so more of them keep the training going.
-    """
-
-    class KeepAhead(base):
-        def can_add_input(self, op) -> bool:
-            after = [self._topology[consumer] for consumer in op.output_dependencies]
-            waiting = sum(state.total_enqueued_input_blocks() for state in after)
-            if LayOut.__name__ in op.name:
-                return waiting < BLOCKS_AHEAD and not op.num_active_tasks()
-            if not op.name.startswith("MapBatches"):
-                return True
-            ready = sum(state.total_enqueued_output_blocks() for state in (self._topology[op], *after))
-            size = op.metrics.average_bytes_per_output
-            most = max(least, min(BLOCKS_AHEAD, int(room // size))) if size else least
-            return op.num_active_tasks() + waiting + ready < most
-
-        def max_task_output_bytes_to_read(self, op) -> None:
-            """Asked of all operators at the start of each of the executor's rounds, which waits for tasks alone: while
-            none runs, since enough is rendered, it would take up a core."""
-            if op is next(iter(self._topology)) and not any(each.num_active_tasks() for each in self._topology):
-                time.sleep(IDLE_S)
-
-    return KeepAhead
 
 
 # -- renderers: run in Ray Data's tasks -------------------------------------------------------------------------------

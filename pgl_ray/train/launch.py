@@ -1,18 +1,17 @@
 """The one place that starts Ray and builds a TorchTrainer."""
 
-import contextlib
-import json
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Set
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.model import device as on
 from pgl_ray.train import bucket, checkpoint, logs, watch
@@ -46,8 +45,7 @@ def connect(config: RayConfig) -> None:
     if ray.is_initialized():
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    # Ray refuses a job whose driver sets what its runtime_env sets already.
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
+    job = ray_internals.job_runtime_env()
     options["runtime_env"] = {
         "worker_process_setup_hook": "pgl_ray.train.quiet.quiet_worker",
         "env_vars": {key: os.environ[key] for key in settings if key not in job.get("env_vars", {})},
@@ -67,7 +65,7 @@ def connect(config: RayConfig) -> None:
         # Ray warns on the console when it runs 4 times as many processes as this; a training needs about 15.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
         if config.tmp_dir:
-            options["_temp_dir"] = os.path.abspath(config.tmp_dir)
+            options |= ray_internals.temp_dir(config.tmp_dir)
     try:
         ray.init(**options)
     except Exception as error:  # ray.init has no common error class
@@ -123,6 +121,8 @@ def fit(
             here = {**config, "run": folder}
             return watch.watched(partial(_logged, worker, train), here, rank, world, train.timeout_s)
 
+    for note in ray_internals.changed():
+        print(f"note: {note}", flush=True)
     use_gpu = check_resources(train)
     mirror = bucket.mirror(run)
     # Ray Train makes an empty file there, and needs it on no other node
@@ -147,7 +147,7 @@ def fit(
         datasets={"train": start},
         dataset_config=Feed(execution_options=ExecutionOptions(preserve_order=True)),
     )
-    with Progress(run, num_steps), _whole_parts(batch_size):
+    with Progress(run, num_steps), ray_internals.whole_parts(batch_size, FEED_CPUS):
         try:
             return trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
@@ -170,30 +170,6 @@ def _logged(worker: Callable[["Session", dict], Any], train: TrainConfig, worker
         raise FailedRun(f"node {node} does not see run={run}: store and run must lie on storage that all nodes share")
     with logs.written(run, context.get_world_rank(), context.get_world_size()):
         return worker(Session(run, worker_config["plan"], train, place_of(train)), worker_config)
-
-
-@contextlib.contextmanager
-def _whole_parts(batch_size: int) -> Iterator[None]:
-    """While it lasts, Ray's elastic trainers take numbers of workers alone that divide a global batch."""
-    import ray
-    import ray.train.v2.api.data_parallel_trainer as trainer
-    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
-
-    class WholeParts(ElasticScalingPolicy):
-        def _count_possible_workers(self, *args) -> int:
-            room = ray.cluster_resources().get("CPU", 0) - FEED_CPUS  # or nothing would make the views
-            own = self.scaling_config.resources_per_worker["CPU"]
-            possible = min(super()._count_possible_workers(*args), int(room // own))
-            return max((num for num in range(1, possible + 1) if batch_size % num == 0), default=0)
-
-    def policy(config):
-        return WholeParts(config) if config.elasticity_enabled else theirs(config)
-
-    theirs, trainer.create_scaling_policy = trainer.create_scaling_policy, policy
-    try:
-        yield
-    finally:
-        trainer.create_scaling_policy = theirs
 
 
 def check_resources(train: TrainConfig) -> bool:
@@ -223,14 +199,12 @@ def _first_cause(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
     # When one rank dies the others fail in gloo or nccl: show the rank that failed by itself.
     rank, cause = min(failures.items(), key=lambda item: ("gloo" in str(item[1]) or "nccl" in str(item[1]), item[0]))
-    if "RAY_memory_usage_threshold" in str(cause):  # from a page of advice by Ray's memory monitor
+    if ray_internals.MEMORY_MONITOR in str(cause):
         return f"worker {rank} failed: {NO_MEMORY}"
     # Ray wraps the traceback as text and adds advice below it: the exception's own line is the last that names a class.
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Run|Scan)(\(\w+\))?: ", line)]
-    named = [
-        line for line in named if "UserCodeException" not in line
-    ] or named  # Ray Data's, around the renderer's own
+    named = [line for line in named if ray_internals.RENDERERS_WRAPPER not in line] or named
     return f"worker {rank} failed: {(named or lines)[-1]}"
 
 
@@ -251,13 +225,9 @@ def setup_worker(threads: int) -> torch.device:
     Args:
         threads: torch threads; 0 shares the node's cores among its workers.
     """
-    import logging
-
     import ray.train.torch
-    import ray.train.v2._internal.execution.context as report_context
 
-    # Ray names the logger of `Reporting training result` after its file: LoggingConfig does not reach it.
-    logging.getLogger(report_context.__file__).setLevel(logging.WARNING)
+    ray_internals.quiet_reports()
     workers_here = ray.train.get_context().get_local_world_size()
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // workers_here))
     device = ray.train.torch.get_device()

@@ -3,7 +3,8 @@
 import logging
 import os
 import warnings
-from pathlib import Path
+
+from pgl_ray import ray_internals
 
 # Ray reads these at import, in this process and in every worker; hence they are set before the first `import ray`.
 WATCH = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # Ray's switch: 1 where nodes may be taken away
@@ -20,13 +21,15 @@ QUIET = {
 
 
 def quiet_data() -> None:
-    """Ray Data's log goes by a file that lies beside this one, on each node elsewhere; before ray.data is imported."""
-    os.environ.setdefault("RAY_DATA_LOGGING_CONFIG", str(Path(__file__).with_name("quiet_data_log.yaml")))
+    """Ray Data's log goes by a file of this package, on each node elsewhere; before ray.data is imported."""
+    if path := ray_internals.data_log():
+        os.environ.setdefault("RAY_DATA_LOGGING_CONFIG", path)
 
 
 def quiet_worker() -> None:
     """Set-up hook of every Ray worker process: keeps Ray's own notes off the console."""
     quiet_data()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
-    for name in ("ray.train", "ray.data", "ray.train.v2._internal.execution.controller.placement_group_cleaner"):
+    for name in ("ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    ray_internals.quiet_cleaner()
