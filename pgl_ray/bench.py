@@ -4,6 +4,11 @@ Times the stream of views alone, through Ray Data; the training step alone, on a
 together. Says which of them limits the configured run, what to change, and how long the run would take.
 """
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("bench")
+
 import json
 import statistics
 import time
@@ -15,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pgl_ray.config import BenchConfig, command
+from pgl_ray.config import BenchConfig
 from pgl_ray.data import store, stream
 from pgl_ray.data.system import num_cores
 from pgl_ray.model import device as on
@@ -303,11 +308,3 @@ def _mend(stage: str, config: BenchConfig, index: store.Index, cuda: bool) -> st
 
 def _amount(number: float) -> str:
     return f"{number:.2g}" if number < 10 else f"{number:,.0f}"
-
-
-def main() -> None:
-    command("bench", BenchConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,6 +6,11 @@ each kernel's centre, and through the aligner. What comes out of either view is 
 feature looks at. The two views' coordinates should be equal; their distance is the residual.
 """
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("check_align")
+
 import itertools
 import json
 from dataclasses import dataclass
@@ -17,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pgl_ray import pictures
-from pgl_ray.config import CheckAlignConfig, FailedRun, build, command
+from pgl_ray.config import CheckAlignConfig, FailedRun, build
 from pgl_ray.data import store
 from pgl_ray.data import views as v
 from pgl_ray.data.phantom import make_phantom
@@ -355,11 +360,3 @@ def _table(facts: dict[str, Any]) -> str:
 def describe(result: Result) -> str:
     """The table and the closing line."""
     return f"{_table(result.facts)}\ncheck_align: the aligner is right for this geometry; picture in {result.folder}"
-
-
-def main() -> None:
-    command("check_align", CheckAlignConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

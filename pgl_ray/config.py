@@ -7,9 +7,6 @@ and reports every fault in one message that names the dotted path.
 
 import os
 import re
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -1167,36 +1164,5 @@ def keys(model: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
     return rows
 
 
-# -- the command line -------------------------------------------------------------------------------------------------
-
-
-WRONG_USE = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-
-
 class FailedRun(RuntimeError):
     """A run that could not finish for a reason outside the command line; exit code 1."""
-
-
-def command(door: str, model: type[Model], run: Callable[[Model], Any], closing: Callable[[Any], str]) -> None:
-    """The body of every door's `main`: parse, run, print one closing line.
-
-    Exit code 0: done. 1: the run failed. 2: wrong use (ValueError, missing file). Faults are one line on stderr;
-    `--debug` adds the traceback.
-    """
-    args = [a for a in sys.argv[1:] if a != "--debug"]
-    if "-h" in args or "--help" in args:
-        print(f"python -m pgl_ray.{door} [file.yaml ...] [key=value ...] [--debug]\n\n{model.__doc__}\n")
-        for key, default, text in keys(model):
-            print(f"  {key} = {default}\n      {text}")
-        sys.exit(0)
-    try:
-        print(closing(run(load(model, args))), flush=True)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except Exception as error:  # the edge of the program: every fault becomes one line and an exit code
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        wrong_use = isinstance(error, WRONG_USE) and not isinstance(error, FailedRun)
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"pgl_ray.{door}: {text}", file=sys.stderr, flush=True)
-        sys.exit(2 if wrong_use else 1)

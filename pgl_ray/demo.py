@@ -4,6 +4,11 @@ phantoms -> prepare -> PGL pre-training -> judges of the frozen encoder -> fine-
 few labels -> evaluation -> report. Every step is the door that you would run on your own data, with a smaller config.
 """
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("demo")
+
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +23,6 @@ from pgl_ray.config import (
     ProbeConfig,
     ReportConfig,
     build,
-    command,
 )
 from pgl_ray.data.phantom import write_phantoms
 
@@ -148,11 +152,3 @@ def describe(result: Result) -> str:
         f"demo: done in {result.seconds:.0f} s; report in {result.report}",
     ]
     return "\n".join(lines)
-
-
-def main() -> None:
-    command("demo", DemoConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,10 @@
 """python -m pgl_ray.evaluate run=RUN index=STORE [a.b=c ...]: Dice, IoU, HD and HD95 on labelled scans (Sec. 5.1)."""
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("evaluate")
+
 import contextlib
 import gzip
 import hashlib
@@ -16,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, command
+from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig
 from pgl_ray.data.facts import seen_notes
 from pgl_ray.data.resample import onto_grid
 from pgl_ray.data.store import (
@@ -371,11 +376,3 @@ def describe(result: Result) -> str:
     """The closing line."""
     dice = _text(result.summary["dice"], 0, 4)
     return f"evaluate: mean dice {dice} on {result.summary['num_scans']} scans; results in {result.folder}"
-
-
-def main() -> None:
-    command("evaluate", EvaluateConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

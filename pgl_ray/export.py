@@ -9,6 +9,11 @@
 Every file says what the network expects as input, and is read back and compared with the network before it is kept.
 """
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("export")
+
 import contextlib
 import json
 import logging
@@ -24,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import pgl_ray
-from pgl_ray.config import ExportConfig, FailedRun, PatchConfig, command
+from pgl_ray.config import ExportConfig, FailedRun, PatchConfig
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.place import check_writable
 from pgl_ray.data.store import data_sets, read_settings, statistics
@@ -354,11 +359,3 @@ def describe(result: Result) -> str:
     part = "encoder" if result.part == "encoder" else "segmentation network"
     checked = f"largest difference from PyTorch {result.max_difference:.2g}, outputs up to {result.largest:.3g}"
     return f"export: {part} with {result.num_parameters:,} parameters in {result.output}; read back: {checked}"
-
-
-def main() -> None:
-    command("export", ExportConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

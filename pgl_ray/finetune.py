@@ -1,6 +1,11 @@
 """python -m pgl_ray.finetune [file.yaml] index=STORE run=RUN [init=PRETRAINED] [a.b=c ...]: supervised training of the
 segmentation network (paper, Sec. 5.1 and Appendix B)."""
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("finetune")
+
 import dataclasses
 import json
 from contextlib import nullcontext
@@ -12,7 +17,7 @@ import numpy as np
 import torch
 
 from pgl_ray import evaluate
-from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build, command
+from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import spacing_note, training_facts
 from pgl_ray.judge import readings
@@ -457,11 +462,3 @@ def describe(result: Result) -> str:
     state = "was finished already" if result.already_finished else f"done after {result.steps} steps"
     why = f" ({result.overfitted})" if result.overfitted else ""
     return f"finetune: {state}{why}, best val/dice {result.val_dice:.4f}; run in {result.run}"
-
-
-def main() -> None:
-    command("finetune", FinetuneConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

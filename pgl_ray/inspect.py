@@ -4,6 +4,11 @@ Table, histograms and warnings come from the index and what prepare wrote beside
 slices are read.
 """
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("inspect")
+
 import base64
 import io
 import json
@@ -20,7 +25,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from scipy import ndimage
 
-from pgl_ray.config import InspectConfig, IntensityConfig, ViewsConfig, command
+from pgl_ray.config import InspectConfig, IntensityConfig, ViewsConfig
 from pgl_ray.data import store, stream
 from pgl_ray.data.geometry import MOST_SHEAR, shear_notes
 from pgl_ray.data.notes import read_notes
@@ -339,11 +344,3 @@ def _png(image: np.ndarray, label: np.ndarray | None, values: list[int]) -> str:
 def describe(path: str) -> str:
     """The closing line."""
     return f"inspect: {os.path.getsize(path) / 1e6:.1f} MB in {path}"
-
-
-def main() -> None:
-    command("inspect", InspectConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

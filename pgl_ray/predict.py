@@ -1,5 +1,10 @@
 """python -m pgl_ray.predict run=RUN input=CT output=LABELS [a.b=c ...]: label maps in each CT's own geometry."""
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("predict")
+
 import hashlib
 import json
 import os
@@ -13,7 +18,7 @@ import torch
 
 import pgl_ray
 from pgl_ray import viewer
-from pgl_ray.config import FailedRun, PredictConfig, command
+from pgl_ray.config import FailedRun, PredictConfig
 from pgl_ray.data import ct, dicom, itk, store
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.layout import series_names
@@ -232,11 +237,3 @@ def describe(result: Result) -> str:
     """The closing line."""
     before = f", {result.num_finished_before} of them done before" if result.num_finished_before else ""
     return f"predict: {result.num_scans} label map{'s' * (result.num_scans != 1)} in {result.output}{before}"
-
-
-def main() -> None:
-    command("predict", PredictConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,6 +8,11 @@ Every whole scan carries its own record, so the same command continues a run tha
 already is recognised by its file's size and time, or by its hash, and is left alone.
 """
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("prepare")
+
 import errno
 import json
 import os
@@ -22,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pgl_ray.config import FailedRun, PrepareConfig, RayConfig, StoreConfig, build, command
+from pgl_ray.config import FailedRun, PrepareConfig, RayConfig, StoreConfig, build
 from pgl_ray.data import store
 from pgl_ray.data.layout import Fault, Layout, Source, read_layout
 from pgl_ray.data.notes import NOTES_FILE, keep_notes
@@ -528,7 +533,8 @@ def describe(result: Result) -> str:
     raise FailedRun(f"{len(result.failed)} files failed (all in {result.store}/failed.jsonl), {done}")
 
 
-def _describe_verified(found: Verified) -> str:
+def describe_verified(found: Verified) -> str:
+    """The closing line; FailedRun, after a line on stderr for each, where something is damaged."""
     for name, reason in found.damaged.items():
         print(f"  damaged: scan {name!r}: {reason.split(': python -m')[0]}", file=sys.stderr)
     if found.index:
@@ -541,7 +547,8 @@ def _describe_verified(found: Verified) -> str:
     return f"prepare verify: {found.num_scans} scans in {found.store} are whole, {found.seconds:.0f} s"
 
 
-def _describe_repaired(done: tuple[Verified, dict[str, str]]) -> str:
+def describe_repaired(done: tuple[Verified, dict[str, str]]) -> str:
+    """The closing line; FailedRun, after a line on stderr for each, where scans could not be mended."""
     found, left = done
     for name, reason in left.items():
         print(f"  not mended: scan {name!r}: {reason}", file=sys.stderr)
@@ -549,16 +556,3 @@ def _describe_repaired(done: tuple[Verified, dict[str, str]]) -> str:
         raise FailedRun(f"{len(left)} of {len(found.damaged)} damaged scans could not be converted again")
     names = f" ({', '.join(sorted(found.damaged))})" if found.damaged else ""
     return f"prepare repair: {len(found.damaged)} of {found.num_scans} scans converted again{names}"
-
-
-def main() -> None:
-    verbs = {"verify": (verify, _describe_verified), "repair": (repair, _describe_repaired)}
-    if len(sys.argv) > 1 and sys.argv[1] in verbs:
-        verb = sys.argv.pop(1)
-        command(f"prepare {verb}", StoreConfig, *verbs[verb])
-    else:
-        command("prepare", PrepareConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

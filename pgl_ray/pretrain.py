@@ -1,6 +1,11 @@
 """python -m pgl_ray.pretrain [file.yaml] index=STORE run=RUN [a.b=c ...]: pre-training by PGL (paper, Sec. 3 and 5.1),
 or by BYOL or Models Genesis on the same views."""
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("pretrain")
+
 import contextlib
 import json
 import math
@@ -16,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pgl_ray import outlook
-from pgl_ray.config import FailedRun, PretrainConfig, StreamConfig, build, command
+from pgl_ray.config import FailedRun, PretrainConfig, StreamConfig, build
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import seen_notes, training_facts
 from pgl_ray.data.views import ablated
@@ -434,11 +439,3 @@ def describe(result: Result) -> str:
     more = "" if result.rise is None else f"  note: {result.rise}\n"
     more += "" if result.probe is None else f"  voxel probe: balanced accuracy {result.probe:.4f}\n"
     return f"  health: {result.health}\n{more}pretrain: {state}, loss {result.loss:.4f}; run in {result.run}"
-
-
-def main() -> None:
-    command("pretrain", PretrainConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,11 @@ All need a handful of labelled scans and no training of the encoder, so they com
 would; and every encoder, random ones too, is judged in the same state.
 """
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("probe")
+
 import dataclasses
 import os
 import time
@@ -15,7 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pgl_ray import feature_pictures
-from pgl_ray.config import PRETRAINED, ProbeConfig, command
+from pgl_ray.config import PRETRAINED, ProbeConfig
 from pgl_ray.data.facts import seen_notes, spacing_note
 from pgl_ray.data.store import Index, ScanRecord, read_index, write_aside
 from pgl_ray.judge import readings
@@ -298,11 +303,3 @@ def describe(result: ProbeResult) -> str:
         f"{result.num_test_scans} scans (chance {1 / len(result.recall):.3f}), weakest {worst} "
         f"{result.recall[worst]:.3f}; {line}"
     )
-
-
-def main() -> None:
-    command("probe", ProbeConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

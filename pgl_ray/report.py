@@ -1,6 +1,11 @@
 """python -m pgl_ray.report run=RUN [a.b=c ...], run=[A,B,C] to compare, or run=SWEEP: one self-contained HTML page with
 tables, curves and pictures. What a run lacks is left out, and a line says so."""
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("report")
+
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -13,7 +18,7 @@ import nibabel as nib
 import numpy as np
 
 from pgl_ray import pictures, probe_tables, sweep_report, tables
-from pgl_ray.config import ReportConfig, command
+from pgl_ray.config import ReportConfig
 from pgl_ray.data.resample import onto_grid
 from pgl_ray.data.shard import ArrayReader
 from pgl_ray.data.store import (
@@ -355,11 +360,3 @@ def describe(path: str) -> str:
     """The closing line."""
     size = "" if is_url(path) else f"{os.path.getsize(path) / 1e6:.1f} MB in "
     return f"report: {size}{path}"
-
-
-def main() -> None:
-    command("report", ReportConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

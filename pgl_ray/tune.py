@@ -6,9 +6,13 @@ two trials pre-train alike, one of them does it and both use it. What a trial di
 settings, and nowhere else: Ray Tune chooses, stops and places the trials that are not finished.
 """
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("tune")
+
 import contextlib
 import functools
-import importlib
 import itertools
 import json
 import logging
@@ -37,7 +41,6 @@ from pgl_ray.config import (
     TrainConfig,
     TuneConfig,
     build,
-    command,
     keys,
 )
 from pgl_ray.data import stream
@@ -600,12 +603,3 @@ def describe(result: Result) -> str:
     """The closing line."""
     counts = ", ".join(f"{num} {state}" for state, num in result.states.items())
     return f"tune: best score {result.score:.4f} with {_title(result.best)}; {counts}; {result.folder}/report.html"
-
-
-def main() -> None:
-    own = importlib.import_module("pgl_ray.tune")  # Ray's processes import it by name; __main__ they cannot
-    command("tune", TuneConfig, own.run, own.describe)
-
-
-if __name__ == "__main__":
-    main()

@@ -412,8 +412,8 @@ DOOR = """
 import sys
 from pgl_ray.data import place
 place.SILENCE_S = 8  # a killed driver's lock
-from pgl_ray import pretrain
-pretrain.main()
+from pgl_ray import cli
+cli.main("pretrain")
 """
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -14,7 +13,7 @@ import SimpleITK as sitk
 import torch
 from torch import nn
 
-from pgl_ray import evaluate
+from pgl_ray import cli, evaluate
 from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, build
 from pgl_ray.data import store
 from pgl_ray.data.resample import resample
@@ -360,11 +359,9 @@ def test_an_index_without_labels(folder, monkeypatch):
         evaluate.run(config(folder, index=str(folder / "bare")))
 
 
-def test_command_line_exit_code(folder, monkeypatch, capsys):
-    args = ["evaluate", f"run={folder / 'none'}", f"index={folder / 's'}", "inference.device=cpu"]
-    monkeypatch.setattr(sys, "argv", args)
+def test_command_line_exit_code(folder, capsys):
     with pytest.raises(SystemExit) as error:
-        evaluate.main()
+        cli.call("evaluate", [f"run={folder / 'none'}", f"index={folder / 's'}", "inference.device=cpu"])
     assert error.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "none" in lines[0]

@@ -6,9 +6,7 @@ writes the files anew; the commit that does so says what changed and why. Losses
 machine that losses.txt names; elsewhere torch takes other kernels, and TOLERANCE holds.
 """
 
-import importlib
 import os
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 import train_loop as loop
 
+from pgl_ray import cli
 from pgl_ray import config as c
 from pgl_ray.data import store
 from pgl_ray.train import checkpoint
@@ -93,27 +92,10 @@ def test_losses(tmp_path, name, workers):
 
 # -- knobs -------------------------------------------------------------------------------------------------------------
 
-MODELS = {
-    "prepare": c.PrepareConfig,
-    "prepare verify": c.StoreConfig,
-    "prepare repair": c.StoreConfig,
-    "inspect": c.InspectConfig,
-    "pretrain": c.PretrainConfig,
-    "finetune": c.FinetuneConfig,
-    "evaluate": c.EvaluateConfig,
-    "predict": c.PredictConfig,
-    "probe": c.ProbeConfig,
-    "tune": c.TuneConfig,
-    "bench": c.BenchConfig,
-    "check_align": c.CheckAlignConfig,
-    "export": c.ExportConfig,
-    "report": c.ReportConfig,
-    "demo": c.DemoConfig,
-}
-
 
 def test_knobs():
-    check("knobs.txt", {f"{door} {key}": default for door in MODELS for key, default, _ in c.keys(MODELS[door])})
+    models = {door: known.model for door, known in cli.DOORS.items()}
+    check("knobs.txt", {f"{door} {key}": default for door in models for key, default, _ in c.keys(models[door])})
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -212,25 +194,22 @@ def places(tmp_path_factory) -> dict[str, str]:
 
 def answer(door: str, args: list[str], capsys) -> str:
     """Exit code and last line of a door that is called in this process."""
-    module, *verb = door.split()
     code = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module, *verb, *args])
-        try:
-            importlib.import_module(f"pgl_ray.{module}").main()
-        except SystemExit as stop:
-            code = stop.code
+    try:
+        cli.call(door, args)
+    except SystemExit as stop:
+        code = stop.code
     said = capsys.readouterr()
     assert "Traceback" not in said.err
     return f"{code}: {(said.err or said.out).splitlines()[-1]}"
 
 
-@pytest.mark.parametrize("door", MODELS)
+@pytest.mark.parametrize("door", cli.DOORS)
 def test_mistakes(door, places, capsys, monkeypatch):
     monkeypatch.chdir(places["tmp"])
     have = {}
     for args in [*ALL_DOORS, *MISTAKES[door]]:
-        if args or any(field.is_required() for field in MODELS[door].model_fields.values()):
+        if args or any(field.is_required() for field in cli.DOORS[door].model.model_fields.values()):
             said = answer(door, [arg.format(**places) for arg in args], capsys).replace(places["tmp"], "{tmp}")
             assert said.startswith(("1: ", "2: ")), said
             have[f"{door} | {' '.join(args)} |"] = said

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import sys
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -13,7 +12,7 @@ import torch
 from dicom_files import ct_series, itk_series, save
 from torch import nn
 
-from pgl_ray import predict
+from pgl_ray import cli, predict
 from pgl_ray.config import FailedRun, PredictConfig, build
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
@@ -194,14 +193,12 @@ def test_from_the_command_line_with_a_real_run(tmp_path, monkeypatch, capsys):
     model = Segmenter(Encoder(**settings), 1)
     write_state(tmp_path / "r/best.pt", {"model": model.state_dict(), "meta": meta})
     write(tmp_path / "ct.nii.gz", np.full(SHAPE, -1024, np.int16))
-    args = ["predict", f"run={tmp_path}/r", f"input={tmp_path}/ct.nii.gz", f"output={tmp_path}/l.nii.gz"]
-    monkeypatch.setattr(sys, "argv", [*args, "inference.device=cpu"])
-    predict.main()
+    args = [f"run={tmp_path}/r", f"input={tmp_path}/ct.nii.gz", f"output={tmp_path}/l.nii.gz"]
+    cli.call("predict", [*args, "inference.device=cpu"])
     assert capsys.readouterr().out.splitlines()[-1] == f"predict: 1 label map in {tmp_path}/l.nii.gz"
     assert set(np.unique(np.asarray(nib.load(tmp_path / "l.nii.gz").dataobj))) <= {0, 2}
-    monkeypatch.setattr(sys, "argv", [*args[:2], f"input={tmp_path}/none.mha", args[3]])
     with pytest.raises(SystemExit) as error:
-        predict.main()
+        cli.call("predict", [args[0], f"input={tmp_path}/none.mha", args[2]])
     assert error.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 

@@ -540,19 +540,19 @@ def checked(target):
 def test_damage_is_found_and_just_that_is_converted_again(tmp_path, serial, capsys, file, damage):
     target = two_folders(tmp_path)
     whole = tree(target)
-    assert "3 scans in" in prepare._describe_verified(checked(target))
+    assert "3 scans in" in prepare.describe_verified(checked(target))
     damage(target / file)
     found, scan_id = checked(target), file.split("/")[1] if "/" in file else None
     assert list(found.damaged) == ([scan_id] if scan_id else []) and (scan_id or found.index)
     with pytest.raises(FailedRun, match=r"[01] of 3 scans are damaged.*prepare repair store="):
-        prepare._describe_verified(found)
+        prepare.describe_verified(found)
     assert (f"damaged: scan '{scan_id}'" if scan_id else "index.parquet is") in capsys.readouterr().err
     inodes = {name: (target / f"scans/{name}/zarr.json").stat().st_ino for name in {"a", "b", "c d ü"} - {scan_id}}
     found, left = prepare.repair(StoreConfig(store=str(target)))
     assert not left and tree(target) == whole
     assert inodes == {name: (target / f"scans/{name}/zarr.json").stat().st_ino for name in inodes}
     assert not checked(target).damaged and not checked(target).index
-    assert prepare._describe_repaired((found, left)).startswith("prepare repair: ")
+    assert prepare.describe_repaired((found, left)).startswith("prepare repair: ")
 
 
 def test_a_damaged_scan_whose_file_is_gone_is_named(tmp_path, serial, capsys):
@@ -561,7 +561,7 @@ def test_a_damaged_scan_whose_file_is_gone_is_named(tmp_path, serial, capsys):
     flip(target / "scans/a/0/c/0/0/0", 700)
     shutil.rmtree(tmp_path / "two")
     with pytest.raises(FailedRun, match="1 of 2 damaged scans could not be converted again"):
-        prepare._describe_repaired(prepare.repair(StoreConfig(store=str(target))))
+        prepare.describe_repaired(prepare.repair(StoreConfig(store=str(target))))
     err = capsys.readouterr().err
     assert "not mended: scan 'c d ü'" in err and "no such folder" in err
     assert list(checked(target).damaged) == ["c d ü"]  # it stays, the other is whole

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import ndimage, stats
 
-from pgl_ray import pictures, report, tables
+from pgl_ray import cli, pictures, report, tables
 from pgl_ray.config import FinetuneConfig, PretrainConfig, ReportConfig, build, load
 from pgl_ray.data import store
 from pgl_ray.data.resample import resample
@@ -347,10 +347,9 @@ def test_output_goes_where_asked(scans, tmp_path):
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_no_run_ends_with_code_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["report", f"run={tmp_path}"])
+def test_a_folder_that_is_no_run_ends_with_code_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        report.main()
+        cli.call("report", [f"run={tmp_path}"])
     assert caught.value.code == 2
     assert f"run={tmp_path} is no run" in capsys.readouterr().err
 

@@ -21,8 +21,8 @@ SHAPE, NUM_CLASSES, LIMIT_GIB = (512, 512, 600), 14, 8  # i, j, k
 PREDICT = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv.pop(1)), -1))
-from pgl_ray import predict
-predict.main()
+from pgl_ray import cli
+cli.main("predict")
 """
 
 

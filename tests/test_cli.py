@@ -1,0 +1,178 @@
+"""The command line: texts and refusals come without torch, help says what the models say, every door is found."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from pgl_ray import cli, knobs
+from pgl_ray import config as c
+
+HEAVY = ("torch", "monai", "matplotlib", "ray", "zarr", "numba", "nibabel")
+# Runs `python -m MODULE` with each list of arguments in one process; its last line: codes, and what was imported.
+LIGHT = """
+import json, runpy, sys
+codes = []
+for arguments in CALLS:
+    sys.argv = [MODULE, *arguments]
+    try:
+        codes.append(runpy.run_module(MODULE, run_name="__main__") and 0)
+    except SystemExit as stop:
+        codes.append(stop.code)
+print(json.dumps([codes, [name for name in HEAVY if name in sys.modules]]))
+"""
+REQUIRED = {"index": "s", "run": "r", "source": "s", "store": "s", "input": "i", "output": "o"}
+MODULES = sorted({door.split()[0] for door in cli.DOORS})
+
+
+def started(module: str, *calls: list[str]) -> tuple[list[int], list[str], str, list[str]]:
+    """Exit codes, heavy modules that were imported, output, and lines of errors of calls in a process of their own."""
+    code = f"MODULE, CALLS, HEAVY = {module!r}, {calls!r}, {HEAVY!r}\n{LIGHT}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *out, last = done.stdout.splitlines()
+    return *json.loads(last), "\n".join(out), done.stderr.splitlines()
+
+
+def minimal(model: type[c.Section]) -> list[str]:
+    return [f"{name}={REQUIRED[name]}" for name, field in model.model_fields.items() if field.is_required()]
+
+
+# -- light -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_texts_and_refusals_take_nothing_heavy(module, tmp_path):
+    """Help of both kinds, a wrong key, and a store that is missing."""
+    verbs = [door for door in cli.DOORS if door.split()[0] == module]
+    calls, said = [["--help"], ["--help-all"]], []
+    for door in verbs:
+        verb, needed = door.split()[1:], minimal(cli.DOORS[door].model)
+        calls.append([*verb, *needed, "no_such_key=1"])
+        said.append(f"pgl_ray.{door}: unknown key 'no_such_key'; known here: ")
+        for key in cli.DOORS[door].stores:
+            calls.append([*verb, *(arg for arg in needed if arg.split("=")[0] != key), f"{key}={tmp_path}/nowhere"])
+            said.append(f"pgl_ray.{door}: '{tmp_path}/nowhere' is not a store (no store.json): make one with")
+    codes, heavy, out, errors = started(f"pgl_ray.{module}", *calls)
+    assert heavy == [] and codes == [0, 0] + [2] * len(said)
+    assert out.startswith(f"python -m pgl_ray.{module} [file.yaml ...]")
+    assert len(errors) == len(said) and all(map(str.startswith, errors, said)), errors
+
+
+def test_every_door_that_reads_a_store_says_so():
+    """Fields that hold a store's place are those of the type; prepare makes its own."""
+    for door, known in cli.DOORS.items():
+        keys = tuple(name for name in known.model.model_fields if name in ("index", "store"))
+        assert known.stores == (() if door == "prepare" else keys), door
+
+
+# -- the list of doors -------------------------------------------------------------------------------------------------
+
+
+def test_the_package_lists_its_doors():
+    codes, heavy, out, _ = started("pgl_ray", [])
+    assert (codes, heavy) == ([0], [])
+    for door, known in cli.DOORS.items():
+        assert re.search(rf"^  {door} +\S", out, re.M)
+        assert " ".join(known.model.__doc__.split()) in " ".join(out.split())
+
+
+def test_a_door_is_called_by_the_packages_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pgl-ray", "export", "run=nowhere"])
+    with pytest.raises(SystemExit) as stop:
+        cli.console()
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("pgl_ray.export: output=... is required")
+    monkeypatch.setattr(sys, "argv", ["pgl-ray", "prepare", "verify", "--help"])
+    cli.console()
+    assert capsys.readouterr().out.startswith("python -m pgl_ray.prepare verify ")
+
+
+@pytest.mark.parametrize("word", ["pretrian", "index=here", "conf/pretrain.yaml", "verify"])
+def test_what_is_no_door_is_refused(word, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pgl-ray", word])
+    with pytest.raises(SystemExit) as stop:
+        cli.console()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and repr(word) in err and "pretrain" in err and err.count("\n") == 1
+
+
+def test_debug_adds_the_traceback(capsys):
+    for args, shown in ((["nonsense"], False), (["--debug", "nonsense"], True)):
+        with pytest.raises(SystemExit):
+            cli.call("report", args)
+        assert ("Traceback" in capsys.readouterr().err) == shown
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+def keys_in(text: str) -> list[str]:
+    return re.findall(r"^  (\S+) = ", text, re.M)
+
+
+@pytest.mark.parametrize("door", cli.DOORS)
+def test_help_shows_at_most_ten_keys_and_names_the_rest(door):
+    text, every = cli.helped(door), [key for key, *_ in c.keys(cli.DOORS[door].model)]
+    shown = keys_in(text)
+    assert 0 < len(shown) <= 10 and set(shown) <= set(every)
+    required = {name for name, field in cli.DOORS[door].model.model_fields.items() if field.is_required()}
+    assert required <= set(shown)
+    assert (f"--help-all shows all {len(every)} keys" in text) == (len(shown) < len(every))
+    assert all(len(line) <= 150 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("door", cli.DOORS)
+def test_help_all_shows_every_key_once_by_section(door):
+    text = cli.helped(door, everything=True)
+    assert sorted(keys_in(text)) == sorted(key for key, *_ in c.keys(cli.DOORS[door].model))
+    section = ""
+    for line in text.splitlines()[3:]:
+        section = found[1] if (found := re.match(r"([\w.]+): ", line)) else section
+        if key := keys_in(line):
+            assert key[0].rpartition(".")[0] == section
+
+
+KNOBS = [(door, knob) for door in cli.DOORS for _, _, rows in knobs.sections(cli.DOORS[door].model) for knob in rows]
+
+
+@pytest.mark.parametrize("door", cli.DOORS)
+def test_help_says_the_bounds_that_models_hold(door):
+    """What lies just beyond a bound that help names is refused by the key's name; what is no choice, too."""
+    model = cli.DOORS[door].model
+    for knob in (knob for name, knob in KNOBS if name == door):
+        bounded = re.fullmatch(r"(whole number|number) (>=|>) (\S+)(?: <=? \S+)?( \| null)?", knob.values)
+        if bounded:
+            low = float(bounded[3]) - (0 if bounded[2] == ">" else 1)
+            wrong = f"{low:g}"
+        elif knob.values == "true | false" or re.fullmatch(r"[\w-]+( \| [\w-]+)+", knob.values):
+            wrong = "no_such_choice"
+        else:
+            continue
+        if "no_such" in wrong and "text" in knob.values:
+            continue
+        with pytest.raises(ValueError, match=re.escape(knob.key)):
+            c.load(model, [*minimal(model), f"{knob.key}={wrong}"])
+
+
+@pytest.mark.parametrize("door", cli.DOORS)
+def test_defaults_of_help_are_accepted_as_typed(door):
+    model = cli.DOORS[door].model
+    plain = c.load(model, minimal(model))
+    for knob in (knob for name, knob in KNOBS if name == door):
+        top = knob.key.split(".")[0]
+        optional = getattr(plain, top, None) is None and "." in knob.key  # a section that may be left out
+        if knob.default not in ("required", "{}", "[]", "") and not optional:
+            assert c.load(model, [*minimal(model), f"{knob.key}={knob.default}"]) == plain, knob
+
+
+def test_values_in_words():
+    words = {knob.key: knob.values for door, knob in KNOBS if door == "pretrain"}
+    assert words["method"] == "pgl | byol | genesis" and words["align.flip"] == "true | false"
+    assert words["ema_decay"] == "number >= 0 <= 1" and words["max_steps"] == "whole number >= 1 | null"
+    assert words["views.size"] == "[3 of whole number >= 1]" and words["views.min_overlap"] == "number > 0 <= 1"
+    assert words["align.more_strides"] == "[any number of [3 of whole number >= 1]]"
+    assert words["optim.lr"] == "number > 0 | null" and words["split"] == "text | null"
+    words = {knob.key: knob.values for door, knob in KNOBS if door == "prepare"}
+    assert words["hu_window"] == "[2 of number]" and words["labels.names"] == "text -> whole number >= 1 <= 65535"
+    assert words["recipe.parts"] == "[any number of {images, labels, ids, num_scans, split}]"
