@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pgl_ray import config as c
-from pgl_ray import knobs
+from pgl_ray import knobs, shipped
 
 WRONG_USE = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -112,7 +112,7 @@ def call(door: str, args: list[str]) -> None:
         print(helped(door, everything="--help-all" in args))
         return
     try:
-        config = c.load(model, [arg for arg in args if arg != "--debug"])
+        config = c.load(model, [shipped.found(arg) for arg in args if arg != "--debug"])
         _refuse_missing(config, stores)
         module = importlib.import_module(f"pgl_ray.{door.split()[0]}")
         print(getattr(module, closing)(getattr(module, run)(config)), flush=True)

@@ -10,11 +10,10 @@ import pyarrow.parquet as pq
 import yaml
 from scipy import stats
 
-from pgl_ray import arms, pictures, sweeps, tables
+from pgl_ray import arms, pictures, shipped, sweeps, tables
 from pgl_ray.model.metrics import reach
 from pgl_ray.sweeps import Trial
 
-PUBLISHED = Path(__file__).parents[1] / "conf" / "published.yaml"
 SCORES = {"dice": ("Dice, %", 100.0), "iou": ("IoU, %", 100.0), "hd_mm": ("HD, mm", 1.0)}
 MIN_TRIALS = 8  # for the importance of settings
 
@@ -256,10 +255,10 @@ def _evaluated(run: Path, arm: str) -> tables.Run:
 
 
 def _published(config: dict[str, Any]) -> dict[str, Any]:
-    """score -> arm -> (number of the table, organ -> value); {} where nothing is asked for or conf/ is not there."""
-    if not config.get("published") or not PUBLISHED.is_file():
+    """score -> arm -> (number of the table, organ -> value); {} where nothing is asked for."""
+    if not config.get("published"):
         return {}
-    known = yaml.safe_load(PUBLISHED.read_text())[config["published"]]
+    known = yaml.safe_load(shipped.path_of("conf/published.yaml").read_text())[config["published"]]
     found: dict[str, Any] = {}
     for table, scores in known["tables"].items():
         for score, rows in scores.items():

@@ -31,6 +31,7 @@ DOOR_TO_DOOR |= {("report", "sweep_report"), ("sweeps", "tables")}
 DOOR_TO_DOOR |= {("sweep_report", other) for other in ("arms", "sweeps", "tables", "pictures")}
 DOOR_TO_DOOR |= {("arms", other) for other in ("sweeps", "tables")}  # what a sweep's arms differ by, no door itself
 DOOR_TO_DOOR |= {("cli", "knobs"), *((door, "cli") for door in DOORS)}  # every door's command line
+DOOR_TO_DOOR |= {("cli", "shipped"), ("sweep_report", "shipped")}  # files beside the code, no door itself
 PLACES = {f"pgl_ray.data.place.{name}" for name in ("Bucket", "write_aside")}  # runs lie in buckets as stores do
 PLACES |= {"pgl_ray.data.system.lock_file"}
 

@@ -1,0 +1,136 @@
+"""A wheel holds all that the doors need: built, installed away from the checkout, and used there."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import train_loop as loop
+
+from pgl_ray import shipped
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ["pyproject.toml", "README.md", "LICENSE", "pgl_ray", *shipped.FOLDERS]
+
+
+def files_of(folder: Path) -> set[str]:
+    """Paths below a folder of all that is no code."""
+    files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {str(path.relative_to(ROOT)) for path in files if path.suffix != ".py"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    pytest.importorskip("setuptools", "77", reason="building the wheel needs setuptools>=77")
+    copy, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "-q", "-w", str(out)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", str(copy), *options], check=True, env=clean())
+    return next(out.glob("pgl_ray-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def home(wheel, tmp_path_factory) -> Path:
+    """A fresh virtual environment with the wheel; the packages that it depends on are this one's."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    options = ["--no-deps", "--no-index", "-q", "--disable-pip-version-check"]
+    subprocess.run([sys.executable, "-m", "pip", f"--python={python}", "install", *options, str(wheel)], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # a path in a .pth file takes no .pth files of that folder along: this checkout stays out
+    (site / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return folder
+
+
+def clean() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+
+
+def call(home: Path, cwd: Path, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([home / "bin" / args[0], *args[1:]], cwd=cwd, env=clean(), capture_output=True, text=True)
+
+
+def test_every_room_is_packed():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "pgl_ray").rglob("__init__.py")}
+    assert set(setup["packages"]) == rooms | {f"pgl_ray.{name}" for name in shipped.FOLDERS}
+
+
+def test_the_image_is_built_from_all_that_is_packed():
+    copied = re.findall(r"^COPY --chown=\S+ (.+) \S+$", (ROOT / "conf/cluster/Dockerfile").read_text(), re.M)
+    assert set(SOURCES) <= {name for names in copied for name in names.split()}
+
+
+def test_the_wheel_holds_every_file(wheel):
+    held = set(zipfile.ZipFile(wheel).namelist())
+    wanted = files_of(ROOT / "pgl_ray")
+    wanted |= {f"pgl_ray/{name}" for folder in shipped.FOLDERS for name in files_of(ROOT / folder)}
+    assert wanted <= held, sorted(wanted - held)
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "pgl_ray").rglob("*.py")}
+    assert {name for name in held if name.endswith(".py")} == code
+
+
+def test_the_package_away_from_the_checkout_is_the_wheels(home, tmp_path):
+    code = "import pgl_ray, sys; print(pgl_ray.__file__); from pgl_ray import shipped; "
+    code += "print(shipped.path_of('conf/published.yaml'), shipped.path_of('conf/nothing.yaml'))"
+    out = call(home, tmp_path, "python", "-c", code).stdout.split()
+    assert Path(out[0]).is_relative_to(home) and Path(out[1]).is_relative_to(home) and out[2] == "None"
+
+
+def test_its_command_lists_doors_and_shows_help(home, tmp_path):
+    assert "prepare verify" in call(home, tmp_path, "pgl-ray").stdout
+    done = call(home, tmp_path, "pgl-ray", "prepare", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("python -m pgl_ray.prepare ")
+
+
+def test_its_recipes_are_found_by_their_names(home, tmp_path):
+    done = call(home, tmp_path, "pgl-ray", "prepare", "data_prep/bcv.yaml", "source=nowhere", "store=s")
+    assert done.returncode == 2 and "nowhere: no such folder" in done.stderr, done.stderr
+
+
+def test_a_file_here_comes_before_the_one_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped.found("conf/pretrain.yaml") == str(ROOT / "conf" / "pretrain.yaml")
+    assert shipped.found("tune_spaces/nothing.yaml") == "tune_spaces/nothing.yaml"
+    assert shipped.found("pretrain.yaml") == "pretrain.yaml" and shipped.found("epochs=3") == "epochs=3"
+    assert shipped.found("conf/../pyproject.toml").endswith("pyproject.toml")
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "pretrain.yaml").write_text("epochs: 3\n")
+    assert shipped.found("conf/pretrain.yaml") == "conf/pretrain.yaml"
+
+
+def test_it_writes_a_report(home, tmp_path):
+    config = loop.pretraining(loop.scans(tmp_path / "store"), tmp_path / "run")
+    assert loop.train(config) is None
+    record = Path(config.run) / "run.json"
+    drivers = {"num_parameters": 1, "store": {"num_scans": 6, "labels": {"organ": 1}, "hu_window": [-1024, 325]}}
+    record.write_text(json.dumps(json.loads(record.read_text()) | drivers))
+    done = call(home, tmp_path, "pgl-ray", "report", f"run={config.run}")
+    assert done.returncode == 0, done.stderr
+    assert "<svg" in (page := (tmp_path / "run/report.html").read_text()) or "data:image/png" in page
+
+
+@pytest.mark.cluster
+def test_it_prepares_a_store(home, tmp_path):
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (40, 44, 20)).astype(np.int16)
+    (tmp_path / "ct").mkdir()
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / "ct/a.nii.gz")
+    done = call(home, tmp_path, "pgl-ray", "prepare", "source=ct", "store=store")
+    assert done.returncode == 0, done.stderr
+    done = call(home, tmp_path, "pgl-ray", "inspect", "store=store")
+    assert done.returncode == 0 and (tmp_path / "store/inspect.html").is_file(), done.stderr
