@@ -26,6 +26,7 @@ from pgl_ray.config import CheckAlignConfig, FailedRun, build
 from pgl_ray.data import store
 from pgl_ray.data import views as v
 from pgl_ray.data.phantom import make_phantom
+from pgl_ray.data.place import put_in_place
 from pgl_ray.data.stream import AIR
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
@@ -323,7 +324,7 @@ def _draw_picture(drawn: list, encoder: Encoder, geometries: dict, config: Check
     figure = pictures.places(views, priors, shown, window, scan.spacing_mm)
     aside = path.with_name(path.name + ".part")
     figure.savefig(aside, format="png", dpi=130)
-    aside.replace(path)
+    put_in_place(aside, path)
 
 
 def _table(facts: dict[str, Any]) -> str:

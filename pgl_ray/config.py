@@ -7,7 +7,6 @@ and reports every fault in one message that names the dotted path.
 
 import os
 import re
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -1143,12 +1142,9 @@ def _field_doc(model: type[Section], loc: tuple) -> str:
     return (field.description or "") if field else ""
 
 
-def dump(config: Section, path: str | Path) -> None:
-    """Writes the resolved config as YAML that `load` reads back to an equal model."""
-    text = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-    aside = Path(f"{path}.part{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+def to_yaml(config: Section) -> str:
+    """The resolved config as YAML that `load` reads back to an equal model."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
 def keys(model: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import pgl_ray
 from pgl_ray.config import ExportConfig, FailedRun, PatchConfig
 from pgl_ray.data.facts import disagreements
-from pgl_ray.data.place import check_writable
+from pgl_ray.data.place import check_writable, put_in_place
 from pgl_ray.data.store import data_sets, read_settings, statistics
 from pgl_ray.data.views import normalise
 from pgl_ray.model.encoder import build_encoder
@@ -178,7 +178,7 @@ def run(config: ExportConfig) -> Result:
             raise FailedRun(f"run={config.run}: its network's values are not finite, so it is of no use")
         if not difference <= TOLERANCE * largest:  # nor where it is NaN
             raise FailedRun(f"{output.name} computes something else: {difference:.3g} of at most {largest:.3g}")
-        aside.replace(output)
+        put_in_place(aside, output)
     finally:
         aside.unlink(missing_ok=True)
     return Result(str(output), part, sum(p.numel() for p in network.parameters()), float(difference), float(largest))

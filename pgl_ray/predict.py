@@ -22,7 +22,7 @@ from pgl_ray.config import FailedRun, PredictConfig
 from pgl_ray.data import ct, dicom, itk, store
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.layout import series_names
-from pgl_ray.data.place import check_writable
+from pgl_ray.data.place import check_writable, put_in_place
 from pgl_ray.data.plausible import LabelMap
 from pgl_ray.data.resample import onto_grid, resample
 from pgl_ray.data.stream import AIR
@@ -212,7 +212,7 @@ def _predict(
     aside = job.target.with_name(f".part{os.getpid()}.{job.target.name}")
     try:
         ct.write_label(aside, label, job.source, job.slices)
-        aside.replace(job.target)
+        put_in_place(aside, job.target)
     finally:
         aside.unlink(missing_ok=True)
     made_by = f"pgl_ray {pgl_ray.__version__}"

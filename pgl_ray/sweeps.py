@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pgl_ray.data.place import put_in_place, write_aside
 from pgl_ray.judge.judges import HIGHER_IS_BETTER
 from pgl_ray.tables import duration_s, probe_values, read_json
 from pgl_ray.train.checkpoint import read_metrics, write_json
@@ -126,9 +127,7 @@ def add_report(folder: Path, progress: int, score: float) -> None:
     path = folder / "reports.jsonl"
     lines = path.read_text().splitlines(True) if path.exists() else []
     kept = [line for line in lines if json.loads(line)[0] < progress]
-    aside = path.with_name(f"{path.name}.part{os.getpid()}")
-    aside.write_text("".join([*kept, json.dumps([progress, score]) + "\n"]))
-    aside.replace(path)
+    write_aside(path, "".join([*kept, json.dumps([progress, score]) + "\n"]).encode())
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -214,7 +213,7 @@ def write_table(folder: Path) -> None:
     path = folder / "trials.parquet"
     aside = path.with_name(f"{path.name}.part{os.getpid()}")
     pq.write_table(pa.table({key: _column(values) for key, values in columns.items()}), aside)
-    aside.replace(path)
+    put_in_place(aside, path)
 
 
 def _column(values: list[Any]) -> pa.Array:

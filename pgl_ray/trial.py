@@ -28,8 +28,9 @@ from pgl_ray.config import (
     TrainConfig,
     TuneConfig,
     build,
-    dump,
+    to_yaml,
 )
+from pgl_ray.data.place import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import feature_geometry
@@ -380,7 +381,7 @@ def _fork(source: Path, target: Path, config: FinetuneConfig) -> bool:
     old = record["config"]["optim"]["lr"]
     record["config"] = json.loads(config.model_dump_json())
     write_json(aside / "run.json", record)
-    dump(config, aside / "config.yaml")
+    write_aside(aside / "config.yaml", to_yaml(config).encode())
     factor = config.optim.lr / old
     for key in ("base_lrs", "_last_lr"):
         state["schedule"][key] = [lr * factor for lr in state["schedule"][key]]
@@ -388,5 +389,5 @@ def _fork(source: Path, target: Path, config: FinetuneConfig) -> bool:
         group |= {key: group[key] * factor for key in ("lr", "initial_lr") if key in group}
     checkpoint.write_checkpoint(aside, step, state, {"taken_from": str(place)})
     shutil.rmtree(target, ignore_errors=True)
-    aside.replace(target)
+    put_in_place(aside, target)
     return True

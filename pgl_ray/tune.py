@@ -44,7 +44,7 @@ from pgl_ray.config import (
     keys,
 )
 from pgl_ray.data import stream
-from pgl_ray.data.store import Index, ScanRecord, read_index
+from pgl_ray.data.store import Index, ScanRecord, read_index, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.judge import voxels
 from pgl_ray.judge.judges import check_number
@@ -590,9 +590,7 @@ def _collect(config: TuneConfig, folder: Path) -> Result:
     text += f"# {doors} take their own part: best.yaml index=... run=...\n"
     if "pretrain" in sections and "finetune" in sections:
         text += "# fine-tuning starts from the other's run: init=...\n"
-    aside = folder / f"best.yaml.part{os.getpid()}"
-    aside.write_text(text + OmegaConf.to_yaml(OmegaConf.create(sections)))
-    aside.replace(folder / "best.yaml")
+    write_aside(folder / "best.yaml", (text + OmegaConf.to_yaml(OmegaConf.create(sections))).encode())
     report.run(build(ReportConfig, {"run": [str(folder)], "title": f"Sweep {folder.name}"}))
     print("\n" + sweeps.table(sorted(found, key=lambda trial: -trial.merit)))
     states = dict(Counter(trial.state for trial in found))

@@ -29,7 +29,7 @@ class Driver:
 
     def __init__(self, config: c.PretrainConfig, place: Path):
         self.config, self.place = config, place
-        c.dump(config, place / "run.yaml")
+        (place / "run.yaml").write_text(c.to_yaml(config))
         self.start()
 
     def start(self) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgl_ray.config import PretrainConfig, PretrainOptimConfig, build, dump, load
+from pgl_ray.config import PretrainConfig, PretrainOptimConfig, build, load, to_yaml
 from pgl_ray.train.optim import build_lars, build_pretraining, describe, ema_decay, polynomial, warmup_cosine
 
 
@@ -57,7 +57,7 @@ def config(*args) -> PretrainConfig:
 def test_a_config_leaves_no_optimizer_open(tmp_path, args, expected):
     found = config(*args)
     assert (found.optim.kind, found.optim.lr, found.optim.weight_decay) == expected
-    dump(found, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(to_yaml(found))
     assert load(PretrainConfig, [str(tmp_path / "config.yaml")]) == found
 
 

@@ -32,7 +32,7 @@ DOOR_TO_DOOR |= {("sweep_report", other) for other in ("arms", "sweeps", "tables
 DOOR_TO_DOOR |= {("arms", other) for other in ("sweeps", "tables")}  # what a sweep's arms differ by, no door itself
 DOOR_TO_DOOR |= {("cli", "knobs"), *((door, "cli") for door in DOORS)}  # every door's command line
 DOOR_TO_DOOR |= {("cli", "shipped"), ("sweep_report", "shipped")}  # files beside the code, no door itself
-PLACES = {f"pgl_ray.data.place.{name}" for name in ("Bucket", "write_aside")}  # runs lie in buckets as stores do
+PLACES = {f"pgl_ray.data.place.{name}" for name in ("Bucket", "put_in_place", "write_aside")}  # runs are kept as stores
 PLACES |= {"pgl_ray.data.system.lock_file"}
 
 

@@ -6,7 +6,6 @@ coordinates (`canvas`), then blurred and made noisy as a scanner does.
 
 import gzip
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from scipy import ndimage
 
 from pgl_ray.data.anatomy import AIR, ORGANS, Body, draw_body, paint_body, paint_table
 from pgl_ray.data.canvas import Canvas, Pose
+from pgl_ray.data.place import write_aside
 
 NOISE_BLUR, NOISE_STD = (0.3, 0.6, 0.6), 0.4917  # sigma of the blur in voxels, and what it leaves of white noise
 
@@ -115,6 +115,4 @@ def _write(path: Path, content: bytes) -> None:
     if path.is_file() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part{os.getpid()}")
-    aside.write_bytes(content)
-    aside.replace(path)
+    write_aside(path, content)

@@ -5,6 +5,7 @@ zarr's ObjectStore; credentials, region and endpoint come from the environment, 
 (AWS_ACCESS_KEY_ID, AWS_REGION, AWS_ENDPOINT_URL, GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_NAME, ...).
 """
 
+import errno
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ from pgl_ray.data.system import lock_file
 STRAGGLERS_S = 20  # how long workers of a killed run may live on
 HEARTBEAT_S, SILENCE_S = 5, 30  # of the lock in a bucket
 LARGEST_READ = 2**20  # bytes after which no neighbour is added
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # some network file systems know no fsync of a folder
 PIECE = 2**24  # bytes of a large object that are asked for at a time
 
 
@@ -34,8 +36,33 @@ def open_place(url: str | os.PathLike) -> "Place":
 
 
 def write_aside(path: Path, content: bytes) -> None:
-    """Writes a file in one step: readers see the old one or the new one."""
+    """Writes a file in one step: readers see the old one or the new one, also after a loss of power."""
     _write_aside(path, [content], path.with_name(f"{path.name}.part{os.getpid()}"))
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Gives a file or folder that was written aside its name, once it is on the disk with all below it: whatever
+    happens, under that name lies nothing half. A folder takes the place of none, or of an empty one.
+
+    Raises:
+        OSError: storage fails; what lay there is as it was.
+    """
+    for part in [*aside.rglob("*"), aside] if aside.is_dir() else [aside]:
+        _to_disk(part)
+    aside.replace(path)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Brings a file's bytes, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
 
 
 def check_writable(given: str, folder: Path) -> None:
@@ -58,7 +85,7 @@ def _write_aside(path: Path, parts: Iterable[bytes], aside: Path) -> None:
     try:
         with aside.open("wb") as file:
             file.writelines(parts)
-        aside.replace(path)
+        put_in_place(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -118,7 +145,7 @@ class Folder:
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 target.rename(old)
-            part.rename(target)
+            put_in_place(part, target)
         finally:
             for left in (part, old):
                 shutil.rmtree(left, ignore_errors=True)

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 
 import pgl_ray
-from pgl_ray.config import FailedRun, Section, build, dump
+from pgl_ray.config import FailedRun, Section, build, to_yaml
+from pgl_ray.data.place import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.train import bucket
 from pgl_ray.train.bucket import EVENTS, MANIFEST, METRICS, NAME, SNAPSHOT, STATE
@@ -94,7 +95,7 @@ def open_run(config: Section, door: str, facts: dict[str, Any]) -> str:
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     record = {"door": door, "config": wanted, "versions": versions(), "started": started, **facts}
     write_json(folder / "run.json", record)
-    dump(config, folder / "config.yaml")
+    write_aside(folder / "config.yaml", to_yaml(config).encode())
     if mirror:
         mirror.put("run.json", "config.yaml")
     return place
@@ -108,10 +109,8 @@ def _differences(wanted: Any, found: Any, path: str = "") -> list[str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON aside, then renames."""
-    aside = path.with_name(f"{path.name}.part{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1))
-    aside.replace(path)
+    """Writes JSON in one step."""
+    write_aside(path, json.dumps(value, indent=1).encode())
 
 
 @contextlib.contextmanager
@@ -372,9 +371,7 @@ class Metrics:
     def _open(self) -> None:
         path = metrics_path(self.run)
         kept = "".join(line + "\n" for line in whole_lines(path) if json.loads(line)["step"] <= self.start)
-        aside = path.with_name(path.name + ".part")
-        aside.write_text(kept)
-        aside.replace(path)  # what a worker of before may still write goes to the file that had the name
+        write_aside(path, kept.encode())  # what a worker of before may still write goes to the file that had the name
         self.file, self.size = path.open("r+b", buffering=0), len(kept.encode())
         self.events = self._open_events()
 
@@ -585,12 +582,9 @@ def write_checkpoint(run: Path, step: int, state: dict[str, Any], facts: dict[st
     digest = write_state(aside / STATE, state)
     facts = {"step": step, "sha256": digest, "write_s": round(time.monotonic() - began, 3), **facts}
     write_json(aside / MANIFEST, facts | {"time": time.time(), "versions": versions()})
-    _sync(aside / MANIFEST)
-    _sync(aside)
     if place.exists():  # written before, and then continued from an earlier one
         _set_aside(place, ".old")
-    aside.rename(place)
-    _sync(run)
+    put_in_place(aside, place)
 
 
 def _place(run: Path, step: int) -> Path:
@@ -656,23 +650,12 @@ def write_state(path: Path, state: dict[str, Any]) -> str:
                 torch.save(state, hashed)
             except RuntimeError as error:
                 raise hashed.error or error from None
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        put_in_place(aside, path)
     except OSError:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
     return hashed.sha256.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Brings a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def versions() -> dict[str, str]:
