@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +18,17 @@ import torch
 import pgl_ray
 from pgl_ray import viewer
 from pgl_ray.config import FailedRun, PredictConfig
-from pgl_ray.data import ct, dicom, itk, store
+from pgl_ray.data import ct, dicom, identity, store
+from pgl_ray.data.accounts import grouped, json_lines, unused
 from pgl_ray.data.facts import disagreements
-from pgl_ray.data.layout import series_names
+from pgl_ray.data.layout import find_by_folders, refuse_empty, with_ids
 from pgl_ray.data.place import check_writable, put_in_place
 from pgl_ray.data.plausible import LabelMap
 from pgl_ray.data.resample import onto_grid, resample
+from pgl_ray.data.source import Fault, Found, Source, files_of
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
+from pgl_ray.data.walk import Tree, walk
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device, segment
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
@@ -54,6 +56,14 @@ class Job(NamedTuple):
         return self.target.with_name(self.target.name.removesuffix(".nii.gz") + suffix)
 
 
+class Work(NamedTuple):
+    """What is to be done, files that should be done and cannot be, and files that are no CT."""
+
+    jobs: list[Job]
+    faults: list[Fault]
+    left_out: list[Fault]
+
+
 def run(config: PredictConfig) -> Result:
     """Writes one label map (.nii.gz) per CT: the label values of the run's store on exactly the CT's grid.
 
@@ -65,17 +75,21 @@ def run(config: PredictConfig) -> Result:
         ValueError: run, input or output cannot be used.
         FailedRun: some files of the folder failed, or the memory does not suffice.
     """
-    jobs = _jobs(Path(config.input), Path(config.output))
+    work = _work(Path(config.input), Path(config.output))
+    jobs = work.jobs
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
-    check_writable(f"output={config.output}", jobs[0].target.absolute().parent)
+    check_writable(f"output={config.output}", _folder_of(config.output))
     maker = _maker(model, meta, config, device)
     many = Path(config.input).is_dir()
     finished = {job for job in jobs if _is_finished(job, maker, config.viewer)}
     done_before = f", {len(finished)} of them done before" if finished else ""
     print(f"predict: {len(jobs)} scan{'s' * (len(jobs) != 1)} on {device}{done_before}", flush=True)
     names = {job: job.target.name.removesuffix(".nii.gz") if job.slices else job.source.name for job in jobs}
-    failed, num_maps, began, todo = [], 0, time.monotonic(), [job for job in jobs if job not in finished]
+    for fault in work.faults:
+        print(f"predict: left out: {fault.source}: {fault.reason.removeprefix(f'{fault.source}: ')}", flush=True)
+    failed, num_maps = [Path(fault.source).name for fault in work.faults], 0
+    began, todo = time.monotonic(), [job for job in jobs if job not in finished]
     for done, job in enumerate(todo, 1):
         try:
             for note in _predict(model, meta, job, maker, config):
@@ -93,11 +107,27 @@ def run(config: PredictConfig) -> Result:
         rate = (time.monotonic() - began) / done
         progress = f"{done}/{len(todo)} scans, {rate:.1f} s per scan, {(len(todo) - done) * rate:.0f} s left"
         print(f"predict: {progress}; {names[job]}", flush=True)
-    if failed and not (len(failed) == num_maps < len(jobs)):  # label maps beside CTs are none of predict's business
+    _tell_unused(work, Path(config.output))
+    total = len(jobs) + len(work.faults)
+    if failed and not (len(failed) == num_maps < total):  # label maps beside CTs are none of predict's business
         listed = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
-        others = f"; the others are in {config.output}" if len(failed) < len(jobs) else ""
-        raise FailedRun(f"{len(failed)} of {len(jobs)} files failed: {listed}{others}")
-    return Result(config.output, len(jobs) - len(failed), len(finished))
+        others = f"; the others are in {config.output}" if len(failed) < total else ""
+        raise FailedRun(f"{len(failed)} of {total} files failed: {listed}{others}")
+    return Result(config.output, total - len(failed), len(finished))
+
+
+def _folder_of(output: str) -> Path:
+    """The folder that label maps are written into."""
+    path = Path(output).absolute()
+    return path.parent if path.name.endswith(".nii.gz") and not path.is_dir() else path
+
+
+def _tell_unused(work: Work, output: Path) -> None:
+    """Prints which files of a folder were not used; a folder of label maps has all of them in left_out.jsonl."""
+    for line in grouped(work.left_out):
+        print(f"predict: {line}")
+    if output.is_dir() and (work.left_out or (output / "left_out.jsonl").exists()):
+        store.write_aside(output / "left_out.jsonl", json_lines(work.left_out))
 
 
 def _maker(model: Segmenter | LightSegmenter, meta: dict[str, Any], config: PredictConfig, device: torch.device) -> str:
@@ -114,7 +144,7 @@ def _maker(model: Segmenter | LightSegmenter, meta: dict[str, Any], config: Pred
 
 def _stamp(job: Job) -> str:
     """Hash of names, sizes and times of a CT's files."""
-    files = [job.source / name for name in job.slices] if job.source.is_dir() else itk.files_of(job.source)
+    files = [job.source / name for name in job.slices] if job.source.is_dir() else files_of(job.source)
     found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
@@ -129,49 +159,87 @@ def _is_finished(job: Job, maker: str, viewer: bool) -> bool:
     return made and all(job.beside(end).is_file() for end in (".nii.gz", *((".html", ".png") if viewer else ())))
 
 
-def _jobs(source: Path, output: Path) -> list[Job]:
+def _work(source: Path, output: Path) -> Work:
     """What is to be done.
 
     Raises:
-        ValueError: no CT there, two CTs of one name, or an output that would replace a CT.
+        ValueError: no CT there, or an output that would replace a CT.
     """
     if not source.exists():
         raise ValueError(f"input={source} does not exist")
+    to_file = output.name.endswith(".nii.gz") and not output.is_dir()
     if not source.is_dir():
-        if not output.name.endswith(".nii.gz") or output.is_dir():
+        if not to_file:
             raise ValueError(f"output={output} must be a file that ends in .nii.gz, for input is one CT")
-        jobs = [Job(source, (), output)]
+        work = Work([Job(source, (), output)], [], [])
+        if not ct.is_volume(source) and dicom.is_dicom(source):
+            work = Work([_series_of(source, output)], [], [])
     else:
-        found = dicom.find(source).series
-        files = sorted(path for path in source.iterdir() if path.is_file() and ct.is_volume(path))
-        scans = [(path, (), ct.bare_name(path)) for path in files]
-        scans += [(Path(one.folder), one.slices, name) for one, name in zip(found, series_names(found, source))]
-        if not scans:
-            raise ValueError(f"input={source} holds no CT ({', '.join(ct.SUFFIXES)}) at its top level, nor DICOM below")
-        if output.name.endswith(".nii.gz") and not output.is_dir():
-            if len(scans) > 1:
-                raise ValueError(
-                    f"output={output} is one file, and input={source} holds {len(scans)} CTs: name a folder"
-                )
-            jobs = [Job(*scans[0][:2], output)]
-        else:
-            jobs = _jobs_into(output, source, scans)
-    for path, _, target in jobs:
+        if output.resolve() == source.resolve():
+            raise ValueError(f"output={output} is the input's folder: its label maps would be taken for CTs next time")
+        if output.exists() and not output.is_dir() and not to_file:
+            raise ValueError(f"output={output} is a file: give a folder, for input is one")
+        found = _found_in(source.resolve(), output)
+        scans = with_ids(found)
+        if to_file and len(scans) + len(found.faults) > 1:
+            num = len(scans) + len(found.faults)
+            raise ValueError(f"output={output} is one file, and input={source} holds {num} CTs: name a folder")
+        targets = [output] if to_file else [output / f"{_name_of(one, source)}.nii.gz" for one in scans]
+        jobs = [Job(Path(one.image), one.slices, target) for one, target in zip(scans, targets)]
+        work = Work(jobs, sorted(found.faults), sorted(found.left_out))
+    for path, _, target in work.jobs:
         if target.resolve() == path.resolve():
             raise ValueError(f"output={output} would replace the CT {path}: choose another")
-    return jobs
+    return work
 
 
-def _jobs_into(output: Path, source: Path, scans: list[tuple[Path, tuple, str]]) -> list[Job]:
-    """A label map per CT (path, slices, name) of a folder."""
-    if output.resolve() == source.resolve():
-        raise ValueError(f"output={output} is the input's folder: its label maps would be taken for CTs next time")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output={output} is a file: give a folder, for input is one")
-    twice = [name for name, count in Counter(name for *_, name in scans).items() if count > 1]
-    if twice:
-        raise ValueError(f"input={source} holds several files named {', '.join(twice)}: their label maps would collide")
-    return [Job(path, slices, output / f"{name}.nii.gz") for path, slices, name in scans]
+def _found_in(folder: Path, output: Path) -> Found:
+    """The CTs below a folder, but for what an earlier run wrote.
+
+    Raises:
+        ValueError: there is none.
+    """
+    tree = walk(folder, without=[output.resolve()])
+    made = [path for path in tree.paths if path.endswith(".nii.gz") and _is_label_map(path, tree)]
+    ends = (".nii.gz", ".json", ".html", ".png")
+    tree = tree.without(path.removesuffix(".nii.gz") + end for path in made for end in ends)
+    found = find_by_folders(folder, tree, {})
+    found.left_out.extend(unused(tree, found))
+    found.left_out.extend(Fault(path, "a label map that predict has written") for path in made)
+    refuse_empty(found, f"input={folder}")
+    return found
+
+
+def _is_label_map(path: str, tree: Tree) -> bool:
+    """Whether predict has written a file, by the facts beside it."""
+    facts = f"{path.removesuffix('.nii.gz')}.json"
+    try:
+        return facts in tree.files and "maker" in json.loads(Path(facts).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _name_of(scan: Source, source: Path) -> str:
+    """A scan's id; that of a series that lies in the input's folder itself tells this folder's name, too."""
+    alone = scan.slices and Path(scan.image) == source.resolve()
+    return f"{identity.plain(source.resolve().name)}{identity.JOIN}{scan.scan_id}" if alone else scan.scan_id
+
+
+def _series_of(path: Path, output: Path) -> Job:
+    """The series that a DICOM file belongs to, from the file's folder.
+
+    Raises:
+        ValueError: it belongs to none, or a file beside it cannot be read.
+    """
+    path = path.absolute()
+    found = dicom.find(path.parent)
+    for one in found.series:
+        if str(path) in one.paths():
+            if doubt := found.doubt(one):
+                raise ValueError(doubt)
+            return Job(Path(one.folder), one.slices, output)
+    why = dict((*found.left_out, *found.unreadable)).get(str(path), "no slice of a CT series")
+    raise ValueError(f"input={path}: {why.removeprefix(f'{path}: ')}")
 
 
 def _predict(

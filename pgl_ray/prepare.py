@@ -14,12 +14,15 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
     cli.main("prepare")
 
 import errno
+import heapq
 import json
+import math
 import os
 import pickle
 import sys
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -28,13 +31,19 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ray.config import FailedRun, PrepareConfig, RayConfig, StoreConfig, build
-from pgl_ray.data import store
+from pgl_ray.data import identity, store
+from pgl_ray.data.accounts import grouped, json_lines
+from pgl_ray.data.dicom_headers import Kept
 from pgl_ray.data.layout import Fault, Layout, Source, read_layout
 from pgl_ray.data.notes import NOTES_FILE, keep_notes
 from pgl_ray.data.plausible import LabelMap
 from pgl_ray.data.resample import resample
+from pgl_ray.data.source import some
 
 PEAK_BYTES_PER_VOXEL = 8  # of a conversion, label map included (tests/benchmarks/test_prepare_cost.py)
+PEAK_BYTES_PER_RESAMPLED = 10  # voxel of the result, beside the source's own
+NUM_LARGEST = 8  # files whose headers say how much memory a conversion takes
+HEADERS = "dicom_headers.parquet"  # in the store: what is known of DICOM files
 MAX_TRIES = 3
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NUM_SHOWN = 10  # failures that the closing lines name; failed.jsonl has all
@@ -52,6 +61,7 @@ class Result:
         failed: files that could not be used; also in failed.jsonl.
         vanished: scans of this source folder that lie in the store while their files are gone.
         seconds: wall time.
+        left_out: files that were not used, and why; also in left_out.jsonl.
     """
 
     store: str
@@ -62,6 +72,7 @@ class Result:
     failed: tuple[Fault, ...]
     vanished: tuple[str, ...]
     seconds: float
+    left_out: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,23 +99,28 @@ class Verified:
 Task = tuple[Source, store.ScanRecord | None]
 
 
-def run(config: PrepareConfig, only: frozenset[str] | None = None) -> Result:
+def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
     """Converts what is new or changed, and writes the index; what cannot be converted is in the result.
 
     Args:
         config: what to convert.
-        only: scans to convert whatever the store has of them, and no others; none: what is new or changed.
+        only: scans to convert whatever the store has of them, each with the file or folder that it is made from, and
+            no others; none: what is new or changed.
 
     Raises:
-        ValueError: no volume in the source, or source and store do not agree.
+        ValueError: no volume in the source, no label where labels are named, or source and store do not agree.
         FailedRun: the disk is full, or another prepare writes into the store.
     """
     began = time.monotonic()
     place = store.open_place(config.store)
     _settings(config)  # looking through a large source takes minutes: what does not agree is said before
-    layout = read_layout(config.source, config.labels, config.recipe, config.series)
+    kept = _kept_headers(place)
+    known = {record.source for record in _read_index(place)[0].values()}
+    layout = read_layout(config.source, config.labels, config.recipe, config.series, kept, known)
     try:
         with place.locked() as token:
+            if kept.changed:
+                place.write(HEADERS, [kept.packed()])
             return _run(config, layout, token, only, began)
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -112,13 +128,21 @@ def run(config: PrepareConfig, only: frozenset[str] | None = None) -> Result:
         raise _disk_full(place.url) from error
 
 
+def _kept_headers(place: store.Place) -> Kept:
+    try:
+        return Kept(place.read(HEADERS))
+    except (FileNotFoundError, NotADirectoryError):
+        return Kept()
+
+
 def _disk_full(folder: str) -> FailedRun:
     return FailedRun(f"disk full at {folder}: free some space, then the same command goes on from here")
 
 
-def _run(config: PrepareConfig, layout: Layout, token: str, only: frozenset[str] | None, began: float) -> Result:
+def _run(config: PrepareConfig, layout: Layout, token: str, only: dict[str, str] | None, began: float) -> Result:
     place = store.open_place(config.store)
     folder, known, names = place.url, _settings(config), _agreed_names(config, layout)
+    _check_labels(config, layout)
     if known is None:
         store.write_settings(
             folder, names or {}, config.hu_window, encoding=config.encoding, spacing_mm=config.spacing_mm
@@ -126,48 +150,135 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: frozenset[str]
 
     # what is new or changed
     records = store.read_records(folder)
-    for name in set(place.names("scans")) - set(records):
-        if "zarr.json" not in place.names(f"scans/{name}"):  # a bucket keeps what a killed run had of a scan
+    for name in set(store.scan_names(place)) - set(records):
+        inside = place.names(f"scans/{name}")
+        if inside and "zarr.json" not in inside:  # a bucket keeps what a killed run had of a scan
             place.remove(f"scans/{name}")
-    pairs = [(source, records.get(source.scan_id)) for source in layout.scans if only is None or source.scan_id in only]
+    sources = layout.scans if only is None else _own_sources(layout, only)
+    renamed = _renamed(sources, records) if only is None else {}
+    moving = {old for olds in renamed.values() for old in olds}
+    pairs = [(one, None if one.scan_id in moving else records.get(one.scan_id)) for one in sources]
     stored = [source for source, record in pairs if only is None and record and _unchanged(source, record)]
     whole = {source.scan_id for source in stored}
     tasks = [(source, record if only is None else None) for source, record in pairs if source.scan_id not in whole]
     what = "new or changed" if only is None else "to convert again"
     print(f"prepare: {len(layout.scans)} scans in {config.source}, {len(tasks)} {what}", flush=True)
-    _tell(layout, folder)
+    for missing in layout.missing:
+        print(f"prepare: missing: {missing}", flush=True)
+    place.write("left_out.jsonl", [json_lines(layout.left_out)])
 
     # convert
-    converted, failed = 0, list(layout.faults)
+    converted, failed, notes = 0, list(layout.faults), {}
     with closing(_outcomes(config, folder, token, tasks, names)) as outcomes:
-        notes = {}
-        for source, status, reason, said in _watched(outcomes, len(tasks)):
+        for source, status, reason, said, record in _watched(outcomes, len(tasks)):
             if status == "disk full":
                 raise _disk_full(folder)
             if status == "label map" and _beside_another(source, layout.scans):
                 layout.left_out.append(Fault(source.image, reason))
                 print(f"prepare: left out: {reason}")
-            elif status in ("failed", "label map"):
+                continue
+            if status in ("failed", "label map"):
                 failed.append(Fault(source.image, reason))
+                continue
+            converted += status == "converted"
+            notes |= {source.scan_id: said} if status == "converted" else {}
+            elsewhere = record.source != source.image and os.path.exists(record.source)
+            records[source.scan_id] = record
+            if elsewhere:  # it stays what it is
+                notes[source.scan_id] = [
+                    _note_of(
+                        source,
+                        f"holds the same as scan {record.scan_id!r}, which the store "
+                        f"has from {record.source}: taken once",
+                    )
+                ]
             else:
                 stored.append(source)
-                converted += status == "converted"
-                notes |= {source.scan_id: said} if status == "converted" else {}
+    there = {source.scan_id for source in stored}
+    for new, olds in renamed.items():
+        for old in olds if new in there else ():
+            print(f"prepare: renamed: {old} -> {new}", flush=True)
+            if old not in there:
+                place.remove(f"scans/{old}")
+                del records[old]
 
     # index
-    for name in set(place.names("scans")) - set(store.read_records(folder)):
+    for name in set(store.scan_names(place)) - set(records):
+        if not place.names(f"scans/{name}"):  # a stray file
+            continue
         mend = f"its zarr.json is damaged: python -m pgl_ray.prepare repair store={folder}"
         failed.append(Fault(f"{folder}/scans/{name}", mend))
     failed.sort()
     _note(place, notes)
-    names = _finish(folder, stored, names)
+    names = _finish(folder, records, stored, names)
+    _tell_same_content(records, {source.scan_id for source in layout.scans})
     others = {"encoding": config.encoding, "spacing_mm": config.spacing_mm}
-    index = store.write_index(folder, names, config.hu_window, preparations=_preparations(config, known), **others)
-    place.write("failed.jsonl", [_json_lines(failed)])
-    place.write("left_out.jsonl", [_json_lines(sorted(layout.left_out))])
+    preparations = _preparations(config, known)
+    index = store.write_index(folder, names, config.hu_window, records, preparations=preparations, **others)
+    place.write("failed.jsonl", [json_lines(failed)])
+    place.write("left_out.jsonl", [json_lines(sorted(layout.left_out))])
     gone = () if only is not None else tuple(sorted(_vanished(config, layout, records.values())))
-    seconds, path = time.monotonic() - began, f"{folder}/index.parquet"
-    return Result(folder, path, len(index.scans), converted, len(stored) - converted, tuple(failed), gone, seconds)
+    seconds, path, skipped = time.monotonic() - began, f"{folder}/index.parquet", len(stored) - converted
+    left_out = tuple(layout.left_out) if only is None else ()
+    return Result(folder, path, len(index.scans), converted, skipped, tuple(failed), gone, seconds, left_out)
+
+
+def _check_labels(config: PrepareConfig, layout: Layout) -> None:
+    """Refuses a source without any label where labels are named.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if config.recipe.parts or layout.faults or any(scan.label for scan in layout.scans):
+        return
+    if config.labels.names:
+        given = f"labels.names names {some(list(config.labels.names))}"
+    elif layout.label_folders:
+        given = f"there is {some(layout.label_folders)}"
+    else:
+        return
+    raise ValueError(
+        f"source={config.source}: {given}, and no scan has a label: name label maps as their scans, or "
+        "leave the labels out"
+    )
+
+
+def _own_sources(layout: Layout, only: dict[str, str]) -> list[Source]:
+    """The sources of scans that the store has under these ids; a scan's own or none."""
+    found = []
+    for scan_id, path in only.items():
+        own = [source for source in layout.scans if source.image == path]
+        named = [source for source in own if source.scan_id == scan_id]
+        found += named or [replace(source, scan_id=scan_id) for source in own if len(own) == 1 and not source.slices]
+    return found
+
+
+def _renamed(sources: list[Source], records: dict[str, store.ScanRecord]) -> dict[str, list[str]]:
+    """id -> ids of other scans of the store that were made from the same source."""
+    by_path, by_mark = defaultdict(list), defaultdict(list)
+    for record in records.values():
+        by_path[record.source].append(record)
+        if mark := identity.series_mark(record.scan_id):
+            by_mark[mark].append(record)
+    found = {}
+    for source in sources:
+        mark = identity.series_mark(source.scan_id) if source.slices else ""
+        near = {record.scan_id: record for record in (*by_path[source.image], *by_mark.get(mark, ()))}
+        near.pop(source.scan_id, None)
+        olds = [scan_id for scan_id, record in near.items() if _is_same_source(source, mark, record)]
+        if olds:
+            found[source.scan_id] = olds
+    return found
+
+
+def _is_same_source(source: Source, mark: str, record: store.ScanRecord) -> bool:
+    if not source.slices:
+        return record.source == source.image
+    theirs = identity.series_mark(record.scan_id)
+    if theirs:  # slices that came or went may have moved the folder that holds all of them
+        one, other = Path(source.image), Path(record.source)
+        return theirs == mark and (one.is_relative_to(other) or other.is_relative_to(one))
+    return record.source == source.image and _unchanged(source, record)
 
 
 def verify(config: StoreConfig) -> Verified:
@@ -180,7 +291,7 @@ def verify(config: StoreConfig) -> Verified:
     store.read_settings(config.store)
     place, damaged = store.open_place(config.store), {}
     index, fault = _read_index(place)
-    names = sorted({*place.names("scans"), *index})
+    names = sorted({*store.scan_names(place), *index})
     looks = [(name, name in index) for name in names]
     with closing(_in_parallel(partial(_check, folder=place.url), looks, config.ray)) as outcomes:
         for row in _watched(outcomes, len(names)):
@@ -218,7 +329,7 @@ def _check(row: dict, folder: str) -> dict:
 
 
 def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
-    """Converts the damaged scans again from their files, and writes the index anew.
+    """Converts the damaged scans again, each from the files it was made from, and writes the index anew.
 
     Returns:
         What was damaged, and what could not be mended: scan_id -> reason.
@@ -229,23 +340,33 @@ def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
     found = verify(config)
     if not (found.damaged or found.index):
         return found, {}
-    reasons = {}
+    place, reasons = store.open_place(config.store), {}
+    known = _read_index(place)[0] | store.read_records(place.url)
+    wanted = {name: known[name].source for name in found.damaged if name in known}
+    left = dict.fromkeys(found.damaged, "nothing is left that says where it was made from: prepare its folder again")
     for said in store.read_settings(config.store).preparations:
         values = said | {"store": config.store, "ray": config.ray.model_dump()}
         try:
-            result = run(build(PrepareConfig, values), only=frozenset(found.damaged))
+            result = run(build(PrepareConfig, values), only={name: wanted[name] for name in left if name in wanted})
         except ValueError as error:  # its source folder is gone
             reasons[said["source"]] = str(error)
         else:
             reasons |= {fault.source: fault.reason for fault in result.failed}
-    left = {name: f"its source cannot be used: {'; '.join(reasons.values()) or 'gone'}" for name in found.damaged}
-    for name in found.damaged:
-        try:
-            store.check_scan(config.store, name)
-            del left[name]
-        except (ValueError, RuntimeError):
-            continue
+        for name in list(left):
+            if name in wanted and _is_whole(config.store, name):
+                del left[name]
+    for name in left.keys() & wanted.keys():
+        mine = [why for path, why in reasons.items() if Path(wanted[name]).is_relative_to(path)]
+        left[name] = f"{wanted[name]}, which it was made from, cannot be used: {'; '.join(mine) or 'it is gone'}"
     return found, left
+
+
+def _is_whole(folder: str, scan_id: str) -> bool:
+    try:
+        store.check_scan(folder, scan_id)
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
 # -- what to do -------------------------------------------------------------------------------------------------------
@@ -305,15 +426,19 @@ def _vanished(config: PrepareConfig, layout: Layout, records: Iterable[store.Sca
             yield record.scan_id
 
 
-def _tell(layout: Layout, folder: str) -> None:
-    """Prints what is missing and what is left out; left_out.jsonl has all of it."""
-    for missing in layout.missing:
-        print(f"prepare: missing: {missing}")
-    for path, reason in layout.left_out[:NUM_SHOWN]:
-        print(f"prepare: left out: {path}: {reason}")
-    if len(layout.left_out) > NUM_SHOWN:
-        print(f"prepare: {len(layout.left_out)} left out in all, see {folder}/left_out.jsonl", flush=True)
-    store.open_place(folder).write("left_out.jsonl", [_json_lines(layout.left_out)])
+def _tell_same_content(records: dict[str, store.ScanRecord], here: set[str]) -> None:
+    """Prints which scans hold the same voxels, where one of them was looked at now."""
+    same = defaultdict(list)
+    for record in records.values():
+        same[record.content_hash].append(record)
+    groups = [group for group in same.values() if len(group) > 1 and here & {record.scan_id for record in group}]
+    groups.sort(key=lambda group: len({record.split for record in group}) == 1)  # two splits first
+    for group in groups[:NUM_SHOWN]:
+        listed = ", ".join(f"{one.scan_id} ({one.split or 'no split'})" for one in group[:NUM_SHOWN])
+        split = ", in two splits" if len({record.split for record in group}) > 1 else ""
+        print(f"prepare: note: the same voxels{split}: {listed}{' ...' * (len(group) > NUM_SHOWN)}", flush=True)
+    if len(groups) > NUM_SHOWN:
+        print(f"prepare: {len(groups)} groups of scans with the same voxels in all", flush=True)
 
 
 def _beside_another(source: Source, scans: Sequence[Source]) -> bool:
@@ -322,8 +447,8 @@ def _beside_another(source: Source, scans: Sequence[Source]) -> bool:
     return any(one is not source and folder in (Path(one.image), Path(one.image).parent) for one in scans)
 
 
-def _json_lines(faults: Iterable[Fault]) -> bytes:
-    return "".join(json.dumps(fault._asdict()) + "\n" for fault in faults).encode()
+def _note_of(source: Source, text: str) -> dict[str, Any]:
+    return {"source": source.image, "reason": text, "shown": True}
 
 
 def _names_of_values(values) -> dict[str, int]:
@@ -342,22 +467,27 @@ def _unchanged(source: Source, record: store.ScanRecord) -> bool:
 
 def _outcomes(
     config: PrepareConfig, folder: str, token: str, tasks: list[Task], names: dict[str, int] | None
-) -> Iterator[tuple[Source, str, str, list[dict]]]:
-    """Converts in parallel; yields (source, status, reason, notes) as scans are done."""
+) -> Iterator[tuple[Source, str, str, list[dict], store.ScanRecord | None]]:
+    """Converts in parallel; yields (source, status, reason, notes, record) as scans are done."""
     options = {key: getattr(config, key) for key in ("hu_window", "chunk", "encoding", "compression", "spacing_mm")}
     work = partial(convert, folder=folder, token=token, names=names, options=options)
-    with closing(_in_parallel(work, tasks, config.ray, [source for source, _ in tasks])) as rows:
+    peak = partial(_largest_peak, [source for source, _ in tasks], config.spacing_mm)
+    with closing(_in_parallel(work, tasks, config.ray, peak)) as rows:
         for row in rows:
-            yield tasks[row["task"]][0], row["status"], row["reason"], json.loads(row["notes"])
+            record = store.parse_record(row["record"]) if row["record"] else None
+            yield tasks[row["task"]][0], row["status"], row["reason"], json.loads(row["notes"]), record
 
 
 def _in_parallel(
-    work: Callable[[dict], dict], items: list[tuple], config: RayConfig, sources: Sequence[Source] = ()
+    work: Callable[[dict], dict],
+    items: list[tuple],
+    config: RayConfig,
+    peak: Callable[[], int] | None = None,
 ) -> Iterator[dict]:
     """Calls `work` with {"task": number, "item": pickled item} in Ray tasks, one per core; yields the answers.
 
-    Every task gets its own item alone, for a list of DICOM series fills a hundred megabytes. Memory is reserved for the
-    largest of `sources`.
+    Every task gets its own item alone, for a list of DICOM series fills a hundred megabytes. `peak` says the
+    memory that one may take, in bytes.
     """
     if not items:
         return
@@ -369,7 +499,9 @@ def _in_parallel(
     # a cluster of our own on this machine has at least 4 CPUs by name, for the trainings' sake
     ours = not (config.address or os.environ.get("RAY_ADDRESS"))
     cores = config.num_cpus or os.cpu_count() or 1 if ours else int(ray.cluster_resources()["CPU"])
-    memory = _memory_per_task(sources) if sources else None
+    memory = None
+    if peak:
+        memory = float(min(peak(), max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])))
     rows = [{"task": i, "item": pickle.dumps(item)} for i, item in enumerate(items)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     yield from dataset.map(
@@ -377,16 +509,26 @@ def _in_parallel(
     ).iter_rows()
 
 
-def _memory_per_task(sources: Sequence[Source]) -> float:
-    """Memory to reserve per conversion in bytes, by the largest file's header; at most what a node has."""
-    import ray
+def _largest_peak(sources: Sequence[Source], spacing_mm: tuple[float, float, float] | None) -> int:
+    """Memory that a conversion may take in bytes, by the largest files' headers."""
+    return max(peak_bytes(source, spacing_mm) for source in heapq.nlargest(NUM_LARGEST, sources, key=_num_bytes))
 
+
+def _num_bytes(source: Source) -> int:
     try:
-        largest = max(sources, key=lambda source: source.stamp()[0])
-        need = PEAK_BYTES_PER_VOXEL * largest.num_voxels()
+        return source.stamp()[0]
+    except OSError:  # it will fail as a scan, with this reason
+        return 0
+
+
+def peak_bytes(source: Source, spacing_mm: tuple[float, float, float] | None) -> int:
+    """Memory that a conversion takes, by the source's header; 0 where that cannot be read."""
+    try:
+        num, voxel_mm3 = source.extent()
     except (ValueError, OSError):  # it will fail as a scan, with this reason
-        need = 0
-    return float(min(need, max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])))
+        return 0
+    result = num * voxel_mm3 / math.prod(spacing_mm) if spacing_mm else 0
+    return int(PEAK_BYTES_PER_VOXEL * num + PEAK_BYTES_PER_RESAMPLED * result)
 
 
 def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, options: dict[str, Any]) -> dict:
@@ -400,22 +542,24 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
         options: hu_window, chunk, encoding, compression and spacing_mm.
 
     Returns:
-        task, status ("converted", "unchanged", "failed", "label map", "disk full"), the reason of a failure, and notes
-        (JSON: a list of source, reason, and whether it is shown).
+        task, status ("converted", "unchanged", "failed", "label map", "disk
+        full"), the reason of a failure, notes (JSON: a list
+        of source, reason, and whether it is shown), and the scan's zarr.json.
     """
-    task, status, reason, notes = pickle.loads(row["item"]), "failed", "", []
+    task, status, reason, notes, record = pickle.loads(row["item"]), "failed", "", [], None
     try:
         with store.open_place(folder).joined(token):
             if _tries(folder, row["task"]) > MAX_TRIES:
                 raise ValueError(f"its worker died {MAX_TRIES} times: out of memory, or a library crashed on it")
-            status, notes = _convert(task, folder, names, options)
+            status, notes, record = _convert(task, folder, names, options)
     except OSError as error:
         status, reason = ("disk full" if error.errno in DISK_FULL else "failed"), str(error)
     except ValueError as error:
         status, reason = ("label map" if isinstance(error, LabelMap) else "failed"), str(error)
     except Exception as error:  # whatever else a damaged file may cause must not stop the other scans
         reason = f"{type(error).__name__}: {error}"
-    return {"task": row["task"], "status": status, "reason": reason, "notes": json.dumps(notes)}
+    content = store.group_text(record) if record else b""
+    return {"task": row["task"], "status": status, "reason": reason, "notes": json.dumps(notes), "record": content}
 
 
 def _tries(folder: str, task: int) -> int:
@@ -427,15 +571,20 @@ def _tries(folder: str, task: int) -> int:
 
 def _convert(
     task: Task, folder: str, names: dict[str, int] | None, options: dict[str, Any]
-) -> tuple[str, list[dict[str, Any]]]:
+) -> tuple[str, list[dict[str, Any]], store.ScanRecord]:
     source, known = task
     size, time_ns = source.stamp()
     digest = source.digest()
     if known and digest == known.source_hash:
-        store.update_record(folder, replace(known, source_size=size, source_mtime_ns=time_ns))
-        return "unchanged", []
+        if known.source == source.image or not os.path.exists(known.source):
+            known = replace(known, source_size=size, source_mtime_ns=time_ns)
+            store.update_record(folder, known)
+        return "unchanged", [], known
     if known and known.source != source.image:
-        raise ValueError(f"{source.image}: the store has another {source.scan_id!r}, from {known.source}: rename it")
+        raise ValueError(
+            f"{source.image}: the store has another {source.scan_id!r}, from {known.source}: rename it, or prepare it "
+            "into another store"
+        )
     reading = source.read(names)
     scan, label = reading.scan, reading.label
     unknown = sorted(set(store.count_labels(label)) - set(names.values())) if label is not None and names else []
@@ -444,7 +593,7 @@ def _convert(
     voxels, affine, own = scan.voxels, scan.affine, label
     if options["spacing_mm"]:
         voxels, label, affine = resample(voxels, label, affine, options["spacing_mm"])
-    store.write_scan(
+    record = store.write_scan(
         folder,
         source.scan_id,
         voxels,
@@ -464,7 +613,8 @@ def _convert(
         **{key: options[key] for key in ("hu_window", "chunk", "encoding", "compression")},
     )
     notes = [{"source": path, "reason": reason, "shown": True} for path, reason in reading.notes]
-    return "converted", notes + [{"source": path, "reason": what, "shown": False} for path, what in reading.unasked]
+    notes += [{"source": path, "reason": what, "shown": False} for path, what in reading.unasked]
+    return "converted", notes, record
 
 
 def _note(place: store.Place, notes: dict[str, list[dict[str, Any]]]) -> None:
@@ -477,13 +627,15 @@ def _note(place: store.Place, notes: dict[str, list[dict[str, Any]]]) -> None:
     keep_notes(place, notes)
 
 
-def _finish(folder: str, sources: list[Source], names: dict[str, int] | None) -> dict[str, int]:
+def _finish(
+    folder: str, records: dict[str, store.ScanRecord], sources: list[Source], names: dict[str, int] | None
+) -> dict[str, int]:
     """Updates what needs no new conversion in the records: path, split, labelled organs; returns the organ names."""
-    records, by_id = store.read_records(folder), {source.scan_id: source for source in sources}
+    by_id = {source.scan_id: source for source in sources}
     unnamed = names is None
     if unnamed:
         names = _names_of_values({value for record in records.values() for value in record.label_voxels})
-    for record in records.values():
+    for record in list(records.values()):
         source, new = by_id.get(record.scan_id), record
         if source:
             new = replace(new, source=source.image, split=source.split)
@@ -495,6 +647,7 @@ def _finish(folder: str, sources: list[Source], names: dict[str, int] | None) ->
             new = replace(new, labelled=tuple(sorted(names.values())) if stated is None else stated)
         if new != record:
             store.update_record(folder, new)
+            records[new.scan_id] = new
     return names
 
 
@@ -526,6 +679,10 @@ def describe(result: Result) -> str:
     if result.vanished:
         names = f"{', '.join(result.vanished[:NUM_SHOWN])}{' ...' * (len(result.vanished) > NUM_SHOWN)}"
         print(f"prepare: {len(result.vanished)} scans stay in the store while their files are gone: {names}")
+    for line in grouped(result.left_out):
+        print(f"prepare: {line}")
+    if result.left_out:
+        print(f"prepare: all of them in {result.store}/left_out.jsonl", flush=True)
     if not result.failed:
         return f"prepare: {done}, {result.num_scans} scans in {result.index}, {result.seconds:.0f} s"
     for fault in result.failed[:NUM_SHOWN]:

@@ -125,9 +125,9 @@ def test_dicom_series(tmp_path, known):
     save([*first, *second], tmp_path / "in/p")
     result = predict.run(config(tmp_path / "in", tmp_path / "out"))
     assert result.num_scans == 2
-    names = sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz"))
-    assert names == ["p__series2.nii.gz", "p__series7.nii.gz"]
-    back = sitk.ReadImage(str(tmp_path / "out/p__series2.nii.gz"))
+    two, seven = sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz"))
+    assert two.startswith("p__series2-") and seven.startswith("p__series7-")
+    back = sitk.ReadImage(str(tmp_path / "out" / two))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(back), expected(raw))
     series = itk_series(save(first, tmp_path / "one"))
     for ours, theirs in zip(
@@ -164,19 +164,16 @@ def test_a_folder_goes_on_over_bad_files(tmp_path, known, capsys):
         ("in", "in", "output=.*in is the input's folder"),
         ("in", "in/a.nii.gz", "would replace the CT"),
         ("two", "out.nii.gz", "is one file, and input=.*two holds 2 CTs: name a folder"),
-        ("empty", "out", r"holds no CT \(.nii.gz"),
-        ("twice", "out", "several files named a: "),
+        ("empty", "out", r"input=.*empty: no volume in it \(.nii.gz"),
         ("bad.nii.gz", "x.nii.gz", "bad.nii.gz: not a readable image"),
     ],
 )
 def test_wrong_use_is_one_clear_line(tmp_path, known, source, output, message):
-    for name in ("in", "empty", "twice", "two"):
+    for name in ("in", "empty", "two"):
         (tmp_path / name).mkdir()
     write(tmp_path / "two/a.nii.gz")
     write(tmp_path / "two/b.nii.gz")
     write(tmp_path / "in/a.nii.gz")
-    write(tmp_path / "twice/a.nii.gz")
-    write(tmp_path / "twice/a.nii")
     (tmp_path / "bad.nii.gz").write_text("no image")
     before = (tmp_path / "in/a.nii.gz").read_bytes()
     with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -32,7 +33,7 @@ def serial(monkeypatch):
     """Converts in this process, in the given or the reverse order."""
     backwards = []
 
-    def in_parallel(work, items, config, sources=()):
+    def in_parallel(work, items, config, peak=None):
         for i in sorted(range(len(items)), reverse=bool(backwards)):
             yield work({"task": i, "item": pickle.dumps(items[i])})
 
@@ -97,10 +98,10 @@ def test_nnunet_folder(tmp_path, serial):
     assert [(r.scan_id, r.split, r.labelled) for r in index.scans] == [
         ("a", "train", (1, 2)),
         ("b", "train", (1, 2)),
-        ("c", "test", ()),
-        ("d", "test", (1, 2)),
+        ("imagesTs__c", "test", ()),
+        ("imagesTs__d", "test", (1, 2)),
     ]
-    assert [r.scan_id for r in index.labelled("test")] == ["d"] and set(index.scans[3].label_voxels) == {2}
+    assert [r.scan_id for r in index.labelled("test")] == ["imagesTs__d"] and set(index.scans[3].label_voxels) == {2}
     whole = np.array([(0, s) for s in index.scans[1].shape])
     scan = ct.read_scan(raw / "imagesTr/b_0000.nii.gz")
     np.testing.assert_array_equal(store.open_volume(tmp_path / "s", index.scans[1]).read(whole), scan.voxels)
@@ -128,14 +129,14 @@ def test_flat_folder_of_mha_and_nrrd(tmp_path, serial):
     (raw / "notes.txt").write_text("no volume")
     assert counts(go(raw, tmp_path / "s")) == (5, 0, 0)
     found = records(tmp_path / "s")
-    assert list(found) == ["a", "b", "c", "d", "e"] and {r.split for r in found.values()} == {""}
+    assert list(found) == ["a", "b", "deep__c", "deep__er__d", "e"] and {r.split for r in found.values()} == {""}
     with (raw / "deep/c.raw").open("r+b") as file:  # the data beside a detached header count as its source
         file.write(b"\x01\x02")
     assert counts(go(raw, tmp_path / "s")) == (1, 4, 0)
-    assert records(tmp_path / "s")["c"].content_hash != found["c"].content_hash
+    assert records(tmp_path / "s")["deep__c"].content_hash != found["deep__c"].content_hash
 
 
-def test_names_that_occur_twice_take_their_folders_along(tmp_path, serial):
+def test_a_label_belongs_by_its_path_or_by_its_name(tmp_path, serial):
     raw = tmp_path / "raw"
     for name in ("p1/ct", "p2/ct", "p2/other"):
         put(raw / f"images/{name}.nii.gz")
@@ -145,13 +146,10 @@ def test_names_that_occur_twice_take_their_folders_along(tmp_path, serial):
     assert [fault.source for fault in go(raw, tmp_path / "s").failed] == [str(raw / "labels/ct.nii.gz")]
     found = records(tmp_path / "s")
     assert {i: r.label_metadata is not None for i, r in found.items()} == {
-        "other": True,
         "p1__ct": False,
         "p2__ct": True,
+        "p2__other": True,
     }
-    put(raw / "images/p1/ct.nrrd")
-    with pytest.raises(ValueError, match=r"ct.nii.gz and .*ct.nrrd are of one name: keep one"):
-        go(raw, tmp_path / "s")
 
 
 def test_nothing_to_convert_is_wrong_use(tmp_path, serial):
@@ -184,17 +182,19 @@ def test_dicom_beside_nifti(tmp_path, serial, capsys):
     result = go(raw, tmp_path / "s", labels={"names": {"liver": 1, "spleen": 2}})
     assert counts(result) == (2, 0, 1) and "gantry tilt" in result.failed[0].reason
     found = records(tmp_path / "s")
-    assert list(found) == ["case 1", "case 2"] and found["case 1"].label_voxels == {1: 72, 2: 72}
-    assert (found["case 1"].num_padding, found["case 1"].orientation) == (3, "LPS")
+    series, other = found
+    assert series.startswith("case 1__series2-") and other == "case 2"
+    assert found[series].label_voxels == {1: 72, 2: 72}
+    assert (found[series].num_padding, found[series].orientation) == (3, "LPS")
     whole = np.array([(0, size) for size in scan.voxels.shape])
+    np.testing.assert_array_equal(store.open_label(tmp_path / "s", found[series]).read(whole), label.transpose(2, 1, 0))
     np.testing.assert_array_equal(
-        store.open_label(tmp_path / "s", found["case 1"]).read(whole), label.transpose(2, 1, 0)
-    )
-    np.testing.assert_array_equal(
-        store.open_volume(tmp_path / "s", found["case 1"]).read(whole), np.maximum(pixels, -1024)
+        store.open_volume(tmp_path / "s", found[series]).read(whole), np.maximum(pixels, -1024)
     )
     (left,) = [json.loads(line) for line in (tmp_path / "s/left_out.jsonl").read_text().splitlines()]
-    assert left["reason"] == "localiser, not a volume (1 file)" and "prepare: left out: " in capsys.readouterr().out
+    assert left["reason"] == "localiser, not a volume"
+    prepare.describe(replace(result, failed=()))
+    assert "prepare: 1 file not used:\nprepare:   1: localiser, not a volume: " in capsys.readouterr().out
 
     assert counts(go(raw, tmp_path / "s", labels={"names": {"liver": 1, "spleen": 2}})) == (0, 2, 1)
     (raw / "images/case 1/004").unlink()  # the slice in the middle
@@ -206,9 +206,11 @@ def test_a_series_that_vanished_from_its_folder_is_reported(tmp_path, serial):
     for number in (2, 3):
         save(ct_series(ct_array(number), intercept=0, SeriesNumber=number), tmp_path / "raw/p", f"{number}_{{}}")
     assert go(tmp_path / "raw", tmp_path / "s").vanished == ()
+    two, three = records(tmp_path / "s")
+    assert two.startswith("p__series2-") and three.startswith("p__series3-")
     for path in (tmp_path / "raw/p").glob("3_*"):
         path.unlink()
-    assert go(tmp_path / "raw", tmp_path / "s").vanished == ("p__series2", "p__series3")  # what is left is named p now
+    assert go(tmp_path / "raw", tmp_path / "s").vanished == (three,)
 
 
 def test_a_recipes_licence_is_kept_and_the_split_is_in_the_index(tmp_path, serial, capsys):
@@ -745,6 +747,9 @@ def test_a_folder_of_data_sets_gives_their_volumes_and_no_label_as_a_scan(tmp_pa
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     layout = read_layout(str(tmp_path), LabelsConfig())
-    assert [scan.scan_id for scan in layout.scans] == ["a__images__x", "b__imagesTr__x", "loose", "y"]
+    assert [scan.scan_id for scan in layout.scans] == ["a__images__x", "b__imagesTr__x", "c__deep__images__y", "loose"]
     assert all(scan.label is None for scan in layout.scans) and not layout.faults
-    assert [fault.source.split("/")[-2:] for fault in layout.left_out] == [["a", "labels"], ["b", "labelsTr"]]
+    assert [fault.source.split("/")[-3:] for fault in layout.left_out] == [
+        ["a", "labels", "x.nii.gz"],
+        ["b", "labelsTr", "x.nii.gz"],
+    ]

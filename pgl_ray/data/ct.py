@@ -22,7 +22,7 @@ from pgl_ray.data.geometry import shear_notes
 from pgl_ray.data.nifti import is_nifti
 from pgl_ray.data.raw import Geometry, Raw
 
-SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")
 STORED = orientations.axcodes2ornt("LPS")  # of the axes W, H, D
 LIKE_AIR = -500  # HU that no tissue but lung has
 FINEST_SCALE = 0.02  # factor up to which a file's whole numbers stand for others, scaled
@@ -166,16 +166,23 @@ def smallest(label: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(label, dtype=np.uint8 if label.max() <= 255 else np.uint16)
 
 
-def num_voxels(path: str | Path, slices: tuple[str, ...] = ()) -> int:
-    """Size of a volume by its header alone.
+def extent(path: str | Path, slices: tuple[str, ...] = ()) -> tuple[int, float]:
+    """Number of voxels of a volume, and the size of one in mm^3, by its header alone.
 
     Raises:
         ValueError: as read_scan.
     """
     path = Path(path)
     if path.is_dir():
-        return math.prod(dicom_grid.read_grid(path, slices or dicom.only_series(path)).shape)
-    return math.prod(nifti.open_image(path).shape if is_nifti(path) else itk.open_header(path).GetSize())
+        grid = dicom_grid.read_grid(path, slices or dicom.only_series(path))
+        shape, affine = grid.shape, grid.affine
+    elif is_nifti(path):
+        image = nifti.open_image(path)
+        shape, affine = image.shape, image.affine
+    else:
+        reader = itk.open_header(path)
+        shape, affine = reader.GetSize(), itk.affine_of(reader)
+    return math.prod(shape), float(abs(np.linalg.det(affine[:3, :3])))
 
 
 def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: tuple[str, ...] = ()) -> None:

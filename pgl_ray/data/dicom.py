@@ -1,31 +1,29 @@
-"""DICOM: the CT series below a folder, and one series as slices on a regular grid.
+"""DICOM: what lies below a folder, by series; and the reading of a file's header.
 
-Headers are read by pydicom, pixels by SimpleITK's GDCM, which decodes every transfer syntax that CT comes in. The
-geometry is checked here, because ITK silently stretches a missing slice and unshears a gantry tilt.
+Headers are read by pydicom, pixels by SimpleITK's GDCM, which decodes every transfer syntax that CT comes in.
 """
 
 import os
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgl_ray.data import structure_header
+from pgl_ray.data import dicom_series, identity, structure_header
+from pgl_ray.data.dicom_headers import SUFFIXES, Header, Kept, read_header, unreadable
 from pgl_ray.data.structure_header import Contours
+from pgl_ray.data.walk import LOST, Tree, walk
 
-SUFFIXES = (".dcm", ".dicom", ".ima")
 AIR = -1024  # HU of voxels outside the reconstruction
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-DIRECTORY = "1.2.840.10008.1.3.10"
-SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-HEADER = ("SOPClassUID", "Modality", "ImageType", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
-HEADER += ("SamplesPerPixel", *structure_header.HEADER)
+VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")  # files that are never DICOM
 
 
 class Series(NamedTuple):
     """A CT series: its UID, number and description, the folder that all its files lie below, their paths in it, the
-    UID of its frame of reference, and its patient."""
+    UID of its frame of reference, (a hash of) its patient, the end of its id, and what is worth saying of it."""
 
     uid: str
     number: str
@@ -34,73 +32,140 @@ class Series(NamedTuple):
     slices: tuple[str, ...]
     frame: str = ""
     patient: str = ""
+    id_part: str = ""
+    notes: tuple[str, ...] = ()
+
+    def paths(self) -> list[str]:
+        """Of all its files."""
+        return [os.path.join(self.folder, name) for name in self.slices]
 
 
 class Found(NamedTuple):
-    """What lies below a folder: CT series, structure sets, (path, reason) of other DICOM objects that are no CT volume,
-    and (path, reason) of DICOM files that cannot be read."""
+    """What lies below a folder: CT series, structure sets, (path, reason) of other DICOM objects that are no CT volume
+    and of copies and scouts, (path, reason) of DICOM files that cannot be read, and the series that those belong to, as
+    far as it is known."""
 
     series: list[Series]
     contours: list[Contours]
     left_out: list[tuple[str, str]]
     unreadable: list[tuple[str, str]]
+    belongs: dict[str, str]
 
     def doubt(self, series: Series) -> str:
         """The reason of a file that cannot be read and lies beside a series' slices, of which it may be one, or ""."""
-        folders = {os.path.dirname(os.path.join(series.folder, name)) for name in series.slices}
-        reasons = [reason for path, reason in self.unreadable if os.path.dirname(path) in folders]
-        return f"{reasons[0]}, or remove it if it is no slice of this series" if reasons else ""
+        if not self.unreadable:
+            return ""
+        folders = {os.path.dirname(path) for path in series.paths()}
+        inside = f"{series.folder}/" if len(folders) > 1 else None
+        for path, reason in self.unreadable:
+            near = os.path.dirname(path) in folders or (inside and path.startswith(inside))
+            if near and self.belongs.get(path) in (None, "", series.uid):
+                return f"{reason}, or remove it if it is no slice of this series"
+        return ""
 
 
-def find(folder: Path) -> Found:
+def find(folder: Path, tree: Tree | None = None, kept: Kept | None = None, known: Collection[str] = ()) -> Found:
     """Groups the DICOM files below a folder, with or without extension, by series.
+
+    Args:
+        tree: what lies below the folder; none: it is looked at.
+        kept: headers that are known already.
+        known: folders of the series that the store holds.
 
     Raises:
         ValueError: there is DICOM, and pydicom is not installed.
     """
-    found, slices, others = Found([], [], [], []), defaultdict(list), defaultdict(list)
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts) or not is_dicom(path):
-            continue
-        try:
-            header = read(path, stop_before_pixels=True, specific_tags=list(HEADER))
-            uid, kind = str(header.get("SeriesInstanceUID", "")), str(header.get("SOPClassUID", ""))
-            if kind in structure_header.KINDS:
-                found.contours.append(structure_header.summarise(path, header))
-            elif reason := _no_ct(header, kind):
-                others[uid, reason].append(path)
-            elif header.file_meta.get("MediaStorageSOPClassUID") != DIRECTORY:
-                number, description = (str(header.get(tag, "")) for tag in ("SeriesNumber", "SeriesDescription"))
-                frame, patient = (str(header.get(tag) or "") for tag in ("FrameOfReferenceUID", "PatientID"))
-                slices[uid].append((path, number, description, frame, patient))
-        except ImportError:
-            raise ValueError(f"{path}: DICOM needs pydicom: pip install 'pgl_ray[dicom]'") from None
-        except Exception as error:  # pydicom has no common base for what a damaged header can cause
-            if structure_header.is_structures(path):
-                found.contours.append(structure_header.broken(path, str(error)))
-            else:
-                found.unreadable.append((str(path), unreadable(path, error)))
-    for uid, files in slices.items():
-        below = os.path.commonpath([path.parent for path, *_ in files])
-        names = tuple(sorted(os.path.relpath(path, below) for path, *_ in files))
-        _, number, description, frame, patient = files[0]
-        found.series.append(Series(uid, number, description, below, names, frame, patient))
-    for (_, reason), files in others.items():
-        found.left_out.append((str(files[0]), f"{reason} ({len(files)} file{'s' * (len(files) > 1)})"))
+    tree = tree or walk(os.path.abspath(folder))
+    files = [(path, tree.files[path]) for path in tree.below(folder) if not path.lower().endswith(VOLUMES)]
+    try:
+        headers = (kept or Kept()).headers(files)
+    except ImportError:
+        raise ValueError(f"{folder}: DICOM needs pydicom: pip install 'pgl_ray[dicom]'") from None
+    found, slices = Found([], [], [], [], {}), {}
+    for path, header in headers.items():
+        if header.kind == "slice":
+            slices[path] = header
+        elif header.kind == "structures":
+            found.contours.append(_structures(path))
+        else:
+            _note(found, path, header, tree.files[path])
+    groups, left_out = dicom_series.group(slices, {path: tree.files[path][0] for path in slices}, known)
+    found.left_out.extend(left_out)
+    found.series.extend(_series(one) for one in groups)
+    _note_gzipped([path for path, header in headers.items() if header.kind == "gzip"], found)
+    _note_blank([path for path, header in headers.items() if header.kind == "blank"], slices, found)
+    found.left_out.sort()
+    found.unreadable.sort()
     return found
 
 
+def _note(found: Found, path: str, header: Header, stamp: tuple[int, int]) -> None:
+    """Says what a file is that is no slice."""
+    if header.kind == "damaged" or (header.kind == "unopened" and (stamp != LOST or path.lower().endswith(SUFFIXES))):
+        found.unreadable.append((path, header.reason))
+        found.belongs[path] = header.series
+    elif header.kind == "unopened":
+        found.left_out.append((path, "a link to a file that is not there"))
+    elif header.kind == "other":
+        found.left_out.append((path, header.reason))
+    elif header.kind == "archive":
+        found.left_out.append((path, "an archive: unpack it, if there are scans in it"))
+
+
+def _note_gzipped(paths: list[str], found: Found) -> None:
+    """Gzipped DICOM, in a line per folder."""
+    folders = defaultdict(list)
+    for path in paths:
+        folders[os.path.dirname(path)].append(path)
+    for folder, files in folders.items():
+        count = "1 file is" if len(files) == 1 else f"{len(files)} files are"
+        found.unreadable.append((files[0], f"{folder}: {count} gzipped DICOM: unzip with gunzip, then type this again"))
+
+
+def _note_blank(paths: list[str], slices: dict[str, Header], found: Found) -> None:
+    """A file of nothing may be a slice where it lies beside slices that are named alike."""
+    beside = defaultdict(set)
+    for path in slices if paths else ():
+        beside[os.path.dirname(path)].add(os.path.splitext(path)[1].lower())
+    for path in paths:
+        if os.path.splitext(path)[1].lower() in beside[os.path.dirname(path)]:
+            found.unreadable.append((path, unreadable(path, "nothing in it")))
+        else:
+            found.left_out.append((path, "nothing in it"))
+
+
+def _structures(path: str) -> Contours:
+    try:
+        header = read(path, stop_before_pixels=True, specific_tags=["SOPClassUID", *structure_header.HEADER])
+    except Exception as error:  # pydicom has no common base for what a damaged header can cause
+        return structure_header.broken(Path(path), str(error))
+    found = structure_header.summarise(Path(path), header)
+    return found._replace(patient=found.patient and identity.digest(found.patient.strip())[:16])
+
+
+def _series(one: dicom_series.Group) -> Series:
+    below = os.path.commonpath({os.path.dirname(path) for path in one.paths})
+    names = tuple(sorted(path[len(below) :].lstrip("/") for path in one.paths))
+    head = one.header
+    return Series(
+        head.series,
+        head.number,
+        head.description,
+        below,
+        names,
+        head.frame,
+        head.patient,
+        identity.series_part(head.number, head.person, head.study, head.series, head.frame),
+        one.notes,
+    )
+
+
 def is_dicom(path: Path) -> bool:
-    """Whether a file has a DICOM suffix, or DICOM's mark at byte 128; a file that cannot be opened may be DICOM."""
+    """Whether a file has a DICOM suffix, DICOM's mark at byte 128, or begins as DICOM without a preamble does; a file
+    that cannot be opened may be DICOM."""
     if path.name.lower().endswith(SUFFIXES):
         return not path.is_dir()  # a link that leads nowhere is told of as unreadable
-    if not path.is_file():
-        return False
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return True
+    return path.is_file() and read_header(str(path)).kind not in ("", "blank", "archive", "gzip")
 
 
 def only_series(folder: str | Path) -> tuple[str, ...]:
@@ -120,22 +185,6 @@ def only_series(folder: str | Path) -> tuple[str, ...]:
     return tuple(os.path.relpath(os.path.join(below, name), folder) for name in found.series[0].slices)
 
 
-def _no_ct(header, kind: str) -> str:
-    """Why an object is no slice of a CT volume; empty where it is one."""
-    modality = header.get("Modality")
-    if kind.startswith(SECONDARY_CAPTURE):
-        return "secondary capture, not a CT image"
-    if header.file_meta.get("MediaStorageSOPClassUID") == DIRECTORY:
-        return ""
-    if modality != "CT":
-        return f"modality {modality or 'unknown'}, not CT"
-    if "LOCALIZER" in (header.get("ImageType") or []):
-        return "localiser, not a volume"
-    if (header.get("SamplesPerPixel") or 1) != 1:
-        return "colour picture, not CT values"
-    return ""
-
-
 def read(path: str | Path, **options) -> Any:
     """pydicom's data set of a file; its remarks on values against the standard are left out."""
     import warnings
@@ -144,14 +193,7 @@ def read(path: str | Path, **options) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        force = str(path).lower().endswith(SUFFIXES)  # old files have no preamble
-        header = pydicom.dcmread(path, force=force, **options)
+        header = pydicom.dcmread(path, force=True, **options)  # old files have no preamble
     if not header or ("SOPClassUID" not in header and "MediaStorageSOPClassUID" not in header.file_meta):
         raise ValueError("no DICOM object in it")
     return header
-
-
-def unreadable(path: str | Path, reason: Any) -> str:
-    """The message of a damaged file."""
-    detail = " ".join(str(reason).split()) or type(reason).__name__
-    return f"{path}: not a readable DICOM file ({detail[:120]}): it is cut off or damaged, copy it again"

@@ -12,19 +12,23 @@ map, too. A table may say otherwise about splits.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from pgl_ray.config import LabelsConfig, RecipeConfig
-from pgl_ray.data import ct, dicom, dicom_masks, stated, structures
+from pgl_ray.data import ct, dicom, dicom_masks, identity, stated, structures
+from pgl_ray.data.accounts import one_of, unused
+from pgl_ray.data.dicom_headers import Kept
 from pgl_ray.data.recipe import draw_split, find_scans
 from pgl_ray.data.source import Fault, Found, Source, volume_files
 from pgl_ray.data.splits import with_table
 from pgl_ray.data.stated import CHANNEL
+from pgl_ray.data.walk import LOST, Tree, walk
 
-NNUNET = ("imagesTr", "imagesTs")
+NNUNET = ("imagesTr", "imagesVa", "imagesTs")
+LABEL_FOLDERS = ("labels", "labelsTr", "labelsVa", "labelsTs")
 
 
 class Layout(NamedTuple):
@@ -36,6 +40,7 @@ class Layout(NamedTuple):
         faults: files that should be used and cannot be.
         left_out: files and folders that are none of prepare's business, such as localisers.
         missing: what the data set has and the folder has not, in words.
+        label_folders: folders whose name says that labels lie in them.
     """
 
     scans: list[Source]
@@ -43,19 +48,26 @@ class Layout(NamedTuple):
     faults: list[Fault]
     left_out: list[Fault]
     missing: list[str]
+    label_folders: list[str]
 
 
 def read_layout(
-    source: str, labels: LabelsConfig, recipe: RecipeConfig | None = None, series: tuple[str, ...] = ()
+    source: str,
+    labels: LabelsConfig,
+    recipe: RecipeConfig | None = None,
+    series: tuple[str, ...] = (),
+    kept: Kept | None = None,
+    known: Collection[str] = (),
 ) -> Layout:
     """Finds the scans of a source folder.
 
     Args:
         series: UIDs or descriptions of the DICOM series to take; none: all.
+        kept: headers of DICOM files that are known already.
+        known: files and folders that the store's scans were made from; of copies, these stay.
 
     Raises:
-        ValueError: no such folder, no volume in it, two files of one name, or a table, dataset.json or series that
-            cannot be used.
+        ValueError: no such folder, no volume in it, or a table, dataset.json or series that cannot be used.
     """
     root, recipe = Path(source).resolve(), recipe or RecipeConfig()
     if not root.is_dir():
@@ -66,8 +78,16 @@ def read_layout(
     names = labels.names or stated_names
     if len(set(names.values())) < len(names):
         raise ValueError(f"labels.names={names}: two organs have one value")
-    found = find_scans(root, recipe, names) if recipe.parts else _by_folders(root, names, series)
-    scans, faults = [replace(scan, ignored=ignored) for scan in _with_ids(found.scans)], found.faults
+    tree = walk(root)
+    if recipe.parts:
+        found = find_scans(root, tree, recipe, names)
+    else:
+        found = find_by_folders(root, tree, names, series, kept, known)
+        refuse_empty(found, f"source={root}")
+        there = {name: {ct.bare_name(path) for path in volume_files(tree, root / name)} for name in NNUNET}
+        if any(there.values()):
+            found.missing.extend(stated.absent(root / "dataset.json", there))
+    scans, faults = [replace(scan, ignored=ignored) for scan in with_ids(found)], found.faults
     if recipe.split_sizes:
         scans = draw_split(scans, recipe)
     if labels.table:
@@ -75,70 +95,137 @@ def read_layout(
         faults += untold
         found.left_out.extend(said)
     scans.sort(key=lambda scan: scan.scan_id)
-    return Layout(scans, names, sorted(faults), sorted(found.left_out), found.missing)
+    found.seen.update((str(root / "dataset.json"), str(root / (labels.table or "dataset.json"))))
+    left_out = [*found.left_out, *unused(tree, found)]
+    folders = [str(root / name) for name in LABEL_FOLDERS if str(root / name) in tree.folders]
+    return Layout(scans, names, sorted(faults), sorted(left_out), found.missing, folders)
 
 
 # -- layouts that are known -------------------------------------------------------------------------------------------
 
 
-def _by_folders(root: Path, names: dict[str, int], series: tuple[str, ...]) -> Found:
-    found = Found({}, [], [], [])
-    folders, inner = _folders(root), []
-    if not folders:
-        nested = [one for below in _data_sets(root) for one in _folders(below)]
-        reason = "labels of one of several data sets, whose values differ: prepare it alone to keep them"
-        found.left_out.extend(Fault(str(labels), reason) for _, labels, _ in nested if labels.is_dir())
-        inner = [folder for images, label_folder, _ in nested for folder in (images, label_folder)]
-        folders = [(images, None, "") for images, _, _ in nested]
-        folders.append((root, root / "labels", "train" if (root / "labels").is_dir() else ""))
-    else:
-        there = {name: {parts[-1] for parts in _volumes(root / name)} for name in NNUNET}
-        found.missing.extend(stated.absent(root / "dataset.json", there))
-    objects = dicom.find(root)
-    found.faults.extend(Fault(path, reason) for path, reason in objects.unreadable)
-    found.left_out.extend(Fault(path, reason) for path, reason in objects.left_out)
+class Part(NamedTuple):
+    """Images and their label maps: their folders, the split, and the parts of the scans' ids before their own."""
+
+    images: Path
+    labels: Path | None
+    split: str
+    above: tuple[str, ...] = ()
+
+
+def find_by_folders(
+    root: Path,
+    tree: Tree,
+    names: dict[str, int],
+    series: tuple[str, ...] = (),
+    kept: Kept | None = None,
+    known: Collection[str] = (),
+) -> Found:
+    """Finds the scans of a folder that no recipe describes; arguments as of read_layout.
+
+    Raises:
+        ValueError: a series that is not there.
+    """
+    objects = dicom.find(root, tree, kept, known)
+    found, parts = Found({}, [], [], [], set()), _parts(root, tree, objects)
+    found.faults.extend(Fault(path, reason) for path, reason in (*tree.faults, *objects.unreadable))
+    found.left_out.extend(Fault(path, reason) for path, reason in (*tree.left_out, *objects.left_out))
+    inner = [folder for part in parts for folder in (part.images, part.labels) if folder and part.images != root]
     chosen, assigned = _chosen(objects.series, series, root), structures.assign(objects.contours, objects.series, names)
     found.faults.extend(Fault(path, reason) for path, reason in assigned.faults)
     found.left_out.extend(Fault(path, reason) for path, reason in assigned.left_out)
-    for images, label_folder, split in folders:
-        without = [*([label_folder] if label_folder else []), *(inner if images == root else [])]
-        volumes = _volumes(images, without)
-        maps = _label_maps(label_folder) if label_folder else {}
-        masks = _masks(label_folder, maps, found) if label_folder else {}
-        volumes = _without_channels(images, volumes, maps)
-        counts = Counter(parts[-1] for parts in volumes)
-        key = "__".join(images.relative_to(root).parts)
-        for parts, path in volumes.items():
-            if not path.is_file():
-                found.faults.append(Fault(str(path), "a link to a file that is not there"))
-                continue
-            label = maps.pop(parts, None) or (maps.pop(parts[-1:], None) if counts[parts[-1]] == 1 else None)
-            label = label or maps.pop((*parts[:-1], parts[-1].removesuffix(CHANNEL)), None)
-            found.scans[key, *parts] = Source(
-                "", str(path), label and str(label), split, label_slices=masks.get(label, ())
+    for part in parts:
+        without = [*([part.labels] if part.labels else []), *(inner if part.images == root else [])]
+        if part.labels and part.above and len(parts) > 1 and not _is_known(root, part.images):
+            reason = "labels of one of several data sets, whose values differ: prepare it alone to keep them"
+            found.left_out.extend(Fault(path, reason) for path in tree.below(part.labels))
+            part = part._replace(labels=None, split="")
+        maps = _label_maps(tree, part.labels, known, found) if part.labels else {}
+        masks = _masks(part.labels, maps, found) if part.labels else {}
+        volumes = _without_channels(part.images, _volumes(tree, part.images, without, known, found), maps, found)
+        counts = Counter(place[-1] for place in volumes)
+        for place, path in volumes.items():
+            label = _label_of(maps, place, counts[place[-1]] == 1)
+            found.scans[(*part.above, *place)] = Source(
+                "", str(path), label and str(label), part.split, label_slices=masks.get(label, ())
             )
-        here = [one for one in chosen if _below(Path(one.folder), images, without)]
-        for one, name in zip(here, series_names(here, images)):
-            label = maps.pop(Path(one.folder).relative_to(images).parts, None) or maps.pop((name,), None)
+        here = [one for one in chosen if _below(Path(one.folder), part.images, without)]
+        alone = Counter(one.folder for one in here)
+        for one in here:
+            place = Path(one.folder).relative_to(part.images).parts
+            label = _label_of(maps, (*place, one.id_part), False)
+            if not label and alone[one.folder] == 1:
+                label = _label_of(maps, place or (part.images.name,), True)
+            found.seen.update(one.paths())
             if doubt := objects.doubt(one):
                 found.faults.append(Fault(one.folder, doubt))
                 continue
-            slices = masks.get(label, ())
-            scan = Source("", one.folder, label and str(label), split, slices=one.slices, label_slices=slices)
-            _add(found, (key, name), scan, assigned.sets.get(objects.series.index(one), []), assigned.notes, names)
+            notes = tuple((one.folder, note) for note in one.notes)
+            masked = masks.get(label, ())
+            scan = Source(
+                "", one.folder, label and str(label), part.split, slices=one.slices, label_slices=masked, notes=notes
+            )
+            sets = assigned.sets.get(objects.series.index(one), [])
+            _add(found, (*part.above, *place, one.id_part), scan, sets, assigned.notes, names)
         found.faults.extend(Fault(str(path), "label map without a volume of its name") for path in maps.values())
+        if part.labels:
+            reason = "in labels/, but no label map (NIfTI, NRRD, MHA, DICOM)"
+            found.seen.update(path for scan in found.scans.values() for path in map(str, scan.files()))
+            others = set(tree.below(part.labels)) - found.seen - {fault.source for fault in found.faults}
+            found.left_out.extend(Fault(path, reason) for path in sorted(others) if not ct.is_volume(Path(path)))
     labels = {scan.label for scan in found.scans.values() if scan.label_slices}
     found.left_out[:] = [fault for fault in found.left_out if str(Path(fault.source).parent) not in labels]
-    used = {path for scan in found.scans.values() for path in scan.structures}
-    used |= {fault.source for fault in (*found.left_out, *found.faults)}
+    found.seen.update(path for one in found.scans.values() for path in map(str, one.files()))
+    told = found.seen | {fault.source for fault in (*found.left_out, *found.faults)}
     for one in objects.contours:
-        if one.path not in used:
+        if one.path not in told:
             found.left_out.append(Fault(one.path, "structures of a series that is not used"))
-    if not found.scans and not found.faults:
-        others = "; ".join(f"{path}: {reason}" for path, reason in found.left_out[:5])
-        found_too = f"; found {others}" if others else ""
-        raise ValueError(f"source={root}: no volume in it ({', '.join(ct.SUFFIXES)}, DICOM){found_too}")
+    for one in objects.series:
+        asked = one in chosen
+        reason = _beside(parts) if asked else "of a series that was not asked for"
+        found.left_out.extend(Fault(path, reason) for path in one.paths() if path not in told)
+    told.update(fault.source for fault in found.left_out)
+    found.left_out.extend(
+        Fault(str(path), _beside(parts)) for path in volume_files(tree, root) if str(path) not in told
+    )
     return found
+
+
+def refuse_empty(found: Found, given: str) -> None:
+    """Refuses a folder without anything to use.
+
+    Raises:
+        ValueError: there is neither a scan nor a file that should be one.
+    """
+    if not found.scans and not found.faults:
+        others = "; ".join(f"{path}: {reason}" for path, reason in sorted(found.left_out)[:5])
+        found_too = f"; found {others}" if others else ""
+        raise ValueError(f"{given}: no volume in it ({', '.join(ct.SUFFIXES)}, DICOM){found_too}")
+
+
+def _beside(parts: list[Part]) -> str:
+    names = " and ".join(part.images.name + "/" for part in parts)
+    return f"beside {names}, where the data set lies: prepare its folder by itself"
+
+
+def _label_of(maps: dict[tuple[str, ...], Path], place: tuple[str, ...], by_name: bool) -> Path | None:
+    """Takes a scan's label map: of its path, of its id, or of its bare name."""
+    channel = (*place[:-1], place[-1].removesuffix(CHANNEL))
+    for key in (place, (identity.scan_id(place),), *((place[-1:],) if by_name else ()), channel):
+        if key in maps:
+            return maps.pop(key)
+    return None
+
+
+def with_ids(found: Found) -> list[Source]:
+    """Names the scans that have no name yet, by the parts of their ids; two of one id cannot be used."""
+    named: dict[str, Source] = {}
+    for parts, scan in found.scans.items():
+        scan = scan if scan.scan_id else replace(scan, scan_id=identity.scan_id(parts))
+        other = named.setdefault(scan.scan_id, scan)
+        if other is not scan:
+            found.faults.append(Fault(scan.image, f"its id is {scan.scan_id!r}, as that of {other.image}: rename one"))
+    return list(named.values())
 
 
 def _masks(label_folder: Path, maps: dict[tuple[str, ...], Path], found: Found) -> dict[Path | None, tuple[str, ...]]:
@@ -153,48 +240,65 @@ def _masks(label_folder: Path, maps: dict[tuple[str, ...], Path], found: Found) 
     return {mask.folder: mask.slices for mask in masks.values()}
 
 
-def _folders(root: Path) -> list[tuple[Path, Path, str]]:
-    """(images, labels, split) where the folder is one data set, else none; the folders need not exist."""
-    if (root / "imagesTr").is_dir() or (root / "imagesTs").is_dir():
-        return [(root / "imagesTr", root / "labelsTr", "train"), (root / "imagesTs", root / "labelsTs", "test")]
-    if (root / "images").is_dir():
-        return [(root / "images", root / "labels", "train" if (root / "labels").is_dir() else "")]
-    return []
+def _parts(root: Path, tree: Tree, objects: dicom.Found) -> list[Part]:
+    """The folders of images and labels. Folders called so without a scan in them, as a viewer's, are none."""
+    scans = [str(path) for path in volume_files(tree, root)] + [path for one in objects.series for path in one.paths()]
+    holding: set[str] = set()
+    for path in scans:
+        while (path := path.rpartition("/")[0]) not in holding and len(path) >= len(str(root)):
+            holding.add(path)
+    if known := _known_parts(root, tree, holding):
+        return known
+    above = {Path(path).parent for path in holding if path.rpartition("/")[2] in ("images", "imagesTr", "imagesTs")}
+    nested = [part for folder in sorted(above) for part in _known_parts(folder, tree, holding)]
+    inner = [part._replace(above=part.images.relative_to(root).parts) for part in nested]
+    labelled = str(root / "labels") in tree.folders
+    return [*inner, Part(root, root / "labels", "train" if labelled else "")]
 
 
-def _data_sets(root: Path) -> list[Path]:
-    """Folders below the root that are data sets of their own."""
-    return sorted(
-        {path.parent for name in ("images", "imagesTr", "imagesTs") for path in root.rglob(name) if path.is_dir()}
-    )
+def _known_parts(root: Path, tree: Tree, holding: set[str]) -> list[Part]:
+    """The parts of a folder that is one data set, else none. Scans for training, and those of images/, are called by
+    their path in the folder of images, others also by that folder's name."""
+    found = []
+    for suffix, split in (("Tr", "train"), ("Va", "validation"), ("Ts", "test")):
+        images, labels = root / f"images{suffix}", root / f"labels{suffix}"
+        if suffix == "Va" and str(labels) not in tree.folders:
+            split = ""
+        if str(images) in holding:
+            found.append(Part(images, labels, split, () if suffix == "Tr" else (images.name,)))
+    if not found and str(root / "images") in holding:
+        split = "train" if str(root / "labels") in tree.folders else ""
+        found.append(Part(root / "images", root / "labels", split))
+    return found
+
+
+def _is_known(root: Path, images: Path) -> bool:
+    return images == root or images.parent == root
 
 
 def _below(path: Path, folder: Path, without: Sequence[Path]) -> bool:
     return path.is_relative_to(folder) and not any(path.is_relative_to(other) for other in without)
 
 
-def _volumes(folder: Path, without: Sequence[Path] = ()) -> dict[tuple[str, ...], Path]:
-    """Volumes below a folder by their path in it, the last part without suffix.
-
-    Raises:
-        ValueError: two files of one name.
-    """
-    volumes: dict[tuple[str, ...], Path] = {}
-    for path in volume_files(folder):
-        if not _below(path, folder, without):
+def _volumes(
+    tree: Tree, folder: Path, without: Sequence[Path], known: Collection[str], found: Found
+) -> dict[tuple[str, ...], Path]:
+    """Volumes below a folder by their path in it, the last part without suffix; of files of one name the one that
+    counts, where they hold the same."""
+    volumes: dict[tuple[str, ...], list[Path]] = defaultdict(list)
+    for path in volume_files(tree, folder, without):
+        if tree.files[str(path)] == LOST:
+            found.faults.append(Fault(str(path), "a link to a file that is not there"))
             continue
         parts = (*path.relative_to(folder).parts[:-1], ct.bare_name(path))
-        if parts in volumes:
-            raise ValueError(f"{volumes[parts]} and {path} are of one name: keep one of them")
-        volumes[parts] = path
-    return volumes
+        volumes[tuple(map(identity.plain, parts))].append(path)
+    return {parts: path for parts, paths in volumes.items() if (path := one_of(paths, known, found))}
 
 
 def _without_channels(
-    images: Path, volumes: dict[tuple[str, ...], Path], maps: Container[tuple[str, ...]]
+    images: Path, volumes: dict[tuple[str, ...], Path], maps: dict[tuple[str, ...], Path], found: Found
 ) -> dict[tuple[str, ...], Path]:
-    """Volumes in nnU-Net's folders without its suffix of the channel. Case numbers, as in MSD, look like it: they are
-    those that a label map has too, or that follow one name alone.
+    """Volumes in nnU-Net's folders without its suffix of the channel, unless a label map has it too, as in MSD.
 
     Raises:
         ValueError: a scan of several channels.
@@ -206,22 +310,26 @@ def _without_channels(
             numbers[*parts[:-1], match[1]][match[2]] = path
     alike = len(numbers) > 1 and len({tuple(sorted(found)) for found in numbers.values()}) == 1
     short = dict(volumes)
-    for bare, found in numbers.items():
-        if CHANNEL[1:] not in found:
+    for bare, channels in numbers.items():
+        if CHANNEL[1:] not in channels:
             continue
-        if len(found) > 1 and (bare in maps or alike):
-            first, other = sorted(found.values())[:2]
+        if len(channels) > 1 and (bare in maps or alike):
+            first, other = sorted(channels.values())[:2]
             raise ValueError(
                 f"{first} and {other.name} are channels of one scan (nnU-Net's), expected CT alone: keep one"
             )
-        if len(found) == 1 and images.name in NNUNET and bare not in volumes:
-            short[bare] = short.pop((*bare[:-1], f"{bare[-1]}{CHANNEL}"))
+        if images.name in NNUNET:
+            path = short.pop((*bare[:-1], f"{bare[-1]}{CHANNEL}"))
+            if bare in short:
+                found.faults.append(Fault(str(path), f"of one name with {short[bare]}: rename one"))
+            else:
+                short[bare] = path
     return short
 
 
-def _label_maps(folder: Path) -> dict[tuple[str, ...], Path]:
-    """Label maps by their path in a folder; of 3D Slicer's segmentations also without ".seg"."""
-    maps = _volumes(folder)
+def _label_maps(tree: Tree, folder: Path, known: Collection[str], found: Found) -> dict[tuple[str, ...], Path]:
+    """Label maps by their path in a folder; of 3D Slicer's segmentations without ".seg"."""
+    maps = _volumes(tree, folder, (), known, found)
     return {_short(parts, ".seg", maps): path for parts, path in maps.items()}
 
 
@@ -242,15 +350,6 @@ def _chosen(found: list[dicom.Series], wanted: tuple[str, ...], root: Path) -> l
             known = ", ".join(sorted({repr(one.description or one.uid) for one in found})) or "no CT series"
             raise ValueError(f"series={name!r}: none of that UID or description in {root}; there: {known}")
     return [one for one in found if not wanted or one.uid in wanted or one.description in wanted]
-
-
-def series_names(found: list[dicom.Series], images: Path) -> list[str]:
-    """The folder's path, with the series' number, and if need be the end of its UID, where it holds several."""
-    names = ["__".join(Path(one.folder).relative_to(images).parts) or images.name for one in found]
-    for extend in (lambda one: f"series{one.number}", lambda one: one.uid[-12:]):
-        counts = Counter(names)
-        names = [f"{name}__{extend(one)}" if counts[name] > 1 else name for name, one in zip(names, found)]
-    return names
 
 
 def _add(
@@ -279,15 +378,5 @@ def _add(
             tuple((one.path, said[one.path]) for one in sets if one.path in said),
         )
         split = scan.split or ("train" if drawn else "")
-        scan = replace(scan, label=paths[0], structures=paths, split=split, notes=notes)
+        scan = replace(scan, label=paths[0], structures=paths, split=split, notes=(*scan.notes, *notes))
     found.scans[key] = scan
-
-
-def _with_ids(found: dict[tuple[str, ...], Source]) -> list[Source]:
-    """Names the scans: (image folder, *path in it) -> name, or the joined path where a name occurs twice."""
-    counts = Counter(parts[-1] for parts in found)
-    several = len({parts[0] for parts in found}) > 1
-    ids = {
-        p: p[-1] if counts[p[-1]] == 1 else "__".join(part for part in (p if several else p[1:]) if part) for p in found
-    }
-    return [replace(source, scan_id=ids[parts]) for parts, source in found.items()]

@@ -24,7 +24,7 @@ OF_THE_CT = ("descrip", "aux_file", "db_name", "data_type", "intent_name")  # te
 
 def is_nifti(path: Path) -> bool:
     """Whether a file name says NIfTI."""
-    return path.name.lower().endswith((".nii", ".nii.gz"))
+    return path.name.lower().endswith((".nii", ".nii.gz", ".hdr"))
 
 
 @contextmanager
@@ -57,11 +57,23 @@ def open_image(path: Path) -> nib.Nifti1Pair:
         raise ValueError(f"{path}: its voxels are {kind}, expected single numbers: no CT in HU, leave it out")
     if len(image.shape) < 3 or min(image.shape) < 1 or any(size != 1 for size in image.shape[3:]):
         raise ValueError(f"{path}: shape {image.shape}, expected one 3D volume: split or select it first")
-    if image.dataobj.offset < image.header.single_vox_offset:
+    if isinstance(image, nib.Nifti1Image) and image.dataobj.offset < image.header.single_vox_offset:
         raise itk.unreadable(path, f"its voxels begin at byte {image.dataobj.offset}, inside its header")
-    held = path.stat().st_size * (itk.DEFLATE_RATIO if path.name.lower().endswith(".gz") else 1)
+    held = _voxels_of(image, path).stat().st_size * (itk.DEFLATE_RATIO if path.name.lower().endswith(".gz") else 1)
     itk.check_fits(path, image.shape, dtype.itemsize, held)
     return image
+
+
+def _voxels_of(image: nib.Nifti1Pair, path: Path) -> Path:
+    """The file that holds the voxels: its own, or the one beside a header (.hdr).
+
+    Raises:
+        ValueError: it is not there.
+    """
+    voxels = Path(image.file_map["image"].filename)
+    if not voxels.is_file():
+        raise itk.unreadable(path, f"{voxels.name}, its voxels, is not there")
+    return voxels
 
 
 def read(path: Path) -> Raw:
@@ -76,7 +88,7 @@ def read(path: Path) -> Raw:
                     surplus += len(part)
         else:
             raw = image.dataobj.get_unscaled()
-            surplus = path.stat().st_size - image.dataobj.offset - raw.nbytes
+            surplus = _voxels_of(image, path).stat().st_size - image.dataobj.offset - raw.nbytes
     except MemoryError:
         raise itk.too_large(path, image.shape) from None
     except Exception as error:  # EOFError, zlib.error, OSError, ValueError, ...

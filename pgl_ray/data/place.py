@@ -119,7 +119,7 @@ class Folder:
         """What lies directly below, sorted."""
         try:
             return sorted(os.listdir(self.root / key))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def remove(self, key: str) -> None:

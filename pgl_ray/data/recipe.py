@@ -7,17 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from pgl_ray.config import PartConfig, RecipeConfig
+from pgl_ray.data import identity
 from pgl_ray.data.source import Fault, Found, Source, some, volume_files
+from pgl_ray.data.walk import Tree
 
 
-def find_scans(root: Path, recipe: RecipeConfig, names: dict[str, int]) -> Found:
+def find_scans(root: Path, tree: Tree, recipe: RecipeConfig, names: dict[str, int]) -> Found:
     """Finds what the recipe's parts describe below a folder.
 
     Raises:
         ValueError: nothing of it there, or two files of one name.
     """
-    found, used = Found({}, [], [], []), set()
-    files = {path.relative_to(root).as_posix(): path for path in volume_files(root)}
+    found, used = Found({}, [], [], [], set()), set()
+    files = {path.relative_to(root).as_posix(): path for path in volume_files(tree, root)}
     for part in recipe.parts:
         scans = _part(found, part, recipe.prefix, files, names, used)
         _note_missing(found, part, recipe, scans)
@@ -25,8 +27,7 @@ def find_scans(root: Path, recipe: RecipeConfig, names: dict[str, int]) -> Found
         where = " or ".join(part.images for part in recipe.parts)
         raise ValueError(f"source={root}: no scan of {recipe.name} in it, expected {where}; get it: {recipe.origin}")
     unused = sorted(files.keys() - used)
-    if unused:
-        found.left_out.append(Fault(str(root), f"{len(unused)} volumes that the recipe has no use for: {some(unused)}"))
+    found.left_out.extend(Fault(str(files[name]), "a volume that the recipe has no use for") for name in unused)
     return found
 
 
@@ -59,7 +60,8 @@ def _part(
                 label = str(files[label_name])
                 used.add(label_name)
         scans[match["id"]] = Source("", str(path), label, part.split, labelled, masks=masks)
-    found.scans.update({("", prefix + one): scan for one, scan in scans.items()})
+    ids = {one: identity.plain(prefix + one) for one in scans}
+    found.scans.update({(ids[one],): replace(scan, scan_id=ids[one]) for one, scan in scans.items()})
     return scans
 
 

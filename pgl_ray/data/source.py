@@ -1,6 +1,7 @@
 """A scan that can be converted: the files it is made from, and how they are read."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgl_ray.data import ct, itk, structures
+from pgl_ray.data.walk import Tree
 
 NUM_NAMED = 5  # of things that a message names
 
@@ -35,8 +37,7 @@ class Source:
     """One scan to convert.
 
     Attributes:
-        scan_id: the file's name without suffix; with its folders, joined by "__", where the name occurs twice. Of
-            DICOM the folders, and the series' number where several lie in one.
+        scan_id: see identity.
         image: absolute path of the file, or of the folder of a DICOM series.
         label: absolute path of a label map, of the first structure set, or of the folder of the masks or label slices.
         split: "" where nothing is said.
@@ -88,20 +89,20 @@ class Source:
             )
         return Reading(scan, label, notes=notes)
 
-    def num_voxels(self) -> int:
-        """Size of the volume by its headers alone.
+    def extent(self) -> tuple[int, float]:
+        """Number of voxels, and the size of one in mm^3, by the headers alone.
 
         Raises:
-            ValueError: see ct.num_voxels.
+            ValueError: see ct.extent.
         """
-        return ct.num_voxels(self.image, self.slices)
+        return ct.extent(self.image, self.slices)
 
     def files(self) -> list[Path]:
         """All files that the scan is made from."""
-        images = [Path(self.image, name) for name in self.slices] or itk.files_of(Path(self.image))
+        images = [Path(self.image, name) for name in self.slices] or files_of(Path(self.image))
         parts = self.label_slices or [name for name, _ in self.masks]
         labels = [Path(path) for path in self.structures] or [Path(self.label or "", name) for name in parts]
-        return images + (labels or (itk.files_of(Path(self.label)) if self.label else []))
+        return images + (labels or (files_of(Path(self.label)) if self.label else []))
 
     def stamp(self) -> tuple[int, int]:
         """Bytes of all files, and the newest one's time in ns."""
@@ -125,23 +126,25 @@ class Fault(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Scans by (image folder, *path in it), and what goes into Layout."""
+    """Scans by the parts of their ids, what goes into Layout, and paths of other files that are accounted for."""
 
     scans: dict[tuple[str, ...], Source]
     faults: list[Fault]
     left_out: list[Fault]
     missing: list[str]
+    seen: set[str]
 
 
-def volume_files(folder: Path) -> list[Path]:
+def volume_files(tree: Tree, folder: Path, without: Sequence[Path] = ()) -> list[Path]:
     """Volume files below a folder; links that lead nowhere are among them."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if ct.is_volume(path)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)  # macOS writes "._name"
-        and not path.is_dir()
-    ]
+    return [path for path in map(Path, tree.below(folder, without)) if ct.is_volume(path)]
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a volume is made of: itself, and what a header apart from its voxels belongs to."""
+    if path.suffix.lower() != ".hdr":
+        return itk.files_of(path)
+    return [path, *(image for suffix in (".img", ".IMG") if (image := path.with_suffix(suffix)).is_file())]
 
 
 def some(names: list[str]) -> str:

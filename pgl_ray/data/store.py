@@ -260,9 +260,20 @@ def made_here(store: str | Path) -> bool:
     return json.loads(open_place(store).read("store.json"))["versions"] == _versions()
 
 
-def write_index(store: str | Path, labels: dict[str, int], hu_window: tuple[float, float], **others: Any) -> Index:
-    """Assembles store.json and index.parquet from the records of all scans; the order of writing leaves no trace."""
-    records = read_records(store)
+def write_index(
+    store: str | Path,
+    labels: dict[str, int],
+    hu_window: tuple[float, float],
+    records: dict[str, ScanRecord] | None = None,
+    **others: Any,
+) -> Index:
+    """Assembles store.json and index.parquet from the records of all scans; the order of writing leaves no trace.
+
+    Args:
+        records: of all scans; none: they are read.
+        others: further fields of Settings.
+    """
+    records = read_records(store) if records is None else records
     scans = tuple(records[scan_id] for scan_id in sorted(records))
     write_settings(store, labels, hu_window, **others)
     place = open_place(store)
@@ -291,9 +302,14 @@ def read_records(store: str | Path) -> dict[str, ScanRecord]:
         except (FileNotFoundError, NotADirectoryError, ValueError):  # prepare writes it again
             return None
 
-    names = place.names("scans")
+    names = scan_names(place)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         return {name: record for name, record in zip(names, pool.map(read, names)) if record}
+
+
+def scan_names(place: Place) -> list[str]:
+    """Names of the scans' folders, whole or not; what a file browser leaves (.DS_Store) is none."""
+    return [name for name in place.names("scans") if not name.startswith(".")]
 
 
 def parse_record(content: bytes) -> ScanRecord:

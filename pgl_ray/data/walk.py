@@ -1,0 +1,134 @@
+"""The one walk over a source folder: every file below it, links followed, every real folder once."""
+
+import os
+from bisect import bisect_left
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+IMAGES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".dcm", ".dcm.gz")
+DOCUMENTS = (".pdf", ".txt", ".doc", ".docx", ".jpg", ".jpeg", ".png", ".csv", ".xls", ".xlsx", ".xml", ".json")
+LOST = (-1, 0)  # stamp of a link that leads nowhere, or of a file that cannot be looked at
+
+
+class Tree(NamedTuple):
+    """What lies below a folder; what is hidden (".name") is left out.
+
+    Attributes:
+        files: absolute path -> (bytes, time in ns), in the order of the paths.
+        paths: the keys of `files`, for bisection.
+        folders: absolute paths, the root's among them.
+        left_out: (path, reason) of links to folders that are not followed, and of hidden volumes.
+        faults: (path, reason) of what cannot be looked at: folders without permission, names that are no UTF-8.
+    """
+
+    files: dict[str, tuple[int, int]]
+    paths: list[str]
+    folders: set[str]
+    left_out: list[tuple[str, str]]
+    faults: list[tuple[str, str]]
+
+    def below(self, folder: str | Path, without: Iterable[str | Path] = ()) -> list[str]:
+        """Paths of the files below a folder, but not below others."""
+        start, end = _bounds(self.paths, folder)
+        found = self.paths[start:end]
+        for other in without:
+            if os.fspath(other) != os.fspath(folder):
+                first, last = _bounds(found, other)
+                found = found[:first] + found[last:]
+        return found
+
+    def without(self, paths: Iterable[str]) -> "Tree":
+        """The tree without some of its files."""
+        gone = set(paths)
+        files = {path: stamp for path, stamp in self.files.items() if path not in gone}
+        return self._replace(files=files, paths=list(files))
+
+
+def _bounds(paths: list[str], folder: str | Path) -> tuple[int, int]:
+    prefix = os.fspath(folder).rstrip("/")
+    return bisect_left(paths, f"{prefix}/"), bisect_left(paths, f"{prefix}0")  # "0" comes after "/"
+
+
+def walk(root: str | Path, without: Iterable[str | Path] = ()) -> Tree:
+    """Looks at every file below a folder.
+
+    Folders are looked at before links to folders, so that a link that comes later renames nothing. A store of
+    pgl_ray is no source.
+
+    Args:
+        root: absolute.
+        without: absolute paths of folders that are passed over.
+    """
+    top, passed = os.fspath(root), {os.fspath(path) for path in without}
+    files, folders, left_out, faults = {}, set(), [], []
+    seen, todo = {}, [(top, os.path.realpath(top))]
+    while todo:
+        links = []
+        while todo:
+            path, real = todo.pop()
+            if real in seen or path in passed:
+                continue
+            seen[real] = path
+            entries = _entries(path, faults)
+            names = {entry.name for entry in entries}
+            if path != top and {"store.json", "scans"} <= names:
+                continue
+            folders.add(path)
+            for entry in entries:
+                if entry.name.startswith("."):
+                    if not entry.name.startswith("._") and entry.name.lower().endswith(IMAGES):  # macOS' shadows
+                        left_out.append((entry.path, "hidden, for its name begins with a dot"))
+                elif not _is_text(entry.name):
+                    fate = left_out if entry.name.lower().endswith(DOCUMENTS) else faults
+                    fate.append((shown(entry.path), "its name is not UTF-8: rename it, as convmv does"))
+                elif entry.is_dir(follow_symlinks=False):
+                    todo.append((entry.path, f"{real.rstrip('/')}/{entry.name}"))
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    links.append(entry.path)
+                else:
+                    files[entry.path] = _stamp(entry)
+        chosen = {}
+        for path in sorted(links, key=lambda one: (one.count("/"), one)):
+            real = os.path.realpath(path)
+            if f"{os.path.realpath(os.path.dirname(path))}/".startswith(f"{real.rstrip('/')}/"):
+                left_out.append((path, "a link to a folder that it lies in: not followed, it would never end"))
+            elif real in seen or real in chosen:
+                left_out.append((path, f"a link to a folder that is looked at as: {seen.get(real) or chosen[real]}"))
+            else:
+                chosen[real] = path
+        todo = [(path, real) for real, path in chosen.items()]
+        todo.reverse()
+    paths = sorted(path for path, stamp in files.items() if stamp)
+    return Tree({path: files[path] for path in paths}, paths, folders, left_out, faults)
+
+
+def _entries(path: str, faults: list[tuple[str, str]]) -> list[os.DirEntry]:
+    try:
+        with os.scandir(path) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        faults.append((path, f"the folder cannot be looked at: {error.strerror or error}"))
+        return []
+
+
+def _stamp(entry: os.DirEntry) -> tuple[int, int] | None:
+    """Bytes and time of a file; none of sockets and the like."""
+    try:
+        stat = entry.stat()
+    except OSError:
+        return LOST
+    return (stat.st_size, stat.st_mtime_ns) if entry.is_file() else None
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(path: str) -> str:
+    """A path as it can be printed and written, whatever its bytes."""
+    return os.fsencode(path).decode(errors="backslashreplace")
