@@ -115,7 +115,7 @@ def test_rows_and_scans_that_fit_nothing_are_said(tmp_path):
 def test_a_test_scan_is_not_trained_on(tmp_path):
     touch(tmp_path, "imagesTr/a_0000", "imagesTs/b_0000", "labelsTr/a", "labelsTs/b")
     assert [s.split for s in layout_of(tmp_path, "id,split\na,val\nb,test\n").scans] == ["val", "test"]
-    with pytest.raises(ValueError, match="puts 'b', of a folder of test scans, into 'train': mend it"):
+    with pytest.raises(ValueError, match="puts 'imagesTs__b', of a folder of test scans, into 'train': mend it"):
         layout_of(tmp_path, "id,split\na,train\nb,train\n")
 
 

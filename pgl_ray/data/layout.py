@@ -298,7 +298,8 @@ def _volumes(
 def _without_channels(
     images: Path, volumes: dict[tuple[str, ...], Path], maps: dict[tuple[str, ...], Path], found: Found
 ) -> dict[tuple[str, ...], Path]:
-    """Volumes in nnU-Net's folders without its suffix of the channel, unless a label map has it too, as in MSD.
+    """Volumes in nnU-Net's folders without its suffix of the channel. Case numbers, as in MSD, look like it: they are
+    those that a label map has too, or that follow one name alone.
 
     Raises:
         ValueError: a scan of several channels.
@@ -318,7 +319,7 @@ def _without_channels(
             raise ValueError(
                 f"{first} and {other.name} are channels of one scan (nnU-Net's), expected CT alone: keep one"
             )
-        if images.name in NNUNET:
+        if len(channels) == 1 and images.name in NNUNET:
             path = short.pop((*bare[:-1], f"{bare[-1]}{CHANNEL}"))
             if bare in short:
                 found.faults.append(Fault(str(path), f"of one name with {short[bare]}: rename one"))

@@ -132,7 +132,8 @@ def _keys(scans: list[Source]) -> dict[str, str]:
     keys: dict[str, set[str]] = {}
     for scan in scans:
         path = Path(scan.image)
-        own = [path.name, *([] if scan.slices else [_bare(path.name), path.parent.name])]
+        bare = _bare(path.name)
+        own = [path.name, *([] if scan.slices else [bare, bare.removesuffix("_0000"), path.parent.name])]
         for key in own:
             keys.setdefault(_plain(key), set()).add(scan.scan_id)
     unique = {key: next(iter(ids)) for key, ids in keys.items() if len(ids) == 1}
