@@ -178,10 +178,10 @@ def extent(path: str | Path, slices: tuple[str, ...] = ()) -> tuple[int, float]:
         shape, affine = grid.shape, grid.affine
     elif is_nifti(path):
         image = nifti.open_image(path)
-        shape, affine = image.shape, image.affine
+        shape, affine = image.shape, nifti.geometry(image).affine
     else:
         reader = itk.open_header(path)
-        shape, affine = reader.GetSize(), itk.affine_of(reader)
+        shape, affine = itk.shape_of(reader), itk.geometry(path, reader).affine
     return math.prod(shape), float(abs(np.linalg.det(affine[:3, :3])))
 
 
