@@ -32,6 +32,7 @@ TAGS += (
     "ImageOrientationPatient",
     "ImagePositionPatient",
 )
+NUMBERS = ("SamplesPerPixel", "Rows", "Columns")  # that are no text
 VRS = b"AE AS AT CS DA DS DT FL FD IS LO LT OB OW PN SH SL SQ SS ST TM UI UL UN US UT".split()
 AT_ONCE = 250  # files that a process is given at a time
 FEW = 1000  # files that are read faster than processes start
@@ -124,7 +125,7 @@ def _parsed(file) -> tuple[Any, bool]:
 
 
 def _class_of(header) -> str:
-    return str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
+    return str(_text(header, "SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
 
 
 def _described(path: str, header, whole: bool) -> Header:
@@ -132,7 +133,7 @@ def _described(path: str, header, whole: bool) -> Header:
     series = text["SeriesInstanceUID"]
     if kind in STRUCTURE_CLASSES:
         return Header("structures", series=series)
-    if reason := _no_ct(header, kind):
+    if reason := _no_ct(text, kind):
         return Header("other", reason, series=series)
     if not whole:
         return _damaged(path, "it ends before its pixels do")._replace(series=series)
@@ -156,28 +157,37 @@ def _described(path: str, header, whole: bool) -> Header:
 
 
 def _text(header, tag: str) -> str:
+    """A value as text, several with backslashes between. Plain bytes are taken as they stand, for pydicom's conversion
+    costs as much as the reading."""
+    from pydicom.datadict import tag_for_keyword
+
     try:
+        raw = header.get_item(tag_for_keyword(tag))
+        if raw is None or raw.value is None:
+            return ""
+        if tag not in NUMBERS and isinstance(raw.value, bytes) and raw.value.isascii():
+            return raw.value.decode("ascii").strip(" \0")
         value = header.get(tag)
+    except KeyError:
+        return ""
     except Exception:  # a value that its type does not allow; reading the series will say so
         return ""
-    if value is None:
-        return ""
     several = tag in ("ImageOrientationPatient", "ImagePositionPatient") and not isinstance(value, (str, float))
-    return "\\".join(map(str, value)) if several else str(value).strip()
+    return "\\".join(map(str, value)) if several else str("" if value is None else value).strip()
 
 
-def _no_ct(header, kind: str) -> str:
+def _no_ct(text: dict[str, str], kind: str) -> str:
     """Why an object is no slice of a CT volume; empty where it is one."""
-    modality = str(header.get("Modality") or "")
+    modality = text["Modality"]
     if kind.startswith(SECONDARY_CAPTURE):
         return "secondary capture, not a CT image"
     if kind == DIRECTORY:
         return "an index of DICOM files"
     if modality != "CT" and (modality or kind not in CT_CLASSES):
         return f"modality {modality or 'unknown'}, not CT"
-    if "LOCALIZER" in (header.get("ImageType") or []):
+    if "LOCALIZER" in [part.strip() for part in text["ImageType"].split("\\")]:
         return "localiser, not a volume"
-    if (header.get("SamplesPerPixel") or 1) != 1:
+    if text["SamplesPerPixel"] not in ("", "1"):
         return "colour picture, not CT values"
     return ""
 
