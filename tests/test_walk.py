@@ -326,7 +326,7 @@ def test_a_viewers_icons_are_no_data_set(tmp_path):
 
 def test_another_channel_is_no_scan(tmp_path):
     touch(tmp_path, "imagesTr/a_0000.nii", "imagesTr/a_0001.nii", "labelsTr/a.nii")
-    with pytest.raises(ValueError, match="a_0000.nii and a_0001.nii are channels of one scan"):
+    with pytest.raises(ValueError, match=r"a_0000\.nii and a_0001\.nii are channels of one scan"):
         ids(tmp_path)
 
 

@@ -1,6 +1,6 @@
 """What lies in a source folder: scans, their label maps, splits, and the meaning of the label values.
 
-    nnU-Net, MSD   imagesTr/ (split "train"), imagesTs/ ("test"), labelsTr/, labelsTs/, dataset.json
+    nnU-Net, MSD   imagesTr/ (split "train"), imagesVa/ ("validation"), imagesTs/ ("test"), labelsTr/ ..., dataset.json
     plain          images/ or volumes anywhere below the folder, labels/; split "train" where there is labels/
     data sets      folders of the kinds above below the folder: their volumes without labels, whose values mean
                    something else in each of them; prepare them one by one to keep labels
