@@ -56,7 +56,6 @@ def _inflated(path: Path) -> bytes:
 def unused(tree: Tree, found: Found) -> list[Fault]:
     """Files that nothing has been said of."""
     told = {fault.source for fault in (*found.faults, *found.left_out)} | found.seen
-    told.update(str(path) for scan in found.scans.values() for path in scan.files())
     left = [path for path in tree.paths if path not in told]
     return [Fault(path, _reason(path, tree)) for path in left]
 

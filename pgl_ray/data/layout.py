@@ -134,6 +134,7 @@ def find_by_folders(
     chosen, assigned = _chosen(objects.series, series, root), structures.assign(objects.contours, objects.series, names)
     found.faults.extend(Fault(path, reason) for path, reason in assigned.faults)
     found.left_out.extend(Fault(path, reason) for path, reason in assigned.left_out)
+    places, asked = {id(one): k for k, one in enumerate(objects.series)}, set(map(id, chosen))
     for part in parts:
         without = [*([part.labels] if part.labels else []), *(inner if part.images == root else [])]
         if part.labels and part.above and len(parts) > 1 and not _is_known(root, part.images):
@@ -165,24 +166,23 @@ def find_by_folders(
             scan = Source(
                 "", one.folder, label and str(label), part.split, slices=one.slices, label_slices=masked, notes=notes
             )
-            sets = assigned.sets.get(objects.series.index(one), [])
+            sets = assigned.sets.get(places[id(one)], [])
             _add(found, (*part.above, *place, one.id_part), scan, sets, assigned.notes, names)
         found.faults.extend(Fault(str(path), "label map without a volume of its name") for path in maps.values())
-        if part.labels:
-            reason = "in labels/, but no label map (NIfTI, NRRD, MHA, DICOM)"
-            found.seen.update(path for scan in found.scans.values() for path in map(str, scan.files()))
-            others = set(tree.below(part.labels)) - found.seen - {fault.source for fault in found.faults}
-            found.left_out.extend(Fault(path, reason) for path in sorted(others) if not ct.is_volume(Path(path)))
     labels = {scan.label for scan in found.scans.values() if scan.label_slices}
     found.left_out[:] = [fault for fault in found.left_out if str(Path(fault.source).parent) not in labels]
-    found.seen.update(path for one in found.scans.values() for path in map(str, one.files()))
+    found.seen.update(path for one in found.scans.values() for path in one.paths())
     told = found.seen | {fault.source for fault in (*found.left_out, *found.faults)}
+    for part in parts:
+        reason = "in labels/, but no label map (NIfTI, NRRD, MHA, DICOM)"
+        others = [path for path in (tree.below(part.labels) if part.labels else ()) if path not in told]
+        found.left_out.extend(Fault(path, reason) for path in others if not ct.is_volume(Path(path)))
+    told.update(fault.source for fault in found.left_out)
     for one in objects.contours:
         if one.path not in told:
             found.left_out.append(Fault(one.path, "structures of a series that is not used"))
     for one in objects.series:
-        asked = one in chosen
-        reason = _beside(parts) if asked else "of a series that was not asked for"
+        reason = _beside(parts) if id(one) in asked else "of a series that was not asked for"
         found.left_out.extend(Fault(path, reason) for path in one.paths() if path not in told)
     told.update(fault.source for fault in found.left_out)
     found.left_out.extend(

@@ -26,6 +26,7 @@ def find_scans(root: Path, tree: Tree, recipe: RecipeConfig, names: dict[str, in
     if not found.scans:
         where = " or ".join(part.images for part in recipe.parts)
         raise ValueError(f"source={root}: no scan of {recipe.name} in it, expected {where}; get it: {recipe.origin}")
+    found.seen.update(path for scan in found.scans.values() for path in scan.paths())
     unused = sorted(files.keys() - used)
     found.left_out.extend(Fault(str(files[name]), "a volume that the recipe has no use for") for name in unused)
     return found

@@ -1,6 +1,7 @@
 """A scan that can be converted: the files it is made from, and how they are read."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,14 +100,18 @@ class Source:
 
     def files(self) -> list[Path]:
         """All files that the scan is made from."""
-        images = [Path(self.image, name) for name in self.slices] or files_of(Path(self.image))
+        return [Path(path) for path in self.paths()]
+
+    def paths(self) -> list[str]:
+        """Of all files that the scan is made from; an archive has millions of them, so they are texts."""
+        images = [f"{self.image}/{name}" for name in self.slices] or list(map(str, files_of(Path(self.image))))
         parts = self.label_slices or [name for name, _ in self.masks]
-        labels = [Path(path) for path in self.structures] or [Path(self.label or "", name) for name in parts]
-        return images + (labels or (files_of(Path(self.label)) if self.label else []))
+        labels = list(self.structures) or [f"{self.label}/{name}" for name in parts]
+        return images + (labels or (list(map(str, files_of(Path(self.label)))) if self.label else []))
 
     def stamp(self) -> tuple[int, int]:
         """Bytes of all files, and the newest one's time in ns."""
-        stats = [file.stat() for file in self.files()]
+        stats = [os.stat(path) for path in self.paths()]
         return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
 
     def digest(self) -> str:
