@@ -64,7 +64,7 @@ def test_a_label_map_beside_a_ct_is_left_out(tmp_path, capsys):
     put(tmp_path / "raw/p2/p2_liver.nii.gz", (mask() == 1).astype(np.float32))
     put(tmp_path / "raw/p3/alone.nii.gz", mask())
     result = go(tmp_path / "raw", tmp_path / "s")
-    assert [scan.scan_id for scan in store.read_index(tmp_path / "s").scans] == ["p1_ct", "p2_ct"]
+    assert [scan.scan_id for scan in store.read_index(tmp_path / "s").scans] == ["p1__p1_ct", "p2__p2_ct"]
     assert [fault.source.rsplit("/", 1)[1] for fault in result.failed] == ["alone.nii.gz"]
     assert "whole numbers from 0 to 2 in patches: a label map" in result.failed[0].reason
     out = [line for line in lines(tmp_path / "s/left_out.jsonl") if line["source"].endswith("nii.gz")]
