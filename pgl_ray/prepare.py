@@ -357,7 +357,8 @@ def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
                 del left[name]
     for name in left.keys() & wanted.keys():
         mine = [why for path, why in reasons.items() if Path(wanted[name]).is_relative_to(path)]
-        left[name] = f"{wanted[name]}, which it was made from, cannot be used: {'; '.join(mine) or 'it is gone'}"
+        why = "; ".join(mine) or ("prepare its folder again" if os.path.exists(wanted[name]) else "it is gone")
+        left[name] = f"{wanted[name]}, which it was made from, cannot be used: {why}"
     return found, left
 
 

@@ -118,6 +118,14 @@ def test_two_patients_are_never_one_volume(tmp_path, tags, further):
         np.testing.assert_array_equal(scan.read({}).scan.voxels, ct_array(seed, (6, 8, 9)))
 
 
+def test_a_frame_of_reference_per_slice_says_nothing(tmp_path):
+    files = series(0, PatientID="1", series="1.2.3")
+    for k, file in enumerate(files):
+        file.FrameOfReferenceUID = f"1.7.{k}"
+    save(files, tmp_path)
+    assert [len(scan.slices) for scan in read_layout(str(tmp_path), LabelsConfig()).scans] == [6]
+
+
 def test_two_patients_in_one_folder(tmp_path):
     save(series(0, PatientID="1", series="1.2.3"), tmp_path, "a{}")
     save(series(1, PatientID="2", series="1.2.3"), tmp_path, "b{}")

@@ -80,7 +80,8 @@ def grouped(left_out: Iterable[Fault]) -> list[str]:
     lines = [f"{total} file{'s' * (total != 1)} not used:"]
     for reason, paths in sorted(reasons.items(), key=lambda item: -len(item[1]))[:NUM_REASONS]:
         more = ", ..." * (len(paths) > NUM_NAMES)
-        lines.append(f"  {len(paths)}: {' '.join(reason.split())}: {', '.join(paths[:NUM_NAMES])}{more}")
+        names = ", ".join(" ".join(path.split("\n")) for path in paths[:NUM_NAMES])
+        lines.append(f"  {len(paths)}: {' '.join(reason.split())}: {names}{more}")
     if len(reasons) > NUM_REASONS:
         lines.append(f"  and {len(reasons) - NUM_REASONS} reasons more")
     return lines

@@ -37,7 +37,7 @@ def group(
     Returns:
         The series, and (path, reason) of slices that are left out.
     """
-    series, left_out = defaultdict(list), []
+    headers, series, left_out = _with_frames(headers), defaultdict(list), []
     for path, one in headers.items():
         key = (one.person, one.study, one.series, one.frame)
         series[key if one.series else (*key, os.path.dirname(path))].append(path)
@@ -60,6 +60,22 @@ def group(
             groups.append(Group(main, headers[main[0]], tuple(notes)))
     groups = _without_lone_scouts(groups, left_out)
     return sorted(groups, key=lambda one: one.paths[0]), left_out
+
+
+def _with_frames(headers: dict[str, Header]) -> dict[str, Header]:
+    """The headers without their frames of reference where about every slice of a series has one of its own, as some
+    tools for anonymising leave them."""
+    frames, counts = defaultdict(set), Counter()
+    for one in headers.values():
+        frames[one.person, one.study, one.series].add(one.frame)
+        counts[one.person, one.study, one.series] += 1
+    loose = {key for key, found in frames.items() if len(found) > max(2, counts[key] / 2)}
+    if not loose:
+        return headers
+    return {
+        path: one._replace(frame="") if (one.person, one.study, one.series) in loose else one
+        for path, one in headers.items()
+    }
 
 
 def _without_copies(
