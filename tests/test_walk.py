@@ -172,14 +172,14 @@ def test_suffixes_in_capitals(tmp_path):
 INDEX = "1.2.840.10008.1.3.10"
 
 
-@pytest.mark.parametrize("cut", [None, 500, 700])
+@pytest.mark.parametrize("cut", [None, 5, 7])
 def test_an_index_never_makes_the_slices_beside_it_faulty(tmp_path, cut):
     save(series(), tmp_path, "IM{}")
     save([new_file(INDEX, "", DirectoryRecordSequence=[])], tmp_path, "DICOMDIR")
     save([new_file("1.2.840.10008.5.1.4.38.1", "")], tmp_path, "hanging.dcm")
     for name in ("DICOMDIR", "hanging.dcm") if cut else ():
         content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content[: len(content) - cut // 100])
+        (tmp_path / name).write_bytes(content[:-cut] if name == "hanging.dcm" else content[: 140 + cut])
     layout = layout_of(tmp_path)
     assert len(layout.scans) == 1 and not layout.faults
     assert set(said(tmp_path)) == {"DICOMDIR", "hanging.dcm"} and "index" in said(tmp_path)["DICOMDIR"]

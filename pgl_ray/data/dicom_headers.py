@@ -208,6 +208,8 @@ def _by_meta(path: str, error: Any) -> Header:
 
 
 def _damaged(path: str, reason: Any) -> Header:
+    if os.path.basename(path).upper() == "DICOMDIR":  # a name that the standard keeps for it
+        return Header("other", "an index of DICOM files")
     return Header("damaged", unreadable(path, reason))
 
 
