@@ -957,6 +957,92 @@ class ReportConfig(Section):
     """Paragraphs that stand under the heading."""
 
 
+class FeaturesConfig(Section):
+    """An encoder and how scans are shown to it."""
+
+    init: Init
+    """Encoder: a run's folder, `pretrained:NAME` (weights that come with pgl_ray: openkbp_small), a .safetensors file
+    of `export`, or other weights as for fine-tuning."""
+    maps: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """Names of the encoder's maps that are used: stem, layer1, ... layer4 of a ResNet, stage1, ... of a ResEnc."""
+    spacing: Literal["own", "weights"] = "own"
+    """own: scans as they are, with a note where their voxel size is unlike that of the weights' training; weights: they
+    are resampled to that size first."""
+    size: Triple = (16, 96, 96)
+    """Views of the encoder's training in voxels (D, H, W); scans are covered by windows of twice that."""
+    hu_window: tuple[float, float] | None = None
+    """HU that the weights expect, for weights that do not say it; none: what they say, or the store's."""
+    seed: Seed = 0
+    """Seed of the views that BatchNorm's statistics and the scale of features are estimated on."""
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.hu_window:
+            _check_range("hu_window", self.hu_window)
+        return self
+
+
+class EmbedConfig(FeaturesConfig):
+    """A vector per scan, and on request the maps of whole scans, of a frozen encoder: Parquet, Zarr and a page."""
+
+    index: StorePath | None = None
+    """Store written by prepare: its scans are embedded, and BatchNorm's statistics are estimated on them, as the judges
+    do it."""
+    input: FilePath | None = None
+    """CTs to embed instead: a file, a DICOM series' folder, or a folder of several. Without `index` BatchNorm stays as
+    trained."""
+    output: FilePath
+    """Folder of embeddings.parquet, embed.html and dense/; the same command again adds what is new or changed."""
+    maps: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """Names of the encoder's maps that are pooled, and written with `dense`: stem, layer1, ... layer4 of a ResNet,
+    stage1, ... of a ResEnc; none: the last that was trained."""
+    dense: bool = False
+    """Write the maps of whole scans as well, dense/SCAN_ID.zarr, float16."""
+    workers: Positive | None = None
+    """Processes that embed, on Ray where there are several; none: this one alone for a few scans or where it has a GPU,
+    else one per core, or per GPU of a cluster."""
+    pictures: Annotated[int, Field(ge=0)] = 200
+    """Scans whose nearest neighbours the page shows as pictures; of more, evenly chosen ones."""
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _scans(self):
+        if self.index is None and self.input is None:
+            raise ValueError("index=... or input=... is required: a store, or CTs")
+        return self
+
+
+class MatchConfig(FeaturesConfig):
+    """Places of one CT are found in another by the nearest feature: table, similarity maps, and a page to click in."""
+
+    a: FilePath
+    """CT with the places: a file, or a folder with one DICOM series."""
+    b: FilePath
+    """CT that is searched."""
+    point: tuple[float, float, float] | None = None
+    """A place of scan A in mm (x, y, z; RAS+)."""
+    voxel: tuple[int, int, int] | None = None
+    """The same as a voxel's index (i, j, k) in the file's own axes, from 0."""
+    labels: FilePath | None = None
+    """A label map of scan A: each value's centroid."""
+    names: dict[str, Positive] = {}
+    """Organ name -> value of `labels`; none: label_1, ..."""
+    landmarks: FilePath | None = None
+    """A CSV file with columns name, x, y, z (mm, RAS+)."""
+    output: FilePath
+    """Folder of matches.csv, similarity_*.nii.gz and match.html."""
+    index: StorePath | None = None
+    """Store on whose scans BatchNorm's statistics are estimated, as the judges do it; none: as trained."""
+    maps: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    """Names of the encoder's maps that are compared, e.g. [layer3,layer4]; none: all but a ResNet's stem."""
+    apart_mm: Length = 40.0
+    """How far from the found place the runner-up must lie."""
+    similarity_maps: Annotated[int, Field(ge=0)] = 8
+    """Places whose similarity map is written as NIfTI, the first ones."""
+    page_mb: Annotated[float, Field(ge=0)] = 25.0
+    """Largest page in MB; 0: none is made."""
+
+
 class DemoConfig(Section):
     """Phantoms -> prepare -> pre-train -> judges -> fine-tune -> evaluate -> report at a small size."""
 

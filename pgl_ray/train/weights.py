@@ -138,7 +138,7 @@ def _some(names: list[str]) -> str:
 
 
 def read(
-    init: str, settings: dict[str, Any] | None, hu_window: tuple[float, float], allow_partial: bool = False
+    init: str, settings: dict[str, Any] | None, hu_window: tuple[float, float] | None, allow_partial: bool = False
 ) -> tuple[Encoder | ResEncoder, Source]:
     """An encoder of the right architecture, not yet filled, and the tensors for it.
 
@@ -146,14 +146,14 @@ def read(
         init: folder or .pt file of a run; pretrained:NAME; .safetensors as `export` writes it; .pth of plain tensors
             with the keys of MONAI's ResNets (MedicalNet's too), with or without a prefix such as "module.".
         settings: of the encoder; none: the file's own, and where it has none the default.
-        hu_window: of the scans that it will see.
+        hu_window: of the scans that it will see; none: the file's own, in the tensors' `meta`.
         allow_partial: whether the file's encoder may have other settings.
 
     Raises:
         ValueError: no such file, another HU window, or another architecture.
     """
     file, meta = _read(init)
-    if "hu_window" in meta and list(meta["hu_window"]) != list(hu_window):
+    if hu_window is not None and "hu_window" in meta and list(meta["hu_window"]) != list(hu_window):
         raise ValueError(
             f"init={init} was trained with hu_window={list(meta['hu_window'])}, the index has {list(hu_window)}"
         )

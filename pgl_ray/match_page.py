@@ -1,0 +1,191 @@
+"""The page of `match`: a click in scan A shows the place and the similarity in scan B, without a network.
+
+It holds what the command computes with, 8-bit features and the lengths of the candidates', so both give one answer.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from pgl_ray.data.ct import Scan
+from pgl_ray.judge import search
+from pgl_ray.judge.features import ScanEncoder
+
+SHOWN_VOXELS = 4_000_000  # of a scan; a larger one is shown at every second, third, ... voxel
+GREY_HU = 8.0  # step of the 256 greys, from -1024 HU on
+WINDOWS = {"soft tissue": (-200, 300), "lung": (-1000, 200), "bone": (-200, 1000), "all": (-1024, 1000)}
+TEXT_BYTES = 60_000  # of page and script
+MOST_PICTURES = 12
+PICTURE_PX = 220  # height
+HERE = Path(__file__).parent
+
+
+def check_size(encoder: ScanEncoder, scans: Sequence[Scan], names: Sequence[str], page_mb: float) -> None:
+    """Finds out before the work is done whether the page gets too large.
+
+    Raises:
+        ValueError: it does; says what makes it smaller.
+    """
+    if not page_mb:
+        return
+    first = int(encoder.names[0] == "stem")
+    levels = encoder.levels(names) if names else list(range(first, len(encoder.names)))
+    num_points = len(search.grid_points(scans[1])[0])
+    size = _megabytes(encoder, scans, levels, num_points)
+    if size <= page_mb:
+        return
+    mends = []
+    for fewer in (levels[k:] for k in range(1, len(levels))):
+        smaller = _megabytes(encoder, scans, fewer, num_points)
+        if smaller <= page_mb:
+            mends.append(f"maps=[{','.join(encoder.names[level] for level in fewer)}] ({smaller:.0f} MB)")
+            break
+    known = encoder.spacing_mm
+    if known and all(math.prod(known) > 1.5 * math.prod(scan.spacing_mm) for scan in scans):
+        mends.append("spacing=weights")
+    mends += [f"page_mb={math.ceil(size)}", "page_mb=0 for no page"]
+    raise ValueError(f"the page would have {size:.0f} MB, page_mb={page_mb:g}: take {', or '.join(mends)}")
+
+
+def _megabytes(encoder: ScanEncoder, scans: Sequence[Scan], levels: list[int], num_points: int) -> float:
+    """Of a page with these maps."""
+    num = 4 * len(levels) * num_points
+    for scan in scans:
+        shape = np.array(scan.voxels.shape)
+        num += math.prod(-(-shape // _step(scan)))
+        for level in levels:
+            num += encoder.network.channels[level] * math.prod(-(-shape // np.array(encoder.network.strides[level])))
+    return (num * 4 / 3 + TEXT_BYTES) / 1e6
+
+
+def make_page(
+    scans: Sequence[Scan],
+    codes: Sequence[search.Codes],
+    among: search.Candidates,
+    apart_mm: float,
+    rows: Sequence[Any],
+    voxels: Sequence[np.ndarray],
+    found: Sequence[search.Found],
+    texts: dict[str, str],
+) -> str:
+    """HTML that needs nothing else.
+
+    Args:
+        scans, codes: A and B.
+        among: of B.
+        apart_mm: of the runner-up.
+        rows: of the table, per place.
+        voxels: asked, per place.
+        found: per place.
+        texts: "title", "a", "b", "how" and "made_by".
+    """
+    grid = among.size(codes[1].shape)
+    mask = np.zeros(grid, np.uint8)
+    mask[tuple((among.voxels // np.array(among.step)).T)] = 1
+    data = {
+        "a": _side(scans[0], codes[0]),
+        "b": _side(scans[1], codes[1]),
+        "grid": {"step": among.step, "size": grid, "mask": _text(mask), "lengths": _text(among.lengths)},
+        "fine": search.fine_steps(among.step),
+        "apart": apart_mm,
+        "places": [{"name": row.name, "voxel": voxel.tolist()} for row, voxel in zip(rows, voxels)],
+    }
+    pictures = [
+        {"name": row.name, "image": _picture(scans, voxel, one, among)}
+        for row, voxel, one in list(zip(rows, voxels, found))[:MOST_PICTURES]
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("match.html").render(
+        **texts,
+        rows=rows,
+        num_left_out=max(0, len(rows) - MOST_PICTURES),
+        pictures=pictures,
+        windows=WINDOWS,
+        data=json.dumps(data).replace("<", r"\u003c"),
+    )
+
+
+def _side(scan: Scan, codes: search.Codes) -> dict[str, Any]:
+    step = _step(scan)
+    shown = scan.voxels[tuple(slice(by // 2, None, by) for by in step)]
+    greys = np.clip((shown.astype(np.float32) + 1024) / GREY_HU + 0.5, 0, 255).astype(np.uint8)
+    maps = [
+        {"shape": one.shape, "stride": list(stride), "center": list(center), "codes": _text(one)}
+        for one, stride, center in zip(codes.maps, codes.strides, codes.centers)
+    ]
+    return {
+        "shape": codes.shape,
+        "spacing": codes.spacing_mm,
+        "affine": np.asarray(codes.affine).ravel().tolist(),
+        "shown": {"step": step, "shape": greys.shape, "greys": _text(greys)},
+        "maps": maps,
+    }
+
+
+def _step(scan: Scan) -> list[int]:
+    """Which voxels are shown, so that there are few enough of them and their spacing gets as even as can be."""
+    step, spacing = [1, 1, 1], np.array(scan.spacing_mm)
+    while math.prod(-(-n // by) for n, by in zip(scan.voxels.shape, step)) > SHOWN_VOXELS:
+        step[int(np.argmin(spacing * step))] += 1
+    return step
+
+
+def _text(array: np.ndarray) -> str:
+    """Base64 of an array, little-endian, C order."""
+    return base64.b64encode(np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)).decode()
+
+
+# -- pictures, for where there is no JavaScript ------------------------------------------------------------------------
+
+
+def _picture(scans: Sequence[Scan], voxel: np.ndarray, found: search.Found, among: search.Candidates) -> str:
+    """Axial and coronal slices through the asked place of A, then through the found one of B, as a data URI."""
+    shape = scans[1].voxels.shape
+    heat = search.similarity_map(among, found.similarities, shape)
+    panels = []
+    for scan, at, hot in ((scans[0], voxel, None), (scans[1], found.voxel, heat)):
+        for through, up in ((0, False), (1, True)):
+            panels.append(_panel(scan, at, hot, found.similarity, through, up))
+    gap = np.full((PICTURE_PX, 4, 3), 255, np.uint8)
+    joined = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], 1)
+    sink = io.BytesIO()
+    Image.fromarray(joined).save(sink, "PNG", compress_level=6)
+    return f"data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}"
+
+
+def _panel(scan: Scan, at: np.ndarray, heat: np.ndarray | None, best: float, through: int, up: bool) -> np.ndarray:
+    """uint8 [PICTURE_PX, width, 3] of a slice, W to the right; D upwards where `up`."""
+    row = 1 if through == 0 else 0
+    image = np.take(scan.voxels, at[through], through).astype(np.float32)
+    low, high = WINDOWS["soft tissue"]
+    grey = np.clip((image - low) / (high - low), 0, 1)
+    color = np.repeat(grey[..., None], 3, 2)
+    if heat is not None:
+        share = (_heat(np.take(heat, at[through], through), best) * 0.6)[..., None]
+        color = color * (1 - share) + np.array([1.0, 0.45, 0.0]) * share
+    size = (
+        max(8, round(PICTURE_PX * color.shape[1] * scan.spacing_mm[2] / (color.shape[0] * scan.spacing_mm[row]))),
+        PICTURE_PX,
+    )
+    panel = np.array(Image.fromarray(np.rint(color * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR))
+    y = int((at[row] + 0.5) / color.shape[0] * PICTURE_PX)
+    x = int((at[2] + 0.5) / color.shape[1] * size[0])
+    near = np.abs(np.arange(PICTURE_PX) - y) < 4, np.abs(np.arange(size[0]) - x) < 4
+    panel[y, ~near[1]] = panel[y, ~near[1]] // 2 + np.array([0, 120, 60], np.uint8)
+    panel[~near[0], x] = panel[~near[0], x] // 2 + np.array([0, 120, 60], np.uint8)
+    return panel[::-1] if up else panel
+
+
+def _heat(values: np.ndarray, best: float) -> np.ndarray:
+    """How strongly a similarity is coloured, 0 to 1; 0.3 below the best there is nothing."""
+    return np.clip((values - (best - 0.3)) / 0.3, 0, 1) ** 2
