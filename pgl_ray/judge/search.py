@@ -215,7 +215,7 @@ def _runner_up(among: Candidates, values: np.ndarray, best: int, target: Codes, 
 
 
 def similarity_map(among: Candidates, values: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Similarities on the scan's own grid, float32 [D, H, W]: each voxel has that of its cell, 0 outside of the body."""
+    """Similarities on the scan's own grid, float32 [D, H, W]: each voxel has its cell's, 0 outside of the body."""
     grid = np.zeros(among.size(shape), np.float32)
     grid[tuple((among.voxels // np.array(among.step)).T)] = values
     # a grid ends with its last whole step's middle; voxels behind that belong to the last cell
