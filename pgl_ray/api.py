@@ -64,6 +64,7 @@ def load_encoder(
     hu_window: tuple[float, float] | None = None,
     size: tuple[int, int, int] = (16, 96, 96),
     seed: int = 0,
+    reestimate: bool = True,
 ) -> ScanEncoder:
     """A frozen encoder, on CUDA where there is one, its maps up to the last that was trained.
 
@@ -74,6 +75,7 @@ def load_encoder(
         hu_window: that HU are clipped to; none: what the weights say, or else the store.
         size: of the training views (D, H, W).
         seed: of the views that are drawn from the store.
+        reestimate: false: BatchNorm stays as trained, whatever the store.
 
     Raises:
         ValueError: no such weights, or they do not say what they expect of a scan.
@@ -97,7 +99,7 @@ def load_encoder(
         raise ValueError(f"{text}: give a run, or a file that export wrote") from None
     network.stop_at(source.meta.get("level", network.last))
     encoder = ScanEncoder(init, network.to(pick_device("auto")), window, loaded.trained_on, size)
-    if store is None:
+    if store is None or not reestimate:
         return encoder
     return encoder.reestimated(unlabelled_views(store, list(store.scans), encoder.size, seed))
 

@@ -96,6 +96,22 @@ class ScanEncoder:
             other.network, other.reading = read_as(self.network, "reestimated", views), "reestimated"
         return other
 
+    def statistics(self) -> dict[str, np.ndarray]:
+        """BatchNorm's mean, variance and number of batches, by their names in the network."""
+        own, found = set(map(id, norms(self.network))), {}
+        for name, part in self.network.named_modules():
+            if id(part) in own:
+                found |= {f"{name}.{key}": one.cpu().numpy() for key, one in part.named_buffers(recurse=False)}
+        return found
+
+    def with_statistics(self, found: dict[str, np.ndarray]) -> "ScanEncoder":
+        """The same with BatchNorm's statistics as `statistics` gave them once they were estimated."""
+        other = copy.copy(self)
+        other.network, other.reading = copy.deepcopy(self.network), "reestimated"
+        tensors = {name: torch.from_numpy(np.array(one)) for name, one in found.items()}
+        other.network.load_state_dict(tensors, strict=False)
+        return other
+
     @property
     def hash(self) -> str:
         """sha256 of weights, BatchNorm's statistics and what a scan is prepared by."""

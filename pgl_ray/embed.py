@@ -1,0 +1,394 @@
+"""python -m pgl_ray.embed init=RUN index=STORE output=DIR [a.b=c ...]: a vector per CT of a frozen encoder.
+
+`input=CTs` takes files instead of a store. One scan is in memory at a time, in each of the processes; what is finished
+is kept, so the same command continues an interrupted one and adds what is new.
+"""
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import pgl_ray
+from pgl_ray import api, embed_page
+from pgl_ray.config import EmbedConfig, FailedRun, command
+from pgl_ray.data.place import check_writable, open_place
+from pgl_ray.data.scans import ScanFile, StoredScan, scan_files, stored_scans
+from pgl_ray.data.store import Index, write_aside
+from pgl_ray.judge.embedding import Embedder, dense_hashes
+from pgl_ray.judge.features import ScanEncoder
+from pgl_ray.judge.readings import NUM_VIEWS
+from pgl_ray.model.inference import pick_device
+
+TABLE, PAGE, KEPT, PARTS = "embeddings.parquet", "embed.html", "preparation.npz", "parts"
+FEW = 32  # scans for which Ray is not started
+EVERY_S = 10.0  # between two writes of what is finished, and two lines of progress
+BYTES_PER_VOXEL = 24  # of a scan while it is encoded, maps included
+SHOWN = 5  # names in a line
+
+
+class Result(NamedTuple):
+    """What was done.
+
+    Attributes:
+        output: folder.
+        num_scans: in the table.
+        num_finished_before: of them.
+        num_features: length of a vector.
+        reading: state of BatchNorm in words.
+        seconds: of embedding alone, without the start of Ray and the page.
+    """
+
+    output: str
+    num_scans: int
+    num_finished_before: int
+    num_features: int
+    reading: str
+    seconds: float
+
+
+def run(config: EmbedConfig) -> Result:
+    """Writes embeddings.parquet, embed.html and, with `dense`, dense/SCAN_ID.zarr.
+
+    Raises:
+        ValueError: scans, weights or output cannot be used.
+        FailedRun: some scans failed; the others are in the table.
+    """
+    index = api.open_store(config.index) if config.index else None
+    scans = scan_files(Path(config.input)) if config.input else stored_scans(index)
+    output = Path(config.output)
+    check_writable(f"output={config.output}", output.absolute())
+    encoder, reading = _encoder(config, index, output)
+    spacing = _spacing(config, encoder)
+    names = tuple(encoder.names[level] for level in encoder.levels(config.maps))
+    told = _told(config, encoder, names, reading)
+    before = _finished(config, output, scans, told)
+    todo = [scan for scan in scans if scan.scan_id not in before]
+    known = f", {len(before)} of them done before" if before else ""
+    print(f"embed: {len(scans)} scan{'s' * (len(scans) != 1)}{known}; maps {', '.join(names)}; {reading}", flush=True)
+
+    folder = str(output) if config.dense else None
+    rows, failed, seconds = dict(before), {}, 0.0
+    if todo:
+        fresh, failed, seconds = _embedded(config, (encoder, names, spacing, folder), todo, output, told)
+        rows |= fresh
+    if not rows:
+        raise FailedRun(_failures(failed, len(scans)))
+    ordered = [rows[scan.scan_id] for scan in scans if scan.scan_id in rows]
+    _say(ordered, failed)
+    _finish(output, ordered, told, {scan.scan_id for scan in scans})
+    shown = {scan.scan_id: scan for scan in scans if scan.scan_id in rows}
+    page = embed_page.make_page(ordered, shown, encoder, spacing, config.pictures, told)
+    write_aside(output / PAGE, page.encode())
+    if failed:
+        raise FailedRun(f"{_failures(failed, len(scans))}; the others are in {output / TABLE}")
+    return Result(str(output), len(ordered), len(before), len(ordered[0]["vector"]), reading, seconds)
+
+
+# -- the encoder ------------------------------------------------------------------------------------------------------
+
+
+def _encoder(config: EmbedConfig, index: Index | None, output: Path) -> tuple[ScanEncoder, str]:
+    """The encoder as scans are shown to it, and what is said of its BatchNorm.
+
+    Statistics that were estimated once are kept beside the table: a store that has grown since would give others, and
+    then no vector could be compared with those of before.
+    """
+    options = {"hu_window": config.hu_window, "size": config.size, "seed": config.seed}
+    encoder = api.load_encoder(config.init, index, **options, reestimate=False)
+    if encoder.reading == "none":
+        return encoder, "no BatchNorm"
+    if index is None:
+        return encoder, "BatchNorm as trained"
+    key, path = json.dumps([encoder.hash, index.store, config.seed]), output / KEPT
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            if str(kept["key"]) == key:
+                found = {name: kept[name] for name in kept.files if name != "key"}
+                return encoder.with_statistics(found), f"BatchNorm re-estimated on {NUM_VIEWS} views, as in {path.name}"
+    except (OSError, ValueError, KeyError):
+        pass
+    encoder = api.load_encoder(config.init, index, **options)
+    aside = path.with_name(f".part{os.getpid()}.npz")
+    try:
+        np.savez(aside, key=key, **encoder.statistics())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return encoder, f"BatchNorm re-estimated on {NUM_VIEWS} views of {index.store}"
+
+
+def _spacing(config: EmbedConfig, encoder: ScanEncoder) -> tuple[float, float, float] | None:
+    """What scans are resampled to; none: nothing."""
+    if config.spacing == "own":
+        return None
+    if encoder.spacing_mm is None:
+        raise ValueError(f"spacing=weights: init={config.init} does not say its voxel size: take spacing=own")
+    return encoder.spacing_mm
+
+
+def _told(config: EmbedConfig, encoder: ScanEncoder, names: tuple[str, ...], reading: str) -> dict[str, Any]:
+    """What the table says of its vectors, beside each row."""
+    maps, start = [], 0
+    for name in names:
+        level = encoder.names.index(name)
+        stop = start + encoder.network.channels[level]
+        stride = list(encoder.network.strides[level])
+        center = list(encoder.network.centers[level])
+        maps.append({"name": name, "columns": [start, stop], "stride": stride, "center": center})
+        start = stop
+    said = {"init": config.init, "encoder_hash": encoder.hash, "maps": maps, "reading": reading}
+    said |= {"spacing": config.spacing, "pooled_over": "body", "made_by": f"pgl_ray {pgl_ray.__version__}"}
+    return said
+
+
+# -- embedding --------------------------------------------------------------------------------------------------------
+
+
+def _embedded(
+    config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile], output: Path, told: dict[str, Any]
+) -> tuple[dict[str, dict], dict[str, str], float]:
+    """Rows of new scans, why others have none, and seconds; what is finished is written every few seconds."""
+    rows, failed, waiting = {}, {}, []
+    began = shown = None
+    for done, row in enumerate(_rows(config, work, todo)):
+        if began is None:  # Ray is running
+            began = shown = row
+            continue
+        if "failed" in row:
+            failed[row["scan_id"]] = row["failed"]
+        else:
+            rows[row["scan_id"]] = row
+            waiting.append(row)
+        now = time.monotonic()
+        if now - shown > EVERY_S and done < len(todo):
+            shown, rate = now, (now - began) / done
+            left = (len(todo) - done) * rate
+            print(f"embed: {done}/{len(todo)} scans, {rate:.2f} s per scan, {left:.0f} s left", flush=True)
+            _write_part(output, waiting, told)
+            waiting = []
+    _write_part(output, waiting, told)
+    return rows, failed, time.monotonic() - began
+
+
+def _rows(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile]) -> Iterator[Any]:
+    """First the time at which the processes were asked for their first scan, then a row per scan."""
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    few = len(todo) <= FEW or torch.cuda.is_available()
+    if not address and (config.workers == 1 or (config.workers is None and few) or len(todo) == 1):
+        embedder = Embedder(*work, device=str(pick_device("auto")))
+        yield time.monotonic()
+        for scan in todo:
+            yield embedder.row(scan)
+        return
+    yield from _on_ray(config, work, todo, bool(address))
+
+
+def _on_ray(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile], shared: bool) -> Iterator[Any]:
+    """An actor per core, or per GPU; each is given a scan when it is done with the one before."""
+    from pgl_ray.train import launch
+
+    launch.connect(config.ray)
+    import ray
+
+    have = ray.cluster_resources()
+    gpus, memory = int(have.get("GPU", 0)), have.get("memory", 0)
+    need = BYTES_PER_VOXEL * _most_voxels(todo)
+    cores = int(have["CPU"]) if shared or config.ray.num_cpus else os.cpu_count() or 1  # ours has 4 by name at least
+    fit = max(1, int(memory // need)) if need else len(todo)
+    num = min(config.workers or gpus or cores, fit, len(todo))
+    if config.workers and num < min(config.workers, len(todo)):
+        print(f"embed: {num} processes: {config.workers} would need {config.workers * need / 1e9:.0f} GB", flush=True)
+    options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "memory": min(need, int(memory)), "max_restarts": 0}
+    work[0].network.cpu()
+    kept, remote = [ray.put(part) for part in work], ray.remote(Embedder).options(**options)
+
+    def actor() -> Any:
+        return remote.remote(*kept, device="cuda" if gpus else "cpu")
+
+    yield time.monotonic()
+    waiting, busy = deque(todo), {}
+    for _ in range(num):
+        own, scan = actor(), waiting.popleft()
+        busy[own.row.remote(scan)] = own, scan
+    while busy:
+        (ready, *_), _ = ray.wait(list(busy))
+        own, scan = busy.pop(ready)
+        try:
+            yield ray.get(ready)
+        except ray.exceptions.RayError as error:
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            yield {"scan_id": scan.scan_id, "failed": f"its process died, perhaps for want of memory: {first}"}
+            own = actor()
+        if waiting:
+            scan = waiting.popleft()
+            busy[own.row.remote(scan)] = own, scan
+
+
+def _most_voxels(todo: list[StoredScan | ScanFile]) -> int:
+    """Of the largest scan; of files those whose header can be read."""
+    most = 0
+    for scan in todo:
+        try:
+            most = max(most, scan.num_voxels())
+        except (ValueError, OSError):  # it will fail as a scan, with the reason
+            continue
+    return most
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def _schema(told: dict[str, Any]) -> Any:
+    import pyarrow as pa
+
+    texts = ("scan_id", "source", "scan_hash", "encoder_hash")
+    fields = {name: pa.string() for name in texts}
+    fields |= {"shape": pa.list_(pa.int64()), "spacing_mm": pa.list_(pa.float64()), "affine": pa.list_(pa.float64())}
+    fields |= {"vector": pa.list_(pa.float32()), "notes": pa.list_(pa.string()), "picture": pa.binary()}
+    order = ("scan_id", "source", "shape", "spacing_mm", "affine", "scan_hash", "encoder_hash", "vector", "notes")
+    chosen = [(name, fields[name]) for name in (*order, "picture")]
+    return pa.schema(chosen, metadata={"pgl_ray": json.dumps(told)})
+
+
+def _table_bytes(rows: list[dict], told: dict[str, Any]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_schema(told)), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _write_part(output: Path, rows: list[dict], told: dict[str, Any]) -> None:
+    if rows:
+        (output / PARTS).mkdir(exist_ok=True)
+        write_aside(output / PARTS / f"{time.time_ns()}-{os.getpid()}.parquet", _table_bytes(rows, told))
+
+
+def read_table(path: Path) -> tuple[list[dict], dict[str, Any]]:
+    """Rows of a table that embed wrote, and what it says of them; vectors are float32 arrays.
+
+    Raises:
+        ValueError: damaged, or not written by embed.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(path.read_bytes()))
+        told = json.loads(table.schema.metadata[b"pgl_ray"])
+        rows = table.to_pylist()
+        return [row | {"vector": np.array(row["vector"], np.float32)} for row in rows], told
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or no table of embed: {' '.join(str(error).split())}") from None
+
+
+def _finished(
+    config: EmbedConfig, output: Path, scans: list[StoredScan | ScanFile], told: dict[str, Any]
+) -> dict[str, dict]:
+    """Rows of an earlier call that still hold: the same encoder and maps, and a scan that is what it was."""
+    found: dict[str, dict] = {}
+    for path in [output / TABLE, *sorted((output / PARTS).glob("*.parquet"))]:
+        if not path.exists():
+            continue
+        try:
+            rows, before = read_table(path)
+        except ValueError as error:
+            print(f"embed: note: {error}: made anew", flush=True)
+            continue
+        if _of_same_kind(before, told):
+            found |= {row["scan_id"]: row for row in rows}
+    names = sorted(one["name"] for one in told["maps"])
+    kept = {}
+    for scan in scans:
+        row = found.get(scan.scan_id)
+        try:
+            whole = row is not None and row["scan_hash"] == scan.stamp()
+        except OSError:  # the file is gone or unreadable: its row of today will say so
+            whole = False
+        if whole and config.dense:
+            wanted = {"maps": names, "encoder_hash": row["encoder_hash"], "scan_hash": row["scan_hash"]}
+            whole = dense_hashes(output, scan.scan_id) == wanted
+        if whole:
+            kept[scan.scan_id] = row
+    return kept
+
+
+def _of_same_kind(before: dict[str, Any], told: dict[str, Any]) -> bool:
+    return all(before.get(key) == told[key] for key in ("encoder_hash", "maps", "spacing"))
+
+
+def _finish(output: Path, rows: list[dict], told: dict[str, Any], asked: set[str]) -> None:
+    """Writes the table, then removes the parts that are in it; says what of an earlier table is not."""
+    parts, path = sorted((output / PARTS).glob("*.parquet")), output / TABLE
+    if path.exists():
+        try:
+            earlier, before = read_table(path)
+        except ValueError:
+            earlier, before = [], told
+        if not _of_same_kind(before, told):
+            print(f"embed: note: {path} held vectors of another encoder, maps or spacing: it is replaced", flush=True)
+        else:
+            gone = [row["scan_id"] for row in earlier if row["scan_id"] not in asked]
+            if gone:
+                print(f"embed: note: no longer in the table, for they are not asked for: {_some(gone)}", flush=True)
+    write_aside(path, _table_bytes(rows, told))
+    for part in parts:
+        part.unlink(missing_ok=True)
+    for folder in (PARTS, ".part"):
+        if not any((output / folder).glob("*")):
+            open_place(output).remove(folder)
+    own = {f"{row['scan_id']}.zarr" for row in rows}
+    left = sorted(name for name in open_place(output).names("dense") if name not in own)
+    if left:
+        print(f"embed: note: {output / 'dense'} holds maps of scans that are not in the table: {_some(left)}")
+
+
+# -- what is said -----------------------------------------------------------------------------------------------------
+
+
+def _say(rows: list[dict], failed: dict[str, str]) -> None:
+    """In what scans are unlike those of the training, a line per kind; and why some are left out."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        for note in row["notes"]:
+            kinds.setdefault(" ".join(note.split()[:3]), []).append((row["scan_id"], note))
+    for found in kinds.values():
+        first, note = found[0]
+        mend = "; spacing=weights resamples them" if note.startswith("its voxels are") else ""
+        print(f"embed: note: {len(found)} of {len(rows)} scans, {first} for one: {note}{mend}", flush=True)
+    for scan_id, reason in failed.items():
+        print(f"embed: left out: {scan_id}: {reason}", flush=True)
+
+
+def _failures(failed: dict[str, str], num: int) -> str:
+    return f"{len(failed)} of {num} scans failed: {_some(list(failed))}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def describe(result: Result) -> str:
+    """The closing line."""
+    before = f", {result.num_finished_before} of them done before" if result.num_finished_before else ""
+    scans = f"{result.num_scans} scan{'s' * (result.num_scans != 1)}{before}"
+    return (
+        f"embed: {scans}, {result.num_features} features each in {Path(result.output, TABLE)}, {result.reading}, "
+        f"{result.seconds:.1f} s"
+    )
+
+
+def main() -> None:
+    command("embed", EmbedConfig, run, describe)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""One scan after the other through a frozen encoder: a pooled vector, a small picture, and on request dense maps.
+
+No Ray here: the door calls it in this process, or hands it to Ray as an actor.
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from PIL import Image
+
+from pgl_ray.data.ct import Scan
+from pgl_ray.data.facts import disagreements
+from pgl_ray.data.place import open_place
+from pgl_ray.data.scans import ScanFile, StoredScan
+from pgl_ray.data.store import foreground_box
+from pgl_ray.judge.features import FeatureMap, ScanEncoder, at_spacing, pooled
+
+PICTURE_PX = 96  # height of a scan's picture
+DISPLAY_HU = (-200.0, 300.0)  # soft tissue; for the eye alone
+CHUNK = 32  # cells per axis of a chunk of dense maps
+
+
+class Embedder:
+    """What becomes of a scan."""
+
+    def __init__(
+        self,
+        encoder: ScanEncoder,
+        names: tuple[str, ...],
+        spacing_mm: tuple[float, float, float] | None,
+        folder: str | None,
+        device: str = "cpu",
+    ):
+        """
+        Args:
+            encoder: frozen.
+            names: of the maps that are pooled; none: the last.
+            spacing_mm: that scans are resampled to first; none: they are taken as they are.
+            folder: of dense maps; none: they are not kept.
+            device: to compute on.
+        """
+        encoder.network.to(device)
+        self.encoder, self.names, self.spacing_mm, self.folder = encoder, names, spacing_mm, folder
+        self.hash = encoder.hash
+
+    def row(self, scan: StoredScan | ScanFile) -> dict[str, Any]:
+        """The scan's row of the table, or its scan_id and why there is none ("failed")."""
+        try:
+            return self._row(scan)
+        except MemoryError:
+            reason = "not enough memory"
+        except Exception as error:  # whatever a damaged file may cause must not stop the other scans
+            reason = " ".join(str(error).split()) or type(error).__name__
+        return {"scan_id": scan.scan_id, "failed": reason}
+
+    def _row(self, scan: StoredScan | ScanFile) -> dict[str, Any]:
+        stamp, read = scan.stamp(), scan.read()
+        seen = at_spacing(read, self.spacing_mm) if self.spacing_mm else read
+        facts, encoder = self.encoder.facts, self.encoder
+        notes = disagreements(facts, encoder.hu_window, seen.voxels, seen.affine) if facts else []
+        maps = encoder.dense(seen, self.names)
+        vector = pooled(seen, maps)
+        if not np.isfinite(vector).all():
+            raise ValueError("its features are not finite")
+        if self.folder:
+            write_dense(Path(self.folder), scan, seen, maps, {"encoder_hash": self.hash, "scan_hash": stamp})
+        return {
+            "scan_id": scan.scan_id,
+            "source": scan.source,
+            "shape": list(read.voxels.shape),
+            "spacing_mm": list(read.spacing_mm),
+            "affine": read.affine.ravel().tolist(),
+            "scan_hash": stamp,
+            "encoder_hash": self.hash,
+            "vector": vector,
+            "notes": notes,
+            "picture": picture(read),
+        }
+
+
+def write_dense(
+    folder: Path, scan: StoredScan | ScanFile, seen: Scan, maps: list[FeatureMap], hashes: dict[str, str]
+) -> None:
+    """Writes a scan's maps as a Zarr v3 group, whole or not at all.
+
+    An array per map, float16 [C, d, h, w], with attributes stride (D, H, W; voxels of the scan as it was shown to the
+    encoder), center (edge coordinate of cell 0's receptive-field centre) and affine ([4, 4], cell index (d, h, w, 1) ->
+    RAS+ mm). The group says which scan it is, its shape, voxel size and affine.
+    """
+    said = {"scan_id": scan.scan_id, "source": scan.source, "scan_shape": list(seen.voxels.shape)}
+    said |= {"spacing_mm": list(seen.spacing_mm), "affine": seen.affine.tolist(), **hashes}
+    with open_place(folder).replaced(f"dense/{scan.scan_id}.zarr") as place:
+        group = zarr.open_group(str(place.root), mode="w", zarr_format=3, attributes={"pgl_ray": said})
+        for one in maps:
+            values = one.values.cpu().numpy()
+            chunks = (len(values), *(min(CHUNK, n) for n in values.shape[1:]))
+            array = group.create_array(
+                one.name, shape=values.shape, dtype="float16", chunks=chunks, dimension_names=("c", "d", "h", "w")
+            )
+            array.attrs.update(
+                {"stride": list(one.stride), "center": list(one.center), "affine": np.asarray(one.affine).tolist()}
+            )
+            array[:] = values
+
+
+def dense_hashes(folder: Path, scan_id: str) -> dict[str, Any]:
+    """Names of the maps that are kept of a scan, and the hashes that they were made with; {} where there are none."""
+    place = folder / "dense" / f"{scan_id}.zarr"
+    try:
+        said = json.loads((place / "zarr.json").read_text())["attributes"]["pgl_ray"]
+        names = sorted(path.parent.name for path in place.glob("*/zarr.json"))
+        return {"maps": names, "encoder_hash": said["encoder_hash"], "scan_hash": said["scan_hash"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def picture(scan: Scan) -> bytes:
+    """Axial and coronal slice through the middle of the body side by side, as PNG."""
+    box = np.reshape(foreground_box(scan.voxels), (3, 2))
+    middle = (box.sum(1) // 2).clip(0, np.array(scan.voxels.shape) - 1)
+    panels = []
+    for through, row in ((0, 1), (1, 0)):
+        image = np.take(scan.voxels, middle[through], through).astype(np.float32)
+        low, high = DISPLAY_HU
+        grey = np.rint(np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        width = round(PICTURE_PX * grey.shape[1] * scan.spacing_mm[2] / (grey.shape[0] * scan.spacing_mm[row]))
+        shown = Image.fromarray(grey if through == 0 else grey[::-1])
+        panels.append(np.array(shown.resize((min(max(8, width), 4 * PICTURE_PX), PICTURE_PX), Image.Resampling.BOX)))
+    sink = io.BytesIO()
+    Image.fromarray(np.concatenate(panels, 1)).save(sink, "PNG", compress_level=6)
+    return sink.getvalue()
