@@ -16,12 +16,14 @@ import numpy as np
 from PIL import Image
 
 from pgl_ray.data.ct import Scan
+from pgl_ray.data.store import foreground_box
 from pgl_ray.judge import search
 from pgl_ray.judge.features import ScanEncoder
 
 SHOWN_VOXELS = 4_000_000  # of a scan; a larger one is shown at every second, third, ... voxel
 GREY_HU = 8.0  # step of the 256 greys, from -1024 HU on
 WINDOWS = {"soft tissue": (-200, 300), "lung": (-1000, 200), "bone": (-200, 1000), "all": (-1024, 1000)}
+MARGIN = 0.04  # that is shown beside the body, as a share of its size
 TEXT_BYTES = 60_000  # of page and script
 MOST_PICTURES = 12
 PICTURE_PX = 220  # height
@@ -127,9 +129,18 @@ def _side(scan: Scan, codes: search.Codes) -> dict[str, Any]:
         "shape": codes.shape,
         "spacing": codes.spacing_mm,
         "affine": np.asarray(codes.affine).ravel().tolist(),
-        "shown": {"step": step, "shape": greys.shape, "greys": _text(greys)},
+        "shown": {"step": step, "shape": greys.shape, "box": _box(scan, step).tolist(), "greys": _text(greys)},
         "maps": maps,
     }
+
+
+def _box(scan: Scan, step: Sequence[int]) -> np.ndarray:
+    """Around the body and a little of what is beside it, int [3, 2], in shown voxels."""
+    box = np.reshape(foreground_box(scan.voxels), (3, 2)).astype(np.float64)
+    box += MARGIN * (box[:, 1] - box[:, 0])[:, None] * [-1, 1]
+    first, last = np.floor(box[:, 0] / step), np.ceil(box[:, 1] / step)
+    size = -(-np.array(scan.voxels.shape) // step)
+    return np.stack([first.clip(0), np.minimum(last, size)], 1).astype(np.int64)
 
 
 def _step(scan: Scan) -> list[int]:
@@ -164,25 +175,27 @@ def _picture(scans: Sequence[Scan], voxel: np.ndarray, found: search.Found, amon
 
 
 def _panel(scan: Scan, at: np.ndarray, heat: np.ndarray | None, best: float, through: int, up: bool) -> np.ndarray:
-    """uint8 [PICTURE_PX, width, 3] of a slice, W to the right; D upwards where `up`."""
-    row = 1 if through == 0 else 0
-    image = np.take(scan.voxels, at[through], through).astype(np.float32)
+    """uint8 [PICTURE_PX, width, 3] of a slice around the body, W to the right; D upwards where `up`."""
+    row, box = 1 if through == 0 else 0, _box(scan, (1, 1, 1))
+    part = tuple(slice(*box[axis]) for axis in (row, 2))
     low, high = WINDOWS["soft tissue"]
-    grey = np.clip((image - low) / (high - low), 0, 1)
+    grey = np.clip((np.take(scan.voxels, at[through], through)[part].astype(np.float32) - low) / (high - low), 0, 1)
     color = np.repeat(grey[..., None], 3, 2)
     if heat is not None:
-        share = (_heat(np.take(heat, at[through], through), best) * 0.6)[..., None]
+        share = (_heat(np.take(heat, at[through], through)[part], best) * 0.6)[..., None]
         color = color * (1 - share) + np.array([1.0, 0.45, 0.0]) * share
-    size = (
-        max(8, round(PICTURE_PX * color.shape[1] * scan.spacing_mm[2] / (color.shape[0] * scan.spacing_mm[row]))),
-        PICTURE_PX,
-    )
-    panel = np.array(Image.fromarray(np.rint(color * 255).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR))
-    y = int((at[row] + 0.5) / color.shape[0] * PICTURE_PX)
-    x = int((at[2] + 0.5) / color.shape[1] * size[0])
-    near = np.abs(np.arange(PICTURE_PX) - y) < 4, np.abs(np.arange(size[0]) - x) < 4
-    panel[y, ~near[1]] = panel[y, ~near[1]] // 2 + np.array([0, 120, 60], np.uint8)
-    panel[~near[0], x] = panel[~near[0], x] // 2 + np.array([0, 120, 60], np.uint8)
+    rows, columns = grey.shape
+    width = max(8, round(PICTURE_PX * columns * scan.spacing_mm[2] / (rows * scan.spacing_mm[row])))
+    small = Image.fromarray(np.rint(color * 255).astype(np.uint8))
+    panel = np.array(small.resize((width, PICTURE_PX), Image.Resampling.BILINEAR))
+    y = int((at[row] + 0.5 - box[row, 0]) / rows * PICTURE_PX)
+    x = int((at[2] + 0.5 - box[2, 0]) / columns * width)
+    if 0 <= y < PICTURE_PX:
+        beside = np.abs(np.arange(width) - x) > 4
+        panel[y, beside] = panel[y, beside] // 2 + np.array([0, 120, 60], np.uint8)
+    if 0 <= x < width:
+        beside = np.abs(np.arange(PICTURE_PX) - y) > 4
+        panel[beside, x] = panel[beside, x] // 2 + np.array([0, 120, 60], np.uint8)
     return panel[::-1] if up else panel
 
 

@@ -1,0 +1,112 @@
+"""A headless Chromium for tests of pages, spoken to over its own protocol on loopback; no driver is needed."""
+
+import asyncio
+import base64
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "PageUp": 33, "PageDown": 34}
+
+
+class Page:
+    """A page in a browser of its own; a context manager that ends the browser."""
+
+    def __init__(self, url: str, width: int = 1300, height: int = 900):
+        self.url, self.size, self.number = url, (width, height), 0
+
+    def __enter__(self) -> "Page":
+        self.folder = tempfile.mkdtemp(prefix="browser")
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--no-first-run"]
+        options += ["--remote-debugging-address=127.0.0.1", "--disable-background-networking", "--disable-sync"]
+        command = [CHROMIUM, *options, f"--user-data-dir={self.folder}", "about:blank"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.loop = asyncio.new_event_loop()
+        try:
+            self.loop.run_until_complete(self._connect())
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        async def close() -> None:
+            if hasattr(self, "session"):
+                await self.session.close()
+
+        self.loop.run_until_complete(close())
+        self.loop.close()
+        self.process.terminate()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _connect(self) -> None:
+        import aiohttp
+
+        told, until = Path(self.folder, "DevToolsActivePort"), time.monotonic() + 60
+        while not told.exists() or not told.read_text().strip():
+            assert time.monotonic() < until and self.process.poll() is None, "chromium does not start"
+            await asyncio.sleep(0.1)
+        port = told.read_text().split()[0]
+        self.session = aiohttp.ClientSession()
+        async with self.session.get(f"http://127.0.0.1:{port}/json") as answer:
+            (target, *_) = [one for one in await answer.json() if one["type"] == "page"]
+        self.socket = await self.session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0)
+        width, height = self.size
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        await self._call("Emulation.setDeviceMetricsOverride", metrics)
+        await self._call("Page.navigate", {"url": self.url})
+
+    async def _call(self, method: str, params: dict | None = None) -> dict[str, Any]:
+        self.number += 1
+        await self.socket.send_json({"id": self.number, "method": method, "params": params or {}})
+        async for message in self.socket:
+            said = json.loads(message.data)
+            if said.get("id") == self.number:
+                assert "error" not in said, said
+                return said["result"]
+        raise AssertionError("chromium is gone")
+
+    def call(self, method: str, params: dict | None = None) -> dict[str, Any]:
+        """A call of the DevTools protocol."""
+        return self.loop.run_until_complete(self._call(method, params))
+
+    def value(self, script: str) -> Any:
+        """What an expression is worth in the page."""
+        found = self.call("Runtime.evaluate", {"expression": script, "returnByValue": True, "awaitPromise": True})
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def wait(self, script: str, seconds: float = 60) -> None:
+        """Until an expression is true."""
+        until = time.monotonic() + seconds
+        while not self.value(script):
+            assert time.monotonic() < until, f"{script} did not come true"
+            time.sleep(0.05)
+
+    def click(self, x: float, y: float) -> None:
+        """With the left button, at a place in the window."""
+        for kind in ("mousePressed", "mouseReleased"):
+            press = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
+            self.call("Input.dispatchMouseEvent", press | {"buttons": int(kind == "mousePressed")})
+
+    def tap(self, x: float, y: float) -> None:
+        """With a finger."""
+        self.call("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x, "y": y}]})
+        self.call("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    def press(self, key: str) -> None:
+        """A key of KEYS."""
+        for kind in ("keyDown", "keyUp"):
+            code = KEYS[key]
+            self.call("Input.dispatchKeyEvent", {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code})
+
+    def screenshot(self, path: Path, whole: bool = True) -> None:
+        """A PNG of the page."""
+        found = self.call("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": whole})
+        Path(path).write_bytes(base64.b64decode(found["data"]))
