@@ -157,23 +157,25 @@ def _embedded(
     """Rows of new scans, why others have none, and seconds; what is finished is written every few seconds."""
     rows, failed, waiting = {}, {}, []
     began = shown = None
-    for done, row in enumerate(_rows(config, work, todo)):
-        if began is None:  # Ray is running
-            began = shown = row
-            continue
-        if "failed" in row:
-            failed[row["scan_id"]] = row["failed"]
-        else:
-            rows[row["scan_id"]] = row
-            waiting.append(row)
-        now = time.monotonic()
-        if now - shown > EVERY_S and done < len(todo):
-            shown, rate = now, (now - began) / done
-            left = (len(todo) - done) * rate
-            print(f"embed: {done}/{len(todo)} scans, {rate:.2f} s per scan, {left:.0f} s left", flush=True)
-            _write_part(output, waiting, told)
-            waiting = []
-    _write_part(output, waiting, told)
+    try:
+        for done, row in enumerate(_rows(config, work, todo)):
+            if began is None:  # Ray is running
+                began = shown = row
+                continue
+            if "failed" in row:
+                failed[row["scan_id"]] = row["failed"]
+            else:
+                rows[row["scan_id"]] = row
+                waiting.append(row)
+            now = time.monotonic()
+            if now - shown > EVERY_S and done < len(todo):
+                shown, rate = now, (now - began) / done
+                left = (len(todo) - done) * rate
+                print(f"embed: {done}/{len(todo)} scans, {rate:.2f} s per scan, {left:.0f} s left", flush=True)
+                _write_part(output, waiting, told)
+                waiting = []
+    finally:  # an interrupted call keeps what it has
+        _write_part(output, waiting, told)
     return rows, failed, time.monotonic() - began
 
 
