@@ -30,6 +30,9 @@ DOOR_TO_DOOR |= {("probe", "feature_pictures"), ("feature_pictures", "pictures")
 DOOR_TO_DOOR |= {("report", "sweep_report"), ("sweeps", "tables")}
 DOOR_TO_DOOR |= {("sweep_report", other) for other in ("arms", "sweeps", "tables", "pictures")}
 DOOR_TO_DOOR |= {("arms", other) for other in ("sweeps", "tables")}  # what a sweep's arms differ by, no door itself
+# embed and match are made of what Python users call; their pages, no doors themselves
+DOOR_TO_DOOR |= {("embed", "api"), ("embed", "embed_page"), ("match", "api"), ("match", "match_page")}
+DOOR_TO_DOOR |= {("embed_page", "feature_pictures"), ("embed_page", "pictures")}
 DOOR_TO_DOOR |= {("cli", "knobs"), *((door, "cli") for door in DOORS)}  # every door's command line
 DOOR_TO_DOOR |= {("cli", "shipped"), ("sweep_report", "shipped")}  # files beside the code, no door itself
 PLACES = {f"pgl_ray.data.place.{name}" for name in ("Bucket", "put_in_place", "write_aside")}  # runs are kept as stores
