@@ -118,7 +118,8 @@ def read_scan(source: str | Index, scan_id: str | None = None) -> ct.Scan:
         return ct.read_scan(source)
     records = {record.scan_id: record for record in source.scans}
     if scan_id not in records:
-        raise ValueError(f"scan_id={scan_id!r} is not in {source.store}, which has {', '.join(list(records)[:5])}, ...")
+        known = ", ".join(list(records)[:5]) + ", ..." * (len(records) > 5)
+        raise ValueError(f"scan_id={scan_id!r} is not in {source.store}, which has {known}")
     return StoredScan(source.store, records[scan_id]).read()
 
 
