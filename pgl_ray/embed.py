@@ -156,7 +156,7 @@ def _embedded(
 ) -> tuple[dict[str, dict], dict[str, str], float]:
     """Rows of new scans, why others have none, and seconds; what is finished is written every few seconds."""
     rows, failed, waiting = {}, {}, []
-    began = shown = None
+    began = shown = first = None
     try:
         for done, row in enumerate(_rows(config, work, todo)):
             if began is None:  # Ray is running
@@ -168,8 +168,9 @@ def _embedded(
                 rows[row["scan_id"]] = row
                 waiting.append(row)
             now = time.monotonic()
-            if now - shown > EVERY_S and done < len(todo):
-                shown, rate = now, (now - began) / done
+            first = first or now  # processes that start are no rate
+            if now - shown > EVERY_S and 1 < done < len(todo):
+                shown, rate = now, (now - first) / (done - 1)
                 left = (len(todo) - done) * rate
                 print(f"embed: {done}/{len(todo)} scans, {rate:.2f} s per scan, {left:.0f} s left", flush=True)
                 _write_part(output, waiting, told)

@@ -174,6 +174,19 @@ MISTAKES = {
     ],
     "report": [["run={tmp}/missing"], ["run={tmp}/empty"], ["run=[]"]],
     "demo": [["num_unlabelled=0"], ["out=s3://bucket/demo"]],
+    "embed": [
+        ["init=random", "output={tmp}/o"],
+        ["init=random", "index={unlabelled}", "output={tmp}/o"],
+        ["init=pretrained:openkbp_small", "input={tmp}/empty", "output={tmp}/o"],
+        ["init={tmp}/missing", "index={unlabelled}", "output={tmp}/o"],
+        ["init=pretrained:openkbp_small", "index={unlabelled}", "output={tmp}/o", "maps=[layer9]"],
+    ],
+    "match": [
+        ["init=pretrained:openkbp_small", "a={tmp}/missing", "b={tmp}/missing", "output={tmp}/o"],
+        ["init=pretrained:openkbp_small", "a={tmp}/missing", "b={tmp}/missing", "output={tmp}/o", "point=[1,2,3]"],
+        ["init=pretrained:openkbp_small", "a={tmp}/empty", "b={tmp}/empty", "output={tmp}/o", "voxel=[1,2,3]"],
+        ["init=pretrained:openkbp_small", "a={tmp}/empty", "output={tmp}/o", "point=[1,2]"],
+    ],
 }
 
 

@@ -119,12 +119,13 @@ def dense_hashes(folder: Path, scan_id: str) -> dict[str, Any]:
 
 
 def picture(scan: Scan) -> bytes:
-    """Axial and coronal slice through the middle of the body side by side, as PNG."""
+    """Axial and coronal slice through the middle of the body and around it, side by side, as PNG."""
     box = np.reshape(foreground_box(scan.voxels), (3, 2))
     middle = (box.sum(1) // 2).clip(0, np.array(scan.voxels.shape) - 1)
     panels = []
     for through, row in ((0, 1), (1, 0)):
-        image = np.take(scan.voxels, middle[through], through).astype(np.float32)
+        part = tuple(slice(*box[axis]) for axis in (row, 2))
+        image = np.take(scan.voxels, middle[through], through)[part].astype(np.float32)
         low, high = DISPLAY_HU
         grey = np.rint(np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)
         width = round(PICTURE_PX * grey.shape[1] * scan.spacing_mm[2] / (grey.shape[0] * scan.spacing_mm[row]))
