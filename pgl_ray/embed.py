@@ -21,15 +21,17 @@ from pgl_ray.config import EmbedConfig, FailedRun, command
 from pgl_ray.data.place import check_writable, open_place
 from pgl_ray.data.scans import ScanFile, StoredScan, scan_files, stored_scans
 from pgl_ray.data.store import Index, write_aside
+from pgl_ray.judge import vectors
 from pgl_ray.judge.embedding import Embedder, dense_hashes
 from pgl_ray.judge.features import ScanEncoder
 from pgl_ray.judge.readings import NUM_VIEWS
 from pgl_ray.model.inference import pick_device
 
-TABLE, PAGE, KEPT, PARTS = "embeddings.parquet", "embed.html", "preparation.npz", "parts"
+PAGE, KEPT = "embed.html", "preparation.npz"
 FEW = 32  # scans for which Ray is not started
 EVERY_S = 10.0  # between two writes of what is finished, and two lines of progress
 BYTES_PER_VOXEL = 24  # of a scan while it is encoded, maps included
+PROCESS_BYTES = 1e9  # of a process beside that
 SHOWN = 5  # names in a line
 
 
@@ -87,7 +89,7 @@ def run(config: EmbedConfig) -> Result:
     page = embed_page.make_page(ordered, shown, encoder, spacing, config.pictures, told)
     write_aside(output / PAGE, page.encode())
     if failed:
-        raise FailedRun(f"{_failures(failed, len(scans))}; the others are in {output / TABLE}")
+        raise FailedRun(f"{_failures(failed, len(scans))}; the others are in {output / vectors.TABLE}")
     return Result(str(output), len(ordered), len(before), len(ordered[0]["vector"]), reading, seconds)
 
 
@@ -162,6 +164,8 @@ def _embedded(
             if began is None:  # Ray is running
                 began = shown = row
                 continue
+            if "failed" not in row and config.dense and not dense_hashes(output, row["scan_id"]):
+                row["failed"] = f"its maps are not in {output}: all nodes must share that folder"
             if "failed" in row:
                 failed[row["scan_id"]] = row["failed"]
             else:
@@ -173,10 +177,10 @@ def _embedded(
                 shown, rate = now, (now - first) / (done - 1)
                 left = (len(todo) - done) * rate
                 print(f"embed: {done}/{len(todo)} scans, {rate:.2f} s per scan, {left:.0f} s left", flush=True)
-                _write_part(output, waiting, told)
+                vectors.write_part(output, waiting, told)
                 waiting = []
     finally:  # an interrupted call keeps what it has
-        _write_part(output, waiting, told)
+        vectors.write_part(output, waiting, told)
     return rows, failed, time.monotonic() - began
 
 
@@ -201,14 +205,15 @@ def _on_ray(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile],
     import ray
 
     have = ray.cluster_resources()
-    gpus, memory = int(have.get("GPU", 0)), have.get("memory", 0)
-    need = BYTES_PER_VOXEL * _most_voxels(todo)
+    gpus, rooms = int(have.get("GPU", 0)), [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
+    need = min(PROCESS_BYTES + BYTES_PER_VOXEL * _most_voxels(todo), int(max(rooms)))
     cores = int(have["CPU"]) if shared or config.ray.num_cpus else os.cpu_count() or 1  # ours has 4 by name at least
-    fit = max(1, int(memory // need)) if need else len(todo)
-    num = min(config.workers or gpus or cores, fit, len(todo))
-    if config.workers and num < min(config.workers, len(todo)):
-        print(f"embed: {num} processes: {config.workers} would need {config.workers * need / 1e9:.0f} GB", flush=True)
-    options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "memory": min(need, int(memory)), "max_restarts": 0}
+    fit = sum(int(room // need) for room in rooms) if need else len(todo)
+    wanted = min(config.workers or gpus or cores, len(todo))
+    num = min(wanted, fit)
+    if num < wanted:
+        print(f"embed: {num} of {wanted} processes: each needs {need / 1e9:.1f} GB", flush=True)
+    options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "memory": need, "max_restarts": 0}
     work[0].network.cpu()
     kept, remote = [ray.put(part) for part in work], ray.remote(Embedder).options(**options)
 
@@ -235,81 +240,24 @@ def _on_ray(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile],
 
 
 def _most_voxels(todo: list[StoredScan | ScanFile]) -> int:
-    """Of the largest scan; of files those whose header can be read."""
-    most = 0
-    for scan in todo:
-        try:
-            most = max(most, scan.num_voxels())
-        except (ValueError, OSError):  # it will fail as a scan, with the reason
-            continue
-    return most
-
-
-# -- the table --------------------------------------------------------------------------------------------------------
-
-
-def _schema(told: dict[str, Any]) -> Any:
-    import pyarrow as pa
-
-    texts = ("scan_id", "source", "scan_hash", "encoder_hash")
-    fields = {name: pa.string() for name in texts}
-    fields |= {"shape": pa.list_(pa.int64()), "spacing_mm": pa.list_(pa.float64()), "affine": pa.list_(pa.float64())}
-    fields |= {"vector": pa.list_(pa.float32()), "notes": pa.list_(pa.string()), "picture": pa.binary()}
-    order = ("scan_id", "source", "shape", "spacing_mm", "affine", "scan_hash", "encoder_hash", "vector", "notes")
-    chosen = [(name, fields[name]) for name in (*order, "picture")]
-    return pa.schema(chosen, metadata={"pgl_ray": json.dumps(told)})
-
-
-def _table_bytes(rows: list[dict], told: dict[str, Any]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_schema(told)), sink)
-    return sink.getvalue().to_pybytes()
-
-
-def _write_part(output: Path, rows: list[dict], told: dict[str, Any]) -> None:
-    if rows:
-        (output / PARTS).mkdir(exist_ok=True)
-        write_aside(output / PARTS / f"{time.time_ns()}-{os.getpid()}.parquet", _table_bytes(rows, told))
-
-
-def read_table(path: Path) -> tuple[list[dict], dict[str, Any]]:
-    """Rows of a table that embed wrote, and what it says of them; vectors are float32 arrays.
-
-    Raises:
-        ValueError: damaged, or not written by embed.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Of the largest scan; of files that of the most bytes, by its header."""
     try:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()))
-        told = json.loads(table.schema.metadata[b"pgl_ray"])
-        rows = table.to_pylist()
-        return [row | {"vector": np.array(row["vector"], np.float32)} for row in rows], told
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no table of embed: {' '.join(str(error).split())}") from None
+        return max(todo, key=lambda scan: scan.size()).num_voxels()
+    except (ValueError, OSError):  # it will fail as a scan, with the reason
+        return 0
+
+
+# -- what is there already --------------------------------------------------------------------------------------------
 
 
 def _finished(
     config: EmbedConfig, output: Path, scans: list[StoredScan | ScanFile], told: dict[str, Any]
 ) -> dict[str, dict]:
     """Rows of an earlier call that still hold: the same encoder and maps, and a scan that is what it was."""
-    found: dict[str, dict] = {}
-    for path in [output / TABLE, *sorted((output / PARTS).glob("*.parquet"))]:
-        if not path.exists():
-            continue
-        try:
-            rows, before = read_table(path)
-        except ValueError as error:
-            print(f"embed: note: {error}: made anew", flush=True)
-            continue
-        if _of_same_kind(before, told):
-            found |= {row["scan_id"]: row for row in rows}
-    names = sorted(one["name"] for one in told["maps"])
-    kept = {}
+    found, faults = vectors.read_earlier(output, told)
+    for fault in faults:
+        print(f"embed: note: {fault}: made anew", flush=True)
+    names, kept = sorted(one["name"] for one in told["maps"]), {}
     for scan in scans:
         row = found.get(scan.scan_id)
         try:
@@ -324,30 +272,14 @@ def _finished(
     return kept
 
 
-def _of_same_kind(before: dict[str, Any], told: dict[str, Any]) -> bool:
-    return all(before.get(key) == told[key] for key in ("encoder_hash", "maps", "spacing"))
-
-
 def _finish(output: Path, rows: list[dict], told: dict[str, Any], asked: set[str]) -> None:
-    """Writes the table, then removes the parts that are in it; says what of an earlier table is not."""
-    parts, path = sorted((output / PARTS).glob("*.parquet")), output / TABLE
-    if path.exists():
-        try:
-            earlier, before = read_table(path)
-        except ValueError:
-            earlier, before = [], told
-        if not _of_same_kind(before, told):
-            print(f"embed: note: {path} held vectors of another encoder, maps or spacing: it is replaced", flush=True)
-        else:
-            gone = [row["scan_id"] for row in earlier if row["scan_id"] not in asked]
-            if gone:
-                print(f"embed: note: no longer in the table, for they are not asked for: {_some(gone)}", flush=True)
-    write_aside(path, _table_bytes(rows, told))
-    for part in parts:
-        part.unlink(missing_ok=True)
-    for folder in (PARTS, ".part"):
-        if not any((output / folder).glob("*")):
-            open_place(output).remove(folder)
+    """Writes the table; says what of an earlier one is not in it."""
+    replaced, gone = vectors.write_table(output, rows, told, asked)
+    if replaced:
+        path = output / vectors.TABLE
+        print(f"embed: note: {path} held vectors of another encoder, maps or spacing: it is replaced", flush=True)
+    if gone:
+        print(f"embed: note: no longer in the table, for they are not asked for: {_some(gone)}", flush=True)
     own = {f"{row['scan_id']}.zarr" for row in rows}
     left = sorted(name for name in open_place(output).names("dense") if name not in own)
     if left:
@@ -384,7 +316,7 @@ def describe(result: Result) -> str:
     before = f", {result.num_finished_before} of them done before" if result.num_finished_before else ""
     scans = f"{result.num_scans} scan{'s' * (result.num_scans != 1)}{before}"
     return (
-        f"embed: {scans}, {result.num_features} features each in {Path(result.output, TABLE)}, {result.reading}, "
+        f"embed: {scans}, {result.num_features} features each in {Path(result.output, vectors.TABLE)}, {result.reading}, "
         f"{result.seconds:.1f} s"
     )
 

@@ -42,6 +42,10 @@ class StoredScan:
     def num_voxels(self) -> int:
         return int(np.prod(self.record.shape))
 
+    def size(self) -> int:
+        """What grows with the scan."""
+        return self.num_voxels()
+
     def read(self) -> ct.Scan:
         """The scan in the stored orientation.
 
@@ -75,12 +79,18 @@ class ScanFile:
 
     def stamp(self) -> str:
         """Changes where a file's name, size or time does."""
-        folder = [self.path / name for name in self.slices] if self.path.is_dir() else itk.files_of(self.path)
-        found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder]
+        found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._files()]
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    def _files(self) -> list[Path]:
+        return [self.path / name for name in self.slices] if self.path.is_dir() else itk.files_of(self.path)
 
     def num_voxels(self) -> int:
         return ct.num_voxels(self.path, self.slices)
+
+    def size(self) -> int:
+        """What grows with the scan, roughly: bytes of its files, 0 where they are gone."""
+        return sum(file.stat().st_size for file in self._files() if file.exists())
 
     def read(self) -> ct.Scan:
         """The scan in the stored orientation; errors as of `ct.read_scan`."""

@@ -22,6 +22,7 @@ from pgl_ray.judge.voxels import read_map
 
 MOST = 127  # of an 8-bit feature
 CLIPPED = 5e-4  # share of the features, the largest ones, that become MOST
+SAMPLED = 2_000_000  # of a map's features that its scale is taken from, about
 CHUNK = 8192  # points that features are read at together
 FINE = 3  # a coarse step is divided by this for the search around the best point
 
@@ -122,7 +123,7 @@ def encode(encoder: ScanEncoder, scans: Sequence[Scan], names: Sequence[str] = (
 
 def _scale(maps: list[Tensor]) -> float:
     """8-bit steps per unit, for all scans alike; few outliers are clipped, which leaves finer steps to the rest."""
-    sizes = torch.cat([one.float().abs().flatten() for one in maps])
+    sizes = torch.cat([one.flatten()[:: max(1, one.numel() // SAMPLED)].float().abs() for one in maps])
     largest = sizes.kthvalue(max(1, round(len(sizes) * (1 - CLIPPED)))).values.item()
     return MOST / max(largest, 1e-6)
 

@@ -1,0 +1,114 @@
+"""The table of vectors: a Parquet file with a row per scan, and parts of it while it grows.
+
+A reader sees the old table or the new one. The file says of its vectors what holds for all of them: weights, maps,
+state of BatchNorm.
+"""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pgl_ray.data.place import write_aside
+
+TABLE, PARTS = "embeddings.parquet", "parts"
+SAME = ("encoder_hash", "maps", "spacing")  # of what a table says, without which vectors cannot be compared
+COLUMNS = {
+    "scan_id": pa.string(),
+    "source": pa.string(),
+    "shape": pa.list_(pa.int64()),
+    "spacing_mm": pa.list_(pa.float64()),
+    "affine": pa.list_(pa.float64()),
+    "scan_hash": pa.string(),
+    "encoder_hash": pa.string(),
+    "vector": pa.list_(pa.float32()),
+    "notes": pa.list_(pa.string()),
+    "picture": pa.binary(),
+}
+
+
+def table_bytes(rows: list[dict], told: dict[str, Any]) -> bytes:
+    """A Parquet file of rows with the keys of COLUMNS, and what is told of them in its metadata ("pgl_ray")."""
+    schema = pa.schema(list(COLUMNS.items()), metadata={"pgl_ray": json.dumps(told)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def write_part(folder: Path, rows: list[dict], told: dict[str, Any]) -> None:
+    """Keeps rows of a table that is not whole yet; none is no part."""
+    if rows:
+        (folder / PARTS).mkdir(exist_ok=True)
+        write_aside(folder / PARTS / f"{time.time_ns()}-{os.getpid()}.parquet", table_bytes(rows, told))
+
+
+def read_table(path: Path) -> tuple[list[dict], dict[str, Any]]:
+    """Rows of a table, their vectors as float32 arrays, and what it says of them.
+
+    Raises:
+        ValueError: damaged, or no such table.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(path.read_bytes()))
+        told = json.loads(table.schema.metadata[b"pgl_ray"])
+        rows = table.to_pylist()
+        return [row | {"vector": np.array(row["vector"], np.float32)} for row in rows], told
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or no table of embed: {' '.join(str(error).split())}") from None
+
+
+def read_earlier(folder: Path, told: dict[str, Any]) -> tuple[dict[str, dict], list[str]]:
+    """Rows by scan_id of a folder's table and parts whose vectors are of the same kind, and what cannot be read."""
+    found, faults = {}, []
+    for path in [folder / TABLE, *sorted((folder / PARTS).glob("*.parquet"))]:
+        if not path.exists():
+            continue
+        try:
+            rows, before = read_table(path)
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        if same_kind(before, told):
+            found |= {row["scan_id"]: row for row in rows}
+    return found, faults
+
+
+def same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether vectors can be compared, by what two tables say."""
+    return all(one.get(key) == other.get(key) for key in SAME)
+
+
+def write_table(folder: Path, rows: list[dict], told: dict[str, Any], asked: set[str]) -> tuple[bool, list[str]]:
+    """Replaces a folder's table and removes its parts.
+
+    Args:
+        folder: of the table.
+        rows: all of them.
+        told: what holds for them.
+        asked: scan_ids that were asked for, failed ones among them.
+
+    Returns:
+        Whether the table before had vectors of another kind; where not, the scans of it that were not asked for now.
+    """
+    path, gone = folder / TABLE, []
+    parts = sorted((folder / PARTS).glob("*.parquet"))
+    try:
+        earlier, before = read_table(path) if path.exists() else ([], told)
+    except ValueError:
+        earlier, before = [], told
+    replaced = not same_kind(before, told)
+    if not replaced:
+        gone = [row["scan_id"] for row in earlier if row["scan_id"] not in asked]
+    write_aside(path, table_bytes(rows, told))
+    for part in parts:
+        part.unlink(missing_ok=True)
+    for name in (PARTS, ".part"):  # .part is where dense maps are written before they are whole
+        if not any((folder / name).glob("*")):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    return replaced, gone
