@@ -31,7 +31,7 @@ PAGE, KEPT = "embed.html", "preparation.npz"
 FEW = 32  # scans for which Ray is not started
 EVERY_S = 10.0  # between two writes of what is finished, and two lines of progress
 BYTES_PER_VOXEL = 24  # of a scan while it is encoded, maps included
-PROCESS_BYTES = 1e9  # of a process beside that
+PROCESS_BYTES = 10**9  # of a process beside that
 SHOWN = 5  # names in a line
 
 
@@ -206,7 +206,7 @@ def _on_ray(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile],
 
     have = ray.cluster_resources()
     gpus, rooms = int(have.get("GPU", 0)), [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
-    need = min(PROCESS_BYTES + BYTES_PER_VOXEL * _most_voxels(todo), int(max(rooms)))
+    need = int(min(PROCESS_BYTES + BYTES_PER_VOXEL * _most_voxels(todo), max(rooms)))
     cores = int(have["CPU"]) if shared or config.ray.num_cpus else os.cpu_count() or 1  # ours has 4 by name at least
     fit = sum(int(room // need) for room in rooms) if need else len(todo)
     wanted = min(config.workers or gpus or cores, len(todo))
@@ -315,10 +315,9 @@ def describe(result: Result) -> str:
     """The closing line."""
     before = f", {result.num_finished_before} of them done before" if result.num_finished_before else ""
     scans = f"{result.num_scans} scan{'s' * (result.num_scans != 1)}{before}"
-    return (
-        f"embed: {scans}, {result.num_features} features each in {Path(result.output, vectors.TABLE)}, {result.reading}, "
-        f"{result.seconds:.1f} s"
-    )
+    table = Path(result.output, vectors.TABLE)
+    each = f"{result.num_features} features each in {table}, {result.reading}"
+    return f"embed: {scans}, {each}, {result.seconds:.1f} s"
 
 
 def main() -> None:
