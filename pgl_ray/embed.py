@@ -173,12 +173,14 @@ def _embedded(
                 waiting.append(row)
             now = time.monotonic()
             first = first or now  # processes that start are no rate
-            if now - shown > EVERY_S and 1 < done < len(todo):
-                shown, rate = now, (now - first) / (done - 1)
-                left = (len(todo) - done) * rate
-                print(f"embed: {done}/{len(todo)} scans, {rate:.2f} s per scan, {left:.0f} s left", flush=True)
+            if now - shown > EVERY_S:
+                shown = now
                 vectors.write_part(output, waiting, told)
                 waiting = []
+                if 1 < done < len(todo):
+                    rate = (now - first) / (done - 1)
+                    left = f"{rate:.2f} s per scan, {(len(todo) - done) * rate:.0f} s left"
+                    print(f"embed: {done}/{len(todo)} scans, {left}", flush=True)
     finally:  # an interrupted call keeps what it has
         vectors.write_part(output, waiting, told)
     return rows, failed, time.monotonic() - began
