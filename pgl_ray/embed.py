@@ -109,11 +109,12 @@ def _encoder(config: EmbedConfig, index: Index | None, output: Path) -> tuple[Sc
     if index is None:
         return encoder, "BatchNorm as trained"
     key, path = json.dumps([encoder.hash, index.store, config.seed]), output / KEPT
+    reading = f"BatchNorm re-estimated on {NUM_VIEWS} views of {index.store}"
     try:
         with np.load(path, allow_pickle=False) as kept:
             if str(kept["key"]) == key:
                 found = {name: kept[name] for name in kept.files if name != "key"}
-                return encoder.with_statistics(found), f"BatchNorm re-estimated on {NUM_VIEWS} views, as in {path.name}"
+                return encoder.with_statistics(found), f"{reading}, kept in {path.name}"
     except (OSError, ValueError, KeyError):
         pass
     encoder = api.load_encoder(config.init, index, **options)
@@ -123,7 +124,7 @@ def _encoder(config: EmbedConfig, index: Index | None, output: Path) -> tuple[Sc
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-    return encoder, f"BatchNorm re-estimated on {NUM_VIEWS} views of {index.store}"
+    return encoder, reading
 
 
 def _spacing(config: EmbedConfig, encoder: ScanEncoder) -> tuple[float, float, float] | None:

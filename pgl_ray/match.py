@@ -108,7 +108,7 @@ def run(config: MatchConfig) -> Result:
 
     codes = search.encode(encoder, scans, config.maps, config.seed)
     among = search.candidates(scans[1], codes[1])
-    voxels = [_inside(scans[0], one) for one in asked]
+    voxels = [_voxel(scans[0], one.place_mm) for one in asked]
     found = [search.search(codes[0], voxel, codes[1], among, config.apart_mm) for voxel in voxels]
     rows = [_row(one.name, scans, voxel, place) for one, voxel, place in zip(asked, voxels, found)]
     names = _similarity_maps(config, asked, found, among, scans[1], own[1], files[1])
@@ -147,7 +147,7 @@ def places(config: MatchConfig, scan: ct.Scan) -> list[Asked]:
     if config.landmarks:
         found += _landmarks(Path(config.landmarks))
     for one in found:
-        _inside(scan, one)
+        _check_inside(scan, one)
     return found
 
 
@@ -209,11 +209,17 @@ def _landmarks(path: Path) -> list[Asked]:
     return found
 
 
-def _inside(scan: ct.Scan, asked: Asked) -> np.ndarray:
+def _check_inside(scan: ct.Scan, asked: Asked) -> None:
     try:
-        return search.voxel_at(scan, asked.place_mm)
+        search.voxel_at(scan, asked.place_mm)
     except ValueError as error:
         raise ValueError(f"{asked.name}: {str(error).replace('of the scan', 'of scan A', 1)}") from None
+
+
+def _voxel(scan: ct.Scan, place_mm: np.ndarray) -> np.ndarray:
+    """The voxel nearest to a place of the scan; a resampled grid may end half a voxel before the scan does."""
+    index = (np.linalg.inv(scan.affine) @ [*place_mm, 1.0])[:3]
+    return np.floor(index + 0.5).astype(np.int64).clip(0, np.array(scan.voxels.shape) - 1)
 
 
 def _prepared(encoder: ScanEncoder, scan: ct.Scan, key: str, config: MatchConfig) -> ct.Scan:

@@ -254,6 +254,14 @@ def test_other_spacing_is_said_and_resampled_on_request(tmp_path, files, capsys)
     assert nib.load(tmp_path / "weights/similarity_01_point.nii.gz").shape == fine.shape[::-1]
 
 
+@pytest.mark.parametrize("voxel", [(0, 0, 0), (79, 63, 23)])
+def test_a_corner_is_inside_of_a_resampled_scan(tmp_path, files, voxel):
+    match.run(config(files, tmp_path, voxel=voxel, spacing="weights", maps=["layer4"], similarity_maps=0, page_mb=0))
+    (row,) = rows_of(tmp_path)
+    asked = (nib.load(files / "a.nii.gz").affine @ [*voxel, 1])[:3]
+    assert np.abs(place(row, "a") - asked).max() < 4.5
+
+
 def test_a_second_call_leaves_nothing_of_the_first(tmp_path, files):
     match.run(config(files, tmp_path, labels=str(files / "label.nii.gz")))
     assert len(list(tmp_path.glob("similarity_*"))) == 2 and (tmp_path / "match.html").exists()
