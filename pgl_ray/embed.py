@@ -7,6 +7,7 @@ is kept, so the same command continues an interrupted one and adds what is new.
 import json
 import os
 import time
+import zipfile
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,10 +81,10 @@ def run(config: EmbedConfig) -> Result:
     if todo:
         fresh, failed, seconds = _embedded(config, (encoder, names, spacing, folder), todo, output, told)
         rows |= fresh
-    if not rows:
-        raise FailedRun(_failures(failed, len(scans)))
     ordered = [rows[scan.scan_id] for scan in scans if scan.scan_id in rows]
     _say(ordered, failed)
+    if not rows:
+        raise FailedRun(_failures(failed, len(scans)))
     _finish(output, ordered, told, {scan.scan_id for scan in scans})
     shown = {scan.scan_id: scan for scan in scans if scan.scan_id in rows}
     page = embed_page.make_page(ordered, shown, encoder, spacing, config.pictures, told)
@@ -115,8 +116,8 @@ def _encoder(config: EmbedConfig, index: Index | None, output: Path) -> tuple[Sc
             if str(kept["key"]) == key:
                 found = {name: kept[name] for name in kept.files if name != "key"}
                 return encoder.with_statistics(found), f"{reading}, kept in {path.name}"
-    except (OSError, ValueError, KeyError):
-        pass
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # none there, or damaged
     encoder = api.load_encoder(config.init, index, **options)
     aside = path.with_name(f".part{os.getpid()}.npz")
     try:

