@@ -119,7 +119,9 @@ def scan_files(source: Path, key: str = "input") -> list[ScanFile]:
             raise ValueError(f"{key}={source}: not a supported format ({', '.join(ct.SUFFIXES)}): convert it")
         return [ScanFile(ct.bare_name(source), source)]
     files = [
-        ScanFile(ct.bare_name(path), path) for path in sorted(source.iterdir()) if path.is_file() and ct.is_volume(path)
+        ScanFile(ct.bare_name(path), path)
+        for path in sorted(source.iterdir())
+        if ct.is_volume(path) and not path.is_dir()
     ]
     found = dicom.find(source).series
     files += [
