@@ -1042,6 +1042,14 @@ class MatchConfig(FeaturesConfig):
     page_mb: Annotated[float, Field(ge=0)] = 25.0
     """Largest page in MB; 0: none is made."""
 
+    @field_validator("point", "voxel", mode="before")
+    @classmethod
+    def _three(cls, value, info):
+        if value is not None and (not isinstance(value, list | tuple) or len(value) != 3):
+            what = "[x,y,z] in mm" if info.field_name == "point" else "[i,j,k]"
+            raise ValueError(f"{info.field_name}={value}: expected three numbers, {what}")
+        return value
+
 
 class DemoConfig(Section):
     """Phantoms -> prepare -> pre-train -> judges -> fine-tune -> evaluate -> report at a small size."""

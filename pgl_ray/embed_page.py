@@ -60,7 +60,10 @@ def make_page(
     pictured = sorted({*chosen, *(other for _, others in near for other, _ in others)})
     uris = {k: base64.b64encode(rows[k]["picture"]).decode() for k in pictured}
     places, shares = components(vectors)
-    colors, why = _colors(rows, scans, encoder, spacing_mm)
+    try:
+        colors, why = _colors(rows, scans, encoder, spacing_mm), ""
+    except (ValueError, OSError, RuntimeError) as error:  # a file that is gone by now, a scan without a body
+        colors, why = "", f"There is no picture of features as colours: {' '.join(str(error).split())}"
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.get_template("embed.html").render(
@@ -151,12 +154,9 @@ def _colors(
     scans: Mapping[str, StoredScan | ScanFile],
     encoder: ScanEncoder,
     spacing_mm: tuple[float, float, float] | None,
-) -> tuple[str, str]:
-    """A picture of a few scans beside their features as colours, or why there is none."""
-    try:
-        read = [(rows[k]["scan_id"], scans[rows[k]["scan_id"]].read()) for k in spread(len(rows), NUM_COLORED)]
-    except (ValueError, OSError, RuntimeError) as error:
-        return "", f"There is no picture of features as colours: {' '.join(str(error).split())}"
+) -> str:
+    """A picture of a few scans beside their features as colours."""
+    read = [(rows[k]["scan_id"], scans[rows[k]["scan_id"]].read()) for k in spread(len(rows), NUM_COLORED)]
     read = [(name, at_spacing(scan, spacing_mm) if spacing_mm else scan) for name, scan in read]
     maps = StandardisedMaps(encoder.network, views_of(encoder, [scan for _, scan in read], 0))
     shown = [_Shown(_Size(scan.spacing_mm), scan.voxels, encoder.scaling(scan.voxels)) for _, scan in read]
@@ -169,4 +169,4 @@ def _colors(
         image = scan.voxels[at]
         step = slice_step(scan.voxels.shape)
         panels.append(feature_pictures.Colored(title, image, np.zeros(image.shape, int), body, unit_mm, [one], step))
-    return to_png(feature_pictures.features(panels, ["features as colours"]), dpi=110), ""
+    return to_png(feature_pictures.features(panels, ["features as colours"]), dpi=110)

@@ -104,6 +104,10 @@ def run(config: MatchConfig) -> Result:
     scans = [_prepared(encoder, scan, key, config) for scan, key in zip(own, ("a", "b"))]
     if files[0].path.resolve() == files[1].path.resolve() and files[0].slices == files[1].slices:
         print("match: note: a and b are the same scan: every place should find itself", flush=True)
+    try:
+        search.grid_points(scans[1])
+    except ValueError as error:
+        raise ValueError(f"b={config.b}: {error}") from None
     match_page.check_size(encoder, scans, config.maps, config.page_mb)
 
     codes = search.encode(encoder, scans, config.maps, config.seed)

@@ -388,6 +388,15 @@ def test_the_page_needs_nothing_else(tmp_path, cts):
     assert text.count('class="near"') == 1 and "3 more scans are in the table alone" in text
 
 
+@pytest.mark.parametrize(("shape", "scale"), [((1, 40, 48), 0.25), ((3, 5, 4), 1.0), (SHAPE, None)])
+def test_thin_and_blank_scans_have_a_row(tmp_path, shape, scale):
+    voxels = np.full(shape, -1000, np.int16) if scale is None else body(0, shape)
+    affine = np.diag([-4.5, -4.0, 3.0, 1.0]) @ np.diag([*[scale or 1.0] * 3, 1])
+    nib.save(nib.Nifti1Image(voxels.transpose(2, 1, 0), affine), tmp_path / "s.nii.gz")
+    embed.run(config(tmp_path / "o", input=str(tmp_path / "s.nii.gz"), dense=True))
+    assert np.isfinite(table(tmp_path / "o")["s"]["vector"]).all() and (tmp_path / "o/embed.html").exists()
+
+
 def test_one_scan_has_a_page_too(tmp_path, cts):
     embed.run(config(tmp_path / "o", input=str(cts / "s0.nii.gz")))
     assert "1 scan as features" in (tmp_path / "o/embed.html").read_text() and list(table(tmp_path / "o")) == ["s0"]

@@ -312,7 +312,9 @@ WRONG = [
     (["labels={files}/small_label.nii.gz"], "label shape"),
     (["labels={files}/label.nii.gz", "names.liver=5"], "names: liver=5 is not in"),
     (["voxel=[0,0,0]", "index={tmp}"], "is not a store"),
-    (["point=[1,2]"], "point"),
+    (["point=[1,2]"], "point=[1, 2]: expected three numbers, [x,y,z] in mm"),
+    (["voxel=7"], "voxel=7: expected three numbers, [i,j,k]"),
+    (["voxel=[0,0,0]", "b={tmp}/thin.nii.gz"], "thin.nii.gz: a scan of (1, 64, 80) voxels (D, H, W) is too thin"),
     (["apart_mm=-1"], "apart_mm"),
 ]
 
@@ -325,6 +327,7 @@ def test_wrong_use_is_one_line(tmp_path, files, monkeypatch, capsys, args, messa
     (tmp_path / "notes.txt").write_text("nothing of use\n")
     (tmp_path / "bad.csv").write_text("name,x,y,z\na,-20,20,20\nb,1,x,3\n")
     (tmp_path / "far.csv").write_text("name,x,y,z\nfar,1,2,9000\n")
+    nib.save(nib.Nifti1Image(in_file(body()[:1], "LPS"), affine_of("LPS")), tmp_path / "thin.nii.gz")
     if any("plain" in arg for arg in args):
         torch.save(Encoder().state_dict(), tmp_path / "plain.pth")
     names = {"files": files, "tmp": tmp_path}
