@@ -62,7 +62,7 @@ def make_page(
     places, shares = components(vectors)
     try:
         colors, why = _colors(rows, scans, encoder, spacing_mm), ""
-    except (ValueError, OSError, RuntimeError) as error:  # a file that is gone by now, a scan without a body
+    except (ValueError, OSError, RuntimeError, IndexError) as error:  # a file is gone by now, a scan has no body
         colors, why = "", f"There is no picture of features as colours: {' '.join(str(error).split())}"
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

@@ -293,7 +293,7 @@ WRONG = [
     ),
     (
         ["voxel=[0,0,0]", "page_mb=0.7"],
-        "MB, page_mb=0.7: take maps=[layer2,layer3,layer4] (0.5 MB), or page_mb=1",
+        "MB, page_mb=0.7: take maps=[layer2,layer3,layer4] (0.6 MB), or page_mb=1",
     ),
     (["voxel=[0,0,0]", "page_mb=0.01"], "or page_mb=0 for no page"),
     (["voxel=[0,0,0]", "init=random"], "init=random has learnt nothing"),

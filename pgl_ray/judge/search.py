@@ -5,6 +5,7 @@ What is compared is fixed to the bit: features are whole numbers, they are read 
 interpolation, whose weights are multiples of a power of two, and sums of these are exact in float64 in any order.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,8 +58,8 @@ class Codes:
         at, found = torch.from_numpy(np.asarray(voxels) + 0.5), []
         for one, stride, center in zip(self.maps, self.strides, self.centers):
             features = torch.from_numpy(one).double()
-            parts = [read_map(features, few, stride, center).square().sum(1).sqrt() for few in at.split(CHUNK)]
-            found.append(torch.cat(parts).numpy())
+            parts = [read_map(features, few, stride, center).square().sum(1) for few in at.split(CHUNK)]
+            found.append(np.sqrt(torch.cat(parts).numpy()))  # torch's own root may be one bit off
         return np.stack(found)
 
 
@@ -175,7 +176,7 @@ def search(query: Codes, voxel: np.ndarray, target: Codes, among: Candidates, ap
         at, total = torch.from_numpy(voxels + 0.5), np.zeros(len(voxels))
         for level, product in enumerate(products):
             dot = read_map(product, at, target.strides[level], target.centers[level])[:, 0].numpy()
-            both = float(asked[level].square().sum().sqrt()) * lengths[level].astype(np.float64)
+            both = math.sqrt(float(asked[level].square().sum())) * lengths[level].astype(np.float64)
             total += np.divide(dot, both, out=np.zeros(len(voxels)), where=both > 0)
         return total / len(products)
 
