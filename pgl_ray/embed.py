@@ -77,14 +77,14 @@ def run(config: EmbedConfig) -> Result:
     print(f"embed: {len(scans)} scan{'s' * (len(scans) != 1)}{known}; maps {', '.join(names)}; {reading}", flush=True)
 
     folder = str(output) if config.dense else None
-    rows, failed, seconds = dict(before), {}, 0.0
+    rows, failed, label_maps, seconds = dict(before), {}, {}, 0.0
     if todo:
-        fresh, failed, seconds = _embedded(config, (encoder, names, spacing, folder), todo, output, told)
+        fresh, failed, label_maps, seconds = _embedded(config, (encoder, names, spacing, folder), todo, output, told)
         rows |= fresh
     ordered = [rows[scan.scan_id] for scan in scans if scan.scan_id in rows]
-    _say(ordered, failed)
+    _say(ordered, label_maps | failed)
     if not rows:
-        raise FailedRun(_failures(failed, len(scans)))
+        raise FailedRun(_failures(label_maps | failed, len(scans)))
     _finish(output, ordered, told, {scan.scan_id for scan in scans})
     shown = {scan.scan_id: scan for scan in scans if scan.scan_id in rows}
     page = embed_page.make_page(ordered, shown, encoder, spacing, config.pictures, told)
@@ -157,9 +157,13 @@ def _told(config: EmbedConfig, encoder: ScanEncoder, names: tuple[str, ...], rea
 
 def _embedded(
     config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile], output: Path, told: dict[str, Any]
-) -> tuple[dict[str, dict], dict[str, str], float]:
-    """Rows of new scans, why others have none, and seconds; what is finished is written every few seconds."""
-    rows, failed, waiting = {}, {}, []
+) -> tuple[dict[str, dict], dict[str, str], dict[str, str], float]:
+    """Rows of new scans, why others have none, which are label maps, and seconds.
+
+    Label maps beside CTs are none of this door's business, so they are left out and no failure. What is finished is
+    written every few seconds.
+    """
+    rows, failed, label_maps, waiting = {}, {}, {}, []
     began = shown = first = None
     try:
         for done, row in enumerate(_rows(config, work, todo)):
@@ -169,7 +173,7 @@ def _embedded(
             if "failed" not in row and config.dense and not dense_hashes(output, row["scan_id"]):
                 row["failed"] = f"its maps are not in {output}: all nodes must share that folder"
             if "failed" in row:
-                failed[row["scan_id"]] = row["failed"]
+                (label_maps if "no_ct" in row else failed)[row["scan_id"]] = row["failed"]
             else:
                 rows[row["scan_id"]] = row
                 waiting.append(row)
@@ -185,7 +189,7 @@ def _embedded(
                     print(f"embed: {done}/{len(todo)} scans, {left}", flush=True)
     finally:  # an interrupted call keeps what it has
         vectors.write_part(output, waiting, told)
-    return rows, failed, time.monotonic() - began
+    return rows, failed, label_maps, time.monotonic() - began
 
 
 def _rows(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile]) -> Iterator[Any]:

@@ -232,7 +232,8 @@ def _prepared(encoder: ScanEncoder, scan: ct.Scan, key: str, config: MatchConfig
         if encoder.spacing_mm is None:
             raise ValueError(f"spacing=weights: init={config.init} does not say its voxel size: take spacing=own")
         scan = at_spacing(scan, encoder.spacing_mm)
-    notes = disagreements(encoder.facts, encoder.hu_window, scan.voxels, scan.affine) if encoder.facts else []
+    notes = list(scan.notes)
+    notes += disagreements(encoder.facts, encoder.hu_window, scan.voxels, scan.affine) if encoder.facts else []
     for note in notes:
         mend = "; spacing=weights resamples it" if note.startswith("its voxels are") else ""
         print(f"match: note: {key}={getattr(config, key)}: {note}{mend}", flush=True)

@@ -312,6 +312,15 @@ def test_a_bad_file_does_not_stop_the_others(tmp_path, cts, capsys):
     assert "left out: bad: " in capsys.readouterr().out
 
 
+def test_a_label_map_beside_cts_is_left_out(tmp_path, cts, capsys):
+    label = (body(0) > 0).astype(np.int16).transpose(2, 1, 0)
+    nib.save(nib.Nifti1Image(label, np.diag([-4.5, -4.0, 3.0, 1.0])), cts / "mask.nii.gz")
+    assert embed.run(config(tmp_path / "o", input=str(cts))).num_scans == 4
+    assert "left out: mask: " in capsys.readouterr().out and "mask" not in table(tmp_path / "o")
+    with pytest.raises(FailedRun, match="1 of 1 scans failed: mask"):
+        embed.run(config(tmp_path / "one", input=str(cts / "mask.nii.gz")))
+
+
 def test_other_spacing_is_said_once_and_resampled_on_request(tmp_path, cts, capsys):
     for path in cts.iterdir():
         image = nib.load(path)

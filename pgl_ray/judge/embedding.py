@@ -15,6 +15,7 @@ from PIL import Image
 from pgl_ray.data.ct import Scan
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.place import open_place
+from pgl_ray.data.plausible import LabelMap
 from pgl_ray.data.scans import ScanFile, StoredScan
 from pgl_ray.data.store import foreground_box
 from pgl_ray.judge.features import FeatureMap, ScanEncoder, at_spacing, pooled
@@ -48,9 +49,11 @@ class Embedder:
         self.hash = encoder.hash
 
     def row(self, scan: StoredScan | ScanFile) -> dict[str, Any]:
-        """The scan's row of the table, or its scan_id and why there is none ("failed")."""
+        """The scan's row of the table, or its scan_id and why there is none ("failed"; "no_ct" for a label map)."""
         try:
             return self._row(scan)
+        except LabelMap as error:
+            return {"scan_id": scan.scan_id, "failed": str(error), "no_ct": True}
         except MemoryError:
             reason = "not enough memory"
         except Exception as error:  # whatever a damaged file may cause must not stop the other scans
@@ -61,7 +64,8 @@ class Embedder:
         stamp, read = scan.stamp(), scan.read()
         seen = at_spacing(read, self.spacing_mm) if self.spacing_mm else read
         facts, encoder = self.encoder.facts, self.encoder
-        notes = disagreements(facts, encoder.hu_window, seen.voxels, seen.affine) if facts else []
+        notes = list(read.notes)
+        notes += disagreements(facts, encoder.hu_window, seen.voxels, seen.affine) if facts else []
         maps = encoder.dense(seen, self.names)
         vector = pooled(seen, maps)
         if not np.isfinite(vector).all():
