@@ -23,7 +23,7 @@ from pgl_ray.data.place import check_writable, open_place
 from pgl_ray.data.scans import ScanFile, StoredScan, scan_files, stored_scans
 from pgl_ray.data.store import Index, write_aside
 from pgl_ray.judge import vectors
-from pgl_ray.judge.embedding import Embedder, dense_hashes
+from pgl_ray.judge.embedding import NO_MEMORY, Embedder, dense_hashes
 from pgl_ray.judge.features import ScanEncoder
 from pgl_ray.judge.readings import NUM_VIEWS
 from pgl_ray.model.inference import pick_device
@@ -81,6 +81,9 @@ def run(config: EmbedConfig) -> Result:
     if todo:
         fresh, failed, label_maps, seconds = _embedded(config, (encoder, names, spacing, folder), todo, output, told)
         rows |= fresh
+    if config.input and len(scans) == 1 and not rows:
+        (reason,) = (label_maps | failed).values()
+        raise (FailedRun if reason == NO_MEMORY else ValueError)(f"input={config.input}: {reason}")
     ordered = [rows[scan.scan_id] for scan in scans if scan.scan_id in rows]
     _say(ordered, label_maps | failed)
     if not rows:

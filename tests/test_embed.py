@@ -317,7 +317,7 @@ def test_a_label_map_beside_cts_is_left_out(tmp_path, cts, capsys):
     nib.save(nib.Nifti1Image(label, np.diag([-4.5, -4.0, 3.0, 1.0])), cts / "mask.nii.gz")
     assert embed.run(config(tmp_path / "o", input=str(cts))).num_scans == 4
     assert "left out: mask: " in capsys.readouterr().out and "mask" not in table(tmp_path / "o")
-    with pytest.raises(FailedRun, match="1 of 1 scans failed: mask"):
+    with pytest.raises(ValueError, match=r"input=.*mask.nii.gz: .*a label map or mask, no CT"):
         embed.run(config(tmp_path / "one", input=str(cts / "mask.nii.gz")))
 
 

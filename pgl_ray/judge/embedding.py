@@ -22,6 +22,7 @@ from pgl_ray.judge.features import FeatureMap, ScanEncoder, at_spacing, pooled
 
 PICTURE_PX = 96  # height of a scan's picture
 DISPLAY_HU = (-200.0, 300.0)  # soft tissue; for the eye alone
+NO_MEMORY = "not enough memory"
 CHUNK = 32  # cells per axis of a chunk of dense maps
 
 
@@ -55,7 +56,7 @@ class Embedder:
         except LabelMap as error:
             return {"scan_id": scan.scan_id, "failed": str(error), "no_ct": True}
         except MemoryError:
-            reason = "not enough memory"
+            reason = NO_MEMORY
         except Exception as error:  # whatever a damaged file may cause must not stop the other scans
             reason = " ".join(str(error).split()) or type(error).__name__
         return {"scan_id": scan.scan_id, "failed": reason}
