@@ -151,7 +151,8 @@ def _told(config: EmbedConfig, encoder: ScanEncoder, names: tuple[str, ...], rea
         maps.append({"name": name, "columns": [start, stop], "stride": stride, "center": center})
         start = stop
     said = {"init": config.init, "encoder_hash": encoder.hash, "maps": maps, "reading": reading}
-    said |= {"spacing": config.spacing, "pooled_over": "body", "made_by": f"pgl_ray {pgl_ray.__version__}"}
+    said |= {"hu_window": list(encoder.hu_window), "size": list(encoder.size), "spacing": config.spacing}
+    said |= {"pooled_over": "body", "made_by": f"pgl_ray {pgl_ray.__version__}"}
     return said
 
 
