@@ -57,6 +57,11 @@ DOORS = {
     ),
     "predict": Door(c.PredictConfig, stores=()),
     "probe": Door(c.ProbeConfig, "init index judges size split num_scans test_split num_test_scans control output"),
+    "embed": Door(c.EmbedConfig, "init index input output maps dense spacing workers pictures ray.address"),
+    "match": Door(
+        c.MatchConfig,
+        "init a b point voxel labels names landmarks output index maps spacing apart_mm similarity_maps page_mb",
+    ),
     "tune": Door(
         c.TuneConfig,
         "run index arms space base_pretrain base_finetune judge scheduler.kind search num_trials",

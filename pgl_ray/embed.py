@@ -4,6 +4,11 @@
 is kept, so the same command continues an interrupted one and adds what is new.
 """
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("embed")
+
 import json
 import os
 import time
@@ -18,8 +23,8 @@ import torch
 
 import pgl_ray
 from pgl_ray import api, embed_page
-from pgl_ray.config import EmbedConfig, FailedRun, command
-from pgl_ray.data.place import check_writable, open_place
+from pgl_ray.config import EmbedConfig, FailedRun
+from pgl_ray.data.place import check_writable, open_place, put_in_place
 from pgl_ray.data.scans import ScanFile, StoredScan, scan_files, stored_scans
 from pgl_ray.data.store import Index, write_aside
 from pgl_ray.judge import vectors
@@ -125,7 +130,7 @@ def _encoder(config: EmbedConfig, index: Index | None, output: Path) -> tuple[Sc
     aside = path.with_name(f".part{os.getpid()}.npz")
     try:
         np.savez(aside, key=key, **encoder.statistics())
-        aside.replace(path)
+        put_in_place(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     return encoder, reading
@@ -330,11 +335,3 @@ def describe(result: Result) -> str:
     table = Path(result.output, vectors.TABLE)
     each = f"{result.num_features} features each in {table}, {result.reading}"
     return f"embed: {scans}, {each}, {result.seconds:.1f} s"
-
-
-def main() -> None:
-    command("embed", EmbedConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,11 @@ Nothing is trained: a place of scan A is found in scan B by the nearest feature,
 The page that is written holds the same 8-bit features, so a click in it gives the same answer as the command.
 """
 
+if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
+    from pgl_ray import cli
+
+    cli.main("match")
+
 import csv
 import io
 import json
@@ -17,10 +22,10 @@ import numpy as np
 
 import pgl_ray
 from pgl_ray import api, match_page
-from pgl_ray.config import MatchConfig, command
+from pgl_ray.config import MatchConfig
 from pgl_ray.data import ct
 from pgl_ray.data.facts import disagreements
-from pgl_ray.data.place import check_writable
+from pgl_ray.data.place import check_writable, put_in_place
 from pgl_ray.data.resample import onto_grid
 from pgl_ray.data.scans import ScanFile, one_scan
 from pgl_ray.data.store import write_aside
@@ -269,7 +274,7 @@ def _similarity_maps(
         aside = target.with_name(f".part{os.getpid()}.{target.name}")
         try:
             ct.write_label(aside, values, file.path, file.slices)
-            aside.replace(target)
+            put_in_place(aside, target)
         finally:
             aside.unlink(missing_ok=True)
     return names
@@ -333,11 +338,3 @@ def describe(result: Result) -> str:
 
 def _text(place: np.ndarray | None) -> str:
     return "-" if place is None else ", ".join(f"{value + 0.0:.1f}" for value in place)
-
-
-def main() -> None:
-    command("match", MatchConfig, run, describe)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from itertools import product
 
 import nibabel as nib
@@ -13,7 +12,7 @@ import torch
 import zarr
 from scipy import ndimage
 
-from pgl_ray import api, embed, embed_page, export
+from pgl_ray import api, cli, embed, embed_page, export
 from pgl_ray.config import EmbedConfig, FailedRun, build
 from pgl_ray.data import store
 from pgl_ray.data.ct import Scan
@@ -364,7 +363,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("args", "message"), WRONG, ids=[f"{k}-{m[:24]}" for k, (_, m) in enumerate(WRONG)])
-def test_wrong_use_is_one_line(tmp_path, cts, monkeypatch, capsys, args, message):
+def test_wrong_use_is_one_line(tmp_path, cts, capsys, args, message):
     from pgl_ray.model.resnet import Encoder
 
     (tmp_path / "none").mkdir()
@@ -375,9 +374,8 @@ def test_wrong_use_is_one_line(tmp_path, cts, monkeypatch, capsys, args, message
         torch.save(Encoder().state_dict(), tmp_path / "plain.pth")
     given = {"init": INIT, "output": f"{tmp_path}/o"}
     given |= dict(arg.format(tmp=tmp_path, cts=cts, other=tmp_path / "other").split("=", 1) for arg in args)
-    monkeypatch.setattr(sys, "argv", ["embed", *(f"{key}={value}" for key, value in given.items())])
     with pytest.raises(SystemExit) as stop:
-        embed.main()
+        cli.call("embed", [f"{key}={value}" for key, value in given.items()])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and message in err and err.startswith("pgl_ray.embed: "), err
 

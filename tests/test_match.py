@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from itertools import product
 
 import nibabel as nib
@@ -15,7 +14,7 @@ import torch
 from browser import CHROMIUM, Page
 from scipy import ndimage
 
-from pgl_ray import match
+from pgl_ray import cli, match
 from pgl_ray.config import MatchConfig, build
 from pgl_ray.data import ct
 from pgl_ray.judge import search
@@ -320,7 +319,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("args", "message"), WRONG, ids=[f"{k}-{m[:24]}" for k, (_, m) in enumerate(WRONG)])
-def test_wrong_use_is_one_line(tmp_path, files, monkeypatch, capsys, args, message):
+def test_wrong_use_is_one_line(tmp_path, files, capsys, args, message):
     from pgl_ray.model.resnet import Encoder
 
     (tmp_path / "none").mkdir()
@@ -333,9 +332,8 @@ def test_wrong_use_is_one_line(tmp_path, files, monkeypatch, capsys, args, messa
     names = {"files": files, "tmp": tmp_path}
     given = {"init": INIT, "a": f"{files}/a.nii.gz", "b": f"{files}/b.nii.gz", "output": f"{tmp_path}/o"}
     given |= dict(arg.format(**names).split("=", 1) for arg in args)
-    monkeypatch.setattr(sys, "argv", ["match", *(f"{key}={value}" for key, value in given.items())])
     with pytest.raises(SystemExit) as stop:
-        match.main()
+        cli.call("match", [f"{key}={value}" for key, value in given.items()])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1, err
     assert message.format(**names) in err and err.startswith("pgl_ray.match: ")
