@@ -60,7 +60,7 @@ DOORS = {
     "embed": Door(c.EmbedConfig, "init index input output maps dense spacing workers pictures ray.address"),
     "match": Door(
         c.MatchConfig,
-        "init a b point voxel labels names landmarks output index maps spacing apart_mm similarity_maps page_mb",
+        "init a b point voxel labels landmarks output index spacing",
     ),
     "tune": Door(
         c.TuneConfig,

@@ -24,6 +24,8 @@ for arguments in CALLS:
 print(json.dumps([codes, [name for name in HEAVY if name in sys.modules]]))
 """
 REQUIRED = {"index": "s", "run": "r", "source": "s", "store": "s", "input": "i", "output": "o"}
+REQUIRED |= {"init": "w", "a": "a", "b": "b"}
+ONE_OF = {c.EmbedConfig: ["input=i"]}  # of several keys one must be given
 MODULES = sorted({door.split()[0] for door in cli.DOORS})
 
 
@@ -36,7 +38,8 @@ def started(module: str, *calls: list[str]) -> tuple[list[int], list[str], str, 
 
 
 def minimal(model: type[c.Section]) -> list[str]:
-    return [f"{name}={REQUIRED[name]}" for name, field in model.model_fields.items() if field.is_required()]
+    required = [name for name, field in model.model_fields.items() if field.is_required()]
+    return [*(f"{name}={REQUIRED[name]}" for name in required), *ONE_OF.get(model, [])]
 
 
 # -- light -------------------------------------------------------------------------------------------------------------
