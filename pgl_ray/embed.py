@@ -24,6 +24,7 @@ import torch
 import pgl_ray
 from pgl_ray import api, embed_page
 from pgl_ray.config import EmbedConfig, FailedRun
+from pgl_ray.data.accounts import grouped
 from pgl_ray.data.place import check_writable, open_place, put_in_place
 from pgl_ray.data.scans import ScanFile, StoredScan, scan_files, stored_scans
 from pgl_ray.data.store import Index, write_aside
@@ -69,8 +70,11 @@ def run(config: EmbedConfig) -> Result:
         FailedRun: some scans failed; the others are in the table.
     """
     index = api.open_store(config.index) if config.index else None
-    scans = scan_files(Path(config.input)) if config.input else stored_scans(index)
     output = Path(config.output)
+    if config.input:
+        scans, faults, left_out = scan_files(Path(config.input), without=[output])
+    else:
+        scans, faults, left_out = stored_scans(index), [], []
     check_writable(f"output={config.output}", output.absolute())
     encoder, reading = _encoder(config, index, output)
     spacing = _spacing(config, encoder)
@@ -86,19 +90,22 @@ def run(config: EmbedConfig) -> Result:
     if todo:
         fresh, failed, label_maps, seconds = _embedded(config, (encoder, names, spacing, folder), todo, output, told)
         rows |= fresh
-    if config.input and len(scans) == 1 and not rows:
+    if config.input and len(scans) == 1 and not rows and not faults:
         (reason,) = (label_maps | failed).values()
         raise (FailedRun if reason == NO_MEMORY else ValueError)(f"input={config.input}: {reason}")
+    failed |= {Path(fault.source).name: fault.reason for fault in faults}
+    for line in grouped(left_out):
+        print(f"embed: {line}", flush=True)
     ordered = [rows[scan.scan_id] for scan in scans if scan.scan_id in rows]
     _say(ordered, label_maps | failed)
     if not rows:
-        raise FailedRun(_failures(label_maps | failed, len(scans)))
+        raise FailedRun(_failures(label_maps | failed, len(scans) + len(faults)))
     _finish(output, ordered, told, {scan.scan_id for scan in scans})
     shown = {scan.scan_id: scan for scan in scans if scan.scan_id in rows}
     page = embed_page.make_page(ordered, shown, encoder, spacing, config.pictures, told)
     write_aside(output / PAGE, page.encode())
     if failed:
-        raise FailedRun(f"{_failures(failed, len(scans))}; the others are in {output / vectors.TABLE}")
+        raise FailedRun(f"{_failures(failed, len(scans) + len(faults))}; the others are in {output / vectors.TABLE}")
     return Result(str(output), len(ordered), len(before), len(ordered[0]["vector"]), reading, seconds)
 
 

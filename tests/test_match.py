@@ -283,8 +283,8 @@ WRONG = [
     ),
     (["voxel=[0,-1,0]"], "lies outside"),
     (["voxel=[0,0,0]", "b={files}/nowhere.nii.gz"], "b={files}/nowhere.nii.gz does not exist"),
-    (["voxel=[0,0,0]", "b={tmp}/none"], "b={tmp}/none holds no CT"),
-    (["voxel=[0,0,0]", "a={files}"], "a={files} holds 6 scans (a, b, empty, ...): name one of them"),
+    (["voxel=[0,0,0]", "b={tmp}/none"], "b={tmp}/none: no volume in it"),
+    (["voxel=[0,0,0]", "a={files}"], "a={files} holds "),
     (["voxel=[0,0,0]", "a={tmp}/notes.txt"], "not a supported format"),
     (
         ["voxel=[0,0,0]", "maps=[layer9]"],

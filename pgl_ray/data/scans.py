@@ -2,15 +2,19 @@
 
 import hashlib
 import json
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from pgl_ray.data import ct, dicom, itk
-from pgl_ray.data.layout import series_names
+from pgl_ray.data import ct, dicom
+from pgl_ray.data.accounts import unused
+from pgl_ray.data.layout import find_by_folders, refuse_empty, with_ids
+from pgl_ray.data.source import Fault, files_of
 from pgl_ray.data.store import Index, ScanRecord, open_volume
+from pgl_ray.data.walk import walk
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class ScanFile:
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     def _files(self) -> list[Path]:
-        return [self.path / name for name in self.slices] if self.path.is_dir() else itk.files_of(self.path)
+        return [self.path / name for name in self.slices] if self.path.is_dir() else files_of(self.path)
 
     def num_voxels(self) -> int:
         return ct.num_voxels(self.path, self.slices)
@@ -102,48 +106,64 @@ def stored_scans(index: Index) -> list[StoredScan]:
     return [StoredScan(index.store, record) for record in index.scans]
 
 
-def scan_files(source: Path, key: str = "input") -> list[ScanFile]:
-    """A CT file, or the CTs at the top level of a folder and the DICOM series below it.
+class Listed(NamedTuple):
+    """CTs of a file or folder, files that should be CTs and cannot be used, and files that are no CT."""
+
+    scans: list[ScanFile]
+    faults: list[Fault]
+    left_out: list[Fault]
+
+
+def scan_files(source: Path, key: str = "input", without: Iterable[Path] = ()) -> Listed:
+    """The CTs of a file or folder, found and named as prepare and predict do it.
 
     Args:
         source: file or folder.
         key: what the user gave it as, for messages.
+        without: folders that are not looked into, as that of results.
 
     Raises:
-        ValueError: nothing there, no CT, or two of one name.
+        ValueError: nothing there, or no CT.
     """
     if not source.exists():
         raise ValueError(f"{key}={source} does not exist")
     if not source.is_dir():
-        if not ct.is_volume(source):
-            raise ValueError(f"{key}={source}: not a supported format ({', '.join(ct.SUFFIXES)}): convert it")
-        return [ScanFile(ct.bare_name(source), source)]
-    files = [
-        ScanFile(ct.bare_name(path), path)
-        for path in sorted(source.iterdir())
-        if ct.is_volume(path) and not path.is_dir()
-    ]
-    found = dicom.find(source).series
-    files += [
-        ScanFile(name, Path(one.folder), tuple(one.slices)) for one, name in zip(found, series_names(found, source))
-    ]
-    if not files:
-        suffixes = ", ".join(ct.SUFFIXES)
-        raise ValueError(f"{key}={source} holds no CT ({suffixes}) at its top level, nor DICOM below")
-    twice = [name for name, count in Counter(one.scan_id for one in files).items() if count > 1]
-    if twice:
-        raise ValueError(f"{key}={source} holds several scans named {', '.join(twice)}: rename all but one of each")
-    return files
+        if ct.is_volume(source):
+            return Listed([ScanFile(ct.bare_name(source), source)], [], [])
+        if dicom.is_dicom(source):
+            return Listed([_series_of(source.absolute(), key)], [], [])
+        raise ValueError(f"{key}={source}: not a supported format ({', '.join(ct.SUFFIXES)}, DICOM): convert it")
+    folder = source.resolve()
+    tree = walk(folder, without=[path.resolve() for path in without])
+    found = find_by_folders(folder, tree, {})
+    found.left_out.extend(unused(tree, found))
+    refuse_empty(found, f"{key}={source}")
+    scans = [ScanFile(one.scan_id, Path(one.image), tuple(one.slices)) for one in with_ids(found)]
+    return Listed(scans, sorted(found.faults), sorted(found.left_out))
+
+
+def _series_of(path: Path, key: str) -> ScanFile:
+    """The series that a DICOM file belongs to."""
+    found = dicom.find(path.parent)
+    for one in found.series:
+        if str(path) in one.paths():
+            if doubt := found.doubt(one):
+                raise ValueError(doubt)
+            return ScanFile(path.parent.name, Path(one.folder), tuple(one.slices))
+    why = dict((*found.left_out, *found.unreadable)).get(str(path), "no slice of a CT series")
+    raise ValueError(f"{key}={path}: {why.removeprefix(f'{path}: ')}")
 
 
 def one_scan(source: Path, key: str) -> ScanFile:
     """The one CT at a path.
 
     Raises:
-        ValueError: as `scan_files`; several of them.
+        ValueError: as `scan_files`; several of them, or one that cannot be used.
     """
-    found = scan_files(source, key)
-    if len(found) > 1:
-        names = ", ".join(one.scan_id for one in found[:3]) + (", ..." if len(found) > 3 else "")
-        raise ValueError(f"{key}={source} holds {len(found)} scans ({names}): name one of them")
-    return found[0]
+    scans, faults, _ = scan_files(source, key)
+    if len(scans) == 1:
+        return scans[0]
+    if not scans:
+        raise ValueError(f"{key}={source}: {faults[0].source}: {faults[0].reason}")
+    names = ", ".join(one.scan_id for one in scans[:3]) + (", ..." if len(scans) > 3 else "")
+    raise ValueError(f"{key}={source} holds {len(scans)} scans ({names}): name one of them")
