@@ -1035,7 +1035,7 @@ class MatchConfig(FeaturesConfig):
     """Store on whose scans BatchNorm's statistics are estimated, as the judges do it; none: as trained."""
     maps: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """Names of the encoder's maps that are compared, e.g. [layer3,layer4]; none: all but a ResNet's stem."""
-    apart_mm: Length = 40.0
+    apart_mm: Annotated[float, Field(gt=0)] = 40.0
     """How far from the found place the runner-up must lie."""
     similarity_maps: Annotated[int, Field(ge=0)] = 8
     """Places whose similarity map is written as NIfTI, the first ones."""
