@@ -50,7 +50,8 @@ def home(wheel, tmp_path_factory) -> Path:
     venv.create(folder)
     python = folder / "bin" / "python"
     options = ["--no-deps", "--no-index", "-q", "--disable-pip-version-check"]
-    subprocess.run([sys.executable, "-m", "pip", f"--python={python}", "install", *options, str(wheel)], check=True)
+    install = [sys.executable, "-m", "pip", f"--python={python}", "install", *options, str(wheel)]
+    subprocess.run(install, check=True, env=clean())
     (site,) = folder.glob("lib/python*/site-packages")
     # a path in a .pth file takes no .pth files of that folder along: this checkout stays out
     (site / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
@@ -82,6 +83,9 @@ def test_the_wheel_holds_every_file(wheel):
     wanted |= {f"pgl_ray/{name}" for folder in shipped.FOLDERS for name in files_of(ROOT / folder)}
     assert wanted <= held, sorted(wanted - held)
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "pgl_ray").rglob("*.py")}
+    code |= {
+        f"pgl_ray/{path.relative_to(ROOT)}" for folder in shipped.FOLDERS for path in (ROOT / folder).rglob("*.py")
+    }
     assert {name for name in held if name.endswith(".py")} == code
 
 

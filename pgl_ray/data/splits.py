@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pgl_ray.data import ct
+from pgl_ray.data.identity import JOIN, series_mark
 from pgl_ray.data.source import Fault, Source, some
 
 ID_COLUMNS = (
@@ -134,6 +135,7 @@ def _keys(scans: list[Source]) -> dict[str, str]:
         path = Path(scan.image)
         bare = _bare(path.name)
         own = [path.name, *([] if scan.slices else [bare, bare.removesuffix("_0000"), path.parent.name])]
+        own += [scan.scan_id.rpartition(JOIN)[0]] if series_mark(scan.scan_id) else []  # nobody types a series' mark
         for key in own:
             keys.setdefault(_plain(key), set()).add(scan.scan_id)
     unique = {key: next(iter(ids)) for key, ids in keys.items() if len(ids) == 1}
