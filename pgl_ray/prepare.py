@@ -38,7 +38,7 @@ from pgl_ray.data.layout import Fault, Layout, Source, read_layout
 from pgl_ray.data.notes import NOTES_FILE, keep_notes
 from pgl_ray.data.plausible import LabelMap
 from pgl_ray.data.resample import resample
-from pgl_ray.data.source import some
+from pgl_ray.data.source import counted, some
 
 PEAK_BYTES_PER_VOXEL = 8  # of a conversion, label map included (tests/benchmarks/test_prepare_cost.py)
 PEAK_BYTES_PER_RESAMPLED = 10  # voxel of the result, beside the source's own
@@ -162,7 +162,7 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: dict[str, str]
     whole = {source.scan_id for source in stored}
     tasks = [(source, record if only is None else None) for source, record in pairs if source.scan_id not in whole]
     what = "new or changed" if only is None else "to convert again"
-    print(f"prepare: {len(layout.scans)} scans in {config.source}, {len(tasks)} {what}", flush=True)
+    print(f"prepare: {counted(len(layout.scans), 'scan')} in {config.source}, {len(tasks)} {what}", flush=True)
     for missing in layout.missing:
         print(f"prepare: missing: {missing}", flush=True)
     place.write("left_out.jsonl", [json_lines(layout.left_out)])
@@ -439,7 +439,7 @@ def _tell_same_content(records: dict[str, store.ScanRecord], here: set[str]) -> 
         split = ", in two splits" if len({record.split for record in group}) > 1 else ""
         print(f"prepare: note: the same voxels{split}: {listed}{' ...' * (len(group) > NUM_SHOWN)}", flush=True)
     if len(groups) > NUM_SHOWN:
-        print(f"prepare: {len(groups)} groups of scans with the same voxels in all", flush=True)
+        print(f"prepare: {counted(len(groups), 'group')} of scans with the same voxels in all", flush=True)
 
 
 def _beside_another(source: Source, scans: Sequence[Source]) -> bool:
@@ -679,16 +679,18 @@ def describe(result: Result) -> str:
     done = f"{result.converted} converted, {result.skipped} already there"
     if result.vanished:
         names = f"{', '.join(result.vanished[:NUM_SHOWN])}{' ...' * (len(result.vanished) > NUM_SHOWN)}"
-        print(f"prepare: {len(result.vanished)} scans stay in the store while their files are gone: {names}")
+        which, verb = ("its", "stays") if len(result.vanished) == 1 else ("their", "stay")
+        gone = f"{counted(len(result.vanished), 'scan')} {verb} in the store while {which} files are gone"
+        print(f"prepare: {gone}: {names}")
     for line in grouped(result.left_out):
         print(f"prepare: {line}")
     if result.left_out:
         print(f"prepare: all of them in {result.store}/left_out.jsonl", flush=True)
     if not result.failed:
-        return f"prepare: {done}, {result.num_scans} scans in {result.index}, {result.seconds:.0f} s"
+        return f"prepare: {done}, {counted(result.num_scans, 'scan')} in {result.index}, {result.seconds:.0f} s"
     for fault in result.failed[:NUM_SHOWN]:
         print(f"  failed: {fault.source}: {fault.reason.removeprefix(fault.source + ': ')}", file=sys.stderr)
-    raise FailedRun(f"{len(result.failed)} files failed (all in {result.store}/failed.jsonl), {done}")
+    raise FailedRun(f"{counted(len(result.failed), 'file')} failed (all in {result.store}/failed.jsonl), {done}")
 
 
 def describe_verified(found: Verified) -> str:
@@ -702,7 +704,9 @@ def describe_verified(found: Verified) -> str:
             f"{len(found.damaged)} of {found.num_scans} scans are damaged{', and the index' * bool(found.index)}: "
             f"python -m pgl_ray.prepare repair store={found.store}"
         )
-    return f"prepare verify: {found.num_scans} scans in {found.store} are whole, {found.seconds:.0f} s"
+    verb = "is" if found.num_scans == 1 else "are"
+    scans = f"{counted(found.num_scans, 'scan')} in {found.store}"
+    return f"prepare verify: {scans} {verb} whole, {found.seconds:.0f} s"
 
 
 def describe_repaired(done: tuple[Verified, dict[str, str]]) -> str:
@@ -713,4 +717,4 @@ def describe_repaired(done: tuple[Verified, dict[str, str]]) -> str:
     if left:
         raise FailedRun(f"{len(left)} of {len(found.damaged)} damaged scans could not be converted again")
     names = f" ({', '.join(sorted(found.damaged))})" if found.damaged else ""
-    return f"prepare repair: {len(found.damaged)} of {found.num_scans} scans converted again{names}"
+    return f"prepare repair: {len(found.damaged)} of {counted(found.num_scans, 'scan')} converted again{names}"

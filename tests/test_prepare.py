@@ -596,7 +596,7 @@ def test_what_vanished_is_told_and_stays(tmp_path, serial, capsys):
     result = go(tmp_path / "one", target, labels={"names": {"liver": 1}})
     assert result.vanished == ("a",) and result.num_scans == 3 and counts(result) == (0, 1, 0)
     prepare.describe(result)
-    assert "1 scans stay in the store while their files are gone: a" in capsys.readouterr().out
+    assert "1 scan stays in the store while its files are gone: a" in capsys.readouterr().out
 
 
 def test_the_store_says_how_it_was_made(tmp_path, serial):

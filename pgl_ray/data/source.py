@@ -152,6 +152,11 @@ def files_of(path: Path) -> list[Path]:
     return [path, *(image for suffix in (".img", ".IMG") if (image := path.with_suffix(suffix)).is_file())]
 
 
+def counted(num: int, what: str) -> str:
+    """1 scan, 2 scans."""
+    return f"{num} {what}{'s' * (num != 1)}"
+
+
 def some(names: list[str]) -> str:
     """The first of many names, for a message."""
     return ", ".join(names[:NUM_NAMED]) + (", ..." if len(names) > NUM_NAMED else "")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pgl_ray.data import ct
 from pgl_ray.data.identity import JOIN, series_mark
-from pgl_ray.data.source import Fault, Source, some
+from pgl_ray.data.source import Fault, Source, counted, some
 
 ID_COLUMNS = (
     "scan_id",
@@ -90,7 +90,7 @@ def with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[
 
 
 def _count(names: list[str], what: str) -> str:
-    return f"{len(names)} {what}{'s' * (len(names) != 1)} ({some(sorted(names))})"
+    return f"{counted(len(names), what)} ({some(sorted(names))})"
 
 
 def _read(path: Path, scans: list[Source]) -> Table:
