@@ -90,7 +90,7 @@ class ScanFile:
         return [self.path / name for name in self.slices] if self.path.is_dir() else files_of(self.path)
 
     def num_voxels(self) -> int:
-        return ct.num_voxels(self.path, self.slices)
+        return ct.extent(self.path, self.slices)[0]
 
     def size(self) -> int:
         """What grows with the scan, roughly: bytes of its files, 0 where they are gone."""
