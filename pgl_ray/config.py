@@ -764,7 +764,7 @@ class FinetuneConfig(Section):
     encoder: EncoderConfig | None = None
     """Encoder; none: the checkpoint's, or the default for init=random."""
     decoder: Literal["paper", "light"] = "paper"
-    """paper: ASPP and three steps with skips (Appendix B); light: a feature pyramid of width 32 on three of the
+    """paper: ASPP and three steps with skips (Appendix B); light: a feature pyramid of width 32 on four of the
     encoder's maps, which learns in a few hundred steps."""
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
     loss: LossConfig = LossConfig()

@@ -250,13 +250,17 @@ def tables(runs: Path) -> tuple[str, list[dict]]:
                     listed = " ".join(f"{value:.3f}" if judge != "matching" else f"{value:.1f}" for value in values)
                     mean = f"{np.mean(values):.3f}" if judge != "matching" else f"{np.mean(values):.1f}"
                     text.append(f"| {name} | {listed} | {mean} | {gain} | {room} |")
-    return "\n".join([*text, *end_to_end(runs)]), rows
+    lines, fine_tuned = end_to_end(runs)
+    return "\n".join([*text, *lines]), rows + fine_tuned
 
 
-def end_to_end(runs: Path) -> list[str]:
-    """Lines of the table of fine-tuning."""
-    found = [json.loads(path.read_text()) for path in sorted((runs / "tuned").glob("*.json"))]
-    rows = [{**one, "value": one["dice"], "scans": per_scan("decoder", one)} for one in found]
+def end_to_end(runs: Path) -> tuple[list[str], list[dict]]:
+    """Lines of the table of fine-tuning, and the rows behind it."""
+    rows = []
+    for one in (json.loads(path.read_text()) for path in sorted((runs / "tuned").glob("*.json"))):
+        scans = {scan: round(value, 4) for scan, value in per_scan("decoder", one).items()}
+        about = {key: one[key] for key in ("arm", "seed", "factor", "val_dice")}
+        rows.append(about | {"judge": "fine-tuned", "num_scans": NUM_LABELLED, "value": one["dice"], "scans": scans})
     base, lines = [row for row in rows if row["arm"] == RANDOM], []
     if base:
         lines += [
@@ -269,7 +273,7 @@ def end_to_end(runs: Path) -> list[str]:
         text = f"{gain[0]:+.3f} [{gain[1][0]:+.3f}, {gain[1][1]:+.3f}]" if gain else "-"
         values, factors = (" ".join(f"{row[key]:.3g}" for row in cells) for key in ("value", "factor"))
         lines.append(f"| {arm} | {values} | {factors} | {np.mean([row['value'] for row in cells]):.3f} | {text} |")
-    return lines
+    return lines, rows
 
 
 def main() -> None:
