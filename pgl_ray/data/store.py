@@ -523,9 +523,10 @@ def _ome(spacing_mm: tuple[float, float, float]) -> dict:
 
 
 def _counts(array: np.ndarray) -> np.ndarray:
-    """Number of voxels per unsigned value, slice by slice because bincount widens its input to 8 bytes a voxel."""
-    size = 2 ** (8 * array.itemsize)
-    return sum(np.bincount(part.ravel(), minlength=size) for part in array)
+    """Number of voxels per unsigned value, some slices at a time because bincount widens its input to 8 bytes a voxel;
+    single ones would cost more in adding up the counts than in counting."""
+    size, num = 2 ** (8 * array.itemsize), max(1, 2**20 // max(1, array[0].size))
+    return sum(np.bincount(array[i : i + num].ravel(), minlength=size) for i in range(0, len(array), num))
 
 
 def statistics(volume: np.ndarray, hu_window: tuple[float, float]) -> tuple[float, float]:
