@@ -41,18 +41,6 @@ def broken(path: Path, reason: str) -> Contours:
     return Contours(str(path), frozenset(), (), broken=" ".join(reason.split())[:200])
 
 
-def is_structures(path: Path) -> bool:
-    """Whether a file whose data cannot be read says that it is a structure set."""
-    import pydicom
-
-    try:
-        with path.open("rb") as file:  # old files have no preamble and no meta header
-            header = pydicom.filereader.read_partial(file, lambda tag, *_: tag > 0x00080016, force=True)
-        return header.get("SOPClassUID") in KINDS or header.file_meta.get("MediaStorageSOPClassUID") in KINDS
-    except Exception:  # see summarise
-        return False
-
-
 def key_of(name: str) -> str:
     """A structure's name as it is compared: capitals, outer blanks and the way that accents are composed do not
     matter."""
