@@ -87,9 +87,10 @@ def run(config: BenchConfig) -> Result:
         ValueError: wrong config or no store.
         FailedRun: no Ray cluster.
     """
+    device = pick_device(config.train.device)
+    on.check_training_precision(device.type, config.train.precision)
     index = store.read_index(config.index)
     plan = make_plan(config, index)
-    device = pick_device(config.train.device)
     renderer = make_renderer(config, index, plan, device.type == "cuda")
     cores, worker_batch = num_cores(), config.global_batch_size // config.train.num_workers
     num_pairs = config.bench_pairs or (worker_batch if device.type == "cuda" else min(worker_batch, 8))

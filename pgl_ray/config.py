@@ -417,7 +417,7 @@ class TrainConfig(Section):
     threads_per_worker: Annotated[int, Field(ge=0)] = 0
     """Torch threads per worker; 0 shares the node's cores evenly."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast precision; auto = bfloat16 on CUDA, float32 on a CPU."""
+    """Autocast precision; auto = bfloat16 on CUDA, float32 on a CPU (bfloat16 gradients are wrong there: refused)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA. What it cannot compile runs as it is."""
     recompute: bool = False

@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pgl_ray import finetune, pretrain
-from pgl_ray.config import FinetuneConfig, IntensityConfig, PretrainConfig, ViewsConfig, load
+from pgl_ray import bench, finetune, pretrain
+from pgl_ray.config import BenchConfig, FinetuneConfig, IntensityConfig, PretrainConfig, TrainConfig, ViewsConfig, load
 from pgl_ray.data import stream
 from pgl_ray.data import views as v
 from pgl_ray.model import device as on
@@ -22,7 +22,7 @@ from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.pgl import Pair
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import health, optim
+from pgl_ray.train import health, launch, optim
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL = ["index=a", "run=b", "encoder.width=4", "encoder.depths=[1,1,1,1]", "heads.hidden=8", "heads.out=4"]
@@ -302,3 +302,19 @@ def test_inference_in_bfloat16_gives_float32s_masks():
         assert rough.dtype == torch.bfloat16
         difference = (rough.float().softmax(1) - exact).abs()
     assert difference.max() < 0.05 and difference.mean() < 0.002
+
+
+def test_training_in_bfloat16_is_refused_on_a_cpu():
+    """oneDNN leaves gradients unwritten there; CI found a loss of nan by it."""
+    for kind, precision in (("cuda", "bfloat16"), ("cuda", "auto"), ("cpu", "auto"), ("cpu", "float32")):
+        on.check_training_precision(kind, precision)
+    with pytest.raises(ValueError, match=r"train\.precision=bfloat16 computes wrong gradients on a CPU: use float32"):
+        on.check_training_precision("cpu", "bfloat16")
+
+
+def test_doors_refuse_it_before_anything_runs(monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    with pytest.raises(ValueError, match=r"train\.precision=bfloat16"):
+        launch.check_resources(TrainConfig(precision="bfloat16"))
+    with pytest.raises(ValueError, match=r"train\.precision=bfloat16"):
+        bench.run(load(BenchConfig, ["index=a", "train.device=cpu", "train.precision=bfloat16"]))

@@ -173,7 +173,7 @@ def _logged(worker: Callable[["Session", dict], Any], train: TrainConfig, worker
 
 
 def check_resources(train: TrainConfig) -> bool:
-    """Refuses what would wait for ever; returns whether the workers get GPUs."""
+    """Refuses what would wait for ever, or compute wrongly; returns whether the workers get GPUs."""
     import ray
 
     have = ray.cluster_resources()
@@ -191,6 +191,7 @@ def check_resources(train: TrainConfig) -> bool:
             f"train.{name}={num} x train.cpus_per_worker={train.cpus_per_worker} + {FEED_CPUS} "
             f"for the views = {need:g} CPUs, the cluster has {cpus:g}: lower one of them or raise ray.num_cpus"
         )
+    on.check_training_precision("cuda" if use_gpu else "cpu", train.precision)
     return use_gpu
 
 
