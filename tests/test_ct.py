@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from isal import igzip
 
 from pgl_ray.data import ct, itk
 
@@ -308,13 +309,17 @@ def test_bad_scan_is_one_clear_line(tmp_path, name, make, message, capfd):
     assert capfd.readouterr() == ("", "")  # no library speaks besides
 
 
-def test_no_memory_is_said(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, holder, method",
+    [("a.nii", nib.arrayproxy.ArrayProxy, "get_unscaled"), ("a.nii.gz", igzip.IGzipFile, "readinto")],
+)
+def test_no_memory_is_said(tmp_path, monkeypatch, name, holder, method):
     def full(*_):
         raise MemoryError
 
-    path = save(tmp_path / "a.nii.gz", distinct(), np.eye(4))
-    monkeypatch.setattr(nib.arrayproxy.ArrayProxy, "get_unscaled", full)
-    with pytest.raises(ValueError, match=r"a.nii.gz: shape \(5, 6, 7\) needs more memory than there is: crop it"):
+    path = save(tmp_path / name, distinct(), np.eye(4))
+    monkeypatch.setattr(holder, method, full)
+    with pytest.raises(ValueError, match=rf"{name}: shape \(5, 6, 7\) needs more memory than there is: crop it"):
         ct.read_scan(path)
 
 

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,27 @@ def tree(folder):
 
 
 # -- arrays -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attributes", [{}, {"scale_factor": 5.3, "add_offset": -1024.0}, {"source": 'Fälle "1"'}])
+@pytest.mark.parametrize("dtype, compression", [(np.int16, "lz4"), (np.uint8, "none"), (np.uint16, "lz4")])
+def test_metadata_is_what_zarr_writes(dtype, compression, attributes):
+    for shape, chunk in itertools.product(SHAPES, [(8, 64, 64), (4, 16, 24)]):
+        written = {}
+        lz4 = zarr.codecs.BloscCodec(cname="lz4", clevel=shard.LEVEL, shuffle="shuffle")
+        zarr.create_array(
+            written,
+            shape=shape,
+            dtype=dtype,
+            chunks=chunk,
+            shards=tuple(math.ceil(size / step) * step for size, step in zip(shape, chunk)),
+            compressors=[*([lz4] if compression == "lz4" else []), zarr.codecs.Crc32cCodec()],
+            fill_value=0,
+            dimension_names=["z", "y", "x"],
+            attributes=attributes,
+        )
+        text = shard.array_metadata(shape, np.dtype(dtype), chunk, attributes, compression)
+        assert text.encode() == written["zarr.json"].to_bytes()
 
 
 @pytest.mark.parametrize("chunk", [(8, 64, 64), (4, 16, 24)])

@@ -3,6 +3,7 @@ that contradict each other, damage behind the last voxel.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -11,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from isal import igzip
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.imageglobals import logger as nibabel_logger
 
 from pgl_ray.data import itk
@@ -19,6 +21,7 @@ from pgl_ray.data.raw import Geometry, Raw
 UNITS = {0: ("mm", 1.0), 1: ("m", 1e3), 2: ("mm", 1.0), 3: ("um", 1e-3)}  # code -> unit of length, mm
 SPATIAL = 7  # bits of xyzt_units; the others are the unit of time
 ELSEWHERE = 0.5  # voxels by which two forms may differ at a corner unsaid
+PART = 2**20  # bytes
 OF_THE_CT = ("descrip", "aux_file", "db_name", "data_type", "intent_name")  # texts that may name a patient
 
 
@@ -82,8 +85,7 @@ def read(path: Path) -> Raw:
     try:
         if path.name.lower().endswith(".gz"):
             with igzip.open(path) as stream, _quiet_nibabel():
-                image = type(image).from_stream(stream)
-                raw, surplus = image.dataobj.get_unscaled(), 0
+                raw, surplus = _unzipped(stream, image.dataobj), 0
                 while part := stream.read(2**20):  # to the end, where gzip compares its checksum
                     surplus += len(part)
         else:
@@ -96,6 +98,18 @@ def read(path: Path) -> Raw:
     itk.check_surplus(path, raw.shape, surplus, raw.itemsize)
     voxels = raw.reshape(raw.shape[:3], order="F")
     return Raw(voxels, float(image.dataobj.slope), float(image.dataobj.inter), geometry(image))
+
+
+def _unzipped(stream: igzip.IGzipFile, voxels: ArrayProxy) -> np.ndarray:
+    """What lies in a stream for nibabel's proxy, as stored; read in parts that stay in the processor's cache."""
+    stream.seek(voxels.offset)
+    raw = np.empty(math.prod(voxels.shape) * voxels.dtype.itemsize, np.uint8)
+    view, num = memoryview(raw), 0
+    while part := stream.readinto(view[num : num + PART]):
+        num += part
+    if num < len(raw):
+        raise EOFError(f"expected {len(raw)} bytes of voxels, found {num}")
+    return np.ndarray(voxels.shape, voxels.dtype, raw, order="F")
 
 
 def geometry(image: nib.Nifti1Pair) -> Geometry:

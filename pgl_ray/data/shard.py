@@ -9,6 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def array_metadata(
         attributes: the array's.
         compression: "lz4" or "none".
     """
+    metadata = json.loads(_metadata_of_a_chunk(np.dtype(dtype).str, tuple(chunk), compression))
+    metadata["shape"] = [int(size) for size in shape]
+    whole = [-(-size // step) * step for size, step in zip(metadata["shape"], chunk)]
+    metadata["chunk_grid"]["configuration"]["chunk_shape"] = whole
+    metadata["attributes"] = attributes or {}
+    return json.dumps(metadata, indent=2)
+
+
+@lru_cache(maxsize=16)
+def _metadata_of_a_chunk(dtype: str, chunk: tuple[int, int, int], compression: str) -> str:
+    """zarr-python's own for an array of one chunk: it takes 4 ms, a tenth of what a small CT's conversion costs."""
     import zarr
     from zarr.codecs import BloscCodec, Crc32cCodec
 
@@ -48,15 +60,14 @@ def array_metadata(
     blosc_lz4 = BloscCodec(cname="lz4", clevel=LEVEL, shuffle="shuffle")
     zarr.create_array(
         written,
-        shape=shape,
+        shape=chunk,
         dtype=dtype,
         chunks=chunk,
-        shards=tuple(-(-size // step) * step for size, step in zip(shape, chunk)),
+        shards=chunk,
         # lz4 alone would decode a flipped bit into wrong voxels without a word: hence a checksum per chunk
         compressors=[*([blosc_lz4] if compression == "lz4" else []), Crc32cCodec()],
         fill_value=0,
         dimension_names=["z", "y", "x"],
-        attributes=attributes or {},
     )
     return written["zarr.json"].to_bytes().decode()
 
