@@ -565,7 +565,7 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
 
 def _tries(folder: str, task: int) -> int:
     """Counts the starts of a task, because Ray starts it for ever when its worker dies by it."""
-    place, key = store.open_place(folder), f".part/tries/{task}"
+    place, key = store.open_place(folder, synced=False), f".part/tries/{task}"
     place.write(f"{key}/{uuid.uuid4().hex}", [])
     return len(place.names(key))
 

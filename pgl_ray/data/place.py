@@ -29,10 +29,14 @@ NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # some network file systems know no fsy
 PIECE = 2**24  # bytes of a large object that are asked for at a time
 
 
-def open_place(url: str | os.PathLike) -> "Place":
-    """The place at a path or URL; nothing is made or asked for yet."""
+def open_place(url: str | os.PathLike, synced: bool = True) -> "Place":
+    """The place at a path or URL; nothing is made or asked for yet.
+
+    Args:
+        synced: see Folder; what a bucket took it keeps.
+    """
     text = os.fspath(url)
-    return Bucket(text) if "://" in text else Folder(Path(os.path.abspath(text)))
+    return Bucket(text) if "://" in text else Folder(Path(os.path.abspath(text)), synced)
 
 
 def write_aside(path: Path, content: bytes) -> None:
@@ -83,11 +87,15 @@ def check_writable(given: str, folder: Path) -> None:
 
 def _write_aside(path: Path, parts: Iterable[bytes], aside: Path) -> None:
     try:
-        with aside.open("wb") as file:
-            file.writelines(parts)
+        _fill(aside, parts)
         put_in_place(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _fill(path: Path, parts: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(parts)
 
 
 def _in_use(url: str) -> FailedRun:
@@ -99,10 +107,11 @@ class Folder:
 
     Args:
         root: absolute path.
+        synced: every write is on the disk when it ends; without, it is as soon as the folder around it is put in place.
     """
 
-    def __init__(self, root: Path):
-        self.root, self.url = root, str(root)
+    def __init__(self, root: Path, synced: bool = True):
+        self.root, self.url, self.synced = root, str(root), synced
 
     def read(self, key: str) -> bytes:
         """Content of a file; FileNotFoundError where there is none."""
@@ -112,6 +121,9 @@ class Folder:
         """Writes a file in one step."""
         path = self.root / key
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.synced:
+            _fill(path, parts)
+            return
         # one writer at a time, so no name of its own: what a kill leaves is taken by the next write
         _write_aside(path, parts, path.with_name(f"{path.name}.part"))
 
@@ -141,7 +153,7 @@ class Folder:
         old, target = part.with_name(f"{part.name}.old"), self.root / key
         try:
             part.mkdir(parents=True)
-            yield Folder(part)
+            yield Folder(part, synced=False)
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 target.rename(old)

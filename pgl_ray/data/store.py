@@ -45,6 +45,7 @@ READS_AT_ONCE = 16  # records; an object store answers each after tens of millis
 HISTOGRAM_HU = tuple(range(-1024, 1601, 64))  # inner bounds of the records' bins; the first and last bin are open
 BODY_HU = -500  # voxels above it are body (or couch), below it air and lung
 ALL_HU = np.arange(2**16, dtype=np.uint16).view(np.int16)  # by its bits as uint16, the order that voxels are counted in
+HISTOGRAM_BINS = np.searchsorted(HISTOGRAM_HU, ALL_HU, side="right")  # of each of them
 
 
 @dataclass(frozen=True)
@@ -541,8 +542,7 @@ def _mean_and_std(counts: np.ndarray, hu_window: tuple[float, float]) -> tuple[f
 
 
 def _histogram(counts: np.ndarray) -> tuple[int, ...]:
-    bins = np.searchsorted(HISTOGRAM_HU, ALL_HU, side="right")
-    return tuple(int(n) for n in np.bincount(bins, counts, len(HISTOGRAM_HU) + 1))
+    return tuple(int(n) for n in np.bincount(HISTOGRAM_BINS, counts, len(HISTOGRAM_HU) + 1))
 
 
 def _codes(hu_window: tuple[float, float]) -> tuple[np.ndarray, dict[str, float]]:
@@ -574,9 +574,9 @@ def foreground_box(volume: np.ndarray) -> tuple[int, ...]:
     body = volume > BODY_HU
     if not body.any():
         return tuple(bound for size in volume.shape for bound in (0, size))
-    box = []
-    for others in ((1, 2), (0, 2), (0, 1)):
-        inside = np.flatnonzero(body.any(axis=others))
+    box, seen = [], body.any(axis=0)
+    for line in (body.any(axis=(1, 2)), seen.any(axis=1), seen.any(axis=0)):
+        inside = np.flatnonzero(line)
         box += [int(inside[0]), int(inside[-1]) + 1]
     return tuple(box)
 
