@@ -6,6 +6,7 @@ it is imported last, when the config is whole and the stores that it names are t
 
 import importlib
 import itertools
+import os
 import sys
 import textwrap
 import traceback
@@ -96,7 +97,7 @@ def console() -> None:
     """`pgl-ray DOOR ...` and `python -m pgl_ray DOOR ...`; without a door the list of them."""
     door, args = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if door in ("-h", "--help"):
-        print(listed())
+        _say(listed())
     elif door in DOORS:
         call(door, args)
     else:
@@ -114,13 +115,13 @@ def call(door: str, args: list[str]) -> None:
         door, args = f"{door} {args[0]}", args[1:]
     model, _, run, closing, stores = DOORS[door]
     if {"-h", "--help", "--help-all"} & set(args):
-        print(helped(door, everything="--help-all" in args))
+        _say(helped(door, everything="--help-all" in args))
         return
     try:
         config = c.load(model, [shipped.found(arg) for arg in args if arg != "--debug"])
         _refuse_missing(config, stores)
         module = importlib.import_module(f"pgl_ray.{door.split()[0]}")
-        print(getattr(module, closing)(getattr(module, run)(config)), flush=True)
+        _say(getattr(module, closing)(getattr(module, run)(config)))
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except Exception as error:  # the edge of the program: every fault becomes one line and an exit code
@@ -130,6 +131,14 @@ def call(door: str, args: list[str]) -> None:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"pgl_ray.{door}: {text}", file=sys.stderr, flush=True)
         sys.exit(2 if wrong_use else 1)
+
+
+def _say(text: str) -> None:
+    """Prints; whoever reads along may have gone, as `head` has."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def _refuse_missing(config: Any, stores: tuple[str, ...]) -> None:

@@ -179,3 +179,11 @@ def test_values_in_words():
     words = {knob.key: knob.values for door, knob in KNOBS if door == "prepare"}
     assert words["hu_window"] == "[2 of number]" and words["labels.names"] == "text -> whole number >= 1 <= 65535"
     assert words["recipe.parts"] == "[any number of {images, labels, ids, num_scans, split}]"
+
+
+@pytest.mark.parametrize("args", [["pgl_ray"], ["pgl_ray.pretrain", "--help-all"]])
+def test_a_reader_that_leaves_early_costs_nothing(args):
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} -m {' '.join(args)} | true"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")

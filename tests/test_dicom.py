@@ -314,6 +314,7 @@ def test_a_hospitals_folder_gives_its_ct_series(tmp_path):
     assert reasons == [
         "an index of DICOM files",
         "colour picture, not CT values",
+        "hidden, for its name begins with a dot",
         "localiser, not a volume",
         "modality MR, not CT",
         "modality RTDOSE, not CT",

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import socket
 
 import nibabel as nib
 import numpy as np
@@ -98,6 +99,18 @@ def test_a_store_in_the_source_and_what_a_browser_leaves(tmp_path, serial):  # n
     found = prepare.verify(prepare.StoreConfig(store=str(tmp_path / "s")))
     assert not found.damaged and not found.index
     assert said(tmp_path) == {}
+
+
+def test_what_is_hidden_and_what_is_no_file_is_named(tmp_path):
+    put(tmp_path / "a.nii.gz")
+    touch(tmp_path, ".trash/IM0001", ".b.nii.gz", "p/.c.dcm", "._a.nii.gz", ".DS_Store", "p/.gitignore")
+    os.mkfifo(tmp_path / "p/pipe.dcm")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        assert ids(tmp_path) == ["a"]
+        hidden, other = "hidden, for its name begins with a dot", "a socket, a pipe or a device, no file"
+        expected = {".trash": hidden, ".b.nii.gz": hidden, "p/.c.dcm": hidden, "p/pipe.dcm": other, "socket": other}
+        assert said(tmp_path) == expected
 
 
 # -- what a file is ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ class Tree(NamedTuple):
         files: absolute path -> (bytes, time in ns), in the order of the paths.
         paths: the keys of `files`, for bisection.
         folders: absolute paths, the root's among them.
-        left_out: (path, reason) of links to folders that are not followed, and of hidden volumes.
+        left_out: (path, reason) of links to folders that are not followed, of hidden volumes and folders, and of
+            what is no file.
         faults: (path, reason) of what cannot be looked at: folders without permission, names that are no UTF-8.
     """
 
@@ -77,8 +78,9 @@ def walk(root: str | Path, without: Iterable[str | Path] = ()) -> Tree:
             folders.add(path)
             for entry in entries:
                 if entry.name.startswith("."):
-                    if not entry.name.startswith("._") and entry.name.lower().endswith(IMAGES):  # macOS' shadows
-                        left_out.append((entry.path, "hidden, for its name begins with a dot"))
+                    what = entry.name.lower().endswith(IMAGES) or entry.is_dir()
+                    if what and not entry.name.startswith("._"):  # macOS' shadows
+                        left_out.append((shown(entry.path), "hidden, for its name begins with a dot"))
                 elif not _is_text(entry.name):
                     fate = left_out if entry.name.lower().endswith(DOCUMENTS) else faults
                     fate.append((shown(entry.path), "its name is not UTF-8: rename it, as convmv does"))
@@ -86,8 +88,10 @@ def walk(root: str | Path, without: Iterable[str | Path] = ()) -> Tree:
                     todo.append((entry.path, f"{real.rstrip('/')}/{entry.name}"))
                 elif entry.is_symlink() and os.path.isdir(entry.path):
                     links.append(entry.path)
+                elif stamp := _stamp(entry):
+                    files[entry.path] = stamp
                 else:
-                    files[entry.path] = _stamp(entry)
+                    left_out.append((entry.path, "a socket, a pipe or a device, no file"))
         chosen = {}
         for path in sorted(links, key=lambda one: (one.count("/"), one)):
             real = os.path.realpath(path)
@@ -99,7 +103,7 @@ def walk(root: str | Path, without: Iterable[str | Path] = ()) -> Tree:
                 chosen[real] = path
         todo = [(path, real) for real, path in chosen.items()]
         todo.reverse()
-    paths = sorted(path for path, stamp in files.items() if stamp)
+    paths = sorted(files)
     return Tree({path: files[path] for path in paths}, paths, folders, left_out, faults)
 
 
