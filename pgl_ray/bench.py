@@ -54,6 +54,7 @@ class Result:
         memory_gib: of one worker's training at the configured batch size, measured or estimated.
         device: "cuda" or "cpu".
         limit: "data" or "step"; on a GPU, whether the stream is slower than the steps of all workers together.
+        uncompiled: what of the step torch.compile left as it is, in a line.
     """
 
     data_pairs_per_s: float
@@ -70,6 +71,7 @@ class Result:
     memory_gib: float
     device: str
     limit: str
+    uncompiled: str | None = None
 
     @property
     def hours(self) -> float:
@@ -114,8 +116,9 @@ def run(config: BenchConfig) -> Result:
     torch.set_num_threads(config.train.threads_per_worker or cores)  # a renderer takes one
     batch = {name: torch.from_numpy(value).to(device) for name, value in ready.items()}
     flops, memory = _cost(step, batch, net, worker_batch)
-    on.compiled(net, device, config.train.compile)
+    on.compiled(net, device, config.train.compile, config.train.num_workers)
     step(batch)  # compiles
+    uncompiled = on.uncompiled()
     step_rate = num_pairs / _median_seconds(lambda: step(batch), config.bench_repeats, device)
 
     # the stream only: pairs that are ready made, which leaves the transport, then real ones
@@ -149,6 +152,7 @@ def run(config: BenchConfig) -> Result:
         memory / 2**30,
         device.type,
         "data" if starved else "step",
+        uncompiled,
     )
 
 
@@ -270,6 +274,7 @@ def describe(result: Result) -> str:
     if result.device == "cuda":
         planned = f"{_amount(result.hours * result.num_workers)} GPU-hours here, {planned}"
     kind = "measured" if result.device == "cuda" else "float32, estimated; bfloat16 takes about half"
+    note = f"  {result.uncompiled}\n" if result.uncompiled else ""
     return (
         f"  data only, {result.cores:3d} cores  {result.data_pairs_per_s:8.1f} pairs/s\n"
         f"  step only             {result.step_pairs_per_s:8.1f} pairs/s\n"
@@ -278,6 +283,7 @@ def describe(result: Result) -> str:
         f"  bytes read            {result.read_ratio:8.2f} times the crops' own\n"
         f"  training              {result.tflop_per_pair:8.3f} TFLOP per pair; {planned}\n"
         f"  memory per worker     {result.memory_gib:8.1f} GiB ({kind})\n"
+        f"{note}"
         f"  {mend}\n"
         f"bench: {result.num_pairs:,} pairs would take {_amount(result.hours)} hours here with "
         f"{result.num_workers} worker{'s' if result.num_workers > 1 else ''}"

@@ -799,7 +799,7 @@ class InferenceConfig(Section):
     """Windows per forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Of the network; auto = bfloat16 on a GPU that has it, float32 on a CPU. Logits are added up in float32."""
 
 

@@ -1,12 +1,14 @@
 """How networks compute: the same results whatever the layout, with recomputation, compiled or not."""
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from pgl_ray.model import device as on
+from pgl_ray.model import inference
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import init_kaiming_uniform
 
@@ -61,6 +63,43 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
     torch.testing.assert_close(net(x), plain(x))
     assert net.state_dict().keys() == plain.state_dict().keys()
     torch._dynamo.reset()
+
+
+def test_what_was_not_compiled_is_counted(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no such compiler")
+
+    def interrupted(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert on.uncompiled() is None
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert on.uncompiled() is None
+    torch.compile(interrupted, backend="eager")(torch.ones(2))
+    assert re.search(r"torch.compile: 0 of \d functions could not be compiled .* 1 graph breaks, .*", on.uncompiled())
+    torch.compile(lambda x: x + 2, backend=broken)(torch.ones(2))
+    assert re.search(r"torch.compile: 1 of \d functions could not be compiled and run as they are", on.uncompiled())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.parametrize("world, mode, expected", [(1, "auto", True), (2, "auto", False), (2, "on", True)])
+def test_several_gpus_compile_where_asked_alone(monkeypatch, world, mode, expected):
+    monkeypatch.setattr(on, "has_triton", lambda: True)
+    net = on.compiled(nn.Identity(), torch.device("cuda"), mode, world)
+    assert (net._compiled_call_impl is not None) == expected
+
+
+def test_free_memory_counts_what_the_allocator_holds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    for allocated, expected in ((0, "cuda"), (700, "cpu"), (0, "cuda")):
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device, held=allocated: held)
+        assert inference.where_sums_fit(torch.device("cuda"), (1, 5, 5)).type == expected  # 200 bytes
 
 
 @pytest.mark.gpu

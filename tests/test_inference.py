@@ -107,8 +107,8 @@ def test_slabs_and_strips_are_monais_whole_volume(monkeypatch, shape, task, over
 def test_the_sums_stay_bounded(monkeypatch):
     """However long the scan, the sums are those of one window's depth, and of fewer rows where that is too much."""
     sizes = []
-    original = inference._where_sums_fit
-    monkeypatch.setattr(inference, "_where_sums_fit", lambda *a: sizes.append(4 * np.prod(a[1])) or original(*a))
+    original = inference.where_sums_fit
+    monkeypatch.setattr(inference, "where_sums_fit", lambda *a: sizes.append(4 * np.prod(a[1])) or original(*a))
     volume = np.zeros((50, 40, 30), np.float32)
     for limit, windows in ((10**6, 12 * 4), (70_000, 12 * 2 * 3)):
         monkeypatch.setattr(inference, "SUM_BYTES", limit)

@@ -69,20 +69,38 @@ def lay_out(net: nn.Module, device: torch.device) -> nn.Module:
     return net.to(device, memory_format=torch.channels_last_3d)
 
 
-def compiled(model: nn.Module, device: torch.device, mode: str) -> nn.Module:
+def compiled(model: nn.Module, device: torch.device, mode: str, world: int = 1) -> nn.Module:
     """Compiles a model in place (its keys stay as they are); what cannot be compiled runs as it is.
 
     Args:
         model: what is called, DDP's wrapper where there is one: gradients are then reduced while others are computed.
         device: where it computes.
-        mode: on, off, or auto: on CUDA where Triton is installed.
+        mode: on, off, or auto: on one GPU, where Triton is installed. With several, whose BatchNorm exchanges
+            statistics in the middle of a forward pass, it was not measured: `on` tries it.
+        world: workers together.
     """
     if mode == "auto":
-        mode = "on" if device.type == "cuda" and has_triton() else "off"
+        mode = "on" if device.type == "cuda" and world == 1 and has_triton() else "off"
     if mode == "on":
         torch._dynamo.config.suppress_errors = True
         model.compile(dynamic=False)
     return model
+
+
+def uncompiled() -> str | None:
+    """What of this process's compiled functions runs as it is, in a line; none: all was compiled, or nothing was asked
+    for. Known after the first step."""
+    counters = torch._dynamo.utils.counters
+    frames, breaks = counters["frames"], counters["graph_break"]
+    failed = frames["total"] - frames["ok"]
+    if not failed and not breaks:
+        return None
+    reasons = "; ".join(" ".join(reason.split())[:120] for reason, _ in breaks.most_common(2))
+    told = f", the commonest: {reasons}" if reasons else ""
+    return (
+        f"torch.compile: {failed} of {frames['total']} functions could not be compiled and run as they are, "
+        f"{sum(breaks.values())} graph breaks{told}"
+    )
 
 
 def recompute(encoder: "Encoder | ResEncoder") -> None:

@@ -143,7 +143,7 @@ def _sums(
         (h, w) for h, w in product(*starts[1:]) if h < rows.stop and h + size[1] > rows.start
     ]  # windows that reach the rows
     shape = (model.head.out_channels, size[0], rows.stop - rows.start, volume.shape[2])
-    at = _where_sums_fit(device, shape)
+    at = where_sums_fit(device, shape)
     sums, weights = torch.zeros(shape, device=at), weights.to(device)
     forward = partial(_mean_over_flips, model) if flips else model
     for d, following in zip(starts[0], [*starts[0][1:], volume.shape[0]]):
@@ -163,11 +163,16 @@ def _sums(
         sums[:, max(0, size[0] - done) :] = 0
 
 
-def _where_sums_fit(device: torch.device, shape: tuple[int, ...]) -> torch.device:
+def where_sums_fit(device: torch.device, shape: tuple[int, ...]) -> torch.device:
     """The model's device where half of its free memory holds the sums, else the CPU."""
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 2 * 4 * np.prod(shape):
+    if device.type == "cuda" and _free_bytes(device) < 2 * 4 * np.prod(shape):
         return torch.device("cpu")
     return device
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that no tensor takes: the device's, and what PyTorch's allocator has taken from it and holds."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _mean_over_flips(model: Segmenter | LightSegmenter, x: Tensor) -> Tensor:

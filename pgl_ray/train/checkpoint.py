@@ -663,12 +663,15 @@ def versions() -> dict[str, str]:
     return {"pgl_ray": pgl_ray.__version__, "torch": str(torch.__version__)}
 
 
-def resumed(run: str, device: torch.device) -> dict[str, Any] | None:
-    """State of the newest checkpoint of a run, from which this start of its workers continues; none for a new run."""
+def resumed(run: str) -> dict[str, Any] | None:
+    """State of the newest checkpoint of a run, from which this start of its workers continues; none for a new run.
+
+    It lies on the host: what takes a part of it copies that to its own device, and nothing stays there twice.
+    """
 
     def read():
         found = committed(run)
-        return read_state(found[0] / STATE, device) if found else None
+        return read_state(found[0] / STATE) if found else None
 
     return _patiently(read, f"run={run} cannot be read")
 

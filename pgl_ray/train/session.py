@@ -61,11 +61,11 @@ class Session:
         self.rank, self.world, self.device = place.rank, place.world, place.device
         self.autocast = on.autocast(self.device, train.precision)
         self.parts = parts_of(train, self.world)
-        self.state: dict[str, Any] = checkpoint.resumed(run, self.device) or {}
+        self.state: dict[str, Any] = checkpoint.resumed(run) or {}
         self.step, self.reason = self.state.get("step", 0), None
         self.metrics: checkpoint.Metrics | None = None
         self.writer: checkpoint.Writer | None = None
-        self.notice, self._settled = Notice(), False
+        self.notice, self._settled, self._told = Notice(), False, False
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
@@ -90,7 +90,7 @@ class Session:
         Args:
             best: figure by which the best checkpoint is kept, besides the newest ones.
         """
-        model = on.compiled(self.place.wrap(self._kept["model"]), self.device, self.train.compile)
+        model = on.compiled(self.place.wrap(self._kept["model"]), self.device, self.train.compile, self.world)
         if self.rank == 0:
             self.metrics = checkpoint.Metrics(self.run, self.step, self.train.tracker)
             self.writer = checkpoint.Writer(self.run, self.train.keep_checkpoints, best, self.world)
@@ -175,6 +175,9 @@ class Session:
             row[f"train/{unit}_per_s"] = steps * self.plan.global_batch_size / seconds
             row |= {"data/wait_s": waited / steps, "data/wait_share": waited / seconds}
             self._logged, self._since = self.step, time.monotonic()
+            if not self._told and (note := on.uncompiled()):
+                print(f"note: {note}", flush=True)
+            self._told = True
         publish(self.step, row, {"run": Path(self.run).name, "rank": str(self.rank)})
         if self.metrics:
             self.metrics.write(self.step, **row, **(self.writer.figures() if unit else {}))
