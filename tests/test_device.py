@@ -56,16 +56,16 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
     def failing(module):
         return torch.compile(module._call_impl, backend=broken)
 
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
-    assert on.compiled(net, CPU, "off")._compiled_call_impl is None
-    assert on.compiled(net, CPU, "auto")._compiled_call_impl is None  # a CPU gains nothing
-    assert on.compiled(net, CPU, "on") is net and net._compiled_call_impl is not None
-    torch.testing.assert_close(net(x), plain(x))
+    with torch._dynamo.config.patch(suppress_errors=False):
+        assert on.compiled(net, CPU, "off")._compiled_call_impl is None
+        assert on.compiled(net, CPU, "auto")._compiled_call_impl is None  # a CPU gains nothing
+        assert on.compiled(net, CPU, "on") is net and net._compiled_call_impl is not None
+        torch.testing.assert_close(net(x), plain(x))
     assert net.state_dict().keys() == plain.state_dict().keys()
     torch._dynamo.reset()
 
 
-def test_what_was_not_compiled_is_counted(monkeypatch):
+def test_what_was_not_compiled_is_counted():
     def broken(graph, inputs):
         raise RuntimeError("no such compiler")
 
@@ -73,16 +73,16 @@ def test_what_was_not_compiled_is_counted(monkeypatch):
         torch._dynamo.graph_break()
         return x + 1
 
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert on.uncompiled() is None
-    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
-    assert on.uncompiled() is None
-    torch.compile(interrupted, backend="eager")(torch.ones(2))
-    assert re.search(r"torch.compile: 0 of \d functions could not be compiled .* 1 graph breaks, .*", on.uncompiled())
-    torch.compile(lambda x: x + 2, backend=broken)(torch.ones(2))
-    assert re.search(r"torch.compile: 1 of \d functions could not be compiled and run as they are", on.uncompiled())
+    with torch._dynamo.config.patch(suppress_errors=True):
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+        assert on.uncompiled() is None
+        torch.compile(interrupted, backend="eager")(torch.ones(2))
+        assert re.search(r"0 of \d functions could not be compiled .* 1 graph breaks, the", on.uncompiled())
+        torch.compile(lambda x: x + 2, backend=broken)(torch.ones(2))
+        assert re.search(r"1 of \d functions could not be compiled and run as they are", on.uncompiled())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
