@@ -8,6 +8,7 @@ import numpy as np
 from pgl_ray import sweeps, tables
 from pgl_ray.model.metrics import reach
 from pgl_ray.sweeps import Trial
+from pgl_ray.tables import Run
 
 
 class Measure(NamedTuple):
@@ -34,35 +35,84 @@ MEASURES = {
 }
 
 
-def difference(
-    what: str, pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measure: Measure
-) -> list[str]:
-    """A sentence about two arms, in a list: over the scans, seeds taken together, and over the seeds, scans taken
-    together; a finding that is more than the scans' noise may be no more than the seeds'.
+class Gain(NamedTuple):
+    """By how much one arm's score differs from another's: over the scans, seeds taken together, and over the seeds,
+    scans taken together; a finding that is more than the scans' noise may be no more than the seeds'.
+
+    Attributes:
+        mean, low, high: over the scans, with its 95 % interval, in the measure's unit.
+        num_scans: that both have.
+        by_seed: per seed the difference of the means.
+        measure: of the scores.
+    """
+
+    mean: float
+    low: float
+    high: float
+    num_scans: int
+    by_seed: list[float]
+    measure: Measure
+
+    @property
+    def ahead(self) -> int:
+        """Seeds with which it is better."""
+        return sum(sweeps.merit(self.measure.figure, value) > 0 for value in self.by_seed)
+
+    @property
+    def is_better(self) -> bool | None:
+        """Whether it is; none: within the noise of the scans, or of the seeds where there are several."""
+        half, mean = reach(self.by_seed), float(np.mean(self.by_seed)) if self.by_seed else 0.0
+        if self.low <= 0 <= self.high or (half is not None and abs(mean) <= half):
+            return None
+        return sweeps.merit(self.measure.figure, self.mean) > 0
+
+
+def gain(pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measure: Measure) -> Gain | None:
+    """How far two arms are apart.
 
     Args:
-        what: begins it.
         pairs: per seed the rows of both: scan_id, organ and the score.
         by_seed: per seed the difference of the means.
         measure: of the rows.
 
     Returns:
-        [] with fewer than two common scans.
+        None with fewer than two common scans.
     """
     if not pairs:
-        return []
+        return None
     mine, theirs = ([row for pair in pairs for row in pair[side]] for side in (0, 1))
     together = [_over_seeds(rows, measure.score) for rows in (mine, theirs)]
     found = tables.paired_difference(*together, measure.score)
+    return found and Gain(*(measure.factor * value for value in found[:3]), found.num_scans, by_seed, measure)
+
+
+def difference(
+    what: str, pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measure: Measure
+) -> list[str]:
+    """A sentence about the `gain` of one arm over another, in a list, begun by `what`; [] where there is none."""
+    found = gain(pairs, by_seed, measure)
     if not found:
         return []
     worth = "within" if found.low <= 0 <= found.high else "more than"
-    ahead = sum(sweeps.merit(measure.figure, value) > 0 for value in by_seed)
-    mean, low, high = (measure.factor * value for value in found[:3])
     return [
-        f"{what}: {mean:+.2f} {measure.unit}, {worth} the noise of {found.num_scans} scans (95 % interval {low:+.2f} "
-        f"to {high:+.2f}); ahead with {ahead} of {len(by_seed)} seeds{over(by_seed, measure.factor)}."
+        f"{what}: {found.mean:+.2f} {measure.unit}, {worth} the noise of {found.num_scans} scans (95 % interval "
+        f"{found.low:+.2f} to {found.high:+.2f}); ahead with {found.ahead} of {len(by_seed)} seeds"
+        f"{over(by_seed, measure.factor)}."
     ]
+
+
+def same_seed(runs: list[Run], others: list[Run]) -> list[tuple[Run, Run]]:
+    """Fine-tuning runs in pairs of one seed and as many labelled scans."""
+    keys = ("seed", "num_scans", "scan_share")
+    known = {tuple(run.config.get(key) for key in keys): run for run in others}
+    found = [(run, known.get(tuple(run.config.get(key) for key in keys))) for run in runs]
+    return [(run, other) for run, other in found if other]
+
+
+def dice_gain(pairs: list[tuple[Run, Run]]) -> Gain | None:
+    """The gain in Dice of the first of each pair of evaluated runs."""
+    by_seed = [(run.summary["dice"] or 0.0) - (other.summary["dice"] or 0.0) for run, other in pairs]
+    return gain([(run.scores, other.scores) for run, other in pairs], by_seed, DICE)
 
 
 def over(by_seed: list[float], factor: float = 100.0) -> str:

@@ -24,7 +24,6 @@ from pgl_ray.pictures import (
     Plane,
     draw_letters,
     draw_slice,
-    height_per_width,
     organ_color,
     style,
 )
@@ -195,12 +194,13 @@ def matches(source: Places, target: Places, searches: list[Search], numbers: dic
     """
     planes = (CORONAL, AXIAL)
     organs = [organ for organ in searches[0].found_mm if organ in target.at_mm]
-    boxes = {id(scan): scan.body for scan in (source, target)}
-    sizes = {key: box[:, 1] - box[:, 0] for key, box in boxes.items()}
-    heights = [height_per_width(sizes[id(s)], plane, s.spacing_mm) for plane in planes for s in (source, target)]
-    panel = 2.2  # inches
-    figure = Figure(figsize=(4 * panel + 1.8, len(searches) * (panel * max(heights) + 0.4) + 0.35))
-    grid = figure.add_gridspec(len(searches), 5, width_ratios=[1, 1, 1, 1, 0.75])
+    boxes = {id(scan): with_margin(scan.body, scan.volume.shape) for scan in (source, target)}
+    sizes_mm = [(boxes[id(scan)][:, 1] - boxes[id(scan)][:, 0]) * scan.spacing_mm for scan in (source, target)]
+    widths = [size[2] for size in sizes_mm] * len(planes)  # all slices at one scale
+    scale, errors_in = 8.6 / sum(widths), 1.6  # inches per mm; inches of the column of errors
+    height = scale * max(size[plane.row] for size in sizes_mm for plane in planes)
+    figure = Figure(figsize=(8.8 + errors_in, len(searches) * (height + 0.4) + 0.35))
+    grid = figure.add_gridspec(len(searches), 5, width_ratios=[*widths, errors_in / scale])
     for row, search in enumerate(searches):
         for k, (plane, scan) in enumerate((plane, scan) for plane in planes for scan in (source, target)):
             ax = figure.add_subplot(grid[row, k])
@@ -208,7 +208,7 @@ def matches(source: Places, target: Places, searches: list[Search], numbers: dic
             image = cut(scan.volume, plane, middle[plane.through])
             draw_slice(ax, image, plane, scan.spacing_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
             draw_letters(ax, plane, np.zeros(3, bool))
-            crop(ax, boxes[id(scan)], plane, scan.volume.shape)
+            crop(ax, boxes[id(scan)], plane)
             what = "asked in" if scan is source else "found in"
             ax.set_title(f"{what} {scan.title}, {plane.name}", fontsize=7)
             for organ in organs:
@@ -251,14 +251,16 @@ def _line(ax: Axes, plane: Plane, scan: Places, true_mm: np.ndarray, found_mm: n
     _mark(ax, plane, scan, found_mm, color, "X", filled=True)
 
 
-def crop(ax: Axes, box: np.ndarray, plane: Plane, shape: tuple[int, ...], margin: float = 0.03) -> None:
-    """Shows a box [3, 2] of a volume alone, and a little of it beside the box."""
-    aside = margin * (box[plane.column, 1] - box[plane.column, 0])
-    (left, right), (low, high) = (
-        (max(0, box[axis, 0] - aside), min(shape[axis], box[axis, 1] + aside)) for axis in (plane.column, plane.row)
-    )
-    ax.set_xlim(left, right)
-    ax.set_ylim(*((high, low) if plane.origin == "upper" else (low, high)))
+def with_margin(box: np.ndarray, shape: tuple[int, ...], margin: float = 0.03) -> np.ndarray:
+    """A box [3, 2] of a volume and a little of what is beside it, as a share of its width."""
+    aside = margin * (box[2, 1] - box[2, 0])
+    return np.clip(box + np.array([-aside, aside]), 0, np.array(shape)[:, None])
+
+
+def crop(ax: Axes, box: np.ndarray, plane: Plane) -> None:
+    """Shows a box [3, 2] of a volume alone."""
+    ax.set_xlim(*box[plane.column])
+    ax.set_ylim(*(box[plane.row, ::-1] if plane.origin == "upper" else box[plane.row]))
     ax.set_anchor("N")
 
 
@@ -296,14 +298,16 @@ def _handle(marker: str, filled: bool, label: str) -> Line2D:
 
 @style
 def features(rows: list[Colored], encoders: list[str]) -> Figure:
-    """A slice of several scans: CT, then each encoder's features as colours; organs are outlined.
+    """A slice of several scans: CT, then each encoder's features as colours, all at one scale; organs are outlined.
 
     Args:
         rows: a scan each.
         encoders: titles, in the order of the rows' colours.
     """
-    boxes = [np.array([(0, 1), *_reach(row.body)]) for row in rows]
-    heights = [height_per_width(box[:, 1] - box[:, 0], AXIAL, row.unit_mm) for box, row in zip(boxes, rows)]
+    boxes = [with_margin(np.array([(0, 1), *_reach(row.body)]), (1, *row.image.shape)) for row in rows]
+    sizes_mm = [(box[:, 1] - box[:, 0]) * row.unit_mm for box, row in zip(boxes, rows)]
+    widest = max(size[2] for size in sizes_mm)
+    heights = [size[1] / widest for size in sizes_mm]
     figure = Figure(figsize=(2.9 * (1 + len(encoders)), 2.9 * sum(heights) + 0.2 * len(rows) + 0.35))
     grid = figure.add_gridspec(len(rows), 1 + len(encoders), height_ratios=heights)
     for number, (row, box) in enumerate(zip(rows, boxes)):
@@ -316,7 +320,7 @@ def features(rows: list[Colored], encoders: list[str]) -> Figure:
             draw_slice(ax, row.image, AXIAL, row.unit_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
             if colors is not None:
                 _paint(ax, row, colors)
-            crop(ax, box, AXIAL, (1, *row.image.shape))
+            crop(ax, box, AXIAL)
             if colors is None:
                 draw_letters(ax, AXIAL, np.zeros(3, bool))
                 _bar(ax, AXIAL, row.unit_mm)

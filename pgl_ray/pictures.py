@@ -8,6 +8,7 @@ upwards is the coronal one with the head up.
 import base64
 import io
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from matplotlib import patheffects
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -43,6 +44,8 @@ STYLE = {
     "svg.hashsalt": "pgl_ray",
     "figure.constrained_layout.use": True,
 }
+MARK_COLOR = "#808080"  # of levels; seen on white and on black
+WORSE_TO_BETTER = LinearSegmentedColormap.from_list("worse to better", ["#a6a6a6", "#E69F00", "#0072B2"])
 style = matplotlib.rc_context(STYLE)
 
 
@@ -67,6 +70,13 @@ class Series(NamedTuple):
     y: list[float]
     color: str
     dashed: bool = False
+
+
+class Mark(NamedTuple):
+    """A level that a plot's lines are to be held against, such as chance."""
+
+    y: float
+    text: str
 
 
 class ViewPair(NamedTuple):
@@ -150,8 +160,21 @@ def to_png(figure: Figure, dpi: int = 150) -> str:
     return data_uri(to_bytes(figure, "png", dpi=dpi), "image/png")
 
 
+DARK = {"#ffffff": "#16181c", "#000000": "#e2e2e2", "#333333": "#cccccc", "#555555": "#b0b5bb", "#eeeeee": "#2b3037"}
+IN_THE_DARK = "<style>@media screen and (prefers-color-scheme: dark) {{ svg {{ fill: {} }} {} }}</style></svg>".format(
+    DARK["#000000"],  # text that is black, which matplotlib does not say
+    " ".join(
+        f'[style*="{what}: {bright}"] {{ {what}: {dark} !important }}'
+        for bright, dark in DARK.items()
+        for what in ("fill", "stroke")
+    ),
+)
+
+
 def to_svg(figure: Figure) -> str:
-    return data_uri(to_bytes(figure, "svg", metadata={"Date": None}), "image/svg+xml")
+    """With a second set of colours, which browsers take where the page is dark."""
+    drawn = to_bytes(figure, "svg", metadata={"Date": None}).rstrip()
+    return data_uri(drawn.removesuffix(b"</svg>") + IN_THE_DARK.encode(), "image/svg+xml")
 
 
 def data_uri(content: bytes, mime: str) -> str:
@@ -163,15 +186,25 @@ def data_uri(content: bytes, mime: str) -> str:
 
 @style
 def curves(
-    lines: list[Series], title: str, bounds: tuple[float | None, float | None] = (None, None), log: bool = False
+    lines: list[Series],
+    title: str,
+    bounds: tuple[float | None, float | None] = (None, None),
+    log: bool = False,
+    marks: Sequence[Mark] = (),
 ) -> Figure:
-    """Lines over steps; on a log scale zeros leave gaps, and zeros alone are shown on a linear one."""
+    """Lines over steps; on a log scale zeros leave gaps, and zeros alone are shown on a linear one. Marks are dotted
+    lines with a word; one that lies beyond the bounds is left out."""
     figure = Figure(figsize=(3.6, 2.2))
     ax = figure.add_subplot(title=title, xlabel="step")
     for line in lines:
         marker = "." if len(line.x) < 30 else None
         ax.plot(line.x, line.y, color=line.color, ls="--" if line.dashed else "-", lw=1.2, marker=marker, ms=4)
-    if log and any(y > 0 for line in lines for y in line.y):
+    log = log and any(y > 0 for line in lines for y in line.y)
+    for mark in (mark for mark in marks if mark.y > 0 or not log):
+        ax.axhline(mark.y, color=MARK_COLOR, lw=1, ls=":", zorder=1)
+        at = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": True}
+        ax.annotate(mark.text, (1, mark.y), (-2, 2), ha="right", fontsize=6.5, color=MARK_COLOR, **at)
+    if log:
         ax.set_yscale("log", nonpositive="mask")
     else:
         ax.ticklabel_format(axis="y", useOffset=False)
@@ -181,20 +214,21 @@ def curves(
 
 @style
 def organ_bars(organs: list[str], runs: list[tuple[str, list[float], list[float]]]) -> Figure:
-    """Grouped bars with error bars.
+    """Bars with error bars, an organ below the other, as wide as a telephone's screen.
 
     Args:
         organs: names.
         runs: (colour, Dice per organ, its standard error per organ); NaN draws nothing.
     """
     width = 0.8 / len(runs)
-    figure = Figure(figsize=(max(3.6, 0.8 + len(organs) * (0.3 + 0.16 * len(runs))), 2.6))
-    ax = figure.add_subplot(ylabel="Dice", ylim=(0, 1))
+    figure = Figure(figsize=(4.8, 0.7 + len(organs) * (0.1 + 0.1 * max(2, len(runs)))))
+    ax = figure.add_subplot(xlabel="Dice, higher is better", xlim=(0, 1))
     for k, (color, dice, error) in enumerate(runs):
-        x = np.arange(len(organs)) + (k - (len(runs) - 1) / 2) * width
-        ax.bar(x, dice, width * 0.92, color=color, yerr=error, ecolor="#333333", error_kw={"lw": 0.8, "capsize": 1.5})
-    ax.set_xticks(range(len(organs)), [organ.replace("_", " ") for organ in organs], rotation=35, ha="right")
-    ax.grid(False, axis="x")
+        y = np.arange(len(organs)) + (k - (len(runs) - 1) / 2) * width
+        ax.barh(y, dice, width * 0.92, color=color, xerr=error, ecolor="#333333", error_kw={"lw": 0.8, "capsize": 1.5})
+    ax.set_yticks(range(len(organs)), [organ.replace("_", " ") for organ in organs])
+    ax.set_ylim(len(organs) - 0.4, -0.6)
+    ax.grid(False, axis="y")
     ax.set_axisbelow(True)
     return figure
 
@@ -246,9 +280,13 @@ def _frame_overlap(ax: Axes, box: np.ndarray, plane: Plane) -> None:
 
 @style
 def pair_in_scan(pair: ViewPair) -> Figure:
-    """The scan through the overlap's middle with both crop boxes and their overlap."""
-    figure = Figure(figsize=(5.6, 3.0))
+    """The scan through the overlap's middle with both crop boxes and their overlap, both slices at one scale."""
     middle = pair.overlap.mean(-1)
+    reach = np.stack([*pair.boxes, np.stack([np.zeros(3), pair.volume.shape], -1)])  # crops may stand out
+    reach = np.stack([reach[..., 0].min(0) - 1, reach[..., 1].max(0) + 1], -1)
+    sizes = (reach[:, 1] - reach[:, 0]).astype(int)
+    height = max(height_per_width(sizes, plane, pair.spacing_mm) for plane in (AXIAL, CORONAL))
+    figure = Figure(figsize=(5.6, 2.7 * height + 0.3))
     for k, plane in enumerate((AXIAL, CORONAL)):
         ax = figure.add_subplot(1, 2, k + 1)
         image = slice_of(pair.volume, plane, middle[plane.through])
@@ -257,10 +295,8 @@ def pair_in_scan(pair: ViewPair) -> Figure:
         for box, color in zip(pair.boxes, VIEW_COLORS):
             _frame(ax, box, plane, color, 1.4)
         _frame_overlap(ax, pair.overlap, plane)
-        reach = np.stack([*pair.boxes, np.stack([np.zeros(3), pair.volume.shape], -1)])  # crops may stand out
-        columns, rows = ((reach[:, axis, 0].min(), reach[:, axis, 1].max()) for axis in (plane.column, plane.row))
-        ax.set_xlim(columns[0] - 1, columns[1] + 1)
-        ax.set_ylim(*((rows[1] + 1, rows[0] - 1) if plane.origin == "upper" else (rows[0] - 1, rows[1] + 1)))
+        ax.set_xlim(*reach[plane.column])
+        ax.set_ylim(*(reach[plane.row, ::-1] if plane.origin == "upper" else reach[plane.row]))
         axis = "DH"[plane.through]
         ax.set_title(f"{plane.name}, {axis} = {int(middle[plane.through])} of {pair.volume.shape[plane.through]}")
     return figure
@@ -268,13 +304,15 @@ def pair_in_scan(pair: ViewPair) -> Figure:
 
 @style
 def pair_as_seen(pair: ViewPair) -> Figure:
-    """Both views as the network saw them, sliced where the overlap's middle lies, with the overlap in their frame."""
+    """Both views as the network saw them, sliced where the overlap's middle lies, with the overlap in their frame; all
+    slices at one scale."""
     low, high = pair.z_scored(VIEW_DISPLAY_HU)
     size = np.array(pair.views[0].shape)
-    units_mm = [(box[:, 1] - box[:, 0]) * pair.spacing_mm / size for box in pair.boxes]
-    heights = [max(height_per_width(size, plane, unit) for unit in units_mm) for plane in (AXIAL, CORONAL)]
-    figure = Figure(figsize=(5.6, 2.8 * sum(heights) + 0.5))
-    grid = figure.add_gridspec(2, 2, height_ratios=heights)
+    sizes_mm = np.array([(box[:, 1] - box[:, 0]) * pair.spacing_mm for box in pair.boxes])
+    units_mm, highest = sizes_mm / size, sizes_mm.max(0)
+    heights, widths = [highest[plane.row] for plane in (AXIAL, CORONAL)], sizes_mm[:, 2]
+    figure = Figure(figsize=(5.6, 5.5 * sum(heights) / sum(widths) + 0.5))
+    grid = figure.add_gridspec(2, 2, height_ratios=heights, width_ratios=widths)
     for k, (view, box, flip) in enumerate(zip(pair.views, pair.boxes, pair.flips)):
         region = region_in_view(pair.overlap, box, flip, size)
         flipped = ", ".join("–".join(ends) for axis, ends in enumerate(AXIS_ENDS) if flip[axis])
@@ -341,10 +379,11 @@ def places(
         spacing_mm: of the scan.
     """
     size = np.array(views[0].shape)
-    units_mm = [(prior.box[:, 1] - prior.box[:, 0]) * spacing_mm / size for prior in priors]
+    sizes_mm = np.array([(prior.box[:, 1] - prior.box[:, 0]) * spacing_mm for prior in priors])
+    units_mm, widths = sizes_mm / size, sizes_mm[:, 2]
     overlap = overlap_box(*(prior.box for prior in priors))
-    height = max(height_per_width(size, AXIAL, unit) for unit in units_mm)
-    figure = Figure(figsize=(6, len(compared) * (2.9 * height + 0.3) + 0.4))
+    figure = Figure(figsize=(6, len(compared) * (5.8 * max(sizes_mm[:, 1]) / sum(widths) + 0.3) + 0.4))
+    grid = figure.add_gridspec(len(compared), 2, width_ratios=widths)
     figure.suptitle(
         "one line = two features that are compared; circle: where view 1's looks, cross: where view 2's looks",
         fontsize=8,
@@ -353,7 +392,7 @@ def places(
         first, second = (_some_places(scan_points) for scan_points in found)
         colors = matplotlib.colormaps["hsv"](np.linspace(0, 1, len(first), endpoint=False))
         for k, (view, prior) in enumerate(zip(views, priors)):
-            ax = figure.add_subplot(len(compared), 2, 2 * row + k + 1)
+            ax = figure.add_subplot(grid[row, k])
             ax.set_title(f"view {k + 1}, {PLACES[name]}" if k == 0 else f"view {k + 1}", fontsize=7)
             middle = region_in_view(overlap, prior.box, prior.flip, size)[0].mean()
             low, high = window
@@ -544,17 +583,15 @@ class Axis(NamedTuple):
 
 def _score_colors(scores: list[float]) -> np.ndarray:
     low, high = min(scores), max(scores)
-    return matplotlib.colormaps["viridis"](
-        (np.array(scores) - low) / (high - low) if high > low else np.ones(len(scores))
-    )
+    return WORSE_TO_BETTER((np.array(scores) - low) / (high - low) if high > low else np.ones(len(scores)))
 
 
 @style
 def parallel_coordinates(
     axes: list[Axis], scores: list[float], ended: list[bool], judge: str, merits: list[float]
 ) -> Figure:
-    """A line per trial through its settings to its score, brighter where it is better by its merit; dashed where it was
-    stopped early."""
+    """A line per trial through its settings to its score, grey to blue as it is better by its merit; dashed where it
+    was stopped early."""
     last = Axis(judge, scores, None)
     all_axes, colors = [*axes, last], _score_colors(merits)
     figure = Figure(figsize=(max(4.0, 1.7 * len(all_axes)), 3.0))
@@ -614,7 +651,7 @@ def setting_scores(
 
 @style
 def trial_curves(lines: list[tuple[list[float], list[float], bool]], merits: list[float], judge: str) -> Figure:
-    """The judged figure of every trial over its training in percent, brighter where it is better by its merit; dashed
+    """The judged figure of every trial over its training in percent, grey to blue as it is better by its merit; dashed
     where it was stopped early."""
     figure, colors = Figure(figsize=(5.4, 2.8)), _score_colors(merits)
     ax = figure.add_subplot(xlabel="percent of the judged training", ylabel=f"best {judge} so far")

@@ -7,7 +7,7 @@ from typing import Any
 
 from pgl_ray.judge.judges import HIGHER_IS_BETTER, IN_FULL
 from pgl_ray.judge.readings import in_words
-from pgl_ray.tables import JUDGED, Run, gathered, number
+from pgl_ray.tables import JUDGED, Run, counted, gathered, number
 from pgl_ray.train.bucket import shown
 
 MORE = {  # a judge's second figure: its key, the head of its column, and how it is written
@@ -53,17 +53,17 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
     """Every reading of every encoder that was judged, its controls and its upper end; a value is best of its column.
 
     Returns:
-        heads: of the columns; rows: name, cells (text, ci, best), num_scans, path; sentences and notes of the probes;
+        heads: of the columns; rows: name, cells (text, ci, best), num_scans; sentences, notes and files of the probes;
         organs: see `by_organ`. None without probes.
     """
     if not probes:
         return None
-    judges = [judge for judge in JUDGED if any(judge in first(found) for _, found in probes)]
+    judges = [judge for judge in JUDGED if any(judge in counted(found) for _, found in probes)]
     rows: list[dict[str, Any]] = []
-    for path, found in probes:
+    for _, found in probes:
         for name, scores in scored(found).items():
             row = {"name": name, "cells": [cell for judge in judges for cell in _cells(judge, scores.get(judge))]}
-            row |= {"num_scans": f"{found['num_train_scans']} / {found['num_test_scans']}", "path": str(path)}
+            row |= {"num_scans": f"{found['num_train_scans']} / {found['num_test_scans']}"}
             same = [one for one in rows if (one["name"], one["cells"]) == (name, row["cells"])]
             if not same:  # random weights are judged beside each encoder of their size
                 rows.append(row)
@@ -82,17 +82,13 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
         "notes": gathered((name_of(found), note) for _, found in probes for note in found["notes"]),
         "organs": by_organ(probes, judges),
         "body_box": ", ".join(sorted(boxes)),
+        "files": list(dict.fromkeys(str(path) for path, _ in probes)),
     }
 
 
 def name_of(found: dict[str, Any]) -> str:
     """Short name of the encoder that was judged."""
     return os.path.basename(found["init"].rstrip("/"))
-
-
-def first(found: dict[str, Any]) -> dict[str, Any]:
-    """Judge -> score of the reading that counts."""
-    return next(iter(found["readings"].values()))
 
 
 def scored(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -126,8 +122,8 @@ def by_organ(probes: list[tuple[Path, dict[str, Any]]], judges: list[str]) -> di
     for judge in judges:
         named: dict[str, dict[str, float]] = {}
         for _, found in probes:
-            if judge in first(found):
-                named[name_of(found)] = _organs(judge, first(found)[judge])
+            if judge in counted(found):
+                named[name_of(found)] = _organs(judge, counted(found)[judge])
             if judge in found["standing"]:
                 low_is = found["standing"][judge]["low_is"]
                 named[low_is] = _organs(judge, found["controls"][low_is][judge])

@@ -1,23 +1,21 @@
 """python -m pgl_ray.report run=RUN [a.b=c ...], run=[A,B,C] to compare, or run=SWEEP: one self-contained HTML page with
-tables, curves and pictures. What a run lacks is left out, and a line says so."""
+answers at its top (answers.py), then tables, curves and pictures. What a run lacks is left out, and a line says so."""
 
 if __name__ == "__main__":  # before torch is imported, which help and refusals can do without
     from pgl_ray import cli
 
     cli.main("report")
 
-import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import nibabel as nib
 import numpy as np
 
-from pgl_ray import pictures, probe_tables, sweep_report, tables
+from pgl_ray import answers, curves, pages, pictures, probe_tables, sweep_report, tables
 from pgl_ray.config import ReportConfig
 from pgl_ray.data.resample import onto_grid
 from pgl_ray.data.shard import ArrayReader
@@ -36,7 +34,7 @@ from pgl_ray.data.views import normalise, read_padded, resize_and_flip
 from pgl_ray.prior import overlap_box
 from pgl_ray.tables import Run
 from pgl_ray.train.bucket import beside, is_url, shown
-from pgl_ray.train.health import COLLAPSED, directions
+from pgl_ray.train.health import COLLAPSED
 
 NUM_PAIRS, NUM_OVERLAYS = 2, 3
 
@@ -64,7 +62,8 @@ def run(config: ReportConfig) -> str:
         "title": config.title,
         "notes": config.notes,
         "runs": runs,
-        "color": color,
+        "color": curves.color,
+        "answers": answers.of_runs(runs, probes),
         "overviews": [tables.overview(r) for r in runs],
         "differences": [(group, tables.differing_settings(group)) for group in (pretrained, tuned) if len(group) > 1],
         "comparison": tables.comparison(evaluated) if evaluated else None,
@@ -74,25 +73,21 @@ def run(config: ReportConfig) -> str:
         "verdicts": [tables.verdict(r) for r in pretrained],
         "health": tables.health(pretrained),
         "alignments": [found for r in pretrained if (found := alignment(r))],
-        "pretrain_curves": pretrain_curves(pretrained),
+        "pretrain_curves": curves.pretrain_curves(pretrained),
+        "loss_words": curves.loss_words(pretrained),
         "rises": tables.rises(pretrained),
         "least_directions": COLLAPSED,
         "pairs": [
             pair for r in pretrained for pair in _or_missing(missing, r.name, lambda r=r: view_pairs(r, num_pairs))
         ],
         "tuned": tuned,
-        "finetune_curves": finetune_curves(tuned),
-        "bars": organ_bars(evaluated) if evaluated else None,
+        "finetune_curves": curves.finetune_curves(tuned),
+        "bars": curves.organ_bars(evaluated) if evaluated else None,
         "overlays": _or_missing(missing, "overlays", lambda: overlays(evaluated)) if evaluated else None,
         "settings": [(r.name, tables.settings(r)) for r in runs],
         "missing": missing,
     }
     return _write(config, content)
-
-
-def color(one: Run) -> str:
-    """A run's colour in every figure and table."""
-    return pictures.RUN_COLORS[one.number % len(pictures.RUN_COLORS)]
 
 
 def _or_missing(missing: list[str], what: str, draw: Callable[[], Any]) -> Any:
@@ -105,108 +100,12 @@ def _or_missing(missing: list[str], what: str, draw: Callable[[], Any]) -> Any:
 
 
 def _write(config: ReportConfig, content: dict[str, Any], template: str = "report.html") -> str:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    blocks = {"trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
-    page = environment.get_template(template).render(content)
+    page = pages.render(template, **content)
     kept = nullcontext(Path(config.output)) if config.output else beside(config.run[0], "report.html")
     with kept as path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_aside(path, page.encode())
     return f"{config.run[0]}/report.html" if is_url(config.run[0]) and not config.output else str(path.absolute())
-
-
-# -- curves and bars --------------------------------------------------------------------------------------------------
-
-
-def _series(one: Run, points: Iterable[tuple[float, float]], dashed: bool = False) -> pictures.Series:
-    x, y = zip(*points) if (points := list(points)) else ((), ())
-    return pictures.Series(x, y, color(one), dashed)
-
-
-def _metric(one: Run, key: str, dashed: bool = False) -> pictures.Series:
-    return _series(one, ((row["step"], row[key]) for row in one.rows if key in row), dashed)
-
-
-def _plot(title: str, lines: list[pictures.Series], *bounds: float | None, log: bool = False) -> str:
-    """A data URI, or "" where no run has the metric."""
-    drawn = [line for line in lines if line.x]
-    return pictures.to_svg(pictures.curves(drawn, title, bounds, log)) if drawn else ""
-
-
-def pretrain_curves(runs: list[Run]) -> dict[str, str]:
-    """Data URIs by the name that the template knows the figure by."""
-
-    def waited(one: Run) -> Iterable[tuple[float, float]]:
-        for row in one.rows:
-            if "train/pairs_per_s" in row:
-                seconds_per_step = one.config["global_batch_size"] / row["train/pairs_per_s"]
-                yield row["step"], row["data/wait_s"] / seconds_per_step
-
-    def compared(name: str, dashed: bool = False) -> list[pictures.Series]:
-        """Of what the loss compares: places, or BYOL's views."""
-        keys = (f"health/{name}", f"health/view_{name}")
-        return [_metric(r, next((k for k in keys if any(k in row for row in r.rows)), ""), dashed) for r in runs]
-
-    def pairs_of(solid: str, dashed: str) -> list[pictures.Series]:
-        return [_metric(r, solid) for r in runs] + [_metric(r, dashed, dashed=True) for r in runs]
-
-    def spread(one: Run) -> Iterable[tuple[float, float]]:
-        """From what older runs recorded, too."""
-        return ((row["step"], found) for row in one.rows if (found := directions(row)) is not None)
-
-    comparing = [r for r in runs if r.config.get("method") != "genesis"]
-    restoring = [r for r in runs if r.config.get("method") == "genesis"]
-    encoder_cosines = pairs_of("health/encoder_cosine_aligned", "health/encoder_cosine_shuffled")
-    return {
-        "loss": _plot("loss", [_metric(r, "train/loss") for r in comparing], 0, None),
-        "restoration": _plot("loss of Models Genesis", [_metric(r, "train/loss") for r in restoring], 0, None),
-        "lr": _plot("learning rate", [_metric(r, "train/lr") for r in runs], 0, None),
-        "decay": _plot("EMA decay", [_metric(r, "ema/decay") for r in comparing], None, None),
-        "grad": _plot("gradient norm", [_metric(r, "train/grad_norm") for r in runs], 0, None),
-        "weights": _plot("weight norms", pairs_of("weight/encoder_norm", "weight/heads_norm"), 0, None),
-        "directions": _plot("directions", [_series(r, spread(r)) for r in runs], 0, None),
-        "std": _plot("feature_std", compared("feature_std"), 0, 1.1),
-        "rank": _plot("effective rank", compared("effective_rank"), 0, None),
-        "cosine": _plot(
-            "cosine of query and key", compared("cosine_aligned") + compared("cosine_shuffled", dashed=True), None, 1
-        ),
-        "retrieval": _plot("retrieval@1", compared("retrieval"), None, 1.2, log=True),
-        "encoder_std": _plot("encoder: feature_std", [_metric(r, "health/encoder_feature_std") for r in runs], 0, 1.1),
-        "encoder_rank": _plot(
-            "encoder: effective rank", [_metric(r, "health/encoder_effective_rank") for r in runs], 0, None
-        ),
-        "encoder_cosine": _plot("encoder: cosine of both views", encoder_cosines, None, 1),
-        "encoder_retrieval": _plot(
-            "encoder: retrieval@1", [_metric(r, "health/encoder_retrieval") for r in runs], None, 1.2, log=True
-        ),
-        "probe": _plot("voxel probe", [_metric(r, "probe/balanced_accuracy") for r in runs], 0, 1),
-        "clamped": _plot("share of clamped bins", [_metric(r, "align/clamped_share") for r in runs], 0, 1),
-        "speed": _plot("view pairs per second", [_metric(r, "train/pairs_per_s") for r in runs], 0, None),
-        "wait": _plot("share of time spent waiting", [_series(r, waited(r)) for r in runs], 0, 1),
-    }
-
-
-def finetune_curves(runs: list[Run]) -> dict[str, str]:
-    """As `pretrain_curves`."""
-    return {
-        "loss": _plot("training loss", [_metric(r, "train/loss") for r in runs], None, None),
-        "dice": _plot("validation Dice", [_metric(r, "val/dice") for r in runs], 0, None),
-    }
-
-
-def organ_bars(runs: list[Run]) -> str:
-    """Dice per organ with the standard error over scans, as a data URI."""
-    organs = tables.evaluated_organs(runs)
-
-    def heights(value: Callable[[str], float | None]) -> list[float]:
-        return [math.nan if (found := value(organ)) is None else found for organ in organs]
-
-    bars = []
-    for r in runs:
-        dice = heights(lambda organ, r=r: tables.mean_score(r, "dice", organ))
-        bars.append((color(r), dice, heights(lambda organ, r=r: tables.standard_error(r.scores, "dice", organ))))
-    return pictures.to_svg(pictures.organ_bars(organs, bars))
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pgl_ray.model.metrics import paired_by_scan, reach
 from pgl_ray.train.bucket import is_url, shelf, shown
 from pgl_ray.train.checkpoint import read_metrics
-from pgl_ray.train.health import newest_verdict, rise
+from pgl_ray.train.health import collapse, newest_verdict, rise
 
 SCORES = {"dice": "Dice", "iou": "IoU", "hd_mm": "HD, mm", "hd95_mm": "HD95, mm"}
 LOWER_IS_BETTER = ("hd_mm", "hd95_mm")
@@ -128,6 +128,19 @@ def _duration(rows: list[dict[str, float]]) -> str:
     seconds = duration_s(rows)
     hours, rest = divmod(seconds, 3600)
     return f"{hours:.0f} h {rest // 60:.0f} min" if hours else f"{seconds / 60:.1f} min"
+
+
+def waits(run: Run) -> list[tuple[float, float]]:
+    """(step, share of the time since the row before that was spent waiting for data), of rows that say it."""
+    found = []
+    for row in run.rows:
+        share = row.get("data/wait_share")
+        rate = row.get("train/pairs_per_s", row.get("train/patches_per_s"))
+        if share is None and rate and "data/wait_s" in row:  # of an earlier version
+            share = row["data/wait_s"] * rate / run.config["global_batch_size"]
+        if share is not None:
+            found.append((row["step"], share))
+    return found
 
 
 def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
@@ -289,9 +302,14 @@ JUDGED = {  # judge -> head of its column, and how its figures are written
 }
 
 
+def counted(found: dict[str, Any]) -> dict[str, Any]:
+    """Judge -> score of the reading that counts, which is a probe's first; {} of an earlier version."""
+    return next(iter(found.get("readings", {}).values()), {})
+
+
 def probe_values(found: dict[str, Any]) -> dict[str, float]:
-    """Judge -> what it says of the reading that counts, which is a probe's first."""
-    first = next(iter(found.get("readings", {}).values()), {})
+    """Judge -> what it says of the reading that counts."""
+    first = counted(found)
     old = {} if found.get("balanced_accuracy") is None else {"voxels": found["balanced_accuracy"]}
     return old | {judge: score["value"] for judge, score in first.items()}
 
@@ -299,6 +317,12 @@ def probe_values(found: dict[str, Any]) -> dict[str, float]:
 def verdict(run: Run) -> str:
     """Whether a pre-training run's features collapsed, and by which figure."""
     return f"{run.name}: {newest_verdict(run.rows)}."
+
+
+def collapsed(run: Run) -> dict[str, float] | None:
+    """The last row with health figures, where these say that the features collapsed."""
+    last = next((row for row in reversed(run.rows) if "health/collapsed" in row), None)
+    return last if last and (last["health/collapsed"] >= 0.5 or collapse(last)) else None
 
 
 def rises(runs: list[Run]) -> str:

@@ -26,6 +26,11 @@ DOOR_TO_DOOR |= {("inspect", "pictures")}
 DOOR_TO_DOOR |= {("pretrain", "outlook")}  # what it says before its first step, no door itself
 DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's halves, no doors themselves
 DOOR_TO_DOOR |= {("report", "probe_tables"), ("probe_tables", "tables")}
+DOOR_TO_DOOR |= {("report", "curves"), *(("curves", other) for other in ("tables", "pictures", "outlook"))}
+# the answers at a page's top: no doors, either
+DOOR_TO_DOOR |= {("report", "answers"), *(("answers", other) for other in ("arms", "next_steps", "speeds", "tables"))}
+DOOR_TO_DOOR |= {("next_steps", other) for other in ("arms", "outlook", "speeds", "tables")} | {("speeds", "tables")}
+DOOR_TO_DOOR |= {(page, "pages") for page in DOORS if page != "pages"}  # templates
 DOOR_TO_DOOR |= {("probe", "feature_pictures"), ("feature_pictures", "pictures"), ("probe", "pictures")}
 DOOR_TO_DOOR |= {("report", "sweep_report"), ("sweeps", "tables")}
 DOOR_TO_DOOR |= {("sweep_report", other) for other in ("arms", "sweeps", "tables", "pictures")}
