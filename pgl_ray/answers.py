@@ -78,7 +78,7 @@ def learned_places(run: Run, judged: dict[str, Any] | None) -> Line:
     interval = f" (95 % interval {_interval(score['ci95'], '.1f')})" if score["ci95"] else ""
     body = judged.get("body_box_mm")
     alone = "" if body is None else f"; the place in the body's box alone, without any encoder, gives {body:.1f} mm"
-    text = f"organ centroids are found in other patients with a median error of {score['value']:.1f} mm{interval}, "
+    text = f"organ centroids are found in other scans with a median error of {score['value']:.1f} mm{interval}, "
     text += f"{_against(one)}{alone}; {own.text}"
     return Line({True: YES, False: NO, None: OPEN}[one.is_ahead], text)
 

@@ -143,10 +143,9 @@ def loss_words(runs: list[Run]) -> str:
         "consistency": "Mean squared distance of what is compared, both directions summed: 8 is opposite, 4 unrelated, "
         "0 identical. A fall to 0 within a few steps is collapse, not success.",
         "places": "Mean squared distance of what is compared, the mean of both directions and of all maps (4 is "
-        "opposite, 2 unrelated, 0 identical), with the error of the predicted displacement where loss.displacement asks "
-        "for it.",
-        "contrast": "How hard the right place is to tell from others of its pair (cross-entropy, with the error of the "
-        "predicted displacement where loss.displacement asks for it); the first value is about chance.",
+        "opposite, 2 unrelated, 0 identical), with the displacement's error where loss.displacement asks for it.",
+        "contrast": "How hard the right place is to tell from others of its pair (cross-entropy, with the "
+        "displacement's error where loss.displacement asks for it); the first value is about chance.",
     }
     kinds = {_loss_kind(r) for r in runs if r.config.get("method") != "genesis"}
     return " ".join(text for kind, text in words.items() if kind in kinds)

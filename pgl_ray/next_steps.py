@@ -9,7 +9,7 @@ from pgl_ray import arms, speeds, tables
 from pgl_ray.arms import Gain
 from pgl_ray.judge.judges import Standing
 from pgl_ray.outlook import MAX_CLAMPED, MIN_TURNOVER
-from pgl_ray.pages import Line, percent, plural
+from pgl_ray.pages import Line, command, percent, plural
 from pgl_ray.tables import Run
 from pgl_ray.train.bucket import shown
 
@@ -29,9 +29,10 @@ def first(runs: list[Run], judged: dict[str, dict[str, Any] | None]) -> Line:
         index, found = run.config["index"], judged[run.name]
         if not found or not found["standing"]:
             labels = run.record["store"]["labels"]
-            store = f"index={index}" if labels else "index=STORE of a few labelled scans, for this run's has no labels"
-            command = f"python -m pgl_ray.probe init={shown(run.path)} judges=[voxels,decoder,matching] {store}"
-            return Line("Judge it", f"{run.name} was not set beside random weights: {command}")
+            args = "judges=[voxels,decoder,matching]", f"index={index}" if labels else "index=STORE"
+            text = command("probe", f"init={shown(run.path)}", *args)
+            text += "" if labels else ", STORE one of a few labelled scans, for this run's has no labels"
+            return Line("Judge it", f"{run.name} was not set beside random weights by all judges: {text}")
         if not any(Standing(**one).is_ahead for one in found["standing"].values()):
             return _no_better(run, found)
     return _after(pretrained, tuned)
@@ -56,10 +57,8 @@ def _mends(pretrained: list[Run]) -> Line | None:
                 f"{run.name} collapsed: a new run=... with a lower optim.lr than {rate:g}, or a larger batch",
             )
         if (found := speeds.wait_of(run)) and found.verdict == speeds.DATA:
-            return Line(
-                "Feed it",
-                f"python -m pgl_ray.bench index={run.config['index']} says which part of the data's way is dear",
-            )
+            text = command("bench", f"index={run.config['index']}")
+            return Line("Feed it", f"{text} says which part of the data's way is dear, and what helps")
     return None
 
 
@@ -88,13 +87,14 @@ def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
     waiting = [run for run in tuned if not run.summary]
     if waiting:
         run = waiting[0]
-        return Line("Evaluate", f"python -m pgl_ray.evaluate run={shown(run.path)}")
+        return Line("Evaluate", command("evaluate", f"run={shown(run.path)}", f"index={run.config['index']}"))
     starts = [run for run in tuned if run.config["init"] != "random"]
+    starts = [run for run in starts if run.config["init"] == starts[0].config["init"]]
     random = [run for run in tuned if run.config["init"] == "random"]
     if pretrained and not starts:
         run = pretrained[0]
-        command = f"python -m pgl_ray.finetune conf/finetune_small.yaml index=STORE run=RUN init={shown(run.path)}"
-        return Line("Fine-tune", f"{command}, and once from random weights (without init)")
+        args = "conf/finetune_small.yaml", "index=STORE", "run=RUN", f"init={shown(run.path)}"
+        return Line("Fine-tune", f"{command('finetune', *args)}, and once from random weights (without init)")
     if not starts:
         return Line(
             "Pre-train",
@@ -123,7 +123,11 @@ def _more(found: Gain) -> Line:
             return Line("Repeat", f"{seeds}: so far the interval is that of the scans alone")
         if found.is_better is None:
             return Line("Repeat", f"{seeds}: they differ by more than the gain")
-        return Line("Use it", "nothing that these figures could tell is open")
+        if found.is_better:
+            return Line("Use it", "nothing that these figures could tell is open")
+        return Line(
+            "Begin from random weights", "the pre-training costs Dice here: train longer, or on scans like these"
+        )
     half = (found.high - found.low) / 2
     spread = half * math.sqrt(found.num_scans) / stats.t.ppf(0.975, found.num_scans - 1)
     needed = math.ceil((1.96 * spread / found.mean) ** 2) if found.mean else MOST_SCANS + 1

@@ -1,6 +1,7 @@
 """What every page is made with: the templates beside this file, and the answers that stand at a page's top."""
 
 import math
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,11 @@ def render(template: str, **content: object) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(content)
+
+
+def command(door: str, *args: str) -> str:
+    """A command to type, its arguments quoted where a shell needs it."""
+    return shlex.join(["python", "-m", f"pgl_ray.{door}", *args])
 
 
 def plural(num: int, word: str) -> str:

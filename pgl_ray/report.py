@@ -52,7 +52,9 @@ def run(config: ReportConfig) -> str:
     pretrained, tuned = ([r for r in runs if r.door == door] for door in ("pretrain", "finetune"))
     evaluated = [r for r in tuned if r.summary]
     missing = [
-        f"{r.name} is not evaluated: python -m pgl_ray.evaluate run={shown(r.path)}" for r in tuned if not r.summary
+        f"{r.name} is not evaluated: {pages.command('evaluate', f'run={shown(r.path)}', 'index=' + r.config['index'])}"
+        for r in tuned
+        if not r.summary
     ]
     missing += [f"{r.name} has no metrics yet" for r in runs if not r.rows]
     probes, old = probe_tables.read(runs)

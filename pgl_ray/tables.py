@@ -322,7 +322,7 @@ def verdict(run: Run) -> str:
 def collapsed(run: Run) -> dict[str, float] | None:
     """The last row with health figures, where these say that the features collapsed."""
     last = next((row for row in reversed(run.rows) if "health/collapsed" in row), None)
-    return last if last and (last["health/collapsed"] >= 0.5 or collapse(last)) else None
+    return last if last and collapse(last) else None
 
 
 def rises(runs: list[Run]) -> str:

@@ -105,8 +105,16 @@ JUDGES = ("voxels", "decoder", "matching")
 CHANCE = (0.345, 0.123, 45.6)  # what the judges say of random weights
 
 
-def judged(init, values=CHANCE, judges=JUDGES, ceiling=False):
-    """A probe's result as its door writes it, of planted values and of shares of them."""
+def standing(low_is, values, judge, ahead=None):
+    """Where a judge sets planted values, with a planted difference and its interval."""
+    number = JUDGES.index(judge)
+    low, gain = 0.9 * CHANCE[number], (ahead or {}).get(judge, (0.2, 0.1, 0.3))
+    found = {"low": low, "low_is": low_is, "ahead": gain[0], "ahead_ci95": None if len(gain) == 1 else gain[1:]}
+    return found | {"high": None, "closed": None}
+
+
+def judged(init, values=CHANCE, judges=JUDGES, ceiling=False, ahead=None):
+    """A probe's result as its door writes it, of planted values and of shares of them; `ahead` the differences."""
 
     def scores(planted, share=1.0, only=judges):
         details = (
@@ -128,7 +136,7 @@ def judged(init, values=CHANCE, judges=JUDGES, ceiling=False):
     found["readings"] = chance if init == "random" else trained
     found["controls"] = {"random, BatchNorm re-estimated": chance["reestimated"], low: chance["off"]}
     found["ceiling"] = scores(values, 1.3) if ceiling else {}
-    found["standing"] = {judge: {"low_is": low} for judge in judges}
+    found["standing"] = {judge: standing(low, values, judge, ahead) for judge in judges}
     found["sentences"] = [f"{judge}: ahead of everything" for judge in judges]
     found |= {"balanced_accuracy": None, "recall": None, "body_box_mm": None, "pictures": ["probe_pgl.matching.png"]}
     return found | ({"body_box_mm": 33.3} if "matching" in judges else {})

@@ -1,0 +1,382 @@
+"""The answers at the top of a report of runs, on made-up runs: every verdict, its figures, and what is missing."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_report import CHANCE, judged, score_rows
+
+from pgl_ray import answers, config, next_steps, speeds, tables
+from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
+from pgl_ray.pages import NO, OPEN, YES, percent
+
+PGL = "/runs/pgl"
+
+
+def run_of(door, rows=(), number=0, name=None, dice=None, torch="2.0+cpu", record=None, **values):
+    """A run that no folder has; `dice` per scan makes it an evaluated one."""
+    name = name or {"pretrain": "pgl", "finetune": "tuned"}[door]
+    model = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}[door]
+    resolved = build(model, {"index": "/store", "run": f"/runs/{name}", **values}).model_dump(mode="json")
+    said = {"door": door, "config": resolved, "versions": {"torch": torch}, "num_steps": 100}
+    said |= {"store": {"num_scans": 6, "labels": {"liver": 1}}, **(record or {})}
+    scores = [] if dice is None else score_rows(dice)
+    summary = None if dice is None else {"dice": float(np.mean(dice)), "index": "/store"}
+    return tables.Run(name, Path(f"/runs/{name}"), number, said, list(rows), summary, scores)
+
+
+def health_rows(found, chance=0.002, start=0.004, std=0.8, rank=10.0):
+    """Rows whose encoder finds the given shares of places again, after a first one of nearly random weights."""
+    rows = []
+    for k, share in enumerate([start, *found]):
+        row = {"step": 10.0 * k or 1.0, "time_s": 5.0 * k, "train/pairs_per_s": 8.0, "data/wait_share": 0.02}
+        row |= {"health/collapsed": float(std**2 * rank < 1), "health/encoder_retrieval": share}
+        for part in ("", "encoder_"):
+            row |= {f"health/{part}feature_std": std, f"health/{part}effective_rank": rank}
+            row |= {f"health/{part}cosine_aligned": 0.5, f"health/{part}cosine_shuffled": 0.1}
+        rows.append(row | {"health/encoder_retrieval_chance": chance, "train/loss": 1.0})
+    rows[-1]["step"] = 100.0
+    return rows
+
+
+LEARNED = (0.10, 0.12, 0.09, 0.11, 0.13)
+
+
+# -- did pre-training learn places? -----------------------------------------------------------------------------------
+
+
+def test_places_that_are_found_again_are_learned_and_how_sure():
+    line = answers.learned_places(run_of("pretrain", health_rows(LEARNED)), None)
+    low, high = stats.t.interval(0.95, 4, np.mean(LEARNED), stats.sem(LEARNED))
+    assert line.verdict == YES
+    assert f"{np.mean(LEARNED):.0%}".replace("%", " %") in line.text and "last 5 judged batches" in line.text
+    assert f"95 % interval {100 * low:.0f} to {100 * high:.0f} %" in line.text
+    assert "0.40 % at step 1 and 0.20 % by the scan alone" in line.text
+
+
+@pytest.mark.parametrize(
+    ("found", "options", "verdict", "words"),
+    [
+        ((0.001, 0.003, 0.002, 0.001), {}, NO, "wrong priors look like this"),
+        ((0.001, 0.030, 0.002, 0.015), {}, OPEN, "does not leave these out"),
+        ((0.05, 0.06, 0.05, 0.06), {"start": 0.06}, OPEN, "does not leave these out"),  # no more than random weights
+        ((0.05,), {}, OPEN, "too few for an interval: lower health.every"),
+        (LEARNED, {"std": 0.03}, NO, "features collapsed"),
+        (LEARNED, {"rank": 1.1}, NO, "features collapsed"),
+    ],
+)
+def test_what_was_not_learned_or_cannot_be_told(found, options, verdict, words):
+    line = answers.learned_places(run_of("pretrain", health_rows(found, **options)), None)
+    assert line.verdict == verdict and words in line.text
+
+
+def test_missing_figures_are_said_plainly():
+    line = answers.learned_places(run_of("pretrain"), None)
+    assert (line.verdict, line.text) == (OPEN, "no metrics are written yet")
+    rows = [{"step": 1.0, "time_s": 1.0, "train/loss": 3.0}]
+    assert answers.learned_places(run_of("pretrain", rows), None).text == "no health figures are written yet"
+    old = [{k: v for k, v in row.items() if "retrieval" not in k} for row in health_rows(LEARNED)]
+    assert "of an earlier version" in answers.learned_places(run_of("pretrain", old), None).text
+
+
+@pytest.mark.parametrize(
+    ("ahead", "verdict", "words"),
+    [
+        ((20.0, 13.0, 26.0), YES, "ahead of random weights with 41.0 mm by 20.0 (95 % interval 13.0 to 26.0)"),
+        ((-5.0, -9.0, -2.0), NO, "behind random weights with 41.0 mm by 5.0 (95 % interval 2.0 to 9.0)"),
+        (
+            (3.0, -2.0, 7.0),
+            OPEN,
+            "not clearly ahead of random weights with 41.0 mm by +3.0 (95 % interval -2.0 to +7.0)",
+        ),
+    ],
+)
+def test_point_matching_decides_where_it_was_asked(ahead, verdict, words):
+    said = judged(PGL, (0.5, 0.3, 21.0), ahead={"matching": ahead})
+    line = answers.learned_places(run_of("pretrain", health_rows(LEARNED)), said)
+    assert line.verdict == verdict and words in line.text
+    assert "median error of 21.0 mm (95 % interval 18.9 to 23.1)" in line.text
+    assert "the place in the body's box alone, without any encoder, gives 33.3 mm" in line.text
+    assert "11 % of the places are found again" in line.text
+    said["standing"]["matching"]["low_is"] = "control"
+    assert "the control with" in answers.learned_places(run_of("pretrain", health_rows(LEARNED)), said).text
+
+
+def test_a_collapse_counts_more_than_any_judge():
+    run = run_of("pretrain", health_rows(LEARNED, rank=1.0))
+    assert answers.learned_places(run, judged(PGL, (0.5, 0.3, 1.0))).verdict == NO
+
+
+# -- is it better than random weights? --------------------------------------------------------------------------------
+
+SURE, WORSE, UNSURE = (0.2, 0.1, 0.3), (-0.2, -0.3, -0.1), (0.1, -0.1, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "verdict"),
+    [
+        ((SURE, SURE, SURE), YES),
+        ((WORSE, WORSE, WORSE), NO),
+        ((UNSURE, UNSURE, UNSURE), OPEN),
+        ((SURE, UNSURE, SURE), "In part"),
+        ((SURE, WORSE, SURE), "In part"),
+        ((WORSE, UNSURE, WORSE), OPEN),
+        (((0.2,), (0.2,), (0.2,)), OPEN),  # a single test scan
+    ],
+)
+def test_judges_of_the_frozen_encoder(ahead, verdict):
+    said = judged(PGL, ahead=dict(zip(("voxels", "decoder", "matching"), ahead)))
+    line = answers.better_frozen(run_of("pretrain", health_rows(LEARNED)), said)
+    assert line.verdict == verdict and "balanced accuracy of voxels" in line.text
+    if len(ahead[0]) == 1:
+        assert "one test scan alone has no interval" in line.text
+    elif ahead[0] is SURE:
+        assert "by 0.200 (95 % interval 0.100 to 0.300)" in line.text
+
+
+def test_without_a_judge_the_probe_in_training_is_told():
+    rows = health_rows(LEARNED)
+    assert answers.better_frozen(run_of("pretrain", rows), None) == (
+        OPEN,
+        "no judge has looked at the frozen encoder",
+        "",
+    )
+    for row, value in zip(rows, np.linspace(0.4, 0.65, len(rows))):
+        row["probe/balanced_accuracy"] = value
+    line = answers.better_frozen(run_of("pretrain", rows), None)
+    assert line.verdict == OPEN and "from 0.400 at step 1 to 0.650, which has no interval" in line.text
+    said = judged(PGL) | {"standing": {}}
+    assert "ends=true" in answers.better_frozen(run_of("pretrain", rows), said).text
+
+
+def tuned(dice, init=PGL, seed=0, **values):
+    name = f"{Path(init).name}_{seed}"
+    return run_of("finetune", health_rows(LEARNED), name=name, dice=dice, init=init, seed=seed, **values)
+
+
+BASE = np.array([0.50, 0.62, 0.71, 0.44, 0.58, 0.66])
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"),
+    [
+        ([0.05, 0.06, 0.05, 0.04, 0.06, 0.05], YES),
+        ([-0.05, -0.06, -0.05, -0.04, -0.06, -0.05], NO),
+        ([0.05, -0.06, 0.05, -0.04, 0.06, 0.0], OPEN),
+    ],
+)
+def test_fine_tuned_against_random_weights(gain, verdict):
+    (line,) = answers.better_tuned([tuned(BASE, "random"), tuned(BASE + gain)])
+    wanted = stats.ttest_rel(BASE + gain, BASE).confidence_interval(0.95)
+    assert line.verdict == verdict and line.of == "fine-tuned from pgl"
+    assert f"{np.mean(gain):+.3f} (95 % interval {wanted.low:+.3f} to {wanted.high:+.3f} over 6 scans)" in line.text
+    assert "one training each: another seed may move it by more" in line.text and "differ in" not in line.text
+
+
+def test_a_gain_that_seeds_do_not_share_is_not_told():
+    """Over the scans the mean of the seeds is clear; over the seeds it is not."""
+    shifts = [0.20, -0.05, 0.02]
+    runs = [tuned(BASE, "random", seed) for seed in range(3)]
+    runs += [tuned(BASE + shift + 0.001 * np.arange(6), PGL, seed) for seed, shift in enumerate(shifts)]
+    (line,) = answers.better_tuned(runs)
+    by_seed = np.array(shifts) + 0.0025
+    low, high = stats.t.interval(0.95, 2, by_seed.mean(), stats.sem(by_seed))
+    assert line.verdict == OPEN and "ahead with 2 of 3 seeds" in line.text
+    assert f"({low:+.3f} to {high:+.3f} over these)" in line.text
+    alike = [tuned(BASE + shift, PGL, seed) for seed, shift in enumerate((0.05, 0.06, 0.055))]
+    scattered = [tuned(BASE + 0.001 * (-1) ** np.arange(6), "random", seed) for seed in range(3)]
+    assert answers.better_tuned([*scattered, *alike])[0].verdict == YES
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ([], "no fine-tuning is on this page"),
+        ([tuned(BASE, "random")], "all runs were fine-tuned from random weights"),
+        ([tuned(BASE)], "no evaluated run from random weights is on this page"),
+        ([tuned(None), tuned(BASE, "random")], "not evaluated yet"),
+        ([tuned(BASE, seed=1), tuned(BASE, "random", seed=2)], "the same seed and as many labelled scans"),
+        ([tuned(BASE, num_scans=3), tuned(BASE, "random", num_scans=9)], "the same seed and as many labelled scans"),
+        ([tuned(BASE[:1]), tuned(BASE[:1], "random")], "fewer than two scans were scored with both"),
+    ],
+)
+def test_fine_tunings_that_cannot_be_compared(runs, words):
+    (line,) = answers.better_tuned(runs)
+    assert line.verdict == OPEN and words in line.text
+
+
+def test_other_settings_that_differ_are_named():
+    (line,) = answers.better_tuned([tuned(BASE, "random", optim={"lr": 0.5}), tuned(BASE + 0.1)])
+    assert line.text.endswith("; they differ in optim.lr, too")
+
+
+# -- what limited speed? ----------------------------------------------------------------------------------------------
+
+
+def waited(*shares, unit="pairs", **more):
+    """Rows with these shares, after a first one that holds the start-up."""
+    speed = {f"train/{unit}_per_s": 20.0}
+    return [
+        {"step": k + 1.0, "time_s": 1.0 + k, "data/wait_share": share, **speed, **more}
+        for k, share in enumerate((0.95, *shares))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shares", "torch", "verdict", "words"),
+    [
+        ((0.01, 0.02, 0.015), "2.0+cpu", speeds.NETWORK, "it ran on CPUs, so a GPU or a smaller encoder would help"),
+        ((0.01, 0.02, 0.015), "2.0+cu121", speeds.NETWORK, "faster or more devices for it would help"),
+        ((0.80, 0.85, 0.82), "2.0+cpu", speeds.DATA, "more CPU cores for it would help"),
+        ((0.30, 0.31, 0.29), "2.0+cpu", speeds.PARTLY, "up to that share"),
+        ((0.02, 0.20, 0.09), "2.0+cpu", speeds.EITHER, "more than a tenth"),
+        ((0.80,), "2.0+cpu", speeds.DATA, "of one row alone there is no interval"),
+        ((), "2.0+cpu", OPEN, "no row after the first"),
+    ],
+)
+def test_what_set_the_pace(shares, torch, verdict, words):
+    (line,) = speeds.limits([run_of("pretrain", waited(*shares), torch=torch)])
+    assert line.verdict == verdict and words in line.text and line.of == ""
+    if len(shares) > 1:
+        low, high = stats.t.interval(0.95, len(shares) - 1, np.mean(shares), stats.sem(shares))
+        assert f"{percent(np.mean(shares))} of the time" in line.text
+        assert f"95 % interval {percent(max(0, low), high)}, {len(shares)} rows" in line.text
+        assert "at 20.0 view pairs per second" in line.text
+
+
+def test_the_start_after_an_interruption_does_not_count():
+    rows = [*waited(0.01, 0.02), *({**row, "step": row["step"] + 3} for row in waited(0.03, 0.02))]
+    found = speeds.wait_of(run_of("pretrain", rows))
+    assert found.num == 4 and found.mean == pytest.approx(0.02)
+
+
+def test_older_rows_say_the_seconds_alone():
+    rows = waited(0.0, 0.0)
+    for row in rows:
+        del row["data/wait_share"]
+        row["data/wait_s"] = 0.6
+    assert speeds.wait_of(run_of("pretrain", rows, global_batch_size=8)).mean == pytest.approx(0.6 * 20 / 8)
+
+
+def test_runs_that_one_thing_limited_share_a_sentence():
+    runs = [run_of("finetune", waited(share, share + 0.01, unit="patches"), name=f"f{share}") for share in (0.01, 0.03)]
+    runs += [run_of("pretrain", waited(0.9, 0.91)), run_of("finetune", waited(0.7, 0.71, unit="patches"), name="slow")]
+    lines = speeds.limits(runs)
+    assert [(line.of, line.verdict) for line in lines] == [
+        ("2 fine-tunings", speeds.NETWORK),
+        ("pgl", speeds.DATA),
+        ("slow", speeds.DATA),
+    ]
+    assert lines[0].text.startswith("1.5 to 3.5 % of the time") and "patches per second" in lines[0].text
+
+
+def test_dear_checkpoints_are_said():
+    (line,) = speeds.limits([run_of("pretrain", waited(0.01, 0.02, **{"checkpoint/share": 0.2}))])
+    assert "checkpoints took 20 %" in line.text
+
+
+# -- what to do next? -------------------------------------------------------------------------------------------------
+
+AHEAD = dict.fromkeys(("voxels", "decoder", "matching"), SURE)
+BEHIND = dict.fromkeys(("voxels", "decoder", "matching"), WORSE)
+GAIN = np.array([0.05, 0.06, 0.05, 0.04, 0.06, 0.05])
+
+
+def pretrained(found=LEARNED, **options):
+    record = {"record": options.pop("record", {})}
+    return run_of("pretrain", health_rows(found, **options), **record)
+
+
+def unfinished():
+    return pretrained(record={"num_steps": 900})
+
+
+def starved():
+    rows = health_rows(LEARNED)
+    for row in rows:
+        row["data/wait_share"] = 0.8
+    return run_of("pretrain", rows)
+
+
+def seeds(gains):
+    return [tuned(BASE + 0.001 * (-1) ** np.arange(6), "random", k) for k in range(len(gains))] + [
+        tuned(BASE + gain, PGL, k) for k, gain in enumerate(gains)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("runs", "said", "verdict", "words"),
+    [
+        ([run_of("pretrain")], None, "Wait", "no metrics yet"),
+        ([pretrained(rank=1.0)], None, "Train again", "lower optim.lr than"),
+        ([unfinished()], None, "Let it end", "step 100 of 900"),
+        ([starved()], None, "Feed it", "pgl_ray.bench index=/store"),
+        ([pretrained()], None, "Judge it", f"pgl_ray.probe init={PGL}"),
+        ([pretrained(record={"store": {"labels": {}}})], None, "Judge it", "this run's has no labels"),
+        ([pretrained()], BEHIND, "Train on", "after 100 steps, on 4 test scans"),
+        ([pretrained(record={"outlook": {"target_turnover": 1.0}})], BEHIND, "Train on", "turned over 1.0 times"),
+        ([pretrained(record={"outlook": {"clamped_share": [0.1, 0.4, 0.3]}})], BEHIND, "Enlarge the views", "40 %"),
+        ([pretrained()], AHEAD, "Fine-tune", f"init={PGL}"),
+        ([pretrained(), tuned(None)], AHEAD, "Evaluate", "pgl_ray.evaluate run=/runs/pgl_0"),
+        ([pretrained(), tuned(BASE)], AHEAD, "Fine-tune from random weights", "without init"),
+        ([tuned(BASE, "random")], None, "Pre-train", "pretrained:openkbp_small"),
+        ([tuned(BASE), tuned(BASE, "random", seed=3)], None, "Compare alike", "the same seed"),
+        ([tuned(BASE + GAIN), tuned(BASE, "random")], None, "Repeat", "three or more seeds"),
+        (seeds([0.05, 0.06, 0.055]), None, "Use it", ""),
+        (seeds([-0.05, -0.06, -0.055]), None, "Begin from random weights", "costs Dice"),
+        (seeds([0.20, 0.01, 0.02]), None, "Repeat", "more than the gain"),
+    ],
+)
+def test_the_first_step_that_is_open(runs, said, verdict, words):
+    found = {run.name: said and judged(PGL, ahead=said) for run in runs if run.door == "pretrain"}
+    line = next_steps.first(runs, found)
+    assert line.verdict == verdict and words in line.text
+    for door, rest in re.findall(r"python -m pgl_ray\.(\w+)((?: '?[\w.\[]+[=/][^ ]+)+)", line.text):
+        args = [arg.rstrip(",") for arg in shlex.split(rest) if "=" in arg]
+        load(getattr(config, f"{door.title()}Config"), args)
+
+
+def test_more_scans_are_asked_for_by_number():
+    """So many as make the interval of the same spread leave 0 out, by simulation of nothing but that spread."""
+    gain = np.array([0.05, -0.06, 0.07, -0.02, 0.06, 0.02])
+    line = next_steps.first([tuned(BASE + gain), tuned(BASE, "random")], {})
+    needed = int(re.search(r"about ([\d,]+) test scans", line.text)[1])
+    half = [stats.norm.ppf(0.975) * np.std(gain, ddof=1) / num**0.5 for num in (needed - 1, needed)]
+    assert line.verdict == "Score on more scans" and half[1] <= gain.mean() < half[0] and "(6 now)" in line.text
+    gain -= gain.mean() - 1e-5
+    assert "too small for any number" in next_steps.first([tuned(BASE + gain), tuned(BASE, "random")], {}).text
+
+
+# -- all together -----------------------------------------------------------------------------------------------------
+
+
+def test_every_page_of_runs_has_the_four_answers(tmp_path):
+    said = judged(PGL, ahead=AHEAD)
+    file = tmp_path / "probe.json"
+    file.write_text("{}")
+    runs = [pretrained(), tuned(BASE + GAIN), tuned(BASE, "random")]
+    found = answers.of_runs(runs, [(file, said)])
+    assert [one.question for one in found] == [answers.PLACES, answers.BETTER, answers.SPEED, answers.NEXT]
+    verdicts = [[line.verdict for line in one.lines] for one in found]
+    assert verdicts == [[YES], [YES, YES], [speeds.NETWORK, OPEN], ["Repeat"]]
+    assert [line.of for line in found[1].lines] == ["pgl", "fine-tuned from pgl"] and found[0].lines[0].of == ""
+    (alone,) = answers.of_runs(runs[1:], [])[0].lines
+    assert alone.verdict == OPEN and f"run=[{PGL},...] puts it here" in alone.text
+    two = answers.of_runs([pretrained(), run_of("pretrain", name="byol")], [])
+    assert [line.of for line in two[0].lines] == ["pgl", "byol"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "text"),
+    [((0.0,), "0 %"), ((0.5,), "50 %"), ((0.034,), "3.4 %"), ((0.00012, 0.0037), "0.01 to 0.37 %"), ((1.0,), "100 %")],
+)
+def test_shares_are_written_short(shares, text):
+    assert percent(*shares) == text
+
+
+def test_chance_is_that_of_the_planted_probe():
+    """The made-up results above stand where they say."""
+    assert judged(PGL)["standing"]["matching"]["low"] == pytest.approx(0.9 * CHANCE[2])
