@@ -171,7 +171,8 @@ def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
     control: random weights in whichever reading is best, or wrong priors; against the first arm where there is neither.
 
     Returns:
-        Per point: point, heads (of the judges), rows (name, seeds, cells), sentences.
+        Per point: point, heads (of the judges), rows (name, seeds, cells), sentences, gains (arm -> judge -> `Gain`
+        over the strongest control) and controls (names).
     """
     points: dict[str, dict[str, Judged]] = {}
     for trial in trials:
@@ -197,11 +198,15 @@ def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
 
 def _block(point: str, rows: list[Judged]) -> dict[str, Any]:
     asked, lines = [judge for judge in tables.JUDGED if any(row.values(judge) for row in rows)], []
+    gains: dict[str, dict[str, Gain]] = {}
     for judge in asked:
         known = [row for row in rows if row.values(judge)]
         low = strongest(judge, [row for row in known if row.control] or known[:1])
-        for row in known:
-            lines += _sentence(judge, row, low) if row.arm != low.arm else []
+        for row in (row for row in known if row.arm != low.arm):
+            pairs = _pairs(judge, row, low)
+            lines += difference(f"{row.name} against {low.name}", *pairs, MEASURES[judge])
+            if (found := gain(*pairs, MEASURES[judge])) and not row.control:
+                gains.setdefault(row.name, {})[judge] = found
     digits = {judge: 1 if judge == "matching" else 3 for judge in asked}
     return {
         "point": point,
@@ -215,6 +220,8 @@ def _block(point: str, rows: list[Judged]) -> dict[str, Any]:
             for row in rows
         ],
         "sentences": lines,
+        "gains": gains,
+        "controls": [row.name for row in rows if row.control],
     }
 
 
@@ -225,12 +232,12 @@ def strongest(judge: str, rows: list[Judged]) -> Judged:
     )
 
 
-def _sentence(judge: str, row: Judged, low: Judged) -> list[str]:
+def _pairs(judge: str, row: Judged, low: Judged) -> tuple[list[tuple[list[dict], list[dict]]], list[float]]:
+    """Per seed that both have the rows of both, and the difference of the means."""
     mine, theirs = row.values(judge), low.values(judge)
     both = [seed for seed in mine if seed in theirs]
     pairs = [tuple(_rows_of(judge, one.seeds[seed][judge]["details"]) for one in (row, low)) for seed in both]
-    by_seed = [mine[seed] - theirs[seed] for seed in both]
-    return difference(f"{row.name} against {low.name}", pairs, by_seed, MEASURES[judge])
+    return pairs, [mine[seed] - theirs[seed] for seed in both]
 
 
 def _rows_of(judge: str, details: dict[str, Any]) -> list[dict[str, Any]]:

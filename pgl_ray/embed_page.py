@@ -3,25 +3,25 @@
 import base64
 import html
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
-from pgl_ray import feature_pictures
+from pgl_ray import feature_pictures, pages
 from pgl_ray.data.scans import ScanFile, StoredScan
 from pgl_ray.data.store import foreground_box
 from pgl_ray.judge.components import axial_colors, slice_step
 from pgl_ray.judge.features import ScanEncoder, at_spacing, views_of
 from pgl_ray.judge.readings import StandardisedMaps
+from pgl_ray.pages import OPEN, YES, Answer, Line, percent, plural
 from pgl_ray.pictures import to_png
 
 NUM_NEIGHBOURS = 4
 NUM_COLORED = 3  # scans whose features are shown as colours
 MAP_PX = (720, 440)
 MARGIN_PX = 30
-HERE = Path(__file__).parent
+MOST_COMPARED = 2000  # scans, for the answers
+SAME = 0.99  # cosine of scans that may be one
 
 
 class _Shown(NamedTuple):
@@ -64,9 +64,9 @@ def make_page(
         colors, why = _colors(rows, scans, encoder, spacing_mm), ""
     except (ValueError, OSError, RuntimeError, IndexError) as error:  # a file is gone by now, a scan has no body
         colors, why = "", f"There is no picture of features as colours: {' '.join(str(error).split())}"
-    loader = jinja2.FileSystemLoader(HERE)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.get_template("embed.html").render(
+    return pages.render(
+        "embed.html",
+        answers=answers(rows, vectors, shares),
         told=told,
         num=len(rows),
         num_features=vectors.shape[1],
@@ -79,6 +79,43 @@ def make_page(
         why=why,
         num_hidden=len(rows) - len(chosen),
     )
+
+
+def answers(rows: Sequence[dict[str, Any]], vectors: np.ndarray, shares: tuple[float, float]) -> list[Answer]:
+    """Which scans are alike, how much the map shows, whether all scans are as the weights know them, what next.
+
+    Args:
+        rows: of the table.
+        vectors: standardised, [scans, features].
+        shares: of the variance, of the map's axes.
+    """
+    names, noted = [row["scan_id"] for row in rows], [row for row in rows if row["notes"]]
+    alike, following = (
+        [Line(OPEN, "one scan has nobody to be like")],
+        Line("Embed more scans", "a map begins with three"),
+    )
+    if len(rows) > 1:
+        near = [(k, *others[0]) for k, others in neighbours(vectors, spread(len(rows), MOST_COMPARED))]
+        (a, b, most), (c, d, least) = max(near, key=lambda one: one[2]), min(near, key=lambda one: one[2])
+        alike = [Line("Most alike", f"{names[a]} and {names[b]}, cosine {most:.2f}")]
+        if len(rows) > 2:
+            alike.append(Line("Most apart", f"{names[c]}, whose nearest is {names[d]} with cosine {least:.2f}"))
+            following = Line("Look at the outlier", f"{names[c]} first, by its pictures below")
+        if most > SAME:
+            following = Line("Look for doubles", f"{names[a]} and {names[b]} may be one scan")
+    known = f"of {plural(len(rows), 'scan')} none has a note"
+    if noted:
+        known = f"{len(noted)} of {plural(len(rows), 'scan')} with a note, the first {noted[0]['scan_id']}"
+        known += f": {noted[0]['notes'][0].rstrip('.')}"
+    shown = Line(percent(sum(shares)), "of the variance between scans lies along its axes, the rest is not seen there")
+    if len(rows) < 3:
+        shown = Line(OPEN, "fewer than three scans lie on a line anyway")
+    return [
+        Answer("Which scans are alike?", alike),
+        Answer("How much does the map show?", [shown]),
+        Answer("Are they as the weights know scans?", [Line("Not all" if noted else YES, known)]),
+        Answer("What to do next?", [following]),
+    ]
 
 
 def standardised(vectors: np.ndarray) -> np.ndarray:

@@ -19,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib.image
 import numpy as np
 from matplotlib.colors import to_rgb
 from scipy import ndimage
 
+from pgl_ray import pages, store_answers
 from pgl_ray.config import InspectConfig, IntensityConfig, ViewsConfig
 from pgl_ray.data import store, stream
 from pgl_ray.data.geometry import MOST_SHEAR, shear_notes
@@ -78,9 +78,11 @@ def run(config: InspectConfig) -> str:
         notes[record].append(f"the same voxels as {', '.join(others)}")
     unused = [(word, line) for file, word in UNUSED.items() for line in _lines(index, file)]
     sizes = _sizes(index)
+    epoch = _epoch(index)
     content = {
+        "answers": store_answers.of_store(index, notes, [word for word, _ in unused], epoch),
         "store": index.store,
-        "totals": _totals(index, settings, sum(sizes.values())),
+        "totals": [*_totals(index, settings, sum(sizes.values())), ("one epoch", epoch)],
         "preparations": [_preparation(said) for said in settings.preparations],
         "histogram": _bars(np.sum([record.histogram for record in index.scans], axis=0), 560, 90),
         "bounds": HISTOGRAM_HU,
@@ -93,11 +95,9 @@ def run(config: InspectConfig) -> str:
         "rows": [_row(record, index, sizes[record.scan_id], notes[record.scan_id]) for record in index.scans],
         "thresholds": BOUNDS,
     }
-    loader, blocks = jinja2.FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
     path = Path(config.output or ("inspect.html" if "://" in index.store else f"{index.store}/inspect.html")).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    store.write_aside(path, environment.get_template("inspect.html").render(content).encode())
+    store.write_aside(path, pages.render("inspect.html", **content).encode())
     return str(path)
 
 
@@ -179,7 +179,7 @@ def _totals(index: Index, settings: store.Settings, num_bytes: int) -> list[tupl
     splits = sorted({record.split for record in scans})
     labelled = sum(record.label_metadata is not None for record in scans)
     by_split = ", ".join(f"{sum(r.split == name for r in scans)} {name or 'without split'}" for name in splits)
-    rows = [
+    return [
         ("scans", f"{len(scans)} ({by_split}), {labelled} with labels"),
         ("voxels", f"{voxels:,}"),
         ("bytes", f"{num_bytes:,} ({num_bytes / voxels:.2f} per voxel)"),
@@ -190,7 +190,6 @@ def _totals(index: Index, settings: store.Settings, num_bytes: int) -> list[tupl
             "resampled to {:g} x {:g} x {:g} mm".format(*settings.spacing_mm) if settings.spacing_mm else "own",
         ),
     ]
-    return [*rows, ("one epoch", _epoch(index))]
 
 
 def _loss(index: Index, settings: store.Settings) -> str:
@@ -293,8 +292,8 @@ def planes(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> list[tuple[
 
 
 def _picture(index: Index, record: ScanRecord, notes: list[str]) -> dict[str, Any]:
-    """Slices through the middle of the labels or else of the body, upright, at the anatomy's proportions, with the
-    labels' outlines."""
+    """Slices through the middle of the labels or else of the body, upright, at the anatomy's proportions and all at
+    one scale, with the labels' outlines."""
     spacing, shown = record.spacing_mm, {"scan_id": record.scan_id, "notes": notes, "slices": [], "error": ""}
     chosen = planes(record.shape, spacing)
     try:
@@ -306,11 +305,12 @@ def _picture(index: Index, record: ScanRecord, notes: list[str]) -> dict[str, An
             ]
             image, label = (np.squeeze(part.read(np.array(box)), axis) if part else None for part in (reader, labels))
             row, column = (k for k in range(3) if k != axis)
-            ratio = image.shape[1] * spacing[column] / (image.shape[0] * spacing[row])
+            wide_mm, tall_mm = image.shape[1] * spacing[column], image.shape[0] * spacing[row]
             if row == 0:  # head up
                 image, label = image[::-1], None if label is None else label[::-1]
             picture = _png(image, label, list(index.labels.values()))
-            shown["slices"].append({"name": name, "src": picture, "ratio": f"{ratio:.3f}"})
+            size = {"wide": f"{wide_mm:.1f}", "ratio": f"{wide_mm / tall_mm:.3f}"}
+            shown["slices"].append({"name": name, "src": picture, **size})
     except RuntimeError as error:  # damaged; the others can be shown
         shown["error"] = str(error)
     return shown

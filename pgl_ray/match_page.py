@@ -8,17 +8,18 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
+from pgl_ray import pages
 from pgl_ray.data.ct import Scan
 from pgl_ray.data.store import foreground_box
 from pgl_ray.judge import search
 from pgl_ray.judge.features import ScanEncoder
+from pgl_ray.model.metrics import reach
+from pgl_ray.pages import NO, OPEN, YES, Answer, Line, plural
 
 SHOWN_VOXELS = 4_000_000  # of a scan; a larger one is shown at every second, third, ... voxel
 GREY_HU = 8.0  # step of the 256 greys, from -1024 HU on
@@ -26,8 +27,8 @@ WINDOWS = {"soft tissue": (-200, 300), "lung": (-1000, 200), "bone": (-200, 1000
 MARGIN = 0.04  # that is shown beside the body, as a share of its size
 TEXT_BYTES = 60_000  # of page and script
 MOST_PICTURES = 12
-PICTURE_PX = 220  # height
-HERE = Path(__file__).parent
+PICTURE_PX = 220  # height of the tallest slice
+CLOSE = 0.05  # of two similarities that the features hardly tell apart
 
 
 def check_size(encoder: ScanEncoder, scans: Sequence[Scan], names: Sequence[str], page_mb: float) -> None:
@@ -104,10 +105,9 @@ def make_page(
         {"name": row.name, "image": _picture(scans, voxel, one, among)}
         for row, voxel, one in list(zip(rows, voxels, found))[:MOST_PICTURES]
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("match.html").render(
+    return pages.render(
+        "match.html",
+        answers=answers(rows),
         **texts,
         rows=rows,
         num_left_out=max(0, len(rows) - MOST_PICTURES),
@@ -115,6 +115,38 @@ def make_page(
         windows=WINDOWS,
         data=json.dumps(data).replace("<", r"\u003c"),
     )
+
+
+def answers(rows: Sequence[Any]) -> list[Answer]:
+    """Were the places found, which are doubtful, how sure is that: by how far each is ahead of its runner-up."""
+    rivalled = [row for row in rows if row.runner_up_similarity is not None]
+    margins = {row.name: row.similarity - row.runner_up_similarity for row in rivalled}
+    doubtful = {name: margin for name, margin in sorted(margins.items(), key=lambda one: one[1]) if margin < CLOSE}
+    clear = len(rows) - len(doubtful)
+    text = (
+        f"{clear} of {plural(len(rows), 'place')} have no other place in B that is nearly as similar (within {CLOSE})"
+    )
+    half = reach(list(margins.values()))
+    if margins:
+        mean = float(np.mean(list(margins.values())))
+        over = (
+            "" if half is None else f", 95 % interval {mean - half:.2f} to {mean + half:.2f} over {len(margins)} places"
+        )
+        text += f"; the lead over the runner-up is {mean:.2f} in the mean{over}"
+    verdict = YES if not doubtful else NO if not clear else "In part"
+    first = Line("None by its runner-up", "look at all once, for a wrong place can be the only similar one")
+    if doubtful:
+        told = ", ".join(f"{name} ({margin:.3f})" for name, margin in doubtful.items())
+        first = Line("Doubtful", f"{told}: look there first, at the runner-up, too")
+    sure = (
+        "nobody has marked these places in B; how many mm such places are off, with an interval, says python -m "
+        "pgl_ray.probe with judges=[matching] on labelled scans"
+    )
+    return [
+        Answer("Were the places told from others?", [Line(verdict, text)]),
+        Answer("Where to look first?", [first]),
+        Answer("How many mm are they off?", [Line(OPEN, sure)]),
+    ]
 
 
 def _side(scan: Scan, codes: search.Codes) -> dict[str, Any]:
@@ -160,22 +192,28 @@ def _text(array: np.ndarray) -> str:
 
 
 def _picture(scans: Sequence[Scan], voxel: np.ndarray, found: search.Found, among: search.Candidates) -> str:
-    """Axial and coronal slices through the asked place of A, then through the found one of B, as a data URI."""
+    """Axial and coronal slices through the asked place of A, then through the found one of B, at one scale, as a data
+    URI."""
     shape = scans[1].voxels.shape
     heat = search.similarity_map(among, found.similarities, shape)
+    sizes_mm = [np.diff(_box(scan, (1, 1, 1)))[:, 0] * scan.spacing_mm for scan in scans]
+    px_per_mm = PICTURE_PX / max(max(size[:2]) for size in sizes_mm)
     panels = []
     for scan, at, hot in ((scans[0], voxel, None), (scans[1], found.voxel, heat)):
         for through, up in ((0, False), (1, True)):
-            panels.append(_panel(scan, at, hot, found.similarity, through, up))
-    gap = np.full((PICTURE_PX, 4, 3), 255, np.uint8)
-    joined = np.concatenate([part for panel in panels for part in (panel, gap)][:-1], 1)
+            panels.append(_panel(scan, at, hot, found.similarity, through, up, px_per_mm))
+    tallest = max(len(panel) for panel in panels)
+    padded = [np.pad(panel, ((0, tallest - len(panel)), (0, 0), (0, 0))) for panel in panels]
+    padded = [np.pad(panel, ((0, 0), (0, 4), (0, 0)), constant_values=128) for panel in padded]  # between panels
     sink = io.BytesIO()
-    Image.fromarray(joined).save(sink, "PNG", compress_level=6)
+    Image.fromarray(np.concatenate(padded, 1)[:, :-4]).save(sink, "PNG", compress_level=6)
     return f"data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
-def _panel(scan: Scan, at: np.ndarray, heat: np.ndarray | None, best: float, through: int, up: bool) -> np.ndarray:
-    """uint8 [PICTURE_PX, width, 3] of a slice around the body, W to the right; D upwards where `up`."""
+def _panel(
+    scan: Scan, at: np.ndarray, heat: np.ndarray | None, best: float, through: int, up: bool, px_per_mm: float
+) -> np.ndarray:
+    """uint8 [height, width, 3] of a slice around the body, W to the right; D upwards where `up`."""
     row, box = 1 if through == 0 else 0, _box(scan, (1, 1, 1))
     part = tuple(slice(*box[axis]) for axis in (row, 2))
     low, high = WINDOWS["soft tissue"]
@@ -185,16 +223,16 @@ def _panel(scan: Scan, at: np.ndarray, heat: np.ndarray | None, best: float, thr
         share = (_heat(np.take(heat, at[through], through)[part], best) * 0.6)[..., None]
         color = color * (1 - share) + np.array([1.0, 0.45, 0.0]) * share
     rows, columns = grey.shape
-    width = max(8, round(PICTURE_PX * columns * scan.spacing_mm[2] / (rows * scan.spacing_mm[row])))
+    height, width = (max(8, round(px_per_mm * n * scan.spacing_mm[axis])) for n, axis in ((rows, row), (columns, 2)))
     small = Image.fromarray(np.rint(color * 255).astype(np.uint8))
-    panel = np.array(small.resize((width, PICTURE_PX), Image.Resampling.BILINEAR))
-    y = int((at[row] + 0.5 - box[row, 0]) / rows * PICTURE_PX)
+    panel = np.array(small.resize((width, height), Image.Resampling.BILINEAR))
+    y = int((at[row] + 0.5 - box[row, 0]) / rows * height)
     x = int((at[2] + 0.5 - box[2, 0]) / columns * width)
-    if 0 <= y < PICTURE_PX:
+    if 0 <= y < height:
         beside = np.abs(np.arange(width) - x) > 4
         panel[y, beside] = panel[y, beside] // 2 + np.array([0, 120, 60], np.uint8)
     if 0 <= x < width:
-        beside = np.abs(np.arange(PICTURE_PX) - y) > 4
+        beside = np.abs(np.arange(height) - y) > 4
         panel[beside, x] = panel[beside, x] // 2 + np.array([0, 120, 60], np.uint8)
     return panel[::-1] if up else panel
 

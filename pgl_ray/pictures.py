@@ -161,6 +161,7 @@ def to_png(figure: Figure, dpi: int = 150) -> str:
 
 
 DARK = {"#ffffff": "#16181c", "#000000": "#e2e2e2", "#333333": "#cccccc", "#555555": "#b0b5bb", "#eeeeee": "#2b3037"}
+DARK["#0072b2"] = "#3a9ad9"  # of lines; style.html has the same for the legends beside them
 IN_THE_DARK = "<style>@media screen and (prefers-color-scheme: dark) {{ svg {{ fill: {} }} {} }}</style></svg>".format(
     DARK["#000000"],  # text that is black, which matplotlib does not say
     " ".join(
@@ -621,7 +622,12 @@ def parallel_coordinates(
 
 @style
 def setting_scores(
-    axis: Axis, scores: list[float], ended: list[bool], means: list[tuple[float, float, float | None]], judge: str
+    axis: Axis,
+    scores: list[float],
+    ended: list[bool],
+    means: list[tuple[float, float, float | None]],
+    judge: str,
+    limits: tuple[float, float],
 ) -> Figure:
     """Scores over one setting.
 
@@ -630,10 +636,11 @@ def setting_scores(
         scores: of the trials.
         ended: whether each ran to its end; the others are hollow.
         means: (value, mean score of the trials that ended, half its 95 % interval or none).
-        judge: name of the score.
+        judge: name of the score, and what is good.
+        limits: of the scores that are shown, those of all settings.
     """
     figure = Figure(figsize=(3.6, 2.4))
-    ax = figure.add_subplot(title=axis.name, ylabel=judge)
+    ax = figure.add_subplot(title=axis.name, ylabel=judge, ylim=limits)
     if axis.log:
         ax.set_xscale("log")
     for done, face in ((True, "#0072B2"), (False, "none")):
@@ -654,7 +661,7 @@ def trial_curves(lines: list[tuple[list[float], list[float], bool]], merits: lis
     """The judged figure of every trial over its training in percent, grey to blue as it is better by its merit; dashed
     where it was stopped early."""
     figure, colors = Figure(figsize=(5.4, 2.8)), _score_colors(merits)
-    ax = figure.add_subplot(xlabel="percent of the judged training", ylabel=f"best {judge} so far")
+    ax = figure.add_subplot(xlabel="percent of the judged training", ylabel=f"best {judge}")
     for k in np.argsort(merits):
         x, y, ended = lines[k]
         ax.plot(x, y, color=colors[k], lw=1.2, ls="-" if ended else "--", marker="." if len(x) < 30 else None, ms=4)
@@ -671,7 +678,7 @@ def arms_over(x_name: str, lines: list[tuple[str, str, list[float], list[float],
         title: of the figure.
     """
     figure = Figure(figsize=(4.4, 2.8))
-    ax = figure.add_subplot(title=title, xlabel=x_name, ylabel="Dice, %")
+    ax = figure.add_subplot(title=title, xlabel=x_name, ylabel="Dice in %, higher is better")
     values = sorted({x for line in lines for x in line[2]})
     place = {x: k for k, x in enumerate(values)}
     for k, (arm, color, x, mean, error) in enumerate(lines):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import yaml
 from scipy import stats
 
-from pgl_ray import arms, pictures, shipped, sweeps, tables
+from pgl_ray import arms, pictures, shipped, sweep_answers, sweeps, tables
 from pgl_ray.model.metrics import reach
 from pgl_ray.sweeps import Trial
 
@@ -37,7 +37,10 @@ def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[s
     figures = {"parallel": "", "settings": [], "curves": ""}
     if len(scored) > 1:
         figures = _figures(config, scored)
+    found_grid = grid(config, trials, overlays) if config["arms"] else None
+    found_judged = arms.judged(config, trials) if config["arms"] else []
     return {
+        "answers": sweep_answers.of_sweep(config, trials, found_grid, found_judged),
         "config": config,
         "judge": config["judge"],
         "lower": sweeps.merit(config["judge"], 1.0) < 0,
@@ -50,8 +53,8 @@ def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[s
         **figures,
         "importance": importance(config, [trial for trial in scored if trial.state == "done"]),
         "min_trials": MIN_TRIALS,
-        "grid": grid(config, trials, overlays) if config["arms"] else None,
-        "judged": arms.judged(config, trials) if config["arms"] else [],
+        "grid": found_grid,
+        "judged": found_judged,
     }
 
 
@@ -136,20 +139,25 @@ def _axes(config: dict[str, Any], trials: list[Trial]) -> list[pictures.Axis]:
 def _figures(config: dict[str, Any], trials: list[Trial]) -> dict[str, Any]:
     axes, judge, merits = _axes(config, trials), config["judge"], [trial.merit for trial in trials]
     scores, ended = [trial.score for trial in trials], [trial.state == "done" for trial in trials]
+    good = f"{judge}, {'lower' if sweeps.merit(judge, 1.0) < 0 else 'higher'} is better"
     parallel = pictures.to_svg(pictures.parallel_coordinates(axes, scores, ended, judge, merits)) if axes else ""
     lines = []
     for trial in trials:
         reports = [point for point in trial.reports if point[0] > trial.record.get("judged_from", 0)]
         points = [*reports, *([(_end(config), trial.score)] if trial.state == "done" else [])]
         lines.append((*([list(part) for part in zip(*points)] or [[], []]), trial.state == "done"))
+    middles = [means(axis, scores, ended) for axis in axes]
+    ends = [mean + sign * (half or 0.0) for found in middles for _, mean, half in found for sign in (-1, 1)]
+    low, high = min(scores + ends), max(scores + ends)
+    limits = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)  # one scale for all settings
     plots = [
-        pictures.to_svg(pictures.setting_scores(axis, scores, ended, means(axis, scores, ended), judge))
-        for axis in axes
+        pictures.to_svg(pictures.setting_scores(axis, scores, ended, found, good, limits))
+        for axis, found in zip(axes, middles)
     ]
     return {
         "parallel": parallel,
         "settings": plots,
-        "curves": pictures.to_svg(pictures.trial_curves(lines, merits, judge)),
+        "curves": pictures.to_svg(pictures.trial_curves(lines, merits, good)),
     }
 
 
@@ -296,21 +304,27 @@ def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, 
         "point": point,
         "tables": found,
         "sentences": _differences(cells),
+        "gains": {arm: arms.dice_gain(_against_first(cells, runs)[1]) for arm, runs in list(cells.items())[1:]},
         "bars": pictures.to_svg(pictures.organ_bars(organs, bars)),
     }
 
 
 def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
-    """Each arm against the first one: over the scans, seeds taken together, and over the seeds, scans taken together; a
-    finding that is more than the scans' noise may be no more than the seeds'."""
-    (first, others), lines = next(iter(cells.items())), []
-    theirs = {run.config["seed"]: run for run in others}
+    """Each arm against the first one, in words."""
+    lines = []
     for arm, runs in list(cells.items())[1:]:
-        pairs = [(run, theirs[run.config["seed"]]) for run in runs if run.config["seed"] in theirs]
+        first, pairs = _against_first(cells, runs)
         rows = [(mine.scores, other.scores) for mine, other in pairs]
         by_seed = [(mine.summary["dice"] or 0.0) - (other.summary["dice"] or 0.0) for mine, other in pairs]
         lines += arms.difference(f"{arm} against {first}", rows, by_seed, arms.DICE)
     return lines
+
+
+def _against_first(cells: dict[str, list[tables.Run]], runs: list[tables.Run]) -> tuple[str, list[tuple]]:
+    """The first arm, and its runs beside those of another, in pairs of a seed."""
+    first, others = next(iter(cells.items()))
+    theirs = {run.config["seed"]: run for run in others}
+    return first, [(run, theirs[run.config["seed"]]) for run in runs if run.config["seed"] in theirs]
 
 
 def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import nibabel as nib
 import numpy as np
 from isal import igzip
 from matplotlib.colors import to_rgb
 
+from pgl_ray import pages
+from pgl_ray.pages import OPEN, Answer, Line, plural
 from pgl_ray.pictures import DISPLAY_HU, montage, organ_color, to_png
 
 MAX_VOXELS = 32_000_000  # that a page holds; a larger scan is shown at every second, third, ... voxel
@@ -83,10 +84,9 @@ def make_page(
         {**organ._asdict(), "number": number, "color": organ_color(number)} for number, organ in enumerate(organs, 1)
     ]
     shrunk = f"One voxel of {' x '.join(map(str, step))} (D, H, W) is shown." if max(step) > 1 else ""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("viewer.html").render(
+    page = pages.render(
+        "viewer.html",
+        answers=answers(organs, notes),
         **texts,
         notes=notes,
         organs=rows,
@@ -100,6 +100,32 @@ def make_page(
         data=json.dumps(data).replace("<", r"\u003c"),
     )
     return page, base64.b64decode(picture.split(",", 1)[1])
+
+
+def answers(organs: Sequence[Organ], notes: Sequence[str]) -> list[Answer]:
+    """What was found, what to look at first, and how sure it is."""
+    found = [organ for organ in organs if organ.voxels]
+    missed = [organ.name for organ in organs if not organ.voxels]
+    what = f"{len(found)} of {plural(len(organs), 'organ')}"
+    where = f"{sum(organ.volume_ml for organ in found):,.1f} mL in all" if found else "no voxel has a label"
+    where += f"; not found: {', '.join(missed)}" if missed else ""
+    if notes:
+        first = Line("The scan", f"{plural(len(notes), 'note')} on it, first: {notes[0].rstrip('.')}")
+    elif missed:
+        first = Line("What was not found", f"{', '.join(missed)}: outside of the scan, or overlooked")
+    elif found:
+        least = min(found, key=lambda organ: organ.volume_ml)
+        first = Line("The smallest organ", f"{least.name}, {least.volume_ml:.1f} mL, for small ones go wrong first")
+    else:
+        first = Line("The scan", "nothing was found in it")
+    sure = (
+        "nobody has drawn this scan's organs; python -m pgl_ray.evaluate says Dice and its interval on labelled scans"
+    )
+    return [
+        Answer("What was found?", [Line(what, where)]),
+        Answer("What to look at first?", [first]),
+        Answer("How sure is it?", [Line(OPEN, sure)]),
+    ]
 
 
 def _step(shape: tuple[int, ...], spacing_mm: np.ndarray) -> list[int]:

@@ -29,7 +29,12 @@ DOOR_TO_DOOR |= {("report", "probe_tables"), ("probe_tables", "tables")}
 DOOR_TO_DOOR |= {("report", "curves"), *(("curves", other) for other in ("tables", "pictures", "outlook"))}
 # the answers at a page's top: no doors, either
 DOOR_TO_DOOR |= {("report", "answers"), *(("answers", other) for other in ("arms", "next_steps", "speeds", "tables"))}
-DOOR_TO_DOOR |= {("next_steps", other) for other in ("arms", "outlook", "speeds", "tables")} | {("speeds", "tables")}
+DOOR_TO_DOOR |= {("next_steps", other) for other in ("arms", "outlook", "speeds", "tables")}
+DOOR_TO_DOOR |= {
+    ("sweep_report", "sweep_answers"),
+    *(("sweep_answers", other) for other in ("arms", "speeds", "sweeps")),
+}
+DOOR_TO_DOOR |= {("sweep_answers", "tables"), ("speeds", "tables"), ("inspect", "store_answers")}
 DOOR_TO_DOOR |= {(page, "pages") for page in DOORS if page != "pages"}  # templates
 DOOR_TO_DOOR |= {("probe", "feature_pictures"), ("feature_pictures", "pictures"), ("probe", "pictures")}
 DOOR_TO_DOOR |= {("report", "sweep_report"), ("sweeps", "tables")}

@@ -124,18 +124,22 @@ def dense_hashes(folder: Path, scan_id: str) -> dict[str, Any]:
 
 
 def picture(scan: Scan) -> bytes:
-    """Axial and coronal slice through the middle of the body and around it, side by side, as PNG."""
+    """Axial and coronal slice through the middle of the body and around it, side by side at one scale, as PNG."""
     box = np.reshape(foreground_box(scan.voxels), (3, 2))
     middle = (box.sum(1) // 2).clip(0, np.array(scan.voxels.shape) - 1)
+    size_mm = np.maximum(box[:, 1] - box[:, 0], 1) * scan.spacing_mm
+    px_per_mm = min(PICTURE_PX / max(size_mm[:2]), 2 * PICTURE_PX / size_mm[2])
+    height, depth, width = (max(1, round(px_per_mm * length)) for length in (size_mm[1], size_mm[0], size_mm[2]))
     panels = []
-    for through, row in ((0, 1), (1, 0)):
+    for through, row, tall in ((0, 1, height), (1, 0, depth)):
         part = tuple(slice(*box[axis]) for axis in (row, 2))
         image = np.take(scan.voxels, middle[through], through)[part].astype(np.float32)
         low, high = DISPLAY_HU
         grey = np.rint(np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-        width = round(PICTURE_PX * grey.shape[1] * scan.spacing_mm[2] / (grey.shape[0] * scan.spacing_mm[row]))
         shown = Image.fromarray(grey if through == 0 else grey[::-1])
-        panels.append(np.array(shown.resize((min(max(8, width), 4 * PICTURE_PX), PICTURE_PX), Image.Resampling.BOX)))
+        panel = np.zeros((PICTURE_PX, max(8, width)), np.uint8)
+        panel[-tall:, :width] = shown.resize((width, tall), Image.Resampling.BOX)
+        panels.append(panel)
     sink = io.BytesIO()
     Image.fromarray(np.concatenate(panels, 1)).save(sink, "PNG", compress_level=6)
     return sink.getvalue()
