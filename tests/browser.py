@@ -12,6 +12,66 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "PageUp": 33, "PageDown": 34}
+# elements that reach over the page's sides without lying in something that scrolls; what is cut off in silence; what
+# scrolls though it holds neither table nor picture
+STICKING_OUT = """(() => {
+  const width = document.documentElement.clientWidth, all = document.documentElement.scrollWidth, found = [];
+  const told = (e) => `${e.tagName}.${e.className}: ${e.textContent.trim().slice(0, 40)}`;
+  const is = (e, ...kinds) => kinds.includes(getComputedStyle(e).overflowX);
+  if (all > width) found.push(`the page: ${all}`);
+  for (const e of document.body.querySelectorAll("*")) {
+    const box = e.getBoundingClientRect();
+    if (!box.width || !box.height) continue;
+    let around = e.parentElement;
+    while (around !== document.body && !is(around, "auto", "scroll")) around = around.parentElement;
+    if (around === document.body && (box.right > width + 0.5 || box.left < -0.5)) found.push(told(e));
+    if (is(e, "hidden", "clip") && e.scrollWidth > e.clientWidth + 1) found.push(`cut off, ${told(e)}`);
+    const may = e.tagName === "PRE" || e.querySelector("table, img, svg");
+    if (is(e, "auto", "scroll") && e.scrollWidth > e.clientWidth + 1 && !may) found.push(`scrolls, ${told(e)}`);
+  }
+  return found;
+})()"""
+
+# texts whose contrast with what lies behind them is below WCAG's 4.5
+FAINT = """(() => {
+  const numbers = (text) => text.match(/[\\d.]+/g).map(Number), found = [];
+  const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const behind = (e) => numbers(getComputedStyle(e).backgroundColor);
+  for (const e of document.body.querySelectorAll("*:not(script):not(style):not(option):not(select)")) {
+    const own = [...e.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+    if (!own || !e.getBoundingClientRect().width) continue;
+    let around = e;
+    while (around !== document.documentElement && behind(around)[3] === 0) around = around.parentElement;
+    const [a, b] = [numbers(getComputedStyle(e).color), behind(around)].map(light).sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) found.push(`${e.tagName}: ${e.textContent.trim().slice(0, 40)}`);
+  }
+  return found;
+})()"""
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with a page at 1,300 and 400 pixels, by light and in the dark, and on paper."""
+    found = []
+    for width in (1300, 400):
+        with Page(path.as_uri(), width) as page:
+            page.call("Emulation.setScrollbarsHidden", {"hidden": True})
+            for scheme in ("light", "dark"):
+                page.look(prefers_color_scheme=scheme)
+                page.wait("document.readyState === 'complete'")
+                assert page.value("document.documentElement.clientWidth") == width
+                found += [f"{width}, {scheme}: {one}" for one in page.value(STICKING_OUT)]
+                found += [f"{width}, {scheme}, faint: {one}" for one in page.value(FAINT)]
+                paper = page.value("getComputedStyle(document.body).backgroundColor")
+                assert (paper == "rgb(255, 255, 255)") == (scheme == "light"), paper
+    with Page(path.as_uri(), 718) as page:  # of A4, less the margins
+        page.call("Emulation.setScrollbarsHidden", {"hidden": True})
+        page.look("print", prefers_color_scheme="dark")
+        page.wait("document.readyState === 'complete'")
+        assert page.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        found += [f"on paper: {one}" for one in page.value(STICKING_OUT)]
+        assert base64.b64decode(page.call("Page.printToPDF", {})["data"]).startswith(b"%PDF")
+    return found
 
 
 class Page:
@@ -105,6 +165,11 @@ class Page:
         for kind in ("keyDown", "keyUp"):
             code = KEYS[key]
             self.call("Input.dispatchKeyEvent", {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code})
+
+    def look(self, media: str = "screen", **features: str) -> None:
+        """As by a device of this kind: prefers_color_scheme="dark"."""
+        features = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.call("Emulation.setEmulatedMedia", {"media": media, "features": features})
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """A PNG of the page."""

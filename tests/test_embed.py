@@ -1,5 +1,6 @@
 """embed: what is pooled and where features lie, against loops and hand arithmetic; what is done twice; wrong use."""
 
+import io
 import os
 import re
 from itertools import product
@@ -10,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
+from browser import CHROMIUM, faults
+from matplotlib.image import imread
 from scipy import ndimage
 
 from pgl_ray import api, cli, embed, embed_page, export
@@ -392,6 +395,7 @@ def test_the_page_needs_nothing_else(tmp_path, cts):
     assert not re.search(r'(src|href)\s*=\s*"(?!data:|#)', text) and "http" not in text and "a&lt;b&gt;&amp;c" in text
     assert text.count('class="near"') == 4 and text.count("<circle") == 4 and "a<b>" not in text
     assert text.count("url(data:image/png;base64,") == 4 and text.count("<img") == 1
+    assert not CHROMIUM or faults(tmp_path / "o/embed.html") == []
     embed.run(config(tmp_path / "o", input=str(cts), pictures=1))
     text = (tmp_path / "o/embed.html").read_text()
     assert text.count('class="near"') == 1 and "3 more scans are in the table alone" in text
@@ -409,6 +413,39 @@ def test_thin_and_blank_scans_have_a_row(tmp_path, shape, scale):
 def test_one_scan_has_a_page_too(tmp_path, cts):
     embed.run(config(tmp_path / "o", input=str(cts / "s0.nii.gz")))
     assert "1 scan as features" in (tmp_path / "o/embed.html").read_text() and list(table(tmp_path / "o")) == ["s0"]
+
+
+def test_the_answers_name_the_alike_and_the_lone():
+    vectors = np.array([[1, 0.1], [1, 0.0], [0.9, -0.5], [-1, 0.3]])
+    rows = [{"scan_id": name, "notes": []} for name in "abcd"]
+    alike, shown, known, following = embed_page.answers(rows, vectors, (0.5, 0.2))
+    cosine = [[x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in vectors] for x in vectors]
+    nearest = [max(cosine[k][j] for j in range(4) if j != k) for k in range(4)]
+    assert alike.lines[0] == ("Most alike", f"a and b, cosine {max(nearest):.2f}", "")
+    assert alike.lines[1].text.startswith("d, whose nearest is") and f"{min(nearest):.2f}" in alike.lines[1].text
+    assert shown.lines[0].verdict == "70 %" and known.lines[0].verdict == "Yes"
+    assert following.lines[0].verdict == "Look for doubles"  # a and b, cosine 0.995
+    rows[1]["notes"] = ["its voxels are large."]
+    known = embed_page.answers(rows, vectors, (0.5, 0.2))[2]
+    assert known.lines[0] == ("Not all", "1 of 4 scans with a note, the first b: its voxels are large", "")
+    for num in (1, 2):
+        few = embed_page.answers(rows[:num], vectors[:num], (1.0, 0.0))
+        assert few[1].lines[0].verdict == "Can't tell" and len(few[0].lines) == 1
+
+
+@pytest.mark.parametrize("spacing", [(3.0, 1.0, 1.0), (1.0, 2.0, 2.0), (12.0, 1.0, 1.0)])
+def test_both_slices_of_a_thumbnail_have_one_scale(spacing):
+    """A cube in mm is as large in the axial slice as in the coronal one."""
+    voxels = np.full((40, 60, 60), -1000, np.int16)
+    cube = [round(24 / size) for size in spacing]
+    voxels[4 : 4 + cube[0], 10 : 10 + cube[1], 10 : 10 + cube[2]] = 250
+    panel = imread(
+        io.BytesIO(embedding.picture(Scan(voxels, np.diag([*spacing, 1.0]), spacing, "RAS", 0.0, 0))), format="png"
+    )
+    axial, coronal = np.split(panel, 2, 1)
+    assert axial.shape[0] == embedding.PICTURE_PX
+    sizes = [np.ptp(np.argwhere(part > 0.5), axis=0) + 1 for part in (axial, coronal)]
+    np.testing.assert_allclose(*sizes, atol=2)
 
 
 @pytest.mark.parametrize("shape", [(7, 20), (20, 7), (1, 5), (3, 1)])

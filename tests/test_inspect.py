@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, faults
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from scipy.spatial.transform import Rotation
 
-from pgl_ray import inspect
+from pgl_ray import inspect, store_answers
 from pgl_ray.config import InspectConfig
 from pgl_ray.data import store
 from pgl_ray.pictures import organ_color
@@ -79,6 +80,37 @@ def test_the_page_is_whole_and_stands_alone(odd, tmp_path):
     assert not re.search(r"(src|href)=.http", text) and "<store>" not in text and "&lt;store&gt;" in text
     assert "11 (8 without split, 3 train), 1 with labels" in text and "9 of 11 scans" in text and "/a/b" in text
     assert "ms per pair and core" in text and "the same voxels as good 1" in text
+    assert not CHROMIUM or faults(Path(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("notes", "unused", "verdicts", "words"),
+    [
+        ({}, [], ("Yes", "Yes", "Data at most", "Take more scans"), "none of 11 scans stands out"),
+        (
+            {"good 1": ["3 slices"]},
+            [],
+            ("Look first", "Yes", "Data at most", "Look"),
+            "1 of 11 scans (9.1 %) stands out",
+        ),
+        (
+            {"good 1": ["3 slices"], "twin": ["5 slices"]},
+            [],
+            ("Look first", "Yes", "Data at most", "Look"),
+            "“… slices”",
+        ),
+        ({}, ["failed", "left out"], ("Yes", "No", "Data at most", "Mend what failed"), "1 failed, 1 left out"),
+        ({}, ["left out"], ("Yes", "No", "Data at most", "Take more scans"), "1 left out by the last prepare"),
+    ],
+)
+def test_the_answers_of_a_store(odd, notes, unused, verdicts, words):
+    index = store.read_index(str(odd))
+    found = store_answers.of_store(index, notes, unused, "an epoch takes 3 s")
+    assert tuple(one.lines[0].verdict for one in found) == verdicts
+    assert (
+        words in " ".join(one.lines[0].text for one in found) and "1 of 11 scans has labels" in found[1].lines[0].text
+    )
+    assert store_answers.of_store(index, {}, [], "not measured: damaged")[2].lines[0].verdict == "Can't tell"
 
 
 def test_a_damaged_scan_leaves_the_rest_of_the_page(odd, tmp_path):

@@ -11,10 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from browser import CHROMIUM, Page
+from browser import CHROMIUM, Page, faults
 from scipy import ndimage
 
-from pgl_ray import cli, match
+from pgl_ray import cli, match, match_page
 from pgl_ray.config import MatchConfig, build
 from pgl_ray.data import ct
 from pgl_ray.judge import search
@@ -372,6 +372,67 @@ def test_the_page_needs_nothing_else(page):
     assert page.stat().st_size < 25e6
     rows = rows_of(page.parent)
     assert all(row["name"] in text for row in rows) and f"{float(rows[0]['b_x_mm']):.1f}" in text
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page cannot be opened")
+def test_nothing_sticks_out_in_a_browser(page):
+    assert faults(page) == []
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page cannot be opened")
+@pytest.mark.parametrize("width", [1300, 400])
+def test_all_slices_of_a_page_have_one_scale(page, width):
+    """Pixels per mm of the six slices, by what the page says of the scans."""
+    data, planes = held(page), {"axial": (1, 2), "coronal": (0, 2), "sagittal": (0, 1)}
+    with Page(page.as_uri(), width) as browser:
+        browser.wait("document.body && document.body.dataset.page === 'ready'")
+        for side in "ab":
+            own, shown = data[side]["spacing"], data[side]["shown"]
+            mm = [(high - low) * by * size for (low, high), by, size in zip(shown["box"], shown["step"], own)]
+            for name, axes in planes.items():
+                canvas = f"document.querySelector('#slices-{side} [data-plane={name}]').getBoundingClientRect()"
+                height, wide = browser.value(f"(r => [r.height, r.width])({canvas})")
+                scale = browser.scale = getattr(browser, "scale", wide / mm[axes[1]])
+                assert wide / mm[axes[1]] == pytest.approx(scale, rel=0.02)
+                assert height / mm[axes[0]] == pytest.approx(scale, rel=0.04)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page cannot be opened")
+def test_the_page_opens_and_answers_at_once(page):
+    with Page(page.as_uri()) as browser:
+        browser.wait("document.body && document.body.dataset.page === 'ready'")
+        assert float(browser.value("document.body.dataset.readyMs")) < 2000
+        took = [float(browser.value("document.body.dataset.answerMs"))]
+        x, y, wide, tall = browser.value(
+            "(r => [r.x, r.y, r.width, r.height])(document.querySelector('#slices-a canvas').getBoundingClientRect())"
+        )
+        for share in (0.3, 0.45, 0.6):
+            before = browser.value("document.body.dataset.asked")
+            browser.click(x + share * wide, y + 0.5 * tall)
+            browser.wait(f"document.body.dataset.asked !== '{before}'")
+            took.append(float(browser.value("document.body.dataset.answerMs")))
+    assert min(took[1:]) < 100, took
+
+
+@pytest.mark.parametrize(
+    ("leads", "verdict", "words"),
+    [
+        ((0.2, 0.3, 0.1), "Yes", "of 3 places 3 without"),
+        ((0.2, 0.01, 0.3), "In part", "p1 (0.010)"),
+        ((0.02, 0.01), "No", "p1 (0.010), p0 (0.020)"),
+        ((0.2,), "Yes", "0.20 in the mean"),
+        ((None,), "Yes", "of 1 place 1 without"),
+    ],
+)
+def test_answers_say_which_places_have_a_rival(leads, verdict, words):
+    rows = [
+        match.Row(f"p{k}", np.zeros(3), np.zeros(3), 0.9, None, None if lead is None else 0.9 - lead)
+        for k, lead in enumerate(leads)
+    ]
+    told, first, sure = match_page.answers(rows)
+    assert told.lines[0].verdict == verdict and sure.lines[0].verdict == "Can't tell"
+    assert words in told.lines[0].text + first.lines[0].text
+    assert ("95 % interval" in told.lines[0].text) == (len(leads) > 1)
 
 
 @pytest.mark.skipif(not NODE, reason="no node: the page's script cannot be run")

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from browser import CHROMIUM, faults
 from scipy import ndimage, stats
 
 from pgl_ray import cli, pictures, report, tables
@@ -246,6 +247,25 @@ def test_page_stands_alone(page):
     assert len(read.links) > 15 and all(link.startswith("data:image/") for link in read.links)
     assert not {"script", "link", "iframe", "object"} & set(read.tags)
     assert not re.search(r"url\(|@import|https?://", page)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page cannot be opened")
+def test_nothing_sticks_out_in_a_browser(page, tmp_path):
+    (tmp_path / "page.html").write_text(page)
+    assert faults(tmp_path / "page.html") == []
+
+
+def test_page_answers_first(page):
+    """The four questions stand before any table, with the verdicts of the planted figures."""
+    text = Reader(page[: page.index("<table>")]).text
+    for words in (
+        "Did pre-training learn places? Yes: organ centroids are found",
+        "Is it better than random weights? pgl Yes: pgl is ahead of random weights",
+        "fine-tuned from pgl Yes: Dice 0.815 against 0.705 from random weights, +0.110",
+        "What limited speed?",
+        "What to do next? Repeat:",
+    ):
+        assert words in text
 
 
 def test_page_says_the_planted_numbers(page):

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from browser import CHROMIUM, faults
 from omegaconf import OmegaConf
 from scipy import stats
 
@@ -780,7 +781,9 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     figure = content["grid"]["over"]  # Figure 5: two arms over 4 and 8 labelled scans
     figure = base64.b64decode(figure.partition("base64,")[2]).decode().lower()
     assert all(color.lower() in figure for color in content["grid"]["colors"].values())
-    page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
+    written = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")])))
+    assert not CHROMIUM or faults(written) == []
+    page = written.read_text()
     assert "paper, Table 6" in page and "overlays left out" in page and "pgl, seed 1, scan_share 0.5" in page
     drawn, shown = {"scans": [("data:,", "Scan p")], "legend": [(1, "liver", "#E69F00")]}, []
     monkeypatch.setattr(report, "overlays", lambda runs: shown.extend(runs) or drawn)

@@ -12,6 +12,7 @@ import subprocess
 import nibabel as nib
 import numpy as np
 import pytest
+from browser import CHROMIUM, faults
 from matplotlib.image import imread
 
 from pgl_ray import pictures, viewer
@@ -95,6 +96,34 @@ def test_no_organ_found():
     voxels, label = scan()
     page, png = page_of(voxels, np.zeros_like(label))
     assert held(page)[2]["centre"] is None and page.count(">not found<") == 2 and len(png) > 1000
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page cannot be opened")
+def test_nothing_sticks_out_in_a_browser(tmp_path):
+    page, _ = page_of(*scan(), names={"an_organ_with_a_name_that_goes_on_and_on_" * 3: 4, "liver": 300})
+    (tmp_path / "page.html").write_text(page)
+    assert faults(tmp_path / "page.html") == []
+
+
+@pytest.mark.parametrize(
+    ("voxels", "notes", "told"),
+    [
+        ((9, 40), [], ("2 of 2 organs", "The smallest organ", "small, 9.0 mL")),
+        ((0, 40), [], ("1 of 2 organs", "What was not found", "small: outside of the scan, or overlooked")),
+        ((0, 0), [], ("0 of 2 organs", "What was not found", "small, large")),
+        (
+            (9, 40),
+            ["its voxels are large."],
+            ("2 of 2 organs", "The scan", "1 note on it, first: its voxels are large"),
+        ),
+    ],
+)
+def test_the_answers_say_what_to_look_at_first(voxels, notes, told):
+    organs = [Organ(name, k, n, float(n)) for k, (name, n) in enumerate(zip(("small", "large"), voxels), 1)]
+    found, first, sure = viewer.answers(organs, notes)
+    assert (found.lines[0].verdict, first.lines[0].verdict) == told[:2] and told[2] in first.lines[0].text
+    assert sure.lines[0].verdict == "Can't tell" and "pgl_ray.evaluate" in sure.lines[0].text
+    assert f"{sum(voxels):.1f} mL in all" in found.lines[0].text or "no voxel has a label" in found.lines[0].text
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
