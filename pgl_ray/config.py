@@ -954,7 +954,7 @@ class ReportConfig(Section):
     title: str = "pgl_ray report"
     """Heading of the page."""
     notes: list[str] = []
-    """Paragraphs that stand under the heading."""
+    """Paragraphs that stand below the answers."""
 
 
 class FeaturesConfig(Section):

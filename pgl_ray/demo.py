@@ -89,7 +89,7 @@ def run(config: DemoConfig) -> Result:
 
     step(7, "report")
     dice = dict(zip(INITS, dice, strict=True))
-    page = report.run(_report(config, out, pgl, list(runs.values()), [judged.answer("PGL"), fine_tuned(dice, gain)]))
+    page = report.run(_report(config, out, pgl, list(runs.values())))
     return Result(str(page), judged, dice, gain, time.monotonic() - began)
 
 
@@ -118,14 +118,14 @@ def _finetuning(config: DemoConfig, store: str, pgl: str, init: str, run: str, s
     return build(FinetuneConfig, {**values, **shared})
 
 
-def _report(config: DemoConfig, out: Path, pgl: str, runs: list[str], answers: list[str]) -> ReportConfig:
+def _report(config: DemoConfig, out: Path, pgl: str, runs: list[str]) -> ReportConfig:
     about = (
         f"{config.num_unlabelled} unlabelled, {config.num_labelled} labelled and {config.num_test} test phantoms, an "
         f"encoder of 0.26 M parameters, {config.pretrain_steps} steps of pre-training by place, "
         f"{config.finetune_steps} of fine-tuning. The paper trains 46 M parameters for 7,000 steps on real CT: what "
         "PGL gains on phantoms, whose organs lie where they should, says little of what it gains there."
     )
-    values = {"run": [pgl, *runs], "title": "PGL on phantoms: the demo", "notes": [*answers, about]}
+    values = {"run": [pgl, *runs], "title": "PGL on phantoms: the demo", "notes": [about]}
     return build(ReportConfig, {**values, "output": str(out / "report.html")})
 
 

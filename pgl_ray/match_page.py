@@ -123,8 +123,9 @@ def answers(rows: Sequence[Any]) -> list[Answer]:
     margins = {row.name: row.similarity - row.runner_up_similarity for row in rivalled}
     doubtful = {name: margin for name, margin in sorted(margins.items(), key=lambda one: one[1]) if margin < CLOSE}
     clear = len(rows) - len(doubtful)
+    have = "has" if clear == 1 else "have"
     text = (
-        f"{clear} of {plural(len(rows), 'place')} have no other place in B that is nearly as similar (within {CLOSE})"
+        f"{clear} of {plural(len(rows), 'place')} {have} no other place in B that is nearly as similar (within {CLOSE})"
     )
     half = reach(list(margins.values()))
     if margins:

@@ -145,6 +145,25 @@ def test_places_are_drawn_where_they_lie_and_errors_are_those_in_space():
     assert pixels(figure)[..., :3].std() > 0.1
 
 
+def test_slices_beside_each_other_have_one_scale():
+    """Bodies of different size, in pixels per mm of the drawn axes."""
+    bodies = [(16, 40, 48), (10, 60, 44)]
+    places = [
+        fp.Places(f"s{k}", scan(k, shape, ()).volume, np.array(SPACING), {"brick": np.array([12.0, 30.0, 50.0])})
+        for k, shape in enumerate(bodies)
+    ]
+    figure = fp.matches(*places, [fp.Search("net", places[1].at_mm)] * 2, {"brick": 1})
+    pixels(figure)
+    scales = []
+    for k, ax in enumerate(figure.axes):
+        if ax.images:
+            row_axis, box = 0 if k % 5 < 2 else 1, ax.get_window_extent()  # coronal, axial
+            scales.append(box.width / (np.ptp(ax.get_xlim()) * SPACING[2]))
+            scales.append(box.height / (np.ptp(ax.get_ylim()) * SPACING[row_axis]))
+    assert len(scales) == 16
+    np.testing.assert_allclose(scales, scales[0], rtol=0.02)
+
+
 def test_axial_slices_are_shown_from_the_front_and_coronal_ones_with_the_head_up():
     place = fp.Places("s", scan(0).volume, np.array(SPACING), {"brick": np.array([20.0, 14.0, 30.0])})
     figure = fp.matches(place, place, [fp.Search("net", place.at_mm)], {"brick": 1})

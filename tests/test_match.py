@@ -417,11 +417,11 @@ def test_the_page_opens_and_answers_at_once(page):
 @pytest.mark.parametrize(
     ("leads", "verdict", "words"),
     [
-        ((0.2, 0.3, 0.1), "Yes", "of 3 places 3 without"),
+        ((0.2, 0.3, 0.1), "Yes", "3 of 3 places have no other"),
         ((0.2, 0.01, 0.3), "In part", "p1 (0.010)"),
         ((0.02, 0.01), "No", "p1 (0.010), p0 (0.020)"),
         ((0.2,), "Yes", "0.20 in the mean"),
-        ((None,), "Yes", "of 1 place 1 without"),
+        ((None,), "Yes", "1 of 1 place has no other"),
     ],
 )
 def test_answers_say_which_places_have_a_rival(leads, verdict, words):

@@ -572,6 +572,25 @@ def test_boxes_are_drawn_where_they_lie_in_the_scan():
     np.testing.assert_array_equal(coronal.images[0].get_array(), pair.volume[:, 13])
 
 
+@pytest.mark.parametrize("draw", [pictures.pair_in_scan, pictures.pair_as_seen])
+def test_slices_of_a_pair_have_one_scale(draw):
+    """Views of different size and both planes, in pixels per mm of the drawn axes."""
+    boxes = BOXES[0], np.array([[2, 14], [4, 24], [-4, 30]])
+    pair = planted_pair(FLIPS)
+    pair = pair._replace(boxes=boxes, views=(pair.views[0], pair.views[0]))
+    figure = draw(pair)
+    pictures.to_bytes(figure, "png")
+    scales = []
+    for k, ax in enumerate(figure.axes):
+        box, row, unit_mm = ax.get_window_extent(), (1, 0)[k % 2], np.array(SPACING)
+        if draw is pictures.pair_as_seen:
+            crop = boxes[k // 2]
+            unit_mm = (crop[:, 1] - crop[:, 0]) * SPACING / pair.views[0].shape
+        scales.append(box.width / (np.ptp(ax.get_xlim()) * unit_mm[2]))
+        scales.append(box.height / (np.ptp(ax.get_ylim()) * unit_mm[row]))
+    np.testing.assert_allclose(scales, scales[0], rtol=0.03)
+
+
 @pytest.mark.parametrize("flips", [(f, g) for f in product((False, True), repeat=3) for g in [(True, False, True)]])
 def test_block_stands_at_the_same_place_of_the_drawn_overlap_in_both_views(flips):
     """The block's middle as a share of the overlap's drawn rectangle, mirrored where the letters are."""
