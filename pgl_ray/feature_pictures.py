@@ -199,7 +199,7 @@ def matches(source: Places, target: Places, searches: list[Search], numbers: dic
     widths = [size[2] for size in sizes_mm] * len(planes)  # all slices at one scale
     scale, errors_in = 8.6 / sum(widths), 1.6  # inches per mm; inches of the column of errors
     height = scale * max(size[plane.row] for size in sizes_mm for plane in planes)
-    figure = Figure(figsize=(8.8 + errors_in, len(searches) * (height + 0.4) + 0.35))
+    figure = Figure(figsize=(8.8 + errors_in, len(searches) * (height + 0.5) + 0.35))
     grid = figure.add_gridspec(len(searches), 5, width_ratios=[*widths, errors_in / scale])
     for row, search in enumerate(searches):
         for k, (plane, scan) in enumerate((plane, scan) for plane in planes for scan in (source, target)):
@@ -210,7 +210,7 @@ def matches(source: Places, target: Places, searches: list[Search], numbers: dic
             draw_letters(ax, plane, np.zeros(3, bool))
             crop(ax, boxes[id(scan)], plane)
             what = "asked in" if scan is source else "found in"
-            ax.set_title(f"{what} {scan.title}, {plane.name}", fontsize=7)
+            ax.set_title(f"{what} {scan.title},\n{plane.name}", fontsize=7)
             for organ in organs:
                 color = organ_color(numbers[organ])
                 if scan is source:

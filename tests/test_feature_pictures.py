@@ -132,7 +132,7 @@ def test_places_are_drawn_where_they_lie_and_errors_are_those_in_space():
     for row, found in enumerate((near, far)):
         for k, (row_axis, column_axis) in ((1, (0, 2)), (3, (1, 2))):  # coronal, axial
             ax = figure.axes[5 * row + k]
-            assert ax.get_title() == f"found in s1, {('coronal', 'axial')[k // 2]}"
+            assert ax.get_title() == f"found in s1,\n{('coronal', 'axial')[k // 2]}"
             lines = [line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 2]
             for organ, line in zip(true, lines, strict=True):
                 ends = [
@@ -194,7 +194,7 @@ def test_both_pictures_of_labelled_scans(monkeypatch):
     figures = fp.draw(scans, names, (16, 40, 48), {"net, a: 3 mm": Waves(), "random, b: 9 mm": Waves()})
     assert list(figures) == ["matching.png", "features.png"]
     titles = [ax.get_title() for ax in figures["matching.png"].axes]
-    assert titles.count("asked in s1, coronal") == titles.count("found in s2, axial") == 2
+    assert titles.count("asked in s1,\ncoronal") == titles.count("found in s2,\naxial") == 2
     shown = [ax.get_title() for ax in figures["features.png"].axes]
     assert shown[:4] == ["s1, D = 6 of 16", "random\nb\n9 mm", "net\na\n3 mm", "s2, D = 6 of 16"]
     for figure in figures.values():
