@@ -48,6 +48,7 @@ FAINT = """(() => {
   }
   return found;
 })()"""
+LOADED = "location.protocol === 'file:' && document.readyState === 'complete'"  # and not the blank page before it
 
 
 def faults(path: Path) -> list[str]:
@@ -56,9 +57,9 @@ def faults(path: Path) -> list[str]:
     for width in (1300, 400):
         with Page(path.as_uri(), width) as page:
             page.call("Emulation.setScrollbarsHidden", {"hidden": True})
+            page.wait(LOADED)
             for scheme in ("light", "dark"):
                 page.look(prefers_color_scheme=scheme)
-                page.wait("document.readyState === 'complete'")
                 assert page.value("document.documentElement.clientWidth") == width
                 found += [f"{width}, {scheme}: {one}" for one in page.value(STICKING_OUT)]
                 found += [f"{width}, {scheme}, faint: {one}" for one in page.value(FAINT)]
@@ -66,8 +67,8 @@ def faults(path: Path) -> list[str]:
                 assert (paper == "rgb(255, 255, 255)") == (scheme == "light"), paper
     with Page(path.as_uri(), 718) as page:  # of A4, less the margins
         page.call("Emulation.setScrollbarsHidden", {"hidden": True})
+        page.wait(LOADED)
         page.look("print", prefers_color_scheme="dark")
-        page.wait("document.readyState === 'complete'")
         assert page.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         found += [f"on paper: {one}" for one in page.value(STICKING_OUT)]
         assert base64.b64decode(page.call("Page.printToPDF", {})["data"]).startswith(b"%PDF")
