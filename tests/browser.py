@@ -48,7 +48,6 @@ FAINT = """(() => {
   }
   return found;
 })()"""
-LOADED = "location.protocol === 'file:' && document.readyState === 'complete'"  # and not the blank page before it
 
 
 def faults(path: Path) -> list[str]:
@@ -56,18 +55,15 @@ def faults(path: Path) -> list[str]:
     found = []
     for width in (1300, 400):
         with Page(path.as_uri(), width) as page:
-            page.call("Emulation.setScrollbarsHidden", {"hidden": True})
-            page.wait(LOADED)
+            page.wait_for_width(width)
             for scheme in ("light", "dark"):
                 page.look(prefers_color_scheme=scheme)
-                assert page.value("document.documentElement.clientWidth") == width
                 found += [f"{width}, {scheme}: {one}" for one in page.value(STICKING_OUT)]
                 found += [f"{width}, {scheme}, faint: {one}" for one in page.value(FAINT)]
                 paper = page.value("getComputedStyle(document.body).backgroundColor")
                 assert (paper == "rgb(255, 255, 255)") == (scheme == "light"), paper
     with Page(path.as_uri(), 718) as page:  # of A4, less the margins
-        page.call("Emulation.setScrollbarsHidden", {"hidden": True})
-        page.wait(LOADED)
+        page.wait_for_width(718)
         page.look("print", prefers_color_scheme="dark")
         assert page.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         found += [f"on paper: {one}" for one in page.value(STICKING_OUT)]
@@ -85,6 +81,7 @@ class Page:
         self.folder = tempfile.mkdtemp(prefix="browser")
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--no-first-run"]
         options += ["--remote-debugging-address=127.0.0.1", "--disable-background-networking", "--disable-sync"]
+        options += ["--hide-scrollbars"]  # so that a page is as wide as it is asked to be
         command = [CHROMIUM, *options, f"--user-data-dir={self.folder}", "about:blank"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.loop = asyncio.new_event_loop()
@@ -149,6 +146,11 @@ class Page:
         while not self.value(script):
             assert time.monotonic() < until, f"{script} did not come true"
             time.sleep(0.05)
+
+    def wait_for_width(self, width: int) -> None:
+        """Until the file is there, as wide as that, without scrollbars."""
+        self.wait("location.protocol === 'file:' && document.readyState === 'complete'")  # not the blank page before it
+        self.wait(f"document.documentElement.clientWidth === {width}")
 
     def click(self, x: float, y: float) -> None:
         """With the left button, at a place in the window."""
