@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections import deque
 from collections.abc import Iterator
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,19 +25,21 @@ import torch
 import pgl_ray
 from pgl_ray import api, embed_page
 from pgl_ray.config import EmbedConfig, FailedRun
-from pgl_ray.data.accounts import grouped
+from pgl_ray.data.accounts import skipped
 from pgl_ray.data.place import check_writable, open_place, put_in_place
 from pgl_ray.data.scans import ScanFile, StoredScan, scan_files, stored_scans
+from pgl_ray.data.source import Fault
 from pgl_ray.data.store import Index, write_aside
 from pgl_ray.judge import vectors
 from pgl_ray.judge.embedding import NO_MEMORY, Embedder, dense_hashes
 from pgl_ray.judge.features import ScanEncoder
 from pgl_ray.judge.readings import NUM_VIEWS
 from pgl_ray.model.inference import pick_device
+from pgl_ray.train.progress import Stage
 
 PAGE, KEPT = "embed.html", "preparation.npz"
 FEW = 32  # scans for which Ray is not started
-EVERY_S = 10.0  # between two writes of what is finished, and two lines of progress
+EVERY_S = 10.0  # between two writes of what is finished
 BYTES_PER_VOXEL = 24  # of a scan while it is encoded, maps included
 PROCESS_BYTES = 10**9  # of a process beside that
 SHOWN = 5  # names in a line
@@ -88,19 +91,22 @@ def run(config: EmbedConfig) -> Result:
     folder = str(output) if config.dense else None
     rows, failed, label_maps, seconds = dict(before), {}, {}, 0.0
     if todo:
-        fresh, failed, label_maps, seconds = _embedded(config, (encoder, names, spacing, folder), todo, output, told)
+        work = encoder, names, spacing, folder
+        with Stage("embed:", "scan", len(todo), starts=True) as stage:
+            fresh, failed, label_maps, seconds = _embedded(config, work, todo, output, told, stage)
         rows |= fresh
     if config.input and len(scans) == 1 and not rows and not faults:
         (reason,) = (label_maps | failed).values()
         raise (FailedRun if reason == NO_MEMORY else ValueError)(f"input={config.input}: {reason}")
     failed |= {Path(fault.source).name: fault.reason for fault in faults}
-    for line in grouped(left_out):
-        print(f"embed: {line}", flush=True)
     ordered = [rows[scan.scan_id] for scan in scans if scan.scan_id in rows]
-    _say(ordered, label_maps | failed)
+    _note(ordered)
+    if rows:
+        _finish(output, ordered, told, {scan.scan_id for scan in scans})
+    for line in skipped(starmap(Fault, failed.items()), [*left_out, *starmap(Fault, label_maps.items())]):
+        print(f"embed: {line}", flush=True)
     if not rows:
         raise FailedRun(_failures(label_maps | failed, len(scans) + len(faults)))
-    _finish(output, ordered, told, {scan.scan_id for scan in scans})
     shown = {scan.scan_id: scan for scan in scans if scan.scan_id in rows}
     page = embed_page.make_page(ordered, shown, encoder, spacing, config.pictures, told)
     write_aside(output / PAGE, page.encode())
@@ -172,7 +178,12 @@ def _told(config: EmbedConfig, encoder: ScanEncoder, names: tuple[str, ...], rea
 
 
 def _embedded(
-    config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile], output: Path, told: dict[str, Any]
+    config: EmbedConfig,
+    work: tuple,
+    todo: list[StoredScan | ScanFile],
+    output: Path,
+    told: dict[str, Any],
+    stage: Stage,
 ) -> tuple[dict[str, dict], dict[str, str], dict[str, str], float]:
     """Rows of new scans, why others have none, which are label maps, and seconds.
 
@@ -180,11 +191,11 @@ def _embedded(
     written every few seconds.
     """
     rows, failed, label_maps, waiting = {}, {}, {}, []
-    began = shown = first = None
+    began = kept = None
     try:
-        for done, row in enumerate(_rows(config, work, todo)):
+        for row in _rows(config, work, todo):
             if began is None:  # Ray is running
-                began = shown = row
+                began = kept = row
                 continue
             if "failed" not in row and config.dense and not dense_hashes(output, row["scan_id"]):
                 row["failed"] = f"its maps are not in {output}: all nodes must share that folder"
@@ -193,16 +204,12 @@ def _embedded(
             else:
                 rows[row["scan_id"]] = row
                 waiting.append(row)
-            now = time.monotonic()
-            first = first or now  # processes that start are no rate
-            if now - shown > EVERY_S:
-                shown = now
+            if time.monotonic() - kept > EVERY_S:
+                kept = time.monotonic()
                 vectors.write_part(output, waiting, told)
                 waiting = []
-                if 1 < done < len(todo):
-                    rate = (now - first) / (done - 1)
-                    left = f"{rate:.2f} s per scan, {(len(todo) - done) * rate:.0f} s left"
-                    print(f"embed: {done}/{len(todo)} scans, {left}", flush=True)
+            num = len(failed) + len(label_maps)
+            stage.advance(f"{num} left out" * bool(num))
     finally:  # an interrupted call keeps what it has
         vectors.write_part(output, waiting, told)
     return rows, failed, label_maps, time.monotonic() - began
@@ -313,8 +320,8 @@ def _finish(output: Path, rows: list[dict], told: dict[str, Any], asked: set[str
 # -- what is said -----------------------------------------------------------------------------------------------------
 
 
-def _say(rows: list[dict], failed: dict[str, str]) -> None:
-    """In what scans are unlike those of the training, a line per kind; and why some are left out."""
+def _note(rows: list[dict]) -> None:
+    """In what scans are unlike those of the training, a line per kind."""
     kinds: dict[str, list[tuple[str, str]]] = {}
     for row in rows:
         for note in row["notes"]:
@@ -323,8 +330,6 @@ def _say(rows: list[dict], failed: dict[str, str]) -> None:
         first, note = found[0]
         mend = "; spacing=weights resamples them" if note.startswith("its voxels are") else ""
         print(f"embed: note: {len(found)} of {len(rows)} scans, {first} for one: {note}{mend}", flush=True)
-    for scan_id, reason in failed.items():
-        print(f"embed: left out: {scan_id}: {reason}", flush=True)
 
 
 def _failures(failed: dict[str, str], num: int) -> str:

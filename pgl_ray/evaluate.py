@@ -42,6 +42,7 @@ from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, sum
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train import bucket
 from pgl_ray.train.checkpoint import file_of, whole_lines, write_json
+from pgl_ray.train.progress import Stage
 from pgl_ray.train.weights import load_segmenter
 
 SCANS, TABLE = "scans.jsonl", "metrics.parquet"
@@ -103,18 +104,15 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     print(f"evaluate: {len(records)} scans of split={config.split!r} on {device}{known}", flush=True)
     began = time.monotonic()
     scored_scans = _named(score_scans(model, meta, index, left, config.inference, flips=config.tta, own_grid=True))
-    with (folder / SCANS).open("a") as file:
-        for done, scored in enumerate(scored_scans, 1):
+    with (folder / SCANS).open("a") as file, Stage("evaluate:", "scan", len(left)) as stage:
+        for scored in scored_scans:
             found[scored.record.scan_id] = scored.rows
             if config.save_predictions:
                 _write_prediction(folder / "predictions", scored, index)
             line = {"scan_id": scored.record.scan_id, "scan": _content(scored.record), "rows": scored.rows}
             file.write(json.dumps(line) + "\n")
             file.flush()
-            rate = (time.monotonic() - began) / done
-            progress = f"{done}/{len(left)} scans, {rate:.1f} s per scan, {(len(left) - done) * rate:.0f} s left"
-            dice = _text(summarise(scored.rows)["dice"], 0, 3)
-            print(f"evaluate: {progress}; {scored.record.scan_id}: dice {dice}", flush=True)
+            stage.advance(f"{scored.record.scan_id}: dice {_text(summarise(scored.rows)['dice'], 0, 3)}")
 
     if left or not (folder / "summary.json").exists():
         rows = [row for record in records for row in found[record.scan_id]]

@@ -8,7 +8,7 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
 import hashlib
 import json
 import os
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import pgl_ray
 from pgl_ray import viewer
 from pgl_ray.config import FailedRun, PredictConfig
 from pgl_ray.data import ct, dicom, identity, store
-from pgl_ray.data.accounts import grouped, json_lines, unused
+from pgl_ray.data.accounts import json_lines, skipped, unused
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.layout import find_by_folders, refuse_empty, with_ids
 from pgl_ray.data.place import check_writable, put_in_place
@@ -33,6 +33,7 @@ from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device, segment
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train.checkpoint import write_json
+from pgl_ray.train.progress import Stage
 from pgl_ray.train.weights import load_segmenter
 
 
@@ -86,34 +87,37 @@ def run(config: PredictConfig) -> Result:
     done_before = f", {len(finished)} of them done before" if finished else ""
     print(f"predict: {len(jobs)} scan{'s' * (len(jobs) != 1)} on {device}{done_before}", flush=True)
     names = {job: job.target.name.removesuffix(".nii.gz") if job.slices else job.source.name for job in jobs}
-    for fault in work.faults:
-        print(f"predict: left out: {fault.source}: {fault.reason.removeprefix(f'{fault.source}: ')}", flush=True)
-    failed, num_maps = [Path(fault.source).name for fault in work.faults], 0
-    began, todo = time.monotonic(), [job for job in jobs if job not in finished]
-    for done, job in enumerate(todo, 1):
-        try:
-            for note in _predict(model, meta, job, maker, config):
-                print(f"predict: note: {names[job]}: {note}", flush=True)
-        except (ValueError, OSError, MemoryError) as error:
-            reason = " ".join(str(error).split()) or "not enough memory"
-            reason = reason if str(job.source) in reason else f"{job.source}: {reason}"
-            if not many:
-                if isinstance(error, OSError):
-                    raise
-                raise (FailedRun if isinstance(error, MemoryError) else ValueError)(reason) from None
-            failed.append(names[job])
-            num_maps += isinstance(error, LabelMap)
-            print(f"predict: left out: {reason}", flush=True)
-        rate = (time.monotonic() - began) / done
-        progress = f"{done}/{len(todo)} scans, {rate:.1f} s per scan, {(len(todo) - done) * rate:.0f} s left"
-        print(f"predict: {progress}; {names[job]}", flush=True)
-    _tell_unused(work, Path(config.output))
+    failed = {_plain(fault): Path(fault.source).name for fault in work.faults}
+    maps, todo = {}, [job for job in jobs if job not in finished]
+    with Stage("predict:", "scan", len(todo)) as stage:
+        for job in todo:
+            try:
+                for note in _predict(model, meta, job, maker, config):
+                    print(f"predict: note: {names[job]}: {note}", flush=True)
+            except (ValueError, OSError, MemoryError) as error:
+                reason = " ".join(str(error).split()) or "not enough memory"
+                if not many:
+                    if isinstance(error, OSError):
+                        raise
+                    reason = reason if str(job.source) in reason else f"{job.source}: {reason}"
+                    raise (FailedRun if isinstance(error, MemoryError) else ValueError)(reason) from None
+                (maps if isinstance(error, LabelMap) else failed)[_plain(Fault(str(job.source), reason))] = names[job]
+            num = len(failed) + len(maps)
+            stage.advance(names[job] + f", {num} left out" * bool(num))
     total = len(jobs) + len(work.faults)
-    if failed and not (len(failed) == num_maps < total):  # label maps beside CTs are none of predict's business
-        listed = ", ".join(failed[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
+    if len(maps) == total:  # beside CTs they are none of predict's business
+        failed, maps = maps, {}
+    _tell_skipped(failed, [*work.left_out, *maps], Path(config.output))
+    if failed:
+        listed = ", ".join(list(failed.values())[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
         others = f"; the others are in {config.output}" if len(failed) < total else ""
         raise FailedRun(f"{len(failed)} of {total} files failed: {listed}{others}")
-    return Result(config.output, total - len(failed), len(finished))
+    return Result(config.output, total - len(failed) - len(maps), len(finished))
+
+
+def _plain(fault: Fault) -> Fault:
+    """A fault whose reason does not begin with its source."""
+    return fault._replace(reason=fault.reason.removeprefix(f"{fault.source}: "))
 
 
 def _folder_of(output: str) -> Path:
@@ -122,12 +126,12 @@ def _folder_of(output: str) -> Path:
     return path.parent if path.name.endswith(".nii.gz") and not path.is_dir() else path
 
 
-def _tell_unused(work: Work, output: Path) -> None:
-    """Prints which files of a folder were not used; a folder of label maps has all of them in left_out.jsonl."""
-    for line in grouped(work.left_out):
-        print(f"predict: {line}")
-    if output.is_dir() and (work.left_out or (output / "left_out.jsonl").exists()):
-        store.write_aside(output / "left_out.jsonl", json_lines(work.left_out))
+def _tell_skipped(failed: Iterable[Fault], left_out: list[Fault], output: Path) -> None:
+    """Prints what failed and which files were not used; a folder of label maps has the latter in left_out.jsonl."""
+    for line in skipped(failed, left_out):
+        print(f"predict: {line}", flush=True)
+    if output.is_dir() and (left_out or (output / "left_out.jsonl").exists()):
+        store.write_aside(output / "left_out.jsonl", json_lines(left_out))
 
 
 def _maker(model: Segmenter | LightSegmenter, meta: dict[str, Any], config: PredictConfig, device: torch.device) -> str:

@@ -39,6 +39,7 @@ from pgl_ray.data.notes import NOTES_FILE, keep_notes
 from pgl_ray.data.plausible import LabelMap
 from pgl_ray.data.resample import resample
 from pgl_ray.data.source import counted, some
+from pgl_ray.train.progress import Stage
 
 PEAK_BYTES_PER_VOXEL = 8  # of a conversion, label map included (tests/benchmarks/test_prepare_cost.py)
 PEAK_BYTES_PER_RESAMPLED = 10  # voxel of the result, beside the source's own
@@ -169,13 +170,14 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: dict[str, str]
 
     # convert
     converted, failed, notes = 0, list(layout.faults), {}
-    with closing(_outcomes(config, folder, token, tasks, names)) as outcomes:
-        for source, status, reason, said, record in _watched(outcomes, len(tasks)):
+    stage = Stage("prepare:", "scan", len(tasks), starts=True)
+    with closing(_outcomes(config, folder, token, tasks, names)) as outcomes, stage:
+        for source, status, reason, said, record in outcomes:
+            stage.advance(f"{len(failed)} failed" * bool(failed))
             if status == "disk full":
                 raise _disk_full(folder)
             if status == "label map" and _beside_another(source, layout.scans):
-                layout.left_out.append(Fault(source.image, reason))
-                print(f"prepare: left out: {reason}")
+                layout.left_out.append(Fault(source.image, reason.removeprefix(f"{source.image}: ")))
                 continue
             if status in ("failed", "label map"):
                 failed.append(Fault(source.image, reason))
@@ -293,10 +295,12 @@ def verify(config: StoreConfig) -> Verified:
     index, fault = _read_index(place)
     names = sorted({*store.scan_names(place), *index})
     looks = [(name, name in index) for name in names]
-    with closing(_in_parallel(partial(_check, folder=place.url), looks, config.ray)) as outcomes:
-        for row in _watched(outcomes, len(names)):
+    checked = _in_parallel(partial(_check, folder=place.url), looks, config.ray)
+    with closing(checked) as outcomes, Stage("prepare verify:", "scan", len(names), starts=True) as stage:
+        for row in outcomes:
             if row["reason"]:
                 damaged[names[row["task"]]] = row["reason"]
+            stage.advance(f"{len(damaged)} damaged" * bool(damaged))
     records = {name: record for name, record in store.read_records(place.url).items() if name not in damaged}
     if not fault and {name: record for name, record in index.items() if name not in damaged} != records:
         fault = "does not agree with the scans' own records: prepare did not come to its end"
@@ -650,24 +654,6 @@ def _finish(
             store.update_record(folder, new)
             records[new.scan_id] = new
     return names
-
-
-def _watched(outcomes: Iterator, total: int) -> Iterator:
-    """Shows scans done, rate and time left: one line in a terminal, a line every ten seconds elsewhere."""
-    live = sys.stdout.isatty()
-    first = shown = time.monotonic()
-    for done, outcome in enumerate(outcomes):
-        yield outcome
-        now = time.monotonic()
-        if not done:
-            first = shown = now  # the rate leaves out Ray's start
-        elif now - shown > (1 if live else 10):
-            shown, rate = now, done / (now - first)
-            left = time.strftime("%H:%M:%S", time.gmtime((total - done - 1) / rate))
-            line = f"  {done + 1}/{total} scans, {rate:.2g} scans/s, {left} left"
-            print(f"\r\x1b[K{line}" if live else line, end="" if live else "\n", flush=True)
-    if live:
-        print(end="\r\x1b[K")
 
 
 def describe(result: Result) -> str:

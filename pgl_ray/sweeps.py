@@ -20,7 +20,7 @@ from pgl_ray.judge.judges import HIGHER_IS_BETTER
 from pgl_ray.tables import duration_s, probe_values, read_json
 from pgl_ray.train.checkpoint import read_metrics, write_json
 from pgl_ray.train.health import verdict
-from pgl_ray.train.launch import clock
+from pgl_ray.train.progress import clock
 
 SWEEP = "sweep.json"
 ENDED = ("done", "stopped", "collapsed")  # and not to be run again; "failed" is tried again, "running" was interrupted

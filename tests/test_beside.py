@@ -69,8 +69,12 @@ def test_a_label_map_beside_a_ct_is_left_out(tmp_path, capsys):
     assert "whole numbers from 0 to 2 in patches: a label map" in result.failed[0].reason
     out = [line for line in lines(tmp_path / "s/left_out.jsonl") if line["source"].endswith("nii.gz")]
     assert [line["source"].rsplit("/", 1)[1] for line in out] == ["p1_seg.nii.gz", "p2_liver.nii.gz"]
+    with pytest.raises(FailedRun, match="1 file failed"):
+        prepare.describe(result)
     said = capsys.readouterr().out
-    assert said.count("prepare: left out: ") == len(out)
+    assert "prepare: 2 files not used:\n" in said
+    for line in out:
+        assert f": {line['reason']}: {line['source']}\n" in said
 
 
 def test_doubts_about_a_file_are_said_and_kept(tmp_path, capsys):
@@ -141,7 +145,9 @@ def test_predict_says_notes_and_leaves_label_maps_out(tmp_path, network, capsys)
     said = capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").glob("*.gz")) == ["ct.nii.gz", "offset.nii.gz"]
     assert "predict: note: offset.nii.gz: hardly a value is below" in said
-    assert "left out" in said and "seg.nii.gz: whole numbers from 0 to 2 in patches" in said
+    assert "predict: 1 file not used:\npredict:   1: whole numbers from 0 to 2 in patches" in said
+    (line,) = lines(tmp_path / "out/left_out.jsonl")
+    assert line["source"].endswith("in/seg.nii.gz") and said.splitlines()[-1].endswith(f": {line['source']}")
     assert "hardly" in json.loads((tmp_path / "out/offset.json").read_text())["notes"][0]
     with pytest.raises(ValueError, match=r"seg.nii.gz: whole numbers from 0 to 2 in patches"):
         label_of(tmp_path / "in/seg.nii.gz", tmp_path / "seg_label.nii.gz")

@@ -299,8 +299,8 @@ def test_a_bad_file_does_not_stop_the_others(tmp_path, cts, capsys):
         embed.run(config(tmp_path / "o", input=str(cts)))
     said = capsys.readouterr().out
     assert (
-        "left out: bad: " in said
-        and "left out: gone.nii.gz: " in said
+        "embed: 2 left out:\nembed:   bad: " in said
+        and "\nembed:   gone.nii.gz: " in said
         and list(table(tmp_path / "o"))
         == [
             "s0",
@@ -313,14 +313,16 @@ def test_a_bad_file_does_not_stop_the_others(tmp_path, cts, capsys):
         path.unlink()
     with pytest.raises(FailedRun, match="2 of 2 scans failed"):
         embed.run(config(tmp_path / "none", input=str(cts)))
-    assert "left out: bad: " in capsys.readouterr().out
+    assert "embed: 2 left out:\nembed:   bad: " in capsys.readouterr().out
 
 
 def test_a_label_map_beside_cts_is_left_out(tmp_path, cts, capsys):
     label = (body(0) > 0).astype(np.int16).transpose(2, 1, 0)
     nib.save(nib.Nifti1Image(label, np.diag([-4.5, -4.0, 3.0, 1.0])), cts / "mask.nii.gz")
     assert embed.run(config(tmp_path / "o", input=str(cts))).num_scans == 4
-    assert "left out: mask: " in capsys.readouterr().out and "mask" not in table(tmp_path / "o")
+    said = capsys.readouterr().out
+    assert re.search(r"embed: 1 file not used:\nembed:   1: .*a label map or mask, no CT.*: mask$", said, re.M)
+    assert "mask" not in table(tmp_path / "o")
     with pytest.raises(ValueError, match=r"input=.*mask.nii.gz: .*a label map or mask, no CT"):
         embed.run(config(tmp_path / "one", input=str(cts / "mask.nii.gz")))
 

@@ -19,6 +19,7 @@ from pgl_ray.data import store
 from pgl_ray.data.resample import resample
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train import progress
 from pgl_ray.train.checkpoint import write_state
 
 WINDOW = (-1000.0, 400.0)
@@ -92,6 +93,7 @@ def config(folder, **values):
 
 def test_a_network_that_knows_scores_one(folder, monkeypatch, capsys):
     known_run(monkeypatch, folder)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
     result = evaluate.run(config(folder))
     rows = {(r["scan_id"], r["organ"]): r for r in pq.read_table(folder / "r/evaluation/metrics.parquet").to_pylist()}
     assert sorted(rows) == [("a", "liver"), ("a", "spleen"), ("b", "spleen"), ("c", "liver"), ("c", "spleen")]
@@ -105,7 +107,12 @@ def test_a_network_that_knows_scores_one(folder, monkeypatch, capsys):
     assert (summary["dice"], summary["hd_mm"], summary["num_scans"], summary["split"]) == (1, 0, 3, "test")
     assert summary["organs"]["liver"]["num_scans"] == 1 and summary["organs"]["spleen"]["num_scans"] == 2
     printed = capsys.readouterr().out
-    assert "3/3 scans" in printed and "spleen" in printed and "mean of organs" in printed
+    assert (
+        "evaluate: 3/3 scans, " in printed
+        and ", c: dice " in printed
+        and "spleen" in printed
+        and "mean of organs" in printed
+    )
     assert "mean dice 1.0000 on 3 scans" in evaluate.describe(result)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -16,6 +17,7 @@ from pgl_ray import cli, predict
 from pgl_ray.config import FailedRun, PredictConfig, build
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train import progress
 from pgl_ray.train.checkpoint import write_state
 
 WINDOW = (-1000.0, 400.0)
@@ -138,7 +140,8 @@ def test_dicom_series(tmp_path, known):
     assert (tmp_path / "one.nii.gz").is_file()
 
 
-def test_a_folder_goes_on_over_bad_files(tmp_path, known, capsys):
+def test_a_folder_goes_on_over_bad_files(tmp_path, known, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     write(source / "a.nii.gz")
@@ -152,7 +155,10 @@ def test_a_folder_goes_on_over_bad_files(tmp_path, known, capsys):
     assert sorted(p.name for p in out.glob("*.nii.gz")) == ["a.nii.gz", "c.nii.gz"]
     assert np.array_equal(np.asarray(nib.load(out / "c.nii.gz").dataobj), expected(volume()))
     printed = capsys.readouterr().out
-    assert printed.count("left out") == 2 and "4/4 scans" in printed
+    assert re.search(r"^predict: 4/4 scans, .*, d.nii.gz, 2 left out$", printed, re.M)
+    block = printed.split("predict: 2 left out:\n")[1].splitlines()  # all of it at the end
+    assert [line.split(": ")[1] for line in block[:2]] == [f"  {source}/b.nii.gz", f"  {source}/d.nii.gz"]
+    assert block[2:] == ["predict: 1 file not used:", f"predict:   1: no format of CT: {source}/notes.txt"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import train_loop as loop
 from pgl_ray import finetune, pretrain
 from pgl_ray.config import FailedRun
 from pgl_ray.data import store
-from pgl_ray.train import checkpoint, health, launch
+from pgl_ray.train import checkpoint, health, launch, progress
 
 
 @pytest.fixture(scope="module")
@@ -565,6 +565,25 @@ def test_what_workers_note_reaches_the_console_once(tmp_path, capsys):
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
     assert capsys.readouterr().out.splitlines() == ["  mine", "  theirs"]
     assert checkpoint.read_events(tmp_path)[0] == ["theirs"]
+
+
+def test_a_runs_progress_goes_by_its_metrics(tmp_path, monkeypatch, capsys):
+    """Rows of the checkpoint's steps and before are none of this start's; the last line comes whatever the pause."""
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    shown = launch.Progress(str(tmp_path), 40, every_s=0.01)
+    shown.start = 10
+    with shown:
+        metrics = checkpoint.Metrics(str(tmp_path), 0)
+        metrics.write(10, **{"train/loss": 9.0})
+        rates = {"train/pairs_per_s": 12.34, "data/wait_share": 0.031}
+        metrics.write(20, **{"train/loss": 0.5, "health/collapsed": 0.0}, **rates)
+        while "step 20/40" not in (said := capsys.readouterr().out):
+            time.sleep(0.01)
+        metrics.write(40, **{"train/loss": 0.25, "health/collapsed": 1.0, "data/skipped_share": 0.01}, **rates)
+        metrics.close()
+    assert said.splitlines()[-1] == "  step 20/40, loss 0.5000, 12.3 pairs/s, waiting for data 3%"
+    figures = "12.3 pairs/s, waiting for data 3%, 1.00% of the pairs skipped, features COLLAPSED"
+    assert capsys.readouterr().out.splitlines()[-1] == f"  step 40/40, loss 0.2500, {figures}"
 
 
 def test_storage_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):

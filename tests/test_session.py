@@ -1,5 +1,6 @@
 """A training loop's session: what is due when, whose reason to stop stands, what a checkpoint holds."""
 
+import time
 from itertools import permutations
 from types import SimpleNamespace
 
@@ -98,6 +99,34 @@ def test_a_checkpoint_brings_everything_back_and_is_let_go(tmp_path):
     again.resume(other, optimizer_2, schedule_2)
     assert torch.equal(other.weight, net.weight) and schedule_2.get_last_lr() == schedule.get_last_lr()
     assert not any(isinstance(value, dict) and "weight" in value for value in again.state.values())  # no tensors stay
+
+
+def test_the_start_is_no_waiting_for_data(tmp_path):
+    """The first batch comes after the processes that make it have started; later ones are waited for."""
+    one = session(tmp_path, num_steps=6)
+
+    def slowly(size, stay):
+        def made():
+            for step in range(6):
+                time.sleep(0.5 if step == 0 else 0.05)
+                yield {"x": torch.full((size,), step)}
+
+        return on.Batches(made(), CPU, stay)
+
+    one.place = one.place._replace(feed=slowly)
+    one.resume(*parts())
+    one.begin()
+    for _ in one.batches(set()):
+        time.sleep(0.05)
+        one.advance()
+        if one.due(3):
+            one.log({"train/loss": 1.0}, unit="pairs")
+    one.end()
+    rows = checkpoint.read_metrics(str(tmp_path))
+    assert [row["step"] for row in rows] == [1, 3, 6]
+    assert rows[0]["data/wait_share"] < 0.2 and rows[0]["train/pairs_per_s"] > 5  # of 2 in 0.05 s
+    for row in rows[1:]:
+        assert 0.05 < row["data/wait_share"] < 0.9 and row["data/wait_s"] > 0.045
 
 
 def test_a_pause_is_no_part_of_the_speed(tmp_path, monkeypatch):

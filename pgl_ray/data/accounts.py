@@ -87,6 +87,12 @@ def grouped(left_out: Iterable[Fault]) -> list[str]:
     return lines
 
 
+def skipped(failed: Iterable[Fault], left_out: Iterable[Fault]) -> list[str]:
+    """Lines that close a door's output: what failed, each with its reason, then what is not used, in groups."""
+    lines = [f"  {fault.source}: {' '.join(fault.reason.split())}" for fault in failed]
+    return ([f"{len(lines)} left out:", *lines] if lines else []) + grouped(left_out)
+
+
 def json_lines(faults: Iterable[Fault]) -> bytes:
     """Faults as a file of lines."""
     return "".join(json.dumps(fault._asdict(), ensure_ascii=True) + "\n" for fault in faults).encode()

@@ -15,6 +15,7 @@ from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.model import device as on
 from pgl_ray.train import bucket, checkpoint, logs, watch
+from pgl_ray.train.progress import Stage
 from pgl_ray.train.quiet import QUIET, WATCH, quiet_data
 
 if TYPE_CHECKING:  # it imports networks, and processes that feed and control a run do without
@@ -24,6 +25,7 @@ RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
 NO_MEMORY = "Ray ended a process because the machine's memory was nearly full"
 WATCHED = {WATCH: "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}  # on a cluster that others may take nodes from
 NODES_S = 1800  # that a fixed number of workers waits for nodes; spot instances take minutes to come back
+LOOK_S = 1.0, 5.0  # between two looks at a run's metrics: for a bar, of a run in a folder; and otherwise
 FEED_CPUS = 1  # that the stream must have at least: it lays out its plan with one
 
 
@@ -265,13 +267,21 @@ def _batches(size: int, stay: Set[str], device: torch.device) -> on.Batches:
 
 
 class Progress:
-    """Prints a line about a run's newest metrics while it runs, and its events, from the run's own files."""
+    """Shows a run's newest metrics while it trains, and its events, from the run's own files.
 
-    def __init__(self, run: str, num_steps: int, every_s: float = 5.0):
-        self.run, self.num_steps, self.every_s = run, num_steps, every_s
+    Args:
+        run: its folder, or its URL.
+        num_steps: of the run.
+        every_s: between two looks at them; none: as LOOK_S says.
+    """
+
+    def __init__(self, run: str, num_steps: int, every_s: float | None = None):
+        self.run = run
         self.start = checkpoint.committed_step(run)
         self.events = checkpoint.read_events(bucket.told(run))[1]
         self.began = time.time()
+        self.stage = Stage("  step", "", num_steps, self.start, starts=True)
+        self.every_s = every_s or LOOK_S[self.stage.bar is None or bucket.is_url(run)]
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -284,28 +294,22 @@ class Progress:
         self.thread.join()
 
     def _follow(self) -> None:
-        first, shown = None, None
-        while True:
-            finished = self.done.wait(self.every_s)
-            try:
-                folder = bucket.told(self.run)
-                events, self.events = checkpoint.read_events(folder, self.events)
-                rows = [row for row in self._new_rows(folder) if "train/loss" in row or "val/dice" in row]
-            except (OSError, ValueError):  # storage fails; the worker that writes says so
-                if finished:
-                    return
-                continue
-            for text in events:
-                print(f"  {text}", flush=True)
-            steps = [row for row in rows if "train/loss" in row]
-            if steps and steps[-1]["step"] != shown:
-                row = steps[-1]
-                if first is None or row["step"] < first[0]:  # the worker group was restarted
-                    first = (row["step"], time.monotonic())
-                shown = row["step"]
-                print(self._line(row, rows, first), flush=True)
-            if finished:
-                return
+        with self.stage as stage:
+            finished, shown = False, None
+            while not finished:
+                finished = self.done.wait(self.every_s)
+                try:
+                    folder = bucket.told(self.run)
+                    events, self.events = checkpoint.read_events(folder, self.events)
+                    rows = [row for row in self._new_rows(folder) if "train/loss" in row or "val/dice" in row]
+                except (OSError, ValueError):  # storage fails; the worker that writes says so
+                    continue
+                for text in events:
+                    print(f"  {text}", flush=True)
+                steps = [row for row in rows if "train/loss" in row]
+                if steps and steps[-1]["step"] != shown:
+                    shown = steps[-1]["step"]
+                    stage.show(shown, _figures(steps[-1], rows))
 
     def _new_rows(self, folder: Path) -> list[dict]:
         """Rows of this start; a continuing worker first drops what an interrupted one wrote after its checkpoint."""
@@ -314,23 +318,16 @@ class Progress:
             return []
         return [row for row in checkpoint.read_metrics(folder) if row["step"] > self.start]
 
-    def _line(self, row: dict, rows: list[dict], first: tuple[int, float]) -> str:
-        steps, seconds = row["step"] - first[0], time.monotonic() - first[1]
-        parts = [f"  step {row['step']}/{self.num_steps}", f"loss {row['train/loss']:.4f}"]
-        parts += [f"{row[key]:.1f} {key.rsplit('/', 1)[1][:-6]}/s" for key in row if key.endswith("_per_s")]
-        parts += [f"waiting for data {row[key]:.0%} of the time" for key in row if key == "data/wait_share"]
-        parts += [f"{row[key]:.2%} of the pairs skipped" for key in row if key == "data/skipped_share" and row[key]]
-        parts += [f"val Dice {row['val/dice']:.3f}" for row in rows[-1:] if "val/dice" in row]
-        probed = [row["probe/balanced_accuracy"] for row in rows if "probe/balanced_accuracy" in row]
-        parts += [f"probe {accuracy:.3f}" for accuracy in probed[-1:]]
-        judged = [row["health/collapsed"] for row in rows if "health/collapsed" in row]
-        parts += ["features COLLAPSED" for share in judged[-1:] if share >= 0.5]
-        if steps and row["step"] < self.num_steps:
-            parts.append(f"{clock((self.num_steps - row['step']) * seconds / steps)} left")
-        return ", ".join(parts)
 
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+def _figures(row: dict, rows: list[dict]) -> str:
+    """The newest row of a training in words, and what its newest looks at the network gave."""
+    parts = [f"loss {row['train/loss']:.4f}"]
+    parts += [f"{row[key]:.1f} {key.rsplit('/', 1)[1][:-6]}/s" for key in row if key.endswith("_per_s")]
+    parts += [f"waiting for data {row[key]:.0%}" for key in row if key == "data/wait_share"]
+    parts += [f"{row[key]:.2%} of the pairs skipped" for key in row if key == "data/skipped_share" and row[key]]
+    parts += [f"val Dice {row['val/dice']:.3f}" for row in rows[-1:] if "val/dice" in row]
+    probed = [row["probe/balanced_accuracy"] for row in rows if "probe/balanced_accuracy" in row]
+    parts += [f"probe {accuracy:.3f}" for accuracy in probed[-1:]]
+    judged = [row["health/collapsed"] for row in rows if "health/collapsed" in row]
+    parts += ["features COLLAPSED" for share in judged[-1:] if share >= 0.5]
+    return ", ".join(parts)

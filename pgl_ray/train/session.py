@@ -101,8 +101,11 @@ class Session:
     def batches(self, stay: Set[str]) -> Iterator[dict[str, torch.Tensor]]:
         """This worker's batches, columns `stay` on the host, until the last or until there is a reason to stop."""
         self._feed = self.place.feed(self.plan.global_batch_size // self.world, stay)
-        self._logged, self._since = self.step, time.monotonic()
+        self._logged, self._since = self.step, None
         for batch in self._feed:
+            if self._since is None:  # processes that start are no waiting for data, and say nothing about the speed
+                self._feed.waited_s()
+                self._since = time.monotonic()
             watch.at(self.step, watch.STEP)
             yield batch
             if self.reason:
