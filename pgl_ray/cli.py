@@ -79,6 +79,7 @@ DOORS = {
     ),
     "export": Door(c.ExportConfig, stores=()),
     "report": Door(c.ReportConfig, stores=()),
+    "doctor": Door(c.DoctorConfig, "ray.address index run"),
     "demo": Door(
         c.DemoConfig,
         "out seed num_unlabelled num_labelled num_test pretrain_steps finetune_steps ray.num_cpus",

@@ -1051,6 +1051,17 @@ class MatchConfig(FeaturesConfig):
         return value
 
 
+class DoctorConfig(Section):
+    """What usually goes wrong, looked for on every node of a cluster, or on this machine: ok, or the mend."""
+
+    index: StorePath | None = None
+    """Store that a run will read; some scans are read to see how fast that goes."""
+    run: RunPath | None = None
+    """Folder of the run, which need not be there yet, or its place in a bucket; a small file is written there and
+    removed."""
+    ray: RayConfig = RayConfig()
+
+
 class DemoConfig(Section):
     """Phantoms -> prepare -> pre-train -> judges -> fine-tune -> evaluate -> report at a small size."""
 

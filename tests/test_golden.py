@@ -173,6 +173,7 @@ MISTAKES = {
         ["run={tmp}/missing", "output={tmp}/w.pth", "part=decoder"],
     ],
     "report": [["run={tmp}/missing"], ["run={tmp}/empty"], ["run=[]"]],
+    "doctor": [["index={tmp}/missing"], ["index={tmp}/empty"], ["run="], ["ray.address=auto", "ray.num_cpus=0"]],
     "demo": [["num_unlabelled=0"], ["out=s3://bucket/demo"]],
     "embed": [
         ["init=random", "output={tmp}/o"],

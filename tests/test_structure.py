@@ -43,6 +43,13 @@ DOOR_TO_DOOR |= {("arms", other) for other in ("sweeps", "tables")}  # what a sw
 # embed and match are made of what Python users call; their pages, no doors themselves
 DOOR_TO_DOOR |= {("embed", "api"), ("embed", "embed_page"), ("match", "api"), ("match", "match_page")}
 DOOR_TO_DOOR |= {("embed_page", "feature_pictures"), ("embed_page", "pictures")}
+# the doctor's facts and verdicts, no doors themselves
+DOOR_TO_DOOR |= {("doctor", f"doctor_{part}") for part in ("facts", "places", "checks", "storage")}
+DOOR_TO_DOOR |= {("doctor_storage", f"doctor_{part}") for part in ("facts", "places", "checks")}
+DOOR_TO_DOOR |= {
+    ("doctor_checks", "doctor_facts"),
+    *((f"doctor_{part}", "doctor_places") for part in ("checks", "facts")),
+}
 DOOR_TO_DOOR |= {("cli", "knobs"), *((door, "cli") for door in DOORS)}  # every door's command line
 DOOR_TO_DOOR |= {("cli", "shipped"), ("sweep_report", "shipped")}  # files beside the code, no door itself
 PLACES = {f"pgl_ray.data.place.{name}" for name in ("Bucket", "put_in_place", "write_aside")}  # runs are kept as stores

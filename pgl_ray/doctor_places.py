@@ -1,0 +1,172 @@
+"""What a machine sees of a store and of a run's folder: the doctor's facts, no door itself.
+
+Every node runs this, whatever it lacks, so nothing but the standard library is imported at its top.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+NUM_LOOKS = 5  # at a small object
+READ_BYTES, READ_S, PIECE = 2**27, 3.0, 2**22  # of scans, whichever is reached first; read at once
+SHARED_S = 5.0  # within which a network file system shows what another node wrote
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a machine sees of a store or a run.
+
+    Attributes:
+        name: of the machine.
+        fault: why it cannot be used there; "": it can.
+        mark: hash of what was read of it, the same wherever it is the same place.
+        read_only: why nothing can be written there.
+        latency_s: of a small read from a bucket; none: it lies in a folder.
+        read_mb_s: how fast scans were read; none: they were not.
+        free_bytes, total_bytes: of the file system; 0 of a bucket.
+    """
+
+    name: str
+    fault: str = ""
+    mark: str = ""
+    read_only: str = ""
+    latency_s: float | None = None
+    read_mb_s: float | None = None
+    free_bytes: int = 0
+    total_bytes: int = 0
+
+
+def nearest(path: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def leave_mark(run: str) -> str:
+    """Writes a small file into a run's folder, or the nearest folder above it, or into its place in a bucket.
+
+    Returns:
+        Its path or URL, for `look_at_run` and `remove_mark`.
+
+    Raises:
+        OSError, ValueError: it cannot be written.
+    """
+    from pgl_ray.data.place import open_place
+
+    folder = run if "://" in run else str(nearest(Path(run)))
+    key = f".doctor-{uuid.uuid4().hex}"
+    open_place(folder).write(key, [key.encode()])
+    return f"{folder}/{key}"
+
+
+def remove_mark(mark: str) -> None:
+    """Removes what `leave_mark` wrote."""
+    from pgl_ray.data.place import open_place
+
+    folder, key = mark.rsplit("/", 1)
+    open_place(folder).remove(key)
+
+
+def look_at_run(mark: str) -> dict[str, Any]:
+    """Reads what another machine has left, and writes and removes a file beside it; facts by their names in Sight."""
+    from pgl_ray.data.place import open_place
+
+    def look() -> dict[str, Any]:
+        folder, key = mark.rsplit("/", 1)
+        place, until = open_place(folder), time.monotonic() + SHARED_S
+        while True:
+            try:
+                content = place.read(key)
+                break
+            except FileNotFoundError:
+                if time.monotonic() > until:
+                    return {"fault": f"does not see what is written to {folder}"}
+                time.sleep(0.2)
+        facts = {"mark": content.decode(), **_room(folder)}
+        own = f".doctor-{uuid.uuid4().hex}"
+        try:
+            place.write(own, [content])
+            if place.read(own) != content:
+                return {"fault": f"reads something else than it has written to {folder}"}
+        except OSError as error:
+            facts["read_only"] = error.strerror or str(error)
+        finally:
+            place.remove(own)
+        return facts | _latency(place, key)
+
+    return _tried(look)
+
+
+def look_at_store(store: str, scans: list[str]) -> dict[str, Any]:
+    """Reads the settings of a store and some of its scans' voxels; facts by their names in Sight.
+
+    Args:
+        store: folder or URL.
+        scans: keys below it of what is read.
+    """
+    from pgl_ray.data.place import open_place
+
+    def look() -> dict[str, Any]:
+        place = open_place(store)
+        digest = hashlib.sha256(place.read("store.json") + place.read("index.parquet")).hexdigest()[:12]
+        facts = {"mark": digest, "read_mb_s": _speed(store, scans), **_room(store), **_latency(place, "store.json")}
+        if "://" not in store:
+            try:
+                tempfile.TemporaryFile(dir=store).close()
+            except OSError as error:
+                facts["read_only"] = error.strerror or str(error)
+        return facts
+
+    return _tried(look)
+
+
+def _tried(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a look gives, or its error as the fault."""
+    try:
+        return look()
+    except Exception as error:  # a bucket has errors of many kinds, and a node may lack a package
+        return {"fault": " ".join(str(error).split()) or type(error).__name__}
+
+
+def _room(folder: str) -> dict[str, int]:
+    if "://" in folder:
+        return {}
+    usage = shutil.disk_usage(folder)
+    return {"free_bytes": usage.free, "total_bytes": usage.total}
+
+
+def _latency(place: Any, key: str) -> dict[str, float]:
+    if "://" not in place.url:
+        return {}
+    took = []
+    for _ in range(NUM_LOOKS):
+        began = time.monotonic()
+        place.read(key)
+        took.append(time.monotonic() - began)
+    return {"latency_s": median(took)}
+
+
+def _speed(store: str, scans: list[str]) -> float | None:
+    """MB/s of reading scans one after another, from the disk itself where the system lets go of what it keeps in
+    memory; none: there are none."""
+    from pgl_ray.data.place import open_place
+
+    began, num = time.monotonic(), 0
+    for key in scans:
+        if "://" not in store and hasattr(os, "posix_fadvise"):
+            with open(f"{store}/{key}", "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file = open_place(store).open(key)
+        for offset in range(0, file.size, PIECE):
+            if num >= READ_BYTES or time.monotonic() - began > READ_S:
+                break
+            num += sum(len(part) for part in file.ranges([(offset, min(PIECE, file.size - offset))]))
+        file.close()
+    return num / 1e6 / max(time.monotonic() - began, 1e-6) if num else None
