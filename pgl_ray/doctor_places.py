@@ -45,8 +45,17 @@ class Sight:
 
 
 def nearest(path: Path) -> Path:
-    """The folder itself, or the nearest above it that is there."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+    """The folder itself, or the nearest above it that is there.
+
+    Raises:
+        NotADirectoryError: a file is in the way.
+    """
+    for folder in (path, *path.parents):
+        if folder.is_dir():
+            break
+        if os.path.lexists(folder):
+            raise NotADirectoryError(f"{folder} is no folder")
+    return folder
 
 
 def leave_mark(run: str) -> str:

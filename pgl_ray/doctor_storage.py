@@ -12,6 +12,7 @@ LEAST_BYTES, FEW_BYTES = 2e9, 10e9  # free for a run: two checkpoints of the def
 SOCKET = "/session_2026-11-29_05-52-53_123456_1234567/sockets/plasma_store"  # what Ray adds to its temporary folder
 MOST_SOCKET = 107  # characters of a unix socket's path
 
+FREE = "free some space"
 SHARE = "store and run must lie on storage that all nodes see at the same path (NFS, Lustre, EFS), or in a bucket"
 CREDENTIALS = (
     "give every node the bucket's credentials, region and endpoint before `ray start` (AWS_ACCESS_KEY_ID, "
@@ -42,6 +43,9 @@ def _mend(url: str, fault: str) -> str:
         return "make the bucket" if "no such bucket" in fault else CREDENTIALS
     if any(word in fault.lower() for word in ("permission", "read-only")):
         return "let this user write there on every node (owner, mount options, root_squash)"
+    for part, mend in (("is no folder", f"another folder than {url}, or move that file away"), ("No space", FREE)):
+        if part in fault:
+            return mend
     return SHARE
 
 
@@ -78,7 +82,7 @@ def disks(machines: Sequence[Machine], runs: Sequence[Sight], in_bucket: bool) -
     for name, what, free in rooms:
         if free < FEW_BYTES:
             text = f"{name}: {gb(free)} free for {what}; two checkpoints of the default network have 1.4 GB"
-            lines.append(Line("disks", "wrong" if free < LEAST_BYTES else "note", text, "free some space"))
+            lines.append(Line("disks", "wrong" if free < LEAST_BYTES else "note", text, FREE))
     ray = min(machines, key=lambda one: one.disks["ray"][1]).disks["ray"]
     least = min((free for _, _, free in rooms), default=None)
     for_run = f", {gb(least)} for the run" if least is not None else ""

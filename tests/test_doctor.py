@@ -263,6 +263,8 @@ FAULTS = [
     (index, sights(fault="No such file"), "wrong", "node 2: index=/data/store: No such file", "storage that all nodes"),
     (index, sights(mark="other"), "wrong", "node 2: at index=/data/store lies another one", "NFS"),
     (index, sights(read_only="Read-only file system"), "note", "so prepare cannot", "mount options"),
+    (index, sights(fault="/data is no folder"), "wrong", "is no folder", "move that file away"),
+    (index, sights(fault="[Errno 28] No space left on device"), "wrong", "No space", "free some space"),
     (run_in_bucket, sights(fault="s3://lab/run: no access"), "wrong", "no access", "AWS_ACCESS_KEY_ID"),
     (run_in_bucket, sights(fault="there is no such bucket: make it first"), "wrong", "no such", "make the bucket"),
     (run_in_bucket, sights(fault="object stores need obstore"), "wrong", "obstore", r"pgl_ray\[cloud\]"),
@@ -384,6 +386,14 @@ def test_a_run_is_looked_at_and_left_as_it_was(tmp_path, below):
     assert facts["mark"] and "read_only" not in facts and facts["free_bytes"] > 0
     doctor_places.remove_mark(mark)
     assert all_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("below", ["run", "run/pgl/1"])
+def test_a_file_in_the_way_is_named(tmp_path, below):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(NotADirectoryError, match=f"{tmp_path}/run is no folder"):
+        doctor_places.leave_mark(str(tmp_path / below))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_mark_that_is_not_there_is_another_folder(tmp_path, monkeypatch):
@@ -537,6 +547,7 @@ def test_a_node_with_faults(network):
         finally:
             for node in nodes:
                 node.kill()
+        print(done.stdout + done.stderr)  # shown where the test fails
         states = rows(done.stdout)
         wrong = {check for check, state in states.items() if state == "wrong"}
         assert done.returncode == 1 and wrong >= {"interfaces", "host names", "run"}, done.stdout + done.stderr
@@ -544,7 +555,7 @@ def test_a_node_with_faults(network):
         said = " ".join(done.stdout.split())
         first, second = hosts.address(1), hosts.address(2)
         assert f"{second}: monai 1.5.0 where this machine has" in said and states["versions"] == "note"
-        assert f"{second}: GLOO_SOCKET_IFNAME=ib0 is none of its interfaces; there are lo, eth0" in said
+        assert f"{second}: GLOO_SOCKET_IFNAME=ib0 is none of its interfaces; there are eth0, lo" in said
         assert f"{second}: run={folder}/shared/run: does not see what is written to {folder}/shared" in said
         assert f"{first}: its name {socket.gethostname()} leads to" in said
         assert not list((folder / "shared").iterdir())
