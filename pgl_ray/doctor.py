@@ -23,7 +23,6 @@ from urllib.parse import urlsplit
 from pgl_ray import doctor_checks as checks
 from pgl_ray import doctor_storage as storage
 from pgl_ray.config import DoctorConfig, FailedRun, RayConfig
-from pgl_ray.data import shard, store
 from pgl_ray.doctor_checks import Line
 from pgl_ray.doctor_facts import Gpu, Looker, Machine, machine
 from pgl_ray.doctor_places import Sight, leave_mark, look_at_run, look_at_store, remove_mark
@@ -77,11 +76,11 @@ def _joined(config: RayConfig, address: str) -> tuple[list[Line], list[dict[str,
     mend = "start it (ray start --head), or give the address that its head printed; see conf/cluster/README.md"
     if fault := _unreachable(address):
         return [Line("cluster", "wrong", f"ray.address={address}: {fault}", mend)], []
-    from pgl_ray.train import launch  # takes torch along
-
     try:
+        from pgl_ray.train import launch  # takes torch along
+
         launch.connect(config)
-    except FailedRun as error:
+    except (FailedRun, ImportError) as error:
         return [Line("cluster", "wrong", " ".join(str(error).split()), mend)], []
     import ray
 
@@ -139,9 +138,8 @@ def _here(config: RayConfig, in_cluster: bool) -> Machine:
     found = _parsed(HERE, machine(config.tmp_dir))
     if in_cluster:
         return found
-    import psutil
-
-    size = (config.object_store_mb or 0) * 2**20 or RAYS_SHARE * psutil.virtual_memory().total
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = (config.object_store_mb or 0) * 2**20 or RAYS_SHARE * memory
     return Machine(**{**vars(found), "object_store_bytes": size})
 
 
@@ -285,6 +283,8 @@ def _of_run(run: str, lookers: _Lookers) -> list[Sight]:
 
 def _scans(index: str) -> list[str]:
     """Keys of some scans' voxels."""
+    from pgl_ray.data import shard, store
+
     scans = list(store.read_index(index).scans)[:NUM_SCANS]
     return [f"scans/{scan.scan_id}/{shard.ARRAY_PATHS['volume']}/{shard.SHARD}" for scan in scans]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import hosts
 import numpy as np
+import pydantic
 import pytest
 from terminal import in_terminal, screen
 
@@ -188,7 +189,7 @@ FAULTS = [
         others(code="def", code_path="/usr/lib/pgl_ray"),
         "wrong",
         "node 2, node 3: other code than here is imported, from /usr/lib/pgl_ray",
-        "remove that installation",
+        "pip uninstall pgl_ray there",
     ),
     (clocks, [machine(1), machine(2, skew_s=-90.0)], "note", "node 2: its clock is 90.0 s behind", "timedatectl"),
     (clocks_of_buckets, [machine(1), machine(2, skew_s=1000.0)], "wrong", "1000.0 s ahead .* buckets refuse", "chrony"),
@@ -453,6 +454,24 @@ def test_a_machine_that_is_well(tmp_path, capsys, monkeypatch):
     assert rows(printed)["index"] == rows(printed)["run"] == rows(printed)["code"] == "ok"
     starts = {len(start) for start in re.findall(r"^  \w[\w ]*? +(?:ok|note|wrong) +", printed, re.M)}
     assert len(starts) == 1 and max(map(len, printed.splitlines())) <= doctor.WIDTH
+
+
+def test_a_machine_without_the_packages_says_so(tmp_path):
+    """Only what reads the command line is there, in an environment of its own."""
+    needed = ("pydantic", "pydantic_core", "omegaconf", "yaml", "antlr4", "packaging", "typing_extensions.py")
+    needed += ("annotated_types", "typing_inspection", "tqdm")
+    site = Path(pydantic.__file__).parents[1]
+    for name in needed:
+        if (site / name).exists():
+            (tmp_path / name).symlink_to(site / name)
+    command = [sys.executable, "-S", "-m", "pgl_ray.doctor", f"run={tmp_path}/run"]
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and "versions, run would stop a run" in done.stderr, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    assert (
+        "this machine: not installed: 'torch>=2.8' 'ray>=2.60,<2.61'" in said and "No module named 'filelock'" in said
+    )
 
 
 @pytest.mark.parametrize(
