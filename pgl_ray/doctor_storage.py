@@ -43,10 +43,9 @@ def _mend(url: str, fault: str) -> str:
         return "make the bucket" if "no such bucket" in fault else CREDENTIALS
     if any(word in fault.lower() for word in ("permission", "read-only")):
         return "let this user write there on every node (owner, mount options, root_squash)"
-    for part, mend in (("is no folder", f"another folder than {url}, or move that file away"), ("No space", FREE)):
-        if part in fault:
-            return mend
-    return SHARE
+    mends = {"is no folder": f"another folder than {url}, or move that file away", "No space": FREE}
+    mends |= {"No module named": "install what is missing there"}
+    return next((mend for part, mend in mends.items() if part in fault), SHARE)
 
 
 def reading(sights: Sequence[Sight]) -> list[Line]:
