@@ -9,10 +9,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def in_terminal(command: list[str], code: int = 0) -> str:
-    """What a command that ends with this exit code writes to a terminal of 80 columns."""
+def in_terminal(command: list[str], code: int = 0, columns: int = 80, rows: int = 24) -> str:
+    """What a command that ends with this exit code writes to a terminal; without columns and rows, one that does not
+    know its size."""
     ours, theirs = pty.openpty()
-    subprocess.run(["stty", "cols", "80", "rows", "24"], stdin=theirs, check=True)
+    subprocess.run(["stty", "cols", str(columns), "rows", str(rows)], stdin=theirs, check=True)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env) as run:
         os.close(theirs)

@@ -98,7 +98,7 @@ def test_seconds_in_words(seconds, text):
 SCRIPT = """
 import sys, time
 from pgl_ray.train.progress import Stage
-with Stage("door:", "scan", 4) as stage:
+with Stage("door:", "scan", 4, starts=STARTS) as stage:
     for name in "abcd":
         time.sleep(0.4)
         print(f"door: note: {name} is small", flush=True)
@@ -108,10 +108,20 @@ print("door: done")
 """
 
 
-def test_a_terminal_has_one_bar_and_whole_lines_above_it():
-    written = in_terminal([sys.executable, "-c", SCRIPT])
+@pytest.mark.parametrize("starts", [False, True])
+@pytest.mark.parametrize("size", [(80, 24), (0, 0)])
+def test_a_terminal_has_one_bar_and_whole_lines_above_it(starts, size):
+    command = [sys.executable, "-c", SCRIPT.replace("STARTS", str(starts))]
+    written = in_terminal(command, 0, *size)
     notes = [line for name in "abcd" for line in (f"door: note: {name} is small", f"warning {name}")]
     assert screen(written) == [*notes, "door: done"]  # the bar is gone
     bars = re.findall(r"door: (\d)/4 scans \|[^|]*\| ([^|\r\x1b]*)", written)
-    assert [int(number) for number, _ in bars] == sorted(int(number) for number, _ in bars) and len(bars) >= 3
+    numbers = [int(number) for number, _ in bars]
+    assert numbers == sorted(numbers) and {*numbers} == {0, 1, 2, 3, 4}
     assert any(re.fullmatch(r" *\d\.\d\d(scan/s|s/scan), 00:0\d left, [abcd]", text.rstrip()) for _, text in bars)
+
+
+def test_a_bar_fits_into_a_narrow_terminal():
+    command = [sys.executable, "-c", SCRIPT.replace("STARTS", "True").replace("a is small", "a")]
+    written = in_terminal(command, 0, 40, 24)
+    assert max(len(part.rstrip()) for part in re.split(r"[\r\n]+", written) if "/4 scans |" in part) < 40

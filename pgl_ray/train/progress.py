@@ -1,6 +1,7 @@
 """How far a stage has come: one bar in a terminal, elsewhere a plain line every ten seconds. Imports nothing heavy."""
 
 import contextlib
+import shutil
 import sys
 import time
 
@@ -33,7 +34,8 @@ class Stage:
             speed, units = ("{rate_fmt}, ", f" {unit}s") if unit else ("", "")
             look = f"{{desc}} {{n_fmt}}/{{total_fmt}}{units} |{{bar:10}}| {speed}{{remaining}} left{{postfix}}"
             own = {"desc": name, "unit": unit, "total": total, "initial": done, "bar_format": look}
-            self.bar = tqdm(**own, file=sys.stdout, leave=False, dynamic_ncols=True, smoothing=0)
+            # tqdm shows nothing in a terminal that does not know its size, as many in containers
+            self.bar = tqdm(**own, file=sys.stdout, leave=False, ncols=_columns(), nrows=24, smoothing=0)
 
     def __enter__(self) -> "Stage":
         if self.bar is not None:
@@ -46,6 +48,7 @@ class Stage:
     def __exit__(self, kind: type | None, *_) -> None:
         self.redirected.close()
         if self.bar is not None:
+            self.bar.clear()
             self.bar.close()
         elif kind is None and self.pending and time.monotonic() - self.began >= EVERY_S:
             print(self.line(), flush=True)
@@ -73,6 +76,7 @@ class Stage:
         # what tqdm computes speed and time from; its clock is another
         self.bar.n, (self.bar.initial, since) = done, self.mark
         self.bar.start_t = self.bar._time() - (now - since)
+        self.bar.ncols = _columns()  # it may have been resized
         self.bar.set_postfix_str(text)
 
     def line(self) -> str:
@@ -84,6 +88,10 @@ class Stage:
             parts += [speed(num / seconds, self.unit)] * bool(self.unit)
             parts += [f"{clock((self.total - self.done) * seconds / num)} left"] * (self.done < self.total)
         return ", ".join([*parts, self.text] if self.text else parts)
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns - 1
 
 
 def speed(per_s: float, unit: str) -> str:
