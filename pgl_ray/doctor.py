@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -29,7 +30,7 @@ from pgl_ray.doctor_places import Sight, leave_mark, look_at_run, look_at_store,
 
 HERE = "this machine"
 CONNECT_S, ANSWER_S, LOOK_S = 5.0, 35.0, 15.0  # waits for the cluster's port, for facts, for storage
-NUM_SCANS = 8  # of a store that are read
+NUM_SCANS = 64  # of a store that are read, if there is time
 NUM_TIMES = 5  # that a clock is asked
 RAYS_SHARE = 0.3  # of the memory that Ray takes for its object store
 WIDTH = 110
@@ -159,7 +160,7 @@ class _Lookers:
 
         for name, node in zip(self.names, nodes):
             options = {"num_cpus": 0, "scheduling_strategy": On(node["NodeID"], soft=False)}
-            self.actors[name] = ray.remote(Looker).options(**options).remote()
+            self.actors[name] = ray.remote(Looker).options(**options).remote(_tmp_dir(node))
 
     def machines(self) -> list[Machine]:
         """What each node says of itself."""
@@ -218,6 +219,12 @@ class _Lookers:
             except ray.exceptions.RayError as error:
                 found[name] = _first_line(error)
         return found
+
+
+def _tmp_dir(node: dict[str, Any]) -> str | None:
+    """A node's temporary folder, in which TMP/session_.../sockets/plasma_store lies."""
+    path = Path(node.get("ObjectStoreSocketName") or "")
+    return str(path.parents[2]) if path.parent.name == "sockets" else None
 
 
 def _first_line(error: Exception) -> str:

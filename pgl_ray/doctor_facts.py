@@ -240,7 +240,14 @@ def _disks(tmp_dir: str | None) -> dict[str, tuple[str, int, int]]:
 
 
 class Looker:
-    """Looks around on a node of a cluster; an actor of Ray's."""
+    """Looks around on a node of a cluster; an actor of Ray's.
+
+    Args:
+        tmp_dir: the node's temporary folder of Ray's; none: it is not known.
+    """
+
+    def __init__(self, tmp_dir: str | None):
+        self.tmp_dir = tmp_dir
 
     def now(self) -> float:
         """This node's clock."""
@@ -248,7 +255,7 @@ class Looker:
 
     def machine(self) -> dict[str, Any]:
         """See `machine`."""
-        return machine()
+        return machine(self.tmp_dir)
 
     def look_at_run(self, mark: str) -> dict[str, Any]:
         """See `look_at_run`."""

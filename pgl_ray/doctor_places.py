@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 NUM_LOOKS = 5  # at a small object
+LEAST_READ_BYTES = 2**22  # below it is no speed
 READ_BYTES, READ_S, PIECE = 2**27, 3.0, 2**22  # of scans, whichever is reached first; read at once
 SHARED_S = 5.0  # within which a network file system shows what another node wrote
 
@@ -164,18 +165,24 @@ def _latency(place: Any, key: str) -> dict[str, float]:
 
 def _speed(store: str, scans: list[str]) -> float | None:
     """MB/s of reading scans one after another, from the disk itself where the system lets go of what it keeps in
-    memory; none: there are none."""
+    memory; none: they are too few to say."""
     from pgl_ray.data.place import open_place
 
     began, num = time.monotonic(), 0
+
+    def enough() -> bool:
+        return num >= READ_BYTES or time.monotonic() - began > READ_S
+
     for key in scans:
+        if enough():
+            break
         if "://" not in store and hasattr(os, "posix_fadvise"):
             with open(f"{store}/{key}", "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file = open_place(store).open(key)
         for offset in range(0, file.size, PIECE):
-            if num >= READ_BYTES or time.monotonic() - began > READ_S:
+            if enough():
                 break
             num += sum(len(part) for part in file.ranges([(offset, min(PIECE, file.size - offset))]))
         file.close()
-    return num / 1e6 / max(time.monotonic() - began, 1e-6) if num else None
+    return num / 1e6 / max(time.monotonic() - began, 1e-6) if num >= LEAST_READ_BYTES else None

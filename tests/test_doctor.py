@@ -403,7 +403,8 @@ def test_a_mark_that_is_not_there_is_another_folder(tmp_path, monkeypatch):
     assert facts == {"fault": f"does not see what is written to {tmp_path}"}
 
 
-def test_stores_are_told_apart(tmp_path):
+def test_stores_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor_places, "LEAST_READ_BYTES", 1)
     first, keys = make_store(tmp_path / "a"), doctor._scans(make_store(tmp_path / "b"))
     one = doctor_places.look_at_store(first, keys)
     assert one == doctor_places.look_at_store(str(tmp_path / "b"), keys) | {"read_mb_s": one["read_mb_s"]} | {
@@ -417,7 +418,8 @@ def test_stores_are_told_apart(tmp_path):
     assert "No such file" in doctor_places.look_at_store(str(tmp_path / "b"), keys)["fault"]
 
 
-def test_a_bucket_is_looked_at_and_left_as_it_was(s3, tmp_path):
+def test_a_bucket_is_looked_at_and_left_as_it_was(s3, monkeypatch):
+    monkeypatch.setattr(doctor_places, "LEAST_READ_BYTES", 1)
     url = make_store(f"{s3}/doctor/store")
     facts = doctor_places.look_at_store(url, doctor._scans(url))
     assert facts["read_mb_s"] > 0 and facts["latency_s"] > 0 and "fault" not in facts
@@ -571,6 +573,7 @@ def test_a_node_with_faults(network):
         assert done.returncode == 1 and wrong >= {"interfaces", "host names", "run"}, done.stdout + done.stderr
         assert {states[check] for check in ("cluster", "answers", "code", "clocks", "index")} == {"ok"}
         said = " ".join(done.stdout.split())
+        assert re.search(rf"free for Ray in {folder}/[12],", said)
         first, second = hosts.address(1), hosts.address(2)
         assert f"{second}: monai 1.5.0 where this machine has" in said and states["versions"] == "note"
         assert f"{second}: GLOO_SOCKET_IFNAME=ib0 is none of its interfaces; there are eth0, lo" in said
