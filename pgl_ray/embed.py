@@ -35,7 +35,7 @@ from pgl_ray.judge.embedding import NO_MEMORY, Embedder, dense_hashes
 from pgl_ray.judge.features import ScanEncoder
 from pgl_ray.judge.readings import NUM_VIEWS
 from pgl_ray.model.inference import pick_device
-from pgl_ray.train.progress import Stage
+from pgl_ray.train.progress import Stage, num_of
 
 PAGE, KEPT = "embed.html", "preparation.npz"
 FEW = 32  # scans for which Ray is not started
@@ -208,8 +208,7 @@ def _embedded(
                 kept = time.monotonic()
                 vectors.write_part(output, waiting, told)
                 waiting = []
-            num = len(failed) + len(label_maps)
-            stage.advance(f"{num} left out" * bool(num))
+            stage.advance(num_of(failed | label_maps, "left out"))
     finally:  # an interrupted call keeps what it has
         vectors.write_part(output, waiting, told)
     return rows, failed, label_maps, time.monotonic() - began

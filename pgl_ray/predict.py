@@ -33,7 +33,7 @@ from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device, segment
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train.checkpoint import write_json
-from pgl_ray.train.progress import Stage
+from pgl_ray.train.progress import Stage, num_of
 from pgl_ray.train.weights import load_segmenter
 
 
@@ -102,8 +102,7 @@ def run(config: PredictConfig) -> Result:
                     reason = reason if str(job.source) in reason else f"{job.source}: {reason}"
                     raise (FailedRun if isinstance(error, MemoryError) else ValueError)(reason) from None
                 (maps if isinstance(error, LabelMap) else failed)[_plain(Fault(str(job.source), reason))] = names[job]
-            num = len(failed) + len(maps)
-            stage.advance(names[job] + f", {num} left out" * bool(num))
+            stage.advance(", ".join(filter(None, (names[job], num_of(failed | maps, "left out")))))
     total = len(jobs) + len(work.faults)
     if len(maps) == total:  # beside CTs they are none of predict's business
         failed, maps = maps, {}

@@ -39,7 +39,7 @@ from pgl_ray.data.notes import NOTES_FILE, keep_notes
 from pgl_ray.data.plausible import LabelMap
 from pgl_ray.data.resample import resample
 from pgl_ray.data.source import counted, some
-from pgl_ray.train.progress import Stage
+from pgl_ray.train.progress import Stage, num_of
 
 PEAK_BYTES_PER_VOXEL = 8  # of a conversion, label map included (tests/benchmarks/test_prepare_cost.py)
 PEAK_BYTES_PER_RESAMPLED = 10  # voxel of the result, beside the source's own
@@ -172,8 +172,7 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: dict[str, str]
     converted, failed, notes = 0, list(layout.faults), {}
     stage = Stage("prepare:", "scan", len(tasks), starts=True)
     with closing(_outcomes(config, folder, token, tasks, names)) as outcomes, stage:
-        for source, status, reason, said, record in outcomes:
-            stage.advance(f"{len(failed)} failed" * bool(failed))
+        for source, status, reason, said, record in stage.each(outcomes, lambda: num_of(failed, "failed")):
             if status == "disk full":
                 raise _disk_full(folder)
             if status == "label map" and _beside_another(source, layout.scans):
@@ -297,10 +296,9 @@ def verify(config: StoreConfig) -> Verified:
     looks = [(name, name in index) for name in names]
     checked = _in_parallel(partial(_check, folder=place.url), looks, config.ray)
     with closing(checked) as outcomes, Stage("prepare verify:", "scan", len(names), starts=True) as stage:
-        for row in outcomes:
+        for row in stage.each(outcomes, lambda: num_of(damaged, "damaged")):
             if row["reason"]:
                 damaged[names[row["task"]]] = row["reason"]
-            stage.advance(f"{len(damaged)} damaged" * bool(damaged))
     records = {name: record for name, record in store.read_records(place.url).items() if name not in damaged}
     if not fault and {name: record for name, record in index.items() if name not in damaged} != records:
         fault = "does not agree with the scans' own records: prepare did not come to its end"

@@ -79,6 +79,17 @@ def test_steps_that_are_done_again_start_the_speed_anew(clock, capsys):
     ]
 
 
+def test_what_is_worked_on_counts_when_it_is_done(clock, capsys):
+    failed = []
+    with progress.Stage("door:", "scan", 3) as stage:
+        for name in stage.each("abc", lambda: progress.num_of(failed, "failed")):
+            clock.now += 20
+            if name == "b":
+                failed.append(name)
+    said = [line.split(" scans, ")[1] for line in lines_of(capsys)]
+    assert said == ["20 s per scan, 0:40 left", "20 s per scan, 0:20 left, 1 failed", "20 s per scan, 1 failed"]
+
+
 def test_a_stage_that_fails_has_no_last_line(clock, capsys):
     with pytest.raises(KeyError), progress.Stage("door:", "scan", 3) as stage:
         clock.now += 30

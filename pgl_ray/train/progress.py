@@ -4,6 +4,8 @@ import contextlib
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
@@ -53,6 +55,12 @@ class Stage:
         elif kind is None and self.pending and time.monotonic() - self.began >= EVERY_S:
             print(self.line(), flush=True)
 
+    def each(self, outcomes: Iterable[Any], text: Callable[[], str] = str) -> Iterator[Any]:
+        """What there is to work on; each is done when the next is asked for. `text`: as that of `show`."""
+        for outcome in outcomes:
+            yield outcome
+            self.advance(text())
+
     def advance(self, text: str = "") -> None:
         """One more is done."""
         self.show(self.done + 1, text)
@@ -97,6 +105,11 @@ def _columns() -> int:
 def speed(per_s: float, unit: str) -> str:
     """Units per second, or seconds per unit where it takes longer."""
     return f"{per_s:.2g} {unit}s/s" if per_s >= 1 else f"{1 / per_s:.2g} s per {unit}"
+
+
+def num_of(things: Sized, what: str) -> str:
+    """How many there are of what; "" where there are none."""
+    return f"{len(things)} {what}" if things else ""
 
 
 def clock(seconds: float) -> str:
