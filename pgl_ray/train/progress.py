@@ -7,9 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
-from tqdm import tqdm
-from tqdm.contrib import DummyTqdmFile
-
 EVERY_S = 10.0  # between two plain lines; a stage that is done sooner says nothing
 REFRESH_S = 0.1  # between two looks of the bar
 
@@ -33,6 +30,8 @@ class Stage:
         self.mark = None if starts else (done, self.began)  # from where the speed is measured
         self.pending, self.bar, self.redirected = False, None, contextlib.ExitStack()
         if total and sys.stdout.isatty():
+            from tqdm import tqdm  # here, for Ray's workers import this file, too
+
             speed, units = ("{rate_fmt}, ", f" {unit}s") if unit else ("", "")
             look = f"{{desc}} {{n_fmt}}/{{total_fmt}}{units} |{{bar:10}}| {speed}{{remaining}} left{{postfix}}"
             own = {"desc": name, "unit": unit, "total": total, "initial": done, "bar_format": look}
@@ -41,6 +40,8 @@ class Stage:
 
     def __enter__(self) -> "Stage":
         if self.bar is not None:
+            from tqdm.contrib import DummyTqdmFile
+
             above = DummyTqdmFile(sys.stdout)
             self.redirected.enter_context(contextlib.redirect_stdout(above))
             if sys.stderr.isatty():  # the same terminal
