@@ -32,8 +32,8 @@ class Stage:
         if total and sys.stdout.isatty():
             from tqdm import tqdm  # here, for Ray's workers import this file, too
 
-            speed, units = ("{rate_fmt}, ", f" {unit}s") if unit else ("", "")
-            look = f"{{desc}} {{n_fmt}}/{{total_fmt}}{units} |{{bar:10}}| {speed}{{remaining}} left{{postfix}}"
+            rate, units = ("{rate_fmt}, ", f" {unit}s") if unit else ("", "")
+            look = f"{{desc}} {{n_fmt}}/{{total_fmt}}{units} |{{bar:10}}| {rate}{{remaining}} left{{postfix}}"
             own = {"desc": name, "unit": unit, "total": total, "initial": done, "bar_format": look}
             # tqdm shows nothing in a terminal that does not know its size, as many in containers
             self.bar = tqdm(**own, file=sys.stdout, leave=False, ncols=_columns(), nrows=24, smoothing=0)
