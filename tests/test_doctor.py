@@ -475,6 +475,14 @@ def test_a_machine_without_the_packages_says_so(tmp_path):
     assert "No module named 'filelock' mend: install what is missing there" in said
 
 
+def test_nodes_have_names_and_folders_of_their_own():
+    nodes = [{"NodeManagerAddress": f"10.0.0.{k}"} for k in (1, 2, 1, 11)]
+    assert doctor._names(nodes) == ["10.0.0.1 (1)", "10.0.0.2", "10.0.0.1 (2)", "10.0.0.11"]
+    path = "/scratch/ray/session_2026-11-29_05-52-53_123456_77/sockets/plasma_store"
+    assert doctor._tmp_dir({"ObjectStoreSocketName": path}) == "/scratch/ray"
+    assert doctor._tmp_dir({"ObjectStoreSocketName": ""}) is doctor._tmp_dir({}) is None
+
+
 @pytest.mark.parametrize(
     ("address", "text"),
     [
