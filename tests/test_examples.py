@@ -1,14 +1,23 @@
 """The examples: cells that a notebook takes, run one after the other at a tiny size, leaving the pictures they name."""
 
+import json
 import re
 from pathlib import Path
 
 import matplotlib
 import matplotlib.image
 import matplotlib.pyplot as plt
+import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
+from test_nnunet import WINDOW, exported
+
+from pgl_ray import export
+from pgl_ray.config import ExportConfig
+from pgl_ray.data.ct import read_scan
+from pgl_ray.model.encoder import build_encoder
 
 FOLDER = Path(__file__).resolve().parents[1] / "pgl_ray" / "examples"
 EXAMPLES = {path.stem: path for path in FOLDER.glob("*.py") if path.stem != "__init__"}
@@ -90,6 +99,80 @@ def test_what_the_encoder_sees(out):
     assert not np.array_equal(first.voxels, second.voxels)
     for name in ("colours", "places"):
         check_picture(out / f"{name}.png")
+
+
+@pytest.mark.filterwarnings("ignore:.*nvImageCodec:UserWarning")  # MONAI asks for every reader that there may be
+@pytest.mark.filterwarnings("ignore:unlike the scans:UserWarning")  # phantoms for weights of heads and necks
+@pytest.mark.parametrize("size", ["shipped", "paper"])
+def test_monai_takes_the_weights_and_trains(tmp_path_factory, out, monkeypatch, size):
+    if size == "paper":
+        encoder, file = build_encoder(), tmp_path_factory.mktemp("given") / "encoder.safetensors"
+        meta = {"door": "pretrain", "method": "pgl", "encoder": encoder.settings, "level": 4, "steps": 1, "data": None}
+        meta |= {"hu_window": [-1024.0, 325.0], "config": json.dumps({"views": {"size": [8, 32, 32]}})}
+        weights = {f"online.encoder.{key}": value for key, value in encoder.state_dict().items()}
+        torch.save({"model": weights, "meta": meta}, file.with_name("run.pt"))
+        export.run(ExportConfig(run=str(file.with_name("run.pt")), output=str(file)))
+        monkeypatch.setenv("PGL_RAY_FILE", str(file))
+    names = run("monai_training")
+    # zero keys missing and none too many: MONAI's own network has exactly those of the file
+    assert str(names["loaded"]) == "<All keys matched successfully>"
+    assert names["weights"].keys() == names["encoder"].state_dict().keys()
+    num = sum(one.numel() for one in names["encoder"].parameters())
+    assert num == (46_155_072 if size == "paper" else 264_104)
+    assert len(names["losses"]) == 2 and np.isfinite(names["losses"]).all()
+    check_picture(out / "monai.png")
+    # what MONAI makes of a scan is what the loader of pgl_ray makes of it
+    network, expected = export.load(names["FILE"])
+    scan = read_scan(str(names["cases"]("Ts")[0]["image"]))
+    ours, theirs = expected.prepare(scan.voxels, scan.affine), names["case"]["image"]
+    np.testing.assert_allclose(theirs, ours[0], atol=1e-3)
+    # and its strides are those of pre-training
+    maps = [stage[0].conv2.stride for stage in names["stages"]]
+    assert maps == [stage[0].conv2.stride for stage in (network.layer1, network.layer2, network.layer3, network.layer4)]
+
+
+def test_the_training_script_has_40_lines():
+    (text,) = (text for _, text in cells(EXAMPLES["monai_training"]) if "optimizer.step()" in text)
+    assert sum(bool(line.strip()) for line in text.splitlines()) <= 40
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SAL"])
+def test_nnunet_sees_scans_as_in_pre_training(tmp_path_factory, out, monkeypatch, capsys, codes):
+    """SimpleITK's array, standardised as its ZScoreNormalization does, beside what a store's scan would be."""
+    home = tmp_path_factory.mktemp("given")
+    file, _ = exported(home, [1, 1, 1], 2)
+    cts, rng = home / "cts", np.random.default_rng(0)
+    affine = np.diag([-0.8, -0.9, 3.0, 1])
+    for folder in ("imagesTr", "labelsTr"):
+        (cts / folder).mkdir(parents=True)
+    own = nib.Nifti1Image(rng.integers(-2000, 2000, (30, 26, 12)).astype(np.int16), affine)
+    to = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(codes))
+    nib.save(own.as_reoriented(to), cts / "imagesTr/a_0000.nii.gz")
+    label = nib.Nifti1Image((np.asarray(own.dataobj) > 0).astype(np.uint8), affine)
+    nib.save(label.as_reoriented(to), cts / "labelsTr/a.nii.gz")
+    (cts / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}))
+    monkeypatch.setenv("PGL_RAY_FILE", str(file))
+    monkeypatch.setenv("PGL_RAY_CTS", str(cts))
+    run("nnunet_dataset")
+    said = capsys.readouterr().out
+    assert f"nnUNetv2_preprocess_like_nnssl -d 7 -n pgl -pc {file} -am like_pretrained" in said
+    image = sitk.ReadImage(out / "Dataset007_PGL/imagesTr/a_0000.nii.gz")
+    seen = sitk.GetArrayFromImage(image).astype(np.float32)
+    seen = (seen - seen.mean()) / max(seen.std(), 1e-8)
+    scan = read_scan(str(cts / "imagesTr/a_0000.nii.gz"))
+    clipped = np.clip(scan.voxels.astype(np.float64), *WINDOW)
+    np.testing.assert_allclose(seen, (clipped - clipped.mean()) / clipped.std(), atol=1e-4)
+    np.testing.assert_allclose(image.GetSpacing()[::-1], scan.spacing_mm, rtol=1e-6)
+    found = sitk.GetArrayFromImage(sitk.ReadImage(out / "Dataset007_PGL/labelsTr/a.nii.gz"))
+    assert np.array_equal(found, scan.voxels > 0)
+    assert json.loads((out / "Dataset007_PGL/dataset.json").read_text())["numTraining"] == 1
+    check_picture(out / "values.png")
+
+
+def test_a_file_for_nnunet_is_asked_for(out):
+    with pytest.raises(SystemExit, match=r"PGL_RAY_FILE=encoder\.pth is needed"):
+        run("nnunet_dataset")
+    out.mkdir()
 
 
 @pytest.mark.cluster
