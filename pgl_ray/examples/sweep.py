@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pyarrow.parquet as pq
-import yaml
+from omegaconf import OmegaConf
 
 from pgl_ray import prepare, report, tune
 from pgl_ray.config import PrepareConfig, ReportConfig, TuneConfig, build
@@ -37,7 +37,7 @@ if "PGL_RAY_STORE" not in os.environ:
 # among them: `tune_spaces/`.
 
 # %%
-base = yaml.safe_load(Path(found("conf/pretrain_small.yaml")).read_text())
+base = OmegaConf.to_container(OmegaConf.load(found("conf/pretrain_small.yaml")))
 base |= {"max_steps": 150, "ema_decay": 0.95, "views": {"size": [24, 48, 48], "foreground": True}}
 probe = {"judges": ["voxels"], "size": [24, 48, 48], "num_scans": 5, "num_test_scans": 5}
 if TINY:
