@@ -141,6 +141,6 @@ for ax, label, title in ((axes[1], case["label"][0], "by hand"), (axes[2], found
     ax.imshow(case["image"][0, :, row], cmap="gray", vmin=0, vmax=2, origin="lower")
     shown = label[:, row].numpy()
     ax.imshow(shown, cmap="tab10", vmin=1, vmax=10, alpha=0.6 * (shown > 0), origin="lower")
-    ax.set(title=title, aspect=6.0 / 3.5 if "PGL_RAY_CTS" not in os.environ else 1)
+    ax.set(title=title, aspect=case["image"].pixdim[0].item() / case["image"].pixdim[2].item())
     ax.set_axis_off()
 figure.savefig(OUT / "monai.png", dpi=120)

@@ -86,7 +86,7 @@ cases = len(list((target / "labelsTr").iterdir()))
 figure, ax = plt.subplots(figsize=(6, 3), layout="constrained")
 for values, name in ((before, "as the files are"), (after, "clipped, as in pre-training")):
     scaled = np.concatenate([(one - one.mean()) / one.std() for one in map(np.float64, values)])
-    ax.hist(scaled, 200, (-2, 4), histtype="step", label=name, density=True)
+    ax.hist(scaled, 200, range=(-2, 4), histtype="step", label=name, density=True)
 ax.set(xlabel="what the network sees of a voxel", ylabel="share", yscale="log")
 ax.legend()
 figure.savefig(OUT / "values.png", dpi=120)
@@ -95,15 +95,11 @@ figure.savefig(OUT / "values.png", dpi=120)
 # ## The commands
 
 # %%
-plan = saved["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["pgl_ray"]
-if plan["spacing"]:
-    spacing = "_".join(f"{length:.2f}" for length in plan["spacing"])
-else:
-    spacing = "<as it prints>"
+plan = f"$(basename {OUT}/preprocessed/Dataset007_PGL/ptPlans__pgl____*.json .json)"
 print(
     f"""export nnUNet_raw={OUT} nnUNet_preprocessed={OUT}/preprocessed nnUNet_results={OUT}/results
 nnUNetv2_extract_fingerprint -d 7
 nnUNetv2_plan_experiment -d 7
 nnUNetv2_preprocess_like_nnssl -d 7 -n pgl -pc {FILE} -am like_pretrained
-nnUNetv2_train_pretrained 7 3d_fullres 0 -p ptPlans__pgl____Spacing__{spacing}___Norm__Z -tr PretrainedTrainer"""
+nnUNetv2_train_pretrained 7 3d_fullres 0 -p {plan} -tr PretrainedTrainer"""
 )
