@@ -5,7 +5,7 @@
 # encoder, and both are compared on scans that neither has seen. Settings are taken from the environment:
 #
 # - `PGL_RAY_CTS`: CTs and label maps in nnU-Net's or MSD's folders (imagesTr, labelsTr, imagesTs, labelsTs); without it
-#   CT phantoms with five organs are made
+#   CT phantoms with nine organs are made
 # - `PGL_RAY_INIT`: the encoder, a run or `pretrained:NAME`. The weights that come along were trained on heads and
 #   necks: for other parts of the body give a run of your own, as `own_folder` makes it
 # - `PGL_RAY_OUT`: where everything is written; `PGL_RAY_TINY=1`: a few steps, to see that it runs

@@ -7,7 +7,7 @@
 #
 # - `PGL_RAY_FILE`: such a file; without it the weights that come along (trained on heads and necks)
 # - `PGL_RAY_CTS`: CTs and label maps in nnU-Net's folders (imagesTr, labelsTr, imagesTs, labelsTs, dataset.json);
-#   without it CT phantoms with five organs are made
+#   without it CT phantoms with nine organs are made
 # - `PGL_RAY_OUT`: where the picture is written; `PGL_RAY_TINY=1`: a few steps, to see that it runs
 
 # %%

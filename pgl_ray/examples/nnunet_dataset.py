@@ -8,7 +8,7 @@
 #
 # - `PGL_RAY_FILE`: the `.pth`
 # - `PGL_RAY_CTS`: CTs and label maps in nnU-Net's folders (imagesTr, labelsTr, dataset.json); without it CT phantoms
-#   with five organs are made
+#   with nine organs are made
 # - `PGL_RAY_OUT`: nnU-Net's raw folder (its nnUNet_raw); `PGL_RAY_TINY=1`: fewer phantoms
 
 # %%

@@ -5,7 +5,7 @@
 # features on labelled scans, which takes seconds. Ray Tune runs as many trials at a time as the cores or GPUs hold; the
 # same command again goes on where it was interrupted. Settings are taken from the environment:
 #
-# - `PGL_RAY_STORE`: a store with labels, as `prepare` writes it; without it CT phantoms with five organs are made
+# - `PGL_RAY_STORE`: a store with labels, as `prepare` writes it; without it CT phantoms with nine organs are made
 # - `PGL_RAY_OUT`: where everything is written; `PGL_RAY_TINY=1`: a few steps, to see that it runs
 
 # %%
@@ -39,6 +39,7 @@ if "PGL_RAY_STORE" not in os.environ:
 # %%
 base = OmegaConf.to_container(OmegaConf.load(found("conf/pretrain_small.yaml")))
 base |= {"max_steps": 150, "ema_decay": 0.95, "views": {"size": [24, 48, 48], "foreground": True}}
+base |= {"split": "train"}  # not the scans that are judged on
 probe = {"judges": ["voxels"], "size": [24, 48, 48], "num_scans": 5, "num_test_scans": 5}
 if TINY:
     base |= {"max_steps": 2, "global_batch_size": 2, "views": {"size": [16, 32, 32]}}
