@@ -54,7 +54,7 @@ if TINY:
 config = load(PretrainConfig, settings)
 
 store = api.open_store(prepared.store)
-figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+figure, axes = plt.subplots(1, 3, figsize=(9, 3.4), layout="constrained")
 for number, (record, ax) in enumerate(zip(store.scans, axes)):
     scan = api.read_scan(store, record.scan_id)
     priors = sample_pair(np.random.default_rng(number), record.shape, config.views, record.foreground_box)
@@ -64,7 +64,8 @@ for number, (record, ax) in enumerate(zip(store.scans, axes)):
         (top, bottom), (left, right) = box[1:]
         frame = plt.Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=color, linewidth=2)
         ax.add_patch(frame)
-    ax.set(title=record.scan_id, aspect=scan.spacing_mm[1] / scan.spacing_mm[2])
+    ax.set_aspect(scan.spacing_mm[1] / scan.spacing_mm[2])
+    ax.set_title(record.scan_id, fontsize=9)
     ax.set_axis_off()
 figure.savefig(OUT / "views.png", dpi=120)
 
