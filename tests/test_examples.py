@@ -16,7 +16,9 @@ from test_nnunet import WINDOW, exported
 
 from pgl_ray import export
 from pgl_ray.config import ExportConfig
+from pgl_ray.data import store
 from pgl_ray.data.ct import read_scan
+from pgl_ray.data.phantom import ORGANS, make_phantom
 from pgl_ray.model.encoder import build_encoder
 
 FOLDER = Path(__file__).resolve().parents[1] / "pgl_ray" / "examples"
@@ -53,6 +55,19 @@ def out(tmp_path, monkeypatch):
     plt.switch_backend(backend)
     torch.set_num_threads(threads)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory) -> str:
+    """A store of three phantoms, one of them of split test, made without Ray."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    affine = np.array([[0, 0, -3.5, 0], [0, -3.5, 0, 0], [6.0, 0, 0, 0], [0, 0, 0, 1]])
+    for number, split in enumerate(("train", "train", "test")):
+        one = make_phantom(number, (40, 96, 96), (6.0, 3.5, 3.5))
+        known = {"label": one.label, "labelled": tuple(ORGANS.values())}
+        store.write_scan(folder, f"phantom_{number}", one.volume, affine, split=split, **known)
+    store.write_index(folder, dict(ORGANS), (-1024.0, 325.0))
+    return str(folder)
 
 
 def check_picture(path: Path) -> None:
@@ -195,7 +210,8 @@ def test_organs_from_few_labels(ray_cluster, out):
 
 
 @pytest.mark.cluster
-def test_a_sweep(ray_cluster, out):
+def test_a_sweep(ray_cluster, phantoms, out, monkeypatch):
+    monkeypatch.setenv("PGL_RAY_STORE", phantoms)
     names = run("sweep")
     assert [row["pretrain.optim.lr"] for row in names["rows"]] == [0.5, 1.5]
     assert max(row["score"] for row in names["rows"]) == pytest.approx(names["swept"].score)
@@ -204,7 +220,8 @@ def test_a_sweep(ray_cluster, out):
 
 
 @pytest.mark.cluster
-def test_on_a_cluster(ray_cluster, out, capsys):
+def test_on_a_cluster(ray_cluster, phantoms, out, monkeypatch, capsys):
+    monkeypatch.setenv("PGL_RAY_STORE", phantoms)
     names = run("cluster")
     assert names["workers"] == 1 and names["trained"].steps == 4
     assert "4 CPUs, 0 GPUs, alive: True" in capsys.readouterr().out
