@@ -213,8 +213,9 @@ def test_organs_from_few_labels(ray_cluster, out):
 def test_a_sweep(ray_cluster, phantoms, out, monkeypatch):
     monkeypatch.setenv("PGL_RAY_STORE", phantoms)
     names = run("sweep")
-    assert [row["pretrain.optim.lr"] for row in names["rows"]] == [0.5, 1.5]
-    assert max(row["score"] for row in names["rows"]) == pytest.approx(names["swept"].score)
+    assert [(row["pretrain.optim.lr"], row["state"]) for row in names["rows"]] == [(1.5, "done")]
+    assert names["rows"][0]["score"] == pytest.approx(names["swept"].score) and 0 < names["swept"].score < 1
+    assert names["swept"].best == {"pretrain.optim.lr": 1.5}
     check_picture(out / "scores.png")
     check_page(out / "sweep/report.html")
 

@@ -46,7 +46,7 @@ if TINY:
     probe |= {"size": [16, 32, 32], "num_scans": 2, "num_test_scans": 1}
 values = {"index": STORE, "run": f"{OUT}/sweep", "base_pretrain": base, "base_probe": probe, "base_finetune": None}
 values |= {"judge": "probe/balanced_accuracy", "max_concurrent": 2}
-values |= {"space": {"pretrain.optim.lr": {"grid_search": [0.5, 1.5] if TINY else [0.5, 1.0, 1.5, 2.5]}}}
+values |= {"space": {"pretrain.optim.lr": {"grid_search": [1.5] if TINY else [0.5, 1.0, 1.5, 2.5]}}}
 config = build(TuneConfig, values)
 
 # %%
