@@ -7,7 +7,7 @@ BIN := .venv/bin
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dicom,cloud,export,onnx,tune,test]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dicom,cloud,onnx,tune,test]'
 	touch $@
 
 demo: .venv/.ready

@@ -255,10 +255,8 @@ def _as_list(value: Tensor | list[Tensor]) -> list[Tensor]:
 
 
 def _safetensors(network: nn.Module, metadata: dict[str, str], examples: list[Tensor], path: Path) -> list[list]:
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise ValueError("safetensors is not installed: pip install 'pgl_ray[export]'") from None
+    from safetensors.torch import save
+
     weights = {key: value.detach().clone().contiguous() for key, value in network.state_dict().items()}
     path.write_bytes(save(weights, metadata))  # with the usual permissions
     again = load(path)[0]

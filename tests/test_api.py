@@ -1,5 +1,7 @@
 """What Python users call: the README's examples run, alignment against ramps of coordinates, one line for mistakes."""
 
+import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from pgl_ray import api
+from pgl_ray import api, cli
 from pgl_ray.config import CropConfig
 from pgl_ray.data import store
 from pgl_ray.prior import Prior
@@ -80,6 +82,18 @@ def test_every_name_is_documented():
         "align",
     ):
         assert f"`{name}(" in text and callable(getattr(api, name))
+
+
+@pytest.mark.parametrize("door", cli.DOORS)
+def test_every_door_is_documented_as_a_call(door):
+    """With its config, and names of its result that there are."""
+    known, module = cli.DOORS[door], importlib.import_module(f"pgl_ray.{door.split()[0]}")
+    call = f"`{door.split()[0]}.{known.run}({known.model.__name__})`"
+    (line,) = [line for line in README.read_text().splitlines() if call in line and line.startswith("|")]
+    result = inspect.signature(getattr(module, known.run)).return_annotation
+    fields = getattr(result, "__annotations__", {})
+    said = set(re.findall(r"`\.(\w+)`", line.split("|")[2]))
+    assert said <= fields.keys() or not fields
 
 
 @pytest.mark.parametrize("flips", [((0, 0, 0), (0, 0, 0)), ((1, 0, 1), (0, 1, 1))])

@@ -150,7 +150,6 @@ def test_what_was_trained_is_rebuilt(tmp_path, decoder, kind):
         assert torch.equal(again(x), model.eval()(x))
     encoder, _ = weights.load_encoder(str(tmp_path / "tuned.pt"))
     assert loop.equal(encoder.state_dict(), model.encoder.state_dict())
-    pytest.importorskip("safetensors")
     for name in ("a.safetensors", "a.pt2"):
         settings = {"run": str(tmp_path / "tuned.pt"), "output": str(tmp_path / name), "size": (16, 32, 48)}
         assert export.run(ExportConfig(**settings)).part == "segmenter"

@@ -181,3 +181,16 @@ def test_wrong_places_are_one_clear_line(s3, monkeypatch):
         place.open_place("ftp://a/b")
     with pytest.raises(ValueError, match="is not a store"):
         store.read_index(f"{s3}/empty")
+
+
+def test_a_tables_bytes_are_let_go_when_it_is_read(tmp_path):
+    """Threads of Arrow that hold them while Python ends abort the process, and an exit code of 2 becomes 134."""
+    store.write_scan(tmp_path, "a", volume(), AFFINE)
+    store.write_index(tmp_path, {}, (-1024.0, 325.0))
+    content = (tmp_path / "index.parquet").read_bytes()
+    alone = sys.getrefcount(content)
+    for _ in range(100):
+        table = place.parquet_table(content)
+        assert table.num_rows == 1
+        del table
+        assert sys.getrefcount(content) == alone

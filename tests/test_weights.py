@@ -105,7 +105,6 @@ def test_a_run_and_its_exported_file_give_the_same_encoder(runs, tmp_path, name,
     folder, given = runs
     init = folder / f"{name}.pt"
     if exported:
-        pytest.importorskip("safetensors")
         init = tmp_path / f"{name}.safetensors"
         export.run(ExportConfig(run=str(folder / f"{name}.pt"), output=str(init)))
     model, meta, report = finetuning(init)

@@ -1,5 +1,6 @@
 """A wheel holds all that the doors need: built, installed away from the checkout, and used there."""
 
+import email
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import train_loop as loop
 
+import pgl_ray
 from pgl_ray import shipped
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +91,16 @@ def test_the_wheel_holds_every_file(wheel):
     assert {name for name in held if name.endswith(".py")} == code
 
 
+def test_the_wheel_says_its_version_and_what_it_needs(wheel):
+    """What the shipped weights are read by comes without an extra."""
+    (name,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
+    said = email.message_from_bytes(zipfile.ZipFile(wheel).read(name))
+    assert said["Version"] == pgl_ray.__version__ and wheel.name.startswith(f"pgl_ray-{pgl_ray.__version__}-")
+    needed = {re.match(r"[\w.-]+", line)[0] for line in said.get_all("Requires-Dist") if "extra ==" not in line}
+    assert {"torch", "ray", "monai", "zarr", "safetensors"} <= needed and "pydicom" not in needed
+    assert "Programming Language :: Python :: 3.13" in said.get_all("Classifier")
+
+
 def test_the_package_away_from_the_checkout_is_the_wheels(home, tmp_path):
     code = "import pgl_ray, sys; print(pgl_ray.__file__); from pgl_ray import shipped; "
     code += "print(shipped.path_of('conf/published.yaml'), shipped.path_of('conf/nothing.yaml'))"
@@ -105,6 +117,13 @@ def test_its_command_lists_doors_and_shows_help(home, tmp_path):
 def test_its_recipes_are_found_by_their_names(home, tmp_path):
     done = call(home, tmp_path, "pgl-ray", "prepare", "data_prep/bcv.yaml", "source=nowhere", "store=s")
     assert done.returncode == 2 and "nowhere: no such folder" in done.stderr, done.stderr
+
+
+def test_its_examples_run(home, tmp_path):
+    done = call(home, tmp_path, "python", "-m", "pgl_ray.examples.what_it_sees")
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "examples" / "what_it_sees"
+    assert {path.name for path in made.glob("*.png")} == {"colours.png", "places.png"}
 
 
 def test_a_file_here_comes_before_the_one_of_that_name(tmp_path, monkeypatch):

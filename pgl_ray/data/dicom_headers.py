@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pgl_ray.data import identity
+from pgl_ray.data.place import parquet_table
 
 VERSION = 1  # of what is kept; another one is read anew
 SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -336,11 +337,8 @@ class Kept:
 
 
 def _unpacked(content: bytes) -> dict[str, tuple[tuple[int, int], Header]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        table = parquet_table(content)
         if (table.schema.metadata or {}).get(b"version") != str(VERSION).encode():
             return {}
         columns = [table[name].to_pylist() for name in ("path", "bytes", "time_ns", *Header._fields)]

@@ -26,7 +26,7 @@ import google_crc32c
 import numpy as np
 from scipy import ndimage
 
-from pgl_ray.data.place import Place, open_place, write_aside  # noqa: F401 (for the doors)
+from pgl_ray.data.place import Place, open_place, parquet_table, write_aside  # noqa: F401 (for the doors)
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, array_metadata, code_table, encode_shard
 
 FORMAT = 3
@@ -202,12 +202,7 @@ def data_sets(settings: Settings) -> tuple[dict[str, str], ...]:
 
 def read_table(content: bytes) -> list[ScanRecord]:
     """Records of an index.parquet; an error of pyarrow's where a checksum in it does not agree."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    return [
-        _from_row(row) for row in pq.read_table(pa.BufferReader(content), page_checksum_verification=True).to_pylist()
-    ]
+    return [_from_row(row) for row in parquet_table(content).to_pylist()]
 
 
 def read_settings(store: str | Path) -> Settings:

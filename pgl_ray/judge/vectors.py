@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pgl_ray.data.place import write_aside
+from pgl_ray.data.place import parquet_table, write_aside
 
 TABLE, PARTS = "embeddings.parquet", "parts"
 SAME = ("encoder_hash", "maps", "spacing")  # of what a table says, without which vectors cannot be compared
@@ -55,7 +55,7 @@ def read_table(path: Path) -> tuple[list[dict], dict[str, Any]]:
         ValueError: damaged, or no such table.
     """
     try:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()))
+        table = parquet_table(path.read_bytes())
         told = json.loads(table.schema.metadata[b"pgl_ray"])
         rows = table.to_pylist()
         return [row | {"vector": np.array(row["vector"], np.float32)} for row in rows], told

@@ -247,10 +247,8 @@ def _read(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_safetensors(init: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ValueError(f"init={init}: safetensors is not installed: pip install 'pgl_ray[export]'") from None
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise ValueError(f"init={init} does not exist")
     try:
