@@ -179,8 +179,9 @@ class ArrayReader:
             bounds = np.asarray(box).tolist()
             if any(not 0 <= start <= stop <= size for (start, stop), size in zip(bounds, self.shape)):
                 raise ValueError(f"box {bounds} reaches beyond the {self.kind} of {self.scan_id}, shape {self.shape}")
+            plain = outs[i] if self._table is None and outs is not None else None
             shape = [stop - start for start, stop in bounds]
-            codes.append(outs[i] if outs is not None and self._table is None else np.empty(shape, self._scratch.dtype))
+            codes.append(np.empty(shape, self._scratch.dtype) if plain is None else plain)
             axes = [_parts(start, stop, step) for (start, stop), step in zip(bounds, self.chunk)]
             for (d, from_d, to_d), (h, from_h, to_h), (w, from_w, to_w) in product(*axes):
                 copies = touched.setdefault((d, h, w), [])
@@ -279,11 +280,8 @@ def _chunk_codecs(metadata: dict) -> list[dict]:
 
 def code_table(attributes: dict) -> np.ndarray | None:
     """int16 HU of the 256 codes of an 8-bit array, by its attributes; none: the array holds HU."""
-    return hu_of(attributes) if "scale_factor" in attributes else None
-
-
-def hu_of(attributes: dict[str, float]) -> np.ndarray:
-    """int16 HU of the 256 codes of an array that holds codes, by its attributes."""
+    if "scale_factor" not in attributes:
+        return None
     return np.rint(attributes["add_offset"] + attributes["scale_factor"] * np.arange(256)).astype(np.int16)
 
 

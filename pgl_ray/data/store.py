@@ -27,7 +27,7 @@ import numpy as np
 from scipy import ndimage
 
 from pgl_ray.data.place import Place, open_place, write_aside  # noqa: F401 (for the doors)
-from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, array_metadata, encode_shard, hu_of
+from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, array_metadata, code_table, encode_shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -450,7 +450,7 @@ def write_scan(
     stored, table, loss = volume, None, (0.0, 0.0)
     if encoding == "uint8":
         codes, attributes = _codes(hu_window)
-        table = hu_of(attributes)
+        table = _hu_of(attributes)
         loss = _loss(counts, codes, attributes, hu_window)
         stored = codes[volume.view(np.uint16)]
         counts = np.bincount(table[codes].view(np.uint16), counts, 2**16).astype(np.int64)
@@ -566,12 +566,20 @@ def _codes(hu_window: tuple[float, float]) -> tuple[np.ndarray, dict[str, float]
     return np.rint((ALL_HU.clip(low, high) - low) / step).astype(np.uint8), {"scale_factor": step, "add_offset": low}
 
 
+def _hu_of(attributes: dict[str, float]) -> np.ndarray:
+    """int16 HU [256] of the codes of an array with these attributes."""
+    table = code_table(attributes)
+    if table is None:
+        raise ValueError(f"attributes {attributes}: those of an array of 8-bit codes have scale_factor and add_offset")
+    return table
+
+
 def _loss(
     counts: np.ndarray, codes: np.ndarray, attributes: dict, hu_window: tuple[float, float]
 ) -> tuple[float, float]:
     """Root mean square error of 8-bit codes inside the HU window, and the share of voxels outside of it."""
     inside = (hu_window[0] <= ALL_HU) & (hu_window[1] >= ALL_HU)
-    errors, num = hu_of(attributes)[codes] - ALL_HU.astype(np.float64), int(counts[inside].sum())
+    errors, num = _hu_of(attributes)[codes] - ALL_HU.astype(np.float64), int(counts[inside].sum())
     rms = math.sqrt(np.sum((counts * errors**2)[inside]) / max(num, 1))
     return rms, float(1 - num / counts.sum())
 
@@ -617,7 +625,7 @@ def open_volume(store: str | Path, record: ScanRecord, codes: bool = False) -> A
 
 def hu_of_codes(hu_window: tuple[float, float]) -> np.ndarray:
     """int16 HU [256] of the 8-bit codes of a store with a HU window."""
-    return hu_of(_codes(hu_window)[1])
+    return _hu_of(_codes(hu_window)[1])
 
 
 def open_label(store: str | Path, record: ScanRecord) -> ArrayReader:
