@@ -21,9 +21,11 @@ class GivesMaps(Protocol):
     """An encoder: its maps of [N, 1, D, H, W], finest first, and their output strides (D, H, W)."""
 
     @property
-    def strides(self) -> Sequence[tuple[int, int, int]]: ...
+    def strides(self) -> Sequence[tuple[int, int, int]]:
+        """Voxels of the input per cell, of each map."""
 
-    def __call__(self, x: Tensor, /) -> list[Tensor]: ...
+    def __call__(self, x: Tensor, /) -> list[Tensor]:
+        """The maps."""
 
 
 @torch.no_grad()

@@ -53,10 +53,12 @@ class Pair(NamedTuple):
 
     @property
     def boxes(self) -> Tensor:
+        """[2N, 3, 2], scan frame."""
         return torch.cat([self.box_1, self.box_2])
 
     @property
     def flips(self) -> Tensor:
+        """bool [2N, 3]."""
         return torch.cat([self.flip_1, self.flip_2])
 
     @property

@@ -136,6 +136,7 @@ class ConvNorm(nn.Module):
         self.all_modules = nn.Sequential(self.conv, self.norm, *([] if ends else [nn.LeakyReLU(inplace=True)]))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, channels, D, H, W] -> [N, width, ceil(D / stride_d), ceil(H / stride_h), ceil(W / stride_w)]."""
         return self.all_modules(x)
 
 
@@ -153,4 +154,5 @@ class Block(nn.Module):
         self.skip = nn.Sequential(*skip)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, channels, D, H, W] -> [N, width, ceil(D / stride_d), ceil(H / stride_h), ceil(W / stride_w)]."""
         return self.nonlin2(self.conv2(self.conv1(x)) + self.skip(x))

@@ -358,6 +358,7 @@ _UNWRITTEN_LOCK = threading.Lock()
 
 
 def metrics_path(run: str | Path) -> Path:
+    """The file of metrics in a run's folder."""
     return Path(run) / METRICS
 
 
@@ -409,6 +410,7 @@ class Metrics:
         self.unwritten = []
 
     def close(self) -> None:
+        """Writes what storage did not take before, if it does now, and closes all."""
         with contextlib.suppress(OSError):
             if self.unwritten:
                 self._write_rows()

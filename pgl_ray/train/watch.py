@@ -78,6 +78,7 @@ class Watch:
             time.sleep(min(0.2, self.period_s))
 
     def close(self) -> None:
+        """Ends the thread; the others wait for this worker no more."""
         self._end()
         if self.store:
             with contextlib.suppress(RuntimeError):
