@@ -20,6 +20,7 @@ test: .venv/.ready
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: .venv/.ready
 	PGL_RAY_BENCH=1 $(BIN)/python -m pytest -q -s tests/benchmarks

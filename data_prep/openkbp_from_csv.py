@@ -82,6 +82,7 @@ def convert(patient: Path, target: Path) -> list[str]:
 
 
 def main(source: str, target: str, table: str = "") -> None:
+    """Converts OpenKBP's patients, or those of `table` alone, and says what could not be converted."""
     patients = [path for folder in SPLITS for path in sorted(Path(source, folder).glob("pt_*")) if path.is_dir()]
     if table:
         with open(table, newline="") as file:

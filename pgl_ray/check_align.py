@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,7 +188,9 @@ class _InMemory:
         return [self.volume[tuple(slice(*axis) for axis in box)] for box in boxes]
 
 
-def _draw(rng: np.random.Generator, scan: Scan, config: CheckAlignConfig, flips) -> tuple[Scan, tuple[Prior, Prior]]:
+def _draw(
+    rng: np.random.Generator, scan: Scan, config: CheckAlignConfig, flips: Sequence[Sequence[bool]]
+) -> tuple[Scan, tuple[Prior, Prior]]:
     """A pair of priors as pre-training draws them, but with these flips, where flips are on at all."""
     views, shape = v.ablated(config.views, config.align), scan.reader.shape
     priors = v.sample_pair(rng, shape, views, scan.foreground_box, shared_box=not config.align.crop)

@@ -8,10 +8,10 @@ and reports every fault in one message that names the dotted path.
 import os
 import re
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     AfterValidator,
@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -58,10 +59,10 @@ def _as_written(value: Any) -> Any:
     return value
 
 
-FilePath = Annotated[str, BeforeValidator(_as_written)]
-StorePath = Annotated[FilePath, AfterValidator(_absolute_or_url)]
+WrittenPath = Annotated[str, BeforeValidator(_as_written)]
+StorePath = Annotated[WrittenPath, AfterValidator(_absolute_or_url)]
 RunPath = StorePath  # of a pre-training or fine-tuning; a sweep is a folder
-FilePath = Annotated[FilePath, AfterValidator(_absolute)]
+FilePath = Annotated[WrittenPath, AfterValidator(_absolute)]
 Init = Annotated[str, AfterValidator(_absolute_unless_named)]
 Seed = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -110,7 +111,7 @@ class CropConfig(Section):
     """Keep the middle of every crop inside the box around the body; off as in the paper."""
 
     @model_validator(mode="after")
-    def _ordered(self):
+    def _ordered(self) -> Self:
         _check_range("crop_scale", self.crop_scale)
         return self
 
@@ -153,7 +154,7 @@ class IntensityConfig(Section):
     """Range of the exponent (Eq. 2)."""
 
     @model_validator(mode="after")
-    def _ordered(self):
+    def _ordered(self) -> Self:
         for name in ("noise_variance", "blur_sigma", "gain", "gamma"):
             _check_range(name, getattr(self, name))
         return self
@@ -188,13 +189,13 @@ class EncoderConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _resencs_own_size(cls, values):
+    def _resencs_own_size(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("kind") == "resenc":
             return {"depths": (1, 3, 4, 6, 6, 6), "width": 32, **values}
         return values
 
     @model_validator(mode="after")
-    def _possible(self):
+    def _possible(self) -> Self:
         if self.kind == "resnet" and len(self.depths) != 4:
             raise ValueError(f"encoder.depths={list(self.depths)}: kind=resnet has 4 stages")
         if self.kind == "resenc" and not 5 <= len(self.depths) <= 7:
@@ -383,7 +384,7 @@ class FinetuneOptimConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _adamws_own_rate(cls, values):
+    def _adamws_own_rate(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("kind") == "adamw":
             return {"lr": 3e-3, "weight_decay": 1e-2, **values}
         return values
@@ -438,13 +439,13 @@ class TrainConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _most_workers(cls, values):
+    def _most_workers(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("max_workers") is not None:
             return {"num_workers": values["max_workers"], **values}
         return values
 
     @model_validator(mode="after")
-    def _elastic(self):
+    def _elastic(self) -> Self:
         if self.max_workers not in (None, self.num_workers):
             raise ValueError(
                 f"train.max_workers={self.max_workers} and train.num_workers={self.num_workers}: give one of them"
@@ -458,7 +459,7 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _one_gpu_each(self):
+    def _one_gpu_each(self) -> Self:
         if self.gpus_per_worker < 1 and self.num_workers > 1:
             raise ValueError(
                 f"train.gpus_per_worker={self.gpus_per_worker} goes with train.num_workers=1, not {self.num_workers}: "
@@ -532,7 +533,7 @@ class RecipeConfig(Section):
 
     @field_validator("parts")
     @classmethod
-    def _has_id(cls, parts):
+    def _has_id(cls, parts: tuple[PartConfig, ...]) -> tuple[PartConfig, ...]:
         for part in parts:
             for pattern in (part.images, part.labels):
                 if pattern and "{id}" not in pattern:
@@ -567,7 +568,7 @@ class PrepareConfig(Section):
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
-    def _ordered(self):
+    def _ordered(self) -> Self:
         _check_range("hu_window", self.hu_window)
         return self
 
@@ -633,7 +634,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _methods_optimizer(cls, values):
+    def _methods_optimizer(cls, values: Any) -> Any:
         """Nothing is left open: a run's config.yaml names its optimizer and its rate."""
         if isinstance(values, dict) and values.get("method", "pgl") in list(METHOD_OPTIM):
             given = values.get("optim", {})
@@ -643,7 +644,7 @@ class PretrainConfig(Section):
         return values
 
     @model_validator(mode="after")
-    def _divisible(self):
+    def _divisible(self) -> Self:
         _check_divisible(self.global_batch_size, self.train)
         if self.method == "genesis" and self.stream.augment_on == "gpu":
             raise ValueError("method=genesis deforms finished views: stream.augment_on must be cpu or auto")
@@ -704,9 +705,9 @@ class BenchConfig(PretrainConfig):
 class CheckAlignConfig(PretrainConfig):
     """Does the aligner bring the same anatomy together? Coordinate ramps through the configured geometry."""
 
-    index: StorePath | None = None
+    index: StorePath | None = None  # type: ignore[assignment] # a PretrainConfig needs both, this door neither
     """Store whose scans are cropped; none: a phantom scan."""
-    run: RunPath | None = None
+    run: RunPath | None = None  # type: ignore[assignment]
     """Pre-training run whose config is checked, and whose folder and report get table and picture; of a run in a bucket
     they go to `output`."""
     num_pairs: Annotated[int, Field(ge=64)] = 128
@@ -777,7 +778,7 @@ class FinetuneConfig(Section):
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
-    def _divisible(self):
+    def _divisible(self) -> Self:
         _check_divisible(self.global_batch_size, self.train)
         batch = self.global_batch_size // self.train.num_workers
         if batch % self.accumulate:
@@ -976,7 +977,7 @@ class FeaturesConfig(Section):
     """Seed of the views that BatchNorm's statistics and the scale of features are estimated on."""
 
     @model_validator(mode="after")
-    def _ordered(self):
+    def _ordered(self) -> Self:
         if self.hu_window:
             _check_range("hu_window", self.hu_window)
         return self
@@ -1006,7 +1007,7 @@ class EmbedConfig(FeaturesConfig):
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
-    def _scans(self):
+    def _scans(self) -> Self:
         if self.index is None and self.input is None:
             raise ValueError("index=... or input=... is required: a store, or CTs")
         return self
@@ -1044,7 +1045,7 @@ class MatchConfig(FeaturesConfig):
 
     @field_validator("point", "voxel", mode="before")
     @classmethod
-    def _three(cls, value, info):
+    def _three(cls, value: Any, info: ValidationInfo) -> Any:
         if value is not None and (not isinstance(value, list | tuple) or len(value) != 3):
             what = "[x,y,z] in mm" if info.field_name == "point" else "[i,j,k]"
             raise ValueError(f"{info.field_name}={value}: expected three numbers, {what}")
@@ -1099,7 +1100,8 @@ def load(model: type[Model], args: list[str]) -> Model:
     Raises:
         ValueError: one message with every fault: dotted path, given value, accepted values.
     """
-    merged, kept = OmegaConf.create({}), []
+    merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create({})
+    kept: list[Any] = []
     for arg in args:
         key, eq, value = arg.partition("=")
         try:
@@ -1239,7 +1241,7 @@ def _fields_at(model: Any, loc: tuple) -> list[str]:
 
 def _section_of(annotation: Any) -> type[Section] | None:
     candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
 def _field_doc(model: type[Section], loc: tuple) -> str:

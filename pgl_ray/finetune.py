@@ -258,9 +258,9 @@ def worker(session: Session, worker_config: dict) -> str | None:
 
         # reasons to stop here and now
         not_finite = _not_finite(config, values, session.step, best, config.run)
-        if session.stops(not_finite) or session.stops(session.storage_fault()):
-            break
-        if (validates or keeps) and session.stops(session.blown_up(segmenter, _lower(config, best, config.run))):
+        stop = session.stops(not_finite) or session.stops(session.storage_fault())
+        lower = _lower(config, best, config.run)
+        if stop or ((validates or keeps) and session.stops(session.blown_up(segmenter, lower))):
             break
 
         # figures; the best network is kept, and training stops when it overfits

@@ -9,7 +9,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -103,9 +103,11 @@ class ViewPair(NamedTuple):
 
     @property
     def overlap(self) -> np.ndarray:
+        """int [3, 2], the common region of both crops, scan frame."""
         return overlap_box(*self.boxes)
 
     def z_scored(self, window_hu: tuple[float, float]) -> np.ndarray:
+        """A window in HU as z-scores of this scan, [2]."""
         return (np.array(window_hu) - self.mean_hu) / self.std_hu
 
 
@@ -149,7 +151,7 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 @style
-def to_bytes(figure: Figure, kind: str, **options) -> bytes:
+def to_bytes(figure: Figure, kind: str, **options: Any) -> bytes:
     """The figure as a file of `kind`, png or svg."""
     sink = io.BytesIO()
     figure.savefig(sink, format=kind, **options)
@@ -157,6 +159,7 @@ def to_bytes(figure: Figure, kind: str, **options) -> bytes:
 
 
 def to_png(figure: Figure, dpi: int = 150) -> str:
+    """The figure as a PNG's data URI."""
     return data_uri(to_bytes(figure, "png", dpi=dpi), "image/png")
 
 
@@ -179,6 +182,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def data_uri(content: bytes, mime: str) -> str:
+    """A file's content as a data URI, which a page holds within itself."""
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
@@ -243,7 +247,7 @@ def slice_of(volume: np.ndarray, plane: Plane, position: float) -> np.ndarray:
     return np.take(volume, index, axis=plane.through)
 
 
-def draw_slice(ax: Axes, image: np.ndarray, plane: Plane, unit_mm: np.ndarray, **options) -> None:
+def draw_slice(ax: Axes, image: np.ndarray, plane: Plane, unit_mm: np.ndarray, **options: Any) -> None:
     """Draws a slice in its own edge coordinates at the anatomy's proportions; unit_mm [3] is a voxel's size."""
     rows, columns = image.shape[:2]
     extent = (0, columns, rows, 0) if plane.origin == "upper" else (0, columns, 0, rows)

@@ -454,7 +454,7 @@ def _note_of(source: Source, text: str) -> dict[str, Any]:
     return {"source": source.image, "reason": text, "shown": True}
 
 
-def _names_of_values(values) -> dict[str, int]:
+def _names_of_values(values: Iterable[int]) -> dict[str, int]:
     return {f"label_{value}": value for value in sorted(values)}
 
 

@@ -242,11 +242,9 @@ def worker(session: Session, worker_config: dict) -> str | None:
         row = ranks.mean_over_workers({"train/loss": loss, "train/grad_norm": grad_norm})
 
         # reasons to stop here and now
-        if session.stops(_not_finite(row, session.step, mend)):
-            break
-        if keeps and session.stops(session.blown_up(net, mend)):
-            break
-        if session.stops(session.storage_fault()):
+        stop = session.stops(_not_finite(row, session.step, mend))
+        stop = stop or (keeps and session.stops(session.blown_up(net, mend)))
+        if stop or session.stops(session.storage_fault()):
             break
 
         # figures

@@ -7,12 +7,17 @@ Frames (axis order D, H, W everywhere; a box is half-open, in edge coordinates, 
 Boxes are arrays [..., 3, 2] of (start, stop); flips are booleans [..., 3].
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Array = TypeVar("Array", np.ndarray, Tensor)  # either library's, the same for all arguments
+Number = TypeVar("Number")
+Axes = tuple[Tensor, Tensor, Tensor]  # one per axis: D, H, W
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,13 @@ class Geometry(NamedTuple):
     sampling_ratio: int = 1
 
 
-def overlap_box(box_1, box_2):
+def triple(values: Iterable[Number]) -> tuple[Number, Number, Number]:
+    """One value per axis (D, H, W), of whatever gives three."""
+    d, h, w = values
+    return d, h, w
+
+
+def overlap_box(box_1: Array, box_2: Array) -> Array:
     """Common region of two boxes of one scan.
 
     Args:
@@ -60,7 +71,7 @@ def overlap_box(box_1, box_2):
     return lib.stack([start, stop], -1)
 
 
-def volume_of(box):
+def volume_of(box: Array) -> Array:
     """Voxels of a box [..., 3, 2]; 0 where an axis is empty."""
     return (box[..., 1] - box[..., 0]).clip(0).prod(-1)
 
@@ -78,7 +89,7 @@ def overlap_share(box_1: np.ndarray, box_2: np.ndarray, of: str) -> np.ndarray:
     return common / (np.minimum if of == "smaller" else np.maximum)(first, second)
 
 
-def scan_to_view(point, box, flip, view_size):
+def scan_to_view(point: Array, box: Array, flip: Array, view_size: Array) -> Array:
     """Maps scan edge coordinates to view edge coordinates.
 
     Args:
@@ -90,13 +101,13 @@ def scan_to_view(point, box, flip, view_size):
     return (torch if isinstance(scaled, Tensor) else np).where(flip, view_size - scaled, scaled)
 
 
-def view_to_scan(point, box, flip, view_size):
+def view_to_scan(point: Array, box: Array, flip: Array, view_size: Array) -> Array:
     """Inverse of `scan_to_view`."""
     unflipped = (torch if isinstance(point, Tensor) else np).where(flip, view_size - point, point)
     return unflipped * ((box[..., 1] - box[..., 0]) / view_size) + box[..., 0]
 
 
-def interpolation_matrices(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
+def interpolation_matrices(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> Axes:
     """FlipAlign and CSAlign of one view's features as one matrix per axis (Eq. 4 to 7).
 
     Row k of an axis' matrix holds the linear weights that read the feature map in bin k. The region has as many bins
@@ -113,16 +124,17 @@ def interpolation_matrices(box: Tensor, flip: Tensor, region: Tensor, geometry: 
     Returns:
         Three float32 tensors [N, n, n], axes D, H, W: bin x feature cell.
     """
-    matrices = []
-    for index in feature_coordinates(box, flip, region, geometry):
+
+    def matrix(index: Tensor) -> Tensor:
         num = index.shape[1]
         cells = torch.arange(num, device=index.device, dtype=index.dtype)
         hats = (1 - (index.clamp(0, num - 1).unsqueeze(-1) - cells).abs()).clamp_min(0)  # linear interpolation
-        matrices.append(hats.mean(2))
-    return tuple(matrices)
+        return hats.mean(2)
+
+    return triple(map(matrix, feature_coordinates(box, flip, region, geometry)))
 
 
-def clamped_bins(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
+def clamped_bins(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> Axes:
     """Whether a bin, or one of its points, lies beyond the outermost feature centres of a view.
 
     Args:
@@ -131,10 +143,8 @@ def clamped_bins(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) 
     Returns:
         Three bool tensors [N, n], axes D, H, W.
     """
-    found = []
-    for index in feature_coordinates(box, flip, region, geometry):
-        found.append(((index < 0) | (index > index.shape[1] - 1)).any(2))
-    return tuple(found)
+    axes = feature_coordinates(box, flip, region, geometry)
+    return triple(((index < 0) | (index > index.shape[1] - 1)).any(2) for index in axes)
 
 
 def clamped_shares(box: Tensor, flip: Tensor, geometry: Geometry) -> tuple[float, float, float]:
@@ -147,17 +157,17 @@ def clamped_shares(box: Tensor, flip: Tensor, geometry: Geometry) -> tuple[float
     """
     region = overlap_box(box[:, 0], box[:, 1])
     clamped = clamped_bins(box.flatten(0, 1), flip.flatten(0, 1), region.repeat_interleave(2, 0), geometry)
-    return tuple(axis.float().mean().item() for axis in clamped)
+    return triple(axis.float().mean().item() for axis in clamped)
 
 
-def feature_coordinates(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> tuple[Tensor, ...]:
+def feature_coordinates(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> Axes:
     """Continuous feature index of every point of every bin of a region, flips undone, not clamped.
 
     Returns:
         Three float32 tensors [N, n, sampling_ratio], axes D, H, W; cell j's centre has index j.
     """
-    found = []
-    for axis in range(3):
+
+    def along(axis: int) -> Tensor:
         size, stride, center = geometry.view_size[axis], geometry.output_stride[axis], geometry.center[axis]
         num, ratio = size // stride, geometry.sampling_ratio
         start, stop = region[:, axis, 0].float(), region[:, axis, 1].float()
@@ -166,5 +176,6 @@ def feature_coordinates(box: Tensor, flip: Tensor, region: Tensor, geometry: Geo
         first, length = box[:, axis, 0].float()[:, None], (box[:, axis, 1] - box[:, axis, 0]).float()[:, None]
         view = (point - first) * (size / length)  # Eq. 5, and Eq. 6's factor P / S
         view = torch.where(flip[:, axis, None], size - view, view)  # the flipped view's own coordinates
-        found.append(((view - center) / stride).unflatten(1, (num, ratio)))
-    return tuple(found)
+        return ((view - center) / stride).unflatten(1, (num, ratio))
+
+    return triple(map(along, range(3)))

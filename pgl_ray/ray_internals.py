@@ -136,11 +136,11 @@ def _keep_ahead(base: type, laid_out: str, most_laid_out: int, least: int, room:
     """The policy of `bound_blocks`; `base`: Ray Data's class of such policies."""
 
     class KeepAhead(base):
-        def __init__(self, context, topology, *others):
+        def __init__(self, context: Any, topology: Any, *others: Any) -> None:
             super().__init__(context, topology, *others)
             self.states = topology  # operator -> its state
 
-        def can_add_input(self, op) -> bool:
+        def can_add_input(self, op: Any) -> bool:
             after = [self.states[consumer] for consumer in op.output_dependencies]
             waiting = sum(state.total_enqueued_input_blocks() for state in after)
             if laid_out in op.name:
@@ -152,7 +152,7 @@ def _keep_ahead(base: type, laid_out: str, most_laid_out: int, least: int, room:
             most = max(least, min(most_laid_out, int(room // size))) if size else least
             return op.num_active_tasks() + waiting + ready < most
 
-        def max_task_output_bytes_to_read(self, op) -> None:
+        def max_task_output_bytes_to_read(self, op: Any) -> None:
             """Asked of all operators at the start of each of the executor's rounds, which waits for tasks alone: while
             none runs, since enough is rendered, it would take up a core."""
             if op is next(iter(self.states)) and not any(each.num_active_tasks() for each in self.states):
@@ -184,13 +184,13 @@ def whole_parts(batch_size: int, spare_cpus: float) -> Iterator[None]:
     from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 
     class WholeParts(ElasticScalingPolicy):
-        def _count_possible_workers(self, *args) -> int:
+        def _count_possible_workers(self, *args: Any) -> int:
             room = ray.cluster_resources().get("CPU", 0) - spare_cpus  # or nothing would make the views
             own = self.scaling_config.resources_per_worker["CPU"]
             possible = min(super()._count_possible_workers(*args), int(room // own))
             return max((num for num in range(1, possible + 1) if batch_size % num == 0), default=0)
 
-    def policy(config):
+    def policy(config: Any) -> Any:
         return WholeParts(config) if config.elasticity_enabled else theirs(config)
 
     theirs, trainer.create_scaling_policy = trainer.create_scaling_policy, policy

@@ -40,10 +40,12 @@ class Wait(NamedTuple):
 
     @property
     def low(self) -> float:
+        """Lower end of the interval, at least 0."""
         return max(0.0, self.mean - (self.half or 0.0))
 
     @property
     def high(self) -> float:
+        """Upper end of the interval, at most 1."""
         return min(1.0, self.mean + (self.half or 0.0))
 
     @property

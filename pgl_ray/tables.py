@@ -43,10 +43,12 @@ class Run:
 
     @property
     def door(self) -> str:
+        """The door that made the run."""
         return self.record["door"]
 
     @property
     def config(self) -> dict[str, Any]:
+        """Its config as it was written."""
         return self.record["config"]
 
 

@@ -533,16 +533,16 @@ def _callback(config: TuneConfig, folder: Path, num: int, room: int) -> Any:
     from ray import tune
 
     class Table(tune.Callback):
-        def __init__(self):
+        def __init__(self) -> None:
             self.shown, self.looked, self.before = time.monotonic(), -math.inf, None
 
-        def on_trial_complete(self, iteration, trials, trial, **info):
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             _ended(config, folder, trial, "stopped", None)
 
-        def on_trial_error(self, iteration, trials, trial, **info):
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             _ended(config, folder, trial, "failed", "its process died (out of memory?)")
 
-        def on_step_end(self, iteration, trials, **info):
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
             if time.monotonic() - self.looked < LOOK_S:
                 return
             self.looked = time.monotonic()

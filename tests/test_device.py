@@ -29,11 +29,15 @@ def results(net, steps=2):
     return [p.grad for p in net.parameters() if p.grad is not None], [b for b in net.buffers() if b.is_floating_point()]
 
 
+@pytest.mark.parametrize("momentum", [0.1, 0.0, None])
 @pytest.mark.parametrize("kind, level", [("resnet", 2), ("resnet", 4), ("resenc", 3)])
-def test_recomputed_stages_give_the_same_gradients_and_statistics(kind, level, monkeypatch):
+def test_recomputed_stages_give_the_same_gradients_and_statistics(kind, level, momentum, monkeypatch):
     kept, recomputed = encoder(kind), encoder(kind)
     for net in (kept, recomputed):
         net.stop_at(level)
+        for part in net.modules():
+            if isinstance(part, nn.BatchNorm3d):
+                part.momentum = momentum
     on.recompute(recomputed)
     calls, forward = [], nn.Conv3d.forward
     monkeypatch.setattr(nn.Conv3d, "forward", lambda self, x: calls.append(1) or forward(self, x))

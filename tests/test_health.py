@@ -146,6 +146,13 @@ def knowing(pair: Pair, model) -> torch.Tensor:
     return torch.from_numpy(maps).float()
 
 
+def test_a_pass_without_maps_has_no_panel():
+    model, geometry = build_model(load(PretrainConfig, ["index=a", "run=b", "encoder.width=8", "method=byol"]))
+    pair = Pair(*torch.zeros(2, 1, 1, 16, 96, 96), *torch.tensor([[[[0, 9]] * 3]] * 2), *torch.zeros(2, 1, 3).bool())
+    with pytest.raises(ValueError, match="pass of Byol gave no maps"):
+        health.panel(model, Output(torch.tensor(0.0)), pair, geometry)
+
+
 def test_wrong_priors_show_in_the_panel():
     args = ["index=a", "run=b", "encoder.width=8", "encoder.depths=[1,1,1,1]", "views.size=[16,48,32]"]
     model, geometry = build_model(load(PretrainConfig, [*args, "heads.hidden=8", "heads.out=8"]))

@@ -357,6 +357,17 @@ def test_one_sentence_names_every_judge_on_its_side():
     assert "by every judge: balanced accuracy" in whole and "It is" not in whole
 
 
+@pytest.mark.parametrize("ahead, words", [(0.2, "0.200"), (-0.2, "0.200")])
+def test_a_difference_without_an_interval_is_said_alone(ahead, words):
+    standing = judges.Standing(0.5, "random, BatchNorm off", ahead, None, None, None)
+    assert standing.by("voxels") == words and standing.against("voxels").endswith("random, BatchNorm off 0.500")
+
+
+def test_judges_are_told_the_window_that_an_encoder_sees(store):
+    with pytest.raises(ValueError, match=r"^size=null: give the window"):
+        judges.Judges(store, config(store).model_copy(update={"size": None}))
+
+
 def test_an_encoder_is_not_ahead_of_itself(store):
     """The draws of all judges are the same for every encoder: a difference to itself has no width."""
     found = judges.Judges(store, config(store), judges.JUDGES)

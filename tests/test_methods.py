@@ -82,6 +82,13 @@ def test_genesis_restores_views_with_the_segmentation_network():
     assert all(torch.equal(value, kept[name]) for name, value in model.named_buffers())
 
 
+@pytest.mark.parametrize("missing", ["deformed_1", "deformed_2"])
+def test_genesis_needs_both_deformed_views(missing):
+    model, _ = model_of("method=genesis")
+    with pytest.raises(ValueError, match="the batch has no deformed_1 and deformed_2"):
+        model(pair()._replace(**{missing: None}))
+
+
 def test_methods_start_from_one_encoder():
     weights = []
     for method in ("pgl", "byol", "genesis"):

@@ -11,6 +11,13 @@ from pgl_ray.config import PretrainConfig, PretrainOptimConfig, build, load, to_
 from pgl_ray.train.optim import build_lars, build_pretraining, describe, ema_decay, polynomial, warmup_cosine
 
 
+@pytest.mark.parametrize("kind", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("given", [{"lr": 0.1}, {"weight_decay": 0.1}])
+def test_an_optimizer_of_no_rate_or_decay_is_refused(kind, given):
+    with pytest.raises(ValueError, match=r"^optim.lr=.*, optim.weight_decay=.*: expected numbers"):
+        build_pretraining(torch.nn.Linear(1, 1), PretrainOptimConfig(kind=kind, **given))
+
+
 def test_lars_equals_the_formula_and_exempts_vectors():
     config = PretrainOptimConfig(lr=0.2, momentum=0.9, weight_decay=0.01, trust_coefficient=1e-3)
     model = torch.nn.Linear(5, 4).double()

@@ -250,6 +250,23 @@ def test_what_is_not_a_whole_store_is_one_clear_line(tmp_path):
         store.read_index(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"hu_window": [0, 1, 2]}, {"hu_window": 5}, {"spacing_mm": [1.0, 2.0]}])
+def test_settings_of_another_shape_are_damage(tmp_path, change):
+    store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    store.write_index(tmp_path, {}, (0, 1))
+    settings = json.loads((tmp_path / "store.json").read_text())
+    (tmp_path / "store.json").write_text(json.dumps(settings | change))
+    with pytest.raises(ValueError, match=r"store.json of .* is damaged: delete it"):
+        store.read_index(tmp_path)
+
+
+def test_a_label_map_that_is_not_there_is_named(tmp_path):
+    record = store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    for door in (store.open_label, store.open_source_label):
+        with pytest.raises(ValueError, match=r"^scan 'a' of .* has no label map"):
+            door(tmp_path, record)
+
+
 def test_a_record_that_is_cut_off_does_not_count(tmp_path):
     store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
     store.write_scan(tmp_path, "b", make_volume(SHAPES[0]), AFFINE)

@@ -177,7 +177,16 @@ def _paint_bowel(c: Canvas, b: Body) -> None:
     _paint_hollow(c, b, tube, bowel, faeces, gas=c.rng.uniform(-0.6, 0.5))
 
 
-def _paint_hollow(c: Canvas, b: Body, tube, wall, content, gas: float, organ: int = 0, wall_mm: float = 3.0) -> None:
+def _paint_hollow(
+    c: Canvas,
+    b: Body,
+    tube: np.ndarray,
+    wall: float | np.ndarray,
+    content: float | np.ndarray,
+    gas: float,
+    organ: int = 0,
+    wall_mm: float = 3.0,
+) -> None:
     """A gut: fat coat, wall, content, and gas where the lumen is uppermost (the patient lies on the back)."""
     inside = b.abdomen
     c.paint((tube < 2.5) & inside, FAT)

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+Size = tuple[int, int, int]  # voxels (D, H, W)
+Spacing = tuple[float, float, float]  # mm (D, H, W)
 
 FAR_MM = 1e3  # the distance where a shape was not evaluated
 WARP_MM = (10, 9, 11)  # greatest deformation, axes z, y, x
@@ -47,7 +51,7 @@ class Canvas:
         straight: the scanner's own coordinates per axis (z, y, x), mm from the grid's centre.
     """
 
-    def __init__(self, rng: np.random.Generator, shape, spacing_mm, background: float, pose: Pose):
+    def __init__(self, rng: np.random.Generator, shape: Size, spacing_mm: Spacing, background: float, pose: Pose):
         self.rng, self.rotation = rng, pose.rotation()
         self.hu = np.full(shape, background, np.float32)
         self.label = np.zeros(shape, np.uint8)
@@ -74,14 +78,14 @@ class Canvas:
         """Mask of random branching threads: where two smooth fields vanish together."""
         return np.hypot(self.noise(wavelength_mm), self.noise(wavelength_mm)) < thickness
 
-    def window(self, low, high) -> tuple[slice, ...]:
+    def window(self, low: np.ndarray, high: np.ndarray) -> tuple[slice, ...]:
         """Slices of the grid that hold a box of the reference body, (x, y, z) in mm, with room for deformation."""
         room = COAT_MM + np.array(WARP_MM)
         corners = np.array(list(product(*zip(low[::-1] - room, high[::-1] + room)))) @ self.rotation
         bounds = zip(self.axes, corners.min(0), corners.max(0))
         return tuple(slice(*np.searchsorted(axis, bound)) for axis, *bound in bounds)
 
-    def ellipsoid(self, center, radii, turn: float = 0.0, tilt: float = 0.0) -> np.ndarray:
+    def ellipsoid(self, center: ArrayLike, radii: ArrayLike, turn: float = 0.0, tilt: float = 0.0) -> np.ndarray:
         """Approximate signed distance in mm; `turn` about z and `tilt` about y in degrees."""
         center, radii = np.asarray(center), np.asarray(radii)
         distance = np.full(self.hu.shape, FAR_MM, np.float32)
@@ -96,7 +100,7 @@ class Canvas:
         distance[at] = unit * (unit - 1) / np.maximum(slope, 1e-6)
         return distance
 
-    def tube(self, points) -> np.ndarray:
+    def tube(self, points: ArrayLike) -> np.ndarray:
         """Signed distance in mm to a chain of round cones; rows of (x, y, z, radius)."""
         points = np.asarray(points, float)
         distance = np.full(self.hu.shape, FAR_MM, np.float32)
@@ -112,14 +116,14 @@ class Canvas:
             distance[at] = np.minimum(distance[at], np.sqrt(squared) - (radius + share * growth))
         return distance
 
-    def vary(self, points, place_mm: float = 4.0, size: float = 0.08) -> np.ndarray:
+    def vary(self, points: ArrayLike, place_mm: float = 4.0, size: float = 0.08) -> np.ndarray:
         """Jitters tube points (x, y, z, radius): all together, and each a little; one factor for the radii."""
         points = np.array(points, float)
         points[:, :3] += self.rng.normal(0, place_mm, 3) + self.rng.normal(0, place_mm / 3, (len(points), 3))
         points[:, 3] *= np.exp(self.rng.normal(0, size))
         return points
 
-    def paint(self, inside: np.ndarray, hu, label: int = 0) -> None:
+    def paint(self, inside: np.ndarray, hu: float | np.ndarray, label: int = 0) -> None:
         """Covers a mask with HU (a number or a field) and a label."""
         self.hu[inside] = hu[inside] if isinstance(hu, np.ndarray) else hu
         self.label[inside] = label

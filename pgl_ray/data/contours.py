@@ -8,10 +8,14 @@ and rounds the points to pixels, platipy holds pydicom below 3, dcmrtstruct2nii 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pgl_ray.data.structure_header import CLOSED, check_whole, roi_names, whole
+
+if TYPE_CHECKING:  # comes with pgl_ray[dicom]
+    from pydicom import Dataset
 
 TOLERANCE = 0.2  # how far a contour may lie from its slice, in slice distances
 
@@ -75,7 +79,7 @@ class Roi:
         return placed
 
 
-def rois(structures) -> list[Roi]:
+def rois(structures: "Dataset") -> list[Roi]:
     """The ROIs of a structure set, drawn or not, by number.
 
     Args:
@@ -96,7 +100,7 @@ def rois(structures) -> list[Roi]:
     return found + [Roi("", f"ROI {number}", contours[number]) for number in unnamed]
 
 
-def _points(contour) -> np.ndarray:
+def _points(contour: "Dataset") -> np.ndarray:
     """Points [N, 3] of a contour, LPS mm."""
     try:
         values = contour.get("ContourData")

@@ -185,7 +185,7 @@ def only_series(folder: str | Path) -> tuple[str, ...]:
     return tuple(os.path.relpath(os.path.join(below, name), folder) for name in found.series[0].slices)
 
 
-def read(path: str | Path, **options) -> Any:
+def read(path: str | Path, **options: Any) -> Any:
     """pydicom's data set of a file; its remarks on values against the standard are left out."""
     import warnings
 

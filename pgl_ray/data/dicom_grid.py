@@ -5,15 +5,18 @@ an enhanced (multi-frame) file are slices as those of single files are, where ea
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pgl_ray.data import dicom, dicom_pixels
 from pgl_ray.data import dicom_values as values
-from pgl_ray.data.dicom_values import Refused
+from pgl_ray.data.dicom_values import Refused, Tagged
 from pgl_ray.data.structure_header import whole
+
+if TYPE_CHECKING:  # comes with pgl_ray[dicom]
+    from pydicom import Dataset
 
 POSITION_TOLERANCE = 0.1  # how far a slice may lie from its place in the regular grid, in slice distances
 NOTED_DEVIATION = 0.02  # the same from which it is said
@@ -99,7 +102,7 @@ def _frame_name(slices: tuple[str, ...], file: str, frame: int) -> str:
     return file if len(slices) > 1 else f"{file} frame {frame + 1}" if frame else file
 
 
-def frames(header) -> list[Mapping[str, Any]]:
+def frames(header: "Dataset") -> list[Tagged]:
     """The header of every frame of a file, `get` by keyword: the file's own, or what an enhanced file's functional
     groups make of it.
 
@@ -121,7 +124,7 @@ def frames(header) -> list[Mapping[str, Any]]:
     return [common | _of_groups([one]) for one in groups]
 
 
-def _of_groups(groups) -> dict[str, Any]:
+def _of_groups(groups: Iterable["Dataset"]) -> dict[str, Any]:
     found = {}
     for group in groups:
         for name, tags in GROUPS.items():
@@ -141,7 +144,7 @@ class Geometry(NamedTuple):
     position: np.ndarray  # [3], LPS mm
 
 
-def _slice_geometry(header) -> Geometry:
+def _slice_geometry(header: Tagged) -> Geometry:
     found = []
     for tag, count in (("PixelSpacing", 2), ("ImageOrientationPatient", 6), ("ImagePositionPatient", 3)):
         try:

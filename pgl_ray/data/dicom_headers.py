@@ -12,10 +12,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from pgl_ray.data import identity
 from pgl_ray.data.place import parquet_table
+
+if TYPE_CHECKING:  # comes with pgl_ray[dicom]
+    from pydicom import FileDataset
 
 VERSION = 1  # of what is kept; another one is read anew
 SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -104,7 +107,7 @@ def read_header(path: str) -> Header:
     return _described(path, header, whole)
 
 
-def _parsed(file) -> tuple[Any, bool]:
+def _parsed(file: BinaryIO) -> tuple[Any, bool]:
     """The header, and whether the file goes on to the end of its pixels."""
     import warnings
 
@@ -125,11 +128,11 @@ def _parsed(file) -> tuple[Any, bool]:
     return header, length == 0xFFFFFFFF or end <= os.fstat(file.fileno()).st_size
 
 
-def _class_of(header) -> str:
+def _class_of(header: "FileDataset") -> str:
     return str(_text(header, "SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
 
 
-def _described(path: str, header, whole: bool) -> Header:
+def _described(path: str, header: "FileDataset", whole: bool) -> Header:
     kind, text = _class_of(header), {tag: _text(header, tag) for tag in TAGS}
     series = text["SeriesInstanceUID"]
     if kind in STRUCTURE_CLASSES:
@@ -157,7 +160,7 @@ def _described(path: str, header, whole: bool) -> Header:
     )
 
 
-def _text(header, tag: str) -> str:
+def _text(header: "FileDataset", tag: str) -> str:
     """A value as text, several with backslashes between. Plain bytes are taken as they stand, for pydicom's conversion
     costs as much as the reading."""
     from pydicom.datadict import tag_for_keyword

@@ -11,10 +11,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pgl_ray.data.dicom_values import Encoding, Refused, padding_of
+from pgl_ray.data.dicom_values import Encoding, Refused, Tagged, padding_of
+
+if TYPE_CHECKING:  # comes with pgl_ray[dicom]
+    from pydicom import Dataset
 
 GE_PRIVATE = "1.2.840.113619.5.2"  # implicit VR little endian, but the pixels are big endian
 UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2", GE_PRIVATE)
@@ -25,12 +29,12 @@ PIXELS_BEGIN, PIXELS_END = b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff", b"\xfe\xff
 LOSSY = tuple(f"{JPEG}{one}" for one in (50, 51, 53, 55, 81))
 
 
-def is_lossy(header, syntax: str) -> bool:
+def is_lossy(header: Tagged, syntax: str) -> bool:
     """Whether compression has changed the values."""
     return syntax in LOSSY or str(header.get("LossyImageCompression") or "") == "01"
 
 
-def frames_bits(dataset, of: Encoding, count: int = 1) -> Iterator[np.ndarray]:
+def frames_bits(dataset: "Dataset", of: Encoding, count: int = 1) -> Iterator[np.ndarray]:
     """The stored bits of a file's frames.
 
     Args:
@@ -65,12 +69,12 @@ def frames_bits(dataset, of: Encoding, count: int = 1) -> Iterator[np.ndarray]:
         )
 
 
-def syntax_of(dataset) -> str:
+def syntax_of(dataset: "Dataset") -> str:
     """UID of a file's transfer syntax, "" where it says none."""
     return dataset.file_meta.get("TransferSyntaxUID") or ""
 
 
-def _raw_bits(dataset, of: Encoding, count: int, syntax: str) -> Iterator[np.ndarray]:
+def _raw_bits(dataset: "Dataset", of: Encoding, count: int, syntax: str) -> Iterator[np.ndarray]:
     content, need = dataset.PixelData, of.shape[0] * of.shape[1] * (of.allocated // 8)
     if len(content) < need * count:
         raise ValueError(f"{len(content)} bytes of pixels, {need * count} expected")
@@ -129,7 +133,7 @@ def _decoded_bits(of: Encoding, syntax: str, items: bytes) -> np.ndarray:
     return values.astype(f"u{of.allocated // 8}")
 
 
-def with_own_sign(dataset, header, of: Encoding) -> Encoding:
+def with_own_sign(dataset: "Dataset", header: Tagged, of: Encoding) -> Encoding:
     """The encoding with the sign that a JPEG 2000 stream states of itself, which is what its decoder goes by; headers
     often contradict it."""
     if syntax_of(dataset) not in JPEG_2000 or "PixelData" not in dataset:

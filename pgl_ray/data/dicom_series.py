@@ -94,7 +94,7 @@ def _without_copies(
         return paths
     counts = Counter(os.path.dirname(path) for path in paths)
 
-    def rank(path: str):
+    def rank(path: str) -> tuple:
         folder = os.path.dirname(path)
         return folder not in known, -counts[folder], len(folder), folder, len(path), path
 

@@ -1,7 +1,7 @@
 """What the stored pixels of a DICOM slice mean in HU, or why that cannot be known (see dicom_pixels for the bits)."""
 
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -10,6 +10,16 @@ HIGHEST_TISSUE = 3071  # HU of 12-bit CT
 AIR = -1024
 HOUNSFIELD = re.compile(r"(hou?n[ds]*fields?(units?)?)?(hus?)?")  # as people spell it, its letters alone
 HOUNSFIELD_CODES = ("[hnsf'u]", "hu", "hnsf'u")  # UCUM's, and what is written in its place
+
+
+class Tagged(Protocol):
+    """A header by keyword, or by tag: pydicom's data set, or what an enhanced file says of one of its frames."""
+
+    def __contains__(self, key: Any, /) -> bool:
+        """Whether there is such a tag."""
+
+    def get(self, key: Any, default: Any = None, /) -> Any:
+        """The value of a tag, or the default where there is none."""
 
 
 class Refused(ValueError):
@@ -39,7 +49,7 @@ class Encoding(NamedTuple):
     overlay: int
 
 
-def encoding(header) -> Encoding:
+def encoding(header: Tagged) -> Encoding:
     """What a header says of its pixels.
 
     Args:
@@ -64,7 +74,7 @@ def encoding(header) -> Encoding:
     return found._replace(padding=padding_of(header, found))
 
 
-def stored_encoding(header) -> Encoding:
+def stored_encoding(header: Tagged) -> Encoding:
     """What a header says of its pixels, whatever they mean: slope 1, intercept 0, no padding.
 
     Raises:
@@ -82,7 +92,7 @@ def stored_encoding(header) -> Encoding:
     return Encoding((header.get("Rows"), header.get("Columns")), *bits, 1.0, 0.0, None, overlay)
 
 
-def is_unspecified(header) -> bool:
+def is_unspecified(header: Tagged) -> bool:
     """Whether a file says that its unit is unspecified ("US"), as ITK does of every CT that it writes: its values have
     to show that they are HU.
 
@@ -97,11 +107,11 @@ def is_unspecified(header) -> bool:
     return True
 
 
-def _unit(header) -> str:
+def _unit(header: Tagged) -> str:
     return "".join(letter for letter in str(header.get("RescaleType") or "").casefold() if letter.isalnum())
 
 
-def _check_unit(header) -> None:
+def _check_unit(header: Tagged) -> None:
     mapped = [
         (str(unit.get("CodeValue") or ""), str(one.get("LUTExplanation") or one.get("LUTLabel") or ""))
         for one in header.get("RealWorldValueMappingSequence") or []
@@ -116,7 +126,7 @@ def _check_unit(header) -> None:
     raise Refused(f"pixels are in {header.get('RescaleType')}, so its values are not HU: take the original series")
 
 
-def _bits(header) -> tuple[int, int, int, bool]:
+def _bits(header: Tagged) -> tuple[int, int, int, bool]:
     """BitsAllocated, BitsStored, HighBit and whether signed."""
     found = []
     for tag in ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
@@ -135,7 +145,7 @@ def _bits(header) -> tuple[int, int, int, bool]:
     return allocated, stored, high, bool(signed)
 
 
-def _number(header, tag: str, default: float | None) -> float | None:
+def _number(header: Tagged, tag: str, default: float | None) -> float | None:
     try:
         value = header.get(tag)
         if value is None or value == "":
@@ -152,7 +162,7 @@ def _several(value: Any) -> list:
     return [] if value is None else [value] if isinstance(value, (str, bytes, int, float)) else list(value)
 
 
-def padding_of(header, of: Encoding) -> tuple[int, int] | None:
+def padding_of(header: Tagged, of: Encoding) -> tuple[int, int] | None:
     """Stored values that the file declares as padding; none where it could be tissue, as in files with 0. Files state
     them signed or unsigned, whatever their pixels are."""
     ends = []

@@ -5,13 +5,16 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from pgl_ray.data import detached
 from pgl_ray.data.detached import TextHeader, files_of
 from pgl_ray.data.raw import Geometry, Raw
+
+if TYPE_CHECKING:
+    from SimpleITK import ImageFileReader
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 DEFLATE_RATIO = 1032  # zlib cannot compress better
@@ -58,7 +61,7 @@ def _number(path: Path, header: TextHeader, name: str, default: float) -> float:
         raise unreadable(path, f"its header's {name} is {header.fields[name]!r}, no number") from None
 
 
-def open_header(path: Path):
+def open_header(path: Path) -> "ImageFileReader":
     """ITK's reader of a file, its header read.
 
     Raises:
@@ -93,12 +96,12 @@ def open_header(path: Path):
     return reader
 
 
-def shape_of(reader) -> tuple[int, int, int]:
+def shape_of(reader: "ImageFileReader") -> tuple[int, int, int]:
     """Shape (i, j, k) of a header that ITK has read, without further axes of one voxel."""
     return reader.GetSize()[:3]
 
 
-def geometry(path: Path, reader) -> Geometry:
+def geometry(path: Path, reader: "ImageFileReader") -> Geometry:
     """Geometry of a header that ITK has read. ITK takes lengths as mm whatever their unit, and unknown axes as LPS.
 
     Raises:
@@ -190,11 +193,11 @@ def _voxel_bytes(path: Path, start: int, header: TextHeader) -> int:
             return sum(map(len, _parts(stream)))
 
 
-def _parts(stream) -> Iterator[bytes]:
+def _parts(stream: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
     return iter(lambda: stream.read(2**20), b"")
 
 
-def _inflated_size(file) -> tuple[int, int]:
+def _inflated_size(file: IO[bytes]) -> tuple[int, int]:
     """Size of a zlib stream's content, and its own; zlib compares its checksum at the end."""
     inflate, size, deflated = zlib.decompressobj(), 0, 0
     while not inflate.eof:

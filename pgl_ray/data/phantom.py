@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 from pgl_ray.data.anatomy import AIR, ORGANS, Body, draw_body, paint_body, paint_table
-from pgl_ray.data.canvas import Canvas, Pose
+from pgl_ray.data.canvas import Canvas, Pose, Size, Spacing
 from pgl_ray.data.place import write_aside
 
 NOISE_BLUR, NOISE_STD = (0.3, 0.6, 0.6), 0.4917  # sigma of the blur in voxels, and what it leaves of white noise
@@ -35,7 +35,7 @@ class Phantom:
     spacing_mm: tuple[float, float, float]
 
 
-def make_phantom(seed: int, shape=(48, 112, 112), spacing_mm=(5.0, 3.0, 3.0)) -> Phantom:
+def make_phantom(seed: int, shape: Size = (48, 112, 112), spacing_mm: Spacing = (5.0, 3.0, 3.0)) -> Phantom:
     """Draws a torso; the same arguments give the same phantom.
 
     Args:
@@ -73,8 +73,8 @@ def write_phantoms(
     num_labelled: int,
     num_test: int,
     seed: int,
-    shape=(48, 112, 112),
-    spacing_mm=(5.0, 3.0, 3.0),
+    shape: Size = (48, 112, 112),
+    spacing_mm: Spacing = (5.0, 3.0, 3.0),
 ) -> None:
     """Writes an nnU-Net raw folder: imagesTr, labelsTr, imagesTs, labelsTs (.nii.gz) and dataset.json.
 
@@ -100,7 +100,7 @@ def write_phantoms(
     _write(folder / "dataset.json", json.dumps(dataset, indent=1).encode())
 
 
-def _nifti(array: np.ndarray, spacing_mm) -> bytes:
+def _nifti(array: np.ndarray, spacing_mm: Spacing) -> bytes:
     """A gzipped NIfTI of a (D, H, W) array whose axes run to the head, the back and the left."""
     d, h, w = spacing_mm
     affine = np.diag([-w, -h, d, 1.0])  # RAS+: left and back are negative

@@ -17,14 +17,17 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pgl_ray.config import FailedRun
 from pgl_ray.data.system import lock_file
 
 if TYPE_CHECKING:
     import pyarrow
+    from obstore import GetOptions  # comes with pgl_ray[cloud]
+    from obstore.store import ObjectStore, RetryConfig
 
+T = TypeVar("T")
 STRAGGLERS_S = 20  # how long workers of a killed run may live on
 HEARTBEAT_S, SILENCE_S = 5, 30  # of the lock in a bucket
 LARGEST_READ = 2**20  # bytes after which no neighbour is added
@@ -265,7 +268,7 @@ class _LocalFile:
             os.close(self._file)
             self._file = -1
 
-    def __del__(self):
+    def __del__(self) -> None:
         self.close()
 
 
@@ -282,13 +285,13 @@ class Bucket:
             from obstore.store import from_url
         except ImportError:
             raise ValueError(f"{url}: object stores need obstore: pip install 'pgl_ray[cloud]'") from None
-        patience = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
+        patience: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
         try:  # http is used only where an endpoint of that kind is named
             self._store = from_url(self.url, client_options={"allow_http": True}, retry_config=patience)
         except Exception as error:  # obstore has a class per cloud
             raise ValueError(f"{url}: cannot be used as an object store: {_first_line(error)}") from None
 
-    def _ask(self, function: Callable, *args, **options) -> Any:
+    def _ask(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
         try:
             return function(self._store, *args, **options)
         except FileNotFoundError as error:
@@ -320,11 +323,14 @@ class Bucket:
         """Writes an object to a file; FileNotFoundError where there is none, OSError where it is replaced meanwhile."""
         import obstore
 
-        def get(store, key):  # in pieces, for a request may take half a minute
+        def get(store: "ObjectStore", key: str) -> None:  # in pieces, for a request may take half a minute
             found = obstore.head(store, key)
             with path.open("wb") as file:
                 for start in range(0, found["size"], PIECE):
-                    options = {"range": (start, min(start + PIECE, found["size"])), "if_match": found["e_tag"]}
+                    options: GetOptions = {
+                        "range": (start, min(start + PIECE, found["size"])),
+                        "if_match": found["e_tag"],
+                    }
                     file.write(obstore.get(store, key, options=options).bytes())
 
         self._ask(get, key)
@@ -333,7 +339,7 @@ class Bucket:
         """All keys, each with a text that is another one when its content has changed."""
         import obstore
 
-        def all_of(store):
+        def all_of(store: "ObjectStore") -> dict[str, str]:
             found = [item for batch in obstore.list(store) for item in batch]
             return {item["path"]: f"{item['e_tag']} {item['size']} {item['last_modified']}" for item in found}
 
@@ -351,7 +357,7 @@ class Bucket:
         """As Folder's."""
         import obstore
 
-        def all_below(store, prefix):
+        def all_below(store: "ObjectStore", prefix: str) -> list[str]:
             return [item["path"] for batch in obstore.list(store, prefix) for item in batch]
 
         paths = self._ask(all_below, f"{key}/") or [key]
@@ -387,7 +393,7 @@ class Bucket:
         """
         import obstore
 
-        def create(store):
+        def create(store: "ObjectStore") -> bool:
             try:
                 obstore.put(store, ".lock", mine.encode(), mode="create")
             except obstore.exceptions.AlreadyExistsError:

@@ -31,6 +31,7 @@ class StoredScan:
 
     @property
     def scan_id(self) -> str:
+        """Its name in the store."""
         return self.record.scan_id
 
     @property
@@ -44,6 +45,7 @@ class StoredScan:
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def num_voxels(self) -> int:
+        """Of the stored array."""
         return int(np.prod(self.record.shape))
 
     def size(self) -> int:
@@ -79,6 +81,7 @@ class ScanFile:
 
     @property
     def source(self) -> str:
+        """Where it lies."""
         return str(self.path)
 
     def stamp(self) -> str:
@@ -90,6 +93,7 @@ class ScanFile:
         return [self.path / name for name in self.slices] if self.path.is_dir() else files_of(self.path)
 
     def num_voxels(self) -> int:
+        """As its headers say."""
         return ct.extent(self.path, self.slices)[0]
 
     def size(self) -> int:

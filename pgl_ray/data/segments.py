@@ -5,13 +5,17 @@ are labels: fractional ones hold probabilities or shares of a voxel.
 """
 
 from collections import defaultdict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pgl_ray.data import dicom_pixels
 from pgl_ray.data.contours import TOLERANCE, Placed
-from pgl_ray.data.dicom_values import Refused
+from pgl_ray.data.dicom_values import Refused, Tagged
 from pgl_ray.data.structure_header import segment_names, whole
+
+if TYPE_CHECKING:  # comes with pgl_ray[dicom]
+    from pydicom import Dataset
 
 
 class Segment:
@@ -59,7 +63,7 @@ class Segment:
         return placed
 
 
-def segments(dataset) -> list[Segment]:
+def segments(dataset: "Dataset") -> list[Segment]:
     """The segments of a segmentation object, by number.
 
     Args:
@@ -84,7 +88,7 @@ def segments(dataset) -> list[Segment]:
     return [Segment(name, number, frames[number]) for number, name in names.items()]
 
 
-def _masks(dataset, count: int) -> np.ndarray:
+def _masks(dataset: "Dataset", count: int) -> np.ndarray:
     """bool [frame, row, column]."""
     size = int(dataset.Rows) * int(dataset.Columns)
     if int(dataset.get("NumberOfFrames") or 1) != count:
@@ -100,7 +104,8 @@ def _masks(dataset, count: int) -> np.ndarray:
     return content[: size * count].reshape(count, int(dataset.Rows), int(dataset.Columns)) > 0
 
 
-def _item(group, shared, sequence: str, tag: str):
+def _item(group: Tagged, shared: Tagged, sequence: str, tag: str) -> Any:
+    """The value of the first of the two that has it."""
     for one in (group, shared):
         for item in one.get(sequence) or []:
             if item.get(tag) is not None:
@@ -108,7 +113,7 @@ def _item(group, shared, sequence: str, tag: str):
     raise Refused(f"a frame without {tag}: its place is unknown")
 
 
-def _to_mm(group, shared) -> np.ndarray:
+def _to_mm(group: Tagged, shared: Tagged) -> np.ndarray:
     """[4, 3]: (column, row, 1) -> (LPS mm, 1) of a frame."""
     spacing = np.array(_item(group, shared, "PixelMeasuresSequence", "PixelSpacing"), float)
     directions = np.array(_item(group, shared, "PlaneOrientationSequence", "ImageOrientationPatient"), float).reshape(

@@ -173,14 +173,15 @@ class ArrayReader:
         Raises:
             ValueError, UnreadableScan: as read.
         """
-        codes, touched = [], {}
+        codes: list[np.ndarray] = []
+        touched: dict[tuple[int, int, int], list[tuple]] = {}
         for i, box in enumerate(boxes):
             bounds = np.asarray(box).tolist()
             if any(not 0 <= start <= stop <= size for (start, stop), size in zip(bounds, self.shape)):
                 raise ValueError(f"box {bounds} reaches beyond the {self.kind} of {self.scan_id}, shape {self.shape}")
-            plain = self._table is None and outs is not None
+            plain = outs[i] if self._table is None and outs is not None else None
             shape = [stop - start for start, stop in bounds]
-            codes.append(outs[i] if plain else np.empty(shape, self._scratch.dtype))
+            codes.append(np.empty(shape, self._scratch.dtype) if plain is None else plain)
             axes = [_parts(start, stop, step) for (start, stop), step in zip(bounds, self.chunk)]
             for (d, from_d, to_d), (h, from_h, to_h), (w, from_w, to_w) in product(*axes):
                 copies = touched.setdefault((d, h, w), [])
@@ -194,9 +195,9 @@ class ArrayReader:
                 target[to] = self._fill_code if span is None else self._scratch[origin]
         if self._table is None:
             return codes
-        outs = outs or [np.empty(part.shape, self.dtype) for part in codes]
+        outs = list(outs) if outs else [np.empty(part.shape, self.dtype) for part in codes]
         for part, out in zip(codes, outs):
-            self._look_up(part, out)
+            self._look_up(self._table, part, out)
         return outs
 
     def fetch(self, boxes: Sequence[np.ndarray]) -> int:
@@ -208,13 +209,13 @@ class ArrayReader:
         spans = [span for place in sorted(places) if (span := self._span(place))]
         return sum(map(len, self._file.ranges(spans)))
 
-    def _look_up(self, codes: np.ndarray, out: np.ndarray) -> None:
+    def _look_up(self, table: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
         """Writes the HU of codes, in a compiled loop where there is one."""
         compiled = kernels.load() if out.flags.c_contiguous else None
         if compiled:
-            compiled.look_up(self._table, codes.reshape(-1), out.reshape(-1))
+            compiled.look_up(table, codes.reshape(-1), out.reshape(-1))
         else:
-            out[...] = self._table[codes]
+            out[...] = table[codes]
 
     def _span(self, place: tuple[int, int, int]) -> tuple[int, int] | None:
         offset, length = self._index[place].tolist()
@@ -255,7 +256,7 @@ class ArrayReader:
         digest, (depth, height, width) = hashlib.sha256(), self.shape
         for start in range(0, depth, self.chunk[0]):
             slab = self.read(np.array([(start, min(start + self.chunk[0], depth)), (0, height), (0, width)]))
-            digest.update(slab.astype(slab.dtype.newbyteorder("<"), copy=False))
+            digest.update(slab.astype(slab.dtype.newbyteorder("<"), copy=False).data)
         return digest.hexdigest()
 
     def _damaged(self, fault: str) -> UnreadableScan:

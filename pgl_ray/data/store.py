@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
@@ -28,6 +28,9 @@ from scipy import ndimage
 
 from pgl_ray.data.place import Place, open_place, parquet_table, write_aside  # noqa: F401 (for the doors)
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, array_metadata, code_table, encode_shard
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FORMAT = 3
 WRITERS = (
@@ -216,9 +219,11 @@ def read_settings(store: str | Path) -> Settings:
         said = json.loads(place.read("store.json"))
         known = said["format"]
         if known == FORMAT:
-            spacing = said["spacing_mm"] and tuple(said["spacing_mm"])
-            window, preparations = tuple(said["hu_window"]), tuple(said["preparations"])
-            return Settings(said["labels"], window, said["encoding"], spacing, preparations)
+            spacing, (low, high) = said["spacing_mm"], said["hu_window"]
+            if spacing:
+                d, h, w = spacing
+                spacing = d, h, w
+            return Settings(said["labels"], (low, high), said["encoding"], spacing, tuple(said["preparations"]))
     except FileNotFoundError:
         raise ValueError(
             f"{str(store)!r} is not a store (no store.json): make one with python -m pgl_ray.prepare"
@@ -235,7 +240,8 @@ def read_settings(store: str | Path) -> Settings:
 
 def write_settings(store: str | Path, labels: dict[str, int], hu_window: tuple[float, float], **others: Any) -> None:
     """Writes store.json; `others` are the further fields of Settings."""
-    settings = Settings(labels, tuple(hu_window), **others)
+    low, high = hu_window
+    settings = Settings(labels, (low, high), **others)
     ordered = dict(sorted(labels.items(), key=lambda item: item[1]))
     said = {"format": FORMAT, **dataclasses.asdict(settings), "labels": ordered, "versions": _versions()}
     open_place(store).write("store.json", [json.dumps(said, indent=2, ensure_ascii=False).encode()])
@@ -274,7 +280,8 @@ def write_index(
     write_settings(store, labels, hu_window, **others)
     place = open_place(store)
     place.write("index.parquet", [table_of(scans)])
-    return Index(place.url, scans, labels, tuple(hu_window), others.get("spacing_mm"))
+    low, high = hu_window
+    return Index(place.url, scans, labels, (low, high), others.get("spacing_mm"))
 
 
 def table_of(scans: Sequence[ScanRecord]) -> bytes:
@@ -344,14 +351,14 @@ def _to_row(record: ScanRecord) -> dict:
 
 
 def _from_row(row: dict) -> ScanRecord:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
     boxes, voxels = json.loads(row["label_boxes"]), json.loads(row["label_voxels"])
     values["label_boxes"] = {int(value): tuple(box) for value, box in boxes.items()}
     values["label_voxels"] = {int(value): count for value, count in voxels.items()}
     return ScanRecord(**values)
 
 
-def _schema():
+def _schema() -> "pa.Schema":
     """Arrow types by hand: inference would fail on columns that are empty in all scans."""
     import pyarrow as pa
 
@@ -365,7 +372,7 @@ def _schema():
         "affine": floats,
         "source_affine": floats,
     }
-    scalars = {int: pa.int64(), float: pa.float64()}
+    scalars: dict[object, pa.DataType] = {int: pa.int64(), float: pa.float64()}
     fields = dataclasses.fields(ScanRecord)
     return pa.schema([(field.name, lists.get(field.name, scalars.get(field.type, pa.string()))) for field in fields])
 
@@ -434,14 +441,18 @@ def write_scan(
     if label is not None and (label.dtype not in (np.uint8, np.uint16) or label.shape != volume.shape):
         raise ValueError(f"label of {scan_id}: {label.dtype} {label.shape}, expected uint8 or uint16 {volume.shape}")
     counts = _counts(volume.view(np.uint16))
-    stored, attributes, loss = volume, {}, (0.0, 0.0)
+    attributes: dict[str, float] = {}
+    stored, table, loss = volume, None, (0.0, 0.0)
     if encoding == "uint8":
         codes, attributes = _codes(hu_window)
+        table = _hu_of(attributes)
         loss = _loss(counts, codes, attributes, hu_window)
         stored = codes[volume.view(np.uint16)]
-        counts = np.bincount(code_table(attributes)[codes].view(np.uint16), counts, 2**16).astype(np.int64)
+        counts = np.bincount(table[codes].view(np.uint16), counts, 2**16).astype(np.int64)
     mean, std = _mean_and_std(counts, hu_window)
     body, border = _shares(volume, counts)
+    depth, height, width = volume.shape
+    spacing_d, spacing_h, spacing_w = np.linalg.norm(np.asarray(affine)[:3, :3], axis=0).tolist()
     metadata = array_metadata(stored.shape, stored.dtype, chunk, attributes, compression)
     arrays = {"volume": (stored, metadata, compression)}
     if label is not None:
@@ -450,8 +461,8 @@ def write_scan(
         arrays["source_label"] = (source_label, array_metadata(source_label.shape, source_label.dtype, chunk), "lz4")
     record = ScanRecord(
         scan_id=scan_id,
-        shape=tuple(int(size) for size in volume.shape),
-        spacing_mm=tuple(float(size) for size in np.linalg.norm(np.asarray(affine)[:3, :3], axis=0)),
+        shape=(depth, height, width),
+        spacing_mm=(spacing_d, spacing_h, spacing_w),
         orientation=orientation,
         affine=tuple(float(value) for value in np.asarray(affine, dtype=np.float64).ravel()),
         mean_hu=mean,
@@ -461,7 +472,7 @@ def write_scan(
         source_size=source_size,
         source_mtime_ns=source_mtime_ns,
         source_hash=source_hash,
-        content_hash=_content_hash(stored, code_table(attributes)),
+        content_hash=_content_hash(stored, table),
         rounding_error_hu=rounding_error_hu,
         num_padding=num_padding,
         encoding_rms_hu=loss[0],
@@ -489,7 +500,7 @@ def write_scan(
 def _content_hash(stored: np.ndarray, table: np.ndarray | None) -> str:
     digest = hashlib.sha256()
     for part in stored:
-        digest.update(np.ascontiguousarray(part if table is None else table[part], "<i2"))
+        digest.update(np.ascontiguousarray(part if table is None else table[part], "<i2").data)
     return digest.hexdigest()
 
 
@@ -522,7 +533,10 @@ def _counts(array: np.ndarray) -> np.ndarray:
     """Number of voxels per unsigned value, some slices at a time because bincount widens its input to 8 bytes a voxel;
     single ones would cost more in adding up the counts than in counting."""
     size, num = 2 ** (8 * array.itemsize), max(1, 2**20 // max(1, array[0].size))
-    return sum(np.bincount(array[i : i + num].ravel(), minlength=size) for i in range(0, len(array), num))
+    counts = np.zeros(size, np.int64)
+    for i in range(0, len(array), num):
+        counts += np.bincount(array[i : i + num].ravel(), minlength=size)
+    return counts
 
 
 def statistics(volume: np.ndarray, hu_window: tuple[float, float]) -> tuple[float, float]:
@@ -547,12 +561,20 @@ def _codes(hu_window: tuple[float, float]) -> tuple[np.ndarray, dict[str, float]
     return np.rint((ALL_HU.clip(low, high) - low) / step).astype(np.uint8), {"scale_factor": step, "add_offset": low}
 
 
+def _hu_of(attributes: dict[str, float]) -> np.ndarray:
+    """int16 HU [256] of the codes of an array with these attributes."""
+    table = code_table(attributes)
+    if table is None:
+        raise ValueError(f"attributes {attributes}: those of an array of 8-bit codes have scale_factor and add_offset")
+    return table
+
+
 def _loss(
     counts: np.ndarray, codes: np.ndarray, attributes: dict, hu_window: tuple[float, float]
 ) -> tuple[float, float]:
     """Root mean square error of 8-bit codes inside the HU window, and the share of voxels outside of it."""
     inside = (hu_window[0] <= ALL_HU) & (hu_window[1] >= ALL_HU)
-    errors, num = code_table(attributes)[codes] - ALL_HU.astype(np.float64), int(counts[inside].sum())
+    errors, num = _hu_of(attributes)[codes] - ALL_HU.astype(np.float64), int(counts[inside].sum())
     rms = math.sqrt(np.sum((counts * errors**2)[inside]) / max(num, 1))
     return rms, float(1 - num / counts.sum())
 
@@ -566,10 +588,11 @@ def _shares(volume: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
 
 def foreground_box(volume: np.ndarray) -> tuple[int, ...]:
     """Half-open box (d0, d1, h0, h1, w0, w1) in voxels of what is above -500 HU in [D, H, W]; all where nothing is."""
-    body = volume > BODY_HU
+    body = np.asarray(volume > BODY_HU)
     if not body.any():
         return tuple(bound for size in volume.shape for bound in (0, size))
-    box, seen = [], body.any(axis=0)
+    box: list[int] = []
+    seen = np.asarray(body.any(axis=0))
     for line in (body.any(axis=(1, 2)), seen.any(axis=1), seen.any(axis=0)):
         inside = np.flatnonzero(line)
         box += [int(inside[0]), int(inside[-1]) + 1]
@@ -597,16 +620,30 @@ def open_volume(store: str | Path, record: ScanRecord, codes: bool = False) -> A
 
 def hu_of_codes(hu_window: tuple[float, float]) -> np.ndarray:
     """int16 HU [256] of the 8-bit codes of a store with a HU window."""
-    return code_table(_codes(hu_window)[1])
+    return _hu_of(_codes(hu_window)[1])
 
 
 def open_label(store: str | Path, record: ScanRecord) -> ArrayReader:
-    """Reader of a scan's label map; the scan must have one."""
+    """Reader of a scan's label map.
+
+    Raises:
+        ValueError: the scan has none.
+    """
+    if record.label_metadata is None:
+        raise ValueError(f"scan {record.scan_id!r} of {str(store)!r} has no label map")
     return ArrayReader(store, record.scan_id, "label", record.label_metadata)
 
 
 def open_source_label(store: str | Path, record: ScanRecord) -> ArrayReader:
-    """Reader of the label map on the scan's own grid; the scan must be a resampled one with labels."""
+    """Reader of the label map on the scan's own grid.
+
+    Raises:
+        ValueError: the scan has none: it is no resampled one, or one without labels.
+    """
+    if record.source_label_metadata is None:
+        raise ValueError(
+            f"scan {record.scan_id!r} of {str(store)!r} has no label map on another grid than the stored one"
+        )
     return ArrayReader(store, record.scan_id, "source_label", record.source_label_metadata)
 
 

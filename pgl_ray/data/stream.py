@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ from pgl_ray import ray_internals
 from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
-from pgl_ray.data.shard import UnreadableScan, chunk_of
+from pgl_ray.data.shard import ArrayReader, UnreadableScan, chunk_of
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 AIR = -1024  # HU outside a scan
 ABOUT_ROWS = frozenset(("step", "epoch", "scan", "draw", "missed"))  # columns that no network sees
@@ -56,7 +59,16 @@ class Plan:
     pairs_per_region: int = 1
 
     @classmethod
-    def make(cls, scan_ids, draws_per_scan, global_batch_size, epochs, max_steps, seed, pairs_per_region=1) -> "Plan":
+    def make(
+        cls,
+        scan_ids: Sequence[str],
+        draws_per_scan: int,
+        global_batch_size: int,
+        epochs: int,
+        max_steps: int | None,
+        seed: int,
+        pairs_per_region: int = 1,
+    ) -> "Plan":
         """Plan for `max_steps` steps, or for `epochs` passes where that is none.
 
         Raises:
@@ -78,6 +90,7 @@ class Plan:
 
     @property
     def rows_per_epoch(self) -> int:
+        """Scans times draws."""
         return len(self.scan_ids) * self.draws_per_scan
 
     def epoch_at(self, step: int) -> float:
@@ -127,7 +140,7 @@ def _order(seed: int, epoch: int, num_rows: int, pairs_per_region: int) -> np.nd
 
 def dataset(
     plan: Plan, render: Callable[[dict], dict], num_workers: int, start: int, num_cpus: float, stop: int | None = None
-):
+) -> "Dataset":
     """A Ray Dataset of rendered batches from step `start` on: block k of a step is worker k's batch.
 
     Called in Ray Train's controller at every start of a worker group; what the driver set in its DataContext does not
@@ -195,6 +208,7 @@ class LayOut:
     plan: Plan
 
     def __call__(self, segment: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The rows of some steps."""
         (start,), (stop,) = segment["start"].tolist(), segment["stop"].tolist()
         return self.plan.columns(start, stop)
 
@@ -209,12 +223,12 @@ def _records(store: str) -> tuple[store_room.Index, dict[str, store_room.ScanRec
 
 
 @lru_cache(maxsize=256)
-def _volume(store: str, scan_id: str, codes: bool = False):
+def _volume(store: str, scan_id: str, codes: bool = False) -> ArrayReader:
     return store_room.open_volume(store, _records(store)[1][scan_id], codes)
 
 
 @lru_cache(maxsize=256)
-def _label(store: str, scan_id: str):
+def _label(store: str, scan_id: str) -> ArrayReader:
     return store_room.open_label(store, _records(store)[1][scan_id])
 
 
@@ -230,7 +244,7 @@ def _region(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> v.Re
     return v.Region(volume.read(bounds), tuple(bounds[:, 0].tolist()), volume.shape)
 
 
-def _reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = False):
+def _reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = False) -> ArrayReader | v.Region:
     """What reads a scan's voxels, or those of its region alone."""
     if region is None:
         return _volume(store, scan_id, codes)
@@ -310,6 +324,7 @@ class PairRenderer:
     pairs_per_region: int = 1
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Rows of (step, epoch, scan, draw) -> the same with their views; see the top of the class."""
         torch.set_num_threads(1)  # one task per core already
         num, drawn = len(rows["step"]), self.draw(rows)
         out = dict(rows) | {"missed": np.full(num, -1)}
@@ -546,6 +561,7 @@ class PatchRenderer:
     foreground_share: float
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Rows of (step, epoch, scan, draw) -> the same with their patches; see the top of the class."""
         torch.set_num_threads(1)
         index, records = _records(self.store)
         values = index.label_values

@@ -1,8 +1,12 @@
 """What DICOM objects that hold structures, RTSTRUCT (contours) and SEG (segmentations), say in their headers."""
 
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # comes with pgl_ray[dicom]
+    from pydicom import Dataset
 
 RT_STRUCTURE_SET, SEGMENTATION = "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.5.1.4.1.1.66.4"
 KINDS = (RT_STRUCTURE_SET, SEGMENTATION)
@@ -25,7 +29,7 @@ class Contours(NamedTuple):
     broken: str = ""
 
 
-def summarise(path: Path, header) -> Contours:
+def summarise(path: Path, header: "Dataset") -> Contours:
     """The header of a structure set; damage within it is `broken`, and nothing is raised."""
     try:
         is_seg = str(header.get("SOPClassUID", "")) == SEGMENTATION
@@ -47,7 +51,7 @@ def key_of(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
-def near(name: str, names) -> list[str]:
+def near(name: str, names: Iterable[str]) -> list[str]:
     """Those of `names` that may be meant by a name: they differ in blanks, underscores and the like, or in how their
     bytes were read."""
     return [other for other in names if _letters(other) == _letters(name) and key_of(other) != key_of(name)]
@@ -63,7 +67,7 @@ def _letters(name: str) -> str:
     return "".join(letter for letter in key_of(name) if letter.isalnum())
 
 
-def check_whole(header) -> None:
+def check_whole(header: "Dataset") -> None:
     """Refuses a structure set that is cut off: pydicom leaves out the sequence that the file ends in, or gives those of
     its items that are there. To be called before the sequences are looked at.
 
@@ -78,7 +82,7 @@ def check_whole(header) -> None:
             raise ValueError(f"{len(raw.value)} of {raw.length} bytes of its {sequence}")
 
 
-def _drawn(header) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _drawn(header: "Dataset") -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the ROIs that have closed contours, and of those that have none."""
     check_whole(header)
     names = roi_names(header)
@@ -91,7 +95,7 @@ def _drawn(header) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return found, tuple(dict.fromkeys(name for name in names.values() if name and name not in found))
 
 
-def roi_names(header) -> dict[int | None, str]:
+def roi_names(header: "Dataset") -> dict[int | None, str]:
     """ROI number -> name; "" where several ROIs of different names have one number."""
     found: dict[int | None, str] = {}
     for roi in header.get("StructureSetROISequence") or []:
@@ -108,17 +112,17 @@ def whole(value: Any) -> int | None:
         return None
 
 
-def _segments(header) -> tuple[str, ...]:
+def _segments(header: "Dataset") -> tuple[str, ...]:
     return tuple(dict.fromkeys(segment_names(header).values()))
 
 
-def segment_names(header) -> dict[int | None, str]:
+def segment_names(header: "Dataset") -> dict[int | None, str]:
     """Segment number -> label."""
     segments = header.get("SegmentSequence") or []
     return {whole(one.get("SegmentNumber")): str(one.get("SegmentLabel") or "").strip() for one in segments}
 
 
-def _references(header) -> tuple[frozenset[str], frozenset[str]]:
+def _references(header: "Dataset") -> tuple[frozenset[str], frozenset[str]]:
     """UIDs of the series that structures are drawn on, and of their frames of reference."""
     series, frames = set(), {str(header.get("FrameOfReferenceUID") or "")}
     series |= {str(one.get("SeriesInstanceUID") or "") for one in header.get("ReferencedSeriesSequence") or []}

@@ -82,6 +82,7 @@ class Lock:
             print(f"  no lock on {what} ({self.refused}): take care not to start it twice", flush=True)
 
     def close(self) -> None:
+        """Gives the lock back, if it is held."""
         if self._stand_in:
             self._stand_in.release()
         self.file.close()

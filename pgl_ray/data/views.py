@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +33,9 @@ def generator(seed: int, epoch: int, scan_id: str, draw: int) -> np.random.Gener
     return np.random.default_rng((seed, epoch, _scan_key(scan_id), draw))
 
 
-def uniforms(seed: int, epoch: np.ndarray, scan_ids: Sequence[str], draw: np.ndarray, num: int, of: int = 0):
+def uniforms(
+    seed: int, epoch: np.ndarray, scan_ids: Sequence[str], draw: np.ndarray, num: int, of: int = 0
+) -> np.ndarray:
     """The random numbers of many draws at once; each row depends on its own (seed, epoch, scan, draw) alone.
 
     A counter through splitmix64 (Steele et al. 2014), as `noise`.
@@ -422,18 +424,29 @@ def normalise(voxels: np.ndarray, window: tuple[float, float], mean: float, std:
     return (clipped - np.float32(mean)) / np.float32(max(std, 1.0))
 
 
-def read_padded(reader, box: np.ndarray, fill: int) -> np.ndarray:
+class Stored(Protocol):
+    """An array that boxes are read of, as `data.shard.ArrayReader`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In voxels."""
+
+    def read_boxes(self, boxes: Any, /) -> list[np.ndarray]:
+        """The voxels of each of several boxes, int [3, 2], inside the array."""
+
+
+def read_padded(reader: Stored, box: np.ndarray, fill: int) -> np.ndarray:
     """Reads a box that may reach beyond the array; voxels outside are `fill`.
 
     Args:
-        reader: an object with `shape` and `read_boxes(boxes)` (data.shard.ArrayReader).
+        reader: of the array.
         box: int [3, 2].
         fill: value outside.
     """
     return read_all_padded(reader, [box], fill)[0]
 
 
-def read_all_padded(reader, boxes: Sequence[np.ndarray], fill: int) -> list[np.ndarray]:
+def read_all_padded(reader: Stored, boxes: Sequence[np.ndarray], fill: int) -> list[np.ndarray]:
     """`read_padded` of several boxes in one go: what they share is read once."""
     boxes = [np.asarray(box).tolist() for box in boxes]  # a crop's few numbers are quicker in plain Python
     insides = [

@@ -17,6 +17,7 @@ from pgl_ray.judge.readings import AIR, StandardisedMaps
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import organ_metrics
 from pgl_ray.model.segmenter import LightDecoder, light_levels
+from pgl_ray.prior import triple
 
 STEPS, BATCH, LR = 450, 4, 3e-3
 JITTER = 8  # voxels by which a part's middle is moved from a voxel of an organ
@@ -80,12 +81,12 @@ def train_decoder(
         raise ValueError("no organ occurs in the labelled scans to learn from: raise num_scans or choose another seed")
     rng, device = np.random.default_rng((seed, 2)), next(encoder.parameters()).device
     levels = light_levels(encoder.strides)
-    channels, strides = ([values[level] for level in levels] for values in (encoder.channels, encoder.strides))
+    channels, strides = [encoder.channels[i] for i in levels], [encoder.strides[i] for i in levels]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = LightDecoder(channels, strides, len(scans[0].labelled)).to(device).train()
     maps = [read_maps(encoder, scan, size) for scan in scans]
-    size = tuple(int(-(-length // by) * by) for length, by in zip(size, strides[-1]))
+    size = triple(int(-(-length // by) * by) for length, by in zip(size, strides[-1]))
     adamw = torch.optim.AdamW(decoder.parameters(), LR)
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: (1 - step / steps) ** 0.9)
     for _ in range(steps):
@@ -102,7 +103,11 @@ def train_decoder(
 
 
 def draw_part(
-    rng: np.random.Generator, scan: LabelledScan, maps: list[Tensor], strides: list[tuple], size: tuple[int, int, int]
+    rng: np.random.Generator,
+    scan: LabelledScan,
+    maps: list[Tensor],
+    strides: list[tuple[int, int, int]],
+    size: tuple[int, int, int],
 ) -> tuple[list[Tensor], np.ndarray, np.ndarray]:
     """A part of a scan around a voxel of a random organ; what lies beyond the scan is 0 in maps and background.
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import pairwise, product
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 SCALE = 2  # a window's size as a multiple of the training views': what lies near its border sees too little
 
@@ -16,14 +17,25 @@ def window_size(size: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[
     return tuple(int(-(-SCALE * length // (2 * by)) * 2 * by) for length, by in zip(size, np.max(np.array(strides), 0)))
 
 
+class GivesMaps(Protocol):
+    """An encoder: its maps of [N, 1, D, H, W], finest first, and their output strides (D, H, W)."""
+
+    @property
+    def strides(self) -> Sequence[tuple[int, int, int]]:
+        """Voxels of the input per cell, of each map."""
+
+    def __call__(self, x: Tensor, /) -> list[Tensor]:
+        """The maps."""
+
+
 @torch.no_grad()
 def dense_maps(
-    encoder: nn.Module, volume: Tensor, size: Sequence[int], levels: Sequence[int], air: float
+    encoder: GivesMaps, volume: Tensor, size: Sequence[int], levels: Sequence[int], air: float
 ) -> list[Tensor]:
     """Maps of a whole scan, each cell from the window whose middle is nearest; a scan that fits one window is one pass.
 
     Args:
-        encoder: gives maps; `strides` per map.
+        encoder: on the volume's device.
         volume: [D, H, W] z-scored voxels, on the device to compute on.
         size: of the training views.
         levels: numbers of the maps that are wanted.
@@ -38,15 +50,15 @@ def dense_maps(
     whole = window + -(-np.maximum(np.array(volume.shape) - window, 0) // coarse) * coarse
     pad = [n for axis in (2, 1, 0) for n in (0, int(whole[axis] - volume.shape[axis]))]
     volume = F.pad(volume, pad, value=air)
-    found: list[Tensor | None] = [None] * len(levels)
+    found: list[Tensor] = []
     for parts in product(*(_windows(int(n), int(w), int(c)) for n, w, c in zip(whole, window, coarse))):
         box = tuple(slice(start, start + int(w)) for (start, _, _), w in zip(parts, window))
         maps = encoder(volume[box][None, None])
         for number, (level, stride) in enumerate(zip(levels, strides)):
             one = maps[level][0].half()
-            if found[number] is None:
+            if number == len(found):  # the first window
                 cells = [n // s for n, s in zip(volume.shape, stride)]
-                found[number] = one.new_empty(len(one), *cells)
+                found.append(one.new_empty(len(one), *cells))
             own = tuple(slice(first // s, last // s) for (_, first, last), s in zip(parts, stride))
             inside = tuple(slice((a - start) // s, (b - start) // s) for (start, a, b), s in zip(parts, stride))
             found[number][(slice(None), *own)] = one[(slice(None), *inside)]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pgl_ray.data.ct import Scan
 from pgl_ray.data.facts import disagreements
-from pgl_ray.data.place import open_place
+from pgl_ray.data.place import Folder
 from pgl_ray.data.plausible import LabelMap
 from pgl_ray.data.scans import ScanFile, StoredScan
 from pgl_ray.data.store import foreground_box
@@ -98,7 +98,7 @@ def write_dense(
     """
     said = {"scan_id": scan.scan_id, "source": scan.source, "scan_shape": list(seen.voxels.shape)}
     said |= {"spacing_mm": list(seen.spacing_mm), "affine": seen.affine.tolist(), **hashes}
-    with open_place(folder).replaced(f"dense/{scan.scan_id}.zarr") as place:
+    with Folder(folder.absolute()).replaced(f"dense/{scan.scan_id}.zarr") as place:
         group = zarr.open_group(str(place.root), mode="w", zarr_format=3, attributes={"pgl_ray": said})
         for one in maps:
             values = one.values.cpu().numpy()

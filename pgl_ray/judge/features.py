@@ -17,10 +17,11 @@ from pgl_ray.data.resample import resample
 from pgl_ray.data.store import foreground_box, statistics
 from pgl_ray.data.views import generator, normalise, read_padded, render, sample_prior
 from pgl_ray.judge.dense import dense_maps
-from pgl_ray.judge.readings import AIR, NUM_VIEWS, body_points, norms, read_as
+from pgl_ray.judge.readings import AIR, NUM_VIEWS, StandardisedMaps, body_points, norms, read_as
 from pgl_ray.judge.voxels import read_map
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
+from pgl_ray.prior import triple
 
 BODY_MM = 4.0  # between the points of the body that a map is pooled over
 
@@ -81,12 +82,14 @@ class ScanEncoder:
         size: tuple[int, int, int],
     ):
         self.init, self.network = init, network.eval().requires_grad_(False)
-        self.hu_window, self.facts, self.size = tuple(hu_window), facts, tuple(size)
+        low, high = hu_window
+        self.hu_window, self.facts, self.size = (low, high), facts, triple(size)
         first = ["stem"] if isinstance(network, Encoder) else []
         kind = "layer" if first else "stage"
         num = network.last + 1 - len(first)
         self.names = (*first, *(f"{kind}{i}" for i in range(1, num + 1)))
-        self.reading, self.views = "trained" if norms(network) else "none", None
+        self.reading = "trained" if norms(network) else "none"
+        self.views: Tensor | None = None
 
     def reestimated(self, views: Tensor) -> "ScanEncoder":
         """The same with BatchNorm's statistics of unlabelled views, [N, 1, D, H, W], as the judges have it."""
@@ -98,7 +101,8 @@ class ScanEncoder:
 
     def statistics(self) -> dict[str, np.ndarray]:
         """BatchNorm's mean, variance and number of batches, by their names in the network."""
-        own, found = set(map(id, norms(self.network))), {}
+        own = set(map(id, norms(self.network)))
+        found: dict[str, np.ndarray] = {}
         for name, part in self.network.named_modules():
             if id(part) in own:
                 found |= {f"{name}.{key}": one.cpu().numpy() for key, one in part.named_buffers(recurse=False)}
@@ -125,7 +129,7 @@ class ScanEncoder:
     def spacing_mm(self) -> tuple[float, float, float] | None:
         """Voxel size (D, H, W) of the training scans, their median; none: not known."""
         known = self.facts.get("resampled_mm") or (self.facts.get("spacing_mm") or [None] * 3)[1]
-        return known and tuple(float(length) for length in known)
+        return triple(float(length) for length in known) if known else None
 
     def levels(self, names: Sequence[str]) -> list[int]:
         """Numbers of maps by their names; none named: the last.
@@ -159,7 +163,9 @@ class ScanEncoder:
         return found
 
 
-def scan_maps(network: torch.nn.Module, encoder: ScanEncoder, scan: Scan, levels: list[int]) -> list[Tensor]:
+def scan_maps(
+    network: Encoder | ResEncoder | StandardisedMaps, encoder: ScanEncoder, scan: Scan, levels: list[int]
+) -> list[Tensor]:
     """Maps of a whole scan, float16 [C, d, h, w] each.
 
     Args:
@@ -208,7 +214,7 @@ def pooled(scan: Scan, maps: Sequence[FeatureMap]) -> np.ndarray:
 def at_spacing(scan: Scan, spacing_mm: tuple[float, float, float]) -> Scan:
     """A scan resampled to a voxel size (D, H, W)."""
     voxels, _, affine = resample(scan.voxels, None, scan.affine, spacing_mm)
-    spacing = tuple(float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
+    spacing = triple(float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
     return replace(scan, voxels=voxels, affine=affine, spacing_mm=spacing)
 
 

@@ -77,18 +77,21 @@ class Judges:
         check_number(test, config, judges)
         self.notes = voxels.shortcomings(self.probe, index, config)
         unlabelled = [scan for scan in index.scans if scan.split == config.split]
-        self.views = readings.unlabelled_views(index, unlabelled, config.size, config.seed)
+        self.size = voxels.window_size(config)
+        self.views = readings.unlabelled_views(index, unlabelled, self.size, config.seed)
         both = "decoder" in judges, "matching" in judges
         self.train = [decoder.LabelledScan(index, scan) for scan in train] if both[0] else []
         self.test = [decoder.LabelledScan(index, scan) for scan in test] if any(both) else []
-        self.names = [voxels.BACKGROUND, *sorted(index.labels, key=index.labels.get)]
+        self.names = [voxels.BACKGROUND, *sorted(index.labels, key=lambda name: index.labels[name])]
         if any(both) and not any(scan.voxels for scan in self.test):
             raise ValueError(
                 f"judges={','.join(judges)}: no organ occurs in the {len(test)} scans to test on: raise num_test_scans="
                 f"{config.num_test_scans}, or choose another test_split than {config.test_split!r}"
             )
 
-    def judge(self, encoder: Encoder | ResEncoder, reading: str, only: tuple[str, ...] = JUDGES) -> dict[str, Score]:
+    def judge(
+        self, encoder: Encoder | ResEncoder, reading: readings.Reading, only: tuple[str, ...] = JUDGES
+    ) -> dict[str, Score]:
         """What every judge says of one reading of an encoder, which is left as it is.
 
         Args:
@@ -111,7 +114,7 @@ class Judges:
             found["matching"] = self._matching(maps)
         return found
 
-    def maps(self, encoder: Encoder | ResEncoder, reading: str) -> readings.StandardisedMaps:
+    def maps(self, encoder: Encoder | ResEncoder, reading: readings.Reading) -> readings.StandardisedMaps:
         """The maps of one reading, those that decoder and matching see."""
         return readings.StandardisedMaps(readings.read_as(encoder, reading, self.views), self.views)
 
@@ -127,7 +130,7 @@ class Judges:
         return Score(score.balanced_accuracy, _bounds(drawn), details, drawn)
 
     def _decoder(self, maps: readings.StandardisedMaps) -> Score:
-        seeds, size = range(self.config.seed, self.config.seed + self.num_seeds), self.config.size
+        seeds, size = range(self.config.seed, self.config.seed + self.num_seeds), self.size
         decoders = [decoder.train_decoder(maps, self.train, size, seed) for seed in seeds]
         rows = decoder.score_decoder(maps, decoders, self.test, self.names, size)
         together = mean_rows(rows)
@@ -138,18 +141,18 @@ class Judges:
         return Score(summary["dice"], _bounds(drawn), details, drawn)
 
     def _matching(self, maps: readings.StandardisedMaps) -> Score:
-        rows = matching.organ_errors(maps, self.test, self.names, self.config.size)
+        rows = matching.organ_errors(maps, self.test, self.names, self.size)
         if not rows:
             raise ValueError("judges=matching: no organ occurs in two of the test scans: raise num_test_scans")
-        moved = matching.deformation_errors(maps, self.test, self.config.size, self.config.seed)
-        details = {"organs": matching.by_organ(rows), "deformed_mm": matching.median_error(moved) if moved else None}
-        details["rows"] = by_target(rows)
+        moved = matching.deformation_errors(maps, self.test, self.size, self.config.seed)
+        deformed_mm = matching.median_error(moved) if moved else None
+        details = {"organs": matching.by_organ(rows), "deformed_mm": deformed_mm, "rows": by_target(rows)}
         drawn = drawn_medians(rows, self.config.seed)
         return Score(matching.median_error(rows), _bounds(drawn), details, drawn)
 
     def body_box_mm(self) -> float:
         """Median matching error of the place in the body's box, which needs no encoder."""
-        return matching.median_error(matching.organ_errors(None, self.test, self.names, self.config.size))
+        return matching.median_error(matching.organ_errors(None, self.test, self.names, self.size))
 
 
 def check_number(test: list[ScanRecord], config: ProbeSettings, judges: tuple[str, ...]) -> None:
@@ -235,8 +238,8 @@ class Standing:
         low_is = max(lows, key=lambda name: sign * lows[name].value)
         low, other = lows[low_is].value, lows[low_is].drawn
         paired = None if score.drawn is None or other is None else sign * (score.drawn - other)
-        room = None if high is None else sign * (high - low)
-        closed = (value - low) / (high - low) if room is not None and room >= LEAST_ROOM[judge] else None
+        has_room = high is not None and sign * (high - low) >= LEAST_ROOM[judge]
+        closed = (value - low) / (high - low) if high is not None and has_room else None
         return cls(low, low_is, sign * (value - low), _bounds(paired), high, closed)
 
     @property
@@ -267,12 +270,12 @@ class Standing:
         return f"{'ahead of' if self.is_ahead else 'behind'} {other} by {self.by(judge)}"
 
     def by(self, judge: str) -> str:
-        """The difference and its interval; a deficit is turned round, and what may be either is signed."""
-        values, sign = [self.ahead, *self.ahead_ci95], "+" if self.is_ahead is None else ""
+        """The difference, and its interval if it has one; a deficit is turned round, what may be either is signed."""
+        values, sign = [self.ahead, *(self.ahead_ci95 or [])], "+" if self.is_ahead is None else ""
         if self.is_ahead is False:
-            values = [-self.ahead, -self.ahead_ci95[1], -self.ahead_ci95[0]]
-        ahead, low, high = (_number(judge, value, sign) for value in values)
-        return f"{ahead} (95 % interval {low} to {high})"
+            values = [-self.ahead, *(-bound for bound in reversed(self.ahead_ci95 or []))]
+        ahead, *bounds = (_number(judge, value, sign) for value in values)
+        return f"{ahead} (95 % interval {' to '.join(bounds)})" if bounds else ahead
 
 
 def answer(name: str, standing: dict[str, Standing], values: dict[str, float]) -> str:

@@ -105,15 +105,18 @@ def organ_errors(
         A row per ordered pair of scans and organ that both have: source, target, organ, error_mm, and found_mm, the
         place that was found along the target's own axes.
     """
-    grids, queries, organs = [], [], [centroids(scan, names) for scan in scans]
+    grids: list[Points] = []
+    queries: list[Points] = []
+    organs = [centroids(scan, names) for scan in scans]
     for scan, own in zip(scans, organs):
         voxels = body_points(scan.volume, scan.record.spacing_mm, GRID_MM)
         asked = np.array(list(own.values()), np.int64).reshape(-1, 3)
         if maps is None:
-            grids, queries = [*grids, box_points(scan, voxels)], [*queries, box_points(scan, asked)]
-            continue
-        grid, query = read_points(maps, scan, scan.volume, [voxels, asked], size)
-        grids, queries = [*grids, grid], [*queries, query]
+            grid, query = box_points(scan, voxels), box_points(scan, asked)
+        else:
+            grid, query = read_points(maps, scan, scan.volume, [voxels, asked], size)
+        grids.append(grid)
+        queries.append(query)
     rows = []
     for target, grid, theirs in zip(scans, grids, organs):
         for source, query, ours in zip(scans, queries, organs):

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pgl_ray.config import CropConfig, FailedRun
 from pgl_ray.data.store import BODY_HU, Index, ScanRecord, open_volume
 from pgl_ray.data.views import generator, read_padded, render, sample_prior
+from pgl_ray.model.device import Net
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 
@@ -61,7 +62,7 @@ def norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 @torch.no_grad()
-def read_as(encoder: nn.Module, reading: Reading, views: Tensor) -> nn.Module:
+def read_as(encoder: Net, reading: Reading, views: Tensor) -> Net:
     """A copy of an encoder in eval mode, its BatchNorm in one of three states.
 
     Args:
@@ -89,7 +90,7 @@ def read_as(encoder: nn.Module, reading: Reading, views: Tensor) -> nn.Module:
     return encoder.eval()
 
 
-def _alone(encoder: nn.Module) -> nn.Module:
+def _alone(encoder: Net) -> Net:
     """The same with BatchNorm in the place of SyncBatchNorm, which would wait for workers that do not judge."""
     for parent in list(encoder.modules()):
         for name, part in list(parent.named_children()):
@@ -168,9 +169,8 @@ class StandardisedMaps(nn.Module):
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         self.last, num = encoder.last, encoder.last + 1
-        self.strides, self.centers, self.channels = (
-            part[:num] for part in (encoder.strides, encoder.centers, encoder.channels)
-        )
+        self.strides, self.centers = encoder.strides[:num], encoder.centers[:num]
+        self.channels = encoder.channels[:num]
         device = next(encoder.parameters()).device
         found = [[one.flatten(2) for one in self.plain(few.to(device))] for few in views.split(AT_A_TIME)]
         self.scaling = []

@@ -20,6 +20,7 @@ from pgl_ray.judge.features import ScanEncoder, scan_maps, views_of
 from pgl_ray.judge.matching import GRID_MM
 from pgl_ray.judge.readings import StandardisedMaps, body_points
 from pgl_ray.judge.voxels import read_map
+from pgl_ray.prior import triple
 
 MOST = 127  # of an 8-bit feature
 CLIPPED = 5e-4  # share of the features, the largest ones, that become MOST
@@ -114,7 +115,7 @@ def encode(encoder: ScanEncoder, scans: Sequence[Scan], names: Sequence[str] = (
     standard = StandardisedMaps(encoder.network, views)
     found = [[one.cpu() for one in scan_maps(standard, encoder, scan, levels)] for scan in scans]
     scales = [_scale([maps[k] for maps in found]) for k in range(len(levels))]
-    strides, centers = ([part[level] for level in levels] for part in (standard.strides, standard.centers))
+    strides, centers = [standard.strides[i] for i in levels], [standard.centers[i] for i in levels]
     codes = []
     for scan, maps in zip(scans, found):
         whole = [(one.float() * by).round().clamp(-MOST, MOST).to(torch.int8).numpy() for one, by in zip(maps, scales)]
@@ -138,7 +139,7 @@ def grid_points(scan: Scan) -> tuple[np.ndarray, tuple[int, int, int]]:
     Raises:
         ValueError: the scan is thinner than half a step of the grid.
     """
-    step = tuple(max(1, round(GRID_MM / length)) for length in scan.spacing_mm)
+    step = triple(max(1, round(GRID_MM / length)) for length in scan.spacing_mm)
     size = [len(range(by // 2, n, by)) for by, n in zip(step, scan.voxels.shape)]
     if 0 in size:
         raise ValueError(f"a scan of {scan.voxels.shape} voxels (D, H, W) is too thin to be searched on a grid of 8 mm")

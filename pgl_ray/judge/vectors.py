@@ -65,7 +65,8 @@ def read_table(path: Path) -> tuple[list[dict], dict[str, Any]]:
 
 def read_earlier(folder: Path, told: dict[str, Any]) -> tuple[dict[str, dict], list[str]]:
     """Rows by scan_id of a folder's table and parts whose vectors are of the same kind, and what cannot be read."""
-    found, faults = {}, []
+    found: dict[str, dict] = {}
+    faults = []
     for path in [folder / TABLE, *sorted((folder / PARTS).glob("*.parquet"))]:
         if not path.exists():
             continue

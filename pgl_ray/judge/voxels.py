@@ -15,6 +15,7 @@ from torch import Tensor
 from pgl_ray.config import FailedRun, ProbeSettings
 from pgl_ray.data.store import BODY_HU, Index, ScanRecord, class_lookup, open_label, open_volume
 from pgl_ray.data.views import generator, normalise
+from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 
 BACKGROUND = "background"
@@ -54,7 +55,7 @@ class VoxelProbe:
         Raises:
             ValueError: no labelled scans, or too few to tell two classes apart.
         """
-        self.names = {0: BACKGROUND} | dict(enumerate(sorted(index.labels, key=index.labels.get), 1))
+        self.names = {0: BACKGROUND} | dict(enumerate(sorted(index.labels, key=lambda name: index.labels[name]), 1))
         self.scans = choose_scans(index, config)
         self.train, self.test = ([read_sample(index, scan, config) for scan in scans] for scans in self.scans)
         shown = {k for sample in self.train for k in sample.classes.tolist()}
@@ -67,7 +68,7 @@ class VoxelProbe:
         asked = {k for sample in self.test for k in sample.classes.tolist()}
         self.never_shown = [self.names[k] for k in sorted(asked - shown)]
 
-    def features(self, encoder: Encoder) -> list[list[tuple[Tensor, Tensor]]]:
+    def features(self, encoder: Encoder | ResEncoder) -> list[list[tuple[Tensor, Tensor]]]:
         """Features and classes of the drawn voxels, of training and test scans, by scan; see `scan_features`.
 
         Args:
@@ -163,17 +164,29 @@ class Sample(NamedTuple):
     scaling: tuple
 
 
+def window_size(config: ProbeSettings) -> tuple[int, int, int]:
+    """The window that the encoder sees, voxels (D, H, W).
+
+    Raises:
+        ValueError: it is still left to the views of the training.
+    """
+    if config.size is None:
+        raise ValueError("size=null: give the window that the encoder sees, e.g. size=[16,96,96]")
+    return config.size
+
+
 def read_sample(index: Index, scan: ScanRecord, config: ProbeSettings) -> Sample:
     """Reads a scan and draws its voxels; a scan smaller than a window is continued by the lowest HU."""
     whole = np.array([(0, size) for size in scan.shape])
     volume = open_volume(index.store, scan).read(whole)
     drawn = draw_voxels(index, scan, volume, open_label(index.store, scan).read(whole), config)
-    short = [(0, max(0, size - length)) for size, length in zip(config.size, volume.shape)]
+    size = window_size(config)
+    short = [(0, max(0, least - length)) for least, length in zip(size, volume.shape)]
     volume = np.pad(volume, short, constant_values=int(index.hu_window[0]))
-    return Sample(volume, *drawn, config.size, (index.hu_window, scan.mean_hu, scan.std_hu))
+    return Sample(volume, *drawn, size, (index.hu_window, scan.mean_hu, scan.std_hu))
 
 
-def scan_features(encoder: Encoder, sample: Sample) -> tuple[Tensor, Tensor]:
+def scan_features(encoder: Encoder | ResEncoder, sample: Sample) -> tuple[Tensor, Tensor]:
     """Features and classes of the voxels drawn from one scan.
 
     The scan is covered by windows that overlap by half; a voxel is read in the window whose centre is nearest.
@@ -186,8 +199,8 @@ def scan_features(encoder: Encoder, sample: Sample) -> tuple[Tensor, Tensor]:
     starts, window_of = assign_windows(voxels, volume.shape, size)
     features = torch.empty(len(voxels), sum(encoder.channels[: encoder.last + 1]), device=device)
     for number, start in enumerate(starts):
-        crop = volume[tuple(slice(s, s + length) for s, length in zip(start, size))]
-        crop = torch.from_numpy(normalise(crop, *scaling)).to(device)
+        part = volume[tuple(slice(s, s + length) for s, length in zip(start, size))]
+        crop = torch.from_numpy(normalise(part, *scaling)).to(device)
         inside = np.flatnonzero(window_of == number)
         point = torch.from_numpy(voxels[inside] - start + 0.5).to(device)  # the voxel's middle, window edge coordinates
         with torch.no_grad():

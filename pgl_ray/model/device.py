@@ -3,8 +3,8 @@
 import ctypes
 import math
 import time
-from collections.abc import Iterable, Iterator, Set
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Set
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # MONAI's import would cost every process of a run five secon
     from pgl_ray.model.resenc import ResEncoder
     from pgl_ray.model.resnet import Encoder
 
+Net = TypeVar("Net", bound=nn.Module)
+Moment = float | torch.cuda.Event  # as the host's clock or the device's stream has it
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
@@ -60,13 +62,13 @@ def keep_freed_memory() -> bool:
     return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 2**26)])
 
 
-def lay_out(net: nn.Module, device: torch.device) -> nn.Module:
+def lay_out(net: Net, device: torch.device) -> Net:
     """A network on a device; on CUDA with channels last, the layout of the tensor cores' 3D convolutions, of which the
     fastest are found by trying: the sizes never change."""
     if device.type != "cuda":
         return net.to(device)
     torch.backends.cudnn.benchmark = True
-    return net.to(device, memory_format=torch.channels_last_3d)
+    return net.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload] # torch's stubs lack it
 
 
 def compiled(model: nn.Module, device: torch.device, mode: str, world: int = 1) -> nn.Module:
@@ -113,17 +115,17 @@ def recompute(encoder: "Encoder | ResEncoder") -> None:
     for stage in encoder.running_stages():
         for part in stage.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                part.momentum = 1 - math.sqrt(1 - part.momentum)
-        stage.forward = _Recomputed(stage.forward)
+                part.momentum = part.momentum and 1 - math.sqrt(1 - part.momentum)  # none: a mean of all batches
+        stage.forward = _Recomputed(stage.forward)  # type: ignore[method-assign] # so the weights keep their names
 
 
 class _Recomputed:
     """A forward function whose intermediate results are not kept where gradients are wanted."""
 
-    def __init__(self, forward):
+    def __init__(self, forward: Callable[[Tensor], Tensor]):
         self.forward = forward
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> Tensor:
         return checkpoint(self.forward, x, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -143,13 +145,13 @@ class Batches:
         """
         self.source, self.device, self.stay = source, device, stay
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.waits: list[tuple] = []  # when each was asked for, and when it was there, as the device sees it
+        self.waits: list[tuple[Moment, Moment]] = []  # asked for, there: as the device sees it
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         asked = self._now()
         for batch in self.source:
             if self.copies is not None:
-                batch = self._copied(batch)
+                batch = self._copied(batch, self.copies)
             self.waits.append((asked, self._now()))
             yield batch
             asked = self._now()
@@ -160,29 +162,40 @@ class Batches:
         On a GPU between two events of its own: a host that waits for a batch while the device is busy costs nothing.
         """
         waits, self.waits = self.waits, []
-        if self.copies is None:
-            return sum(there - asked for asked, there in waits)
-        for _, there in waits[-1:]:
-            there.synchronize()
-        return sum(asked.elapsed_time(there) for asked, there in waits) / 1000
+        _wait_for(waits[-1:])
+        return sum(_seconds(*wait) for wait in waits)
 
-    def _now(self):
+    def _now(self) -> Moment:
         if self.copies is None:
             return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def _copied(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        for _, there in self.waits[-1:]:
-            there.synchronize()  # the step before the last is done
+    def _copied(self, batch: dict[str, Tensor], copies: torch.cuda.Stream) -> dict[str, Tensor]:
+        _wait_for(self.waits[-1:])  # the step before the last is done
         compute = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self.copies):
+        with torch.cuda.stream(copies):
             moved = {
                 name: column if name in self.stay else column.to(self.device, non_blocking=True)
                 for name, column in batch.items()
             }
-        compute.wait_stream(self.copies)
+        compute.wait_stream(copies)
         for name in moved.keys() - self.stay:
             moved[name].record_stream(compute)  # its memory is not reused before it is computed with
         return moved
+
+
+def _wait_for(waits: list[tuple[Moment, Moment]]) -> None:
+    """Until the device has come to where these ended."""
+    for _, there in waits:
+        if isinstance(there, torch.cuda.Event):
+            there.synchronize()
+
+
+def _seconds(asked: Moment, there: Moment) -> float:
+    if isinstance(asked, torch.cuda.Event) and isinstance(there, torch.cuda.Event):
+        return asked.elapsed_time(there) / 1000
+    if isinstance(asked, float) and isinstance(there, float):
+        return there - asked
+    raise TypeError("one moment is the host's, the other the device's")

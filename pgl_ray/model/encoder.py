@@ -1,5 +1,6 @@
 """Which encoder a config asks for."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pgl_ray.model.resenc import ResEncoder
@@ -8,7 +9,7 @@ from pgl_ray.model.resnet import Encoder
 
 def build_encoder(
     kind: Literal["resnet", "resenc"] = "resnet",
-    depths: tuple[int, ...] = (3, 4, 6, 3),
+    depths: Sequence[int] = (3, 4, 6, 3),
     width: int = 64,
     stage_strides: Literal["early", "late"] = "early",
 ) -> Encoder | ResEncoder:

@@ -24,7 +24,12 @@ class Genesis(nn.Module):
 
         Args:
             pair: with `deformed_1` and `deformed_2`.
+
+        Raises:
+            ValueError: it has none.
         """
+        if pair.deformed_1 is None or pair.deformed_2 is None:
+            raise ValueError("Models Genesis restores deformed views: the batch has no deformed_1 and deformed_2")
         restored = self.online(torch.cat([pair.deformed_1, pair.deformed_2]))
         return Output((restored.float() - pair.views).square().mean())
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pgl_ray.model import device as on
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
+from pgl_ray.prior import triple
 
 SUM_BYTES = 4 * 2**30  # of the sums of logits held at once; what needs more is done in several strips of rows
 
@@ -58,7 +59,7 @@ def segment(
     device = next(model.parameters()).device
     try:
         with on.autocast(device, precision):
-            return _segment(model, volume, tuple(patch_size), task, air, overlap, batch_size, flips)
+            return _segment(model, volume, triple(patch_size), task, air, overlap, batch_size, flips)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
@@ -176,8 +177,8 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _mean_over_flips(model: Segmenter | LightSegmenter, x: Tensor) -> Tensor:
-    total = 0
-    for axes in chain.from_iterable(combinations((2, 3, 4), num) for num in range(4)):
+    total = model(x).float()
+    for axes in chain.from_iterable(combinations((2, 3, 4), num) for num in range(1, 4)):
         total = total + model(x.flip(axes)).flip(axes).float()
     return total / 8
 

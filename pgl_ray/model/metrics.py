@@ -244,4 +244,5 @@ def _means(values: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def percentile_bounds(drawn: np.ndarray) -> list[float]:
+    """[low, high] of the middle 95 % of bootstrap draws; NaN among them are left out."""
     return [float(bound) for bound in np.nanpercentile(drawn, (2.5, 97.5))]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pgl_ray.model.losses import local_consistency_loss
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
-from pgl_ray.prior import Geometry, clamped_bins, interpolation_matrices, overlap_box
+from pgl_ray.prior import Axes, Geometry, clamped_bins, interpolation_matrices, overlap_box, triple
 
 
 class Pair(NamedTuple):
@@ -53,10 +53,12 @@ class Pair(NamedTuple):
 
     @property
     def boxes(self) -> Tensor:
+        """[2N, 3, 2], scan frame."""
         return torch.cat([self.box_1, self.box_2])
 
     @property
     def flips(self) -> Tensor:
+        """bool [2N, 3]."""
         return torch.cat([self.flip_1, self.flip_2])
 
     @property
@@ -114,7 +116,7 @@ def feature_geometry(
     Raises:
         ValueError: no map of that stride, or the view size is no multiple of it.
     """
-    strides = tuple(output_stride)
+    strides = triple(output_stride)
     if strides not in encoder.strides:
         possible = ", ".join(str(list(found)) for found in dict.fromkeys(encoder.strides))
         raise ValueError(
@@ -124,11 +126,11 @@ def feature_geometry(
     if any(size % stride for size, stride in zip(view_size, strides, strict=True)):
         raise ValueError(f"views.size={tuple(view_size)} must be a multiple of the output stride {strides}")
     level = max(i for i, found in enumerate(encoder.strides) if found == strides)
-    center = encoder.centers[level] if centers == "receptive_field" else tuple(stride / 2 for stride in strides)
-    return level, Geometry(tuple(view_size), strides, tuple(center), sampling_ratio)
+    center = encoder.centers[level] if centers == "receptive_field" else triple(stride / 2 for stride in strides)
+    return level, Geometry(triple(view_size), strides, triple(center), sampling_ratio)
 
 
-def align(features: Tensor, matrices: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def align(features: Tensor, matrices: Axes) -> Tensor:
     """Reads a feature map at a region's bins, one contraction per axis, in float32 or above.
 
     Args:

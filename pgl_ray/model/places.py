@@ -6,7 +6,7 @@ also met by features that name the scan and not the place, and on one coarse map
 
 import copy
 from itertools import product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,9 @@ class Objective(NamedTuple):
         displacement: weight of the displacement regression; 0: none.
     """
 
-    kind: str = "contrast"
+    kind: Literal["consistency", "contrast"] = "contrast"
     temperature: float = 0.1
-    negatives: str = "pair"
+    negatives: Literal["pair", "batch"] = "pair"
     num_bins: int = 64
     displacement: float = 0.0
 
@@ -89,11 +89,12 @@ class PlacesPgl(nn.Module):
         with torch.no_grad():
             target_maps = self.target["encoder"](views)
         losses = []
-        for number, (level, geometry) in enumerate(self.maps):
+        heads = zip(self.online["projector"].children(), self.predictor, self.target["projector"].children())
+        for number, ((level, geometry), (projector, predictor, target)) in enumerate(zip(self.maps, heads)):
             at = bin_coordinates(pair, geometry, drawn_bins(pair, geometry, self.objective.num_bins))
-            query = self.predictor[number](self.online["projector"][number](read_at(maps[level], at)))
+            query = predictor(projector(read_at(maps[level], at)))
             with torch.no_grad():
-                key = self.target["projector"][number](read_at(target_maps[level], at))
+                key = target(read_at(target_maps[level], at))
             (query_1, query_2), (key_1, key_2) = query.flatten(2).chunk(2), key.flatten(2).chunk(2)
             loss = (self._compare(query_1, key_2) + self._compare(query_2, key_1)) / 2
             if self.objective.displacement:
@@ -162,7 +163,7 @@ def read_at(features: Tensor, at: Tensor) -> Tensor:
     sizes = torch.tensor(features.shape[2:], device=at.device)
     low = at.long()
     high, share = torch.minimum(low + 1, sizes - 1), at - low
-    flat, found = features.flatten(2), 0.0
+    flat, found = features.flatten(2), torch.zeros((), device=features.device)
     for corner in product((0, 1), repeat=3):
         upper = torch.tensor(corner, device=at.device, dtype=torch.bool)
         d, h, w = torch.where(upper, high, low).unbind(-1)

@@ -1,8 +1,11 @@
 """nnU-Net's residual encoder (ResEnc, Isensee et al. 2024), with the keys of dynamic_network_architectures."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from torch import Tensor, nn
+
+from pgl_ray.prior import triple
 
 
 class ResEncoder(nn.Module):
@@ -23,7 +26,14 @@ class ResEncoder(nn.Module):
             it; the centre is the mean of both, as if they weighed alike.
     """
 
-    def __init__(self, depths: tuple[int, ...] = (1, 3, 4, 6, 6, 6), width: int = 32):
+    settings: dict[str, Any]
+    stage_strides: Literal["early"]
+    last: int
+    channels: tuple[int, ...]
+    strides: tuple[tuple[int, int, int], ...]
+    centers: tuple[tuple[float, float, float], ...]
+
+    def __init__(self, depths: Sequence[int] = (1, 3, 4, 6, 6, 6), width: int = 32):
         """
         Args:
             depths: blocks per stage.
@@ -34,22 +44,21 @@ class ResEncoder(nn.Module):
         self.steps = tuple([(1, 1, 1), (1, 2, 2), *[(2, 2, 2)] * (len(depths) - 2)][: len(depths)])
         self.settings = {"kind": "resenc", "depths": list(depths), "width": width, "stage_strides": "early"}
         self.stage_strides, self.last = "early", len(depths) - 1
-        self.stem = nn.Module()
-        self.stem.convs = nn.Sequential(ConvNorm(1, width, 3))
+        self.stem = Stem(width)
         stages = []
         for i, (depth, step) in enumerate(zip(depths, self.steps)):
             before = self.channels[max(0, i - 1)]
             blocks = [Block(before, self.channels[i], step)]
             blocks += [Block(self.channels[i], self.channels[i], (1, 1, 1)) for _ in range(depth - 1)]
-            stages.append(nn.Module())
-            stages[-1].blocks = nn.Sequential(*blocks)
+            stages.append(Stage(blocks))
         self.stages = nn.ModuleList(stages)
-        stride, center, self.strides, self.centers = (1, 1, 1), (0.5, 0.5, 0.5), [], []
+        stride, center, strides, centers = (1, 1, 1), (0.5, 0.5, 0.5), [], []
         for step in self.steps:
-            center = tuple(c + s * (n - 1) / 4 for c, s, n in zip(center, stride, step))
-            stride = tuple(s * n for s, n in zip(stride, step))
-            self.strides.append(stride), self.centers.append(center)
-        self.strides, self.centers = tuple(self.strides), tuple(self.centers)
+            center = triple(c + s * (n - 1) / 4 for c, s, n in zip(center, stride, step))
+            stride = triple(s * n for s, n in zip(stride, step))
+            strides.append(stride)
+            centers.append(center)
+        self.strides, self.centers = tuple(strides), tuple(centers)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Feature maps, finest first.
@@ -67,9 +76,9 @@ class ResEncoder(nn.Module):
             maps.append(x)
         return maps
 
-    def running_stages(self) -> list[nn.Module]:
+    def running_stages(self) -> list[nn.Sequential]:
         """The stages that `forward` runs, in order."""
-        return [stage.blocks for stage in self.stages[: self.last + 1]]
+        return [stage.blocks for stage in self.stages[: self.last + 1] if isinstance(stage, Stage)]
 
     def stop_at(self, level: int) -> None:
         """Makes map `level` the last: the stages behind it are neither run nor trained."""
@@ -98,10 +107,28 @@ class ResEncoder(nn.Module):
         }
 
 
+class Stem(nn.Module):
+    """Holds the stem's convolution under the name that its weights have."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.convs = nn.Sequential(ConvNorm(1, width, 3))
+
+
+class Stage(nn.Module):
+    """Holds a stage's blocks under the name that their weights have."""
+
+    def __init__(self, blocks: "list[Block]"):
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+
+
 class ConvNorm(nn.Module):
     """Convolution, InstanceNorm and, unless it ends a branch, LeakyReLU."""
 
-    def __init__(self, channels: int, width: int, kernel: int, stride: tuple[int, ...] = (1, 1, 1), ends: bool = False):
+    def __init__(
+        self, channels: int, width: int, kernel: int, stride: tuple[int, int, int] = (1, 1, 1), ends: bool = False
+    ):
         super().__init__()
         # a projection has no bias
         self.conv = nn.Conv3d(channels, width, kernel, stride, padding=kernel // 2, bias=kernel > 1)
@@ -109,6 +136,7 @@ class ConvNorm(nn.Module):
         self.all_modules = nn.Sequential(self.conv, self.norm, *([] if ends else [nn.LeakyReLU(inplace=True)]))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, channels, D, H, W] -> [N, width, ceil(D / stride_d), ceil(H / stride_h), ceil(W / stride_w)]."""
         return self.all_modules(x)
 
 
@@ -121,9 +149,10 @@ class Block(nn.Module):
         self.conv2 = ConvNorm(width, width, 3, ends=True)
         self.nonlin2 = nn.LeakyReLU(inplace=True)
         # ceil_mode: as many cells as the convolution has, where a size is odd
-        skip = [nn.AvgPool3d(stride, stride, ceil_mode=True)] if max(stride) > 1 else []
+        skip: list[nn.Module] = [nn.AvgPool3d(stride, stride, ceil_mode=True)] if max(stride) > 1 else []
         skip += [ConvNorm(channels, width, 1, ends=True)] if channels != width else []
         self.skip = nn.Sequential(*skip)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[N, channels, D, H, W] -> [N, width, ceil(D / stride_d), ceil(H / stride_h), ceil(W / stride_w)]."""
         return self.nonlin2(self.conv2(self.conv1(x)) + self.skip(x))

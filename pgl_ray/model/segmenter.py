@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
+from pgl_ray.prior import triple
 
 # ASPP width and decoder widths for an encoder of width 64: what reproduces the paper's 48.54 M and 2.38 M parameters
 WIDTHS = {"early": (160, (128, 96, 32)), "late": (128, (192, 128, 32))}
@@ -50,11 +51,11 @@ class Segmenter(nn.Module):
         """
         super().__init__()
         self.encoder = encoder
-        aspp, decoder = WIDTHS[encoder.stage_strides]
-        aspp, *decoder = (max(8, round(width * encoder.channels[0] / 64)) for width in (aspp, *decoder))
+        first, others = WIDTHS[encoder.stage_strides]
+        aspp, *decoder = (max(8, round(width * encoder.channels[0] / 64)) for width in (first, *others))
         self.aspp = ASPP(encoder.channels[-1], aspp)
         # the skip of each step is the first map at half the stride of the step before
-        self.skips = [encoder.strides.index(tuple(s // 2**i for s in encoder.strides[-1])) for i in (1, 2, 3)]
+        self.skips = [encoder.strides.index(triple(s // 2**i for s in encoder.strides[-1])) for i in (1, 2, 3)]
         self.ups = nn.ModuleList(
             Up(channels, width, encoder.channels[skip])
             for channels, width, skip in zip((aspp, *decoder), decoder, self.skips)
@@ -101,7 +102,7 @@ class LightSegmenter(nn.Module):
         """
         super().__init__()
         self.encoder, self.levels = encoder, sorted({0, *light_levels(encoder.strides)})
-        channels, strides = ([values[i] for i in self.levels] for values in (encoder.channels, encoder.strides))
+        channels, strides = [encoder.channels[i] for i in self.levels], [encoder.strides[i] for i in self.levels]
         self.decoder = LightDecoder(channels, strides, num_outputs, width)
 
     @property
@@ -146,7 +147,7 @@ class LightDecoder(nn.Module):
             width: channels from the first convolutions on.
         """
         super().__init__()
-        self.strides = [tuple(stride) for stride in strides]
+        self.strides = [triple(stride) for stride in strides]
         self.laterals = nn.ModuleList(
             nn.Sequential(nn.Conv3d(num, width, 1, bias=False), nn.BatchNorm3d(width)) for num in channels
         )
@@ -166,11 +167,11 @@ class LightDecoder(nn.Module):
         Returns:
             [N, num_outputs, D, H, W].
         """
-        y, above = None, None
-        for lateral, block, stride, one in reversed(list(zip(self.laterals, self.blocks, self.strides, maps))):
+        (lateral, block, above, one), *finer = list(zip(self.laterals, self.blocks, self.strides, maps))[::-1]
+        y = block(F.relu(lateral(one)))
+        for lateral, block, stride, one in finer:
             z = lateral(one)
-            if y is not None:
-                z = z + _enlarge(y, above, stride, z.shape[2:])
+            z = z + _enlarge(y, above, stride, z.shape[2:])
             y, above = block(F.relu(z)), stride
         return _enlarge(self.head(y), above, (1, 1, 1), size)
 

@@ -146,7 +146,7 @@ class Mirror:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are whole, the newest last."""
-        return sorted(int(NAME.fullmatch(name)[1]) for name in _whole(self.place.versions()))
+        return sorted(int(name.removeprefix("checkpoint_")) for name in _whole(self.place.versions()))
 
     def pull(self, damage: Callable[[Path], str | None], all_of_them: bool = True) -> None:
         """Makes the working copy's checkpoints those of the bucket.
@@ -374,7 +374,7 @@ def beside(run: str, name: str) -> Iterator[Path]:
 def _whole(keys: Iterable[str]) -> list[str]:
     """Names of the checkpoints that have their manifest, the newest last."""
     names = {name for name, _, file in (key.partition("/") for key in keys) if file == MANIFEST}
-    return sorted(filter(NAME.fullmatch, names), key=lambda name: int(NAME.fullmatch(name)[1]))
+    return sorted(filter(NAME.fullmatch, names), key=lambda name: int(name.removeprefix("checkpoint_")))
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -17,20 +17,25 @@ import socket
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 
 import pgl_ray
-from pgl_ray.config import FailedRun, Section, build, to_yaml
+from pgl_ray.config import FailedRun, FinetuneConfig, PretrainConfig, build, to_yaml
 from pgl_ray.data.place import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.train import bucket
 from pgl_ray.train.bucket import EVENTS, MANIFEST, METRICS, NAME, SNAPSHOT, STATE
 from pgl_ray.train.track import Tracker
 
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+
+T = TypeVar("T")
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
 RETRY_S = 600.0  # that storage may fail before the run ends
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between two tries
@@ -52,11 +57,11 @@ MAY_DIFFER = {
 # -- run folders ------------------------------------------------------------------------------------------------------
 
 
-def open_run(config: Section, door: str, facts: dict[str, Any]) -> str:
+def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str, Any]) -> str:
     """Creates the run's folder, or checks that an existing one belongs to the same config.
 
     Args:
-        config: a door's config with a field `run`.
+        config: the door's.
         door: its name.
         facts: what else run.json records; "plan", the identity of the run's plan, must stay the same.
 
@@ -210,7 +215,7 @@ def recover(run: str | Path, token: str | None = None) -> tuple[Path, int] | Non
     """
     mirror = bucket.mirror(run)
 
-    def work():
+    def work() -> tuple[Path, int] | None:
         if not mirror:
             return _recover(Path(run))
         mirror.claim(token)
@@ -248,7 +253,8 @@ def joined(run: str, rank: int) -> Iterator[str]:
 def _recover(run: Path) -> tuple[Path, int] | None:
     for left in (place for place in run.glob("checkpoint_*") if place.suffix in (".part", ".old")):
         shutil.rmtree(left)
-    found, damaged = checkpoints(run), []
+    damaged: list[tuple[Path, str]] = []
+    found = checkpoints(run)
     for place, step in found:
         if not (place / MANIFEST).exists():
             write_json(place / MANIFEST, {"step": step})
@@ -300,7 +306,7 @@ def _set_aside(place: Path, suffix: str) -> Path:
     return place.rename(aside)
 
 
-def _patiently(work, what: str):
+def _patiently(work: Callable[[], T], what: str) -> T:
     """What `work` returns, tried again for RETRY_S where storage fails."""
     began, pause = time.monotonic(), FIRST_PAUSE_S
     while True:
@@ -352,6 +358,7 @@ _UNWRITTEN_LOCK = threading.Lock()
 
 
 def metrics_path(run: str | Path) -> Path:
+    """The file of metrics in a run's folder."""
     return Path(run) / METRICS
 
 
@@ -375,7 +382,7 @@ class Metrics:
         self.file, self.size = path.open("r+b", buffering=0), len(kept.encode())
         self.events = self._open_events()
 
-    def _open_events(self):
+    def _open_events(self) -> "SummaryWriter":
         from tensorboardX import SummaryWriter
 
         return SummaryWriter(logdir=self.run, purge_step=self.start + 1)
@@ -403,6 +410,7 @@ class Metrics:
         self.unwritten = []
 
     def close(self) -> None:
+        """Writes what storage did not take before, if it does now, and closes all."""
         with contextlib.suppress(OSError):
             if self.unwritten:
                 self._write_rows()
@@ -488,7 +496,8 @@ class Writer:
         self.thread.join()
 
     def _work(self) -> None:
-        failing_since, pause, tries = None, FIRST_PAUSE_S, 0
+        failing_since: float | None = None
+        pause, tries = FIRST_PAUSE_S, 0
         while True:
             with self.turn:
                 self.turn.wait_for(lambda: self.waiting or self.closing)
@@ -506,7 +515,7 @@ class Writer:
                 if tries == 1:
                     note(self.run, f"{_what(job, name)} cannot be written ({error}): trying again, training goes on")
                 with self.turn:
-                    self.turn.wait_for(lambda j=job, n=name: self.waiting[n] is not j, pause)
+                    self.turn.wait_for(partial(self._is_newer, name, job), pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
                 continue
             except Exception as error:  # whatever it is, the run must not go on without checkpoints
@@ -519,6 +528,9 @@ class Writer:
             with self.turn:
                 if self.waiting[name] is job:
                     del self.waiting[name]
+
+    def _is_newer(self, name: str, job: _Job) -> bool:
+        return self.waiting[name] is not job
 
     def _hopeless(self, job: _Job, error: OSError, seconds: float) -> str | None:
         """Why it is not tried again, or none."""
@@ -554,7 +566,7 @@ class Writer:
         if self.best:
             scores = {step: _metrics(place).get(self.best) for place, step in found}
             scored = {step: score for step, score in scores.items() if score is not None}
-            kept |= {max(scored, key=scored.get)} if scored else set()
+            kept |= {max(scored, key=lambda step: scored[step])} if scored else set()
         for place, step in found:
             if step not in kept:
                 with contextlib.suppress(OSError):
@@ -599,7 +611,7 @@ def _what(job: _Job, name: str) -> str:
     return f"checkpoint {job.step}" if job.step is not None else name
 
 
-def _copied(value: Any, seen: dict) -> Any:
+def _copied(value: Any, seen: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     """A copy in memory of tensors, dicts and lists; tensors that are one stay one."""
     if isinstance(value, torch.Tensor):
         key = value.data_ptr(), value.dtype, value.shape, value.stride(), value.device
@@ -621,10 +633,11 @@ def _num_bytes(state: Any) -> int:
 class _Hashed:
     """A file that is written from its start to its end: keeps the sha256, and the error that torch hides."""
 
-    def __init__(self, file):
-        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+    def __init__(self, file: IO[bytes]):
+        self.file, self.sha256 = file, hashlib.sha256()
+        self.error: OSError | None = None
 
-    def write(self, data) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         self.sha256.update(data)
         try:
             return self.file.write(data)
@@ -647,7 +660,7 @@ def write_state(path: Path, state: dict[str, Any]) -> str:
         with aside.open("wb") as file:
             hashed = _Hashed(file)
             try:
-                torch.save(state, hashed)
+                torch.save(state, cast(IO[bytes], hashed))  # its annotation wants all of a file, it calls these two
             except RuntimeError as error:
                 raise hashed.error or error from None
         put_in_place(aside, path)
@@ -669,7 +682,7 @@ def resumed(run: str) -> dict[str, Any] | None:
     It lies on the host: what takes a part of it copies that to its own device, and nothing stays there twice.
     """
 
-    def read():
+    def read() -> dict[str, Any] | None:
         found = committed(run)
         return read_state(found[0] / STATE) if found else None
 

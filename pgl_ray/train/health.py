@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.pgl import Output, Pair, align, valid_bins
 from pgl_ray.prior import Geometry, clamped_bins, interpolation_matrices
 
@@ -30,7 +31,7 @@ def panel(model: nn.Module, output: Output, pair: Pair, geometry: Geometry) -> d
     """All figures of one worker's batch.
 
     Args:
-        model: Pgl, Byol or Genesis.
+        model: Pgl, PlacesPgl, Byol or Genesis.
         output: of the batch.
         pair: the batch.
         geometry: of the map that is compared.
@@ -45,23 +46,26 @@ def panel(model: nn.Module, output: Output, pair: Pair, geometry: Geometry) -> d
             trained ones.
     """
     matrices = interpolation_matrices(pair.boxes, pair.flips, pair.regions, geometry)
-    maps = align(output.maps if output.maps is not None else model.plain_maps(pair.views), matrices)
+    plain = model.plain_maps(pair.views) if isinstance(model, Genesis) else output.maps
+    if plain is None:
+        raise ValueError(f"a forward pass of {type(model).__name__} gave no maps")
+    maps = align(plain, matrices)
     maps_1, maps_2 = (maps - maps.mean((0, 2, 3, 4), keepdim=True)).chunk(2)  # after a ReLU all cosines are high
     row = {f"health/encoder_{name}": value for name, value in feature_health(maps_1, maps_2).items()}
-    if output.query is not None:
+    if output.query is not None and output.key is not None:
         kind = "" if output.query.shape[2:].numel() > 1 else "view_"
         row |= {f"health/{kind}{name}": value for name, value in feature_health(output.query, output.key).items()}
     clamped = clamped_bins(pair.boxes, pair.flips, pair.regions, geometry)
     row["align/clamped_share"] = torch.stack([axis.float().mean() for axis in clamped]).mean().item()
     row["align/valid_pairs_share"] = valid_bins(pair, geometry).flatten(1).any(1).float().mean().item()
-    norms = {"encoder": [], "heads": []}
+    norms: dict[str, list[Tensor]] = {"encoder": [], "heads": []}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             norms["encoder" if name.startswith("online.encoder.") else "heads"].append(weight)
     return row | {f"weight/{part}_norm": norm(weights).item() for part, weights in norms.items()}
 
 
-def norm(tensors) -> Tensor:
+def norm(tensors: Iterable[Tensor]) -> Tensor:
     """l2 norm of all tensors together."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
@@ -110,11 +114,11 @@ def feature_health(query: Tensor, key: Tensor) -> dict[str, float]:
     found, own_pair = 0, 0
     for part in asked.split(max(1, MAX_ELEMENTS // len(keys))):
         similar = queries[part] @ keys.T
-        own_pair += (similar.argmax(1) // num_places == part // num_places).sum().item()
+        own_pair += int((similar.argmax(1) // num_places == part // num_places).sum())
         rows = torch.arange(len(part), device=keys.device)
         own = similar[rows, part].clone()
         similar[rows, part] = -2.0
-        found += (own > similar.amax(1)).sum().item()  # among equal keys there is nothing to find
+        found += int((own > similar.amax(1)).sum())  # among equal keys there is nothing to find
     return {
         "feature_std": (keys.std(0).mean() * keys.shape[1] ** 0.5).item(),
         "effective_rank": entropy.exp().item(),
@@ -160,11 +164,18 @@ class _Fired(TorchFunctionMode):
     RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
     CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.fired: list[Tensor] = []
-        self.number, self.convolved = 0, None
+        self.convolved: Any = None  # what the last convolution gave
+        self.number = 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         bare = func in self.RELUS and args[0] is self.convolved
         out = func(*args, **(kwargs or {}))
         if func in self.CONVOLUTIONS:

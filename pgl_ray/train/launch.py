@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Set
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -105,7 +105,7 @@ def fit(
     class Feed(ray.train.DataConfig):
         """Builds the stream for the workers that there are."""
 
-        def configure(self, datasets, world_size, *args, **kwargs):
+        def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any) -> Any:
             built = {name: stream(num_workers=world_size, start=start) for name, start in datasets.items()}
             return super().configure(built, world_size, *args, **kwargs)
 
@@ -131,27 +131,28 @@ def fit(
     folder = mirror.folder if mirror else Path(run)
     if os.environ.get(WATCH) == "1" and not train.min_workers:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NODES_S))
+    # mypy sees the classes of Ray's first Train, where ray.train has those of the second
     trainer = TorchTrainer(
         watched,
         train_loop_config=worker_config,
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=train.timeout_s),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=train.timeout_s),  # type: ignore[arg-type] # parts too
         scaling_config=ray.train.ScalingConfig(
-            num_workers=(train.min_workers, train.num_workers) if train.min_workers else train.num_workers,
+            num_workers=(train.min_workers, train.num_workers) if train.min_workers else train.num_workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
             resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": train.gpus_per_worker} if use_gpu else {})},
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=folder.name,
             storage_path=str(folder.parent),
-            failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
-        datasets={"train": start},
+        datasets={"train": start},  # type: ignore[dict-item] # Feed makes the stream of it
         dataset_config=Feed(execution_options=ExecutionOptions(preserve_order=True)),
     )
     with Progress(run, num_steps), ray_internals.whole_parts(batch_size, FEED_CPUS):
         try:
-            return trainer.fit().return_value
+            return trainer.fit().return_value  # type: ignore[attr-defined]
         except ray.train.TrainingFailedError as error:
             raise FailedRun(_first_cause(error)) from error
 
@@ -285,11 +286,11 @@ class Progress:
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.done.set()
         self.thread.join()
 

@@ -69,7 +69,7 @@ def written(run: str, rank: int, world: int) -> Iterator[None]:
             lines.close()
 
 
-def at(epoch: int, step: int) -> None:
+def at(epoch: float, step: int) -> None:
     """Where the loop stands from now on."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, JsonLines):

@@ -1,6 +1,7 @@
 """Optimizers and schedules."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,10 +23,23 @@ def build_pretraining(model: nn.Module, config: PretrainOptimConfig) -> torch.op
         case "lars":
             return build_lars(model, config)
         case "sgd":
-            return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
+            lr, decay = _rates(config)
+            return torch.optim.SGD(parameters, lr, config.momentum, weight_decay=decay)
         case "adamw":
-            return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+            lr, decay = _rates(config)
+            return torch.optim.AdamW(parameters, lr, weight_decay=decay)
     raise ValueError(f"optim.kind={config.kind}: expected the kind that a PretrainConfig resolves to")
+
+
+def _rates(config: PretrainOptimConfig) -> tuple[float, float]:
+    """Learning rate and weight decay.
+
+    Raises:
+        ValueError: they are still left to the method.
+    """
+    if config.lr is None or config.weight_decay is None:
+        raise ValueError(f"optim.lr={config.lr}, optim.weight_decay={config.weight_decay}: expected numbers")
+    return config.lr, config.weight_decay
 
 
 def describe(config: PretrainOptimConfig | FinetuneOptimConfig) -> str:
@@ -38,11 +52,12 @@ def build_lars(model: nn.Module, config: PretrainOptimConfig) -> torch.optim.Opt
     as in BYOL."""
     from pytorch_optimizer import LARS
 
+    lr, decay = _rates(config)
     return LARS(
         [p for p in model.parameters() if p.requires_grad],
-        lr=config.lr,
+        lr=lr,
         momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        weight_decay=decay,
         trust_coefficient=config.trust_coefficient,
     )
 
@@ -54,16 +69,18 @@ def build_finetuning(model: nn.Module, config: FinetuneOptimConfig) -> torch.opt
         model: with an `encoder`, whose parameters are a group of their own, the second one, where
             `config.encoder_lr_factor` is not 1.
     """
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    rest, encoder = [p for p in model.parameters() if p.requires_grad], []
     if config.encoder_lr_factor != 1:
-        encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+        encoder = [p for p in model.get_submodule("encoder").parameters() if p.requires_grad]
         known = set(encoder)
-        groups[0]["params"] = [p for p in groups[0]["params"] if p not in known]
-        groups += [{"params": encoder, "lr": config.lr * config.encoder_lr_factor}] if encoder else []
+        rest = [p for p in rest if p not in known]
+    groups: list[dict[str, Any]] = [{"params": rest}]
+    groups += [{"params": encoder, "lr": config.lr * config.encoder_lr_factor}] if encoder else []
     if config.kind == "adamw":
         return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay)
-    momentum = {"momentum": config.momentum, "nesterov": config.momentum > 0}
-    return torch.optim.SGD(groups, config.lr, weight_decay=config.weight_decay, **momentum)
+    return torch.optim.SGD(
+        groups, config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.momentum > 0
+    )
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, num_steps: int) -> LambdaLR:

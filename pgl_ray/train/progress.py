@@ -48,7 +48,7 @@ class Stage:
                 self.redirected.enter_context(contextlib.redirect_stderr(above))
         return self
 
-    def __exit__(self, kind: type | None, *_) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         self.redirected.close()
         if self.bar is not None:
             self.bar.clear()

@@ -1,17 +1,19 @@
 """What the workers of a training exchange; alone, each function answers at once."""
 
-from typing import Any
+from typing import TypeVar, cast
 
 import torch
 
+T = TypeVar("T")
 
-def of_all_workers(value: Any) -> list[Any]:
+
+def of_all_workers(value: T) -> list[T]:
     """What each worker has, by rank; all workers call this."""
     if not torch.distributed.is_initialized():
         return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
+    values: list[T | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
-    return values
+    return cast(list[T], values)  # torch fills the list in place
 
 
 def share_buffers(module: torch.nn.Module) -> None:

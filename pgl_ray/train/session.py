@@ -62,14 +62,15 @@ class Session:
         self.autocast = on.autocast(self.device, train.precision)
         self.parts = parts_of(train, self.world)
         self.state: dict[str, Any] = checkpoint.resumed(run) or {}
-        self.step, self.reason = self.state.get("step", 0), None
+        self.step: int = self.state.get("step", 0)
+        self.reason: str | None = None
         self.metrics: checkpoint.Metrics | None = None
         self.writer: checkpoint.Writer | None = None
         self.notice, self._settled, self._told = Notice(), False, False
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
-    def lay_out(self, net: nn.Module) -> nn.Module:
+    def lay_out(self, net: on.Net) -> on.Net:
         """The network on the device, its BatchNorm synchronised where there are several GPUs."""
         net = on.lay_out(net, self.device)
         if self.device.type == "cuda" and self.world > 1:
@@ -153,7 +154,7 @@ class Session:
 
     def storage_fault(self) -> str | None:
         """Why checkpoints can no longer be written."""
-        return of_all_workers(self.writer and self.writer.fault)[0]
+        return of_all_workers(self.writer.fault if self.writer else None)[0]
 
     # -- rows and checkpoints -----------------------------------------------------------------------------------------
 
@@ -183,7 +184,7 @@ class Session:
             self._told = True
         publish(self.step, row, {"run": Path(self.run).name, "rank": str(self.rank)})
         if self.metrics:
-            self.metrics.write(self.step, **row, **(self.writer.figures() if unit else {}))
+            self.metrics.write(self.step, **row, **(self.writer.figures() if unit and self.writer else {}))
 
     def save(self, own: dict[str, Any], figures: dict[str, float]) -> None:
         """Takes a checkpoint on rank 0: network, optimizer, schedule, step, plan, versions, and what is the loop's own.
@@ -213,6 +214,7 @@ class Session:
         if self.writer:
             self.writer.close()
             self.stops(self.writer.fault)
+        if self.metrics:
             self.metrics.close()
         if not (self.is_last or is_over or self.reason):
             raise FailedRun(f"the stream ended at step {self.step} of {self.plan.num_steps}")
@@ -291,7 +293,7 @@ class Notice:
     watched on a cluster that this process started.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.known, self.saved = None, -math.inf
 
     def wants_checkpoint(self) -> bool:

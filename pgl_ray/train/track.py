@@ -83,9 +83,11 @@ class MLflow:
         known.write_text(json.dumps({"mlflow": started.info.run_id}))
 
     def write(self, step: int, row: dict[str, float]) -> None:
+        """Sends a row."""
         self.client.log_metrics(row, step=step)
 
     def close(self) -> None:
+        """Ends the record of this start."""
         self.client.end_run()
 
 
@@ -104,7 +106,9 @@ class WandB:
         self.run.define_metric("*", step_metric="step")  # steps since the last checkpoint are written again
 
     def write(self, step: int, row: dict[str, float]) -> None:
+        """Sends a row."""
         self.run.log({"step": step, **row})
 
     def close(self) -> None:
+        """Ends the record of this start."""
         self.run.finish()

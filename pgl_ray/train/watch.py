@@ -47,7 +47,7 @@ class Watch:
             self.store = torch.distributed.TCPStore(address, port, is_master=False, timeout=patience)
         self.seen: dict[int, tuple[list, float, float]] = {}  # rank -> what it said last, when its place and it changed
         if self.store:
-            self._tell(self.alive)  # from the first moment on there is somebody to name
+            self._tell(self.store, self.alive)  # from the first moment on there is somebody to name
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True, name="watch")
         self.thread.start()
@@ -78,10 +78,11 @@ class Watch:
             time.sleep(min(0.2, self.period_s))
 
     def close(self) -> None:
+        """Ends the thread; the others wait for this worker no more."""
         self._end()
         if self.store:
             with contextlib.suppress(RuntimeError):
-                self._tell(ENDED)
+                self._tell(self.store, ENDED)
         faulthandler.cancel_dump_traceback_later()
 
     def last_look(self) -> str | None:
@@ -122,7 +123,7 @@ class Watch:
         if not self.store:
             return
         self.alive += 1
-        self._tell(self.alive)
+        self._tell(self.store, self.alive)
         now = time.monotonic()
         for rank in range(self.world):
             key = f"pgl_ray/at/{rank}"
@@ -135,9 +136,9 @@ class Watch:
             before, moved, heard = self.seen.get(rank, ([None] * 5, now, now))
             self.seen[rank] = said, now if said[:2] != before[:2] else moved, now if said[2] != before[2] else heard
 
-    def _tell(self, alive: int) -> None:
+    def _tell(self, store: torch.distributed.TCPStore, alive: int) -> None:
         mine = [self.progress, self.beats, alive, os.getpid(), socket.gethostname()]
-        self.store.set(f"pgl_ray/at/{self.rank}", json.dumps(mine))
+        store.set(f"pgl_ray/at/{self.rank}", json.dumps(mine))
 
     def _finding(self) -> str | None:
         """Who is waited for, or none where nobody is behind."""
