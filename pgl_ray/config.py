@@ -8,7 +8,7 @@ and reports every fault in one message that names the dotted path.
 import os
 import re
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -73,10 +73,20 @@ Triple = tuple[Positive, Positive, Positive]
 Verb = Literal["choice", "grid_search", "uniform", "loguniform", "quniform", "randint"]
 
 
+class Gone(NamedTuple):
+    """A setting of earlier versions: the one value that it has now, and what to write in place of another one."""
+
+    value: Any
+    instead: str = ""
+
+
 class Section(BaseModel):
     """A frozen group of knobs: unknown keys are refused, attribute docstrings are the descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    gone: ClassVar[dict[str, Gone]] = {}
+    """Settings of earlier versions, by their names; saved runs have them."""
 
 
 def _listed(value: Any) -> Any:
@@ -321,6 +331,8 @@ class ProbeCurveConfig(ProbeSettings):
 class PretrainOptimConfig(Section):
     """Optimizer of pre-training, with linear warm-up and a cosine to zero, without restart (paper, Sec. 5.1; BYOL)."""
 
+    gone = {"trust_coefficient": Gone(1e-3)}
+
     kind: Literal["auto", "lars", "sgd", "adamw"] = "auto"
     """auto: the method's own, LARS for pgl and byol (paper, Sec. 5.1), SGD for genesis as in its authors' code (without
     Nesterov's momentum; their steps of the rate are replaced by the warm-up and the cosine of all methods)."""
@@ -331,8 +343,6 @@ class PretrainOptimConfig(Section):
     weight_decay: NonNegative | None = None
     """Weight decay; none: the kind's, lars 1.5e-6 (BYOL's; the paper gives none), sgd 0, adamw 0.01. LARS exempts
     biases and norm parameters."""
-    trust_coefficient: Annotated[float, Field(gt=0)] = 1e-3
-    """Factor of LARS's layer-wise rate (BYOL's). Biases and norm parameters are exempt."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 2.0
     """Length of the warm-up in epochs; at most a tenth of the run."""
 
@@ -1213,11 +1223,51 @@ def _own_section(model: type[Section], file: Any, name: str) -> Any:
 
 
 def build(model: type[Model], values: dict[str, Any]) -> Model:
-    """Validates a nested dict; faults come as one ValueError that names each dotted path."""
+    """Validates a nested dict; faults come as one ValueError that names each dotted path.
+
+    Settings of earlier versions may stand in it with the value that they always have now.
+    """
+    values, other = without_gone(model, values)
+    faults = [f"{path}={value}: this is no setting any more: {gone.instead}" for path, (value, gone) in other.items()]
     try:
-        return model.model_validate(values)
+        built = model.model_validate(values)
     except ValidationError as error:
-        raise ValueError("; ".join(_describe(model, item) for item in error.errors())) from None
+        faults += [_describe(model, item) for item in error.errors()]
+    if faults:
+        raise ValueError("; ".join(faults)) from None
+    return built
+
+
+def without_gone(model: type[Section], values: Any, prefix: str = "") -> tuple[Any, dict[str, tuple[Any, Gone]]]:
+    """Splits a nested dict into what today's settings are read from, and settings of earlier versions.
+
+    Returns:
+        The dict without the settings of earlier versions, and those of another value than today's: dotted path ->
+        (value, what it is today).
+    """
+    if not isinstance(values, dict):
+        return values, {}
+    rest, other = {}, {}
+    for key, value in values.items():
+        field, gone = model.model_fields.get(key), model.gone.get(key)
+        section = _section_of(field.annotation) if field else None
+        if section:
+            rest[key], below = without_gone(section, value, f"{prefix}{key}.")
+            other |= below
+        elif gone is None:
+            rest[key] = value
+        else:
+            other |= _others(f"{prefix}{key}", value, gone)
+    return rest, other
+
+
+def _others(path: str, value: Any, gone: Gone) -> dict[str, tuple[Any, Gone]]:
+    """A setting of earlier versions, or a section of them, as far as its value is not today's."""
+    if isinstance(value, dict) and isinstance(gone.value, dict):
+        parts = [_others(f"{path}.{key}", part, Gone(gone.value.get(key))) for key, part in value.items()]
+        return {key: item for part in parts for key, item in part.items()}
+    gone = gone._replace(instead=gone.instead or f"it is always {gone.value}, leave it out")
+    return {} if value == gone.value else {path: (value, gone)}
 
 
 def _describe(model: type[Section], item: Any) -> str:

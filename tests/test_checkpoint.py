@@ -34,6 +34,18 @@ def test_a_run_is_continued_by_its_own_config_only(tmp_path):
         checkpoint.open_run(config(tmp_path / "r"), "finetune", {})
 
 
+def test_a_run_of_before_goes_on_unless_a_setting_gone_was_another(tmp_path):
+    checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    record["config"]["optim"]["trust_coefficient"] = 1e-3
+    (tmp_path / "r" / "run.json").write_text(json.dumps(record))
+    assert checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
+    record["config"]["optim"]["trust_coefficient"] = 0.01
+    (tmp_path / "r" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"another optim.trust_coefficient \(0.01 there, 0.001 here\)"):
+        checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
+
+
 def test_a_folder_with_other_files_is_not_a_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not a run of pgl_ray"):

@@ -12,7 +12,7 @@ from pgl_ray.train.optim import build_lars, build_pretraining, describe, ema_dec
 
 
 def test_lars_equals_the_formula_and_exempts_vectors():
-    config = PretrainOptimConfig(lr=0.2, momentum=0.9, weight_decay=0.01, trust_coefficient=1e-3)
+    config = PretrainOptimConfig(lr=0.2, momentum=0.9, weight_decay=0.01)
     model = torch.nn.Linear(5, 4).double()
     weight, bias = model.weight.detach().numpy().copy(), model.bias.detach().numpy().copy()
     lars = build_lars(model, config)
@@ -24,7 +24,7 @@ def test_lars_equals_the_formula_and_exempts_vectors():
         lars.step()
         decayed = grads[0] + config.weight_decay * weight
         norm = np.linalg.norm(weight)  # You et al. 2017, Eq. 6
-        trust = config.trust_coefficient * norm / (np.linalg.norm(grads[0]) + config.weight_decay * norm)
+        trust = 1e-3 * norm / (np.linalg.norm(grads[0]) + config.weight_decay * norm)
         buffers[0] = config.momentum * buffers[0] + trust * decayed
         buffers[1] = config.momentum * buffers[1] + grads[1]
         weight, bias = weight - config.lr * buffers[0], bias - config.lr * buffers[1]

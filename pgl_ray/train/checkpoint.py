@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 import pgl_ray
-from pgl_ray.config import FailedRun, Section, build, to_yaml
+from pgl_ray.config import FailedRun, Section, build, to_yaml, without_gone
 from pgl_ray.data.place import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.train import bucket
@@ -76,12 +76,12 @@ def open_run(config: Section, door: str, facts: dict[str, Any]) -> str:
         if found["door"] != door:
             raise ValueError(f"run={config.run} is a {found['door']} run: choose another run=...")
         skip = MAY_DIFFER | {"run", "index"}
-        try:  # with the defaults of settings that came after the run
-            stored = json.loads(build(type(config), found["config"]).model_dump_json())
-        except ValueError:  # a setting is gone
-            stored = found["config"]
+        stored, gone = without_gone(type(config), found["config"])
+        with contextlib.suppress(ValueError):  # a setting that no version has known
+            stored = json.loads(build(type(config), stored).model_dump_json())  # with the defaults of later settings
         names = _differences({k: v for k, v in wanted.items() if k not in skip}, stored)
-        changed = sorted(name for name in names if name.split(" ")[0] not in MAY_DIFFER)
+        names += [f"{path} ({value} there, {was.value} here)" for path, (value, was) in gone.items()]
+        changed = sorted(name for name in names if not {name.split(" ")[0], name.split(".")[0]} & MAY_DIFFER)
         if changed:
             raise ValueError(f"run={config.run} was started with another {', '.join(changed)}: choose another run=...")
         if found["plan"] != facts["plan"]:

@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pgl_ray.config import FinetuneOptimConfig, PretrainOptimConfig
 
+TRUST_COEFFICIENT = 1e-3  # of LARS's layer-wise rate (You et al. 2017; BYOL)
 NAMES = {"lars": "LARS", "sgd": "SGD", "adamw": "AdamW"}
 
 
@@ -43,7 +44,7 @@ def build_lars(model: nn.Module, config: PretrainOptimConfig) -> torch.optim.Opt
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        trust_coefficient=config.trust_coefficient,
+        trust_coefficient=TRUST_COEFFICIENT,
     )
 
 
