@@ -376,7 +376,9 @@ def resolved_optim(method: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 class FinetuneOptimConfig(Section):
-    """Optimizer of fine-tuning with a polynomial decay (paper, Sec. 5.1: SGD, 0.01, and no more)."""
+    """Optimizer of fine-tuning, its rate times (1 - step / steps) ** 0.9 (paper, Sec. 5.1: SGD, 0.01, and no more)."""
+
+    gone = {"power": Gone(0.9)}
 
     kind: Literal["sgd", "adamw"] = "sgd"
     """sgd: the paper's, with Nesterov's momentum; adamw: reaches more in a few hundred steps."""
@@ -388,8 +390,6 @@ class FinetuneOptimConfig(Section):
     """Nesterov momentum of sgd (the paper gives none)."""
     weight_decay: NonNegative = 1e-4
     """Weight decay (the paper gives none); of kind=adamw 0.01 where not said otherwise."""
-    power: Annotated[float, Field(ge=0)] = 0.9
-    """Exponent of the decay (1 - step / steps) ** power; 0 keeps the rate constant."""
 
     @model_validator(mode="before")
     @classmethod

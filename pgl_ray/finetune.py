@@ -217,7 +217,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
     if config.train.recompute and not config.freeze:
         on.recompute(segmenter.encoder)
     optimizer = optim.build_finetuning(segmenter, config.optim)
-    schedule = optim.polynomial(optimizer, plan.num_steps, config.optim.power)
+    schedule = optim.polynomial(optimizer, plan.num_steps)
 
     # from where the newest checkpoint stands
     best, stale = session.state.get("best", -1.0), session.state.get("stale", 0)

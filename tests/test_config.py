@@ -95,6 +95,7 @@ def test_every_knob_is_described(door):
 # Settings of earlier versions: the value that each always has now, another one, and what is said to that.
 GONE = [
     ("pretrain", "optim.trust_coefficient", 1e-3, 0.01, "it is always 0.001, leave it out"),
+    ("finetune", "optim.power", 0.9, 0, "it is always 0.9, leave it out"),
 ]
 
 

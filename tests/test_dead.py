@@ -146,7 +146,7 @@ def tuning_losses(phantoms, decoder, init, seed, num_steps=40):
         index.store, plan.scan_ids, seed, config.patch, config.intensity, config.foreground_share
     )
     optimizer, losses = optim.build_finetuning(model.train(), config.optim), []
-    schedule = optim.polynomial(optimizer, num_steps, config.optim.power)
+    schedule = optim.polynomial(optimizer, num_steps)
     for batch in tensors(cut, plan, num_steps):
         optimizer.zero_grad(set_to_none=True)
         loss = finetune.backward(model, model, batch, config.task, 1, FLOAT32, config.loss.ce_weight)

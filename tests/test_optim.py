@@ -116,7 +116,7 @@ def test_warmup_and_cosine():
 
 def test_polynomial():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
-    got = rates(polynomial(optimizer, 10, 0.9), optimizer, 10)
+    got = rates(polynomial(optimizer, 10), optimizer, 10)
     np.testing.assert_allclose(got, [0.01 * (1 - i / 10) ** 0.9 for i in range(10)])
 
 

@@ -344,7 +344,7 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 2)
     sgd = optim.build_finetuning(net, theirs.optim)
-    schedule = optim.polynomial(sgd, 10, 0.9)
+    schedule = optim.polynomial(sgd, 10)
     for _ in range(4):
         step(sgd, schedule, net)
     state = {"step": 4, "model": net.state_dict(), "optimizer": sgd.state_dict(), "schedule": schedule.state_dict()}
@@ -367,7 +367,7 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     state = checkpoint.read_state(checkpoint.committed(config.run)[0] / checkpoint.STATE)
     net = torch.nn.Linear(3, 2)
     sgd = optim.build_finetuning(net, config.optim)
-    schedule = optim.polynomial(sgd, 10, 0.9)
+    schedule = optim.polynomial(sgd, 10)
     net.load_state_dict(state["model"])
     sgd.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])

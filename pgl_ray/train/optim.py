@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from pgl_ray.config import FinetuneOptimConfig, PretrainOptimConfig
 
 TRUST_COEFFICIENT = 1e-3  # of LARS's layer-wise rate (You et al. 2017; BYOL)
+DECAY_POWER = 0.9  # of fine-tuning's rate, as nnU-Net has it (Isensee et al. 2021); the paper names no schedule
 NAMES = {"lars": "LARS", "sgd": "SGD", "adamw": "AdamW"}
 
 
@@ -91,9 +92,9 @@ def sum_of_rates(lr: float, warmup_steps: int, num_steps: int) -> float:
     return lr * sum(rate_factor(step, warmup_steps, num_steps) for step in range(num_steps))
 
 
-def polynomial(optimizer: torch.optim.Optimizer, num_steps: int, power: float) -> LambdaLR:
-    """(1 - step / num_steps) ** power; per step."""
-    return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / num_steps) ** power)
+def polynomial(optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:
+    """The full rate times (1 - step / num_steps) ** DECAY_POWER; per step."""
+    return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / num_steps) ** DECAY_POWER)
 
 
 def ema_decay(step: int, num_steps: int, start: float, schedule: str = "cosine") -> float:
