@@ -169,19 +169,6 @@ class IntensityConfig(Section):
         return self
 
 
-class DeformConfig(Section):
-    """Models Genesis' deformations of a view, for method=genesis (Zhou et al. 2019; probabilities of their code)."""
-
-    nonlinear_prob: Share = 0.9
-    """Probability of the non-linear intensity map."""
-    shuffle_prob: Share = 0.5
-    """Probability of local shuffling: the voxels of small blocks change places within their block."""
-    cutout_prob: Share = 0.9
-    """Probability of a cut-out, inner or outer."""
-    inner_share: Share = 0.2
-    """Share of inner ones among the cut-outs."""
-
-
 class EncoderConfig(Section):
     """3D ResNet with bottleneck blocks (paper, Sec. 3.3), or nnU-Net's residual encoder."""
 
@@ -604,6 +591,10 @@ class InspectConfig(Section):
 class PretrainConfig(Section):
     """Self-supervised pre-training (paper, Sec. 3 and 5.1)."""
 
+    gone = {
+        "deform": Gone({"nonlinear_prob": 0.9, "shuffle_prob": 0.5, "cutout_prob": 0.9, "inner_share": 0.2}),
+    }
+
     method: Literal["pgl", "byol", "genesis"] = "pgl"
     """pgl: local consistency of aligned features; byol: global consistency of pooled features; genesis: Models Genesis,
     restoring deformed views with the segmentation network. All train on the same views."""
@@ -634,7 +625,6 @@ class PretrainConfig(Section):
     heads: HeadsConfig = HeadsConfig()
     align: AlignConfig = AlignConfig()
     loss: PretrainLossConfig = PretrainLossConfig()
-    deform: DeformConfig = DeformConfig()
     health: HealthConfig = HealthConfig()
     probe: ProbeCurveConfig = ProbeCurveConfig()
     optim: PretrainOptimConfig = PretrainOptimConfig()
@@ -1228,7 +1218,7 @@ def build(model: type[Model], values: dict[str, Any]) -> Model:
     Settings of earlier versions may stand in it with the value that they always have now.
     """
     values, other = without_gone(model, values)
-    faults = [f"{path}={value}: this is no setting any more: {gone.instead}" for path, (value, gone) in other.items()]
+    faults = [f"{path}={value}: {gone.instead}" for path, (value, gone) in other.items()]
     try:
         built = model.model_validate(values)
     except ValidationError as error:
@@ -1264,9 +1254,11 @@ def without_gone(model: type[Section], values: Any, prefix: str = "") -> tuple[A
 def _others(path: str, value: Any, gone: Gone) -> dict[str, tuple[Any, Gone]]:
     """A setting of earlier versions, or a section of them, as far as its value is not today's."""
     if isinstance(value, dict) and isinstance(gone.value, dict):
-        parts = [_others(f"{path}.{key}", part, Gone(gone.value.get(key))) for key, part in value.items()]
+        never = Gone(..., "no version has this setting")
+        known = {key: Gone(one) for key, one in gone.value.items()}
+        parts = [_others(f"{path}.{key}", part, known.get(key, never)) for key, part in value.items()]
         return {key: item for part in parts for key, item in part.items()}
-    gone = gone._replace(instead=gone.instead or f"it is always {gone.value}, leave it out")
+    gone = gone._replace(instead=gone.instead or f"this is always {gone.value} now, leave it out")
     return {} if value == gone.value else {path: (value, gone)}
 
 

@@ -169,7 +169,7 @@ def make_renderer(
         ablated(config.views, config.align),
         config.intensity,
         shared_box=not config.align.crop,
-        deform=config.deform if config.method == "genesis" else None,
+        deform=config.method == "genesis",
         augment=not on_gpu or config.method == "genesis",
         resize=resize,
         skip=config.stream.on_error == "skip",

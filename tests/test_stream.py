@@ -17,7 +17,7 @@ import torch
 import zarr
 
 from pgl_ray import pretrain
-from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
+from pgl_ray.config import IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
 from pgl_ray.data import kernels, store, stream
 from pgl_ray.data import views as v
 from pgl_ray.data.shard import UnreadableScan
@@ -160,7 +160,7 @@ def test_any_pair_can_be_built_again_bit_for_bit(small_store):
     ids = tuple(f"scan_{i}" for i in range(5))
     kinds = (
         stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig()),
-        stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True, deform=DeformConfig()),
+        stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True, deform=True),
     )
     for renderer in kinds:
         batch = renderer(index_rows(np.concatenate(list(make_plan().batches(0)))[:8]))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pgl_ray import ray_internals
-from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConfig
+from pgl_ray.config import IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
 from pgl_ray.data.shard import UnreadableScan, chunk_of
@@ -286,7 +286,7 @@ class PairRenderer:
     Attributes:
         store, scan_ids, seed, views, intensity: what is cropped, and how.
         shared_box: both views of a pair show one crop.
-        deform: Models Genesis' deformations; none: no such columns. The views are the same either way.
+        deform: whether there are also views with Models Genesis' deformations. The views are the same either way.
         augment: do the intensity operations here; otherwise their parameters come along, intensity_1, intensity_2
             float32 [B, 4] and noise_seed_1, noise_seed_2 int64 [B].
         resize: resize and flip here; otherwise there are crop_1, crop_2 [B, 1, d, h, w] of the stored type (int16 HU,
@@ -303,7 +303,7 @@ class PairRenderer:
     views: ViewsConfig
     intensity: IntensityConfig
     shared_box: bool = False
-    deform: DeformConfig | None = None
+    deform: bool = False
     augment: bool = True
     resize: bool = True
     skip: bool = False
@@ -415,7 +415,7 @@ class PairRenderer:
                 rng = rng or v.generator(
                     self.seed, int(drawn.rows["epoch"][i]), scan.scan_id, int(drawn.rows["draw"][i])
                 )
-                out[f"deformed_{k + 1}"][i, 0] = deform(torch.from_numpy(shown.astype(np.float32)), rng, self.deform)
+                out[f"deformed_{k + 1}"][i, 0] = deform(torch.from_numpy(shown.astype(np.float32)), rng)
 
     def _cut(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray]) -> None:
         """Crops of row i, as they are stored."""
