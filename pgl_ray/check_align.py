@@ -80,8 +80,7 @@ def run(config: CheckAlignConfig) -> Result:
     scans = _scans(config)
     encoder = build_encoder(**{**config.encoder.model_dump(), "width": 1})
     stride, size = config.align.output_stride, config.views.size
-    ratio = config.align.sampling_ratio
-    geometries = {name: feature_geometry(encoder, size, stride, name, ratio) for name in CONVENTIONS}
+    geometries = {name: feature_geometry(encoder, size, stride, name) for name in CONVENTIONS}
     encoder.stop_at(geometries["cell"][0])
     centre_taps(encoder)
 

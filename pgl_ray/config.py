@@ -213,6 +213,8 @@ class HeadsConfig(Section):
 class AlignConfig(Section):
     """The prior-guided aligner (paper, Eq. 4 to 7; method=pgl alone) and its ablations (Tables 5 to 8; any method)."""
 
+    gone = {"sampling_ratio": Gone(1)}
+
     output_stride: Triple = (8, 16, 16)
     """View voxels per feature cell (D, H, W): which of the encoder's maps is compared, the deepest one of that stride.
     Stages behind it are neither run nor trained; (4,8,8) is one stage earlier than the paper's."""
@@ -221,8 +223,6 @@ class AlignConfig(Section):
     paper."""
     centers: Literal["receptive_field", "cell"] = "receptive_field"
     """Where a feature cell sits: at its receptive field's centre, or in the middle of its cell (the paper's)."""
-    sampling_ratio: Positive = 1
-    """Points per bin and axis that are read and averaged, as in RoIAlign; 1 reads the bin's centre."""
     mask_clamped: bool = False
     """Leave bins out of the loss that lie beyond the outermost feature centres in either view, instead of clamping, and
     pairs that have no other bin (at 16x96x96 and 8,16,16 more than half of them: align/valid_pairs_share)."""
@@ -658,11 +658,6 @@ class PretrainConfig(Section):
             )
         if self.method != "pgl" and (self.loss != PretrainLossConfig() or self.align.more_strides):
             raise ValueError(f"loss.* and align.more_strides are of method=pgl, not {self.method}: leave them out")
-        if self.align.sampling_ratio > 1 and self.beyond_paper:
-            raise ValueError(
-                f"align.sampling_ratio={self.align.sampling_ratio} goes with the paper's loss alone: leave it out, or "
-                "loss.kind, loss.displacement and align.more_strides"
-            )
         if self.align.mask_clamped and self.beyond_paper:
             raise ValueError(
                 "align.mask_clamped masks whole maps; with loss.kind, loss.displacement or align.more_strides bins are "

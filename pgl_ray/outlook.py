@@ -121,7 +121,7 @@ def _clamped(
     for stride in (geometry.output_stride, *finer):
         if stride in align.more_strides or any(p % s for p, s in zip(size, stride, strict=True)):
             continue
-        way = feature_geometry(encoder, size, stride, align.centers, geometry.sampling_ratio)[1]
+        way = feature_geometry(encoder, size, stride, align.centers)[1]
         enough, found = _large_enough(views, way, np.lcm.reduce([stride, *align.more_strides]))
         if enough:
             keys = [f"views.size={_listed(enough)}"] if enough != size else []

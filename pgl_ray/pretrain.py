@@ -134,12 +134,9 @@ def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
         torch.manual_seed(config.seed)
         encoder = build_encoder(**config.encoder.model_dump())
         stride = align.output_stride if config.method == "pgl" else encoder.strides[-1]
-        level, geometry = feature_geometry(encoder, config.views.size, stride, align.centers, align.sampling_ratio)
+        level, geometry = feature_geometry(encoder, config.views.size, stride, align.centers)
         if config.method == "pgl" and config.beyond_paper:
-            more = [
-                feature_geometry(encoder, config.views.size, other, align.centers, align.sampling_ratio)
-                for other in align.more_strides
-            ]
+            more = [feature_geometry(encoder, config.views.size, other, align.centers) for other in align.more_strides]
             model = PlacesPgl(encoder, *heads, [*more, (level, geometry)], Objective(**config.loss.model_dump()))
         elif config.method == "pgl":
             model = Pgl(encoder, *heads, level, geometry, align.mask_clamped)

@@ -56,11 +56,6 @@ def test_nothing_to_check_is_no_pass(tmp_path):
         check(tmp_path, "views.size=[8,48,32]")
 
 
-@pytest.mark.parametrize("ratio", [2, 4])
-def test_sampling_ratios_are_checked(ratio, tmp_path):
-    assert check(tmp_path, f"align.sampling_ratio={ratio}", "align.output_stride=[4,8,8]").facts["passed"]
-
-
 def test_a_runs_config_is_checked_with_what_is_typed_beside_it(tmp_path):
     config = load(PretrainConfig, ["index=s", "run=r", "views.size=[16,32,48]", "align.output_stride=[4,8,8]"])
     values = json.loads(config.model_dump_json()) | {"index": None}

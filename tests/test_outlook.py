@@ -83,7 +83,7 @@ def test_presets_clamp_at_most_a_fifth_of_the_bins(config, scan):
     shape, num = np.array([SCANS[scan]]), 256
     boxes, flips = v.sample_pairs(rng.random((num, v.PAIR_NUMBERS)), np.repeat(shape, num, 0), config.views)
     assert config.encoder.kind == "resnet" and config.align.centers == "receptive_field"  # centres at 0.5
-    args = config.views.size, config.align.output_stride, (0.5, 0.5, 0.5), config.align.sampling_ratio
+    args = config.views.size, config.align.output_stride, (0.5, 0.5, 0.5)
     assert max(loops_shares(boxes, flips, *args)) <= 0.2
 
 
@@ -192,7 +192,7 @@ def test_good_settings_need_no_note():
 
 
 @pytest.mark.parametrize("foreground", ["true", "false"])
-@pytest.mark.parametrize("args", [["views.size=[16,96,64]"], ["views.size=[24,32,96]", "align.sampling_ratio=2"]])
+@pytest.mark.parametrize("args", [["views.size=[16,96,64]"], ["views.size=[24,32,96]"]])
 def test_the_share_is_that_of_pairs_of_these_scans(args, foreground):
     """D, H and W differ, in views, strides and scans."""
     args = [*args, f"views.foreground={foreground}", "align.output_stride=[4,8,8]", "max_steps=400"]
@@ -200,7 +200,7 @@ def test_the_share_is_that_of_pairs_of_these_scans(args, foreground):
     bodies = np.stack([np.array([[5, d - 5], [9, h - 9], [20, w - 20]]) for d, h, w in shapes.tolist()])
     u = np.random.default_rng(1).random((len(shapes), v.PAIR_NUMBERS))
     boxes, flips = v.sample_pairs(u, shapes, config.views, bodies if config.views.foreground else None)
-    expected = loops_shares(boxes, flips, config.views.size, (4, 8, 8), (0.5,) * 3, config.align.sampling_ratio)
+    expected = loops_shares(boxes, flips, config.views.size, (4, 8, 8), (0.5,) * 3)
     np.testing.assert_allclose(look(*args).facts["clamped_share"], expected, atol=0.03)
 
 
