@@ -397,6 +397,8 @@ class LossConfig(Section):
 class TrainConfig(Section):
     """How Ray Train runs the loop."""
 
+    gone = {"keep_checkpoints": Gone(2)}
+
     num_workers: Positive = 1
     """Workers (processes) under DDP; with GPUs one each."""
     min_workers: Positive | None = None
@@ -424,8 +426,6 @@ class TrainConfig(Section):
     """Steps between two rows of metrics."""
     checkpoint_every: Positive = 200
     """Steps between two checkpoints."""
-    keep_checkpoints: Positive = 2
-    """Newest checkpoints that are kept."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of the worker group after a worker's death."""
     timeout_s: Annotated[float, Field(ge=1)] = 600.0

@@ -32,6 +32,7 @@ from pgl_ray.train.bucket import EVENTS, MANIFEST, METRICS, NAME, SNAPSHOT, STAT
 from pgl_ray.train.track import Tracker
 
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
+KEPT = 2  # newest checkpoints: where one is damaged, the one before is there
 RETRY_S = 600.0  # that storage may fail before the run ends
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between two tries
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -446,7 +447,7 @@ class Writer:
         world: workers of this start; noted in every checkpoint.
     """
 
-    def __init__(self, run: str, keep: int, best: str | None = None, world: int = 1):
+    def __init__(self, run: str, keep: int = KEPT, best: str | None = None, world: int = 1):
         self.run, self.keep, self.best, self.world = Path(run), keep, best, world
         self.waiting: dict[str, _Job] = {}  # by name; files come before checkpoints, which rely on them
         self.written: _Job | None = None  # to the disk; it may wait for the bucket

@@ -93,7 +93,7 @@ class Session:
         model = on.compiled(self.place.wrap(self._kept["model"]), self.device, self.train.compile, self.world)
         if self.rank == 0:
             self.metrics = checkpoint.Metrics(self.run, self.step, self.train.tracker)
-            self.writer = checkpoint.Writer(self.run, self.train.keep_checkpoints, best, self.world)
+            self.writer = checkpoint.Writer(self.run, best=best, world=self.world)
         return model
 
     # -- steps --------------------------------------------------------------------------------------------------------
