@@ -128,11 +128,11 @@ class CropConfig(Section):
 class ViewsConfig(CropConfig):
     """Pairs of views; their size is the paper's P."""
 
+    gone = {"overlap_of": Gone("smaller")}
+
     min_overlap: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Least overlap of two views of a scan, as a share of `overlap_of`."""
-    overlap_of: Literal["smaller", "larger", "union"] = "smaller"
-    """What the overlap is a share of: the smaller crop's volume, the larger's, or the union of both. The paper names
-    none."""
+    """Least overlap of two views of a scan, as a share of the smaller crop's volume (the paper does not say of which
+    volume)."""
 
 
 class PatchConfig(CropConfig):
