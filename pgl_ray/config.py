@@ -592,6 +592,7 @@ class PretrainConfig(Section):
     """Self-supervised pre-training (paper, Sec. 3 and 5.1)."""
 
     gone = {
+        "ema_schedule": Gone("cosine"),
         "deform": Gone({"nonlinear_prob": 0.9, "shuffle_prob": 0.5, "cutout_prob": 0.9, "inner_share": 0.2}),
     }
 
@@ -615,9 +616,7 @@ class PretrainConfig(Section):
     pairs_per_scan: Positive = 1
     """View pairs per scan and epoch."""
     ema_decay: Share = 0.996
-    """Target decay omega at the start (Eq. 10). Not used by genesis."""
-    ema_schedule: Literal["cosine", "constant"] = "cosine"
-    """cosine: omega rises to 1 as in BYOL; constant: it stays as it is at the start."""
+    """Target decay omega at the start (Eq. 10); it rises to 1 along a cosine, as in BYOL. Not used by genesis."""
     views: ViewsConfig = ViewsConfig()
     intensity: IntensityConfig = IntensityConfig()
     stream: StreamConfig = StreamConfig()

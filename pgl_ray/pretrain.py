@@ -226,7 +226,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
 
         # loss, step, target
         session.settle(model, lambda pair=pair: forward_and_back(model, net, pair, session.parts, session.autocast))
-        decay = optim.ema_decay(session.step, plan.num_steps, config.ema_decay, config.ema_schedule)
+        decay = optim.ema_decay(session.step, plan.num_steps, config.ema_decay)
         done = train_step(model, net, optimizer, schedule, pair, decay, session.autocast, session.parts)
         session.advance()
 
