@@ -465,7 +465,9 @@ class TrainConfig(Section):
 
 
 class RayConfig(Section):
-    """Which Ray cluster to use."""
+    """Which Ray cluster to use; a new one on this machine keeps its sockets and logs below RAY_TMPDIR, a short path."""
+
+    gone = {"tmp_dir": Gone(None, "set RAY_TMPDIR in the environment, which Ray reads")}
 
     address: str | None = None
     """Address of a running cluster; none: the one in RAY_ADDRESS, else a new one on this machine."""
@@ -474,8 +476,6 @@ class RayConfig(Section):
     object_store_mb: Positive | None = None
     """Object store of a new local cluster in MB; none: Ray's own choice, 30 % of the memory. Batches that find no room
     in it go over the disk (128 pairs of 16x96x96: 75 MB; a run says how much it wants)."""
-    tmp_dir: str | None = None
-    """Ray's temporary folder for a new local cluster (keep it short: unix sockets live there)."""
 
 
 # -- one model per door ---------------------------------------------------------------------------------------------

@@ -66,8 +66,6 @@ def connect(config: RayConfig) -> None:
         }
         # Ray warns on the console when it runs 4 times as many processes as this; a training needs about 15.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
-        if config.tmp_dir:
-            options |= ray_internals.temp_dir(config.tmp_dir)
     try:
         ray.init(**options)
     except Exception as error:  # ray.init has no common error class
