@@ -33,6 +33,8 @@ STAGES = ("draw", "read", "decode", "resize", "intensity", "transport")  # of th
 MORE_CORES = "render on more CPU cores"
 GPU_FLOPS = 200e12  # per s that a training reaches on an H200: a quarter of what its matrix products reach in bfloat16
 CPU = torch.device("cpu")
+CPU_PAIRS = 8  # most view pairs of a timed step there; on a GPU all of a worker's
+TIMED_STEPS = 3
 WAITS = 0.1  # share of the time that the step may wait before the stream counts as what limits the run
 
 
@@ -95,7 +97,7 @@ def run(config: BenchConfig) -> Result:
     plan = make_plan(config, index)
     renderer = make_renderer(config, index, plan, device.type == "cuda")
     cores, worker_batch = num_cores(), config.global_batch_size // config.train.num_workers
-    num_pairs = config.bench_pairs or (worker_batch if device.type == "cuda" else min(worker_batch, 8))
+    num_pairs = worker_batch if device.type == "cuda" else min(worker_batch, CPU_PAIRS)
 
     # the stages of rendering, one core; of pairs that share regions as many as are shuffled together
     num_rows = min(max(worker_batch, num_pairs), 64)
@@ -119,7 +121,7 @@ def run(config: BenchConfig) -> Result:
     on.compiled(net, device, config.train.compile, config.train.num_workers)
     step(batch)  # compiles
     uncompiled = on.uncompiled()
-    step_rate = num_pairs / _median_seconds(lambda: step(batch), config.bench_repeats, device)
+    step_rate = num_pairs / _median_seconds(lambda: step(batch), device)
 
     # the stream only: pairs that are ready made, which leaves the transport, then real ones
     launch.connect(config.ray)
@@ -245,10 +247,10 @@ def _cost(step: Callable[[dict], None], batch: dict, net: nn.Module, worker_batc
     return counter.get_total_flops() / num, fixed + activations / num * worker_batch
 
 
-def _median_seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median wall time; the work has run before."""
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Median wall time of TIMED_STEPS; the work has run before."""
     seconds = []
-    for _ in range(repeats):
+    for _ in range(TIMED_STEPS):
         _finish(device)
         began = time.perf_counter()
         work()

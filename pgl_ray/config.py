@@ -687,10 +687,6 @@ class BenchConfig(PretrainConfig):
 
     run: str = ""
     """Not used: nothing is kept."""
-    bench_pairs: Positive | None = None
-    """View pairs of a timed training step; none: those of one worker on a GPU, at most 8 of them on a CPU."""
-    bench_repeats: Positive = 3
-    """Timed steps; the median counts."""
     bench_s: Annotated[float, Field(gt=0)] = 4.0
     """Seconds that the stream is measured, each of three times, after half as long to get going."""
 

@@ -122,7 +122,7 @@ def test_export_gives_monai_every_key_and_says_what_goes_in(capsys, tmp_path, ch
 @pytest.mark.cluster
 def test_bench_measures_both_halves(ray_cluster, capsys, labelled):
     args = ["encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=8", "heads.out=8", "views.size=[16,32,48]"]
-    args += ["bench_pairs=2", "bench_repeats=1", "bench_s=0.5", "global_batch_size=2"]
+    args += ["bench_s=0.5", "global_batch_size=2"]
     cli.call("bench", [f"index={labelled}", *args])
     out = capsys.readouterr().out
     assert "data only" in out and "step only" in out and "both" in out and "limits the run" in out
