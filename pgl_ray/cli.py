@@ -51,7 +51,7 @@ DOORS = {
     ),
     "finetune": Door(
         c.FinetuneConfig,
-        "index run init scan_share epochs max_steps global_batch_size patch.size optim.lr train.num_workers",
+        "index run init num_scans epochs max_steps global_batch_size patch.size optim.lr train.num_workers",
     ),
     "evaluate": Door(
         c.EvaluateConfig, "run index split num_scans output save_predictions tta compare inference.device"

@@ -5,6 +5,7 @@ Each door has one frozen model whose defaults are the paper's numbers. A command
 and reports every fault in one message that names the dotted path.
 """
 
+import math
 import os
 import re
 from types import NoneType, UnionType
@@ -58,6 +59,19 @@ def _as_written(value: Any) -> Any:
     return value
 
 
+def _share_or_number(value: Any) -> Any:
+    """Labelled scans: 1.0 and null are all of them; 1 could be meant as one scan, which cannot be split."""
+    if value is None:
+        return 1.0
+    if type(value) is float and 0 < value <= 1:
+        return value
+    if type(value) in (int, float) and 2 <= value < math.inf and value % 1 == 0:
+        return int(value)
+    raise PydanticCustomError(
+        "scans", "expected a share above 0 and up to 1.0 (all), or a number from 2 on (to train on and to validate)"
+    )
+
+
 FilePath = Annotated[str, BeforeValidator(_as_written)]
 StorePath = Annotated[FilePath, AfterValidator(_absolute_or_url)]
 RunPath = StorePath  # of a pre-training or fine-tuning; a sweep is a folder
@@ -67,6 +81,7 @@ Seed = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+LabelledScans = Annotated[int | float, BeforeValidator(_share_or_number)]
 LEAST_VOXEL_MM, LARGEST_VOXEL_MM = 0.02, 30.0  # finest cone-beam CT: 0.075; thickest slices: 10 to 20
 Length = Annotated[float, Field(ge=LEAST_VOXEL_MM, le=LARGEST_VOXEL_MM)]  # of a voxel, in mm
 Triple = tuple[Positive, Positive, Positive]
@@ -708,6 +723,8 @@ class CheckAlignConfig(PretrainConfig):
 class FinetuneConfig(Section):
     """Supervised training of the segmentation network (paper, Sec. 5.1 and Appendix B)."""
 
+    gone = {"scan_share": Gone(1.0, "give the share as num_scans")}
+
     index: StorePath
     """Store written by prepare, with labels."""
     run: RunPath
@@ -725,10 +742,9 @@ class FinetuneConfig(Section):
     """Seed of the split, the patches and the initialisation."""
     split: str = "train"
     """Split of the index that the scans are taken from."""
-    num_scans: Positive | None = None
-    """Labelled scans to use, validation included, drawn with the seed; none: `scan_share` of them."""
-    scan_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the labelled scans to use, validation included, e.g. 0.2; a smaller share is part of a larger one."""
+    num_scans: LabelledScans = 1.0
+    """Labelled scans to use, validation included, drawn with the seed: a share of them, e.g. 0.2 (1.0: all), or a
+    number from 2 on; fewer are part of more."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of them kept for validation, at least one scan."""
     task: Literal["multiclass", "binary"] = "multiclass"
@@ -775,8 +791,6 @@ class FinetuneConfig(Section):
                 f"accumulate={self.accumulate} must divide a worker's {batch} patches (global_batch_size / "
                 "train.num_workers)"
             )
-        if self.num_scans is not None and self.scan_share != 1:
-            raise ValueError(f"num_scans={self.num_scans} and scan_share={self.scan_share}: give one of them")
         return self
 
 

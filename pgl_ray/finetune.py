@@ -134,11 +134,10 @@ def split_scans(config: FinetuneConfig, index: store.Index) -> tuple[list[str], 
     if not index.labels:
         raise ValueError(f"index={config.index} holds no labels: prepare it from a source with label maps")
     ids = [scan.scan_id for scan in index.labelled(config.split)]
-    num = config.num_scans or round(config.scan_share * len(ids))
+    num = config.num_scans if isinstance(config.num_scans, int) else round(config.num_scans * len(ids))
     if num > len(ids) or num < 2:
-        asked = f"num_scans={config.num_scans}" if config.num_scans else f"scan_share={config.scan_share:g}"
         raise ValueError(
-            f"{asked}: split={config.split!r} of {config.index} has {len(ids)} labelled scans, "
+            f"num_scans={config.num_scans}: split={config.split!r} of {config.index} has {len(ids)} labelled scans, "
             f"and at least 2 are needed (one to train on, one to validate)"
         )
     chosen = [ids[i] for i in np.random.default_rng((config.seed, 1)).permutation(len(ids))[:num]]

@@ -76,7 +76,7 @@ WRONG = [
     ("finetune", ["index={labelled}", "run={tmp}/r", "init={damaged}"], "damaged"),
     ("finetune", ["index={labelled}", "run={tmp}/r", "init={pretrain}", "encoder.width=64"], "'width': 8"),
     ("finetune", ["index={labelled}", "run={tmp}/r", "init={tmp}/no.safetensors"], "does not exist"),
-    ("finetune", ["index={labelled}", "run={tmp}/r", "init={pretrain}", "scan_share=.3"], "scan_share=0.3"),
+    ("finetune", ["index={labelled}", "run={tmp}/r", "init={pretrain}", "num_scans=.3"], "num_scans=0.3"),
     ("finetune", ["index={labelled}", "run={tmp}/r", "accumulate=3"], "accumulate=3 must divide"),
     ("pretrain", ["index={unlabelled}", "run={tmp}/r", "max_steps=9", "probe.every=5"], "holds no labels"),
     ("pretrain", ["index={unlabelled}", "run={tmp}/r", "max_steps=9", "probe.every=5", "probe.index={tmp}"], "not a"),

@@ -214,24 +214,26 @@ def ten(tmp_path_factory):
 def test_shares_of_the_labels_are_nested_and_split_by_the_seed(ten):
     sets = {}
     for share in (0.2, 0.5, 1.0):
-        train, val = finetune.split_scans(config(f"scan_share={share}"), ten)
+        train, val = finetune.split_scans(config(f"num_scans={share}"), ten)
         sets[share] = {*train, *val}
         assert not set(train) & set(val) and len(sets[share]) == round(10 * share)
         assert len(val) == max(1, round(0.2 * 10 * share))
     assert sets[0.2] < sets[0.5] < sets[1.0] == set("abcdefghij")
-    assert finetune.split_scans(config("scan_share=.5"), ten) == finetune.split_scans(config("num_scans=5"), ten)
+    assert finetune.split_scans(config("num_scans=.5"), ten) == finetune.split_scans(config("num_scans=5"), ten)
     assert finetune.split_scans(config("seed=1"), ten) != finetune.split_scans(config(), ten)
     train, val = finetune.split_scans(config("num_scans=2", "val_share=.99"), ten)
     assert (len(train), len(val)) == (1, 1)  # never an empty training set
     for args, message in (
-        (["scan_share=.1"], "scan_share=0.1: split='train'.*10 labelled scans, and at least 2"),
-        (["num_scans=1"], "num_scans=1: "),
+        (["num_scans=.1"], "num_scans=0.1: split='train'.*10 labelled scans, and at least 2"),
+        (["num_scans=11"], "num_scans=11: split='train'.*10 labelled scans, and at least 2"),
         (["split=test"], "split='test'.*has 0 labelled scans"),
     ):
         with pytest.raises(ValueError, match=message):
             finetune.split_scans(config(*args), ten)
-    with pytest.raises(ValueError, match="give one of them"):
-        config("num_scans=3", "scan_share=.5")
+    assert config("num_scans=null").num_scans == config().num_scans == 1.0 and config("num_scans=4.0").num_scans == 4
+    for wrong in ("1", "0", "-2", "0.0", "1.5", "2.5", "many", "true", ".inf", ".nan"):
+        with pytest.raises(ValueError, match=r"^num_scans=\S+: expected a share above 0 and up to 1.0"):
+            config(f"num_scans={wrong}")
     with pytest.raises(ValueError, match="accumulate=3 must divide a worker's 4 patches"):
         config("accumulate=3", "train.num_workers=2")
 

@@ -711,9 +711,9 @@ def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]], share:
     import pyarrow as pa
 
     (folder / "evaluation").mkdir(parents=True)
-    config = {"seed": seed, "global_batch_size": 4, "index": "s", "init": "random", "num_scans": None}
+    config = {"seed": seed, "global_batch_size": 4, "index": "s", "init": "random", "num_scans": share}
     scans = {"train": ["a"] * round(6 * share), "val": ["b"] * round(2 * share)}
-    record = {"door": "finetune", "config": config | {"scan_share": share}, "num_steps": 10, "scans": scans}
+    record = {"door": "finetune", "config": config, "num_steps": 10, "scans": scans}
     checkpoint.write_json(folder / "run.json", record)
     checkpoint.metrics_path(folder).write_text('{"step": 5, "time_s": 2.0}\n{"step": 10, "time_s": 4.0}\n')
     rows = [
@@ -733,12 +733,12 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     """Two shares of the labels; the paper's figures stand under all of them alone. One cell of the second share failed,
     so that Figure 8 takes the other seed."""
     arms = {"random": {"finetune.init": "random"}, "pgl": {}}
-    space = {"finetune.seed": {"grid_search": [0, 1]}, "finetune.scan_share": {"grid_search": [0.5, 1.0]}}
+    space = {"finetune.seed": {"grid_search": [0, 1]}, "finetune.num_scans": {"grid_search": [0.5, 1.0]}}
     config = sweep(tmp_path, arms=arms, space=space, published="liver")
     tune._remember(config, tmp_path / "sweep")
     dice = {("random", 0): 0.5, ("random", 1): 0.6, ("pgl", 0): 0.7, ("pgl", 1): 0.9}
     for share, (arm, seed) in itertools.product((0.5, 1.0), dice):
-        values = {"arm": arm, "finetune.seed": seed, "finetune.scan_share": share}
+        values = {"arm": arm, "finetune.seed": seed, "finetune.num_scans": share}
         level = dice[arm, seed] * share
         run = tmp_path / "sweep" / "trials" / trial.name_of(values) / "finetune"
         if (arm, seed, share) == ("random", 0, 1.0):
@@ -758,7 +758,7 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     }
     sweeps.write_table(tmp_path / "sweep")
     rows = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
-    assert {(r["arm"], r["finetune.seed"]): r["score"] for r in rows if r["finetune.scan_share"] == 0.5} == {
+    assert {(r["arm"], r["finetune.seed"]): r["score"] for r in rows if r["finetune.num_scans"] == 0.5} == {
         key: value / 2 for key, value in dice.items()
     }
     content = sweep_report.content(tmp_path / "sweep", lambda runs: {"scans": [], "legend": []})
@@ -784,7 +784,7 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     written = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")])))
     assert not CHROMIUM or faults(written) == []
     page = written.read_text()
-    assert "paper, Table 6" in page and "overlays left out" in page and "pgl, seed 1, scan_share 0.5" in page
+    assert "paper, Table 6" in page and "overlays left out" in page and "pgl, seed 1, num_scans 0.5" in page
     drawn, shown = {"scans": [("data:,", "Scan p")], "legend": [(1, "liver", "#E69F00")]}, []
     monkeypatch.setattr(report, "overlays", lambda runs: shown.extend(runs) or drawn)
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
@@ -796,7 +796,7 @@ def test_figures_of_few_labels_have_no_published_ones_beside_them(tmp_path):
     """A grid that was cut off before its largest share, or that names a number of scans."""
     config = sweep(tmp_path, arms={"random": {"finetune.init": "random"}}, published="liver", space=LR)
     tune._remember(config, tmp_path / "sweep")
-    values = {"arm": "random", "finetune.scan_share": 0.2}
+    values = {"arm": "random", "finetune.num_scans": 0.2}
     run = tmp_path / "sweep" / "trials" / trial.name_of(values) / "finetune"
     ended(tmp_path, values, 0.5, [(50, 0.5)], finetune=str(run), finetune_gpus=0.0)
     tuned_run(run, 0, {"liver": {"p": 0.5}, "tumour": {"p": 0.5}}, 0.5)
