@@ -307,9 +307,9 @@ def _mend(stage: str, config: BenchConfig, index: store.Index, cuda: bool) -> st
             ways.append("a store prepared with encoding=uint8")
     if cuda and config.method != "genesis":
         if stage == "intensity":
-            ways.append("set stream.augment_on=gpu")
-        elif stage == "resize" and config.stream.resize_on == "cpu":
-            ways.append("set stream.resize_on=gpu")
+            ways.append("set stream.on_gpu=intensity")
+        elif stage == "resize" and config.stream.on_gpu != "all":
+            ways.append("set stream.on_gpu=all")
     if stage == "transport":
         ways.append("take a larger global_batch_size")
     return ", or ".join([*ways, MORE_CORES])

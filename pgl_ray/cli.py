@@ -69,7 +69,7 @@ DOORS = {
     ),
     "bench": Door(
         c.BenchConfig,
-        "index method global_batch_size views.size stream.pairs_per_region stream.augment_on stream.resize_on "
+        "index method global_batch_size views.size stream.pairs_per_region stream.on_gpu "
         "train.device train.num_workers bench_s",
     ),
     "check_align": Door(

@@ -270,16 +270,19 @@ class PretrainLossConfig(Section):
 class StreamConfig(Section):
     """How pairs of views are read and made, and how they reach the workers."""
 
+    gone = {
+        "augment_on": Gone("auto", "stream.on_gpu=intensity (gpu) or nothing (cpu) says it now"),
+        "resize_on": Gone("cpu", "stream.on_gpu=all says it now"),
+    }
+
     pairs_per_region: Positive = 1
     """Pairs drawn inside one region of a scan, twice the view size per axis, which is read once; it divides
     `pairs_per_scan`. 1 is the paper: every pair is drawn from the whole scan."""
-    augment_on: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where the intensity operations of the views run: cpu = with the crop, in Ray Data's tasks; gpu = a batch at a
-    time on the training device. The views are the same to float16's rounding. auto = gpu where the workers have CUDA;
-    method=genesis deforms finished views, so it always takes cpu."""
-    resize_on: Literal["cpu", "gpu"] = "cpu"
-    """Where crops are resized and flipped: cpu = where they are read; gpu = as augment_on=gpu, which it implies. Then
-    crops travel as they are stored, 2.7 times the bytes of finished views from an int16 store, 1.3 times from uint8."""
+    on_gpu: Literal["auto", "nothing", "intensity", "all"] = "auto"
+    """What is done to the views on the training device, a batch at a time, and not where they are read: intensity = the
+    intensity operations (the same views to float16's rounding); all = resize and flip, too, and crops travel as they
+    are stored, 2.7 times the bytes of finished views from an int16 store, 1.3 times from uint8. auto = intensity where
+    the workers have CUDA; method=genesis deforms finished views, so it takes nothing."""
     on_error: Literal["fail", "skip"] = "fail"
     """A scan that cannot be read while training: fail = the run ends with an error; skip = its place in the batch is
     taken by the same draw of the next scan that can be read, so all batches keep their size, and the metrics
@@ -659,12 +662,8 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _divisible(self):
         _check_divisible(self.global_batch_size, self.train)
-        if self.method == "genesis" and self.stream.augment_on == "gpu":
-            raise ValueError("method=genesis deforms finished views: stream.augment_on must be cpu or auto")
-        if self.method == "genesis" and self.stream.resize_on == "gpu":
-            raise ValueError("method=genesis deforms finished views: stream.resize_on must be cpu")
-        if self.stream.resize_on == "gpu" and self.stream.augment_on == "cpu":
-            raise ValueError("stream.resize_on=gpu needs stream.augment_on=gpu or auto: intensity comes after resizing")
+        if self.method == "genesis" and self.stream.on_gpu in ("intensity", "all"):
+            raise ValueError("method=genesis deforms finished views: stream.on_gpu must be nothing or auto")
         if self.pairs_per_scan % self.stream.pairs_per_region:
             raise ValueError(
                 f"stream.pairs_per_region={self.stream.pairs_per_region} must divide pairs_per_scan="

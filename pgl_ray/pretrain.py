@@ -157,8 +157,9 @@ def make_renderer(
     config: PretrainConfig, index: store.Index, plan: stream.Plan, has_gpu: bool = False
 ) -> stream.PairRenderer:
     """What turns rows of the plan into pairs of views, the ablations included; `has_gpu`: the workers have one."""
-    resize = config.stream.resize_on == "cpu"
-    on_gpu = not resize or config.stream.augment_on == "gpu" or (config.stream.augment_on == "auto" and has_gpu)
+    on_gpu = config.stream.on_gpu
+    if on_gpu == "auto":
+        on_gpu = "intensity" if has_gpu and config.method != "genesis" else "nothing"
     return stream.PairRenderer(
         index.store,
         plan.scan_ids,
@@ -167,8 +168,8 @@ def make_renderer(
         config.intensity,
         shared_box=not config.align.crop,
         deform=config.method == "genesis",
-        augment=not on_gpu or config.method == "genesis",
-        resize=resize,
+        augment=on_gpu == "nothing",
+        resize=on_gpu != "all",
         skip=config.stream.on_error == "skip",
         pairs_per_region=config.stream.pairs_per_region,
     )

@@ -157,7 +157,7 @@ def test_bench_advises_what_is_not_done_yet(labelled):
 
     assert "pairs_per_region=8" in mend("decode") and "encoding=uint8" in mend("decode")
     assert "pairs_per_region" not in mend("decode", "stream.pairs_per_region=8", "pairs_per_scan=8")
-    assert "augment_on=gpu" in mend("intensity") and "resize_on=gpu" in mend("resize")
+    assert "on_gpu=intensity" in mend("intensity") and "on_gpu=all" in mend("resize")
     for done in (mend("intensity", cuda=False), mend("intensity", "method=genesis"), mend("draw")):
         assert done == bench.MORE_CORES
-    assert mend("resize", "stream.resize_on=gpu", "stream.augment_on=gpu") == bench.MORE_CORES
+    assert mend("resize", "stream.on_gpu=all") == bench.MORE_CORES

@@ -95,6 +95,8 @@ def test_every_knob_is_described(door):
 # Settings of earlier versions: the value that each always has now, another one, and what is said to that.
 GONE = [
     ("pretrain", "optim.trust_coefficient", 1e-3, 0.01, "this is always 0.001 now, leave it out"),
+    ("pretrain", "stream.augment_on", "auto", "gpu", "stream.on_gpu=intensity (gpu) or nothing (cpu) says it now"),
+    ("pretrain", "stream.resize_on", "cpu", "gpu", "stream.on_gpu=all says it now"),
     ("finetune", "scan_share", 1.0, 0.2, "give the share as num_scans"),
     ("pretrain", "ray.tmp_dir", None, "/tmp/r", "set RAY_TMPDIR in the environment, which Ray reads"),
     ("pretrain", "ema_schedule", "cosine", "constant", "this is always cosine now, leave it out"),

@@ -315,7 +315,7 @@ def test_no_step_draws_from_a_global_generator(scans, tmp_path):
         with (tmp_path / "states").open("a") as file:
             file.write(f"{hash(repr(now))}\n")
 
-    loop.train(loop.pretraining(scans, tmp_path / "a", stream={"augment_on": "gpu"}), seen=seen)
+    loop.train(loop.pretraining(scans, tmp_path / "a", stream={"on_gpu": "intensity"}), seen=seen)
     assert len(set((tmp_path / "states").read_text().splitlines())) == 1
     (tmp_path / "states").unlink()
     loop.train(loop.finetuning(scans, tmp_path / "b"), seen=seen)

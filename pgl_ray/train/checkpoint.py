@@ -43,8 +43,8 @@ MAY_DIFFER = {
     "health",
     "stream.on_error",
     "stream.max_skipped_share",
-    "stream.augment_on",
-    "stream.resize_on",
+    "stream.on_gpu",
+    *("stream.augment_on", "stream.resize_on"),  # the same in earlier versions
     "accumulate",
     "probe",
 }
