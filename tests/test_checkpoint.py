@@ -34,7 +34,7 @@ def test_a_run_is_continued_by_its_own_config_only(tmp_path):
         checkpoint.open_run(config(tmp_path / "r"), "finetune", {})
 
 
-def test_a_run_of_before_goes_on_unless_a_setting_gone_was_another(tmp_path):
+def test_a_run_of_before_goes_on_unless_a_gone_setting_differed(tmp_path):
     checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     record["config"]["optim"]["trust_coefficient"] = 1e-3

@@ -51,7 +51,7 @@ def test_dead_channels_are_counted_over_all_relus_behind_a_norm():
     assert health.dead_channels(nn.Conv3d(1, 2, 1), inputs()) == 0
 
 
-def test_a_channel_that_fires_once_is_alive_and_the_network_stays_as_it_is():
+def test_a_channel_that_fires_once_is_alive_and_nothing_changes():
     torch.manual_seed(0)
     net = Net().eval()
     net.norm.bias.data[:] = -3.5  # three and a half deviations: hardly a voxel of few inputs

@@ -20,7 +20,7 @@ def deformed(seed=0, view=None, **changes) -> torch.Tensor:
     return deform(smooth() if view is None else view, np.random.default_rng(seed), Chances(**OFF | changes))
 
 
-def test_nothing_drawn_is_nothing_done_and_the_view_is_left_alone():
+def test_nothing_drawn_is_nothing_done_and_the_view_stays():
     view = smooth()
     kept = view.clone()
     assert torch.equal(deformed(view=view), view)

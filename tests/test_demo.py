@@ -44,7 +44,7 @@ def test_both_fine_tunings_differ_in_their_init_alone(settings):
     assert random == pgl and (doors["random"].init, doors["pgl"].init) == ("random", doors["pretrain"].run)
 
 
-def test_pre_training_learns_by_place_on_maps_that_the_views_hold(settings):
+def test_pretraining_learns_by_place_on_maps_that_views_hold(settings):
     _, doors = settings
     model, geometry = pretrain.build_model(doors["pretrain"])
     assert isinstance(model, PlacesPgl) and len(model.maps) == 3 and len(model.place) == 3

@@ -87,7 +87,7 @@ def test_drawn_bins_are_read_as_the_aligner_reads_them():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_bins_depend_on_the_priors_alone_and_clamped_ones_come_last():
+def test_bins_depend_on_priors_alone_and_clamped_come_last():
     pair, geometry = pairs(6), network().maps[1][1]
     bins = drawn_bins(pair, geometry, 20)
     assert all(len(set(row)) == 20 for row in bins.tolist())
@@ -178,7 +178,7 @@ def test_cells_lie_where_view_to_scan_puts_them():
     assert found.numpy() == pytest.approx(centers((pair.boxes[0], pair.flips[0]), geometry)[3, 3, 3])
 
 
-def test_consistency_on_more_maps_is_the_papers_loss_on_drawn_bins():
+def test_consistency_on_more_maps_is_eq_8_on_drawn_bins():
     net, pair = network(kind="consistency", displacement=0.0, num_bins=10**6), pairs(3)
     net.eval()
     losses = []

@@ -200,7 +200,7 @@ def stages_of(net):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("strides", STRIDES)
-def test_monais_resnet_finds_every_key_and_gives_the_same_features(path, strides):
+def test_monais_resnet_finds_every_key_and_the_same_features(path, strides):
     """MONAI's own strides are "late"; our encoder of either kind is read as an init is."""
     said = metadata(path)
     theirs = monais(said, num_classes=3)

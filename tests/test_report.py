@@ -592,7 +592,7 @@ def test_slices_of_a_pair_have_one_scale(draw):
 
 
 @pytest.mark.parametrize("flips", [(f, g) for f in product((False, True), repeat=3) for g in [(True, False, True)]])
-def test_block_stands_at_the_same_place_of_the_drawn_overlap_in_both_views(flips):
+def test_a_block_has_one_place_in_the_overlap_of_both_views(flips):
     """The block's middle as a share of the overlap's drawn rectangle, mirrored where the letters are."""
     figure = pictures.pair_as_seen(planted_pair(flips))
     for ax, (flip, row) in zip(figure.axes, product(flips, (1, 0))):
@@ -667,7 +667,7 @@ def test_a_curve_of_zeros_alone_is_drawn():
         assert figure.axes[0].get_yscale() == scale and pictures.to_svg(figure)
 
 
-def test_an_overlay_of_a_resampled_scan_is_on_the_grid_that_was_scored(tmp_path):
+def test_an_overlay_of_a_resampled_scan_is_on_the_scored_grid(tmp_path):
     """What lies there are the scan's own labels, and the CT is seen where it is."""
     label, affine = np.zeros((12, 24, 32), np.uint8), np.diag([3.0, 1, 1, 1])
     label[5:9, 8:14, 6:12] = 1

@@ -184,7 +184,7 @@ def test_record_equals_numpys_answers(tmp_path):
     assert store.read_records(tmp_path) == {"a": record}
 
 
-def test_foreground_begins_above_minus_500_and_a_volume_of_air_is_its_own(tmp_path):
+def test_foreground_begins_above_minus_500_and_air_is_its_own(tmp_path):
     volume = np.full((2, 3, 4), -1000, np.int16)
     volume[0, 0, 0] = -500
     record = store.write_scan(tmp_path, "a", volume, AFFINE)
@@ -356,7 +356,7 @@ def test_whatever_byte_of_a_scan_flips_is_found(tmp_path):
         store.check_scan(tmp_path, "b")
 
 
-def test_a_flipped_byte_of_the_index_is_one_clear_line_and_never_another_record(tmp_path):
+def test_a_flipped_byte_of_the_index_is_one_clear_line(tmp_path):
     for scan_id in "abc":
         store.write_scan(tmp_path, scan_id, make_volume((4, 20, 20)), AFFINE)
     index = store.write_index(tmp_path, {}, (0.0, 1.0))

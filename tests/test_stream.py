@@ -94,7 +94,7 @@ def test_a_long_plan_costs_no_more_than_a_short_one():
     assert peak < 10 * 2**20
 
 
-def test_a_run_killed_again_and_again_draws_the_exact_list_of_an_undisturbed_one():
+def test_a_run_killed_again_and_again_draws_the_undisturbed_list():
     """Mid-epoch, each start with another number of workers, from the last checkpoint on: what a checkpoint holds
     counts, what was drawn behind it is drawn again, the same."""
     plan = make_plan(draws_per_scan=3, global_batch_size=6, epochs=7)
@@ -345,7 +345,7 @@ def cut(small_store, tmp_path, scan_id: str) -> str:
     return str(broken)
 
 
-def test_a_damaged_scan_ends_the_stream_or_is_skipped_and_counted(small_store, tmp_path):
+def test_a_damaged_scan_ends_the_stream_or_is_skipped_counted(small_store, tmp_path):
     ids = tuple(f"scan_{i}" for i in range(5))
     broken = cut(small_store, tmp_path, "scan_2")
     rows = index_rows(make_plan().rows(0, 5))

@@ -112,7 +112,7 @@ def test_init_files_are_empty():
     assert all(not p.read_text() for p in PACKAGE.glob("*/__init__.py"))
 
 
-def test_processes_that_feed_and_control_a_run_do_without_networks():
+def test_processes_that_feed_or_control_a_run_need_no_networks():
     """Eight or more per run import these two; MONAI alone would cost each of them five seconds of CPU time."""
     text = "import sys, pgl_ray.data.stream, pgl_ray.train.launch; print(sys.modules.keys() & {'monai', 'matplotlib'})"
     done = subprocess.run([sys.executable, "-c", text], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)

@@ -238,7 +238,7 @@ def ended(tmp_path, values, score, reports=(), state="done", **facts) -> sweeps.
     return sweeps.read_trial(folder)
 
 
-def test_what_the_stores_cannot_give_is_refused_before_anything_is_trained(tmp_path):
+def test_what_the_stores_cannot_give_is_refused_before_training(tmp_path):
     """Two HU windows, and a split without labels for the probe; an arm may be probed without a pre-training."""
     for name, window in (("pool", (-1000.0, 400.0)), ("own", (-1024.0, 325.0))):
         for i in range(3):
@@ -531,7 +531,7 @@ def test_the_first_judges_rungs_have_its_own_sign(tmp_path):
         assert asha.on_trial_result(None, new, {"progress": 100, "score": score}) == decision
 
 
-def test_arms_are_held_against_the_strongest_control_by_every_judge(tmp_path):
+def test_arms_are_compared_to_the_strongest_control_by_all(tmp_path):
     """Random weights are stronger with BatchNorm off here; matching's sign is turned in words, too."""
     controls = {"random": {"probe.init": "random"}, "wrong priors": {"pretrain.align.wrong_priors": True}}
     space = {"pretrain.seed + probe.seed": {"grid_search": [0, 1, 2]}}
@@ -568,7 +568,7 @@ def test_arms_are_held_against_the_strongest_control_by_every_judge(tmp_path):
     assert f"<p>wrong priors, pgl: {seen}.</p>" in page and "Frozen encoders" in page and ours[2] in page
 
 
-def test_scans_that_are_trained_and_tested_on_are_said_before_a_sweep(tmp_path, capsys):
+def test_scans_both_trained_and_tested_on_are_said_before(tmp_path, capsys):
     for split, numbers in (("train", range(3)), ("test", range(3, 5))):
         for i in numbers:
             volume = np.random.default_rng(i).integers(-200, 200, (24, 40, 40)).astype(np.int16)
@@ -792,7 +792,7 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     assert [(run.name, run.config["seed"]) for run in shown] == [("random", 1), ("pgl", 1)]
 
 
-def test_figures_of_few_labels_have_no_published_ones_beside_them(tmp_path):
+def test_figures_of_few_labels_have_no_published_ones(tmp_path):
     """A grid that was cut off before its largest share, or that names a number of scans."""
     config = sweep(tmp_path, arms={"random": {"finetune.init": "random"}}, published="liver", space=LR)
     tune._remember(config, tmp_path / "sweep")
