@@ -130,13 +130,13 @@ def run(config: BenchConfig) -> Result:
     def ready_made(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return given | rows
 
-    transported = _consume(_stream(plan, ready_made, worker_batch), config.bench_s)
+    transported = _consume(stream_of(plan, ready_made, worker_batch), config.bench_s)
     costs["transport"] = 1000 * transported.cpu_s / (transported.num_batches * worker_batch)
-    data = _consume(_stream(plan, renderer, worker_batch), config.bench_s)
+    data = _consume(stream_of(plan, renderer, worker_batch), config.bench_s)
     data_rate = data.num_batches * worker_batch / data.wall_s
 
     # both, batches of the step's size
-    both = _consume(_stream(plan, renderer, num_pairs, device), config.bench_s, step)
+    both = _consume(stream_of(plan, renderer, num_pairs, device), config.bench_s, step)
     waits, needs = both.wait_s / both.wall_s, step_rate * config.train.num_workers
     starved = data_rate < needs if device.type == "cuda" else waits > WAITS
     return Result(
@@ -145,7 +145,7 @@ def run(config: BenchConfig) -> Result:
         both.num_batches * num_pairs / both.wall_s,
         waits,
         costs,
-        _mend(max(STAGES, key=costs.__getitem__), config, index, device.type == "cuda"),
+        mend_of(max(STAGES, key=costs.__getitem__), config, index, device.type == "cuda"),
         read_ratio,
         cores,
         config.train.num_workers,
@@ -158,7 +158,7 @@ def run(config: BenchConfig) -> Result:
     )
 
 
-def _stream(plan: stream.Plan, render: Callable, batch_size: int, device: torch.device = CPU) -> on.Batches:
+def stream_of(plan: stream.Plan, render: Callable, batch_size: int, device: torch.device = CPU) -> on.Batches:
     """Batches of a plan through Ray Data, cut for one worker and brought to its device."""
     steps = 2**31 // batch_size
     cut = stream.Plan(plan.scan_ids, plan.draws_per_scan, batch_size, steps, plan.seed, plan.pairs_per_region)
@@ -183,14 +183,14 @@ def _consume(batches: on.Batches, seconds: float, work: Callable[[dict], None] |
     for part, least in ((seconds / 2, 0 if work else 24), (seconds, 1)):
         _finish(batches.device)
         batches.waited_s()
-        num, began, cpu = 0, time.perf_counter(), _cpu_seconds()
+        num, began, cpu = 0, time.perf_counter(), cpu_seconds()
         while time.perf_counter() - began < part or num < least:
             batch = next(coming)
             if work:
                 work(batch)
             num += 1
     _finish(batches.device)
-    return _Consumed(num, time.perf_counter() - began, batches.waited_s(), _cpu_seconds() - cpu)
+    return _Consumed(num, time.perf_counter() - began, batches.waited_s(), cpu_seconds() - cpu)
 
 
 def _finish(device: torch.device) -> None:
@@ -198,7 +198,7 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """CPU time so far of this process and all it has started, Ray's on this machine included."""
     import psutil
 
@@ -292,7 +292,7 @@ def describe(result: Result) -> str:
     )
 
 
-def _mend(stage: str, config: BenchConfig, index: store.Index, cuda: bool) -> str:
+def mend_of(stage: str, config: BenchConfig, index: store.Index, cuda: bool) -> str:
     """What helps where a stage is the dearest, of what is not done yet."""
     ways = []
     if stage == "read":

@@ -320,7 +320,7 @@ def test_results_of_another_machine_are_gone_on_with(run):
 def test_a_refused_key_is_not_tried_for_minutes(run, monkeypatch):
     start(run)
     with checkpoint.alone(run):
-        monkeypatch.setattr(Bucket, "_ask", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no access")))
+        monkeypatch.setattr(Bucket, "ask", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no access")))
         began = time.monotonic()
         with pytest.raises(FailedRun, match="no access"), checkpoint.joined(run, 0):
             pass
@@ -349,14 +349,14 @@ def test_a_bucket_that_fails_for_a_while_holds_nothing_up(run, monkeypatch, caps
     monkeypatch.setattr(checkpoint, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(checkpoint, "LONGEST_PAUSE_S", 0.02)
     start(run)
-    failing, ask = threading.Event(), Bucket._ask
+    failing, ask = threading.Event(), Bucket.ask
 
     def fragile(place, *args, **options):
         if failing.is_set():
             raise OSError(f"{place.url}: connection refused")
         return ask(place, *args, **options)
 
-    monkeypatch.setattr(Bucket, "_ask", fragile)
+    monkeypatch.setattr(Bucket, "ask", fragile)
     with checkpoint.alone(run), checkpoint.joined(run, 0) as folder:
         failing.set()
         writer = checkpoint.Writer(folder, 2)

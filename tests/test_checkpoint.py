@@ -12,7 +12,7 @@ from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import checkpoint, weights
-from pgl_ray.train.launch import Progress, _first_cause
+from pgl_ray.train.launch import Progress, first_cause
 
 
 def config(run, *args) -> PretrainConfig:
@@ -157,9 +157,9 @@ def test_first_cause_is_the_rank_that_failed_by_itself():
     error = Exception()
     wrapped = "Traceback\n  x\nValueError: mine\nTo retry, see the docs."
     error.worker_failures = {0: RuntimeError("[gloo] peer closed"), 1: RuntimeError(wrapped)}
-    assert _first_cause(error) == "worker 1 failed: ValueError: mine"
+    assert first_cause(error) == "worker 1 failed: ValueError: mine"
     advice = (
         "Top 10 memory users: ...\nTo adjust the kill threshold, set `RAY_memory_usage_threshold` when starting Ray."
     )
     error.worker_failures = {0: RuntimeError(advice)}
-    assert _first_cause(error).endswith("Ray ended a process because the machine's memory was nearly full")
+    assert first_cause(error).endswith("Ray ended a process because the machine's memory was nearly full")

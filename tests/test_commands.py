@@ -153,7 +153,7 @@ def test_bench_advises_what_is_not_done_yet(labelled):
     from pgl_ray.data.store import read_index
 
     def mend(stage: str, *args: str, cuda: bool = True) -> str:
-        return bench._mend(stage, load(BenchConfig, [f"index={labelled}", *args]), read_index(labelled), cuda)
+        return bench.mend_of(stage, load(BenchConfig, [f"index={labelled}", *args]), read_index(labelled), cuda)
 
     assert "pairs_per_region=8" in mend("decode") and "encoding=uint8" in mend("decode")
     assert "pairs_per_region" not in mend("decode", "stream.pairs_per_region=8", "pairs_per_scan=8")

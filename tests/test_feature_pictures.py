@@ -215,4 +215,4 @@ def test_the_body_is_found_without_the_table():
     [("probe.json", "matching.png"), ("net.pt.probe.json", "net.pt.matching.png"), ("pgl.json", "pgl.matching.png")],
 )
 def test_results_in_one_folder_have_pictures_of_their_own(name, picture):
-    assert probe._picture_name(name, "matching.png") == picture
+    assert probe.picture_name(name, "matching.png") == picture

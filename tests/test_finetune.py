@@ -252,16 +252,16 @@ def test_out_of_memory_names_the_batch_to_try():
         torch.empty(2**60, dtype=torch.uint8)  # the CPU's own words
     assert out_of_memory(error.value) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not out_of_memory(RuntimeError("shape mismatch"))
-    text = finetune._smaller(config("train.num_workers=2", "global_batch_size=24"))
+    text = finetune.smaller_batch(config("train.num_workers=2", "global_batch_size=24"))
     assert "with 12 patches of 64x192x192 at a time" in text
     assert "try accumulate=2, the same batch 6 at a time" in text and "global_batch_size=12" in text
     parts = config("train.num_workers=2", "global_batch_size=24", "accumulate=2")
-    assert "accumulate=4, the same batch 3 at a time" in finetune._smaller(parts)
-    assert "one alone is too large" in finetune._smaller(config("accumulate=8"))
+    assert "accumulate=4, the same batch 3 at a time" in finetune.smaller_batch(parts)
+    assert "one alone is too large" in finetune.smaller_batch(config("accumulate=8"))
 
 
 def test_the_first_step_that_is_not_finite_is_named(tmp_path):
     values = np.array([[0.5, 1.0], [0.4, np.inf], [np.nan, np.nan]])
-    text = finetune._not_finite(config(), values, 20, 0.25, tmp_path)
+    text = finetune.fault_of_losses(config(), values, 20, 0.25, tmp_path)
     assert "train/loss is 0.4 and train/grad_norm inf at step 19" in text and "best.pt keeps" in text
-    assert "nothing was kept" in finetune._not_finite(config(), values, 20, -1.0, tmp_path)
+    assert "nothing was kept" in finetune.fault_of_losses(config(), values, 20, -1.0, tmp_path)

@@ -137,7 +137,7 @@ def test_whole_scan_maps_are_the_windows_own_cells(shape):
 
 @pytest.mark.parametrize(("length", "window", "coarse"), [(64, 32, 8), (72, 32, 8), (32, 32, 16), (160, 64, 16)])
 def test_each_cell_comes_from_the_nearest_window(length, window, coarse):
-    parts = dense._windows(length, window, coarse)
+    parts = dense.windows_over(length, window, coarse)
     assert parts[0][1] == 0 and parts[-1][2] == length and parts[-1][0] + window == length
     for (_, _, last), (_, first, _) in itertools.pairwise(parts):
         assert last == first

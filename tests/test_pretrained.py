@@ -45,7 +45,7 @@ def one_thread():
 def metadata(path):
     with safe_open(path, "pt") as file:
         found = file.metadata()
-    return {key: export._decoded(value) for key, value in found.items()}
+    return {key: export.decode_text(value) for key, value in found.items()}
 
 
 def write_store(folder, spacing=(2.5, 4.5, 4.5), window=WINDOW, preparations=()):
@@ -298,14 +298,14 @@ def test_an_arm_of_a_sweep_takes_them_without_pre_training(index, tmp_path):
     config = sweep(index, tmp_path, arms=arms)
     given, pgl = (trial.stage_configs(config, one.values, tmp_path / "t") for one in tune.check(config))
     assert "pretrain" not in given and given["finetune"].init == given["probe"].init == INIT and "pretrain" in pgl
-    tune._check_stores(config, tune.check(config))
+    tune.check_stores(config, tune.check(config))
     for arm, message in (
         ({"finetune.init": "pretrained:none"}, f"no weights of that name come with pgl_ray; there are: .*{INIT}"),
         ({"finetune.init": INIT, "finetune.encoder.width": 5}, "the config asks for"),
     ):
         config = sweep(index, tmp_path, arms={"a": arm})
         with pytest.raises(ValueError, match=message):
-            tune._check_stores(config, tune.check(config))
+            tune.check_stores(config, tune.check(config))
 
 
 def test_a_report_names_them(tmp_path):

@@ -241,9 +241,9 @@ def test_without_a_class_ray_data_logs_as_it_likes(monkeypatch, file):
 
 def test_an_unknown_error_is_shown_by_its_last_line(monkeypatch):
     text = "Advice\nValueError: from the renderer\nray.data.exceptions.UserCodeException(ValueError): wrapped"
-    assert launch._first_cause(RuntimeError(text)).endswith("ValueError: from the renderer")
+    assert launch.first_cause(RuntimeError(text)).endswith("ValueError: from the renderer")
     monkeypatch.setattr(ray_internals, "RENDERERS_WRAPPER", "another word")
-    assert launch._first_cause(RuntimeError(text)).endswith("wrapped")
+    assert launch.first_cause(RuntimeError(text)).endswith("wrapped")
 
 
 @pytest.mark.cluster

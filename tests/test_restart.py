@@ -412,7 +412,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
         child.kill()
         child.join()
         for place, step in checkpoint.checkpoints(tmp_path):
-            assert checkpoint._damage(place) is None
+            assert checkpoint.damage_of(place) is None
             assert (checkpoint.read_state(place / checkpoint.STATE)["weights"] == step).all()
         with checkpoint.alone(str(tmp_path)) as found:
             assert found == checkpoint.committed(tmp_path)
@@ -513,7 +513,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_disk):
     writer.close()
     assert writer.fault.startswith(f"the disk of {tiny_disk} is full: ") and "needs 400,000: make room" in writer.fault
     assert not list(tiny_disk.glob("*.part"))
-    assert checkpoint.committed_step(tiny_disk) == 2 and checkpoint._damage(tiny_disk / "checkpoint_00000002") is None
+    assert checkpoint.committed_step(tiny_disk) == 2 and checkpoint.damage_of(tiny_disk / "checkpoint_00000002") is None
 
     # rows of metrics wait for room, too
     with pytest.raises(OSError), ballast.open("ab") as file:

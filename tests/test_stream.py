@@ -206,7 +206,7 @@ def test_pairs_of_a_region(tmp_path, foreground):
     rows = np.array([[e, s, d] for e in range(2) for s in range(5) for d in range(8)])
     rows = np.random.default_rng(0).permutation(rows)
     batch = renderer(index_rows(rows))
-    stream._region.cache_clear()
+    stream.region_of.cache_clear()
     again = renderer(index_rows(rows[::-1]))
     index, starts = store.read_index(small_store), set()
     for name in batch:

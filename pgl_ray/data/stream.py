@@ -224,7 +224,7 @@ def _chunk(array_metadata: str) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=2 * REGIONS_MIXED)
-def _region(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> v.Region:
+def region_of(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> v.Region:
     """A region of a scan, kept while its pairs are drawn: int16, 2.4 MB for views of 16x96x96."""
     bounds, volume = np.reshape(box, (3, 2)), _volume(store, scan_id, codes)
     return v.Region(volume.read(bounds), tuple(bounds[:, 0].tolist()), volume.shape)
@@ -234,7 +234,7 @@ def _reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = F
     """What reads a scan's voxels, or those of its region alone."""
     if region is None:
         return _volume(store, scan_id, codes)
-    return _region(store, scan_id, tuple(region.ravel().tolist()), codes)
+    return region_of(store, scan_id, tuple(region.ravel().tolist()), codes)
 
 
 _kept: dict[str, list[np.ndarray]] = {}
@@ -480,7 +480,7 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
     stages |= {"plain": partial(replace(renderer, augment=False), rows), "whole": partial(renderer, rows)}
     for name, work in stages.items():
         work()  # opens files, compiles
-        _region.cache_clear()
+        region_of.cache_clear()
         began = time.process_time()
         work()
         seconds[name] = time.process_time() - began

@@ -215,7 +215,7 @@ def recover(run: str | Path, token: str | None = None) -> tuple[Path, int] | Non
         if not mirror:
             return _recover(Path(run))
         mirror.claim(token)
-        mirror.pull(_damage)
+        mirror.pull(damage_of)
         found = _recover(mirror.folder)
         mirror.push()
         return found
@@ -235,7 +235,7 @@ def joined(run: str, rank: int) -> Iterator[str]:
     if not mirror:
         yield run
         return
-    _patiently(lambda: mirror.join(rank, _damage), f"run={run} cannot be read")
+    _patiently(lambda: mirror.join(rank, damage_of), f"run={run} cannot be read")
     try:
         with mirror.kept_up():
             yield str(mirror.folder)
@@ -256,7 +256,7 @@ def _recover(run: Path) -> tuple[Path, int] | None:
     (run / SNAPSHOT).unlink(missing_ok=True)  # or Ray Train would miss what is deleted from now on
     while found:
         place, step = found.pop()
-        fault = _damage(place)
+        fault = damage_of(place)
         if not fault:
             for bad, why in damaged:
                 _set_aside(bad, ".damaged")
@@ -269,7 +269,7 @@ def _recover(run: Path) -> tuple[Path, int] | None:
     return None
 
 
-def _damage(place: Path) -> str | None:
+def damage_of(place: Path) -> str | None:
     """What is wrong with a checkpoint's bytes, or none."""
     try:
         expected = json.loads((place / MANIFEST).read_text()).get("sha256")
@@ -525,7 +525,7 @@ class Writer:
         """Why it is not tried again, or none."""
         if error.errno in FULL:
             shutil.rmtree(_place(self.run, job.step or 0).with_suffix(".part"), ignore_errors=True)
-            free, needed = shutil.disk_usage(self.run).free, _num_bytes(job.state)
+            free, needed = shutil.disk_usage(self.run).free, num_bytes(job.state)
             return (
                 f"the disk of {self.run} is full: {free:,} bytes are free, a checkpoint needs {needed:,}: make room "
                 "and type the same command, which continues from the checkpoint before"
@@ -612,11 +612,12 @@ def _copied(value: Any, seen: dict) -> Any:
     return [_copied(part, seen) for part in value] if isinstance(value, list) else value
 
 
-def _num_bytes(state: Any) -> int:
+def num_bytes(state: Any) -> int:
+    """Bytes of all tensors in a nested state."""
     if isinstance(state, torch.Tensor):
         return state.nbytes
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
-    return sum(_num_bytes(part) for part in parts)
+    return sum(num_bytes(part) for part in parts)
 
 
 class _Hashed:

@@ -151,7 +151,7 @@ def fit(
         try:
             return trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
-            raise FailedRun(_first_cause(error)) from error
+            raise FailedRun(first_cause(error)) from error
 
 
 def _logged(worker: Callable[["Session", dict], Any], train: TrainConfig, worker_config: dict) -> Any:
@@ -195,7 +195,7 @@ def check_resources(train: TrainConfig) -> bool:
     return use_gpu
 
 
-def _first_cause(error: Exception) -> str:
+def first_cause(error: Exception) -> str:
     """The error of the lowest failing rank as one line, without Ray's wrapping."""
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
     # When one rank dies the others fail in gloo or nccl: show the rank that failed by itself.

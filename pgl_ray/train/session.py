@@ -101,11 +101,11 @@ class Session:
     def batches(self, stay: Set[str]) -> Iterator[dict[str, torch.Tensor]]:
         """This worker's batches, columns `stay` on the host, until the last or until there is a reason to stop."""
         self._feed = self.place.feed(self.plan.global_batch_size // self.world, stay)
-        self._logged, self._since = self.step, None
+        self._logged, self.since = self.step, None
         for batch in self._feed:
-            if self._since is None:  # processes that start are no waiting for data, and say nothing about the speed
+            if self.since is None:  # processes that start are no waiting for data, and say nothing about the speed
                 self._feed.waited_s()
-                self._since = time.monotonic()
+                self.since = time.monotonic()
             watch.at(self.step, watch.STEP)
             yield batch
             if self.reason:
@@ -162,7 +162,7 @@ class Session:
         """What happens inside is no part of the training's speed."""
         began = time.monotonic()
         yield
-        self._since += time.monotonic() - began
+        self.since += time.monotonic() - began
 
     def log(self, row: dict[str, float], unit: str | None = None) -> None:
         """Writes a row of metrics at this step, and exports it.
@@ -173,11 +173,11 @@ class Session:
         """
         row = {"epoch": self.plan.epoch_at(self.step), **row}
         if unit:
-            steps, seconds = self.step - self._logged, time.monotonic() - self._since
+            steps, seconds = self.step - self._logged, time.monotonic() - self.since
             waited = self._feed.waited_s()
             row[f"train/{unit}_per_s"] = steps * self.plan.global_batch_size / seconds
             row |= {"data/wait_s": waited / steps, "data/wait_share": waited / seconds}
-            self._logged, self._since = self.step, time.monotonic()
+            self._logged, self.since = self.step, time.monotonic()
             if not self._told and (note := on.uncompiled()):
                 print(f"note: {note}", flush=True)
             self._told = True
