@@ -248,6 +248,12 @@ class AlignConfig(Section):
     wrong_priors: bool = False
     """A control, never for use: every pair is aligned by another pair's priors. The health panel must show it."""
 
+    @model_validator(mode="after")
+    def _shows_wrong_priors(self):
+        if self.wrong_priors and not (self.flip or self.crop):
+            raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")
+        return self
+
 
 class PretrainLossConfig(Section):
     """What is asked of aligned features (method=pgl alone); the defaults are the paper's Eq. 8."""
@@ -676,8 +682,6 @@ class PretrainConfig(Section):
                 "align.mask_clamped masks whole maps; with loss.kind, loss.displacement or align.more_strides bins are "
                 "drawn, those not clamped first: leave it out"
             )
-        if self.align.wrong_priors and not (self.align.flip or self.align.crop):
-            raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")
         if self.align.mask_clamped and any(p == s for p, s in zip(self.views.size, self.align.output_stride)):
             raise ValueError(
                 f"align.mask_clamped leaves no bin: views.size={self.views.size} has one cell on an axis of "
@@ -705,8 +709,9 @@ class BenchConfig(PretrainConfig):
     """Seconds that the stream is measured, each of three times, after half as long to get going."""
 
 
-class CheckAlignConfig(PretrainConfig):
-    """Does the aligner bring the same anatomy together? Coordinate ramps through the configured geometry."""
+class CheckAlignConfig(Section):
+    """Does the aligner bring the same anatomy together? Coordinate ramps through the configured geometry. A file may be
+    a pre-training's: what is not named here is left out."""
 
     index: StorePath | None = None
     """Store whose scans are cropped; none: a phantom scan."""
@@ -717,6 +722,13 @@ class CheckAlignConfig(PretrainConfig):
     """Random pairs of views; all 64 pairs of flips come up in turn."""
     output: Annotated[FilePath, Field(validate_default=True)] = "check_align"
     """Folder for check_align.json and check_align.png where no run is given."""
+    seed: Seed = 0
+    """Seed of the pairs, and of the phantom."""
+    split: str | None = None
+    """Split of the index whose scans are cropped; none: all scans."""
+    views: ViewsConfig = ViewsConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    align: AlignConfig = AlignConfig()
 
 
 class FinetuneConfig(Section):
@@ -1184,7 +1196,11 @@ def _load_file(model: type[Section], path: str) -> Any:
         return read
     with open(path, encoding="utf-8") as file:
         written = _own_section(model, yaml.load(file, yaml.BaseLoader), path)
-    return OmegaConf.create(_with_texts(model, OmegaConf.to_container(read, resolve=False), written))
+    values = _with_texts(model, OmegaConf.to_container(read, resolve=False), written)
+    if model is CheckAlignConfig:
+        own, theirs = model.model_fields, PretrainConfig.model_fields
+        values = {key: value for key, value in values.items() if key in own or key not in theirs}
+    return OmegaConf.create(values)
 
 
 def _with_texts(annotation: Any, read: Any, written: Any) -> Any:
@@ -1209,7 +1225,8 @@ def _own_section(model: type[Section], file: Any, name: str) -> Any:
     doors = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
     if not file or not set(file) <= set(doors):
         return file
-    own = next((part for part, config in doors.items() if issubclass(model, config)), None)
+    reader = PretrainConfig if model is CheckAlignConfig else model
+    own = next((part for part, config in doors.items() if issubclass(reader, config)), None)
     if own not in file:
         raise ValueError(f"{name!r} has settings for {', '.join(file)} alone, none for this door")
     return file[own]
