@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pgl_ray import config, ray_internals
+from pgl_ray import config, doctor_facts, ray_internals
 from pgl_ray.data import stream
 from pgl_ray.train import launch, quiet
 
@@ -95,7 +95,10 @@ def test_ray_still_reads_where_its_files_go(monkeypatch):
     from ray._common import utils
 
     monkeypatch.setenv("RAY_TMPDIR", "/somewhere")
-    assert utils.get_default_ray_temp_dir() == "/somewhere/ray", "Ray changed RAY_TMPDIR"
+    assert utils.get_default_ray_temp_dir() == doctor_facts.rays_folder() == "/somewhere/ray", "Ray changed it"
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv("TMPDIR", "/elsewhere")
+    assert utils.get_default_ray_temp_dir() == doctor_facts.rays_folder() == "/elsewhere/ray", "Ray changed it"
 
 
 def in_ray(text: str) -> bool:
