@@ -103,9 +103,12 @@ def difference(
 
 def same_seed(runs: list[Run], others: list[Run]) -> list[tuple[Run, Run]]:
     """Fine-tuning runs in pairs of one seed and as many labelled scans."""
-    keys = ("seed", "num_scans", "scan_share")
-    known = {tuple(run.config.get(key) for key in keys): run for run in others}
-    found = [(run, known.get(tuple(run.config.get(key) for key in keys))) for run in runs]
+
+    def point(run: Run) -> tuple[Any, Any]:  # earlier versions have a scan_share where num_scans is none
+        return run.config.get("seed"), run.config.get("num_scans") or run.config.get("scan_share")
+
+    known = {point(run): run for run in others}
+    found = [(run, known.get(point(run))) for run in runs]
     return [(run, other) for run, other in found if other]
 
 

@@ -33,6 +33,8 @@ STAGES = ("draw", "read", "decode", "resize", "intensity", "transport")  # of th
 MORE_CORES = "render on more CPU cores"
 GPU_FLOPS = 200e12  # per s that a training reaches on an H200: a quarter of what its matrix products reach in bfloat16
 CPU = torch.device("cpu")
+CPU_PAIRS = 8  # most view pairs of a timed step there; on a GPU all of a worker's
+TIMED_STEPS = 3
 WAITS = 0.1  # share of the time that the step may wait before the stream counts as what limits the run
 
 
@@ -95,7 +97,7 @@ def run(config: BenchConfig) -> Result:
     plan = make_plan(config, index)
     renderer = make_renderer(config, index, plan, device.type == "cuda")
     cores, worker_batch = num_cores(), config.global_batch_size // config.train.num_workers
-    num_pairs = config.bench_pairs or (worker_batch if device.type == "cuda" else min(worker_batch, 8))
+    num_pairs = worker_batch if device.type == "cuda" else min(worker_batch, CPU_PAIRS)
 
     # the stages of rendering, one core; of pairs that share regions as many as are shuffled together
     num_rows = min(max(worker_batch, num_pairs), 64)
@@ -119,7 +121,7 @@ def run(config: BenchConfig) -> Result:
     on.compiled(net, device, config.train.compile, config.train.num_workers)
     step(batch)  # compiles
     uncompiled = on.uncompiled()
-    step_rate = num_pairs / _median_seconds(lambda: step(batch), config.bench_repeats, device)
+    step_rate = num_pairs / _median_seconds(lambda: step(batch), device)
 
     # the stream only: pairs that are ready made, which leaves the transport, then real ones
     launch.connect(config.ray)
@@ -128,13 +130,13 @@ def run(config: BenchConfig) -> Result:
     def ready_made(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return given | rows
 
-    transported = _consume(_stream(plan, ready_made, worker_batch), config.bench_s)
+    transported = _consume(stream_of(plan, ready_made, worker_batch), config.bench_s)
     costs["transport"] = 1000 * transported.cpu_s / (transported.num_batches * worker_batch)
-    data = _consume(_stream(plan, renderer, worker_batch), config.bench_s)
+    data = _consume(stream_of(plan, renderer, worker_batch), config.bench_s)
     data_rate = data.num_batches * worker_batch / data.wall_s
 
     # both, batches of the step's size
-    both = _consume(_stream(plan, renderer, num_pairs, device), config.bench_s, step)
+    both = _consume(stream_of(plan, renderer, num_pairs, device), config.bench_s, step)
     waits, needs = both.wait_s / both.wall_s, step_rate * config.train.num_workers
     starved = data_rate < needs if device.type == "cuda" else waits > WAITS
     return Result(
@@ -143,7 +145,7 @@ def run(config: BenchConfig) -> Result:
         both.num_batches * num_pairs / both.wall_s,
         waits,
         costs,
-        _mend(max(STAGES, key=costs.__getitem__), config, index, device.type == "cuda"),
+        mend_of(max(STAGES, key=costs.__getitem__), config, index, device.type == "cuda"),
         read_ratio,
         cores,
         config.train.num_workers,
@@ -156,7 +158,7 @@ def run(config: BenchConfig) -> Result:
     )
 
 
-def _stream(plan: stream.Plan, render: Callable, batch_size: int, device: torch.device = CPU) -> on.Batches:
+def stream_of(plan: stream.Plan, render: Callable, batch_size: int, device: torch.device = CPU) -> on.Batches:
     """Batches of a plan through Ray Data, cut for one worker and brought to its device."""
     steps = 2**31 // batch_size
     cut = stream.Plan(plan.scan_ids, plan.draws_per_scan, batch_size, steps, plan.seed, plan.pairs_per_region)
@@ -181,14 +183,14 @@ def _consume(batches: on.Batches, seconds: float, work: Callable[[dict], None] |
     for part, least in ((seconds / 2, 0 if work else 24), (seconds, 1)):
         _finish(batches.device)
         batches.waited_s()
-        num, began, cpu = 0, time.perf_counter(), _cpu_seconds()
+        num, began, cpu = 0, time.perf_counter(), cpu_seconds()
         while time.perf_counter() - began < part or num < least:
             batch = next(coming)
             if work:
                 work(batch)
             num += 1
     _finish(batches.device)
-    return _Consumed(num, time.perf_counter() - began, batches.waited_s(), _cpu_seconds() - cpu)
+    return _Consumed(num, time.perf_counter() - began, batches.waited_s(), cpu_seconds() - cpu)
 
 
 def _finish(device: torch.device) -> None:
@@ -196,7 +198,7 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """CPU time so far of this process and all it has started, Ray's on this machine included."""
     import psutil
 
@@ -245,10 +247,10 @@ def _cost(step: Callable[[dict], None], batch: dict, net: nn.Module, worker_batc
     return counter.get_total_flops() / num, fixed + activations / num * worker_batch
 
 
-def _median_seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median wall time; the work has run before."""
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Median wall time of TIMED_STEPS; the work has run before."""
     seconds = []
-    for _ in range(repeats):
+    for _ in range(TIMED_STEPS):
         _finish(device)
         began = time.perf_counter()
         work()
@@ -290,7 +292,7 @@ def describe(result: Result) -> str:
     )
 
 
-def _mend(stage: str, config: BenchConfig, index: store.Index, cuda: bool) -> str:
+def mend_of(stage: str, config: BenchConfig, index: store.Index, cuda: bool) -> str:
     """What helps where a stage is the dearest, of what is not done yet."""
     ways = []
     if stage == "read":
@@ -305,9 +307,9 @@ def _mend(stage: str, config: BenchConfig, index: store.Index, cuda: bool) -> st
             ways.append("a store prepared with encoding=uint8")
     if cuda and config.method != "genesis":
         if stage == "intensity":
-            ways.append("set stream.augment_on=gpu")
-        elif stage == "resize" and config.stream.resize_on == "cpu":
-            ways.append("set stream.resize_on=gpu")
+            ways.append("set stream.on_gpu=intensity")
+        elif stage == "resize" and config.stream.on_gpu != "all":
+            ways.append("set stream.on_gpu=all")
     if stage == "transport":
         ways.append("take a larger global_batch_size")
     return ", or ".join([*ways, MORE_CORES])

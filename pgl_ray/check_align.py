@@ -81,8 +81,7 @@ def run(config: CheckAlignConfig) -> Result:
     scans = _scans(config)
     encoder = build_encoder(**{**config.encoder.model_dump(), "width": 1})
     stride, size = config.align.output_stride, config.views.size
-    ratio = config.align.sampling_ratio
-    geometries = {name: feature_geometry(encoder, size, stride, name, ratio) for name in CONVENTIONS}
+    geometries = {name: feature_geometry(encoder, size, stride, name) for name in CONVENTIONS}
     encoder.stop_at(geometries["cell"][0])
     centre_taps(encoder)
 
@@ -140,7 +139,8 @@ def _resolve(config: CheckAlignConfig) -> tuple[CheckAlignConfig, Path]:
     found = json.loads(record.read_text()) if record.is_file() else {}
     if found.get("door") != "pretrain":
         raise ValueError(f"run={config.run} is no pre-training run: give the folder of one, or a config file")
-    values = _merged(found["config"], config.model_dump(mode="json", exclude_unset=True))
+    started = {key: value for key, value in found["config"].items() if key in CheckAlignConfig.model_fields}
+    values = _merged(started, config.model_dump(mode="json", exclude_unset=True))
     folder = config.output if "output" in config.model_fields_set or is_url(config.run) else config.run
     return build(CheckAlignConfig, values), Path(folder)
 

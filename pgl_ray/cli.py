@@ -51,7 +51,7 @@ DOORS = {
     ),
     "finetune": Door(
         c.FinetuneConfig,
-        "index run init scan_share epochs max_steps global_batch_size patch.size optim.lr train.num_workers",
+        "index run init num_scans epochs max_steps global_batch_size patch.size optim.lr train.num_workers",
     ),
     "evaluate": Door(
         c.EvaluateConfig, "run index split num_scans output save_predictions tta compare inference.device"
@@ -69,7 +69,7 @@ DOORS = {
     ),
     "bench": Door(
         c.BenchConfig,
-        "index method global_batch_size views.size stream.pairs_per_region stream.augment_on stream.resize_on "
+        "index method global_batch_size views.size stream.pairs_per_region stream.on_gpu "
         "train.device train.num_workers bench_s",
     ),
     "check_align": Door(

@@ -5,10 +5,11 @@ Each door has one frozen model whose defaults are the paper's numbers. A command
 and reports every fault in one message that names the dotted path.
 """
 
+import math
 import os
 import re
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
@@ -59,6 +60,19 @@ def _as_written(value: Any) -> Any:
     return value
 
 
+def _share_or_number(value: Any) -> Any:
+    """Labelled scans: 1.0 and null are all of them; 1 could be meant as one scan, which cannot be split."""
+    if value is None:
+        return 1.0
+    if type(value) is float and 0 < value <= 1:
+        return value
+    if type(value) in (int, float) and 2 <= value < math.inf and value % 1 == 0:
+        return int(value)
+    raise PydanticCustomError(
+        "scans", "expected a share above 0 and up to 1.0 (all), or a number from 2 on (to train on and to validate)"
+    )
+
+
 WrittenPath = Annotated[str, BeforeValidator(_as_written)]
 StorePath = Annotated[WrittenPath, AfterValidator(_absolute_or_url)]
 RunPath = StorePath  # of a pre-training or fine-tuning; a sweep is a folder
@@ -68,16 +82,27 @@ Seed = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+LabelledScans = Annotated[int | float, BeforeValidator(_share_or_number)]
 LEAST_VOXEL_MM, LARGEST_VOXEL_MM = 0.02, 30.0  # finest cone-beam CT: 0.075; thickest slices: 10 to 20
 Length = Annotated[float, Field(ge=LEAST_VOXEL_MM, le=LARGEST_VOXEL_MM)]  # of a voxel, in mm
 Triple = tuple[Positive, Positive, Positive]
 Verb = Literal["choice", "grid_search", "uniform", "loguniform", "quniform", "randint"]
 
 
+class Gone(NamedTuple):
+    """A setting of earlier versions: the one value that it has now, and what to write in place of another one."""
+
+    value: Any
+    instead: str = ""
+
+
 class Section(BaseModel):
     """A frozen group of knobs: unknown keys are refused, attribute docstrings are the descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    gone: ClassVar[dict[str, Gone]] = {}
+    """Settings of earlier versions, by their names; saved runs have them."""
 
 
 def _listed(value: Any) -> Any:
@@ -119,11 +144,11 @@ class CropConfig(Section):
 class ViewsConfig(CropConfig):
     """Pairs of views; their size is the paper's P."""
 
+    gone = {"overlap_of": Gone("smaller")}
+
     min_overlap: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Least overlap of two views of a scan, as a share of `overlap_of`."""
-    overlap_of: Literal["smaller", "larger", "union"] = "smaller"
-    """What the overlap is a share of: the smaller crop's volume, the larger's, or the union of both. The paper names
-    none."""
+    """Least overlap of two views of a scan, as a share of the smaller crop's volume (the paper does not say of which
+    volume)."""
 
 
 class PatchConfig(CropConfig):
@@ -158,19 +183,6 @@ class IntensityConfig(Section):
         for name in ("noise_variance", "blur_sigma", "gain", "gamma"):
             _check_range(name, getattr(self, name))
         return self
-
-
-class DeformConfig(Section):
-    """Models Genesis' deformations of a view, for method=genesis (Zhou et al. 2019; probabilities of their code)."""
-
-    nonlinear_prob: Share = 0.9
-    """Probability of the non-linear intensity map."""
-    shuffle_prob: Share = 0.5
-    """Probability of local shuffling: the voxels of small blocks change places within their block."""
-    cutout_prob: Share = 0.9
-    """Probability of a cut-out, inner or outer."""
-    inner_share: Share = 0.2
-    """Share of inner ones among the cut-outs."""
 
 
 class EncoderConfig(Section):
@@ -217,6 +229,8 @@ class HeadsConfig(Section):
 class AlignConfig(Section):
     """The prior-guided aligner (paper, Eq. 4 to 7; method=pgl alone) and its ablations (Tables 5 to 8; any method)."""
 
+    gone = {"sampling_ratio": Gone(1)}
+
     output_stride: Triple = (8, 16, 16)
     """View voxels per feature cell (D, H, W): which of the encoder's maps is compared, the deepest one of that stride.
     Stages behind it are neither run nor trained; (4,8,8) is one stage earlier than the paper's."""
@@ -225,8 +239,6 @@ class AlignConfig(Section):
     paper."""
     centers: Literal["receptive_field", "cell"] = "receptive_field"
     """Where a feature cell sits: at its receptive field's centre, or in the middle of its cell (the paper's)."""
-    sampling_ratio: Positive = 1
-    """Points per bin and axis that are read and averaged, as in RoIAlign; 1 reads the bin's centre."""
     mask_clamped: bool = False
     """Leave bins out of the loss that lie beyond the outermost feature centres in either view, instead of clamping, and
     pairs that have no other bin (at 16x96x96 and 8,16,16 more than half of them: align/valid_pairs_share)."""
@@ -236,6 +248,12 @@ class AlignConfig(Section):
     """false = the paper's `w/o CS`: both views show one crop of exactly the view size, so the overlap is all of it."""
     wrong_priors: bool = False
     """A control, never for use: every pair is aligned by another pair's priors. The health panel must show it."""
+
+    @model_validator(mode="after")
+    def _shows_wrong_priors(self) -> Self:
+        if self.wrong_priors and not (self.flip or self.crop):
+            raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")
+        return self
 
 
 class PretrainLossConfig(Section):
@@ -259,16 +277,19 @@ class PretrainLossConfig(Section):
 class StreamConfig(Section):
     """How pairs of views are read and made, and how they reach the workers."""
 
+    gone = {
+        "augment_on": Gone("auto", "stream.on_gpu=intensity (gpu) or nothing (cpu) says it now"),
+        "resize_on": Gone("cpu", "stream.on_gpu=all says it now"),
+    }
+
     pairs_per_region: Positive = 1
     """Pairs drawn inside one region of a scan, twice the view size per axis, which is read once; it divides
     `pairs_per_scan`. 1 is the paper: every pair is drawn from the whole scan."""
-    augment_on: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where the intensity operations of the views run: cpu = with the crop, in Ray Data's tasks; gpu = a batch at a
-    time on the training device. The views are the same to float16's rounding. auto = gpu where the workers have CUDA;
-    method=genesis deforms finished views, so it always takes cpu."""
-    resize_on: Literal["cpu", "gpu"] = "cpu"
-    """Where crops are resized and flipped: cpu = where they are read; gpu = as augment_on=gpu, which it implies. Then
-    crops travel as they are stored, 2.7 times the bytes of finished views from an int16 store, 1.3 times from uint8."""
+    on_gpu: Literal["auto", "nothing", "intensity", "all"] = "auto"
+    """What is done to the views on the training device, a batch at a time, and not where they are read: intensity = the
+    intensity operations (the same views to float16's rounding); all = resize and flip, too, and crops travel as they
+    are stored, 2.7 times the bytes of finished views from an int16 store, 1.3 times from uint8. auto = intensity where
+    the workers have CUDA; method=genesis deforms finished views, so it takes nothing."""
     on_error: Literal["fail", "skip"] = "fail"
     """A scan that cannot be read while training: fail = the run ends with an error; skip = its place in the batch is
     taken by the same draw of the next scan that can be read, so all batches keep their size, and the metrics
@@ -322,6 +343,8 @@ class ProbeCurveConfig(ProbeSettings):
 class PretrainOptimConfig(Section):
     """Optimizer of pre-training, with linear warm-up and a cosine to zero, without restart (paper, Sec. 5.1; BYOL)."""
 
+    gone = {"trust_coefficient": Gone(1e-3)}
+
     kind: Literal["auto", "lars", "sgd", "adamw"] = "auto"
     """auto: the method's own, LARS for pgl and byol (paper, Sec. 5.1), SGD for genesis as in its authors' code (without
     Nesterov's momentum; their steps of the rate are replaced by the warm-up and the cosine of all methods)."""
@@ -332,8 +355,6 @@ class PretrainOptimConfig(Section):
     weight_decay: NonNegative | None = None
     """Weight decay; none: the kind's, lars 1.5e-6 (BYOL's; the paper gives none), sgd 0, adamw 0.01. LARS exempts
     biases and norm parameters."""
-    trust_coefficient: Annotated[float, Field(gt=0)] = 1e-3
-    """Factor of LARS's layer-wise rate (BYOL's). Biases and norm parameters are exempt."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 2.0
     """Length of the warm-up in epochs; at most a tenth of the run."""
 
@@ -367,7 +388,9 @@ def resolved_optim(method: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 class FinetuneOptimConfig(Section):
-    """Optimizer of fine-tuning with a polynomial decay (paper, Sec. 5.1: SGD, 0.01, and no more)."""
+    """Optimizer of fine-tuning, its rate times (1 - step / steps) ** 0.9 (paper, Sec. 5.1: SGD, 0.01, and no more)."""
+
+    gone = {"power": Gone(0.9)}
 
     kind: Literal["sgd", "adamw"] = "sgd"
     """sgd: the paper's, with Nesterov's momentum; adamw: reaches more in a few hundred steps."""
@@ -379,8 +402,6 @@ class FinetuneOptimConfig(Section):
     """Nesterov momentum of sgd (the paper gives none)."""
     weight_decay: NonNegative = 1e-4
     """Weight decay (the paper gives none); of kind=adamw 0.01 where not said otherwise."""
-    power: Annotated[float, Field(ge=0)] = 0.9
-    """Exponent of the decay (1 - step / steps) ** power; 0 keeps the rate constant."""
 
     @model_validator(mode="before")
     @classmethod
@@ -400,6 +421,8 @@ class LossConfig(Section):
 
 class TrainConfig(Section):
     """How Ray Train runs the loop."""
+
+    gone = {"keep_checkpoints": Gone(2)}
 
     num_workers: Positive = 1
     """Workers (processes) under DDP; with GPUs one each."""
@@ -428,8 +451,6 @@ class TrainConfig(Section):
     """Steps between two rows of metrics."""
     checkpoint_every: Positive = 200
     """Steps between two checkpoints."""
-    keep_checkpoints: Positive = 2
-    """Newest checkpoints that are kept."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of the worker group after a worker's death."""
     timeout_s: Annotated[float, Field(ge=1)] = 600.0
@@ -469,7 +490,9 @@ class TrainConfig(Section):
 
 
 class RayConfig(Section):
-    """Which Ray cluster to use."""
+    """Which Ray cluster to use; a new one on this machine keeps its sockets and logs below RAY_TMPDIR, a short path."""
+
+    gone = {"tmp_dir": Gone(None, "set RAY_TMPDIR in the environment, which Ray reads")}
 
     address: str | None = None
     """Address of a running cluster; none: the one in RAY_ADDRESS, else a new one on this machine."""
@@ -478,8 +501,6 @@ class RayConfig(Section):
     object_store_mb: Positive | None = None
     """Object store of a new local cluster in MB; none: Ray's own choice, 30 % of the memory. Batches that find no room
     in it go over the disk (128 pairs of 16x96x96: 75 MB; a run says how much it wants)."""
-    tmp_dir: str | None = None
-    """Ray's temporary folder for a new local cluster (keep it short: unix sockets live there)."""
 
 
 # -- one model per door ---------------------------------------------------------------------------------------------
@@ -595,6 +616,11 @@ class InspectConfig(Section):
 class PretrainConfig(Section):
     """Self-supervised pre-training (paper, Sec. 3 and 5.1)."""
 
+    gone = {
+        "ema_schedule": Gone("cosine"),
+        "deform": Gone({"nonlinear_prob": 0.9, "shuffle_prob": 0.5, "cutout_prob": 0.9, "inner_share": 0.2}),
+    }
+
     method: Literal["pgl", "byol", "genesis"] = "pgl"
     """pgl: local consistency of aligned features; byol: global consistency of pooled features; genesis: Models Genesis,
     restoring deformed views with the segmentation network. All train on the same views."""
@@ -615,9 +641,7 @@ class PretrainConfig(Section):
     pairs_per_scan: Positive = 1
     """View pairs per scan and epoch."""
     ema_decay: Share = 0.996
-    """Target decay omega at the start (Eq. 10). Not used by genesis."""
-    ema_schedule: Literal["cosine", "constant"] = "cosine"
-    """cosine: omega rises to 1 as in BYOL; constant: it stays as it is at the start."""
+    """Target decay omega at the start (Eq. 10); it rises to 1 along a cosine, as in BYOL. Not used by genesis."""
     views: ViewsConfig = ViewsConfig()
     intensity: IntensityConfig = IntensityConfig()
     stream: StreamConfig = StreamConfig()
@@ -625,7 +649,6 @@ class PretrainConfig(Section):
     heads: HeadsConfig = HeadsConfig()
     align: AlignConfig = AlignConfig()
     loss: PretrainLossConfig = PretrainLossConfig()
-    deform: DeformConfig = DeformConfig()
     health: HealthConfig = HealthConfig()
     probe: ProbeCurveConfig = ProbeCurveConfig()
     optim: PretrainOptimConfig = PretrainOptimConfig()
@@ -646,12 +669,8 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _divisible(self) -> Self:
         _check_divisible(self.global_batch_size, self.train)
-        if self.method == "genesis" and self.stream.augment_on == "gpu":
-            raise ValueError("method=genesis deforms finished views: stream.augment_on must be cpu or auto")
-        if self.method == "genesis" and self.stream.resize_on == "gpu":
-            raise ValueError("method=genesis deforms finished views: stream.resize_on must be cpu")
-        if self.stream.resize_on == "gpu" and self.stream.augment_on == "cpu":
-            raise ValueError("stream.resize_on=gpu needs stream.augment_on=gpu or auto: intensity comes after resizing")
+        if self.method == "genesis" and self.stream.on_gpu in ("intensity", "all"):
+            raise ValueError("method=genesis deforms finished views: stream.on_gpu must be nothing or auto")
         if self.pairs_per_scan % self.stream.pairs_per_region:
             raise ValueError(
                 f"stream.pairs_per_region={self.stream.pairs_per_region} must divide pairs_per_scan="
@@ -659,18 +678,11 @@ class PretrainConfig(Section):
             )
         if self.method != "pgl" and (self.loss != PretrainLossConfig() or self.align.more_strides):
             raise ValueError(f"loss.* and align.more_strides are of method=pgl, not {self.method}: leave them out")
-        if self.align.sampling_ratio > 1 and self.beyond_paper:
-            raise ValueError(
-                f"align.sampling_ratio={self.align.sampling_ratio} goes with the paper's loss alone: leave it out, or "
-                "loss.kind, loss.displacement and align.more_strides"
-            )
         if self.align.mask_clamped and self.beyond_paper:
             raise ValueError(
                 "align.mask_clamped masks whole maps; with loss.kind, loss.displacement or align.more_strides bins are "
                 "drawn, those not clamped first: leave it out"
             )
-        if self.align.wrong_priors and not (self.align.flip or self.align.crop):
-            raise ValueError("align.wrong_priors shows nothing without flips and crops: set align.flip or align.crop")
         if self.align.mask_clamped and any(p == s for p, s in zip(self.views.size, self.align.output_stride)):
             raise ValueError(
                 f"align.mask_clamped leaves no bin: views.size={self.views.size} has one cell on an axis of "
@@ -694,30 +706,36 @@ class BenchConfig(PretrainConfig):
 
     run: str = ""
     """Not used: nothing is kept."""
-    bench_pairs: Positive | None = None
-    """View pairs of a timed training step; none: those of one worker on a GPU, at most 8 of them on a CPU."""
-    bench_repeats: Positive = 3
-    """Timed steps; the median counts."""
     bench_s: Annotated[float, Field(gt=0)] = 4.0
     """Seconds that the stream is measured, each of three times, after half as long to get going."""
 
 
-class CheckAlignConfig(PretrainConfig):
-    """Does the aligner bring the same anatomy together? Coordinate ramps through the configured geometry."""
+class CheckAlignConfig(Section):
+    """Does the aligner bring the same anatomy together? Coordinate ramps through the configured geometry. A file may be
+    a pre-training's: what is not named here is left out."""
 
-    index: StorePath | None = None  # type: ignore[assignment] # a PretrainConfig needs both, this door neither
+    index: StorePath | None = None
     """Store whose scans are cropped; none: a phantom scan."""
-    run: RunPath | None = None  # type: ignore[assignment]
+    run: RunPath | None = None
     """Pre-training run whose config is checked, and whose folder and report get table and picture; of a run in a bucket
     they go to `output`."""
     num_pairs: Annotated[int, Field(ge=64)] = 128
     """Random pairs of views; all 64 pairs of flips come up in turn."""
     output: Annotated[FilePath, Field(validate_default=True)] = "check_align"
     """Folder for check_align.json and check_align.png where no run is given."""
+    seed: Seed = 0
+    """Seed of the pairs, and of the phantom."""
+    split: str | None = None
+    """Split of the index whose scans are cropped; none: all scans."""
+    views: ViewsConfig = ViewsConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    align: AlignConfig = AlignConfig()
 
 
 class FinetuneConfig(Section):
     """Supervised training of the segmentation network (paper, Sec. 5.1 and Appendix B)."""
+
+    gone = {"scan_share": Gone(1.0, "give the share as num_scans")}
 
     index: StorePath
     """Store written by prepare, with labels."""
@@ -736,10 +754,9 @@ class FinetuneConfig(Section):
     """Seed of the split, the patches and the initialisation."""
     split: str = "train"
     """Split of the index that the scans are taken from."""
-    num_scans: Positive | None = None
-    """Labelled scans to use, validation included, drawn with the seed; none: `scan_share` of them."""
-    scan_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the labelled scans to use, validation included, e.g. 0.2; a smaller share is part of a larger one."""
+    num_scans: LabelledScans = 1.0
+    """Labelled scans to use, validation included, drawn with the seed: a share of them, e.g. 0.2 (1.0: all), or a
+    number from 2 on; fewer are part of more."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of them kept for validation, at least one scan."""
     task: Literal["multiclass", "binary"] = "multiclass"
@@ -786,8 +803,6 @@ class FinetuneConfig(Section):
                 f"accumulate={self.accumulate} must divide a worker's {batch} patches (global_batch_size / "
                 "train.num_workers)"
             )
-        if self.num_scans is not None and self.scan_share != 1:
-            raise ValueError(f"num_scans={self.num_scans} and scan_share={self.scan_share}: give one of them")
         return self
 
 
@@ -1183,7 +1198,11 @@ def _load_file(model: type[Section], path: str) -> Any:
         return read
     with open(path, encoding="utf-8") as file:
         written = _own_section(model, yaml.load(file, yaml.BaseLoader), path)
-    return OmegaConf.create(_with_texts(model, OmegaConf.to_container(read, resolve=False), written))
+    values = _with_texts(model, OmegaConf.to_container(read, resolve=False), written)
+    if model is CheckAlignConfig:
+        own, theirs = model.model_fields, PretrainConfig.model_fields
+        values = {key: value for key, value in values.items() if key in own or key not in theirs}
+    return OmegaConf.create(values)
 
 
 def _with_texts(annotation: Any, read: Any, written: Any) -> Any:
@@ -1208,18 +1227,62 @@ def _own_section(model: type[Section], file: Any, name: str) -> Any:
     doors = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
     if not file or not set(file) <= set(doors):
         return file
-    own = next((part for part, config in doors.items() if issubclass(model, config)), None)
+    reader = PretrainConfig if model is CheckAlignConfig else model
+    own = next((part for part, config in doors.items() if issubclass(reader, config)), None)
     if own not in file:
         raise ValueError(f"{name!r} has settings for {', '.join(file)} alone, none for this door")
     return file[own]
 
 
 def build(model: type[Model], values: dict[str, Any]) -> Model:
-    """Validates a nested dict; faults come as one ValueError that names each dotted path."""
+    """Validates a nested dict; faults come as one ValueError that names each dotted path.
+
+    Settings of earlier versions may stand in it with the value that they always have now.
+    """
+    values, other = without_gone(model, values)
+    faults = [f"{path}={value}: {gone.instead}" for path, (value, gone) in other.items()]
     try:
-        return model.model_validate(values)
+        built = model.model_validate(values)
     except ValidationError as error:
-        raise ValueError("; ".join(_describe(model, item) for item in error.errors())) from None
+        faults += [_describe(model, item) for item in error.errors()]
+    if faults:
+        raise ValueError("; ".join(faults)) from None
+    return built
+
+
+def without_gone(model: type[Section], values: Any, prefix: str = "") -> tuple[Any, dict[str, tuple[Any, Gone]]]:
+    """Splits a nested dict into what today's settings are read from, and settings of earlier versions.
+
+    Returns:
+        The dict without the settings of earlier versions, and those of another value than today's: dotted path ->
+        (value, what it is today).
+    """
+    if not isinstance(values, dict):
+        return values, {}
+    rest: dict[str, Any] = {}
+    other: dict[str, tuple[Any, Any]] = {}
+    for key, value in values.items():
+        field, gone = model.model_fields.get(key), model.gone.get(key)
+        section = _section_of(field.annotation) if field else None
+        if section:
+            rest[key], below = without_gone(section, value, f"{prefix}{key}.")
+            other |= below
+        elif gone is None:
+            rest[key] = value
+        else:
+            other |= _others(f"{prefix}{key}", value, gone)
+    return rest, other
+
+
+def _others(path: str, value: Any, gone: Gone) -> dict[str, tuple[Any, Gone]]:
+    """A setting of earlier versions, or a section of them, as far as its value is not today's."""
+    if isinstance(value, dict) and isinstance(gone.value, dict):
+        never = Gone(..., "no version has this setting")
+        known = {key: Gone(one) for key, one in gone.value.items()}
+        parts = [_others(f"{path}.{key}", part, known.get(key, never)) for key, part in value.items()]
+        return {key: item for part in parts for key, item in part.items()}
+    gone = gone._replace(instead=gone.instead or f"this is always {gone.value} now, leave it out")
+    return {} if value == gone.value else {path: (value, gone)}
 
 
 def _describe(model: type[Section], item: Any) -> str:

@@ -70,16 +70,16 @@ def run(config: DemoConfig) -> Result:
     prepare.run(build(PrepareConfig, {"source": str(out / "phantoms"), "store": store, **shared}))
 
     step(3, "pretrain: PGL on all training phantoms, no label used")
-    pretrain.run(_pretraining(config, store, pgl, shared))
+    pretrain.run(pretraining(config, store, pgl, shared))
 
     step(4, f"probe: what the frozen encoder knows, judged on {config.num_test} test phantoms, beside random weights")
-    judged = probe.run(_probe(config, store, pgl))
+    judged = probe.run(probing(config, store, pgl))
     print(probe.table(judged), flush=True)
 
     step(5, f"finetune: the segmentation network on {config.num_labelled} labelled phantoms, from either encoder")
     runs = {init: str(out / f"finetune_{init}") for init in INITS}
     for init in INITS:
-        finetune.run(_finetuning(config, store, pgl, init, runs[init], shared))
+        finetune.run(finetuning(config, store, pgl, init, runs[init], shared))
 
     step(6, f"evaluate: Dice, IoU and Hausdorff distance on {config.num_test} test phantoms")
     evaluated = [{"run": run, "index": store, "inference": {"overlap": 0.25}} for run in runs.values()]
@@ -93,7 +93,7 @@ def run(config: DemoConfig) -> Result:
     return Result(str(page), judged, dice, gain, time.monotonic() - began)
 
 
-def _pretraining(config: DemoConfig, store: str, run: str, shared: dict) -> PretrainConfig:
+def pretraining(config: DemoConfig, store: str, run: str, shared: dict) -> PretrainConfig:
     """PGL by place, as conf/pretrain_small.yaml, of smaller views in fewer steps."""
     values = {"index": store, "run": run, "seed": config.seed, "split": "train", "max_steps": config.pretrain_steps}
     values |= {"global_batch_size": 16, "views": {"size": VIEW, "foreground": True}, "ema_decay": 0.93, "train": TRAIN}
@@ -102,13 +102,15 @@ def _pretraining(config: DemoConfig, store: str, run: str, shared: dict) -> Pret
     return build(PretrainConfig, {**values, "loss": {"kind": "contrast", "displacement": 1.0}, **shared})
 
 
-def _probe(config: DemoConfig, store: str, pgl: str) -> ProbeConfig:
+def probing(config: DemoConfig, store: str, pgl: str) -> ProbeConfig:
+    """The judges of the pre-trained encoder."""
     values = {"index": store, "init": pgl, "size": VIEW, "judges": ["voxels", "decoder", "matching"]}
     values |= {"num_scans": config.num_labelled, "num_test_scans": config.num_test, "seed": config.seed}
     return build(ProbeConfig, values)
 
 
-def _finetuning(config: DemoConfig, store: str, pgl: str, init: str, run: str, shared: dict) -> FinetuneConfig:
+def finetuning(config: DemoConfig, store: str, pgl: str, init: str, run: str, shared: dict) -> FinetuneConfig:
+    """The fine-tuning from `init`, which is pgl or random."""
     values = {"index": store, "run": run, "seed": config.seed, "init": pgl if init == "pgl" else "random"}
     values |= {"encoder": ENCODER, "max_steps": config.finetune_steps, "num_scans": config.num_labelled}
     # The light decoder and AdamW learn in a few hundred steps; no flips, which would make left and right one place.

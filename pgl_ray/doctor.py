@@ -25,7 +25,7 @@ from pgl_ray import doctor_checks as checks
 from pgl_ray import doctor_storage as storage
 from pgl_ray.config import DoctorConfig, FailedRun, RayConfig
 from pgl_ray.doctor_checks import Line
-from pgl_ray.doctor_facts import Gpu, Looker, Machine, machine
+from pgl_ray.doctor_facts import Gpu, Looker, Machine, machine, rays_folder
 from pgl_ray.doctor_places import Sight, leave_mark, look_at_run, look_at_store, remove_mark
 
 HERE = "this machine"
@@ -55,7 +55,7 @@ def run(config: DoctorConfig) -> Result:
     """Looks at all there is, and prints a line for each check; what is wrong is in the result."""
     began = time.monotonic()
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    lines, nodes = _joined(config.ray, address) if address else (storage.socket_path(config.ray.tmp_dir), [])
+    lines, nodes = _joined(config.ray, address) if address else (storage.socket_path(rays_folder()), [])
     others = f"{len(nodes)} node{'s' * (len(nodes) != 1)} of the cluster at {address} and " if nodes else ""
     alone = "" if address else " alone (a cluster's nodes: ray.address=auto)"
     print(f"doctor: {others}{HERE}{alone}", flush=True)
@@ -136,7 +136,7 @@ def _silent(seconds: float) -> str:
 
 def _here(config: RayConfig, in_cluster: bool) -> Machine:
     """This machine; where no cluster is named, with the object store that Ray would make."""
-    found = _parsed(HERE, machine(config.tmp_dir))
+    found = parse_facts(HERE, machine())
     if in_cluster:
         return found
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -144,7 +144,8 @@ def _here(config: RayConfig, in_cluster: bool) -> Machine:
     return Machine(**{**vars(found), "object_store_bytes": size})
 
 
-def _parsed(name: str, facts: dict[str, Any], **others: Any) -> Machine:
+def parse_facts(name: str, facts: dict[str, Any], **others: Any) -> Machine:
+    """Facts as `machine` gives them, with what else is known of a node."""
     return Machine(name, **{**facts, "gpus": tuple(Gpu(**gpu) for gpu in facts["gpus"])}, **others)
 
 
@@ -152,7 +153,7 @@ class _Lookers:
     """An actor on each node."""
 
     def __init__(self, nodes: list[dict[str, Any]]):
-        self.nodes, self.names, self.actors = nodes, _names(nodes), {}
+        self.nodes, self.names, self.actors = nodes, names_of(nodes), {}
         if not nodes:
             return
         import ray
@@ -160,7 +161,7 @@ class _Lookers:
 
         for name, node in zip(self.names, nodes):
             options = {"num_cpus": 0, "scheduling_strategy": On(node["NodeID"], soft=False)}
-            self.actors[name] = ray.remote(Looker).options(**options).remote(_tmp_dir(node))
+            self.actors[name] = ray.remote(Looker).options(**options).remote(tmp_dir_of(node))
 
     def machines(self) -> list[Machine]:
         """What each node says of itself."""
@@ -176,7 +177,7 @@ class _Lookers:
             rays = {"object_store_bytes": have.get("object_store_memory", 0), "ray_gpus": have.get("GPU", 0)}
             rays |= {"address": node["NodeManagerAddress"], **self._skew(name)}
             try:
-                found.append(_parsed(name, facts, **rays))
+                found.append(parse_facts(name, facts, **rays))
             except (TypeError, KeyError):  # other facts: another pgl_ray is there
                 found.append(Machine(name, f"runs another pgl_ray, from {facts.get('code_path')}: remove it there"))
         return found
@@ -221,7 +222,7 @@ class _Lookers:
         return found
 
 
-def _tmp_dir(node: dict[str, Any]) -> str | None:
+def tmp_dir_of(node: dict[str, Any]) -> str | None:
     """A node's temporary folder, in which TMP/session_.../sockets/plasma_store lies."""
     path = Path(node.get("ObjectStoreSocketName") or "")
     return str(path.parents[2]) if path.parent.name == "sockets" else None
@@ -231,7 +232,7 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _names(nodes: list[dict[str, Any]]) -> list[str]:
+def names_of(nodes: list[dict[str, Any]]) -> list[str]:
     """What lines call the nodes: their addresses, with a number where several are on one machine."""
     addresses, found = [node["NodeManagerAddress"] for node in nodes], []
     for address in addresses:
@@ -260,7 +261,7 @@ def _of_machines(machines: list[Machine], config: DoctorConfig) -> list[Line]:
 def _of_places(config: DoctorConfig, machines: list[Machine], lookers: _Lookers) -> list[Line]:
     lines, stores, runs = [], [], []
     if config.index:
-        scans = _in_time(lambda: _scans(config.index), LOOK_S, lambda why: [])
+        scans = _in_time(lambda: some_scans(config.index), LOOK_S, lambda why: [])
         stores = [_seen(lambda: look_at_store(config.index, scans))]
         stores += lookers.sights("look_at_store", config.index, scans)
         lines += storage.place("index", config.index, stores)
@@ -288,7 +289,7 @@ def _of_run(run: str, lookers: _Lookers) -> list[Sight]:
             remove_mark(marks[0])
 
 
-def _scans(index: str) -> list[str]:
+def some_scans(index: str) -> list[str]:
     """Keys of some scans' voxels."""
     from pgl_ray.data import shard, store
 

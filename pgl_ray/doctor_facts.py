@@ -13,7 +13,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +130,7 @@ def machine(tmp_dir: str | None = None) -> dict[str, Any]:
         tmp_dir: Ray's temporary folder; none: its own choice.
     """
     package = Path(__file__).parent
-    gpus, gpu_fault = _gpus()
+    gpus, gpu_fault = gpus_here()
     return {
         "python": platform.python_version(),
         "versions": _versions(),
@@ -144,7 +143,7 @@ def machine(tmp_dir: str | None = None) -> dict[str, Any]:
         "shm_bytes": shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None,
         "gpus": gpus,
         "gpu_fault": gpu_fault,
-        "cuda_fault": _cuda_fault() if gpus else "",
+        "cuda_fault": fault_of_cuda() if gpus else "",
         "disks": _disks(tmp_dir),
     }
 
@@ -190,7 +189,7 @@ def _sorted(psutil: Any) -> list[tuple[str, list]]:
     return sorted(psutil.net_if_addrs().items())
 
 
-def _gpus() -> tuple[list[dict[str, Any]], str]:
+def gpus_here() -> tuple[list[dict[str, Any]], str]:
     """GPUs by nvidia-smi, and why there are none where a device or a driver says that there should be."""
     present = any(Path("/dev").glob("nvidia[0-9]*")) or os.path.exists("/proc/driver/nvidia/version")
     command = ["nvidia-smi", f"--query-gpu={','.join(GPU_QUERY)}", "--format=csv,noheader,nounits"]
@@ -216,7 +215,7 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def _cuda_fault() -> str:
+def fault_of_cuda() -> str:
     """Why torch cannot compute on this machine's GPUs; in a process of its own, for CUDA may hang or crash."""
     try:
         done = subprocess.run([sys.executable, "-c", CUDA_TRIAL], capture_output=True, text=True, timeout=30)
@@ -225,10 +224,15 @@ def _cuda_fault() -> str:
     return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
+def rays_folder() -> str:
+    """Where a Ray that starts here keeps sockets, logs and spilled objects, as Ray finds it."""
+    return os.path.join(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")
+
+
 def _disks(tmp_dir: str | None) -> dict[str, tuple[str, int, int]]:
     """Where Ray keeps sockets, logs and what finds no room in the object store, and where copies of runs lie."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folders = {"ray": Path(tmp_dir or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()), "cache": cache}
+    folders = {"ray": Path(tmp_dir or rays_folder()), "cache": cache}
     found = {}
     for what, folder in folders.items():
         usage = shutil.disk_usage(nearest(folder))

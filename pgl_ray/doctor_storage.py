@@ -70,7 +70,7 @@ def reading(sights: Sequence[Sight]) -> list[Line]:
 def disks(machines: Sequence[Machine], runs: Sequence[Sight], in_bucket: bool) -> list[Line]:
     """Whether there is room for what Ray and a run write; `in_bucket`: whether the run lies in one, copies here."""
     lines = []
-    clear = "free some space, or another folder: ray start --temp-dir=DIR, here ray.tmp_dir=DIR"
+    clear = "free some space, or another folder: ray start --temp-dir=DIR, here RAY_TMPDIR=DIR"
     for one in machines:
         folder, free, total = one.disks["ray"]
         if free < (1 - RAYS_FULL) * total:
@@ -88,10 +88,10 @@ def disks(machines: Sequence[Machine], runs: Sequence[Sight], in_bucket: bool) -
     return lines or [Line("disks", "ok", f"{gb(ray[1])} free for Ray in {ray[0]}{for_run}")]
 
 
-def socket_path(tmp_dir: str | None) -> list[Line]:
-    """Whether Ray's sockets find room in the path of its temporary folder, of a Ray that starts here."""
-    too_long = len(tmp_dir or "") + len(SOCKET) - MOST_SOCKET
+def socket_path(folder: str) -> list[Line]:
+    """Whether Ray's sockets find room in the path of `folder`, the temporary one of a Ray that starts here."""
+    too_long = len(folder) + len(SOCKET) - MOST_SOCKET
     if too_long <= 0:
         return []
-    mend = f"a folder whose path is {too_long} characters shorter, such as /tmp/ray"
-    return [Line("sockets", "wrong", f"ray.tmp_dir={tmp_dir} is too long for Ray's sockets", mend)]
+    mend = f"a RAY_TMPDIR that is {too_long} characters shorter, such as /tmp"
+    return [Line("sockets", "wrong", f"{folder} is too long for Ray's sockets", mend)]

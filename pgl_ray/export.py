@@ -126,7 +126,7 @@ def load(path: str | Path) -> tuple[nn.Module, Expected]:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
     if "part" not in raw or "architecture" not in raw:
         raise ValueError(f"{path} says nothing about its network: was it written by pgl_ray's export?")
-    metadata = {key: _decoded(value) for key, value in raw.items()}
+    metadata = {key: decode_text(value) for key, value in raw.items()}
     network = _build(metadata["architecture"])
     network.load_state_dict(weights)
     if metadata["part"] == "encoder":
@@ -134,7 +134,7 @@ def load(path: str | Path) -> tuple[nn.Module, Expected]:
     return network.eval(), Expected(metadata)
 
 
-def _decoded(text: str) -> Any:
+def decode_text(text: str) -> Any:
     """JSON where it is some, else the text."""
     try:
         return json.loads(text)

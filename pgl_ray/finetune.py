@@ -113,7 +113,7 @@ def run(config: FinetuneConfig) -> Result:
             except FailedRun as error:
                 if launch.NO_MEMORY not in str(error):
                     raise
-                raise FailedRun(f"{error}, {_smaller(config)}") from error
+                raise FailedRun(f"{error}, {smaller_batch(config)}") from error
             if stopped:
                 raise FailedRun(stopped)
     best, steps = checkpoint.state_of(folder), checkpoint.committed_step(folder)
@@ -134,11 +134,10 @@ def split_scans(config: FinetuneConfig, index: store.Index) -> tuple[list[str], 
     if not index.labels:
         raise ValueError(f"index={config.index} holds no labels: prepare it from a source with label maps")
     ids = [scan.scan_id for scan in index.labelled(config.split)]
-    num = config.num_scans or round(config.scan_share * len(ids))
+    num = config.num_scans if isinstance(config.num_scans, int) else round(config.num_scans * len(ids))
     if num > len(ids) or num < 2:
-        asked = f"num_scans={config.num_scans}" if config.num_scans else f"scan_share={config.scan_share:g}"
         raise ValueError(
-            f"{asked}: split={config.split!r} of {config.index} has {len(ids)} labelled scans, "
+            f"num_scans={config.num_scans}: split={config.split!r} of {config.index} has {len(ids)} labelled scans, "
             f"and at least 2 are needed (one to train on, one to validate)"
         )
     chosen = [ids[i] for i in np.random.default_rng((config.seed, 1)).permutation(len(ids))[:num]]
@@ -217,7 +216,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
     if config.train.recompute and not config.freeze:
         on.recompute(segmenter.encoder)
     optimizer = optim.build_finetuning(segmenter, config.optim)
-    schedule = optim.polynomial(optimizer, plan.num_steps, config.optim.power)
+    schedule = optim.polynomial(optimizer, plan.num_steps)
 
     # from where the newest checkpoint stands
     best, stale = session.state.get("best", -1.0), session.state.get("stale", 0)
@@ -257,7 +256,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
         values, unseen = np.mean(ranks.of_all_workers(torch.stack(unseen).tolist()), 0), []
 
         # reasons to stop here and now
-        not_finite = _not_finite(config, values, session.step, best, config.run)
+        not_finite = fault_of_losses(config, values, session.step, best, config.run)
         stop = session.stops(not_finite) or session.stops(session.storage_fault())
         lower = _lower(config, best, config.run)
         if stop or ((validates or keeps) and session.stops(session.blown_up(segmenter, lower))):
@@ -293,7 +292,7 @@ def _memory_fault(error: RuntimeError, session: Session, config: FinetuneConfig)
     """Why a step that failed for want of memory ends the run; none where it failed for something else."""
     if not out_of_memory(error):
         return None
-    reason = f"out of memory on {session.device} at step {session.step + 1} {_smaller(config)}"
+    reason = f"out of memory on {session.device} at step {session.step + 1} {smaller_batch(config)}"
     if session.world > 1:
         raise FailedRun(reason) from error  # the other ranks wait for this one's gradient
     return reason
@@ -393,7 +392,7 @@ def backward(
     return loss.detach()
 
 
-def _smaller(config: FinetuneConfig) -> str:
+def smaller_batch(config: FinetuneConfig) -> str:
     """The batch to try where memory is too short."""
     whole = config.global_batch_size // config.train.num_workers
     now, size = whole // config.accumulate, "x".join(map(str, config.patch.size))
@@ -407,7 +406,7 @@ def _smaller(config: FinetuneConfig) -> str:
     )
 
 
-def _not_finite(config: FinetuneConfig, values: np.ndarray, step: int, best: float, run: str) -> str | None:
+def fault_of_losses(config: FinetuneConfig, values: np.ndarray, step: int, best: float, run: str) -> str | None:
     """Why losses and gradients [steps, 2], the last of them of `step`, end the run, if they do."""
     if np.isfinite(values).all():
         return None

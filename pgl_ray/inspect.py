@@ -87,7 +87,7 @@ def run(config: InspectConfig) -> str:
         "histogram": _bars(np.sum([record.histogram for record in index.scans], axis=0), 560, 90),
         "bounds": HISTOGRAM_HU,
         "outliers": [(scan_id, notes[scan_id]) for scan_id in sorted(notes) if notes[scan_id]],
-        "pictures": [_picture(index, record, notes[record.scan_id]) for record in _shown(config, index, notes)],
+        "pictures": [picture_of(index, record, notes[record.scan_id]) for record in _shown(config, index, notes)],
         "unused": unused[:NUM_UNUSED],
         "num_unused": {word: sum(kind == word for kind, _ in unused) for word in UNUSED.values()},
         "organs": list(index.labels),
@@ -291,7 +291,7 @@ def planes(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> list[tuple[
     return [plane for plane in PLANES if plane[0] in wanted][:2]
 
 
-def _picture(index: Index, record: ScanRecord, notes: list[str]) -> dict[str, Any]:
+def picture_of(index: Index, record: ScanRecord, notes: list[str]) -> dict[str, Any]:
     """Slices through the middle of the labels or else of the body, upright, at the anatomy's proportions and all at
     one scale, with the labels' outlines."""
     spacing, shown = record.spacing_mm, {"scan_id": record.scan_id, "notes": notes, "slices": [], "error": ""}

@@ -57,7 +57,7 @@ def of(
     rates, notes = f"the rates add up to {facts['sum_of_rates']:.1f}", []
     if config.method == "genesis":
         return Outlook(facts, [f"in {plan.num_steps} steps {rates}"])
-    turned = facts["target_turnover"] = optim.turnover(plan.num_steps, config.ema_decay, config.ema_schedule)
+    turned = facts["target_turnover"] = optim.turnover(plan.num_steps, config.ema_decay)
     lines = [f"in {plan.num_steps} steps the target turns over {turned:.1f} times and {rates} ({PAPER})"]
     if turned < MIN_TURNOVER - EPSILON:
         notes.append(f"note: {_slow_target(config, plan.num_steps, turned)}")
@@ -73,15 +73,15 @@ def of(
 
 def _slow_target(config: PretrainConfig, num_steps: int, turned: float) -> str:
     """That the target follows too slowly, and which setting would mend it."""
-    schedule, decay = config.ema_schedule, optim.slowest_decay(num_steps, MIN_TURNOVER, config.ema_schedule)
+    decay = optim.slowest_decay(num_steps, MIN_TURNOVER)
     mend = f"ema_decay={decay}"
     if decay is None or decay < SHORT_DECAY:
         decay, longer = min(config.ema_decay, SHORT_DECAY), itertools.count(num_steps)
-        num_steps = next(num for num in longer if optim.turnover(num, decay, schedule) >= MIN_TURNOVER - EPSILON)
+        num_steps = next(num for num in longer if optim.turnover(num, decay) >= MIN_TURNOVER - EPSILON)
         mend = f"max_steps={num_steps} with ema_decay={decay}"
     return (
         f"the target follows too slowly: it turns over {turned:.1f} times, fewer than {MIN_TURNOVER:.0f}; {mend} would "
-        f"turn it over {optim.turnover(num_steps, decay, schedule):.1f} times"
+        f"turn it over {optim.turnover(num_steps, decay):.1f} times"
     )
 
 
@@ -121,7 +121,7 @@ def _clamped(
     for stride in (geometry.output_stride, *finer):
         if stride in align.more_strides or any(p % s for p, s in zip(size, stride, strict=True)):
             continue
-        way = feature_geometry(encoder, size, stride, align.centers, geometry.sampling_ratio)[1]
+        way = feature_geometry(encoder, size, stride, align.centers)[1]
         enough, found = _large_enough(views, way, np.lcm.reduce([stride, *align.more_strides]))
         if enough:
             keys = [f"views.size={_listed(enough)}"] if enough != size else []

@@ -92,7 +92,7 @@ def run(config: PredictConfig) -> Result:
     with Stage("predict:", "scan", len(todo)) as stage:
         for job in todo:
             try:
-                for note in _predict(model, meta, job, maker, config):
+                for note in predict_one(model, meta, job, maker, config):
                     print(f"predict: note: {names[job]}: {note}", flush=True)
             except (ValueError, OSError, MemoryError) as error:
                 reason = " ".join(str(error).split()) or "not enough memory"
@@ -245,7 +245,7 @@ def _series_of(path: Path, output: Path) -> Job:
     raise ValueError(f"input={path}: {why.removeprefix(f'{path}: ')}")
 
 
-def _predict(
+def predict_one(
     model: Segmenter | LightSegmenter, meta: dict[str, Any], job: Job, maker: str, config: PredictConfig
 ) -> list[str]:
     """Segments one CT, at the voxel size that the network was trained on.

@@ -134,12 +134,9 @@ def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
         torch.manual_seed(config.seed)
         encoder = build_encoder(**config.encoder.model_dump())
         stride = align.output_stride if config.method == "pgl" else encoder.strides[-1]
-        level, geometry = feature_geometry(encoder, config.views.size, stride, align.centers, align.sampling_ratio)
+        level, geometry = feature_geometry(encoder, config.views.size, stride, align.centers)
         if config.method == "pgl" and config.beyond_paper:
-            more = [
-                feature_geometry(encoder, config.views.size, other, align.centers, align.sampling_ratio)
-                for other in align.more_strides
-            ]
+            more = [feature_geometry(encoder, config.views.size, other, align.centers) for other in align.more_strides]
             model = PlacesPgl(encoder, *heads, [*more, (level, geometry)], Objective(**config.loss.model_dump()))
         elif config.method == "pgl":
             model = Pgl(encoder, *heads, level, geometry, align.mask_clamped)
@@ -160,8 +157,9 @@ def make_renderer(
     config: PretrainConfig, index: store.Index, plan: stream.Plan, has_gpu: bool = False
 ) -> stream.PairRenderer:
     """What turns rows of the plan into pairs of views, the ablations included; `has_gpu`: the workers have one."""
-    resize = config.stream.resize_on == "cpu"
-    on_gpu = not resize or config.stream.augment_on == "gpu" or (config.stream.augment_on == "auto" and has_gpu)
+    on_gpu = config.stream.on_gpu
+    if on_gpu == "auto":
+        on_gpu = "intensity" if has_gpu and config.method != "genesis" else "nothing"
     return stream.PairRenderer(
         index.store,
         plan.scan_ids,
@@ -169,9 +167,9 @@ def make_renderer(
         ablated(config.views, config.align),
         config.intensity,
         shared_box=not config.align.crop,
-        deform=config.deform if config.method == "genesis" else None,
-        augment=not on_gpu or config.method == "genesis",
-        resize=resize,
+        deform=config.method == "genesis",
+        augment=on_gpu == "nothing",
+        resize=on_gpu != "all",
         skip=config.stream.on_error == "skip",
         pairs_per_region=config.stream.pairs_per_region,
     )
@@ -229,7 +227,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
 
         # loss, step, target
         session.settle(model, lambda pair=pair: forward_and_back(model, net, pair, session.parts, session.autocast))
-        decay = optim.ema_decay(session.step, plan.num_steps, config.ema_decay, config.ema_schedule)
+        decay = optim.ema_decay(session.step, plan.num_steps, config.ema_decay)
         done = train_step(model, net, optimizer, schedule, pair, decay, session.autocast, session.parts)
         session.advance()
 

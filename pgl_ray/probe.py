@@ -118,7 +118,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         balanced_accuracy=voxel and voxel.value,
         recall=voxel and voxel.details["recall"],
         body_box_mm=judges.body_box_mm() if "matching" in config.judges else None,
-        pictures=[_picture_name(place[1], name) for name in figures],
+        pictures=[picture_name(place[1], name) for name in figures],
         seconds=round(time.monotonic() - began, 2),
     )
     if place:
@@ -236,11 +236,11 @@ def _write(folder: str, name: str, result: ProbeResult, figures: dict[str, Figur
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, dataclasses.asdict(result))
     for picture, figure in figures.items():
-        with bucket.beside(folder, _picture_name(name, picture)) as path:
+        with bucket.beside(folder, picture_name(name, picture)) as path:
             write_aside(path, to_bytes(figure, "png", dpi=150))
 
 
-def _picture_name(name: str, picture: str) -> str:
+def picture_name(name: str, picture: str) -> str:
     """matching.png beside probe.json, X.matching.png beside X.probe.json."""
     stem = name.removesuffix(".json").removesuffix("probe").removesuffix(".")
     return f"{stem}.{picture}" if stem else picture

@@ -250,9 +250,3 @@ def job_runtime_env() -> dict[str, Any]:
     says what it refuses.
     """
     return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})
-
-
-def temp_dir(path: str) -> dict[str, str]:
-    """Arguments of ray.init for the folder of a local cluster's sockets and logs; documented, with an underscore. Where
-    Ray has renamed it, ray.init says so."""
-    return {"_temp_dir": os.path.abspath(path)}

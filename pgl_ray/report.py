@@ -215,7 +215,7 @@ def overlays(runs: list[Run]) -> dict[str, Any]:
     spread = np.unique(np.linspace(0, len(common) - 1, NUM_OVERLAYS).round().astype(int))
     scans = []
     for record in (records[sorted(common)[i]] for i in spread):
-        shown, place = _overlay(index, record, runs)
+        shown, place = overlay_of(index, record, runs)
         picture = pictures.to_png(pictures.overlay(shown, index.label_values))
         scans.append((picture, f"Scan {record.scan_id}, {place}."))
     organs = {value: organ.replace("_", " ") for organ, value in index.labels.items()}
@@ -227,7 +227,7 @@ def _predictions(one: Run) -> Path:
     return one.path / "evaluation" / "predictions"
 
 
-def _overlay(index: Index, record: ScanRecord, runs: list[Run]) -> tuple[pictures.Overlay, str]:
+def overlay_of(index: Index, record: ScanRecord, runs: list[Run]) -> tuple[pictures.Overlay, str]:
     """The axial slice with the most organs, then the most organ voxels, cut to the body, on the grid that the scan was
     scored on; and which it is."""
     volume, reader = open_volume(index.store, record).read(_whole(record)), open_label(index.store, record)

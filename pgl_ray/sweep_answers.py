@@ -21,7 +21,7 @@ from pgl_ray.train.checkpoint import read_metrics
 BEST, BETTER = "Which is best, and how sure is that?", "Is pre-training better than random weights?"
 SPEED, NEXT = "What limited speed?", "What to do next?"
 EDGE = 0.1  # share of a range at either end
-LABELS = ("num_scans", "scan_share")  # more of them is better, whatever the rest
+LABELS = ("num_scans", "scan_share")  # more of them is better, whatever the rest; the second in earlier versions
 Blocks = list[dict[str, Any]]
 
 
@@ -36,7 +36,7 @@ def of_sweep(config: dict[str, Any], trials: list[Trial], grid: dict[str, Any] |
     """
     return [
         Answer(BEST, best(config, trials)),
-        Answer(BETTER, _frozen(judged) + _tuned(config, grid) or [_best_probed(trials)]),
+        Answer(BETTER, of_frozen(judged) + of_tuned(config, grid) or [_best_probed(trials)]),
         Answer(SPEED, speeds.limits(_runs(trials)) or [Line(OPEN, "no training has begun")]),
         Answer(NEXT, [next_step(config, trials)]),
     ]
@@ -96,7 +96,7 @@ def _states(trials: list[Trial]) -> str:
 # -- is pre-training better than random weights? ----------------------------------------------------------------------
 
 
-def _frozen(judged: Blocks) -> list[Line]:
+def of_frozen(judged: Blocks) -> list[Line]:
     """Per arm and point what the judges of frozen encoders say of it against the strongest control."""
     lines = []
     for block in judged:
@@ -109,7 +109,7 @@ def _frozen(judged: Blocks) -> list[Line]:
     return lines
 
 
-def _tuned(config: dict[str, Any], grid: dict[str, Any] | None) -> list[Line]:
+def of_tuned(config: dict[str, Any], grid: dict[str, Any] | None) -> list[Line]:
     """Per arm and point the Dice after fine-tuning against the first arm, if that began from random weights."""
     lines = []
     for block in grid["blocks"] if grid else []:

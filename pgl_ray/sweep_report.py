@@ -253,7 +253,8 @@ def _one_seed(cells: dict[str, list[tables.Run]]) -> list[tables.Run]:
 def _of_all(cells: dict[str, list[tables.Run]]) -> bool:
     """Whether a point's trials had all labelled scans, as those that the paper's tables are of."""
     configs = [run.config for runs in cells.values() for run in runs]
-    return all(config["num_scans"] is None and config["scan_share"] == 1 for config in configs)
+    of_all = (1.0, None)  # none and a scan_share of 1 in earlier versions
+    return all(config["num_scans"] in of_all and config.get("scan_share", 1) == 1 for config in configs)
 
 
 def _evaluated(run: Path, arm: str) -> tables.Run:

@@ -160,11 +160,12 @@ def run(point: dict[str, Any]) -> None:
     values = values_of(point["trial"])
     folder = Path(config.run) / "trials" / own_name(config, tune.get_context().get_trial_id(), point["trial"])
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(str(folder)):
-        _run(config, values, folder, point["room"])
+    with alone(str(folder)):
+        run_stages(config, values, folder, point["room"])
 
 
-def _run(config: TuneConfig, values: dict[str, Any], folder: Path, room: int) -> None:
+def run_stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: int) -> None:
+    """A trial from where it stands: its state and score are noted in its folder, and Ray Tune hears of them."""
     earlier, name = sweeps.read_trial(folder), folder.name
     if earlier and earlier.state in sweeps.ENDED:  # Optuna drew it a second time
         if earlier.score is not None:
@@ -189,7 +190,7 @@ def _stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: int)
     figure = config.first_judge if tuning else config.judge  # of the encoder
     if pretraining:
         sweeps.note(folder, stage="pretrain", pretrain=pretraining.run, pretrain_gpus=_gpus(pretraining.train))
-        with _alone(pretraining.run), _Follower(folder, pretraining.run, figure, 0) as follower:
+        with alone(pretraining.run), _Follower(folder, pretraining.run, figure, 0) as follower:
             collapse = _pretrain(pretraining)
         if collapse:
             return None, collapse
@@ -204,7 +205,7 @@ def _stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: int)
             _report(figure, score, 100, folder.name, folder)
     if tuning:
         sweeps.note(folder, stage="finetune", finetune=tuning.run, finetune_gpus=_gpus(tuning.train))
-        tuning = _take_over(folder, values, tuning)
+        tuning = take_over(folder, values, tuning)
         offset = 100 if config.first_judge else 0
         with _Follower(folder, tuning.run, config.judge, offset, last=True) as follower:
             finetune.run(tuning)
@@ -233,7 +234,7 @@ def _pretrain(config: PretrainConfig) -> str | None:
 
 
 @contextlib.contextmanager
-def _alone(run: str) -> Iterator[None]:
+def alone(run: str) -> Iterator[None]:
     """One process at a time in a trial's folder, and one trial in a shared pre-training; the kernel frees the lock of a
     killed one."""
     with lock_file(Path(f"{run}.lock")) as lock:
@@ -329,7 +330,7 @@ class _Follower:
 # -- population based training ----------------------------------------------------------------------------------------
 
 
-def _take_over(folder: Path, values: dict[str, Any], config: FinetuneConfig) -> FinetuneConfig:
+def take_over(folder: Path, values: dict[str, Any], config: FinetuneConfig) -> FinetuneConfig:
     """Where pbt changed this trial, its fine-tuning becomes a copy of another one's, with its own learning rate.
 
     Returns:
@@ -345,7 +346,7 @@ def _take_over(folder: Path, values: dict[str, Any], config: FinetuneConfig) -> 
     noted = folder / "taken_over.json"
     if told["name"] == folder.name or (noted.exists() and json.loads(noted.read_text()) == told):
         return config
-    if _fork(folder.parent / told["name"] / "finetune", Path(config.run), config):
+    if fork(folder.parent / told["name"] / "finetune", Path(config.run), config):
         sweeps.note(folder, values=values)
         write_json(noted, told)
         return config
@@ -356,7 +357,7 @@ def _take_over(folder: Path, values: dict[str, Any], config: FinetuneConfig) -> 
     return config.model_copy(update={"optim": config.optim.model_copy(update={"lr": rate})})
 
 
-def _fork(source: Path, target: Path, config: FinetuneConfig) -> bool:
+def fork(source: Path, target: Path, config: FinetuneConfig) -> bool:
     """Puts a copy of a run, as of its newest checkpoint, in the target's place, with another learning rate.
 
     Returns:

@@ -90,16 +90,16 @@ def run(config: TuneConfig) -> Result:
     """
     folder = Path(config.run).absolute()
     trials = check(config)
-    _check_stores(config, trials)
-    _remember(config, folder, keep=False)
+    check_stores(config, trials)
+    remember(config, folder, keep=False)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        _remember(config, folder)
-        return _run(config, trials, folder)
+    with locked(folder):
+        remember(config, folder)
+        return run_trials(config, trials, folder)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One process at a time runs a sweep; the kernel frees the lock of a killed one."""
     with lock_file(folder / ".lock") as lock:
         if not lock.take():
@@ -108,9 +108,10 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _run(config: TuneConfig, trials: list[Trial], folder: Path) -> Result:
+def run_trials(config: TuneConfig, trials: list[Trial], folder: Path) -> Result:
+    """Runs what is not done yet on the cluster; several rounds where trials died with their workers."""
     launch.connect(config.ray)
-    room, num = _room(config, trials), len(trials) or config.num_trials
+    room, num = room_for(config, trials), len(trials) or config.num_trials
     done = _ended_trials(folder)
     what = ", ".join([*(["arms"] if config.arms else []), *config.space])
     print(f"tune: {num} trials over {what}; {len(done)} done, {room} at a time; {folder}", flush=True)
@@ -121,7 +122,7 @@ def _run(config: TuneConfig, trials: list[Trial], folder: Path) -> Result:
         if len(done) < num:
             _fit(config, folder, [], num, room, list(done.values()), again)
             done = _ended_trials(folder)
-    return _collect(config, folder)
+    return collect(config, folder)
 
 
 def _ended_trials(folder: Path) -> dict[str, sweeps.Trial]:
@@ -284,7 +285,7 @@ def _domain(verbs: dict[str, list[Any]]) -> Any:
             raise ValueError(error) from None
 
 
-def _check_stores(config: TuneConfig, trials: list[Trial]) -> None:
+def check_stores(config: TuneConfig, trials: list[Trial]) -> None:
     """Refuses trials whose store has not the scans that they name, and an encoder that is not there.
 
     Raises:
@@ -370,7 +371,7 @@ def _check_checkpoints(grace: int, config: FinetuneConfig, train_ids: list[str])
         )
 
 
-def _remember(config: TuneConfig, folder: Path, keep: bool = True) -> None:
+def remember(config: TuneConfig, folder: Path, keep: bool = True) -> None:
     """Writes sweep.json with `keep`, and checks that a sweep that is there has the same bases; its space may grow."""
     wanted = json.loads(config.model_dump_json())
     path = folder / sweeps.SWEEP
@@ -391,7 +392,7 @@ def _remember(config: TuneConfig, folder: Path, keep: bool = True) -> None:
     write_json(path, wanted)
 
 
-def _room(config: TuneConfig, trials: list[Trial]) -> int:
+def room_for(config: TuneConfig, trials: list[Trial]) -> int:
     """How many trials run at a time.
 
     Raises:
@@ -455,7 +456,7 @@ def _fit(
     space: dict[str, Any] = {"sweep": config.model_dump_json(), "room": room}
     search, samples = None, 1
     if config.search == "optuna":
-        search, samples = _optuna(config, sweeps.read_trials(folder), again), num - len(done)
+        search, samples = make_optuna(config, sweeps.read_trials(folder), again), num - len(done)
     else:
         space["trial"] = tune.grid_search([_as_continued(folder, trial) for trial in left])
     shutil.rmtree(folder / "tune", ignore_errors=True)
@@ -466,7 +467,7 @@ def _fit(
             num_samples=samples,
             max_concurrent_trials=room,
             search_alg=search,
-            scheduler=_scheduler(config, done),
+            scheduler=make_scheduler(config, done),
         ),
         run_config=tune.RunConfig(
             name="tune", storage_path=str(folder), verbose=0, callbacks=[_callback(config, folder, num, room)]
@@ -483,7 +484,7 @@ def _as_continued(folder: Path, trial: Trial) -> dict[str, Any]:
     return {"name": trial.name, "values": found.values if found else trial.values}
 
 
-def _optuna(config: TuneConfig, begun: list[sweeps.Trial], again: int = 0) -> Any:
+def make_optuna(config: TuneConfig, begun: list[sweeps.Trial], again: int = 0) -> Any:
     """Optuna's search, which knows what ended trials gave and first draws those again that were interrupted."""
     from ray.tune.search.optuna import OptunaSearch
 
@@ -504,7 +505,7 @@ def _optuna(config: TuneConfig, begun: list[sweeps.Trial], again: int = 0) -> An
     return search
 
 
-def _scheduler(config: TuneConfig, done: list[sweeps.Trial]) -> Any:
+def make_scheduler(config: TuneConfig, done: list[sweeps.Trial]) -> Any:
     """ASHA with the rungs of trials that ended before, PBT, or none. Time is percent of the judged stages."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
 
@@ -570,7 +571,8 @@ def _ended(config: TuneConfig, folder: Path, trial: Any, state: str, error: str 
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def _collect(config: TuneConfig, folder: Path) -> Result:
+def collect(config: TuneConfig, folder: Path) -> Result:
+    """Writes the table of all trials, the best settings and the report."""
     found = sweeps.read_trials(folder)
     sweeps.write_table(folder)
     scored = [trial for trial in found if trial.score is not None and trial.state == "done"]

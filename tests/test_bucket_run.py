@@ -63,7 +63,7 @@ def state_in(run: str) -> dict:
 
 
 @pytest.mark.parametrize("make", [loop.pretraining, loop.finetuning], ids=["pretrain", "finetune"])
-def test_a_run_whose_machine_is_lost_is_bit_for_bit_the_undisturbed_one(scans, run, tmp_path, make, monkeypatch):
+def test_a_run_whose_machine_is_lost_ends_as_the_undisturbed_one(scans, run, tmp_path, make, monkeypatch):
     whole, killed = (make(scans, place) for place in (tmp_path / "whole", run))
     loop.train(whole)
     with pytest.raises(loop.Killed):
@@ -150,7 +150,7 @@ FILES = ("state.pt", "checkpoint.json")
 
 
 @pytest.mark.parametrize("kind", ["bit", "missing", "manifest"])
-def test_a_damaged_checkpoint_in_the_bucket_gives_way_to_the_one_before(run, kind, capsys):
+def test_a_damaged_checkpoint_in_a_bucket_gives_way_to_the_last(run, kind, capsys):
     """Also on the machine that wrote it, whose copy is whole."""
     start(run)
     place, key = Bucket(run), "checkpoint_00000004/state.pt"
@@ -177,7 +177,7 @@ def test_damage_of_this_machines_copy_does_no_harm(run):
         assert found[1] == 4 and checkpoint.read_state(found[0] / "state.pt")["step"] == 4
 
 
-def test_a_run_that_was_removed_leaves_nothing_behind_on_the_machine(run):
+def test_a_run_that_was_removed_leaves_nothing_on_the_machine(run):
     start(run, (2, 4, 6))
     place = Bucket(run)
     for name in place.names(""):
@@ -293,7 +293,7 @@ def test_a_cut_index_in_the_cache_is_made_anew(run):
         assert found[1] == 4
 
 
-def test_a_log_that_another_machine_went_on_with_is_not_overwritten(run):
+def test_a_log_that_another_machine_continued_is_not_overwritten(run):
     start(run)
     log = bucket.mirror(run).folder / "logs" / "rank_0.jsonl"
     with checkpoint.alone(run):
@@ -320,7 +320,7 @@ def test_results_of_another_machine_are_gone_on_with(run):
 def test_a_refused_key_is_not_tried_for_minutes(run, monkeypatch):
     start(run)
     with checkpoint.alone(run):
-        monkeypatch.setattr(Bucket, "_ask", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no access")))
+        monkeypatch.setattr(Bucket, "ask", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no access")))
         began = time.monotonic()
         with pytest.raises(FailedRun, match="no access"), checkpoint.joined(run, 0):
             pass
@@ -328,7 +328,7 @@ def test_a_refused_key_is_not_tried_for_minutes(run, monkeypatch):
         monkeypatch.undo()
 
 
-def test_a_start_that_failed_between_its_two_objects_is_started_again(run, monkeypatch):
+def test_a_start_that_failed_between_two_objects_starts_again(run, monkeypatch):
     config = c.build(c.PretrainConfig, {"index": "/s", "run": run})
     write = Bucket.write
 
@@ -349,14 +349,14 @@ def test_a_bucket_that_fails_for_a_while_holds_nothing_up(run, monkeypatch, caps
     monkeypatch.setattr(checkpoint, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(checkpoint, "LONGEST_PAUSE_S", 0.02)
     start(run)
-    failing, ask = threading.Event(), Bucket._ask
+    failing, ask = threading.Event(), Bucket.ask
 
     def fragile(place, *args, **options):
         if failing.is_set():
             raise OSError(f"{place.url}: connection refused")
         return ask(place, *args, **options)
 
-    monkeypatch.setattr(Bucket, "_ask", fragile)
+    monkeypatch.setattr(Bucket, "ask", fragile)
     with checkpoint.alone(run), checkpoint.joined(run, 0) as folder:
         failing.set()
         writer = checkpoint.Writer(folder, 2)

@@ -56,11 +56,6 @@ def test_nothing_to_check_is_no_pass(tmp_path):
         check(tmp_path, "views.size=[8,48,32]")
 
 
-@pytest.mark.parametrize("ratio", [2, 4])
-def test_sampling_ratios_are_checked(ratio, tmp_path):
-    assert check(tmp_path, f"align.sampling_ratio={ratio}", "align.output_stride=[4,8,8]").facts["passed"]
-
-
 def test_a_runs_config_is_checked_with_what_is_typed_beside_it(tmp_path):
     config = load(PretrainConfig, ["index=s", "run=r", "views.size=[16,32,48]", "align.output_stride=[4,8,8]"])
     values = json.loads(config.model_dump_json()) | {"index": None}
@@ -72,6 +67,25 @@ def test_a_runs_config_is_checked_with_what_is_typed_beside_it(tmp_path):
     assert (tmp_path / "run" / "check_align.png").is_file()
     facts = check_align.run(load(CheckAlignConfig, [*run, "align.output_stride=[8,16,16]"])).facts
     assert (facts["view_size"], facts["output_stride"]) == ([16, 32, 48], [8, 16, 16])
+
+
+def test_a_file_of_a_pre_training_is_read_for_what_counts_here(tmp_path):
+    """Also a sweep's, and a run's of an earlier version; what is typed must be one of the door's own keys."""
+    mine = "views: {size: [16, 32, 48]}\nalign: {output_stride: [4, 8, 8], sampling_ratio: 1}\nseed: 3\n"
+    theirs = "optim: {lr: 1.5}\nmax_steps: 9\nheads: {hidden: 8}\nmethod: pgl\n"
+    (tmp_path / "own.yaml").write_text(mine)
+    (tmp_path / "pretrain.yaml").write_text(mine + theirs)
+    inner = "".join(f"  {line}\n" for line in mine.splitlines())
+    (tmp_path / "best.yaml").write_text(f"pretrain:\n{inner}finetune: {{seed: 4}}\n")
+    expected = load(CheckAlignConfig, [str(tmp_path / "own.yaml")])
+    assert (expected.views.size, expected.align.output_stride, expected.seed) == ((16, 32, 48), (4, 8, 8), 3)
+    for name in ("pretrain.yaml", "best.yaml"):
+        assert load(CheckAlignConfig, [str(tmp_path / name)]) == expected
+    (tmp_path / "typo.yaml").write_text(mine + "optin: {lr: 1.5}\n")
+    refused = {str(tmp_path / "typo.yaml"): "unknown key 'optin'", "optim.lr=1.5": "unknown key 'optim'"}
+    for arg, message in (refused | {"align.sampling_ratio=2": "sampling_ratio=2: this is always 1"}).items():
+        with pytest.raises(ValueError, match=message):
+            load(CheckAlignConfig, [arg])
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import checkpoint, weights
-from pgl_ray.train.launch import Progress, _first_cause
+from pgl_ray.train.launch import Progress, first_cause
 
 
 def config(run, *args) -> PretrainConfig:
@@ -32,6 +32,18 @@ def test_a_run_is_continued_by_its_own_config_only(tmp_path):
         checkpoint.open_run(config(tmp_path / "r", "optim.lr=0.3"), "pretrain", {})
     with pytest.raises(ValueError, match="is a pretrain run"):
         checkpoint.open_run(config(tmp_path / "r"), "finetune", {})
+
+
+def test_a_run_of_before_goes_on_unless_a_gone_setting_differed(tmp_path):
+    checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    record["config"]["optim"]["trust_coefficient"] = 1e-3
+    (tmp_path / "r" / "run.json").write_text(json.dumps(record))
+    assert checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
+    record["config"]["optim"]["trust_coefficient"] = 0.01
+    (tmp_path / "r" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"another optim.trust_coefficient \(0.01 there, 0.001 here\)"):
+        checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
 
 
 def test_a_folder_with_other_files_is_not_a_run(tmp_path):
@@ -145,9 +157,9 @@ def test_first_cause_is_the_rank_that_failed_by_itself():
     error = Exception()
     wrapped = "Traceback\n  x\nValueError: mine\nTo retry, see the docs."
     error.worker_failures = {0: RuntimeError("[gloo] peer closed"), 1: RuntimeError(wrapped)}
-    assert _first_cause(error) == "worker 1 failed: ValueError: mine"
+    assert first_cause(error) == "worker 1 failed: ValueError: mine"
     advice = (
         "Top 10 memory users: ...\nTo adjust the kill threshold, set `RAY_memory_usage_threshold` when starting Ray."
     )
     error.worker_failures = {0: RuntimeError(advice)}
-    assert _first_cause(error).endswith("Ray ended a process because the machine's memory was nearly full")
+    assert first_cause(error).endswith("Ray ended a process because the machine's memory was nearly full")

@@ -76,7 +76,7 @@ WRONG = [
     ("finetune", ["index={labelled}", "run={tmp}/r", "init={damaged}"], "damaged"),
     ("finetune", ["index={labelled}", "run={tmp}/r", "init={pretrain}", "encoder.width=64"], "'width': 8"),
     ("finetune", ["index={labelled}", "run={tmp}/r", "init={tmp}/no.safetensors"], "does not exist"),
-    ("finetune", ["index={labelled}", "run={tmp}/r", "init={pretrain}", "scan_share=.3"], "scan_share=0.3"),
+    ("finetune", ["index={labelled}", "run={tmp}/r", "init={pretrain}", "num_scans=.3"], "num_scans=0.3"),
     ("finetune", ["index={labelled}", "run={tmp}/r", "accumulate=3"], "accumulate=3 must divide"),
     ("pretrain", ["index={unlabelled}", "run={tmp}/r", "max_steps=9", "probe.every=5"], "holds no labels"),
     ("pretrain", ["index={unlabelled}", "run={tmp}/r", "max_steps=9", "probe.every=5", "probe.index={tmp}"], "not a"),
@@ -122,7 +122,7 @@ def test_export_gives_monai_every_key_and_says_what_goes_in(capsys, tmp_path, ch
 @pytest.mark.cluster
 def test_bench_measures_both_halves(ray_cluster, capsys, labelled):
     args = ["encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=8", "heads.out=8", "views.size=[16,32,48]"]
-    args += ["bench_pairs=2", "bench_repeats=1", "bench_s=0.5", "global_batch_size=2"]
+    args += ["bench_s=0.5", "global_batch_size=2"]
     cli.call("bench", [f"index={labelled}", *args])
     out = capsys.readouterr().out
     assert "data only" in out and "step only" in out and "both" in out and "limits the run" in out
@@ -153,11 +153,11 @@ def test_bench_advises_what_is_not_done_yet(labelled):
     from pgl_ray.data.store import read_index
 
     def mend(stage: str, *args: str, cuda: bool = True) -> str:
-        return bench._mend(stage, load(BenchConfig, [f"index={labelled}", *args]), read_index(labelled), cuda)
+        return bench.mend_of(stage, load(BenchConfig, [f"index={labelled}", *args]), read_index(labelled), cuda)
 
     assert "pairs_per_region=8" in mend("decode") and "encoding=uint8" in mend("decode")
     assert "pairs_per_region" not in mend("decode", "stream.pairs_per_region=8", "pairs_per_scan=8")
-    assert "augment_on=gpu" in mend("intensity") and "resize_on=gpu" in mend("resize")
+    assert "on_gpu=intensity" in mend("intensity") and "on_gpu=all" in mend("resize")
     for done in (mend("intensity", cuda=False), mend("intensity", "method=genesis"), mend("draw")):
         assert done == bench.MORE_CORES
-    assert mend("resize", "stream.resize_on=gpu", "stream.augment_on=gpu") == bench.MORE_CORES
+    assert mend("resize", "stream.on_gpu=all") == bench.MORE_CORES

@@ -121,7 +121,7 @@ def test_filling_agrees_with_matplotlib(points, more):
         for start, end in zip(polygon, np.roll(polygon, -1, axis=0)):  # a centre on an edge may be in or out
             along = np.clip((centers - start) @ (end - start) / max((end - start) @ (end - start), 1e-300), 0, 1)
             clear &= (np.linalg.norm(centers - start - along[:, None] * (end - start), axis=1) > 1e-6).reshape(shape)
-    np.testing.assert_array_equal(contours._inside(polygons, shape)[clear], expected[clear])
+    np.testing.assert_array_equal(contours.inside_of(polygons, shape)[clear], expected[clear])
 
 
 @pytest.mark.parametrize(

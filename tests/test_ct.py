@@ -52,7 +52,7 @@ ORIENTATIONS = [(p, s) for p in permutations(range(3)) for s in product((1, -1),
 
 @pytest.mark.parametrize("skew", [0.0, 0.06])
 @pytest.mark.parametrize("perm, signs", ORIENTATIONS)
-def test_every_orientation_keeps_world_coordinates_and_comes_back(tmp_path, perm, signs, skew):
+def test_every_orientation_keeps_its_coordinates_and_comes_back(tmp_path, perm, signs, skew):
     volume, affine = distinct(), source_affine(perm, signs, skew)
     path = save(tmp_path / "a.nii", volume, affine)
     scan = ct.read_scan(path)
@@ -118,7 +118,7 @@ def test_integers_of_every_type_are_lossless(tmp_path, dtype, image_class):
     assert scan.rounding_error_hu == 0
 
 
-def test_scaled_and_fractional_values_are_rounded_and_the_error_is_stated(tmp_path):
+def test_fractional_values_are_rounded_and_the_error_is_stated(tmp_path):
     image = nib.Nifti1Image(distinct(), np.diag([*SPACING, 1]))
     image.header.set_slope_inter(0.5, -100)
     path = tmp_path / "a.nii"
@@ -134,7 +134,7 @@ def test_scaled_and_fractional_values_are_rounded_and_the_error_is_stated(tmp_pa
     assert ct.read_scan(save(tmp_path / "b.nii", fraction, np.eye(4))).rounding_error_hu == 0.25
 
 
-def test_one_volume_in_four_dimensions_is_fine_and_its_label_is_3d(tmp_path):
+def test_one_volume_in_four_dimensions_is_fine_with_a_3d_label(tmp_path):
     volume = distinct()
     path = save(tmp_path / "a.nii", volume[..., None], source_affine((0, 1, 2), (1, 1, 1)))
     scan = ct.read_scan(path)

@@ -51,7 +51,7 @@ def test_dead_channels_are_counted_over_all_relus_behind_a_norm():
     assert health.dead_channels(nn.Conv3d(1, 2, 1), inputs()) == 0
 
 
-def test_a_channel_that_fires_once_is_alive_and_the_network_stays_as_it_is():
+def test_a_channel_that_fires_once_is_alive_and_nothing_changes():
     torch.manual_seed(0)
     net = Net().eval()
     net.norm.bias.data[:] = -3.5  # three and a half deviations: hardly a voxel of few inputs
@@ -146,7 +146,7 @@ def tuning_losses(phantoms, decoder, init, seed, num_steps=40):
         index.store, plan.scan_ids, seed, config.patch, config.intensity, config.foreground_share
     )
     optimizer, losses = optim.build_finetuning(model.train(), config.optim), []
-    schedule = optim.polynomial(optimizer, num_steps, config.optim.power)
+    schedule = optim.polynomial(optimizer, num_steps)
     for batch in tensors(cut, plan, num_steps):
         optimizer.zero_grad(set_to_none=True)
         loss = finetune.backward(model, model, batch, config.task, 1, FLOAT32, config.loss.ce_weight)

@@ -5,11 +5,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from pgl_ray.config import DeformConfig
-from pgl_ray.data.deform import deform
+from pgl_ray.data.deform import Chances, deform
 
 SIZE = (16, 48, 40)
-OFF = {"nonlinear_prob": 0, "shuffle_prob": 0, "cutout_prob": 0}
+OFF = {"nonlinear": 0, "shuffle": 0, "cutout": 0}
 
 
 def smooth(seed=0) -> torch.Tensor:
@@ -18,21 +17,21 @@ def smooth(seed=0) -> torch.Tensor:
 
 
 def deformed(seed=0, view=None, **changes) -> torch.Tensor:
-    return deform(smooth() if view is None else view, np.random.default_rng(seed), DeformConfig(**OFF | changes))
+    return deform(smooth() if view is None else view, np.random.default_rng(seed), Chances(**OFF | changes))
 
 
-def test_nothing_drawn_is_nothing_done_and_the_view_is_left_alone():
+def test_nothing_drawn_is_nothing_done_and_the_view_stays():
     view = smooth()
     kept = view.clone()
     assert torch.equal(deformed(view=view), view)
     for seed in range(10):
-        deformed(seed, view, nonlinear_prob=1, shuffle_prob=1, cutout_prob=1, inner_share=0.5)
+        deformed(seed, view, nonlinear=1, shuffle=1, cutout=1, inner=0.5)
     assert torch.equal(view, kept)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_nonlinear_is_monotone_and_keeps_the_range(seed):
-    view, out = smooth(), deformed(seed, nonlinear_prob=1)
+    view, out = smooth(), deformed(seed, nonlinear=1)
     order = view.flatten().argsort()
     assert (out.flatten()[order].diff() >= -1e-5).all()
     torch.testing.assert_close(out.aminmax(), view.aminmax(), atol=1e-4, rtol=0)
@@ -41,7 +40,7 @@ def test_nonlinear_is_monotone_and_keeps_the_range(seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_shuffling_permutes_voxels_locally(seed):
-    view, out = smooth(), deformed(seed, shuffle_prob=1)
+    view, out = smooth(), deformed(seed, shuffle=1)
     assert torch.equal(view.flatten().sort().values, out.flatten().sort().values)
     assert (out != view).float().mean() > 0.2
     blurred = [ndimage.uniform_filter(each.numpy(), 9) for each in (view, out)]
@@ -50,7 +49,7 @@ def test_shuffling_permutes_voxels_locally(seed):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_inner_cutout_changes_windows_alone(seed):
-    view, out = smooth(), deformed(seed, cutout_prob=1, inner_share=1)
+    view, out = smooth(), deformed(seed, cutout=1, inner=1)
     changed = (out != view).numpy()
     assert 0 < changed.mean() <= 5 / 27 + 0.01
     assert out[torch.from_numpy(changed)].min() >= view.min() and out.max() <= view.max()
@@ -62,7 +61,7 @@ def test_inner_cutout_changes_windows_alone(seed):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_outer_cutout_keeps_windows_alone(seed):
-    view, out = smooth(), deformed(seed, cutout_prob=1, inner_share=0)
+    view, out = smooth(), deformed(seed, cutout=1, inner=0)
     kept = (out == view).numpy()
     assert (3 / 7) ** 3 * 0.9 < kept.mean() < 0.9
     labels, num = ndimage.label(kept)
@@ -75,7 +74,7 @@ def test_outer_cutout_keeps_windows_alone(seed):
 
 
 def test_the_generator_decides():
-    settings = {"nonlinear_prob": 0.9, "shuffle_prob": 0.5, "cutout_prob": 0.9}
+    settings = Chances()._asdict()
     assert torch.equal(deformed(3, **settings), deformed(3, **settings))
     assert not torch.equal(deformed(3, **settings), deformed(4, **settings))
 
@@ -83,4 +82,4 @@ def test_the_generator_decides():
 def test_a_blank_view_stays_finite():
     blank = torch.full(SIZE, -1.5)
     for seed in range(5):
-        assert torch.isfinite(deformed(seed, blank, nonlinear_prob=1, shuffle_prob=1, cutout_prob=1)).all()
+        assert torch.isfinite(deformed(seed, blank, nonlinear=1, shuffle=1, cutout=1)).all()

@@ -20,8 +20,8 @@ def settings(tmp_path):
     """The demo's config, and that of each door."""
     config = c.DemoConfig(out=str(tmp_path), seed=3, pretrain_steps=7, finetune_steps=9, num_labelled=4, num_test=5)
     store, run = str(tmp_path / "store"), str(tmp_path / "run")
-    doors = {"pretrain": demo._pretraining(config, store, run, {}), "probe": demo._probe(config, store, run)}
-    doors |= {init: demo._finetuning(config, store, run, init, f"{run}_{init}", {}) for init in demo.INITS}
+    doors = {"pretrain": demo.pretraining(config, store, run, {}), "probe": demo.probing(config, store, run)}
+    doors |= {init: demo.finetuning(config, store, run, init, f"{run}_{init}", {}) for init in demo.INITS}
     return config, doors
 
 
@@ -44,7 +44,7 @@ def test_both_fine_tunings_differ_in_their_init_alone(settings):
     assert random == pgl and (doors["random"].init, doors["pgl"].init) == ("random", doors["pretrain"].run)
 
 
-def test_pre_training_learns_by_place_on_maps_that_the_views_hold(settings):
+def test_pretraining_learns_by_place_on_maps_that_views_hold(settings):
     _, doors = settings
     model, geometry = pretrain.build_model(doors["pretrain"])
     assert isinstance(model, PlacesPgl) and len(model.maps) == 3 and len(model.place) == 3
@@ -56,7 +56,7 @@ def test_pre_training_learns_by_place_on_maps_that_the_views_hold(settings):
 
 def test_pre_training_begins_without_a_note(tmp_path):
     """The target turns over and few bins are clamped, on phantoms of the demo's kind and other seeds."""
-    config = demo._pretraining(c.DemoConfig(), "store", str(tmp_path / "run"), {})
+    config = demo.pretraining(c.DemoConfig(), "store", str(tmp_path / "run"), {})
     bodies = [foreground_box(make_phantom(990 + i, demo.SHAPE, demo.SPACING_MM).volume) for i in range(4)]
     chunk = '{"codecs": [{"configuration": {"chunk_shape": [8, 64, 64]}}]}'
     scans = [

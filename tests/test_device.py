@@ -31,7 +31,7 @@ def results(net, steps=2):
 
 @pytest.mark.parametrize("momentum", [0.1, 0.0, None])
 @pytest.mark.parametrize("kind, level", [("resnet", 2), ("resnet", 4), ("resenc", 3)])
-def test_recomputed_stages_give_the_same_gradients_and_statistics(kind, level, momentum, monkeypatch):
+def test_recomputed_stages_give_the_same_gradients_and_norms(kind, level, momentum, monkeypatch):
     kept, recomputed = encoder(kind), encoder(kind)
     for net in (kept, recomputed):
         net.stop_at(level)

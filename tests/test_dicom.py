@@ -145,7 +145,7 @@ def test_lossless_syntaxes_give_the_same_hu_and_cut_files_none(tmp_path, syntax,
         ct.read_scan(folder)
 
 
-def test_a_corrupt_jpeg_stream_is_refused_though_the_decoder_gives_a_picture(tmp_path):
+def test_a_corrupt_jpeg_is_refused_though_it_decodes(tmp_path):
     files = ct_series(raw((2, 40, 50)))
     compressed_by_itk(files, "JPEG", tmp_path)
     content = bytearray(files[1].PixelData)
@@ -378,7 +378,7 @@ def test_slices_that_cannot_be_opened_are_told_of(tmp_path, monkeypatch):
     assert dicom.is_dicom(folder / "IM4") and not dicom.is_dicom(folder)
 
 
-def test_without_pydicom_nifti_goes_on_and_dicom_says_what_to_install(tmp_path, monkeypatch):
+def test_without_pydicom_dicom_says_what_to_install(tmp_path, monkeypatch):
     nib.save(nib.Nifti1Image(raw(), np.eye(4)), tmp_path / "a.nii")
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
     assert len(read_layout(str(tmp_path), LabelsConfig()).scans) == 1

@@ -323,18 +323,18 @@ def program(folder: Path, name: str, text: str) -> None:
 def test_gpus_are_those_that_the_driver_lists(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     program(tmp_path, "nvidia-smi", "echo '0, NVIDIA H200, 570.1, 143771, 4'; echo '1, Odd, 570.1, [N/A], [N/A]'")
-    first, second = doctor_facts._gpus()[0]
+    first, second = doctor_facts.gpus_here()[0]
     assert first == {"name": "NVIDIA H200", "driver": "570.1", "total_mb": 143771.0, "used_mb": 4.0}
     assert second["name"] == "Odd" and second["used_mb"] == 0
     program(tmp_path, "nvidia-smi", "echo Failed to initialize NVML: Driver/library version mismatch; exit 18")
-    assert doctor_facts._gpus() == ([], "nvidia-smi: Failed to initialize NVML: Driver/library version mismatch")
+    assert doctor_facts.gpus_here() == ([], "nvidia-smi: Failed to initialize NVML: Driver/library version mismatch")
 
 
 def test_torch_is_tried_on_the_gpus(monkeypatch):
     monkeypatch.setattr(doctor_facts, "CUDA_TRIAL", "raise RuntimeError('the driver is too old')")
-    assert doctor_facts._cuda_fault() == "RuntimeError: the driver is too old"
+    assert doctor_facts.fault_of_cuda() == "RuntimeError: the driver is too old"
     monkeypatch.setattr(doctor_facts, "CUDA_TRIAL", "print(2)")
-    assert doctor_facts._cuda_fault() == ""
+    assert doctor_facts.fault_of_cuda() == ""
 
 
 def test_the_codes_hash_is_that_of_its_files(tmp_path):
@@ -357,7 +357,7 @@ def test_a_version_of_ones_own_is_not_refused():
 
 def test_facts_of_this_machine():
     facts = doctor_facts.machine()
-    one = doctor._parsed("here", json.loads(json.dumps(facts)))
+    one = doctor.parse_facts("here", json.loads(json.dumps(facts)))
     assert one.python == ".".join(map(str, sys.version_info[:3])) and one.versions["numpy"] == np.__version__
     assert one.host == socket.gethostname() and "127.0.0.1" in {a for all_ in one.interfaces.values() for a in all_}
     assert one.disks["ray"][2] > one.disks["ray"][1] > 0
@@ -405,7 +405,7 @@ def test_a_mark_that_is_not_there_is_another_folder(tmp_path, monkeypatch):
 
 def test_stores_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_places, "LEAST_READ_BYTES", 1)
-    first, keys = make_store(tmp_path / "a"), doctor._scans(make_store(tmp_path / "b"))
+    first, keys = make_store(tmp_path / "a"), doctor.some_scans(make_store(tmp_path / "b"))
     one = doctor_places.look_at_store(first, keys)
     assert one == doctor_places.look_at_store(str(tmp_path / "b"), keys) | {"read_mb_s": one["read_mb_s"]} | {
         "free_bytes": one["free_bytes"]
@@ -421,7 +421,7 @@ def test_stores_are_told_apart(tmp_path, monkeypatch):
 def test_a_bucket_is_looked_at_and_left_as_it_was(s3, monkeypatch):
     monkeypatch.setattr(doctor_places, "LEAST_READ_BYTES", 1)
     url = make_store(f"{s3}/doctor/store")
-    facts = doctor_places.look_at_store(url, doctor._scans(url))
+    facts = doctor_places.look_at_store(url, doctor.some_scans(url))
     assert facts["read_mb_s"] > 0 and facts["latency_s"] > 0 and "fault" not in facts
     mark = doctor_places.leave_mark(f"{s3}/doctor/run")
     facts = doctor_places.look_at_run(mark)
@@ -477,10 +477,10 @@ def test_a_machine_without_the_packages_says_so(tmp_path):
 
 def test_nodes_have_names_and_folders_of_their_own():
     nodes = [{"NodeManagerAddress": f"10.0.0.{k}"} for k in (1, 2, 1, 11)]
-    assert doctor._names(nodes) == ["10.0.0.1 (1)", "10.0.0.2", "10.0.0.1 (2)", "10.0.0.11"]
+    assert doctor.names_of(nodes) == ["10.0.0.1 (1)", "10.0.0.2", "10.0.0.1 (2)", "10.0.0.11"]
     path = "/scratch/ray/session_2026-11-29_05-52-53_123456_77/sockets/plasma_store"
-    assert doctor._tmp_dir({"ObjectStoreSocketName": path}) == "/scratch/ray"
-    assert doctor._tmp_dir({"ObjectStoreSocketName": ""}) is doctor._tmp_dir({}) is None
+    assert doctor.tmp_dir_of({"ObjectStoreSocketName": path}) == "/scratch/ray"
+    assert doctor.tmp_dir_of({"ObjectStoreSocketName": ""}) is doctor.tmp_dir_of({}) is None
 
 
 @pytest.mark.parametrize(

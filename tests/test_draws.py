@@ -34,12 +34,13 @@ def one_crop(rng: random.Random, shape, views, body) -> list[tuple[int, int]]:
     return box
 
 
-def share_of(one, two, of) -> float:
+def share_of(one, two) -> float:
+    """Overlap of two boxes as a share of the smaller one's volume."""
     volumes, common = [1, 1], 1
     for (a, b), (c, d) in zip(one, two, strict=True):
         volumes = [volumes[0] * (b - a), volumes[1] * (d - c)]
         common *= max(0, min(b, d) - max(a, c))
-    return common / {"smaller": min(volumes), "larger": max(volumes), "union": sum(volumes) - common}[of]
+    return common / min(volumes)
 
 
 def plain_rejection(seed: int, shape, views, body, num: int) -> list:
@@ -47,14 +48,14 @@ def plain_rejection(seed: int, shape, views, body, num: int) -> list:
     rng, found = random.Random(seed), []
     while len(found) < num:
         one, two = one_crop(rng, shape, views, body), one_crop(rng, shape, views, body)
-        if share_of(one, two, views.overlap_of) >= views.min_overlap:
+        if share_of(one, two) >= views.min_overlap:
             found.append((one, two))
     return found
 
 
-def seen_in(pairs, of) -> dict[str, list[float]]:
+def seen_in(pairs) -> dict[str, list[float]]:
     """What is compared of pairs: the overlap, and per axis where, how long and how far apart the boxes are."""
-    found = {"overlap": [share_of(one, two, of) for one, two in pairs]}
+    found = {"overlap": [share_of(one, two) for one, two in pairs]}
     for axis in range(3):
         for number in (0, 1):
             found[f"start {number} {axis}"] = [pair[number][axis][0] for pair in pairs]
@@ -69,8 +70,8 @@ def check_law(shape, views, seed=0, num=NUM):
     u = v.uniforms(seed, np.arange(num) // 50, ids, np.arange(num), v.PAIR_NUMBERS)
     many = np.tile(shape, (num, 1)), views, np.tile(body, (num, 1, 1))
     boxes, flips = v.sample_pairs(u, *many)
-    got = seen_in(boxes.tolist(), views.overlap_of)
-    expected = seen_in(plain_rejection(seed, shape, views, body, num), views.overlap_of)
+    got = seen_in(boxes.tolist())
+    expected = seen_in(plain_rejection(seed, shape, views, body, num))
     for name in got:
         assert stats.ks_2samp(got[name], expected[name]).pvalue > CHANCE, name
     return boxes, flips
@@ -81,7 +82,7 @@ def test_pairs_have_the_law_of_plain_rejection(shape):
     boxes, flips = check_law(shape, ViewsConfig(size=(16, 96, 96)))
     patterns = np.bincount(flips.reshape(-1, 6) @ (1 << np.arange(6)), minlength=64)  # all 64 are as likely
     assert stats.chisquare(patterns).pvalue > CHANCE
-    overlap = [share_of(*pair, "smaller") for pair in boxes.tolist()]
+    overlap = [share_of(*pair) for pair in boxes.tolist()]
     for flip in flips.reshape(-1, 6).T:
         assert stats.pearsonr(flip, overlap).pvalue > CHANCE
 
@@ -91,8 +92,8 @@ def test_pairs_have_the_law_of_plain_rejection(shape):
     [
         ((90, 200, 260), {"foreground": True}),
         ((20, 60, 150), {"foreground": True, "crop_scale": (0.6, 1.8)}),
-        ((100, 160, 130), {"overlap_of": "union", "min_overlap": 0.25}),
-        ((60, 160, 130), {"overlap_of": "larger", "crop_scale": (0.7, 1.6)}),
+        ((100, 160, 130), {"min_overlap": 0.25}),
+        ((60, 160, 130), {"crop_scale": (0.7, 1.6)}),
         ((30, 120, 90), {"min_overlap": 0.6, "flip_prob": 0.0}),
         ((100, 300, 300), {"crop_scale": (1.0, 1.0)}),
     ],
@@ -105,7 +106,7 @@ def test_the_share_of_small_overlaps_is_that_of_true_pairs():
     """In a usual CT 23 % of true pairs overlap by less than 15 %; pairs that are slid together have half of them."""
     u = np.random.default_rng(0).random((8000, v.PAIR_NUMBERS))
     boxes, _ = v.sample_pairs(u, np.tile((150, 512, 512), (len(u), 1)), ViewsConfig(size=(16, 96, 96)))
-    small = sum(share_of(*pair, "smaller") < 0.15 for pair in boxes.tolist())
+    small = sum(share_of(*pair) < 0.15 for pair in boxes.tolist())
     assert stats.binomtest(small, len(u), 0.233).pvalue > CHANCE
 
 

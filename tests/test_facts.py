@@ -51,7 +51,7 @@ def ids(index: store.Index, split: str) -> list[str]:
     return [scan.scan_id for scan in index.scans if scan.split == split]
 
 
-def test_scans_are_known_by_their_voxels_and_through_what_came_before(pool, other):
+def test_scans_are_known_by_voxels_and_by_what_came_before(pool, other):
     tested = other.labelled("test")
     first = facts.training_facts(pool, ids(pool, "train"))
     line = "evaluated scans were pre-trained on (without labels): figures may be optimistic"

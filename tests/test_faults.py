@@ -120,7 +120,7 @@ def check_undisturbed(config: c.PretrainConfig, place: Path) -> None:
 
 
 @pytest.mark.cluster
-def test_a_killed_worker_and_a_killed_driver_cost_what_came_after_the_checkpoint(place):
+def test_a_kill_costs_what_came_after_the_checkpoint(place):
     """And at most a minute for the restart, on a machine that does nothing else; after the driver's end the same
     command is typed again."""
     config = config_of(place, 150)
@@ -136,7 +136,7 @@ def test_a_killed_worker_and_a_killed_driver_cost_what_came_after_the_checkpoint
 
 
 @pytest.mark.soak
-def test_an_elastic_run_goes_on_with_fewer_workers_and_takes_new_ones(place, monkeypatch):
+def test_an_elastic_run_loses_workers_and_takes_new_ones(place, monkeypatch):
     """Two nodes with a worker each; one is lost: the other goes on alone, with the whole batch, until another joins."""
     from ray.cluster_utils import Cluster
 
@@ -175,7 +175,7 @@ def test_an_elastic_run_goes_on_with_fewer_workers_and_takes_new_ones(place, mon
 
 @pytest.mark.soak
 @pytest.mark.timeout(4 * 3600)
-def test_random_kills_end_with_the_steps_and_pairs_of_an_undisturbed_run(place):
+def test_random_kills_end_with_the_undisturbed_steps_and_pairs(place):
     """20 kills of workers and drivers, or as many as there is time for: PGL_RAY_SOAK minutes."""
     minutes, rng = float(os.environ["PGL_RAY_SOAK"]), random.Random(0)
     config = config_of(place, int(120 * minutes), checkpoint_every=20)

@@ -119,7 +119,7 @@ def pixels(figure) -> np.ndarray:
     return matplotlib.image.imread(io.BytesIO(pictures.to_bytes(figure, "png", dpi=80)))
 
 
-def test_places_are_drawn_where_they_lie_and_errors_are_those_in_space():
+def test_places_are_drawn_where_they_lie_with_their_errors():
     """Lines end at the true and the found place in both planes; the text says their distance in three dimensions."""
     first, second = scan(0), scan(1)
     true = {"brick": np.array([20.0, 14.0, 30.0]), "ball": np.array([30.0, 25.0, 60.0])}
@@ -164,7 +164,7 @@ def test_slices_beside_each_other_have_one_scale():
     np.testing.assert_allclose(scales, scales[0], rtol=0.02)
 
 
-def test_axial_slices_are_shown_from_the_front_and_coronal_ones_with_the_head_up():
+def test_axial_slices_face_the_front_coronal_ones_have_head_up():
     place = fp.Places("s", scan(0).volume, np.array(SPACING), {"brick": np.array([20.0, 14.0, 30.0])})
     figure = fp.matches(place, place, [fp.Search("net", place.at_mm)], {"brick": 1})
     assert np.subtract(*figure.axes[0].get_ylim()) < 0 < np.subtract(*figure.axes[2].get_ylim())
@@ -215,4 +215,4 @@ def test_the_body_is_found_without_the_table():
     [("probe.json", "matching.png"), ("net.pt.probe.json", "net.pt.matching.png"), ("pgl.json", "pgl.matching.png")],
 )
 def test_results_in_one_folder_have_pictures_of_their_own(name, picture):
-    assert probe._picture_name(name, "matching.png") == picture
+    assert probe.picture_name(name, "matching.png") == picture

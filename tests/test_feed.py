@@ -39,7 +39,7 @@ def take(plan: stream.Plan, num_workers: int, start: int, num_steps: int, folder
     return batches
 
 
-def test_a_stream_continued_by_other_workers_loses_no_pair_and_repeats_none(ray_cluster, tmp_path):
+def test_a_stream_continued_by_others_loses_and_repeats_no_pair(ray_cluster, tmp_path):
     """20 epochs of 10,000 scans: two workers get as far as step 4, three go on; to compare, the plan itself. No more
     of it is laid out than what may lie ahead of the renderers."""
     plan = plan_of(10_000)
@@ -54,7 +54,7 @@ def test_a_stream_continued_by_other_workers_loses_no_pair_and_repeats_none(ray_
 
 
 @pytest.mark.timeout(180)
-def test_an_object_store_for_three_batches_does_not_stop_the_stream(ray_cluster):
+def test_an_object_store_for_three_batches_keeps_streaming(ray_cluster):
     """And more than is under way is not made, however slow the consumer is."""
     import ray
 

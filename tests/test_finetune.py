@@ -214,24 +214,26 @@ def ten(tmp_path_factory):
 def test_shares_of_the_labels_are_nested_and_split_by_the_seed(ten):
     sets = {}
     for share in (0.2, 0.5, 1.0):
-        train, val = finetune.split_scans(config(f"scan_share={share}"), ten)
+        train, val = finetune.split_scans(config(f"num_scans={share}"), ten)
         sets[share] = {*train, *val}
         assert not set(train) & set(val) and len(sets[share]) == round(10 * share)
         assert len(val) == max(1, round(0.2 * 10 * share))
     assert sets[0.2] < sets[0.5] < sets[1.0] == set("abcdefghij")
-    assert finetune.split_scans(config("scan_share=.5"), ten) == finetune.split_scans(config("num_scans=5"), ten)
+    assert finetune.split_scans(config("num_scans=.5"), ten) == finetune.split_scans(config("num_scans=5"), ten)
     assert finetune.split_scans(config("seed=1"), ten) != finetune.split_scans(config(), ten)
     train, val = finetune.split_scans(config("num_scans=2", "val_share=.99"), ten)
     assert (len(train), len(val)) == (1, 1)  # never an empty training set
     for args, message in (
-        (["scan_share=.1"], "scan_share=0.1: split='train'.*10 labelled scans, and at least 2"),
-        (["num_scans=1"], "num_scans=1: "),
+        (["num_scans=.1"], "num_scans=0.1: split='train'.*10 labelled scans, and at least 2"),
+        (["num_scans=11"], "num_scans=11: split='train'.*10 labelled scans, and at least 2"),
         (["split=test"], "split='test'.*has 0 labelled scans"),
     ):
         with pytest.raises(ValueError, match=message):
             finetune.split_scans(config(*args), ten)
-    with pytest.raises(ValueError, match="give one of them"):
-        config("num_scans=3", "scan_share=.5")
+    assert config("num_scans=null").num_scans == config().num_scans == 1.0 and config("num_scans=4.0").num_scans == 4
+    for wrong in ("1", "0", "-2", "0.0", "1.5", "2.5", "many", "true", ".inf", ".nan"):
+        with pytest.raises(ValueError, match=r"^num_scans=\S+: expected a share above 0 and up to 1.0"):
+            config(f"num_scans={wrong}")
     with pytest.raises(ValueError, match="accumulate=3 must divide a worker's 4 patches"):
         config("accumulate=3", "train.num_workers=2")
 
@@ -250,16 +252,16 @@ def test_out_of_memory_names_the_batch_to_try():
         torch.empty(2**60, dtype=torch.uint8)  # the CPU's own words
     assert out_of_memory(error.value) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not out_of_memory(RuntimeError("shape mismatch"))
-    text = finetune._smaller(config("train.num_workers=2", "global_batch_size=24"))
+    text = finetune.smaller_batch(config("train.num_workers=2", "global_batch_size=24"))
     assert "with 12 patches of 64x192x192 at a time" in text
     assert "try accumulate=2, the same batch 6 at a time" in text and "global_batch_size=12" in text
     parts = config("train.num_workers=2", "global_batch_size=24", "accumulate=2")
-    assert "accumulate=4, the same batch 3 at a time" in finetune._smaller(parts)
-    assert "one alone is too large" in finetune._smaller(config("accumulate=8"))
+    assert "accumulate=4, the same batch 3 at a time" in finetune.smaller_batch(parts)
+    assert "one alone is too large" in finetune.smaller_batch(config("accumulate=8"))
 
 
 def test_the_first_step_that_is_not_finite_is_named(tmp_path):
     values = np.array([[0.5, 1.0], [0.4, np.inf], [np.nan, np.nan]])
-    text = finetune._not_finite(config(), values, 20, 0.25, tmp_path)
+    text = finetune.fault_of_losses(config(), values, 20, 0.25, tmp_path)
     assert "train/loss is 0.4 and train/grad_norm inf at step 19" in text and "best.pt keeps" in text
-    assert "nothing was kept" in finetune._not_finite(config(), values, 20, -1.0, tmp_path)
+    assert "nothing was kept" in finetune.fault_of_losses(config(), values, 20, -1.0, tmp_path)

@@ -136,7 +136,7 @@ MISTAKES = {
         ["index={tmp}/missing", "run={tmp}/r"],
         ["index={unlabelled}", "run={tmp}/r"],
         ["index={labelled}", "run={tmp}/r", "num_scans=9"],
-        ["index={labelled}", "run={tmp}/r", "scan_share=.3"],
+        ["index={labelled}", "run={tmp}/r", "num_scans=.3"],
         ["index={labelled}", "run={tmp}/r", "accumulate=3"],
         ["index={labelled}", "run={tmp}/r", "init={tmp}/missing"],
         ["index={labelled}", "run={tmp}/r", "init={tmp}/missing.safetensors"],

@@ -128,7 +128,7 @@ def test_finishing_views_does_not_wait_for_the_device(meta, kind):
     assert done.view_1.shape == (num, 1, 8, 24, 16) and done.view_2.device == meta
 
 
-def test_optimizer_norm_and_target_are_a_few_operations_however_large_the_network():
+def test_optimizer_norm_and_target_are_a_few_operations():
     counts = []
     for depths in ("[1,1,1,1]", "[2,3,2,1]"):
         config = load(PretrainConfig, [*SMALL, f"encoder.depths={depths}"])
@@ -171,7 +171,7 @@ def test_binary_loss_is_that_of_the_labelled_samples_alone():
 # -- batches on their way ---------------------------------------------------------------------------------------------
 
 
-def test_on_a_cpu_batches_pass_as_they_are_and_only_waiting_counts(monkeypatch):
+def test_on_a_cpu_batches_pass_as_they_are_and_waiting_counts(monkeypatch):
     clock, given = SimpleNamespace(now=0.0), [{"x": torch.ones(2)} for _ in range(3)]
     monkeypatch.setattr(on.time, "monotonic", lambda: clock.now)
 

@@ -227,7 +227,7 @@ def losses(values) -> list[dict[str, float]]:
 RISING = [4.0, 1.5, 1.2, 1.1, 1.15, 1.15, 1.3, 1.5, 1.6, 1.7, 1.75, 1.8, 1.85, 1.9, 1.9, 1.9]
 
 
-def test_a_loss_that_rises_is_explained_once_it_is_above_its_first_rows():
+def test_a_loss_that_rises_above_its_first_rows_is_explained():
     said = health.rise(losses(RISING), "pgl", "consistency")
     assert said.startswith("the loss rose again, from 1.15 around step 20 to 1.89, which by itself is no fault")
     assert health.rise(losses(RISING), "byol", "consistency") == said

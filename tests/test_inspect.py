@@ -188,7 +188,7 @@ def test_labels_are_outlined_where_they_lie(tmp_path):
     label[2:5, 10:20, 60:70] = 3
     store.write_scan(tmp_path, "a", body(), AFFINE, label=label, labelled=(3, 7))
     index = store.write_index(tmp_path, {"spleen": 3, "liver": 7}, (-1024.0, 325.0))
-    axial, coronal = inspect._picture(index, index.scans[0], [])["slices"]
+    axial, coronal = inspect.picture_of(index, index.scans[0], [])["slices"]
     middle = (14, 45, 35)
     for found, plane in ((axial, label[middle[0]]), (coronal, label[::-1, middle[1]])):
         picture = picture_of(found["src"])

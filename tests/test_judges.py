@@ -137,7 +137,7 @@ def test_whole_scan_maps_are_the_windows_own_cells(shape):
 
 @pytest.mark.parametrize(("length", "window", "coarse"), [(64, 32, 8), (72, 32, 8), (32, 32, 16), (160, 64, 16)])
 def test_each_cell_comes_from_the_nearest_window(length, window, coarse):
-    parts = dense._windows(length, window, coarse)
+    parts = dense.windows_over(length, window, coarse)
     assert parts[0][1] == 0 and parts[-1][2] == length and parts[-1][0] + window == length
     for (_, _, last), (_, first, _) in itertools.pairwise(parts):
         assert last == first
@@ -255,7 +255,7 @@ def test_a_deformation_is_smooth_bounded_and_in_mm():
     assert moved.max() < 8 * 3**0.5 * 1.3 + reach * (0.1 + np.deg2rad(10) + 0.02)
 
 
-def test_places_are_found_in_a_deformed_copy_by_features_of_value(store):
+def test_places_are_found_in_a_deformed_copy_by_good_features(store):
     scans = [decoder.LabelledScan(store, store.scans[4])]
     grid = np.indices((24, 40, 72))
     scans[0].volume = ndimage.gaussian_filter(np.random.default_rng(0).normal(0, 4000, grid.shape[1:]), 2).astype(
@@ -432,7 +432,7 @@ def test_shortcomings_of_the_scans_are_said(tmp_path):
 # -- encoders and stores that are not as usual ------------------------------------------------------------------------
 
 
-def test_an_encoder_without_batchnorm_has_one_reading_and_is_judged_by_all(store, tmp_path, capsys):
+def test_an_encoder_without_batchnorm_has_one_reading(store, tmp_path, capsys):
     settings = {"kind": "resenc", "depths": [1, 1, 1, 1, 1], "width": 4, "stage_strides": "early"}
     torch.manual_seed(0)
     encoder = build_encoder(**settings)
@@ -449,7 +449,7 @@ def test_an_encoder_without_batchnorm_has_one_reading_and_is_judged_by_all(store
     assert printed.count("probe: note:") == len(result.notes)
 
 
-def test_statistics_that_do_not_follow_are_estimated_as_others_are(store):
+def test_statistics_that_do_not_follow_are_estimated_alike(store):
     """Frozen layers: in eval mode, without gradients, of momentum 0; they come back as they were."""
     views = readings.unlabelled_views(store, list(store.scans[:2]), SIZE, 0)
     torch.manual_seed(0)

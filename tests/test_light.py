@@ -234,7 +234,7 @@ def test_the_encoders_rate_is_a_multiple_of_the_rest(kind):
         model = light()
         settings = FinetuneOptimConfig(kind=kind, lr=0.01, weight_decay=0, encoder_lr_factor=factor)
         optimizer = optim.build_finetuning(model, settings)
-        schedule = optim.polynomial(optimizer, 10, 0.9)
+        schedule = optim.polynomial(optimizer, 10)
         known = [id(p) for group in optimizer.param_groups for p in group["params"]]
         assert sorted(known) == sorted(map(id, model.parameters())) and schedule.get_last_lr()[0] == 0.01
         before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -19,7 +19,7 @@ def test_an_optimizer_of_no_rate_or_decay_is_refused(kind, given):
 
 
 def test_lars_equals_the_formula_and_exempts_vectors():
-    config = PretrainOptimConfig(lr=0.2, momentum=0.9, weight_decay=0.01, trust_coefficient=1e-3)
+    config = PretrainOptimConfig(lr=0.2, momentum=0.9, weight_decay=0.01)
     model = torch.nn.Linear(5, 4).double()
     weight, bias = model.weight.detach().numpy().copy(), model.bias.detach().numpy().copy()
     lars = build_lars(model, config)
@@ -31,7 +31,7 @@ def test_lars_equals_the_formula_and_exempts_vectors():
         lars.step()
         decayed = grads[0] + config.weight_decay * weight
         norm = np.linalg.norm(weight)  # You et al. 2017, Eq. 6
-        trust = config.trust_coefficient * norm / (np.linalg.norm(grads[0]) + config.weight_decay * norm)
+        trust = 1e-3 * norm / (np.linalg.norm(grads[0]) + config.weight_decay * norm)
         buffers[0] = config.momentum * buffers[0] + trust * decayed
         buffers[1] = config.momentum * buffers[1] + grads[1]
         weight, bias = weight - config.lr * buffers[0], bias - config.lr * buffers[1]
@@ -123,7 +123,7 @@ def test_warmup_and_cosine():
 
 def test_polynomial():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
-    got = rates(polynomial(optimizer, 10, 0.9), optimizer, 10)
+    got = rates(polynomial(optimizer, 10), optimizer, 10)
     np.testing.assert_allclose(got, [0.01 * (1 - i / 10) ** 0.9 for i in range(10)])
 
 

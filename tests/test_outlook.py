@@ -50,11 +50,11 @@ def loops_shares(boxes, flips, size, stride, center, ratio=1, by=0.0) -> list[fl
     return shares
 
 
-def summed_turnover(num_steps, decay, schedule) -> float:
+def summed_turnover(num_steps, decay) -> float:
     """Eq. 10 with BYOL's schedule, step by step."""
     total = 0.0
     for step in range(num_steps):
-        omega = decay if schedule == "constant" else 1 - (1 - decay) * (math.cos(math.pi * step / num_steps) + 1) / 2
+        omega = 1 - (1 - decay) * (math.cos(math.pi * step / num_steps) + 1) / 2
         total += 1 - omega
     return total
 
@@ -73,7 +73,7 @@ def presets() -> list:
 @pytest.mark.parametrize("config", presets())
 def test_presets_have_a_target_that_turns_over(config):
     assert config.max_steps, "a length in epochs would depend on the number of scans"
-    assert summed_turnover(config.max_steps, config.ema_decay, config.ema_schedule) >= 4
+    assert summed_turnover(config.max_steps, config.ema_decay) >= 4
 
 
 @pytest.mark.parametrize("scan", SCANS)
@@ -83,7 +83,7 @@ def test_presets_clamp_at_most_a_fifth_of_the_bins(config, scan):
     shape, num = np.array([SCANS[scan]]), 256
     boxes, flips = v.sample_pairs(rng.random((num, v.PAIR_NUMBERS)), np.repeat(shape, num, 0), config.views)
     assert config.encoder.kind == "resnet" and config.align.centers == "receptive_field"  # centres at 0.5
-    args = config.views.size, config.align.output_stride, (0.5, 0.5, 0.5), config.align.sampling_ratio
+    args = config.views.size, config.align.output_stride, (0.5, 0.5, 0.5)
     assert max(loops_shares(boxes, flips, *args)) <= 0.2
 
 
@@ -134,19 +134,19 @@ def test_sum_of_rates_is_what_the_optimizer_gets(lr, warmup, steps):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 3000), st.floats(0, 1), st.sampled_from(["cosine", "constant"]))
-def test_turnover_is_the_sum(steps, decay, schedule):
-    assert math.isclose(optim.turnover(steps, decay, schedule), summed_turnover(steps, decay, schedule), abs_tol=1e-9)
+@given(st.integers(1, 3000), st.floats(0, 1))
+def test_turnover_is_the_sum(steps, decay):
+    assert math.isclose(optim.turnover(steps, decay), summed_turnover(steps, decay), abs_tol=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 20000), st.sampled_from([4.0, 1.0, 14.0]), st.sampled_from(["cosine", "constant"]))
-def test_slowest_decay_is_enough_and_hardly_more(steps, least, schedule):
-    decay = optim.slowest_decay(steps, least, schedule)
+@given(st.integers(1, 20000), st.sampled_from([4.0, 1.0, 14.0]))
+def test_slowest_decay_is_enough_and_hardly_more(steps, least):
+    decay = optim.slowest_decay(steps, least)
     if decay is None:
-        assert summed_turnover(steps, 0.0, schedule) < least + 1e-6
+        assert summed_turnover(steps, 0.0) < least + 1e-6
         return
-    turned = summed_turnover(steps, decay, schedule)
+    turned = summed_turnover(steps, decay)
     assert 0 <= decay < 1 and least - 1e-6 <= turned <= 1.11 * least  # one of two digits more: a tenth
 
 
@@ -192,7 +192,7 @@ def test_good_settings_need_no_note():
 
 
 @pytest.mark.parametrize("foreground", ["true", "false"])
-@pytest.mark.parametrize("args", [["views.size=[16,96,64]"], ["views.size=[24,32,96]", "align.sampling_ratio=2"]])
+@pytest.mark.parametrize("args", [["views.size=[16,96,64]"], ["views.size=[24,32,96]"]])
 def test_the_share_is_that_of_pairs_of_these_scans(args, foreground):
     """D, H and W differ, in views, strides and scans."""
     args = [*args, f"views.foreground={foreground}", "align.output_stride=[4,8,8]", "max_steps=400"]
@@ -200,7 +200,7 @@ def test_the_share_is_that_of_pairs_of_these_scans(args, foreground):
     bodies = np.stack([np.array([[5, d - 5], [9, h - 9], [20, w - 20]]) for d, h, w in shapes.tolist()])
     u = np.random.default_rng(1).random((len(shapes), v.PAIR_NUMBERS))
     boxes, flips = v.sample_pairs(u, shapes, config.views, bodies if config.views.foreground else None)
-    expected = loops_shares(boxes, flips, config.views.size, (4, 8, 8), (0.5,) * 3, config.align.sampling_ratio)
+    expected = loops_shares(boxes, flips, config.views.size, (4, 8, 8), (0.5,) * 3)
     np.testing.assert_allclose(look(*args).facts["clamped_share"], expected, atol=0.03)
 
 
@@ -208,7 +208,7 @@ def test_the_share_is_that_of_pairs_of_these_scans(args, foreground):
     "args",
     [
         ["max_steps=200", "ema_decay=0.99"],
-        ["max_steps=200", "ema_decay=0.999", "ema_schedule=constant"],
+        ["max_steps=200", "ema_decay=0.999"],
         ["max_steps=30"],
         ["max_steps=3", "ema_decay=0.5"],
         ["max_steps=100000", "ema_decay=1"],
@@ -219,11 +219,10 @@ def test_a_slow_target_is_noted_with_what_mends_it(args):
     [note] = notes(look(*GOOD, *args))
     turned = float(re.search(r"it turns over ([\d.]+) times, fewer than 4", note)[1])
     values = dict(arg.split("=") for arg in [*GOOD, *args])
-    schedule = values.get("ema_schedule", "cosine")
-    assert abs(turned - summed_turnover(int(values["max_steps"]), float(values["ema_decay"]), schedule)) < 0.051
+    assert abs(turned - summed_turnover(int(values["max_steps"]), float(values["ema_decay"]))) < 0.051
     mend = re.search(r"; (?:max_steps=(\d+) with )?ema_decay=([\d.]+) would turn it over ([\d.]+) times$", note)
     steps = mend[1] or values["max_steps"]
-    assert abs(summed_turnover(int(steps), float(mend[2]), schedule) - float(mend[3])) < 0.051
+    assert abs(summed_turnover(int(steps), float(mend[2])) - float(mend[3])) < 0.051
     assert notes(look(*GOOD, *args, f"max_steps={steps}", f"ema_decay={mend[2]}")) == []
 
 

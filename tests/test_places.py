@@ -87,7 +87,7 @@ def test_drawn_bins_are_read_as_the_aligner_reads_them():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_bins_depend_on_the_priors_alone_and_clamped_ones_come_last():
+def test_bins_depend_on_priors_alone_and_clamped_come_last():
     pair, geometry = pairs(6), network().maps[1][1]
     bins = drawn_bins(pair, geometry, 20)
     assert all(len(set(row)) == 20 for row in bins.tolist())
@@ -151,9 +151,9 @@ def test_heads_that_know_the_places_have_no_displacement_left(flips):
     shift = torch.randn(5, 3, 1, 1, 1, generator=torch.Generator().manual_seed(2)).repeat(2, 1, 1, 1, 1)
     told = ramps(pair, geometry) / half + shift
     net.place[0] = nn.Identity()
-    assert net._displacement(0, told, pair).item() == pytest.approx(0, abs=1e-9)
-    assert net._displacement(0, told.flip(2), pair).item() > 0.01
-    assert net._displacement(0, 0 * told, pair).item() > 0.01
+    assert net.displacement_loss(0, told, pair).item() == pytest.approx(0, abs=1e-9)
+    assert net.displacement_loss(0, told.flip(2), pair).item() > 0.01
+    assert net.displacement_loss(0, 0 * told, pair).item() > 0.01
 
 
 def test_displacement_is_the_mean_over_cells_of_both_views():
@@ -168,7 +168,7 @@ def test_displacement_is_the_mean_over_cells_of_both_views():
         for one, other in itertools.product(places[n], places[n + 2]):
             for gap in np.abs(one - other):
                 losses.append(0.5 * gap**2 if gap < 1 else gap - 0.5)
-    assert net._displacement(1, features, pair).item() == pytest.approx(np.mean(losses), rel=1e-5)
+    assert net.displacement_loss(1, features, pair).item() == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_cells_lie_where_view_to_scan_puts_them():
@@ -178,7 +178,7 @@ def test_cells_lie_where_view_to_scan_puts_them():
     assert found.numpy() == pytest.approx(centers((pair.boxes[0], pair.flips[0]), geometry)[3, 3, 3])
 
 
-def test_consistency_on_more_maps_is_the_papers_loss_on_drawn_bins():
+def test_consistency_on_more_maps_is_eq_8_on_drawn_bins():
     net, pair = network(kind="consistency", displacement=0.0, num_bins=10**6), pairs(3)
     net.eval()
     losses = []

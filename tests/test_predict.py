@@ -262,7 +262,7 @@ def test_a_ct_unlike_the_training_scans_is_noted(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("output", ["file/x.nii.gz", "/proc/nothing/x.nii.gz"])
 def test_an_output_that_cannot_be_written_is_found_first(tmp_path, known, monkeypatch, output):
-    monkeypatch.setattr(predict, "_predict", lambda *args: pytest.fail("work before the check"))
+    monkeypatch.setattr(predict, "predict_one", lambda *args: pytest.fail("work before the check"))
     write(tmp_path / "ct.nii.gz")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ValueError, match="cannot be written: "):

@@ -400,7 +400,7 @@ def test_bad_scans_are_written_down_and_tried_again(tmp_path, serial, capsys):
     assert (tmp_path / "s/failed.jsonl").read_text() == ""
 
 
-def test_a_second_run_changes_nothing_and_a_touched_file_is_only_hashed(tmp_path, serial):
+def test_a_second_run_changes_nothing_and_only_hashes_a_touch(tmp_path, serial):
     put(tmp_path / "raw/a.nii.gz")
     put(tmp_path / "raw/b.nii.gz", seed=1)
     assert counts(go(tmp_path / "raw", tmp_path / "s")) == (2, 0, 0)
@@ -580,7 +580,7 @@ def test_a_run_that_did_not_end_is_no_damage(tmp_path, serial):
     assert counts(go(tmp_path / "two", target)) == (0, 2, 0) and not checked(target).index
 
 
-def test_a_scan_that_prepare_finds_damaged_is_not_dropped_in_silence(tmp_path, serial):
+def test_a_scan_that_prepare_finds_damaged_is_not_dropped(tmp_path, serial):
     target = two_folders(tmp_path)
     flip(target / "scans/a/zarr.json", 1500)
     failed = go(tmp_path / "two", target).failed
@@ -644,7 +644,7 @@ def test_resampled_scans_have_the_spacing_asked_for(tmp_path, serial):
     assert tree(tmp_path / "s") == whole
 
 
-def test_a_disk_that_fills_while_the_index_is_written_is_one_clear_line(tmp_path, serial, monkeypatch):
+def test_a_disk_that_fills_at_the_index_is_one_clear_line(tmp_path, serial, monkeypatch):
     put(tmp_path / "raw/a.nii.gz")
 
     def full(*_):
@@ -741,7 +741,7 @@ def test_real_scans(tmp_path, real_data, ray_cluster):
     )
 
 
-def test_a_folder_of_data_sets_gives_their_volumes_and_no_label_as_a_scan(tmp_path):
+def test_a_folder_of_data_sets_gives_volumes_not_labels(tmp_path):
     for path in ("a/images/x", "a/labels/x", "b/imagesTr/x_0000", "b/labelsTr/x", "c/deep/images/y", "loose"):
         file = tmp_path / f"{path}.nii.gz"
         file.parent.mkdir(parents=True, exist_ok=True)

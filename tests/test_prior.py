@@ -138,7 +138,7 @@ def test_sampling_ratio_is_roi_aligns(ratio):
         np.testing.assert_allclose(got, loops_align(*args), atol=1e-4)
 
 
-def test_valid_bins_are_those_inside_the_outermost_centres_of_both_views():
+def test_valid_bins_lie_inside_the_outermost_centres_of_both():
     rng = np.random.default_rng(3)
     boxes = torch.from_numpy(random_boxes(rng, 4))
     flips = torch.from_numpy(rng.random((2, 4, 3)) < 0.5)

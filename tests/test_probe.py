@@ -121,7 +121,7 @@ def noisy(tmp_path_factory):
     return write_index(folder, LABELS, HU_WINDOW)
 
 
-def test_recall_is_of_standardised_features_and_of_the_classes_that_are_tested(noisy):
+def test_recall_is_of_standardised_features_and_tested_classes(noisy):
     """In numpy but for sampling and fit: training statistics for both sets, absent classes are no part of the mean."""
     encoder = OneMap(lambda x: 1e-3 * x + 0.5, 1, ((1, 1, 1),) * 5)
     settings = config(noisy.store)
@@ -147,7 +147,7 @@ def test_labels_without_relation_to_the_voxels_give_chance(tmp_path):
     assert result.balanced_accuracy == pytest.approx(1 / 4, abs=0.05)
 
 
-def test_an_organ_absent_from_the_training_scans_counts_as_missed(tmp_path):
+def test_an_organ_absent_from_training_scans_counts_as_missed(tmp_path):
     def paint(label, rng):
         return 40 * label.astype(int) - 200
 
@@ -221,7 +221,7 @@ def test_windows_contain_their_voxels_and_lie_nearest():
         assert np.abs(voxel + 0.5 - start - np.array(size) / 2) == pytest.approx(distances.min(0))
 
 
-def test_voxels_drawn_are_balanced_and_background_only_where_all_organs_are_annotated(planted, tmp_path):
+def test_voxels_drawn_are_balanced_and_background_is_certain(planted, tmp_path):
     scan, settings = planted.scans[0], config(planted.store)
     label = read_label(planted.store, scan)
     volume = np.where(np.indices(SHAPE)[1] < 25, 0, -800)  # half of the scan is air

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pgl_ray import config, ray_internals
+from pgl_ray import config, doctor_facts, ray_internals
 from pgl_ray.data import stream
 from pgl_ray.train import launch, quiet
 
@@ -78,17 +78,27 @@ def test_ray_logs_by_the_classes_of_our_config():
 
 
 def test_ray_still_has_the_texts():
-    from ray._private import ray_constants, worker
+    from ray._private import ray_constants
     from ray._private.runtime_env import constants, working_dir
 
     assert constants.RAY_JOB_CONFIG_JSON_ENV_VAR == "RAY_JOB_CONFIG_JSON_ENV_VAR", "Ray changed a job's variable"
-    assert '"_temp_dir"' in inspect.getsource(worker.init), "Ray changed ray.init's _temp_dir"
     assert there(f"ray.data.exceptions:{ray_internals.RENDERERS_WRAPPER}"), "Ray changed UserCodeException"
     assert in_ray(ray_internals.MEMORY_MONITOR), "Ray changed the advice of its memory monitor"
     folder = f"/{ray_constants.DEFAULT_RUNTIME_ENV_DIR_NAME}/working_dir_files/"
     assert folder == config.JOB_FOLDER and '"working_dir_files"' in inspect.getsource(working_dir), (
         "Ray changed where it unpacks a job's working directory"
     )
+
+
+def test_ray_still_reads_where_its_files_go(monkeypatch):
+    """So that a config has no key for it."""
+    from ray._common import utils
+
+    monkeypatch.setenv("RAY_TMPDIR", "/somewhere")
+    assert utils.get_default_ray_temp_dir() == doctor_facts.rays_folder() == "/somewhere/ray", "Ray changed it"
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv("TMPDIR", "/elsewhere")
+    assert utils.get_default_ray_temp_dir() == doctor_facts.rays_folder() == "/elsewhere/ray", "Ray changed it"
 
 
 def in_ray(text: str) -> bool:
@@ -234,9 +244,9 @@ def test_without_a_class_ray_data_logs_as_it_likes(monkeypatch, file):
 
 def test_an_unknown_error_is_shown_by_its_last_line(monkeypatch):
     text = "Advice\nValueError: from the renderer\nray.data.exceptions.UserCodeException(ValueError): wrapped"
-    assert launch._first_cause(RuntimeError(text)).endswith("ValueError: from the renderer")
+    assert launch.first_cause(RuntimeError(text)).endswith("ValueError: from the renderer")
     monkeypatch.setattr(ray_internals, "RENDERERS_WRAPPER", "another word")
-    assert launch._first_cause(RuntimeError(text)).endswith("wrapped")
+    assert launch.first_cause(RuntimeError(text)).endswith("wrapped")
 
 
 @pytest.mark.cluster

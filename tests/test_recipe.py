@@ -123,7 +123,7 @@ def test_an_empty_folder_says_what_was_expected(tmp_path):
         layout_of("msd_spleen", tmp_path)
 
 
-def test_the_draw_is_fixed_and_hardly_moves_when_a_scan_is_missing(tmp_path):
+def test_the_draw_is_fixed_and_a_missing_scan_hardly_moves_it(tmp_path):
     files = [name for pair in SETS["msd_liver"][0].items() for name in pair]
     touch(tmp_path / "all", files)
     touch(tmp_path / "less", [name for name in files if "liver_77." not in name])

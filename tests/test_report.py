@@ -592,7 +592,7 @@ def test_slices_of_a_pair_have_one_scale(draw):
 
 
 @pytest.mark.parametrize("flips", [(f, g) for f in product((False, True), repeat=3) for g in [(True, False, True)]])
-def test_block_stands_at_the_same_place_of_the_drawn_overlap_in_both_views(flips):
+def test_a_block_has_one_place_in_the_overlap_of_both_views(flips):
     """The block's middle as a share of the overlap's drawn rectangle, mirrored where the letters are."""
     figure = pictures.pair_as_seen(planted_pair(flips))
     for ax, (flip, row) in zip(figure.axes, product(flips, (1, 0))):
@@ -646,7 +646,7 @@ def test_aligned_views_correlate_and_raw_ones_do_not(scans, tmp_path):
 def test_overlay_shows_the_slice_with_most_organs_and_its_errors(scans, tmp_path):
     runs = tables.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
     index = store.read_index(scans)
-    shown, place = report._overlay(index, index.scans[0], runs)
+    shown, place = report.overlay_of(index, index.scans[0], runs)
     assert place in (f"axial slice {d} of {SHAPE[0]}" for d in (6, 7))  # both organs are there
     h0, h1, w0, w1 = index.scans[0].foreground_box[2:]
     true = np.zeros(SHAPE[1:], np.uint8)
@@ -667,7 +667,7 @@ def test_a_curve_of_zeros_alone_is_drawn():
         assert figure.axes[0].get_yscale() == scale and pictures.to_svg(figure)
 
 
-def test_an_overlay_of_a_resampled_scan_is_on_the_grid_that_was_scored(tmp_path):
+def test_an_overlay_of_a_resampled_scan_is_on_the_scored_grid(tmp_path):
     """What lies there are the scan's own labels, and the CT is seen where it is."""
     label, affine = np.zeros((12, 24, 32), np.uint8), np.diag([3.0, 1, 1, 1])
     label[5:9, 8:14, 6:12] = 1
@@ -680,7 +680,7 @@ def test_an_overlay_of_a_resampled_scan_is_on_the_grid_that_was_scored(tmp_path)
     (tmp_path / "run/evaluation/predictions").mkdir(parents=True)
     nib.save(nib.Nifti1Image(label, affine), tmp_path / "run/evaluation/predictions/s0.nii.gz")
     run = SimpleNamespace(path=tmp_path / "run", name="run", scores=score_rows([1.0], ["organ"]))
-    shown, place = report._overlay(index, index.scans[0], [run])
+    shown, place = report.overlay_of(index, index.scans[0], [run])
     position = int(place.split()[2])
     assert place.endswith(" of 12") and 5 <= position < 9
     np.testing.assert_array_equal(shown.true, label[position])
@@ -695,7 +695,7 @@ def test_organs_that_a_scan_does_not_annotate_are_no_errors(scans, tmp_path):
     runs = tables.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
     index = store.read_index(scans)
     record = store.ScanRecord(**(vars(index.scans[0]) | {"labelled": (1,)}))
-    shown, _ = report._overlay(index, record, runs)
+    shown, _ = report.overlay_of(index, record, runs)
     ((_, predicted, wrong),) = shown.predictions
     invented = [(predicted == value) & (shown.true == 0) for value in (1, 4)]
     assert wrong[invented[0]].all() and invented[1].any() and not wrong[invented[1]].any()

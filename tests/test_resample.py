@@ -75,7 +75,7 @@ def test_labels_come_back_to_the_ct_they_were_predicted_for(tmp_path, monkeypatc
     meta = {"hu_window": (-1000.0, 300.0), "labels": {"ball": 1}, "task": "multiclass", "patch_size": [16, 32, 32]}
     job = predict.Job(tmp_path / "ct.nii.gz", (), tmp_path / "out.nii.gz")
     config = PredictConfig(run="r", input=str(job.source), output=str(job.target), viewer=False)
-    predict._predict(None, meta | {"spacing_mm": spacing}, job, "maker", config)
+    predict.predict_one(None, meta | {"spacing_mm": spacing}, job, "maker", config)
     assert seen == [resample(np.zeros((24, 50, 60), np.int16), None, AFFINE, spacing)[0].shape]
     found, true = nib.load(tmp_path / "out.nii.gz"), volume > 0
     assert found.shape == volume.shape and np.allclose(found.affine, np.diag([0.7, -0.8, 2.5, 1]))

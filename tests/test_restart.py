@@ -177,7 +177,7 @@ def test_fine_tuning_stops_when_it_overfits(scans, tmp_path, monkeypatch):
     check_the_same(whole.run, killed.run)
 
 
-def test_a_fine_tuning_that_has_begun_needs_its_initial_weights_no_more(scans, tmp_path):
+def test_a_begun_fine_tuning_needs_no_initial_weights(scans, tmp_path):
     """Interrupted, continued and asked for again without the pre-training's folder: the same to the last bit."""
     pretrained = loop.pretraining(scans, tmp_path / "pre")
     loop.train(pretrained)
@@ -193,7 +193,7 @@ def test_a_fine_tuning_that_has_begun_needs_its_initial_weights_no_more(scans, t
         finetune.run(loop.finetuning(scans, tmp_path / "new", init=pretrained.run))
 
 
-def test_at_another_number_of_workers_no_pair_is_repeated_or_lost(scans, tmp_path):
+def test_with_other_workers_no_pair_is_repeated_or_lost(scans, tmp_path):
     """Two workers, killed, then one, killed, then two: the pairs of the steps that count are those of the plan."""
     config = loop.pretraining(scans, tmp_path / "run")
 
@@ -315,7 +315,7 @@ def test_no_step_draws_from_a_global_generator(scans, tmp_path):
         with (tmp_path / "states").open("a") as file:
             file.write(f"{hash(repr(now))}\n")
 
-    loop.train(loop.pretraining(scans, tmp_path / "a", stream={"augment_on": "gpu"}), seen=seen)
+    loop.train(loop.pretraining(scans, tmp_path / "a", stream={"on_gpu": "intensity"}), seen=seen)
     assert len(set((tmp_path / "states").read_text().splitlines())) == 1
     (tmp_path / "states").unlink()
     loop.train(loop.finetuning(scans, tmp_path / "b"), seen=seen)
@@ -401,7 +401,7 @@ def endless(run: str) -> None:
             time.sleep(0.0005)
 
 
-def test_a_writer_that_is_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
+def test_a_writer_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
     rng, last = random.Random(0), 0
     for _ in range(6):
         child = multiprocessing.get_context("fork").Process(target=endless, args=(str(tmp_path),))
@@ -412,7 +412,7 @@ def test_a_writer_that_is_killed_at_any_moment_leaves_whole_checkpoints(tmp_path
         child.kill()
         child.join()
         for place, step in checkpoint.checkpoints(tmp_path):
-            assert checkpoint._damage(place) is None
+            assert checkpoint.damage_of(place) is None
             assert (checkpoint.read_state(place / checkpoint.STATE)["weights"] == step).all()
         with checkpoint.alone(str(tmp_path)) as found:
             assert found == checkpoint.committed(tmp_path)
@@ -500,7 +500,7 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_is_said_with_its_bytes_and_the_last_checkpoint_stays(tiny_disk):
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_disk):
     writer = checkpoint.Writer(str(tiny_disk), 2)
     writer.save({"weights": torch.zeros(100_000)}, 2, {})
     while writer.waiting:
@@ -513,7 +513,7 @@ def test_a_full_disk_is_said_with_its_bytes_and_the_last_checkpoint_stays(tiny_d
     writer.close()
     assert writer.fault.startswith(f"the disk of {tiny_disk} is full: ") and "needs 400,000: make room" in writer.fault
     assert not list(tiny_disk.glob("*.part"))
-    assert checkpoint.committed_step(tiny_disk) == 2 and checkpoint._damage(tiny_disk / "checkpoint_00000002") is None
+    assert checkpoint.committed_step(tiny_disk) == 2 and checkpoint.damage_of(tiny_disk / "checkpoint_00000002") is None
 
     # rows of metrics wait for room, too
     with pytest.raises(OSError), ballast.open("ab") as file:
@@ -543,7 +543,7 @@ def test_a_full_disk_ends_the_run_with_one_line(scans, tiny_disk):
 # -- one driver --------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_driver_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
+def test_a_second_driver_is_refused_a_killed_one_has_no_lock(tmp_path):
     code = "import sys, time; from pgl_ray.train import checkpoint\n"
     code += f"with checkpoint.alone({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:

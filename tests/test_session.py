@@ -138,7 +138,7 @@ def test_a_pause_is_no_part_of_the_speed(tmp_path, monkeypatch):
         if one.step == 2:
             with monkeypatch.context() as fixed:
                 fixed.setattr("pgl_ray.train.session.time.monotonic", lambda: now[0])
-                one._since = -2.0
+                one.since = -2.0
                 with one.paused():
                     now[0] += 100.0
                 one.log({"train/loss": 1.0}, unit="pairs")

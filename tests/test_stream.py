@@ -17,7 +17,7 @@ import torch
 import zarr
 
 from pgl_ray import pretrain
-from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
+from pgl_ray.config import IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
 from pgl_ray.data import kernels, store, stream
 from pgl_ray.data import views as v
 from pgl_ray.data.shard import UnreadableScan
@@ -94,7 +94,7 @@ def test_a_long_plan_costs_no_more_than_a_short_one():
     assert peak < 10 * 2**20
 
 
-def test_a_run_killed_again_and_again_draws_the_exact_list_of_an_undisturbed_one():
+def test_a_run_killed_again_and_again_draws_the_undisturbed_list():
     """Mid-epoch, each start with another number of workers, from the last checkpoint on: what a checkpoint holds
     counts, what was drawn behind it is drawn again, the same."""
     plan = make_plan(draws_per_scan=3, global_batch_size=6, epochs=7)
@@ -160,7 +160,7 @@ def test_any_pair_can_be_built_again_bit_for_bit(small_store):
     ids = tuple(f"scan_{i}" for i in range(5))
     kinds = (
         stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig()),
-        stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True, deform=DeformConfig()),
+        stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True, deform=True),
     )
     for renderer in kinds:
         batch = renderer(index_rows(np.concatenate(list(make_plan().batches(0)))[:8]))
@@ -206,7 +206,7 @@ def test_pairs_of_a_region(tmp_path, foreground):
     rows = np.array([[e, s, d] for e in range(2) for s in range(5) for d in range(8)])
     rows = np.random.default_rng(0).permutation(rows)
     batch = renderer(index_rows(rows))
-    stream._region.cache_clear()
+    stream.region_of.cache_clear()
     again = renderer(index_rows(rows[::-1]))
     index, starts = store.read_index(small_store), set()
     for name in batch:
@@ -345,7 +345,7 @@ def cut(small_store, tmp_path, scan_id: str) -> str:
     return str(broken)
 
 
-def test_a_damaged_scan_ends_the_stream_or_is_skipped_and_counted(small_store, tmp_path):
+def test_a_damaged_scan_ends_the_stream_or_is_skipped_counted(small_store, tmp_path):
     ids = tuple(f"scan_{i}" for i in range(5))
     broken = cut(small_store, tmp_path, "scan_2")
     rows = index_rows(make_plan().rows(0, 5))

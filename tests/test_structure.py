@@ -68,6 +68,7 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
 FILES = sorted(str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py"))
 
 
@@ -114,8 +115,31 @@ def test_init_files_are_empty():
     assert all(not p.read_text() for p in PACKAGE.glob("*/__init__.py"))
 
 
-def test_processes_that_feed_and_control_a_run_do_without_networks():
+def test_processes_that_feed_or_control_a_run_need_no_networks():
     """Eight or more per run import these two; MONAI alone would cost each of them five seconds of CPU time."""
     text = "import sys, pgl_ray.data.stream, pgl_ray.train.launch; print(sys.modules.keys() & {'monai', 'matplotlib'})"
     done = subprocess.run([sys.executable, "-c", text], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+# -- tests ------------------------------------------------------------------------------------------------------------
+
+
+def functions(path: Path) -> list[str]:
+    return [n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+
+
+def test_names_of_tests_have_at_most_60_characters():
+    long = [name for path in TESTS for name in functions(path) if name.startswith("test_") and len(name) > 60]
+    assert not long
+
+
+def test_tests_call_no_private_function():
+    """They hold what the package promises; what a test replaces by its name, as text, is no call."""
+    private = {name for file in FILES for name in functions(PACKAGE / file) if re.match(r"_[a-z]", name)}
+    called = set()
+    for path in TESTS:
+        named = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+        named |= {full.rpartition(".")[2] for full in imports(path) if full.startswith("pgl_ray.")}
+        called |= {f"{path.name}: {name}" for name in private & named - set(functions(path))}
+    assert called <= {"test_ray_internals.py: _count_possible_workers"}  # Ray's name for what we put in its place

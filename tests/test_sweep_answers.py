@@ -59,11 +59,11 @@ def test_the_lower_error_is_the_best():
 def test_arms_are_compared_at_each_point_alone():
     """More labels are better, whatever the arm: that is no answer."""
     trials = [
-        trial_of(score, arm=arm, finetune__scan_share=share)
+        trial_of(score, arm=arm, finetune__num_scans=share)
         for arm, share, score in (("random", 1.0, 0.8), ("pgl", 1.0, 0.7), ("random", 0.1, 0.3), ("pgl", 0.1, 0.5))
     ]
     lines = {line.of: line.text for line in sweep_answers.best(config_of(arms=ARMS), trials)}
-    assert lines["scan_share 1"].startswith("random leads") and lines["scan_share 0.1"].startswith("pgl leads")
+    assert lines["num_scans 1"].startswith("random leads") and lines["num_scans 0.1"].startswith("pgl leads")
 
 
 @pytest.mark.parametrize(
@@ -112,18 +112,18 @@ def test_frozen_arms_against_the_strongest_control(gains, verdict):
         f"{first.mean:+.2f} points of Dice (95 % interval {first.low:+.2f} to {first.high:+.2f}" in answer.lines[0].text
     )
     block["controls"] = []
-    (line,) = sweep_answers._frozen([block])
+    (line,) = sweep_answers.of_frozen([block])
     assert line.verdict == OPEN and "no arm of random weights" in line.text
 
 
 def test_fine_tuned_arms_against_the_first_if_it_is_random():
-    grid = {"blocks": [{"point": "scan_share 0.1", "gains": {"pgl": SURE}}, {"point": "all", "gains": {"pgl": None}}]}
-    lines = sweep_answers._tuned(config_of(arms=ARMS), grid)
+    grid = {"blocks": [{"point": "num_scans 0.1", "gains": {"pgl": SURE}}, {"point": "all", "gains": {"pgl": None}}]}
+    lines = sweep_answers.of_tuned(config_of(arms=ARMS), grid)
     assert [(line.of, line.verdict) for line in lines] == [
-        ("fine-tuned, pgl, scan_share 0.1", YES),
+        ("fine-tuned, pgl, num_scans 0.1", YES),
         ("fine-tuned, pgl, all", OPEN),
     ]
-    lines = sweep_answers._tuned(config_of(arms={"byol": {}, "pgl": {}}), grid)
+    lines = sweep_answers.of_tuned(config_of(arms={"byol": {}, "pgl": {}}), grid)
     assert all(line.verdict == OPEN and "not one of random weights" in line.text for line in lines)
 
 
@@ -194,7 +194,7 @@ def test_the_first_step_that_is_open(trials, verdict, words):
         ("a.lr", {"choice": [1, 2]}, 2, None),  # two values have no middle
         ("a.kind", {"choice": ["x", "y", "z"]}, "x", None),
         ("a.seed", {"grid_search": [0, 1, 2]}, 2, None),
-        ("a.scan_share", {"grid_search": [0.1, 0.5, 1.0]}, 1.0, None),  # more labels are better, whatever the rest
+        ("a.num_scans", {"grid_search": [0.1, 0.5, 1.0]}, 1.0, None),  # more labels are better, whatever the rest
         ("a.lr", {"uniform": [0.0, 1.0]}, 0.05, "a.lr=0.05, near the lowest of 0 to 1"),
         ("a.lr", {"loguniform": [0.001, 1.0]}, 0.05, None),
         ("a.lr", {"uniform": [0.0, 1.0]}, None, None),

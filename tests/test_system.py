@@ -181,7 +181,7 @@ def test_storage_without_locks_grants_every_wish_and_says_so(number, tmp_path, m
     with place.open_place(tmp_path / "store").locked() as token, place.open_place(tmp_path / "store").joined(token):
         pass
     (tmp_path / "run").mkdir()
-    with checkpoint.alone(str(tmp_path / "run")), tune._locked(tmp_path / "sweep"):
+    with checkpoint.alone(str(tmp_path / "run")), tune.locked(tmp_path / "sweep"):
         pass
     told = capsys.readouterr().out.splitlines()
     assert [line.split(" (")[0].strip() for line in told] == [

@@ -163,12 +163,12 @@ def test_the_second_of_two_equal_pretrainings_waits(tmp_path, monkeypatch):
 
     def second():
         inside.wait(10)
-        with trial._alone(str(tmp_path / "pretrain" / "a")):
+        with trial.alone(str(tmp_path / "pretrain" / "a")):
             order.append("second")
 
     thread = threading.Thread(target=second)
     thread.start()
-    with trial._alone(str(tmp_path / "pretrain" / "a")):
+    with trial.alone(str(tmp_path / "pretrain" / "a")):
         inside.set()
         thread.join(0.3)
         order.append("first")
@@ -178,25 +178,25 @@ def test_the_second_of_two_equal_pretrainings_waits(tmp_path, monkeypatch):
 
 def test_a_sweep_is_run_by_one_process(tmp_path):
     with (
-        tune._locked(tmp_path),
+        tune.locked(tmp_path),
         pytest.raises(ValueError, match="being run by another process"),
-        tune._locked(tmp_path),
+        tune.locked(tmp_path),
     ):
         pass
-    with tune._locked(tmp_path):
+    with tune.locked(tmp_path):
         pass
 
 
 def test_a_sweep_takes_more_trials_and_no_other_base(tmp_path):
     folder = tmp_path / "sweep"
-    tune._remember(sweep(tmp_path, arms={"a": {}}), folder)
-    tune._remember(sweep(tmp_path, arms={"a": {}, "b": {}}, space=LR, num_trials=3), folder)
+    tune.remember(sweep(tmp_path, arms={"a": {}}), folder)
+    tune.remember(sweep(tmp_path, arms={"a": {}, "b": {}}, space=LR, num_trials=3), folder)
     with pytest.raises(ValueError, match=r"another base_pretrain, arms\.a .*choose another run"):
-        tune._remember(sweep(tmp_path, arms={"a": {"finetune.seed": 1}}, base_pretrain=None), folder)
+        tune.remember(sweep(tmp_path, arms={"a": {"finetune.seed": 1}}, base_pretrain=None), folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="is no sweep"):
-        tune._remember(sweep(tmp_path), tmp_path / "other")
+        tune.remember(sweep(tmp_path), tmp_path / "other")
 
 
 def test_resources_that_the_cluster_lacks_are_refused(tmp_path, monkeypatch):
@@ -206,19 +206,19 @@ def test_resources_that_the_cluster_lacks_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "cluster_resources", lambda: have)
     monkeypatch.setattr(ray, "nodes", lambda: [1, 2])
     config = sweep(tmp_path, space=LR, num_trials=8)
-    assert tune._room(config, tune.check(config)) == 2  # 1.5 CPUs each
+    assert tune.room_for(config, tune.check(config)) == 2  # 1.5 CPUs each
     with pytest.raises(ValueError, match=r"max_concurrent=3 trials of 1\.5 CPUs .* \(4 CPUs, 0 GPUs\): at most 2"):
-        tune._room(config.model_copy(update={"max_concurrent": 3}), [])
+        tune.room_for(config.model_copy(update={"max_concurrent": 3}), [])
     pbt = config.model_copy(update={"scheduler": c.SchedulerConfig(kind="pbt")})
     with pytest.raises(ValueError, match=r"its 8 trials together: they need 12 CPUs and 0 GPUs, the cluster has 4"):
-        tune._room(pbt, tune.check(config))
+        tune.room_for(pbt, tune.check(config))
     base = {"max_steps": 4, "train": {"num_workers": 2, "device": "cuda"}}
     with pytest.raises(ValueError, match="need 2 GPUs, the cluster has 0"):
-        tune._room(sweep(tmp_path, space=LR, base_finetune=base), [])
+        tune.room_for(sweep(tmp_path, space=LR, base_finetune=base), [])
     have |= {"GPU": 2.0, "CPU": 16.0}
     shared = {"gpus_per_worker": 0.5}
     bases = {f"base_{stage}": {**BASE[f"base_{stage}"], "train": shared} for stage in ("pretrain", "finetune")}
-    assert tune._room(sweep(tmp_path, space=LR, **bases), []) == 4
+    assert tune.room_for(sweep(tmp_path, space=LR, **bases), []) == 4
     assert launch.check_resources(c.TrainConfig(gpus_per_worker=0.5))
     with pytest.raises(ValueError, match="cannot share a GPU"):
         c.build(c.TrainConfig, {"num_workers": 2, "gpus_per_worker": 0.5})
@@ -238,7 +238,7 @@ def ended(tmp_path, values, score, reports=(), state="done", **facts) -> sweeps.
     return sweeps.read_trial(folder)
 
 
-def test_what_the_stores_cannot_give_is_refused_before_anything_is_trained(tmp_path):
+def test_what_the_stores_cannot_give_is_refused_before_training(tmp_path):
     """Two HU windows, and a split without labels for the probe; an arm may be probed without a pre-training."""
     for name, window in (("pool", (-1000.0, 400.0)), ("own", (-1024.0, 325.0))):
         for i in range(3):
@@ -250,28 +250,28 @@ def test_what_the_stores_cannot_give_is_refused_before_anything_is_trained(tmp_p
     geometry = {"views": {"size": [16, 32, 32]}, "global_batch_size": 1, "max_steps": 1, "encoder": ENCODER}
     config = sweep(tmp_path, index=own, space=LR, base_pretrain={**geometry, "index": pool})
     with pytest.raises(ValueError, match=r"pool has hu_window=\[-1000.0, 400.0\], index=.*own \[-1024.0, 325.0\]"):
-        tune._check_stores(config, tune.check(config))
+        tune.check_stores(config, tune.check(config))
     config = sweep(tmp_path, index=own, space=LR, base_pretrain=geometry, base_probe={"test_split": "validation"})
     with pytest.raises(ValueError, match="test_split='validation': no labelled scan"):
-        tune._check_stores(config, tune.check(config))
+        tune.check_stores(config, tune.check(config))
     bases = {"base_pretrain": geometry, "base_finetune": None, "base_probe": {"num_scans": 1, "test_split": "train"}}
     arms = {"random": {"probe.init": "random"}, "pgl": {"pretrain.method": "pgl"}}
     config = sweep(tmp_path, index=own, arms=arms, judge=trial.PROBE, **bases)
     random, pgl = (trial.stage_configs(config, one.values, tmp_path / "t") for one in tune.check(config))
     assert list(random) == ["probe"] and random["probe"].init == "random"
     assert list(pgl) == ["pretrain", "probe"] and pgl["probe"].init == pgl["pretrain"].run
-    tune._check_stores(config, tune.check(config))
+    tune.check_stores(config, tune.check(config))
 
 
 def test_asha_remembers_the_rungs_of_ended_trials(tmp_path):
     """Ray Tune saves no scheduler: after a restart the reports of the trials that ended stand in."""
     config = sweep(tmp_path, space=LR, scheduler={"kind": "asha", "grace": 25})
     done = [ended(tmp_path, {"a": k}, 0.5 + k / 10, [(30, 0.5 + k / 10), (55, 0.6)]) for k in range(3)]
-    asha, new = tune._scheduler(config, done), SimpleNamespace(trial_id="new")
+    asha, new = tune.make_scheduler(config, done), SimpleNamespace(trial_id="new")
     asha.on_trial_add(None, new)
     assert asha.on_trial_result(None, new, {"progress": 20, "score": 0.1}) == "CONTINUE"  # before the first rung
     assert asha.on_trial_result(None, new, {"progress": 26, "score": 0.1}) == "STOP"
-    fresh = tune._scheduler(config, [])
+    fresh = tune.make_scheduler(config, [])
     fresh.on_trial_add(None, new)
     assert fresh.on_trial_result(None, new, {"progress": 26, "score": 0.1}) == "CONTINUE"
 
@@ -284,7 +284,7 @@ def test_optuna_knows_what_ended_trials_gave(tmp_path):
     values = {"finetune.optim.lr": 0.05, "finetune.patch.crop_scale": [0.9, 1.1]}
     interrupted = {"finetune.optim.lr": 0.02, "finetune.patch.crop_scale": [1.1, 1.4]}
     begun = [ended(tmp_path, values, 0.7), ended(tmp_path, interrupted, None, state="failed")]
-    search = tune._optuna(config, begun)
+    search = tune.make_optuna(config, begun)
     assert search._ot_study.best_value == 0.7
     assert trial.values_of(search.suggest("w")["trial"]) == interrupted
     drawn = trial.values_of(search.suggest("x")["trial"])
@@ -308,9 +308,9 @@ def test_what_optuna_draws_again_is_no_new_trial(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tune, "_fit", fit)
     monkeypatch.setattr(tune.launch, "connect", lambda ray: None)
-    monkeypatch.setattr(tune, "_room", lambda config, trials: 1)
-    monkeypatch.setattr(tune, "_collect", lambda config, folder: len(sweeps.read_trials(folder)))
-    assert tune._run(config, [], tmp_path / "sweep") == 3 and rounds == [3, 1, 1]
+    monkeypatch.setattr(tune, "room_for", lambda config, trials: 1)
+    monkeypatch.setattr(tune, "collect", lambda config, folder: len(sweeps.read_trials(folder)))
+    assert tune.run_trials(config, [], tmp_path / "sweep") == 3 and rounds == [3, 1, 1]
 
 
 def test_pbt_without_anything_to_copy_goes_on_as_it_was(tmp_path, monkeypatch):
@@ -323,11 +323,11 @@ def test_pbt_without_anything_to_copy_goes_on_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: given)
     folder = tmp_path / "trials" / "mine"
     config = c.build(c.FinetuneConfig, {"index": "s", "run": str(folder / "finetune"), "optim": {"lr": 0.4}})
-    assert trial._take_over(folder, {}, config) == config  # it has not begun either
+    assert trial.take_over(folder, {}, config) == config  # it has not begun either
     (folder / "finetune").mkdir(parents=True)
     record = {"config": config.model_copy(update={"optim": c.FinetuneOptimConfig(lr=0.1)}).model_dump(mode="json")}
     checkpoint.write_json(folder / "finetune" / "run.json", record)
-    assert trial._take_over(folder, {}, config).optim == c.FinetuneOptimConfig(lr=0.1)
+    assert trial.take_over(folder, {}, config).optim == c.FinetuneOptimConfig(lr=0.1)
     assert not (folder / "taken_over.json").exists()
 
 
@@ -344,7 +344,7 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 2)
     sgd = optim.build_finetuning(net, theirs.optim)
-    schedule = optim.polynomial(sgd, 10, 0.9)
+    schedule = optim.polynomial(sgd, 10)
     for _ in range(4):
         step(sgd, schedule, net)
     state = {"step": 4, "model": net.state_dict(), "optimizer": sgd.state_dict(), "schedule": schedule.state_dict()}
@@ -360,21 +360,21 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "old").touch()
-    assert trial._fork(tmp_path / "theirs", tmp_path / "mine", config)
+    assert trial.fork(tmp_path / "theirs", tmp_path / "mine", config)
     assert checkpoint.committed_step(config.run) == 4 and not (tmp_path / "mine" / "old").exists()
     assert [row["step"] for row in checkpoint.read_metrics(config.run)] == [4]
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["optim"]["lr"] == 0.4
     state = checkpoint.read_state(checkpoint.committed(config.run)[0] / checkpoint.STATE)
     net = torch.nn.Linear(3, 2)
     sgd = optim.build_finetuning(net, config.optim)
-    schedule = optim.polynomial(sgd, 10, 0.9)
+    schedule = optim.polynomial(sgd, 10)
     net.load_state_dict(state["model"])
     sgd.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     assert schedule.get_last_lr()[0] == sgd.param_groups[0]["lr"] == pytest.approx(0.4 * 0.6**0.9)
     step(sgd, schedule, net)
     assert sgd.param_groups[0]["lr"] == pytest.approx(0.4 * 0.5**0.9)
-    assert not trial._fork(tmp_path / "nothing", tmp_path / "mine", config)
+    assert not trial.fork(tmp_path / "nothing", tmp_path / "mine", config)
 
 
 # -- judges of which lower is better ----------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def alone(monkeypatch):
         monkeypatch.setattr(trial, "_gpus", lambda train: 0.0)
         monkeypatch.setattr(ray_tune, "get_context", lambda: Trial(folder / "ray"))
         monkeypatch.setattr(ray_tune, "report", lambda figures, checkpoint: told.append((folder.name, figures)))
-        trial._run(config, values, folder, 1)
+        trial.run_stages(config, values, folder, 1)
         return sweeps.read_trial(folder)
 
     return run, told
@@ -453,7 +453,7 @@ def test_the_best_trial_is_the_best_whatever_its_judge(tmp_path, alone, figure):
     run, told = alone
     space = {"pretrain.optim.lr": {"choice": [0.1, 0.2, 0.3, 0.4]}}
     config = sweep(tmp_path, space=space, judge=figure, scheduler={"kind": "asha", "grace": 50}, **PROBED)
-    tune._remember(config, tmp_path / "sweep")
+    tune.remember(config, tmp_path / "sweep")
     levels = {0.1: 0.5, 0.2: 0.9, 0.3: None, 0.4: 0.7}
     found = {}
     for lr, level in levels.items():
@@ -473,7 +473,7 @@ def test_the_best_trial_is_the_best_whatever_its_judge(tmp_path, alone, figure):
     assert sorted(last, key=last.get, reverse=True) == order and all(map(math.isfinite, last.values()))
     assert sorted(found, key=lambda lr: found[lr].merit, reverse=True) == order
 
-    result = tune._collect(config, tmp_path / "sweep")
+    result = tune.collect(config, tmp_path / "sweep")
     assert result.best == {"pretrain.optim.lr": 0.2} and result.score == found[0.2].score
     assert c.load(c.PretrainConfig, [str(tmp_path / "sweep/best.yaml"), "index=s", "run=r"]).optim.lr == 0.2
     page = Path(tmp_path / "sweep/report.html").read_text()
@@ -487,7 +487,7 @@ def test_the_best_trial_is_the_best_whatever_its_judge(tmp_path, alone, figure):
     }
 
     asha, new = (
-        tune._scheduler(config, [one for one in found.values() if one.state == "done"]),
+        tune.make_scheduler(config, [one for one in found.values() if one.state == "done"]),
         SimpleNamespace(trial_id="n"),
     )
     for level, decision in ((0.6, "STOP"), (0.95, "CONTINUE")):
@@ -496,7 +496,7 @@ def test_the_best_trial_is_the_best_whatever_its_judge(tmp_path, alone, figure):
         assert asha.on_trial_result(None, new, report) == decision
         new = SimpleNamespace(trial_id="another")
     pytest.importorskip("optuna")
-    search = tune._optuna(config.model_copy(update={"search": "optuna"}), list(found.values()))
+    search = tune.make_optuna(config.model_copy(update={"search": "optuna"}), list(found.values()))
     assert search._ot_study.best_value == pytest.approx(found[0.2].merit)
 
 
@@ -512,7 +512,7 @@ def test_an_arm_may_be_a_probe_of_random_weights_alone(tmp_path, alone, monkeypa
     assert [figures["score"] for _, figures in told] == [0.2, 0.2]
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(ray, "nodes", lambda: [1, 2])
-    assert tune._room(config, [only]) == 2
+    assert tune.room_for(config, [only]) == 2
 
 
 def test_the_first_judges_rungs_have_its_own_sign(tmp_path):
@@ -525,18 +525,18 @@ def test_the_first_judges_rungs_have_its_own_sign(tmp_path):
     ]
     assert [one.score for one in done] == [one.merit for one in done] == [0.5, 0.6, 0.7]
     for mm, decision in ((45.0, "STOP"), (18.0, "CONTINUE")):
-        asha, new = tune._scheduler(config, done), SimpleNamespace(trial_id="new")
+        asha, new = tune.make_scheduler(config, done), SimpleNamespace(trial_id="new")
         asha.on_trial_add(None, new)
         score = sweeps.merit(config.first_judge, mm)
         assert asha.on_trial_result(None, new, {"progress": 100, "score": score}) == decision
 
 
-def test_arms_are_held_against_the_strongest_control_by_every_judge(tmp_path):
+def test_arms_are_compared_to_the_strongest_control_by_all(tmp_path):
     """Random weights are stronger with BatchNorm off here; matching's sign is turned in words, too."""
     controls = {"random": {"probe.init": "random"}, "wrong priors": {"pretrain.align.wrong_priors": True}}
     space = {"pretrain.seed + probe.seed": {"grid_search": [0, 1, 2]}}
     config = sweep(tmp_path, arms=controls | {"pgl": {}}, space=space, judge="probe/matching_mm", **PROBED)
-    tune._remember(config, tmp_path / "sweep")
+    tune.remember(config, tmp_path / "sweep")
     seen = "2 of the 2 evaluated scans were pre-trained on (without labels): figures may be optimistic"
     for seed in range(3):
         for arm, level, off in (("random", 0.4, 0.6), ("wrong priors", 0.5, 0.9), ("pgl", 0.7 + 0.01 * seed, 0.1)):
@@ -568,7 +568,7 @@ def test_arms_are_held_against_the_strongest_control_by_every_judge(tmp_path):
     assert f"<p>wrong priors, pgl: {seen}.</p>" in page and "Frozen encoders" in page and ours[2] in page
 
 
-def test_scans_that_are_trained_and_tested_on_are_said_before_a_sweep(tmp_path, capsys):
+def test_scans_both_trained_and_tested_on_are_said_before(tmp_path, capsys):
     for split, numbers in (("train", range(3)), ("test", range(3, 5))):
         for i in numbers:
             volume = np.random.default_rng(i).integers(-200, 200, (24, 40, 40)).astype(np.int16)
@@ -583,13 +583,13 @@ def test_scans_that_are_trained_and_tested_on_are_said_before_a_sweep(tmp_path, 
     for split, expected in ((None, 1), ("train", 0)):
         base = {**geometry, "split": split}
         config = sweep(tmp_path, index=str(tmp_path / "own"), space=LR, num_trials=3, base_pretrain=base, **bases)
-        tune._check_stores(config, tune.check(config))
+        tune.check_stores(config, tune.check(config))
         assert capsys.readouterr().out.count(line) == expected
     config = sweep(
         tmp_path, index=str(tmp_path / "own"), space=LR, base_probe={"judges": "matching", "num_test_scans": 1}
     )
     with pytest.raises(ValueError, match="judges=matching needs two test scans or more: num_test_scans=1"):
-        tune._check_stores(config, tune.check(config))
+        tune.check_stores(config, tune.check(config))
 
 
 # -- what is read back ------------------------------------------------------------------------------------------------
@@ -609,10 +609,10 @@ def test_best_yaml_serves_both_doors(tmp_path):
 def test_the_best_trial_is_written_for_both_doors(tmp_path):
     """The better of two that ended; one that was stopped with a higher figure on the way is none."""
     config = sweep(tmp_path, space={"finetune.optim.lr": {"choice": [0.1, 0.2, 0.3]}})
-    tune._remember(config, tmp_path / "sweep")
+    tune.remember(config, tmp_path / "sweep")
     for lr, score, state in ((0.1, 0.4, "done"), (0.2, 0.6, "done"), (0.3, None, "stopped")):
         ended(tmp_path, {"finetune.optim.lr": lr}, score, [(50, 0.9 if state == "stopped" else 0.1)], state=state)
-    result = tune._collect(config, tmp_path / "sweep")
+    result = tune.collect(config, tmp_path / "sweep")
     assert result.best == {"finetune.optim.lr": 0.2} and result.score == 0.6
     assert result.states == {"done": 2, "stopped": 1}
     places = [str(tmp_path / "sweep/best.yaml"), "index=s", "run=r"]
@@ -711,9 +711,9 @@ def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]], share:
     import pyarrow as pa
 
     (folder / "evaluation").mkdir(parents=True)
-    config = {"seed": seed, "global_batch_size": 4, "index": "s", "init": "random", "num_scans": None}
+    config = {"seed": seed, "global_batch_size": 4, "index": "s", "init": "random", "num_scans": share}
     scans = {"train": ["a"] * round(6 * share), "val": ["b"] * round(2 * share)}
-    record = {"door": "finetune", "config": config | {"scan_share": share}, "num_steps": 10, "scans": scans}
+    record = {"door": "finetune", "config": config, "num_steps": 10, "scans": scans}
     checkpoint.write_json(folder / "run.json", record)
     checkpoint.metrics_path(folder).write_text('{"step": 5, "time_s": 2.0}\n{"step": 10, "time_s": 4.0}\n')
     rows = [
@@ -733,12 +733,12 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     """Two shares of the labels; the paper's figures stand under all of them alone. One cell of the second share failed,
     so that Figure 8 takes the other seed."""
     arms = {"random": {"finetune.init": "random"}, "pgl": {}}
-    space = {"finetune.seed": {"grid_search": [0, 1]}, "finetune.scan_share": {"grid_search": [0.5, 1.0]}}
+    space = {"finetune.seed": {"grid_search": [0, 1]}, "finetune.num_scans": {"grid_search": [0.5, 1.0]}}
     config = sweep(tmp_path, arms=arms, space=space, published="liver")
-    tune._remember(config, tmp_path / "sweep")
+    tune.remember(config, tmp_path / "sweep")
     dice = {("random", 0): 0.5, ("random", 1): 0.6, ("pgl", 0): 0.7, ("pgl", 1): 0.9}
     for share, (arm, seed) in itertools.product((0.5, 1.0), dice):
-        values = {"arm": arm, "finetune.seed": seed, "finetune.scan_share": share}
+        values = {"arm": arm, "finetune.seed": seed, "finetune.num_scans": share}
         level = dice[arm, seed] * share
         run = tmp_path / "sweep" / "trials" / trial.name_of(values) / "finetune"
         if (arm, seed, share) == ("random", 0, 1.0):
@@ -758,7 +758,7 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     }
     sweeps.write_table(tmp_path / "sweep")
     rows = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
-    assert {(r["arm"], r["finetune.seed"]): r["score"] for r in rows if r["finetune.scan_share"] == 0.5} == {
+    assert {(r["arm"], r["finetune.seed"]): r["score"] for r in rows if r["finetune.num_scans"] == 0.5} == {
         key: value / 2 for key, value in dice.items()
     }
     content = sweep_report.content(tmp_path / "sweep", lambda runs: {"scans": [], "legend": []})
@@ -784,7 +784,7 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     written = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")])))
     assert not CHROMIUM or faults(written) == []
     page = written.read_text()
-    assert "paper, Table 6" in page and "overlays left out" in page and "pgl, seed 1, scan_share 0.5" in page
+    assert "paper, Table 6" in page and "overlays left out" in page and "pgl, seed 1, num_scans 0.5" in page
     drawn, shown = {"scans": [("data:,", "Scan p")], "legend": [(1, "liver", "#E69F00")]}, []
     monkeypatch.setattr(report, "overlays", lambda runs: shown.extend(runs) or drawn)
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
@@ -792,11 +792,11 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     assert [(run.name, run.config["seed"]) for run in shown] == [("random", 1), ("pgl", 1)]
 
 
-def test_figures_of_few_labels_have_no_published_ones_beside_them(tmp_path):
+def test_figures_of_few_labels_have_no_published_ones(tmp_path):
     """A grid that was cut off before its largest share, or that names a number of scans."""
     config = sweep(tmp_path, arms={"random": {"finetune.init": "random"}}, published="liver", space=LR)
-    tune._remember(config, tmp_path / "sweep")
-    values = {"arm": "random", "finetune.scan_share": 0.2}
+    tune.remember(config, tmp_path / "sweep")
+    values = {"arm": "random", "finetune.num_scans": 0.2}
     run = tmp_path / "sweep" / "trials" / trial.name_of(values) / "finetune"
     ended(tmp_path, values, 0.5, [(50, 0.5)], finetune=str(run), finetune_gpus=0.0)
     tuned_run(run, 0, {"liver": {"p": 0.5}, "tumour": {"p": 0.5}}, 0.5)
@@ -806,7 +806,7 @@ def test_figures_of_few_labels_have_no_published_ones_beside_them(tmp_path):
 
 def test_scores_that_cannot_be_drawn_leave_no_hole(tmp_path):
     """A sweep of failures alone still has its page; equal scores have a colour."""
-    tune._remember(sweep(tmp_path, space=LR), tmp_path / "sweep")
+    tune.remember(sweep(tmp_path, space=LR), tmp_path / "sweep")
     ended(tmp_path, {"finetune.optim.lr": 0.1}, None, state="failed", error="train/loss is nan")
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
     assert "train/loss is nan" in page

@@ -72,7 +72,7 @@ def test_a_large_scan_is_thinned_where_it_is_finest(monkeypatch):
     np.testing.assert_allclose(same_place(labels, (3, 4, 5)), AFFINE @ [3, 8, 10, 1], atol=1e-4)
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_shows_pictures_without_webgl():
+def test_the_page_stands_by_itself_and_does_without_webgl():
     page, _ = page_of(*scan(), names={"a</script><b>": 4, "liver": 300})
     assert not re.search(r'(?:src|href)="(?!data:)', page) and "<noscript>" in page and 'id="viewer" hidden' in page
     assert page.count("</script>") == 3 and "a &lt;b&gt; &amp; c" in page  # names and titles cannot end a script

@@ -146,7 +146,7 @@ def _place(contours: list[np.ndarray], shape: tuple[int, int, int], placed: Plac
         step = steps.most_common(1)[0][0]
         placed.refused = f"only one slice in {step} has contours: interpolate them to all slices first"
         return
-    placed.pieces = [(axis, place, _inside(polygons, size)) for place, polygons in sorted(slices.items())]
+    placed.pieces = [(axis, place, inside_of(polygons, size)) for place, polygons in sorted(slices.items())]
     if not any(mask.any() for _, _, mask in placed.pieces):
         outside = wide == sum(map(len, slices.values()))
         placed.refused = (
@@ -178,7 +178,7 @@ def _span(places: list[int]) -> str:
     return f"{min(places)}" if min(places) == max(places) else f"{min(places)} to {max(places)}"
 
 
-def _inside(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+def inside_of(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     """Cells whose centres lie inside an odd number of the polygons (scan-line filling, even-odd rule).
 
     Args:

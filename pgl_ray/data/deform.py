@@ -1,34 +1,53 @@
 """Models Genesis' deformations of a view: what its restoration task must undo (Zhou et al. 2019, Sec. 2)."""
 
+from typing import NamedTuple
+
 import numpy as np
 from monai.transforms import RandCoarseDropout, RandCoarseShuffle, RandHistogramShift
 from torch import Tensor
 
-from pgl_ray.config import DeformConfig
-
 NUM_SHUFFLED = 1000  # blocks per view; of at most a tenth of the view per axis, they overlap
 
 
-def deform(view: Tensor, rng: np.random.Generator, config: DeformConfig) -> Tensor:
+class Chances(NamedTuple):
+    """How often each deformation is drawn, from 0 to 1; the defaults are those of the authors' code.
+
+    Attributes:
+        nonlinear: a non-linear intensity map.
+        shuffle: local shuffling: the voxels of small blocks change places within their block.
+        cutout: a cut-out, inner or outer.
+        inner: share of inner ones among the cut-outs.
+    """
+
+    nonlinear: float = 0.9
+    shuffle: float = 0.5
+    cutout: float = 0.9
+    inner: float = 0.2
+
+
+PUBLISHED = Chances()
+
+
+def deform(view: Tensor, rng: np.random.Generator, chances: Chances = PUBLISHED) -> Tensor:
     """Applies up to three of the four deformations: local shuffling, a non-linear intensity map, a cut-out.
 
-    The transforms are MONAI's, with the probabilities of the authors' code (whose intensity map may also fall, and
-    which shuffles more blocks). The intensity map is monotone and keeps the view's range. Cut-outs put uniform noise of
-    the view's range in up to five windows (inner) or everywhere but in up to five windows (outer); the two never meet.
+    The transforms are MONAI's (the authors' intensity map may also fall, and they shuffle more blocks). The intensity
+    map is monotone and keeps the view's range. Cut-outs put uniform noise of the view's range in up to five windows
+    (inner) or everywhere but in up to five windows (outer); the two never meet.
 
     Args:
         view: float32 [D, H, W], z-scored; left as it is.
         rng: random numbers.
-        config: probabilities.
+        chances: how often each of them is drawn.
 
     Returns:
         float32 [D, H, W].
     """
     shuffle, nonlinear, cutout, inner = rng.random(4) < (
-        config.shuffle_prob,
-        config.nonlinear_prob,
-        config.cutout_prob,
-        config.inner_share,
+        chances.shuffle,
+        chances.nonlinear,
+        chances.cutout,
+        chances.inner,
     )
     size = np.asarray(view.shape)
     steps = []

@@ -291,7 +291,8 @@ class Bucket:
         except Exception as error:  # obstore has a class per cloud
             raise ValueError(f"{url}: cannot be used as an object store: {_first_line(error)}") from None
 
-    def _ask(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+    def ask(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        """Calls a function of obstore on this bucket; its errors come as the ones that a folder raises."""
         try:
             return function(self._store, *args, **options)
         except FileNotFoundError as error:
@@ -311,13 +312,13 @@ class Bucket:
         """As Folder's."""
         import obstore
 
-        return bytes(self._ask(lambda store, key: obstore.get(store, key).bytes(), key))
+        return bytes(self.ask(lambda store, key: obstore.get(store, key).bytes(), key))
 
     def write(self, key: str, parts: Iterable[bytes]) -> None:
         """As Folder's; large objects go up in parts while they are made."""
         import obstore
 
-        self._ask(obstore.put, key, iter(parts))
+        self.ask(obstore.put, key, iter(parts))
 
     def copy_to(self, key: str, path: Path) -> None:
         """Writes an object to a file; FileNotFoundError where there is none, OSError where it is replaced meanwhile."""
@@ -333,7 +334,7 @@ class Bucket:
                     }
                     file.write(obstore.get(store, key, options=options).bytes())
 
-        self._ask(get, key)
+        self.ask(get, key)
 
     def versions(self) -> dict[str, str]:
         """All keys, each with a text that is another one when its content has changed."""
@@ -343,13 +344,13 @@ class Bucket:
             found = [item for batch in obstore.list(store) for item in batch]
             return {item["path"]: f"{item['e_tag']} {item['size']} {item['last_modified']}" for item in found}
 
-        return self._ask(all_of)
+        return self.ask(all_of)
 
     def names(self, key: str) -> list[str]:
         """As Folder's."""
         import obstore
 
-        found = self._ask(obstore.list_with_delimiter, f"{key}/" if key else None)
+        found = self.ask(obstore.list_with_delimiter, f"{key}/" if key else None)
         paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
         return sorted(path.rsplit("/", 1)[-1] for path in paths)
 
@@ -360,15 +361,15 @@ class Bucket:
         def all_below(store: "ObjectStore", prefix: str) -> list[str]:
             return [item["path"] for batch in obstore.list(store, prefix) for item in batch]
 
-        paths = self._ask(all_below, f"{key}/") or [key]
+        paths = self.ask(all_below, f"{key}/") or [key]
         with suppress(FileNotFoundError):
-            self._ask(obstore.delete, paths)
+            self.ask(obstore.delete, paths)
 
     def open(self, key: str) -> "_RemoteFile":
         """As Folder's."""
         import obstore
 
-        return _RemoteFile(self, key, self._ask(obstore.head, key)["size"])
+        return _RemoteFile(self, key, self.ask(obstore.head, key)["size"])
 
     @contextmanager
     def replaced(self, key: str) -> Iterator["Bucket"]:
@@ -402,7 +403,7 @@ class Bucket:
 
         mine = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}"
         seen, since = None, time.monotonic()
-        while not self._ask(create):
+        while not self.ask(create):
             try:
                 now = self.read(".lock")
             except FileNotFoundError:
@@ -459,7 +460,7 @@ class _RemoteFile:
         bounds = [(min(offset, self.size), min(offset + length, self.size)) for offset, length in spans]
         asked = [(start, end) for start, end in bounds if start < end]
         starts, ends = [start for start, _ in asked], [end for _, end in asked]
-        found = iter(self._bucket._ask(obstore.get_ranges, self._key, starts=starts, ends=ends) if asked else ())
+        found = iter(self._bucket.ask(obstore.get_ranges, self._key, starts=starts, ends=ends) if asked else ())
         for start, end in bounds:
             yield memoryview(next(found)) if start < end else memoryview(b"")
 

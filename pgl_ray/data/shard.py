@@ -138,7 +138,7 @@ class ArrayReader:
             self._file = open_place(store).open(f"scans/{scan_id}/{ARRAY_PATHS[kind]}/{SHARD}")
         except OSError as error:
             raise self._damaged(f"cannot be opened ({error.strerror or error})") from None
-        self._index = self._read_index()
+        self.chunk_index = self._read_index()
 
     def _read_index(self) -> np.ndarray:
         """The shard's footer: (offset, bytes) of every chunk, uint64 [gd, gh, gw, 2], closed by its crc32c."""
@@ -218,7 +218,7 @@ class ArrayReader:
             out[...] = table[codes]
 
     def _span(self, place: tuple[int, int, int]) -> tuple[int, int] | None:
-        offset, length = self._index[place].tolist()
+        offset, length = self.chunk_index[place].tolist()
         return None if offset == MISSING else (offset, length)
 
     def _next(self, found: Iterator[memoryview], what: str) -> memoryview:
@@ -245,13 +245,13 @@ class ArrayReader:
         Raises:
             UnreadableScan: as read, and where the chunks do not fill the shard without gaps.
         """
-        places = np.ndindex(*self._index.shape[:3])
+        places = np.ndindex(*self.chunk_index.shape[:3])
         spans, end = sorted(span for place in places if (span := self._span(place))), 0
         for offset, length in spans:
             if offset != end:
                 raise self._damaged(f"is damaged: no chunk begins at byte {end}")
             end += length
-        if self._file.size != end + self._index.size * 8 + 4:
+        if self._file.size != end + self.chunk_index.size * 8 + 4:
             raise self._damaged(f"is damaged: {self._file.size} bytes, its chunks end at {end}")
         digest, (depth, height, width) = hashlib.sha256(), self.shape
         for start in range(0, depth, self.chunk[0]):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pgl_ray import ray_internals
-from pgl_ray.config import DeformConfig, IntensityConfig, PatchConfig, ViewsConfig
+from pgl_ray.config import IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
 from pgl_ray.data.shard import ArrayReader, UnreadableScan, chunk_of
@@ -238,7 +238,7 @@ def _chunk(array_metadata: str) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=2 * REGIONS_MIXED)
-def _region(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> v.Region:
+def region_of(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> v.Region:
     """A region of a scan, kept while its pairs are drawn: int16, 2.4 MB for views of 16x96x96."""
     bounds, volume = np.reshape(box, (3, 2)), _volume(store, scan_id, codes)
     return v.Region(volume.read(bounds), tuple(bounds[:, 0].tolist()), volume.shape)
@@ -248,7 +248,7 @@ def _reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = F
     """What reads a scan's voxels, or those of its region alone."""
     if region is None:
         return _volume(store, scan_id, codes)
-    return _region(store, scan_id, tuple(region.ravel().tolist()), codes)
+    return region_of(store, scan_id, tuple(region.ravel().tolist()), codes)
 
 
 _kept: dict[str, list[np.ndarray]] = {}
@@ -300,7 +300,7 @@ class PairRenderer:
     Attributes:
         store, scan_ids, seed, views, intensity: what is cropped, and how.
         shared_box: both views of a pair show one crop.
-        deform: Models Genesis' deformations; none: no such columns. The views are the same either way.
+        deform: whether there are also views with Models Genesis' deformations. The views are the same either way.
         augment: do the intensity operations here; otherwise their parameters come along, intensity_1, intensity_2
             float32 [B, 4] and noise_seed_1, noise_seed_2 int64 [B].
         resize: resize and flip here; otherwise there are crop_1, crop_2 [B, 1, d, h, w] of the stored type (int16 HU,
@@ -317,7 +317,7 @@ class PairRenderer:
     views: ViewsConfig
     intensity: IntensityConfig
     shared_box: bool = False
-    deform: DeformConfig | None = None
+    deform: bool = False
     augment: bool = True
     resize: bool = True
     skip: bool = False
@@ -430,7 +430,7 @@ class PairRenderer:
                 rng = rng or v.generator(
                     self.seed, int(drawn.rows["epoch"][i]), scan.scan_id, int(drawn.rows["draw"][i])
                 )
-                out[f"deformed_{k + 1}"][i, 0] = deform(torch.from_numpy(shown.astype(np.float32)), rng, self.deform)
+                out[f"deformed_{k + 1}"][i, 0] = deform(torch.from_numpy(shown.astype(np.float32)), rng)
 
     def _cut(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray]) -> None:
         """Crops of row i, as they are stored."""
@@ -495,7 +495,7 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
     stages |= {"plain": partial(replace(renderer, augment=False), rows), "whole": partial(renderer, rows)}
     for name, work in stages.items():
         work()  # opens files, compiles
-        _region.cache_clear()
+        region_of.cache_clear()
         began = time.process_time()
         work()
         seconds[name] = time.process_time() - began

@@ -51,7 +51,7 @@ def dense_maps(
     pad = [n for axis in (2, 1, 0) for n in (0, int(whole[axis] - volume.shape[axis]))]
     volume = F.pad(volume, pad, value=air)
     found: list[Tensor] = []
-    for parts in product(*(_windows(int(n), int(w), int(c)) for n, w, c in zip(whole, window, coarse))):
+    for parts in product(*(windows_over(int(n), int(w), int(c)) for n, w, c in zip(whole, window, coarse))):
         box = tuple(slice(start, start + int(w)) for (start, _, _), w in zip(parts, window))
         maps = encoder(volume[box][None, None])
         for number, (level, stride) in enumerate(zip(levels, strides)):
@@ -66,7 +66,7 @@ def dense_maps(
     return [one[:, :d, :h, :w] for one, (d, h, w) in zip(found, kept)]
 
 
-def _windows(length: int, window: int, coarse: int) -> list[tuple[int, int, int]]:
+def windows_over(length: int, window: int, coarse: int) -> list[tuple[int, int, int]]:
     """Windows along an axis: start, and the part [first, last) of the scan that each gives; multiples of `coarse`."""
     step = max(coarse, window // 2 // coarse * coarse)
     starts = sorted({min(start, length - window) for start in range(0, max(1, length - window + step), step)})

@@ -99,7 +99,6 @@ def feature_geometry(
     view_size: tuple[int, int, int],
     output_stride: tuple[int, int, int],
     centers: str = "receptive_field",
-    sampling_ratio: int = 1,
 ) -> tuple[int, Geometry]:
     """Which of the encoder's maps has an output stride, and that map's frame.
 
@@ -108,10 +107,9 @@ def feature_geometry(
         view_size: P (D, H, W).
         output_stride: s (D, H, W).
         centers: "receptive_field" or "cell" (the paper's RoIAlign).
-        sampling_ratio: points per bin and axis.
 
     Returns:
-        The number of the deepest map of that stride, and its geometry.
+        The number of the deepest map of that stride, and its geometry; a bin is read at its centre.
 
     Raises:
         ValueError: no map of that stride, or the view size is no multiple of it.
@@ -127,7 +125,7 @@ def feature_geometry(
         raise ValueError(f"views.size={tuple(view_size)} must be a multiple of the output stride {strides}")
     level = max(i for i, found in enumerate(encoder.strides) if found == strides)
     center = encoder.centers[level] if centers == "receptive_field" else triple(stride / 2 for stride in strides)
-    return level, Geometry(triple(view_size), strides, triple(center), sampling_ratio)
+    return level, Geometry(triple(view_size), strides, triple(center))
 
 
 def align(features: Tensor, matrices: Axes) -> Tensor:

@@ -98,7 +98,7 @@ class PlacesPgl(nn.Module):
             (query_1, query_2), (key_1, key_2) = query.flatten(2).chunk(2), key.flatten(2).chunk(2)
             loss = (self._compare(query_1, key_2) + self._compare(query_2, key_1)) / 2
             if self.objective.displacement:
-                loss = loss + self.objective.displacement * self._displacement(number, maps[level], pair)
+                loss = loss + self.objective.displacement * self.displacement_loss(number, maps[level], pair)
             losses.append(loss)
         return Output(torch.stack(losses).mean(), maps[self.maps[-1][0]].detach(), query_1.detach(), key_2)
 
@@ -108,7 +108,7 @@ class PlacesPgl(nn.Module):
             return local_consistency_loss(query, key)
         return place_contrast_loss(query, key, self.objective.temperature, self.objective.negatives)
 
-    def _displacement(self, number: int, features: Tensor, pair: Pair) -> Tensor:
+    def displacement_loss(self, number: int, features: Tensor, pair: Pair) -> Tensor:
         """How far the place heads are from telling the way from cells of view 1 to cells of view 2.
 
         The answer comes from the priors: the difference of the cells' centres in the scan, in half view sizes per axis.

@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import torch
 
 import pgl_ray
-from pgl_ray.config import FailedRun, FinetuneConfig, PretrainConfig, build, to_yaml
+from pgl_ray.config import FailedRun, FinetuneConfig, PretrainConfig, build, to_yaml, without_gone
 from pgl_ray.data.place import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.train import bucket
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
+KEPT = 2  # newest checkpoints: where one is damaged, the one before is there
 RETRY_S = 600.0  # that storage may fail before the run ends
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between two tries
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -47,8 +48,8 @@ MAY_DIFFER = {
     "health",
     "stream.on_error",
     "stream.max_skipped_share",
-    "stream.augment_on",
-    "stream.resize_on",
+    "stream.on_gpu",
+    *("stream.augment_on", "stream.resize_on"),  # the same in earlier versions
     "accumulate",
     "probe",
 }
@@ -81,12 +82,12 @@ def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str
         if found["door"] != door:
             raise ValueError(f"run={config.run} is a {found['door']} run: choose another run=...")
         skip = MAY_DIFFER | {"run", "index"}
-        try:  # with the defaults of settings that came after the run
-            stored = json.loads(build(type(config), found["config"]).model_dump_json())
-        except ValueError:  # a setting is gone
-            stored = found["config"]
+        stored, gone = without_gone(type(config), found["config"])
+        with contextlib.suppress(ValueError):  # a setting that no version has known
+            stored = json.loads(build(type(config), stored).model_dump_json())  # with the defaults of later settings
         names = _differences({k: v for k, v in wanted.items() if k not in skip}, stored)
-        changed = sorted(name for name in names if name.split(" ")[0] not in MAY_DIFFER)
+        names += [f"{path} ({value} there, {was.value} here)" for path, (value, was) in gone.items()]
+        changed = sorted(name for name in names if not {name.split(" ")[0], name.split(".")[0]} & MAY_DIFFER)
         if changed:
             raise ValueError(f"run={config.run} was started with another {', '.join(changed)}: choose another run=...")
         if found["plan"] != facts["plan"]:
@@ -219,7 +220,7 @@ def recover(run: str | Path, token: str | None = None) -> tuple[Path, int] | Non
         if not mirror:
             return _recover(Path(run))
         mirror.claim(token)
-        mirror.pull(_damage)
+        mirror.pull(damage_of)
         found = _recover(mirror.folder)
         mirror.push()
         return found
@@ -239,7 +240,7 @@ def joined(run: str, rank: int) -> Iterator[str]:
     if not mirror:
         yield run
         return
-    _patiently(lambda: mirror.join(rank, _damage), f"run={run} cannot be read")
+    _patiently(lambda: mirror.join(rank, damage_of), f"run={run} cannot be read")
     try:
         with mirror.kept_up():
             yield str(mirror.folder)
@@ -261,7 +262,7 @@ def _recover(run: Path) -> tuple[Path, int] | None:
     (run / SNAPSHOT).unlink(missing_ok=True)  # or Ray Train would miss what is deleted from now on
     while found:
         place, step = found.pop()
-        fault = _damage(place)
+        fault = damage_of(place)
         if not fault:
             for bad, why in damaged:
                 _set_aside(bad, ".damaged")
@@ -274,7 +275,7 @@ def _recover(run: Path) -> tuple[Path, int] | None:
     return None
 
 
-def _damage(place: Path) -> str | None:
+def damage_of(place: Path) -> str | None:
     """What is wrong with a checkpoint's bytes, or none."""
     try:
         expected = json.loads((place / MANIFEST).read_text()).get("sha256")
@@ -454,7 +455,7 @@ class Writer:
         world: workers of this start; noted in every checkpoint.
     """
 
-    def __init__(self, run: str, keep: int, best: str | None = None, world: int = 1):
+    def __init__(self, run: str, keep: int = KEPT, best: str | None = None, world: int = 1):
         self.run, self.keep, self.best, self.world = Path(run), keep, best, world
         self.waiting: dict[str, _Job] = {}  # by name; files come before checkpoints, which rely on them
         self.written: _Job | None = None  # to the disk; it may wait for the bucket
@@ -536,7 +537,7 @@ class Writer:
         """Why it is not tried again, or none."""
         if error.errno in FULL:
             shutil.rmtree(_place(self.run, job.step or 0).with_suffix(".part"), ignore_errors=True)
-            free, needed = shutil.disk_usage(self.run).free, _num_bytes(job.state)
+            free, needed = shutil.disk_usage(self.run).free, num_bytes(job.state)
             return (
                 f"the disk of {self.run} is full: {free:,} bytes are free, a checkpoint needs {needed:,}: make room "
                 "and type the same command, which continues from the checkpoint before"
@@ -623,11 +624,12 @@ def _copied(value: Any, seen: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     return [_copied(part, seen) for part in value] if isinstance(value, list) else value
 
 
-def _num_bytes(state: Any) -> int:
+def num_bytes(state: Any) -> int:
+    """Bytes of all tensors in a nested state."""
     if isinstance(state, torch.Tensor):
         return state.nbytes
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
-    return sum(_num_bytes(part) for part in parts)
+    return sum(num_bytes(part) for part in parts)
 
 
 class _Hashed:

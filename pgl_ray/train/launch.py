@@ -66,8 +66,6 @@ def connect(config: RayConfig) -> None:
         }
         # Ray warns on the console when it runs 4 times as many processes as this; a training needs about 15.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "6")
-        if config.tmp_dir:
-            options |= ray_internals.temp_dir(config.tmp_dir)
     try:
         ray.init(**options)
     except Exception as error:  # ray.init has no common error class
@@ -154,7 +152,7 @@ def fit(
         try:
             return trainer.fit().return_value  # type: ignore[attr-defined]
         except ray.train.TrainingFailedError as error:
-            raise FailedRun(_first_cause(error)) from error
+            raise FailedRun(first_cause(error)) from error
 
 
 def _logged(worker: Callable[["Session", dict], Any], train: TrainConfig, worker_config: dict) -> Any:
@@ -198,7 +196,7 @@ def check_resources(train: TrainConfig) -> bool:
     return use_gpu
 
 
-def _first_cause(error: Exception) -> str:
+def first_cause(error: Exception) -> str:
     """The error of the lowest failing rank as one line, without Ray's wrapping."""
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
     # When one rank dies the others fail in gloo or nccl: show the rank that failed by itself.

@@ -9,6 +9,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pgl_ray.config import FinetuneOptimConfig, PretrainOptimConfig
 
+TRUST_COEFFICIENT = 1e-3  # of LARS's layer-wise rate (You et al. 2017; BYOL)
+DECAY_POWER = 0.9  # of fine-tuning's rate, as nnU-Net has it (Isensee et al. 2021); the paper names no schedule
 NAMES = {"lars": "LARS", "sgd": "SGD", "adamw": "AdamW"}
 
 
@@ -58,7 +60,7 @@ def build_lars(model: nn.Module, config: PretrainOptimConfig) -> torch.optim.Opt
         lr=lr,
         momentum=config.momentum,
         weight_decay=decay,
-        trust_coefficient=config.trust_coefficient,
+        trust_coefficient=TRUST_COEFFICIENT,
     )
 
 
@@ -107,35 +109,32 @@ def sum_of_rates(lr: float, warmup_steps: int, num_steps: int) -> float:
     return lr * sum(rate_factor(step, warmup_steps, num_steps) for step in range(num_steps))
 
 
-def polynomial(optimizer: torch.optim.Optimizer, num_steps: int, power: float) -> LambdaLR:
-    """(1 - step / num_steps) ** power; per step."""
-    return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / num_steps) ** power)
+def polynomial(optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:
+    """The full rate times (1 - step / num_steps) ** DECAY_POWER; per step."""
+    return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / num_steps) ** DECAY_POWER)
 
 
-def ema_decay(step: int, num_steps: int, start: float, schedule: str = "cosine") -> float:
-    """Decay of the target at a step.
+def ema_decay(step: int, num_steps: int, start: float) -> float:
+    """Decay of the target at a step, on BYOL's cosine to 1: 1 - (1 - start) (cos(pi step / num_steps) + 1) / 2.
 
     Args:
         step: steps done.
         num_steps: of the run.
         start: decay at step 0.
-        schedule: cosine = BYOL's, to 1 at `num_steps`: 1 - (1 - start) (cos(pi step / num_steps) + 1) / 2; constant.
     """
-    if schedule == "constant":
-        return start
     return 1 - (1 - start) * (math.cos(math.pi * step / num_steps) + 1) / 2
 
 
-def turnover(num_steps: int, start: float, schedule: str = "cosine") -> float:
+def turnover(num_steps: int, start: float) -> float:
     """How many times a target turns over in a run: the sum over its steps of 1 - `ema_decay`. The paper's 7,060 steps
     from 0.996 on give 14; a target that has not turned over a few times still is the random network it began as."""
-    return sum(1 - ema_decay(step, num_steps, start, schedule) for step in range(num_steps))
+    return sum(1 - ema_decay(step, num_steps, start) for step in range(num_steps))
 
 
-def slowest_decay(num_steps: int, least: float, schedule: str = "cosine") -> float | None:
+def slowest_decay(num_steps: int, least: float) -> float | None:
     """Largest `ema_decay` at the start, with two digits behind its nines, at which a target turns over `least` times;
     none: the run is too short for any."""
-    needed = least / turnover(num_steps, 0.0, schedule)  # a turnover is in proportion to 1 - start
+    needed = least / turnover(num_steps, 0.0)  # a turnover is in proportion to 1 - start
     if needed > 1:
         return None
     places = 1 - math.floor(math.log10(needed))

@@ -91,7 +91,7 @@ class Stage:
     def line(self) -> str:
         """The plain line."""
         parts = [f"{self.name} {self.done}/{self.total}{f' {self.unit}s' * bool(self.unit)}"]
-        begun, since = self.mark
+        begun, since = self.mark or (self.done, self.began)
         num, seconds = self.done - begun, time.monotonic() - since
         if num > 0 and seconds > 0:
             parts += [speed(num / seconds, self.unit)] * bool(self.unit)

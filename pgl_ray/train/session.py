@@ -94,7 +94,7 @@ class Session:
         model = on.compiled(self.place.wrap(self._kept["model"]), self.device, self.train.compile, self.world)
         if self.rank == 0:
             self.metrics = checkpoint.Metrics(self.run, self.step, self.train.tracker)
-            self.writer = checkpoint.Writer(self.run, self.train.keep_checkpoints, best, self.world)
+            self.writer = checkpoint.Writer(self.run, best=best, world=self.world)
         return model
 
     # -- steps --------------------------------------------------------------------------------------------------------
@@ -102,11 +102,11 @@ class Session:
     def batches(self, stay: Set[str]) -> Iterator[dict[str, torch.Tensor]]:
         """This worker's batches, columns `stay` on the host, until the last or until there is a reason to stop."""
         self._feed = self.place.feed(self.plan.global_batch_size // self.world, stay)
-        self._logged, self._since = self.step, None
-        for batch in self._feed:
-            if self._since is None:  # processes that start are no waiting for data, and say nothing about the speed
+        self._logged, self.since = self.step, time.monotonic()
+        for number, batch in enumerate(self._feed):
+            if not number:  # processes that start are no waiting for data, and say nothing about the speed
                 self._feed.waited_s()
-                self._since = time.monotonic()
+                self.since = time.monotonic()
             watch.at(self.step, watch.STEP)
             yield batch
             if self.reason:
@@ -163,7 +163,7 @@ class Session:
         """What happens inside is no part of the training's speed."""
         began = time.monotonic()
         yield
-        self._since += time.monotonic() - began
+        self.since += time.monotonic() - began
 
     def log(self, row: dict[str, float], unit: str | None = None) -> None:
         """Writes a row of metrics at this step, and exports it.
@@ -174,11 +174,11 @@ class Session:
         """
         row = {"epoch": self.plan.epoch_at(self.step), **row}
         if unit:
-            steps, seconds = self.step - self._logged, time.monotonic() - self._since
+            steps, seconds = self.step - self._logged, time.monotonic() - self.since
             waited = self._feed.waited_s()
             row[f"train/{unit}_per_s"] = steps * self.plan.global_batch_size / seconds
             row |= {"data/wait_s": waited / steps, "data/wait_share": waited / seconds}
-            self._logged, self._since = self.step, time.monotonic()
+            self._logged, self.since = self.step, time.monotonic()
             if not self._told and (note := on.uncompiled()):
                 print(f"note: {note}", flush=True)
             self._told = True

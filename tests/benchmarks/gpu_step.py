@@ -202,7 +202,7 @@ def sizes(args) -> dict:
 
 
 def crops_of(args, num: int, seed: int) -> dict[str, torch.Tensor]:
-    """A batch as the stream brings it with resize_on=gpu: int16 crops, their priors and intensity parameters."""
+    """A batch as the stream brings it with stream.on_gpu=all: int16 crops, their priors and intensity parameters."""
     config = ViewsConfig(size=sizes(args)["views"])
     rng = np.random.default_rng(seed)
     shape = np.tile(2 * np.array(config.size), (num, 1))
@@ -590,7 +590,7 @@ def stream(args) -> dict[str, float]:
         {"views": {"size": sizes(args)["views"]}, "encoder": {"width": 8, "depths": [1, 1, 1, 1]}} if args.tiny else {}
     )
     settings = {"index": args.index, "global_batch_size": max(args.batches), "train": {"device": args.device}, **small}
-    settings |= {"pairs_per_scan": 8, "epochs": 1000, "stream": {"pairs_per_region": 8, "resize_on": "gpu"}}
+    settings |= {"pairs_per_scan": 8, "epochs": 1000, "stream": {"pairs_per_region": 8, "on_gpu": "all"}}
     result = bench.run(build(BenchConfig, settings))
     names = ("data_pairs_per_s", "step_pairs_per_s", "both_pairs_per_s", "wait_share")
     return {name: getattr(result, name) for name in names}

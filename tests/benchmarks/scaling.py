@@ -36,7 +36,7 @@ def costs(config: c.PretrainConfig) -> dict[str, float]:
         "norm_backward": 4 * 2 * learnt,
         "norms": len(norms),
         "pair": 2 * 2 * torch.Size(config.views.size).numel(),
-        "checkpoint": checkpoint._num_bytes(state),
+        "checkpoint": checkpoint.num_bytes(state),
     }
 
 

@@ -86,18 +86,18 @@ def in_turn(plan: stream.Plan, renderer: stream.PairRenderer, batch: int, rounds
     own = [context.Process(target=alone, args=task, daemon=True) for task in tasks]
     for process in own:
         process.start()
-    coming = iter(bench._stream(plan, renderer, batch))
+    coming = iter(bench.stream_of(plan, renderer, batch))
     for turn in range(rounds + 1):  # the first starts processes, opens files and compiles
         with stopped({process.pid for process in own}):
             start.wait()
             found = [results.get() for _ in own]
         for _ in range(AHEAD):
             next(coming)
-        num, began, cpu = 0, time.perf_counter(), bench._cpu_seconds()
+        num, began, cpu = 0, time.perf_counter(), bench.cpu_seconds()
         while time.perf_counter() - began < SECONDS:
             next(coming)
             num += batch
-        wall, cpu = time.perf_counter() - began, bench._cpu_seconds() - cpu
+        wall, cpu = time.perf_counter() - began, bench.cpu_seconds() - cpu
         if turn:
             costs = 1000 * sum(seconds for *_, seconds in found) / sum(pairs for pairs, *_ in found)
             yield (sum(pairs / seconds for pairs, seconds, _ in found), costs), (num / wall, 1000 * cpu / num)
