@@ -195,6 +195,12 @@ class Index:
         """scan_id -> scan."""
         return self.scans.by_name if isinstance(self.scans, Rows) else {scan.scan_id: scan for scan in self.scans}
 
+    def column(self, name: str) -> np.ndarray:
+        """A field of all scans: [N], or [N, length] where a scan has several numbers; to be left as it is."""
+        if isinstance(self.scans, Rows):
+            return self.scans.columns.column(name)
+        return np.array([getattr(scan, name) for scan in self.scans])
+
     def numbers(self, name: str, scan_ids: Iterable[str]) -> np.ndarray:
         """A field of some scans: [N], or [N, length] where a scan has several numbers."""
         if not isinstance(self.scans, Rows):
