@@ -69,7 +69,8 @@ def make_store(folder: Path, num: int) -> Path:
 def measure(tree: Path, folder: Path, num: int, seconds: float = SECONDS) -> dict[str, float]:
     """Figures of one process that runs the package of a checkout."""
     command = [sys.executable, "-c", CHILD, str(folder), str(num), str(PAIRS), str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tree)})
+    env = os.environ | {"PYTHONPATH": str(tree)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tree)  # python -c looks there first
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout)

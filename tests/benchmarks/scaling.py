@@ -1,7 +1,9 @@
 """What more workers cost: bytes per step and node count from the real network, step times of 1, 2 and 4 CPU workers.
 
 python tests/benchmarks/scaling.py            the table, from shapes alone (needs no data)
-python tests/benchmarks/scaling.py measure    also the steps of a small encoder under gloo, one thread a worker
+python tests/benchmarks/scaling.py predict    also 8 to 512 GPUs, from what was measured here (scale_model.py)
+python tests/benchmarks/scaling.py measure    also the steps of a small encoder under gloo, one thread a worker, and
+                                              what the prediction says of them
 """
 
 import os
@@ -9,7 +11,9 @@ import socket
 import statistics
 import sys
 import time
+from itertools import product
 
+import scale_model
 import torch
 from torch import nn
 
@@ -35,6 +39,7 @@ def costs(config: c.PretrainConfig) -> dict[str, float]:
         "norm_forward": sum(4 * (2 * part.num_features + 1) for part in norms),
         "norm_backward": 4 * 2 * learnt,
         "norms": len(norms),
+        "norms_learnt": sum(part.weight.requires_grad for part in norms),
         "pair": 2 * 2 * torch.Size(config.views.size).numel(),
         "checkpoint": checkpoint._num_bytes(state),
     }
@@ -99,7 +104,17 @@ def work(rank: int, world: int, port: int, seconds: float, answers) -> None:
         if world > 1:
             torch.distributed.broadcast(enough, 0)  # all of them end at the same step
         wall, cpu, steps = float(enough), cpu + time.process_time() - used, steps + 1
-    answers.put((rank, wall / steps, cpu / steps))
+    answers.put((rank, wall / steps, cpu / steps, exchange_s(net) if world > 1 else 0.0))
+
+
+def exchange_s(net: nn.Module, repeats: int = 20) -> float:
+    """CPU seconds of this worker's part of adding up gradients, and nothing else."""
+    gradients = torch.zeros(sum(p.numel() for p in net.parameters() if p.requires_grad))
+    torch.distributed.all_reduce(gradients)
+    used = time.process_time()
+    for _ in range(repeats):
+        torch.distributed.all_reduce(gradients)
+    return (time.process_time() - used) / repeats
 
 
 def measure(rounds: int = 5, seconds: float = 6.0) -> None:
@@ -107,6 +122,7 @@ def measure(rounds: int = 5, seconds: float = 6.0) -> None:
     context = torch.multiprocessing.get_context("spawn")
     rates: dict[int, list[float]] = {1: [], 2: [], 4: []}
     cpu: dict[int, list[float]] = {1: [], 2: [], 4: []}
+    exchange: dict[int, list[float]] = {1: [], 2: [], 4: []}
     for number in range(rounds):
         for world in rates:
             with socket.socket() as free:
@@ -121,8 +137,9 @@ def measure(rounds: int = 5, seconds: float = 6.0) -> None:
             told = [answers.get() for _ in children]
             for child in children:
                 child.join()
-            rates[world].append(world / max(wall for _, wall, _ in told))
-            cpu[world].append(statistics.mean(used for *_, used in told))
+            rates[world].append(world / max(wall for _, wall, *_ in told))
+            cpu[world].append(statistics.mean(used for *_, used, _ in told))
+            exchange[world].append(statistics.mean(spent for *_, spent in told))
         shown = ", ".join(
             f"{world}: {4 * rates[world][-1]:.1f} pairs/s, {cpu[world][-1]:.2f} CPU s a step" for world in rates
         )
@@ -131,9 +148,41 @@ def measure(rounds: int = 5, seconds: float = 6.0) -> None:
         ratio = statistics.median(many / one for many, one in zip(rates[world], rates[1], strict=True))
         spent = statistics.median(many / one for many, one in zip(cpu[world], cpu[1], strict=True))
         print(f"{world} workers: {ratio:.2f} x the pairs/s of 1; CPU time per worker and step {spent:.2f} x")
+        own, others = statistics.median(cpu[1]), statistics.median(exchange[world])
+        said = scale_model.speedup(world, os.cpu_count() or 1, own, others)
+        print(f"    predicted {said:.2f} x, from a step of {own:.2f} CPU s and an exchange of {1000 * others:.0f} ms")
+
+
+def prediction(cost: dict[str, float], gpus=(8, 32, 128, 512), scans=(10**4, 10**6)) -> str:
+    """The table of conf/cluster/README.md: runs of 32 and 128 pairs per GPU, by how their views are made."""
+    found = scale_model.measured()
+    lines = ["| GPUs | pairs each | stream | pairs/s | first limit | cores a GPU needs | lost to faults |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for num, pairs, (regions, on_gpu) in product(gpus, (32, 128), ((1, False), (8, True))):
+        said = scale_model.predict(scale_model.Run(num, scans[0], pairs, regions, on_gpu), cost, found)
+        way = f"K={regions}" + ", on the GPU" * on_gpu
+        cores = said["needs"]["renderers"] * (scale_model.ASSUMED["cores_per_gpu"] - 1)
+        rates = f"{said['pairs_per_s']:,.0f} | {said['limit']} | {cores:.1f} | {said['lost_share']:.2%}"
+        lines.append(f"| {num} | {pairs} | {way} | {rates} |")
+    for num in scans:
+        said = scale_model.predict(scale_model.Run(gpus[-1], num, 128), cost, found)
+        lines.append(
+            f"{num:,} scans: {said['index_mb']:.0f} MB of index in a rendering process, {said['store_gb']:.1f} GB of "
+            f"blocks in a node's object store, a checkpoint written in {said['write_share']:.0%} of the time between"
+        )
+    for num in gpus:
+        part = scale_model.step_s(scale_model.Run(num, scans[0]), cost)
+        most = scale_model.limits(scale_model.Run(num, scans[0]), cost, found)
+        parts = ", ".join(f"{name} {1000 * part[name]:.0f} ms" for name in ("computing", "gradients", "norms"))
+        rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in most.items())
+        lines.append(f"{num} GPUs, 32 pairs each, K=1: a step is {parts}; at most, in pairs/s: {rates}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table(c.build(c.PretrainConfig, {"index": "none", "run": "none"})))
+    settings = c.build(c.PretrainConfig, {"index": "none", "run": "none"})
+    print(table(settings))
+    if "predict" in sys.argv:
+        print(prediction(costs(settings)))
     if "measure" in sys.argv:
         measure()
