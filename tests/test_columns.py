@@ -15,7 +15,7 @@ import pytest
 
 from pgl_ray import inspect
 from pgl_ray.config import InspectConfig
-from pgl_ray.data import facts, store
+from pgl_ray.data import columns, facts, store
 from pgl_ray.data.columns import Names
 
 NUM = 100_000
@@ -104,6 +104,18 @@ def test_figures_of_training_scans_are_made_of_columns(many):
     assert kept["num_scans"] == NUM // 2
     np.testing.assert_allclose(kept["spacing_mm"], [spacing.min(0), np.median(spacing, 0), spacing.max(0)], atol=1e-4)
     assert len(index.labelled("test")) == NUM // 5
+
+
+@pytest.mark.parametrize("longest", [0, 40, 3000, 70_000])
+def test_texts_come_back_however_they_arrive(longest):
+    """In parts of any size, with gaps, asked for in any order."""
+    rng = np.random.default_rng(longest)
+    texts = [None if rng.random() < 0.2 else "ä" * rng.integers(0, longest + 1) for _ in range(157)]
+    cuts = np.sort(rng.integers(0, 158, 9))
+    found = columns._Texts(part.tolist() for part in np.split(np.array(texts, object), cuts))
+    assert len(found) == 157
+    for row in (*range(157), *rng.integers(0, 157, 300).tolist()):
+        assert found[row] == texts[row]
 
 
 # -- few scans --------------------------------------------------------------------------------------------------------

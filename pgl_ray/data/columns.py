@@ -149,18 +149,24 @@ class _Texts(Sequence):
     """Texts or bytes, or none, in compressed blocks of some rows."""
 
     def __init__(self, parts: Iterable[list]):
-        self._blocks, self._num, self._rows = [], 0, 0
+        self._blocks, self._num, self._rows, left = [], 0, 0, []
         for part in parts:
             if not self._rows:
-                average = sum(len(text or "") for text in part) // len(part) + 1
+                average = sum(len(text or "") for text in part) // max(1, len(part)) + 1
                 self._rows = max(1, min(MOST_OF_BLOCK, LONGEST_BLOCK // average))
-                self._rows = 2 ** (self._rows.bit_length() - 1)  # parts are cut into whole blocks
-            for start in range(0, len(part), self._rows):
-                block = pickle.dumps(part[start : start + self._rows], pickle.HIGHEST_PROTOCOL)
-                packed = blosc.compress(block, b"lz4", 1, blosc.NOSHUFFLE)
-                self._blocks.append(bytes(memoryview(packed)))  # a copy, for it keeps the room it was made in
-            self._num += len(part)
+            left += part
+            whole = len(left) - len(left) % self._rows
+            self._pack(left[:whole])
+            left = left[whole:]
+        self._pack(left)
         self._open: tuple[int, list] = (-1, [])  # the block that was asked for last
+
+    def _pack(self, texts: list) -> None:
+        for start in range(0, len(texts), self._rows):
+            block = pickle.dumps(texts[start : start + self._rows], pickle.HIGHEST_PROTOCOL)
+            packed = blosc.compress(block, b"lz4", 1, blosc.NOSHUFFLE)
+            self._blocks.append(bytes(memoryview(packed)))  # a copy, for it keeps the room it was made in
+        self._num += len(texts)
 
     def __len__(self) -> int:
         return self._num

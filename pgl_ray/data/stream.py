@@ -407,7 +407,8 @@ class PairRenderer:
             box, flip = v.sample_pairs(of_pair, shape, self.views, body, self.shared_box)
         else:
             of_region = v.uniforms(*key, scan_ids, rows["draw"] // self.pairs_per_region, 3, of=1)
-            chunk = np.array([_chunk(index.by_id[scan_id].array_metadata) for scan_id in scan_ids])
+            by_id = index.by_id
+            chunk = np.array([_chunk(by_id[scan_id].array_metadata) for scan_id in scan_ids])
             region = v.sample_regions(of_region, shape, chunk, self.views, body)
             box, flip = v.sample_pairs_in(region, of_pair, self.views, body, self.shared_box)
         of_views = of_views.reshape(-1, 2, v.INTENSITY_NUMBERS)
