@@ -2,6 +2,7 @@
 
 python tests/benchmarks/scaling.py            the table, from shapes alone (needs no data)
 python tests/benchmarks/scaling.py predict    also 8 to 512 GPUs, from what was measured here (scale_model.py)
+python tests/benchmarks/scaling.py blocks     also blocks per second through Ray Data while nothing is rendered
 python tests/benchmarks/scaling.py measure    also the steps of a small encoder under gloo, one thread a worker, and
                                               what the prediction says of them
 """
@@ -11,16 +12,18 @@ import socket
 import statistics
 import sys
 import time
-from itertools import product
 
+import numpy as np
+import psutil
 import scale_model
 import torch
 from torch import nn
 
+from pgl_ray import bench, pretrain
 from pgl_ray import config as c
-from pgl_ray import pretrain
+from pgl_ray.data import stream
 from pgl_ray.model.pgl import Pair
-from pgl_ray.train import checkpoint, optim
+from pgl_ray.train import checkpoint, launch, optim
 
 WORKERS = (1, 4, 8, 16, 64)
 
@@ -154,16 +157,21 @@ def measure(rounds: int = 5, seconds: float = 6.0) -> None:
 
 
 def prediction(cost: dict[str, float], gpus=(8, 32, 128, 512), scans=(10**4, 10**6)) -> str:
-    """The table of conf/cluster/README.md: runs of 32 and 128 pairs per GPU, by how their views are made."""
+    """What each part allows, in pairs/s of the whole run, and which comes first; a markdown table and some lines."""
     found = scale_model.measured()
-    lines = ["| GPUs | pairs each | stream | pairs/s | first limit | cores a GPU needs | lost to faults |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for num, pairs, (regions, on_gpu) in product(gpus, (32, 128), ((1, False), (8, True))):
-        said = scale_model.predict(scale_model.Run(num, scans[0], pairs, regions, on_gpu), cost, found)
-        way = f"K={regions}" + ", on the GPU" * on_gpu
-        cores = said["needs"]["renderers"] * (scale_model.ASSUMED["cores_per_gpu"] - 1)
-        rates = f"{said['pairs_per_s']:,.0f} | {said['limit']} | {cores:.1f} | {said['lost_share']:.2%}"
-        lines.append(f"| {num} | {pairs} | {way} | {rates} |")
+    lines = [
+        "| GPUs | themselves, 32 / 128 pairs each | cores, K=1 / K=8 on the GPU | bucket, K=1 / K=8 | coordinator, "
+        "32 / 128 pairs | first limit | lost to faults |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for num in gpus:
+        slow, fast = (scale_model.Run(num, scans[0], 32), scale_model.Run(num, scans[0], 128, 8, True))
+        least, most = (scale_model.limits(run, cost, found) for run in (slow, fast))
+        cells = [f"{least[name]:,.0f} / {most[name]:,.0f}" for name in ("GPUs", "renderers", "bucket", "coordinator")]
+        said = [scale_model.predict(run, cost, found) for run in (slow, fast)]
+        first = " / ".join(dict.fromkeys(one["limit"] for one in said))
+        lost = f"{said[0]['lost_share']:.2%} / {said[1]['lost_share']:.2%}"
+        lines.append(f"| {num} | {' | '.join(cells)} | {first} | {lost} |")
     for num in scans:
         said = scale_model.predict(scale_model.Run(gpus[-1], num, 128), cost, found)
         lines.append(
@@ -172,16 +180,48 @@ def prediction(cost: dict[str, float], gpus=(8, 32, 128, 512), scans=(10**4, 10*
         )
     for num in gpus:
         part = scale_model.step_s(scale_model.Run(num, scans[0]), cost)
-        most = scale_model.limits(scale_model.Run(num, scans[0]), cost, found)
         parts = ", ".join(f"{name} {1000 * part[name]:.0f} ms" for name in ("computing", "gradients", "norms"))
-        rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in most.items())
-        lines.append(f"{num} GPUs, 32 pairs each, K=1: a step is {parts}; at most, in pairs/s: {rates}")
+        lines.append(f"{num} GPUs, 32 pairs each, a step: {parts}")
     return "\n".join(lines)
+
+
+class Empty:
+    """A renderer that renders nothing: index rows -> a column of zeros."""
+
+    def __init__(self, row_bytes: int):
+        self.row_bytes = row_bytes
+
+    def __call__(self, rows):
+        return dict(rows) | {"view": np.zeros((len(rows["step"]), self.row_bytes), np.uint8)}
+
+
+def blocks(seconds: float = 12.0) -> None:
+    """What a block costs Ray Data, and the process that coordinates: this one."""
+    launch.connect(c.RayConfig())
+    this = psutil.Process()
+    for pairs, row_bytes in ((128, 100), (32, 589_824)):
+        plan = stream.Plan.make([f"{i:07}" for i in range(10**4)], 1, pairs, 10**5, None, 0)
+        coming = iter(bench._stream(plan, Empty(row_bytes), pairs))
+        for _ in range(60):  # processes start
+            next(coming)
+        num, began, all_cpu, own = 0, time.perf_counter(), bench._cpu_seconds(), sum(this.cpu_times()[:2])
+        while time.perf_counter() - began < seconds:
+            next(coming)
+            num += 1
+        ends = (bench._cpu_seconds() - all_cpu, sum(this.cpu_times()[:2]) - own)
+        costs = [1000 * spent / num for spent in ends]
+        print(
+            f"blocks of {pairs * row_bytes / 1e6:.1f} MB: {num / (time.perf_counter() - began):.1f} a second; CPU ms "
+            f"of each: {costs[0]:.1f}, of them in the coordinator {costs[1]:.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
     settings = c.build(c.PretrainConfig, {"index": "none", "run": "none"})
     print(table(settings))
+    if "blocks" in sys.argv:
+        blocks()
     if "predict" in sys.argv:
         print(prediction(costs(settings)))
     if "measure" in sys.argv:
