@@ -116,11 +116,10 @@ def read_scan(source: str | Index, scan_id: str | None = None) -> ct.Scan:
     """
     if not isinstance(source, Index):
         return ct.read_scan(source)
-    records = {record.scan_id: record for record in source.scans}
-    if scan_id not in records:
-        known = ", ".join(list(records)[:5]) + ", ..." * (len(records) > 5)
+    if scan_id not in source.by_id:
+        known = ", ".join(scan.scan_id for scan in source.scans[:5]) + ", ..." * (len(source.scans) > 5)
         raise ValueError(f"scan_id={scan_id!r} is not in {source.store}, which has {known}")
-    return StoredScan(source.store, records[scan_id]).read()
+    return StoredScan(source.store, source.by_id[scan_id]).read()
 
 
 def dense_features(encoder: ScanEncoder, scan: ct.Scan, maps: Sequence[str] = ()) -> list[FeatureMap]:

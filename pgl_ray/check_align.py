@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +78,7 @@ def run(config: CheckAlignConfig) -> Result:
         FailedRun: the residual is larger than the geometry allows.
     """
     config, folder = _resolve(config)
-    scans = _scans(config)
+    num_scans, scan_of = _scans(config)
     encoder = build_encoder(**{**config.encoder.model_dump(), "width": 1})
     stride, size = config.align.output_stride, config.views.size
     geometries = {name: feature_geometry(encoder, size, stride, name) for name in CONVENTIONS}
@@ -87,7 +87,7 @@ def run(config: CheckAlignConfig) -> Result:
 
     rng, drawn = np.random.default_rng(config.seed), []
     for i in range(config.num_pairs):
-        drawn.append(_draw(rng, scans[rng.integers(len(scans))], config, FLIP_PAIRS[i % len(FLIP_PAIRS)]))
+        drawn.append(_draw(rng, scan_of(rng.integers(num_scans)), config, FLIP_PAIRS[i % len(FLIP_PAIRS)]))
     parts = {name: [] for name in CONVENTIONS}
     for start in range(0, len(drawn), BATCH):
         batch = drawn[start : start + BATCH]
@@ -152,32 +152,29 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return base | over | deeper
 
 
-def _scans(config: CheckAlignConfig) -> list[Scan]:
-    """The scans of the store, or one phantom twice as large as the views."""
+def _scans(config: CheckAlignConfig) -> tuple[int, Callable[[int], Scan]]:
+    """How many scans there are, and what opens one: the store's, or a phantom twice as large as the views."""
     if config.index:
         index = store.read_index(config.index)
         records = [record for record in index.scans if config.split in (None, record.split)]
         if not records:
             raise ValueError(f"index={config.index} has no scan in split={config.split!r}")
-        return [
-            Scan(
-                record.scan_id,
-                store.open_volume(index.store, record),
-                np.array(record.spacing_mm),
-                record.foreground_box,
-                index.hu_window,
-                record.mean_hu,
-                record.std_hu,
-            )
-            for record in records
-        ]
+
+        def opened(number: int) -> Scan:
+            record = records[number]
+            reader, spacing = store.open_volume(index.store, record), np.array(record.spacing_mm)
+            scaling = index.hu_window, record.mean_hu, record.std_hu
+            return Scan(record.scan_id, reader, spacing, record.foreground_box, *scaling)
+
+        return len(records), opened
     shape = tuple(2 * size for size in config.views.size)
     spacing = tuple(length / size for length, size in zip(BODY_MM, shape, strict=True))
     volume = make_phantom(config.seed, shape, spacing).volume
     clipped = np.clip(volume, -1024, 325)
     whole = (0, shape[0], 0, shape[1], 0, shape[2])
     scaling = ((-1024.0, 325.0), float(clipped.mean()), float(clipped.std()))
-    return [Scan("a phantom", _InMemory(volume), np.array(spacing), whole, *scaling)]
+    phantom = Scan("a phantom", _InMemory(volume), np.array(spacing), whole, *scaling)
+    return 1, lambda number: phantom
 
 
 class _InMemory:

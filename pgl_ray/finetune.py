@@ -206,7 +206,8 @@ def worker(session: Session, worker_config: dict) -> str | None:
     config = build(FinetuneConfig, json.loads(worker_config["config"]))
     plan, meta, begun = session.plan, worker_config["meta"], bool(session.state)
     index = store.read_index(config.index)
-    val_records = [scan for scan in index.scans if scan.scan_id in worker_config["val_ids"]]
+    val_ids = set(worker_config["val_ids"])
+    val_records = [scan for scan in index.scans if scan.scan_id in val_ids]
 
     # network, optimizer, schedule; what was committed needs the initial weights no more
     segmenter = build_model(config, index, meta if begun else None)[0]

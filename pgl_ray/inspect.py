@@ -14,8 +14,6 @@ import io
 import json
 import math
 import os
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,16 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from scipy import ndimage
 
-from pgl_ray import pages, store_answers
-from pgl_ray.config import InspectConfig, IntensityConfig, ViewsConfig
-from pgl_ray.data import store, stream
+from pgl_ray import pages, store_answers, store_table
+from pgl_ray.config import InspectConfig
+from pgl_ray.data import store
 from pgl_ray.data.geometry import MOST_SHEAR, shear_notes
 from pgl_ray.data.notes import read_notes
-from pgl_ray.data.shard import ARRAY_PATHS, SHARD
 from pgl_ray.data.store import HISTOGRAM_HU, Index, ScanRecord
-from pgl_ray.data.system import num_cores
 from pgl_ray.pictures import organ_color
 
 DISPLAY_HU = (-1000.0, 600.0)  # wide, for scans that are no soft tissue at all must be seen as such
 PICTURE_PX = 192
-NUM_TIMED_PAIRS = 8
 # What stands out. Shares of voxels; each bound lies well beyond what the real CTs of the tests have.
 LEAST_BELOW_FAT = 0.005  # below -128 HU: air, lung, fat
 LEAST_SOFT = 0.01  # from -128 to 192 HU
@@ -60,7 +55,7 @@ BOUNDS = (
 )
 LEAST_OF_LARGEST = 0.25  # a plane of less than this share of the largest one's area is not pictured
 UNUSED = {"failed.jsonl": "failed", "left_out.jsonl": "left out"}  # what prepare wrote -> in a word
-NUM_UNUSED = 500  # that the page names
+NUM_UNUSED = NUM_OUTLIERS = 500  # that the page names
 
 
 def run(config: InspectConfig) -> str:
@@ -77,26 +72,36 @@ def run(config: InspectConfig) -> str:
     for record, others in duplicates(index).items():
         notes[record].append(f"the same voxels as {', '.join(others)}")
     unused = [(word, line) for file, word in UNUSED.items() for line in _lines(index, file)]
-    sizes = _sizes(index)
-    epoch = _epoch(index)
+    epoch = store_table.epoch(index)
+    outliers = [record for record in index.scans if notes[record.scan_id]]
+    listed = _listed(index, outliers)
+    sizes = store_table.sizes(index, listed)
+    path = Path(config.output or ("inspect.html" if "://" in index.store else f"{index.store}/inspect.html")).absolute()
+    all_listed = len(listed) == len(index.scans)
     content = {
         "answers": store_answers.of_store(index, notes, [word for word, _ in unused], epoch),
         "store": index.store,
-        "totals": [*_totals(index, settings, sum(sizes.values())), ("one epoch", epoch)],
+        "num_scans": len(index.scans),
+        "totals": [*store_table.totals(index, settings, sizes), ("one epoch", epoch)],
+        "quantiles": [] if all_listed else store_table.quantiles(index),
+        "quantile_names": list(store_table.QUANTILES),
+        "csv": "" if all_listed else path.with_suffix(".csv").name,
         "preparations": [_preparation(said) for said in settings.preparations],
-        "histogram": _bars(np.sum([record.histogram for record in index.scans], axis=0), 560, 90),
+        "histogram": store_table.bars(index.column("histogram").sum(0), 560, 90),
         "bounds": HISTOGRAM_HU,
-        "outliers": [(scan_id, notes[scan_id]) for scan_id in sorted(notes) if notes[scan_id]],
-        "pictures": [picture_of(index, record, notes[record.scan_id]) for record in _shown(config, index, notes)],
+        "outliers": [(record.scan_id, notes[record.scan_id]) for record in outliers[:NUM_OUTLIERS]],
+        "num_outliers": len(outliers),
+        "pictures": [picture_of(index, one, notes[one.scan_id]) for one in _shown(config, index, notes, outliers)],
         "unused": unused[:NUM_UNUSED],
         "num_unused": {word: sum(kind == word for kind, _ in unused) for word in UNUSED.values()},
         "organs": list(index.labels),
         "colors": {name: organ_color(number) for number, name in enumerate(index.labels, 1)},
-        "rows": [_row(record, index, sizes[record.scan_id], notes[record.scan_id]) for record in index.scans],
+        "rows": [store_table.row(one, index, sizes[one.scan_id], notes[one.scan_id]) for one in listed],
         "thresholds": BOUNDS,
     }
-    path = Path(config.output or ("inspect.html" if "://" in index.store else f"{index.store}/inspect.html")).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not all_listed:
+        store.write_aside(path.with_suffix(".csv"), store_table.as_csv(index, notes))
     store.write_aside(path, pages.render("inspect.html", **content).encode())
     return str(path)
 
@@ -151,81 +156,13 @@ def duplicates(index: Index) -> dict[str, list[str]]:
     return {one: [other for other in group if other != one] for group in groups.values() if group[1:] for one in group}
 
 
-# -- totals and table -------------------------------------------------------------------------------------------------
-
-
-def _sizes(index: Index) -> dict[str, int]:
-    """Bytes of every scan's shards; 0 where one is missing."""
-    place = store.open_place(index.store)
-
-    def size(record: ScanRecord) -> int:
-        total = 0
-        written = {"volume": True, "label": record.label_metadata, "source_label": record.source_label_metadata}
-        for kind in (kind for kind in ARRAY_PATHS if written[kind]):
-            try:
-                file = place.open(f"scans/{record.scan_id}/{ARRAY_PATHS[kind]}/{SHARD}")
-            except OSError:
-                continue
-            total += file.size
-            file.close()
-        return total
-
-    with ThreadPoolExecutor(store.READS_AT_ONCE) as pool:
-        return dict(zip((record.scan_id for record in index.scans), pool.map(size, index.scans)))
-
-
-def _totals(index: Index, settings: store.Settings, num_bytes: int) -> list[tuple[str, str]]:
-    scans, voxels = index.scans, sum(int(np.prod(record.shape)) for record in index.scans)
-    splits = sorted({record.split for record in scans})
-    labelled = sum(record.label_metadata is not None for record in scans)
-    by_split = ", ".join(f"{sum(r.split == name for r in scans)} {name or 'without split'}" for name in splits)
-    return [
-        ("scans", f"{len(scans)} ({by_split}), {labelled} with labels"),
-        ("voxels", f"{voxels:,}"),
-        ("bytes", f"{num_bytes:,} ({num_bytes / voxels:.2f} per voxel)"),
-        ("encoding", settings.encoding + _loss(index, settings)),
-        ("HU window", "{:g} to {:g}".format(*index.hu_window)),
-        (
-            "voxel size",
-            "resampled to {:g} x {:g} x {:g} mm".format(*settings.spacing_mm) if settings.spacing_mm else "own",
-        ),
-    ]
-
-
-def _loss(index: Index, settings: store.Settings) -> str:
-    if settings.encoding == "int16":
-        return ", lossless"
-    rms = np.sqrt(np.mean([record.encoding_rms_hu**2 for record in index.scans]))
-    clipped = np.mean([record.clipped_share for record in index.scans])
-    return f": {rms:.2f} HU rms inside the window, {clipped:.0%} of the voxels outside of it are clipped"
-
-
-def _epoch(index: Index) -> str:
-    """Time of an epoch of the paper's view pairs, measured on a few of them."""
-    try:
-        renderer = stream.PairRenderer(
-            index.store, tuple(r.scan_id for r in index.scans), 0, ViewsConfig(), IntensityConfig()
-        )
-        scans = np.linspace(0, len(index.scans) - 1, NUM_TIMED_PAIRS).astype(np.int64)
-        rows = {"step": scans * 0, "epoch": scans * 0, "scan": scans, "draw": np.arange(len(scans))}
-        renderer({key: value[:1] for key, value in rows.items()})  # opens the index
-        began = time.perf_counter()
-        renderer(rows)
-        seconds = (time.perf_counter() - began) / len(scans)
-    except (ValueError, RuntimeError, OSError) as error:  # a damaged scan
-        return f"not measured: {error}"
-    cores = num_cores()
-    total = len(index.scans) * seconds / cores
-    rate = f"{_duration(total)} on this machine's {cores} cores ({seconds * 1e3:.0f} ms per pair and core)"
-    pairs = f"{len(index.scans)} view pairs of 16 x 96 x 96, one per scan"
-    return f"{pairs}: {rate} where the network keeps pace; python -m pgl_ray.bench measures both"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
+def _listed(index: Index, outliers: list[ScanRecord]) -> list[ScanRecord]:
+    """The scans that the page lists: all, or those that stand out and some between them."""
+    if len(index.scans) <= store_table.NUM_ROWS:
+        return list(index.scans)
+    ids = {record.scan_id for record in outliers[:NUM_OUTLIERS]}
+    spread = store_table.spread(len(index.scans), store_table.NUM_ROWS - len(ids))
+    return [index.by_id[one] for one in sorted(ids | {index.scans[i].scan_id for i in spread})]
 
 
 def _preparation(said: dict[str, Any]) -> dict[str, str]:
@@ -233,46 +170,16 @@ def _preparation(said: dict[str, Any]) -> dict[str, str]:
     return {"source": said["source"], **{key: recipe.get(key, "") for key in ("name", "licence", "origin")}}
 
 
-def _row(record: ScanRecord, index: Index, num_bytes: int, notes: list[str]) -> dict[str, Any]:
-    names = {value: name for name, value in index.labels.items()}
-    inside = [f"{names.get(value, value)} {count:,}" for value, count in sorted(record.label_voxels.items())]
-    unknown = [name for name, value in index.labels.items() if value not in record.labelled]
-    labels = f"{len(inside)} of {len(names)}" if record.label_metadata is not None else ""
-    return {
-        "scan_id": record.scan_id,
-        "split": record.split,
-        "shape": " x ".join(map(str, record.shape)),
-        "spacing": " x ".join(f"{size:.3g}" for size in record.spacing_mm),
-        "histogram": _bars(np.array(record.histogram), 120, 22),
-        "hu": f"{record.mean_hu:.0f} ± {record.std_hu:.0f}",
-        "foreground": f"{record.foreground_share:.0%}",
-        "border": f"{record.border_share:.0%}",
-        "labels": labels,
-        "label_title": ", ".join(inside) + (f"; not annotated: {', '.join(unknown)}" if labels and unknown else ""),
-        "size": f"{num_bytes / 1e6:.1f}",
-        "warn": bool(notes),
-    }
-
-
-def _bars(counts: np.ndarray, width: int, height: int) -> dict[str, Any]:
-    """Heights of a histogram's bars in an SVG of a size; square roots, so that small shares are seen."""
-    tall = np.sqrt(counts / max(counts.max(), 1)) * height
-    step = width / len(counts)
-    path = "".join(f"M{i * step:.1f} {height}v-{h:.1f}h{step:.1f}v{h:.1f}z" for i, h in enumerate(tall) if h > 0.05)
-    return {"width": width, "height": height, "path": path, "step": step}
-
-
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _shown(config: InspectConfig, index: Index, notes: dict[str, list[str]]) -> list[ScanRecord]:
+def _shown(
+    config: InspectConfig, index: Index, notes: dict[str, list[str]], outliers: list[ScanRecord]
+) -> list[ScanRecord]:
     """Scans that stand out first, then evenly spread ones, as many as asked for."""
-    first = [record for record in index.scans if notes[record.scan_id]][: config.num_pictures]
+    first = outliers[: config.num_pictures]
     rest = [record for record in index.scans if not notes[record.scan_id]]
-    left = min(config.num_pictures - len(first), len(rest))
-    return (
-        first + [rest[i] for i in np.unique(np.linspace(0, len(rest) - 1, left).round().astype(int))] if left else first
-    )
+    return first + [rest[i] for i in store_table.spread(len(rest), config.num_pictures - len(first))]
 
 
 PLANES = (("axial", 0), ("coronal", 1), ("sagittal", 2))  # with the axis that they are cut through

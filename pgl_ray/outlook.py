@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pgl_ray.config import AlignConfig, PretrainConfig
-from pgl_ray.data.store import Index, ScanRecord
+from pgl_ray.data.store import Index
 from pgl_ray.data.stream import PairRenderer, Plan
 from pgl_ray.model.pgl import feature_geometry
 from pgl_ray.model.resenc import ResEncoder
@@ -89,16 +89,15 @@ class _Views:
     """The first pairs of a run, with views of any size."""
 
     def __init__(self, index: Index, plan: Plan, renderer: PairRenderer):
-        self.records: dict[str, ScanRecord] = {scan.scan_id: scan for scan in index.scans}
-        self.renderer = renderer
+        self.index, self.renderer = index, renderer
         rows = plan.columns(0, -(-NUM_PAIRS // plan.global_batch_size))
         self.rows = {name: column[:NUM_PAIRS] for name, column in rows.items()}
-        self.shape = np.median([self.records[scan_id].shape for scan_id in plan.scan_ids], axis=0)
+        self.shape = np.median(index.numbers("shape", plan.scan_ids), axis=0)
 
     def draw(self, size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Boxes [N, 2, 3, 2] and flips [N, 2, 3]."""
         views = self.renderer.views.model_copy(update={"size": tuple(size)})
-        drawn = replace(self.renderer, views=views).draw(self.rows, self.records)
+        drawn = replace(self.renderer, views=views).draw(self.rows, self.index)
         return torch.from_numpy(drawn.box), torch.from_numpy(drawn.flip)
 
     def fit(self, size: tuple[int, ...]) -> bool:

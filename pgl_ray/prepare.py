@@ -116,7 +116,7 @@ def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
     place = store.open_place(config.store)
     _settings(config)  # looking through a large source takes minutes: what does not agree is said before
     kept = _kept_headers(place)
-    known = {record.source for record in _read_index(place)[0].values()}
+    known = _known_sources(place)
     layout = read_layout(config.source, config.labels, config.recipe, config.series, kept, known)
     try:
         with place.locked() as token:
@@ -127,6 +127,14 @@ def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
         if error.errno not in DISK_FULL:
             raise
         raise _disk_full(place.url) from error
+
+
+def _known_sources(place: store.Place) -> set[str]:
+    """What the scans of a store were made from, as its index says it; nothing where that cannot be read."""
+    try:
+        return {scan.source for scan in store.read_index(place.url).scans}
+    except ValueError:
+        return set()
 
 
 def _kept_headers(place: store.Place) -> Kept:

@@ -7,7 +7,7 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
     cli.main("report")
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,9 @@ def _write(config: ReportConfig, content: dict[str, Any], template: str = "repor
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _open(store: str) -> tuple[Index, dict[str, ScanRecord]]:
+def _open(store: str) -> tuple[Index, Mapping[str, ScanRecord]]:
     index = read_index(store)
-    return index, {record.scan_id: record for record in index.scans}
+    return index, index.by_id
 
 
 def _whole(array: ScanRecord | ArrayReader) -> np.ndarray:

@@ -8,7 +8,7 @@ import pytest
 from pgl_ray import config as c
 from pgl_ray import demo, outlook, pretrain
 from pgl_ray.data.phantom import make_phantom
-from pgl_ray.data.store import foreground_box
+from pgl_ray.data.store import Index, foreground_box
 from pgl_ray.judge.judges import Standing
 from pgl_ray.model.places import PlacesPgl
 from pgl_ray.probe import ProbeResult
@@ -63,7 +63,7 @@ def test_pre_training_begins_without_a_note(tmp_path):
         SimpleNamespace(scan_id=f"s{i}", split="train", shape=demo.SHAPE, foreground_box=body, array_metadata=chunk)
         for i, body in enumerate(bodies)
     ]
-    index = SimpleNamespace(store="store", scans=tuple(scans))
+    index = Index("store", tuple(scans), {}, (-1024.0, 325.0))
     plan, (model, geometry) = pretrain.make_plan(config, index), pretrain.build_model(config)
     renderer = pretrain.make_renderer(config, index, plan)
     found = outlook.of(config, index, plan, renderer, model.get_submodule("online.encoder"), geometry)

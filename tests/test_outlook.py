@@ -18,7 +18,7 @@ from pgl_ray import outlook, pretrain
 from pgl_ray.config import FailedRun, PretrainConfig, build, load
 from pgl_ray.data import stream
 from pgl_ray.data import views as v
-from pgl_ray.data.store import write_index, write_scan
+from pgl_ray.data.store import Index, write_index, write_scan
 from pgl_ray.prior import Geometry, clamped_shares
 from pgl_ray.train import launch, optim
 
@@ -166,7 +166,7 @@ def look(*args, shapes=((60, 200, 180), (90, 256, 256))) -> outlook.Outlook:
         )
         for i, shape in enumerate(shapes)
     ]
-    index = SimpleNamespace(store="s", scans=tuple(records))
+    index = Index("s", tuple(records), {}, (-1024.0, 325.0))
     plan = pretrain.make_plan(config, index)
     assert isinstance(plan, stream.Plan)
     model, geometry = pretrain.build_model(config)

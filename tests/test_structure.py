@@ -23,7 +23,7 @@ DOOR_TO_DOOR = {
     ("check_align", "pictures"),
 }
 DOOR_TO_DOOR |= {("predict", "viewer"), ("viewer", "pictures")}  # the page beside a label map, no door itself
-DOOR_TO_DOOR |= {("inspect", "pictures")}
+DOOR_TO_DOOR |= {("inspect", "pictures"), ("inspect", "store_table")}  # its figures, no door itself
 DOOR_TO_DOOR |= {("pretrain", "outlook")}  # what it says before its first step, no door itself
 DOOR_TO_DOOR |= {("report", "tables"), ("report", "pictures")}  # the report's halves, no doors themselves
 DOOR_TO_DOOR |= {("report", "probe_tables"), ("probe_tables", "tables")}

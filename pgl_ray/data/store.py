@@ -15,17 +15,20 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import google_crc32c
 import numpy as np
 from scipy import ndimage
 
+from pgl_ray.data.columns import Changed, Columns, Rows
 from pgl_ray.data.place import Place, open_place, parquet_table, write_aside  # noqa: F401 (for the doors)
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, array_metadata, code_table, encode_shard
 
@@ -45,6 +48,7 @@ WRITERS = (
     "pydicom",
 )  # whose versions count
 READS_AT_ONCE = 16  # records; an object store answers each after tens of milliseconds
+READS_IN_TURN = 8
 HISTOGRAM_HU = tuple(range(-1024, 1601, 64))  # inner bounds of the records' bins; the first and last bin are open
 BODY_HU = -500  # voxels above it are body (or couch), below it air and lung
 ALL_HU = np.arange(2**16, dtype=np.uint16).view(np.int16)  # by its bits as uint16, the order that voxels are counted in
@@ -54,6 +58,9 @@ HISTOGRAM_BINS = np.searchsorted(HISTOGRAM_HU, ALL_HU, side="right")  # of each 
 @dataclass(frozen=True)
 class ScanRecord:
     """What the index knows of a scan. Axis order D, H, W; boxes are half-open (d0, d1, h0, h1, w0, w1) in voxels.
+
+    One `of_row` keeps nothing and reads a field when it is asked for it: whoever needs some fields of many scans has no
+    others in memory.
 
     Attributes:
         scan_id: unique in the store.
@@ -110,6 +117,22 @@ class ScanRecord:
     source_label_metadata: str | None
     source_affine: tuple[float, ...]
 
+    @classmethod
+    def of_row(cls, columns: Columns, row: int) -> "ScanRecord":
+        """The record in a row of an index."""
+        record = object.__new__(cls)
+        record.__dict__["_row"] = columns, row
+        return record
+
+    def __getattr__(self, name: str) -> Any:  # called for what __dict__ has not: the fields of one `of_row`
+        if name not in ScanRecord.__dataclass_fields__ or "_row" not in self.__dict__:
+            raise AttributeError(f"a scan's record has no {name!r}")
+        columns, row = self.__dict__["_row"]
+        return _parsed(name, columns.value(name, row))
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return ScanRecord, tuple(getattr(self, name) for name in ScanRecord.__dataclass_fields__)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -136,7 +159,7 @@ class Index:
 
     Attributes:
         store: absolute path of its folder, or its URL.
-        scans: sorted by scan_id.
+        scans: sorted by scan_id; those of a store that is read are made when they are asked for.
         labels: organ name -> label value.
         hu_window: of the statistics, and of the views.
         spacing_mm: that all scans were resampled to; none: each has its own.
@@ -144,7 +167,7 @@ class Index:
     """
 
     store: str
-    scans: tuple[ScanRecord, ...]
+    scans: Sequence[ScanRecord]
     labels: dict[str, int]
     hu_window: tuple[float, float]
     spacing_mm: tuple[float, float, float] | None = None
@@ -157,14 +180,34 @@ class Index:
             ValueError: a map holds a value without a name: it would pass for background.
         """
         found = [scan for scan in self.scans if scan.split == split and scan.label_metadata is not None]
+        known = set(self.label_values)
         for scan in found:
-            unknown = sorted(set(scan.label_voxels) - set(self.label_values))
+            unknown = sorted(set(scan.label_voxels) - known)
             if unknown:
                 raise ValueError(
                     f"scan {scan.scan_id!r} of {self.store} has label values {unknown} that have no name; known: "
                     f"{self.labels}; prepare the store again with all of them in labels.names"
                 )
         return found
+
+    @property
+    def by_id(self) -> Mapping[str, ScanRecord]:
+        """scan_id -> scan."""
+        return self.scans.by_name if isinstance(self.scans, Rows) else {scan.scan_id: scan for scan in self.scans}
+
+    def column(self, name: str) -> np.ndarray:
+        """A field of all scans: [N], or [N, length] where a scan has several numbers; to be left as it is."""
+        if isinstance(self.scans, Rows):
+            return cast(np.ndarray, self.scans.columns.column(name))  # of numbers
+        return np.array([getattr(scan, name) for scan in self.scans])
+
+    def numbers(self, name: str, scan_ids: Iterable[str]) -> np.ndarray:
+        """A field of some scans: [N], or [N, length] where a scan has several numbers."""
+        if not isinstance(self.scans, Rows):
+            by_id = self.by_id
+            return np.array([getattr(by_id[scan_id], name) for scan_id in scan_ids])
+        numbers = cast(np.ndarray, self.scans.columns.column(name))
+        return numbers[[self.scans.names.place(scan_id) for scan_id in scan_ids]]
 
     @property
     def label_values(self) -> tuple[int, ...]:
@@ -183,17 +226,22 @@ def read_index(store: str | Path) -> Index:
     """
     settings, place = read_settings(store), open_place(store)
     try:
-        rows = read_table(place.read("index.parquet"))
+        columns = Columns(place.open("index.parquet"), partial(_index_fault, str(store)))
     except FileNotFoundError:
         raise ValueError(f"store {str(store)!r} has no index.parquet: run prepare to its end") from None
-    except Exception as error:  # pyarrow's own, of several kinds
-        reason = " ".join(str(error).split())
-        mend = f"python -m pgl_ray.prepare repair store={store}"
-        raise ValueError(f"index.parquet of {str(store)!r} is damaged ({reason}): {mend}") from None
-    if not rows:
+    if not columns.num_rows:
         raise ValueError(f"store {str(store)!r} holds no scan: its failed.jsonl says why")
-    known = settings.labels, settings.hu_window, settings.spacing_mm, data_sets(settings)
-    return Index(place.url, tuple(rows), *known)
+    scans = Rows(columns, ScanRecord.of_row, columns.names("scan_id"))
+    return Index(place.url, scans, settings.labels, settings.hu_window, settings.spacing_mm, data_sets(settings))
+
+
+def _index_fault(store: str, error: Exception) -> ValueError:
+    if isinstance(error, Changed):
+        return ValueError(f"index.parquet of {store!r} was written anew while it was read: start again")
+    reason = " ".join(str(error).split())
+    return ValueError(
+        f"index.parquet of {store!r} is damaged ({reason}): python -m pgl_ray.prepare repair store={store}"
+    )
 
 
 def data_sets(settings: Settings) -> tuple[dict[str, str], ...]:
@@ -299,15 +347,17 @@ def read_records(store: str | Path) -> dict[str, ScanRecord]:
     """Records of all whole scans, from their Zarr attributes."""
     place = open_place(store)
 
-    def read(scan_id: str) -> ScanRecord | None:
-        try:
-            return parse_record(place.read(f"scans/{scan_id}/zarr.json"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # prepare writes it again
-            return None
+    def read(names: Sequence[str]) -> dict[str, ScanRecord]:
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # prepare writes it again
+                found[name] = parse_record(place.read(f"scans/{name}/zarr.json"))
+        return found
 
-    names = scan_names(place)
+    names = scan_names(place)  # in turns of some, for a thread's turn costs as much as reading a file
+    turns = [names[start : start + READS_IN_TURN] for start in range(0, len(names), READS_IN_TURN)]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        return {name: record for name, record in zip(names, pool.map(read, names)) if record}
+        return {name: record for found in pool.map(read, turns) for name, record in found.items()}
 
 
 def scan_names(place: Place) -> list[str]:
@@ -346,16 +396,22 @@ def group_text(record: ScanRecord) -> bytes:
 
 def _to_row(record: ScanRecord) -> dict:
     """Plain values; the dicts as JSON text, because Parquet has no dict of integers."""
-    row = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(record).items()}
+    fields = {name: getattr(record, name) for name in ScanRecord.__dataclass_fields__}
+    row = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
     return row | {key: json.dumps(row[key]) for key in ("label_boxes", "label_voxels")}
 
 
 def _from_row(row: dict) -> ScanRecord:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    boxes, voxels = json.loads(row["label_boxes"]), json.loads(row["label_voxels"])
-    values["label_boxes"] = {int(value): tuple(box) for value, box in boxes.items()}
-    values["label_voxels"] = {int(value): count for value, count in voxels.items()}
-    return ScanRecord(**values)
+    return ScanRecord(**{name: _parsed(name, value) for name, value in row.items()})
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """A field of a row as the record has it."""
+    if name == "label_boxes":
+        return {int(label): tuple(box) for label, box in json.loads(value).items()}
+    if name == "label_voxels":
+        return {int(label): count for label, count in json.loads(value).items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _schema() -> "pa.Schema":

@@ -21,6 +21,7 @@ from pgl_ray import ray_internals
 from pgl_ray.config import IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
+from pgl_ray.data.columns import Names
 from pgl_ray.data.shard import ArrayReader, UnreadableScan, chunk_of
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Plan:
         pairs_per_region: rows in turn that share a region of their scan; divides `draws_per_scan`.
     """
 
-    scan_ids: tuple[str, ...]
+    scan_ids: Sequence[str]
     draws_per_scan: int
     global_batch_size: int
     num_steps: int
@@ -80,7 +81,7 @@ class Plan:
                 f"{epochs} epochs of {len(scan_ids)} scans x {draws_per_scan} draws do not fill one batch of "
                 f"global_batch_size={global_batch_size}: lower it or raise epochs"
             )
-        return cls(tuple(scan_ids), draws_per_scan, global_batch_size, steps, seed, pairs_per_region)
+        return cls(Names(scan_ids), draws_per_scan, global_batch_size, steps, seed, pairs_per_region)
 
     @property
     def identity(self) -> str:
@@ -217,19 +218,18 @@ class LayOut:
 
 
 @lru_cache(maxsize=4)
-def _records(store: str) -> tuple[store_room.Index, dict[str, store_room.ScanRecord]]:
-    index = store_room.read_index(store)
-    return index, {record.scan_id: record for record in index.scans}
+def _index(store: str) -> store_room.Index:
+    return store_room.read_index(store)
 
 
 @lru_cache(maxsize=256)
 def _volume(store: str, scan_id: str, codes: bool = False) -> ArrayReader:
-    return store_room.open_volume(store, _records(store)[1][scan_id], codes)
+    return store_room.open_volume(store, _index(store).by_id[scan_id], codes)
 
 
 @lru_cache(maxsize=256)
 def _label(store: str, scan_id: str) -> ArrayReader:
-    return store_room.open_label(store, _records(store)[1][scan_id])
+    return store_room.open_label(store, _index(store).by_id[scan_id])
 
 
 @lru_cache(maxsize=4096)
@@ -312,7 +312,7 @@ class PairRenderer:
     """
 
     store: str
-    scan_ids: tuple[str, ...]
+    scan_ids: Sequence[str]
     seed: int
     views: ViewsConfig
     intensity: IntensityConfig
@@ -326,11 +326,11 @@ class PairRenderer:
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rows of (step, epoch, scan, draw) -> the same with their views; see the top of the class."""
         torch.set_num_threads(1)  # one task per core already
-        num, drawn = len(rows["step"]), self.draw(rows)
+        num, drawn, index = len(rows["step"]), self.draw(rows), _index(self.store)
         out = dict(rows) | {"missed": np.full(num, -1)}
         if not self.resize:
-            scans = [_records(self.store)[1][scan_id] for scan_id in drawn.scan_ids]
-            out["scaling"] = np.array([(scan.mean_hu, scan.std_hu) for scan in scans], np.float32)
+            scaling = [index.numbers(name, drawn.scan_ids) for name in ("mean_hu", "std_hu")]
+            out["scaling"] = np.stack(scaling, -1).astype(np.float32)
         for k, view in enumerate(("1", "2")):
             out["box_" + view], out["flip_" + view] = (
                 drawn.box[:, k].astype(np.int32),
@@ -339,7 +339,7 @@ class PairRenderer:
             if self.resize:
                 out["view_" + view] = _recycled("view_" + view, (num, 1, *self.views.size), np.float16)
             else:
-                stored = np.dtype(json.loads(scans[0].array_metadata)["data_type"])
+                stored = np.dtype(json.loads(index.by_id[drawn.scan_ids[0]].array_metadata)["data_type"])
                 out["crop_" + view] = _recycled("crop_" + view, (num, 1, *v.largest_crop(self.views)), stored)
             if self.deform:
                 out["deformed_" + view] = _recycled("deformed_" + view, out["view_" + view].shape, np.float16)
@@ -388,17 +388,18 @@ class PairRenderer:
         size = self.views.size if self.resize else v.largest_crop(self.views)
         return 2 * 2 * math.prod(size) * (2 if self.deform else 1)
 
-    def draw(self, rows: dict[str, np.ndarray], records: dict[str, store_room.ScanRecord] | None = None) -> "Drawn":
+    def draw(self, rows: dict[str, np.ndarray], index: store_room.Index | None = None) -> "Drawn":
         """All that is random of some rows but Genesis' deformations.
 
         Args:
             rows: of the plan.
-            records: scan_id -> scan, where they are known; none: as the store's index has them.
+            index: where it is known; none: the store's.
         """
         scan_ids, key = [self.scan_ids[scan] for scan in rows["scan"].tolist()], (self.seed, rows["epoch"])
-        scans = [(records or _records(self.store)[1])[scan_id] for scan_id in scan_ids]
-        shape = np.array([scan.shape for scan in scans])
-        body = np.array([scan.foreground_box for scan in scans]).reshape(-1, 3, 2) if self.views.foreground else None
+        index = index or _index(self.store)
+        shape, body = index.numbers("shape", scan_ids), None
+        if self.views.foreground:
+            body = index.numbers("foreground_box", scan_ids).reshape(-1, 3, 2)
         u = v.uniforms(*key, scan_ids, rows["draw"], v.PAIR_NUMBERS + 2 * v.INTENSITY_NUMBERS)
         of_pair, of_views = np.split(u, [v.PAIR_NUMBERS], axis=1)
         region = None
@@ -406,7 +407,8 @@ class PairRenderer:
             box, flip = v.sample_pairs(of_pair, shape, self.views, body, self.shared_box)
         else:
             of_region = v.uniforms(*key, scan_ids, rows["draw"] // self.pairs_per_region, 3, of=1)
-            chunk = np.array([_chunk(scan.array_metadata) for scan in scans])
+            by_id = index.by_id
+            chunk = np.array([_chunk(by_id[scan_id].array_metadata) for scan_id in scan_ids])
             region = v.sample_regions(of_region, shape, chunk, self.views, body)
             box, flip = v.sample_pairs_in(region, of_pair, self.views, body, self.shared_box)
         of_views = of_views.reshape(-1, 2, v.INTENSITY_NUMBERS)
@@ -414,9 +416,9 @@ class PairRenderer:
 
     def _render(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray]) -> None:
         """Views of row i."""
-        index, records = _records(self.store)
+        index = _index(self.store)
         crops = v.read_all_padded(_reader(self.store, *drawn.part(i)), drawn.box[i], AIR)
-        scan, rng = records[drawn.scan_ids[i]], None
+        scan, rng = index.by_id[drawn.scan_ids[i]], None
         for k, crop in enumerate(crops):
             view = v.render(crop, self.views.size, drawn.flip[i, k], index.hu_window, scan.mean_hu, scan.std_hu)
             if self.augment:
@@ -435,7 +437,7 @@ class PairRenderer:
     def _cut(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray]) -> None:
         """Crops of row i, as they are stored."""
         reader = _reader(self.store, *drawn.part(i), codes=True)
-        window = _records(self.store)[0].hu_window
+        window = _index(self.store).hu_window
         air = (
             AIR if out["crop_1"].dtype == np.int16 else round(255 * (max(AIR, window[0]) - window[0]) / np.ptp(window))
         )
@@ -554,7 +556,7 @@ class PatchRenderer:
     """
 
     store: str
-    scan_ids: tuple[str, ...]
+    scan_ids: Sequence[str]
     seed: int
     patch: PatchConfig
     intensity: IntensityConfig
@@ -563,7 +565,7 @@ class PatchRenderer:
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rows of (step, epoch, scan, draw) -> the same with their patches; see the top of the class."""
         torch.set_num_threads(1)
-        index, records = _records(self.store)
+        index = _index(self.store)
         values = index.label_values
         lookup = store_room.class_lookup(values)
         num, size = len(rows["step"]), self.patch.size
@@ -572,7 +574,7 @@ class PatchRenderer:
         out["target"] = _recycled("target", (num, 1, *size), np.uint8)
         out["labelled"] = np.empty((num, len(values) + 1), np.uint8)
         for i in range(num):
-            record = records[self.scan_ids[rows["scan"][i]]]
+            record = index.by_id[self.scan_ids[rows["scan"][i]]]
             rng = v.generator(self.seed, int(rows["epoch"][i]), record.scan_id, int(rows["draw"][i]))
             prior = self._prior(rng, record)
             params = v.sample_intensity(rng, self.intensity)
@@ -582,7 +584,8 @@ class PatchRenderer:
             classes = lookup[label].astype(np.float32)
             torch.from_numpy(out["patch"][i, 0]).copy_(v.apply_intensity(crop, params))
             out["target"][i, 0] = v.resize_and_flip(classes, size, prior.flip, "nearest-exact").numpy()
-            out["labelled"][i] = [1, *(value in record.labelled for value in values)]
+            labelled = record.labelled
+            out["labelled"][i] = [1, *(value in labelled for value in values)]
         return out
 
     @property

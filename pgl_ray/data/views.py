@@ -24,7 +24,7 @@ TRIES, FURTHER_TRIES = 16, 512
 _STEP = -0x61C8864680B583EB  # of splitmix64's counter, modulo 2**64
 
 
-@lru_cache(maxsize=2**16)
+@lru_cache(maxsize=2**12)
 def _scan_key(scan_id: str) -> int:
     return int.from_bytes(hashlib.sha256(scan_id.encode()).digest()[:8], "little")
 

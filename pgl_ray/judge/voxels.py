@@ -134,7 +134,9 @@ def choose_scans(index: Index, config: ProbeSettings) -> tuple[list[ScanRecord],
     pool = index.labelled(config.split)
     order = np.random.default_rng((config.seed, 1)).permutation(len(pool))
     train = [pool[i] for i in order[: config.num_scans]]
-    test = [scan for scan in index.labelled(config.test_split) if scan not in train][: config.num_test_scans]
+    trained_on = {scan.scan_id for scan in train}
+    pool = [scan for scan in index.labelled(config.test_split) if scan.scan_id not in trained_on]
+    test = pool[: config.num_test_scans]
     for key, split, found in (("split", config.split, train), ("test_split", config.test_split, test)):
         if not found:
             splits = sorted({scan.split for scan in index.scans if scan.label_metadata is not None})

@@ -1,7 +1,10 @@
 """What more workers cost: bytes per step and node count from the real network, step times of 1, 2 and 4 CPU workers.
 
 python tests/benchmarks/scaling.py            the table, from shapes alone (needs no data)
-python tests/benchmarks/scaling.py measure    also the steps of a small encoder under gloo, one thread a worker
+python tests/benchmarks/scaling.py predict    also 8 to 512 GPUs, from what was measured here (scale_model.py)
+python tests/benchmarks/scaling.py blocks     also blocks per second through Ray Data while nothing is rendered
+python tests/benchmarks/scaling.py measure    also the steps of a small encoder under gloo, one thread a worker, and
+                                              what the prediction says of them
 """
 
 import os
@@ -10,13 +13,17 @@ import statistics
 import sys
 import time
 
+import numpy as np
+import psutil
+import scale_model
 import torch
 from torch import nn
 
+from pgl_ray import bench, pretrain
 from pgl_ray import config as c
-from pgl_ray import pretrain
+from pgl_ray.data import stream
 from pgl_ray.model.pgl import Pair
-from pgl_ray.train import checkpoint, optim
+from pgl_ray.train import checkpoint, launch, optim
 
 WORKERS = (1, 4, 8, 16, 64)
 
@@ -35,6 +42,7 @@ def costs(config: c.PretrainConfig) -> dict[str, float]:
         "norm_forward": sum(4 * (2 * part.num_features + 1) for part in norms),
         "norm_backward": 4 * 2 * learnt,
         "norms": len(norms),
+        "norms_learnt": sum(part.weight.requires_grad for part in norms),
         "pair": 2 * 2 * torch.Size(config.views.size).numel(),
         "checkpoint": checkpoint.num_bytes(state),
     }
@@ -99,7 +107,17 @@ def work(rank: int, world: int, port: int, seconds: float, answers) -> None:
         if world > 1:
             torch.distributed.broadcast(enough, 0)  # all of them end at the same step
         wall, cpu, steps = float(enough), cpu + time.process_time() - used, steps + 1
-    answers.put((rank, wall / steps, cpu / steps))
+    answers.put((rank, wall / steps, cpu / steps, exchange_s(net) if world > 1 else 0.0))
+
+
+def exchange_s(net: nn.Module, repeats: int = 20) -> float:
+    """CPU seconds of this worker's part of adding up gradients, and nothing else."""
+    gradients = torch.zeros(sum(p.numel() for p in net.parameters() if p.requires_grad))
+    torch.distributed.all_reduce(gradients)
+    used = time.process_time()
+    for _ in range(repeats):
+        torch.distributed.all_reduce(gradients)
+    return (time.process_time() - used) / repeats
 
 
 def measure(rounds: int = 5, seconds: float = 6.0) -> None:
@@ -107,6 +125,7 @@ def measure(rounds: int = 5, seconds: float = 6.0) -> None:
     context = torch.multiprocessing.get_context("spawn")
     rates: dict[int, list[float]] = {1: [], 2: [], 4: []}
     cpu: dict[int, list[float]] = {1: [], 2: [], 4: []}
+    exchange: dict[int, list[float]] = {1: [], 2: [], 4: []}
     for number in range(rounds):
         for world in rates:
             with socket.socket() as free:
@@ -121,8 +140,9 @@ def measure(rounds: int = 5, seconds: float = 6.0) -> None:
             told = [answers.get() for _ in children]
             for child in children:
                 child.join()
-            rates[world].append(world / max(wall for _, wall, _ in told))
-            cpu[world].append(statistics.mean(used for *_, used in told))
+            rates[world].append(world / max(wall for _, wall, *_ in told))
+            cpu[world].append(statistics.mean(used for *_, used, _ in told))
+            exchange[world].append(statistics.mean(spent for *_, spent in told))
         shown = ", ".join(
             f"{world}: {4 * rates[world][-1]:.1f} pairs/s, {cpu[world][-1]:.2f} CPU s a step" for world in rates
         )
@@ -131,9 +151,78 @@ def measure(rounds: int = 5, seconds: float = 6.0) -> None:
         ratio = statistics.median(many / one for many, one in zip(rates[world], rates[1], strict=True))
         spent = statistics.median(many / one for many, one in zip(cpu[world], cpu[1], strict=True))
         print(f"{world} workers: {ratio:.2f} x the pairs/s of 1; CPU time per worker and step {spent:.2f} x")
+        own, others = statistics.median(cpu[1]), statistics.median(exchange[world])
+        said = scale_model.speedup(world, os.cpu_count() or 1, own, others)
+        print(f"    predicted {said:.2f} x, from a step of {own:.2f} CPU s and an exchange of {1000 * others:.0f} ms")
+
+
+def prediction(cost: dict[str, float], gpus=(8, 32, 128, 512), scans=(10**4, 10**6)) -> str:
+    """What each part allows, in pairs/s of the whole run, and which comes first; a markdown table and some lines."""
+    found = scale_model.measured()
+    lines = [
+        "| GPUs | themselves, 32 / 128 pairs each | cores, K=1 / K=8 on the GPU | bucket, K=1 / K=8 | coordinator, "
+        "32 / 128 pairs | first limit | lost to faults |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for num in gpus:
+        slow, fast = (scale_model.Run(num, scans[0], 32), scale_model.Run(num, scans[0], 128, 8, True))
+        least, most = (scale_model.limits(run, cost, found) for run in (slow, fast))
+        cells = [f"{least[name]:,.0f} / {most[name]:,.0f}" for name in ("GPUs", "renderers", "bucket", "coordinator")]
+        said = [scale_model.predict(run, cost, found) for run in (slow, fast)]
+        first = " / ".join(dict.fromkeys(one["limit"] for one in said))
+        lost = f"{said[0]['lost_share']:.2%} / {said[1]['lost_share']:.2%}"
+        lines.append(f"| {num} | {' | '.join(cells)} | {first} | {lost} |")
+    for num in scans:
+        said = scale_model.predict(scale_model.Run(gpus[-1], num, 128), cost, found)
+        lines.append(
+            f"{num:,} scans: {said['index_mb']:.0f} MB of index in a rendering process, {said['store_gb']:.1f} GB of "
+            f"blocks in a node's object store, a checkpoint written in {said['write_share']:.0%} of the time between"
+        )
+    for num in gpus:
+        part = scale_model.step_s(scale_model.Run(num, scans[0]), cost)
+        parts = ", ".join(f"{name} {1000 * part[name]:.0f} ms" for name in ("computing", "gradients", "norms"))
+        lines.append(f"{num} GPUs, 32 pairs each, a step: {parts}")
+    return "\n".join(lines)
+
+
+class Empty:
+    """A renderer that renders nothing: index rows -> a column of zeros."""
+
+    def __init__(self, row_bytes: int):
+        self.row_bytes = row_bytes
+
+    def __call__(self, rows):
+        return dict(rows) | {"view": np.zeros((len(rows["step"]), self.row_bytes), np.uint8)}
+
+
+def blocks(seconds: float = 12.0) -> None:
+    """What a block costs Ray Data, and the process that coordinates: this one."""
+    launch.connect(c.RayConfig())
+    this = psutil.Process()
+    for pairs, row_bytes in ((128, 100), (32, 589_824)):
+        plan = stream.Plan.make([f"{i:07}" for i in range(10**4)], 1, pairs, 10**5, None, 0)
+        coming = iter(bench._stream(plan, Empty(row_bytes), pairs))
+        for _ in range(60):  # processes start
+            next(coming)
+        num, began, all_cpu, own = 0, time.perf_counter(), bench._cpu_seconds(), sum(this.cpu_times()[:2])
+        while time.perf_counter() - began < seconds:
+            next(coming)
+            num += 1
+        ends = (bench._cpu_seconds() - all_cpu, sum(this.cpu_times()[:2]) - own)
+        costs = [1000 * spent / num for spent in ends]
+        print(
+            f"blocks of {pairs * row_bytes / 1e6:.1f} MB: {num / (time.perf_counter() - began):.1f} a second; CPU ms "
+            f"of each: {costs[0]:.1f}, of them in the coordinator {costs[1]:.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    print(table(c.build(c.PretrainConfig, {"index": "none", "run": "none"})))
+    settings = c.build(c.PretrainConfig, {"index": "none", "run": "none"})
+    print(table(settings))
+    if "blocks" in sys.argv:
+        blocks()
+    if "predict" in sys.argv:
+        print(prediction(costs(settings)))
     if "measure" in sys.argv:
         measure()

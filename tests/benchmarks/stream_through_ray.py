@@ -64,7 +64,7 @@ def repeated(index: store.Index, num: int, scratch: Path) -> store.Index:
     scans = []
     for i in range(num):
         scan = index.scans[i % len(index.scans)]
-        scans.append(replace(scan, scan_id=f"{scan.scan_id}_{i}"))
+        scans.append(replace(scan, scan_id=f"{i:07}_{scan.scan_id}"))
         (folder / "scans" / scans[-1].scan_id).symlink_to(Path(index.store) / "scans" / scan.scan_id)
     shutil.copy(Path(index.store) / "store.json", folder)
     (folder / "index.parquet").write_bytes(store.table_of(scans))

@@ -1,0 +1,25 @@
+"""The benchmark of long indexes, for correctness alone: its stores can be rendered, and every figure is there."""
+
+import index_growth
+import numpy as np
+
+from pgl_ray.config import IntensityConfig, ViewsConfig
+from pgl_ray.data import store, stream
+
+
+def test_every_scan_of_the_made_up_store_can_be_rendered(tmp_path):
+    index = store.read_index(index_growth.make_store(tmp_path, 40))
+    ids = tuple(scan.scan_id for scan in index.scans)
+    plan = stream.Plan.make(ids, 1, 40, 1, None, 0)
+    batch = stream.PairRenderer(index.store, plan.scan_ids, 0, ViewsConfig(), IntensityConfig())(plan.columns(0, 1))
+    assert (
+        sorted(batch["scan"].tolist()) == list(range(40)) and (np.ptp(batch["view_1"].reshape(40, -1), 1) > 0.5).all()
+    )
+    assert {len(scan.label_boxes) for scan in index.scans} == {13}
+
+
+def test_a_process_is_measured(tmp_path):
+    folder = index_growth.make_store(tmp_path, 20)
+    found = index_growth.measure(index_growth.HERE, folder, 20, seconds=0.2)
+    assert set(found) == {"first_s", "first_cpu_s", "memory_mb", "pairs_per_cpu_s"}
+    assert found["first_cpu_s"] > 0 and found["pairs_per_cpu_s"] > 0
