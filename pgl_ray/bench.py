@@ -49,6 +49,8 @@ class Result:
         wait_share: share of that time in which the step waits for the stream.
         stage_ms: CPU ms per pair of each of `STAGES`, on one core.
         mend: what to change where the stream limits the run.
+        place, place_ms, place_requests, place_bytes: where the store lies; for how long, how many requests (none to a
+            folder) and how many bytes one rendering process waits per pair.
         read_ratio: bytes read per pair over those of its two crops.
         cores, num_workers: of this machine; of the configured run.
         num_pairs: of the configured run.
@@ -65,6 +67,10 @@ class Result:
     wait_share: float
     stage_ms: dict[str, float]
     mend: str
+    place: str
+    place_ms: float
+    place_requests: float
+    place_bytes: float
     read_ratio: float
     cores: int
     num_workers: int
@@ -106,6 +112,7 @@ def run(config: BenchConfig) -> Result:
     rows = plan.columns(0, -(-num_rows // plan.global_batch_size))
     rows = {name: column[:num_rows] for name, column in rows.items()}
     costs = stream.measure(renderer, rows)
+    place = index.store, *(costs.pop(name) for name in ("place", "place_requests", "place_bytes"))
     read_ratio = costs.pop("bytes_read") / costs.pop("crop_bytes")
 
     # step only, all cores or the GPU
@@ -145,7 +152,8 @@ def run(config: BenchConfig) -> Result:
         both.num_batches * num_pairs / both.wall_s,
         waits,
         costs,
-        mend_of(max(STAGES, key=costs.__getitem__), config, index, device.type == "cuda"),
+        mend_of(_dearest(costs, place[1]), config, index, device.type == "cuda"),
+        *place,
         read_ratio,
         cores,
         config.train.num_workers,
@@ -262,7 +270,7 @@ def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
 def describe(result: Result) -> str:
     """A table, the sentence that matters, and the closing line."""
     stages = ", ".join(f"{name} {result.stage_ms[name]:.2f}" for name in STAGES)
-    worst, needs = max(STAGES, key=result.stage_ms.__getitem__), result.step_pairs_per_s * result.num_workers
+    worst, needs = _dearest(result.stage_ms, result.place_ms), result.step_pairs_per_s * result.num_workers
     waits = f"the step waits for the stream {result.wait_share:.0%} of the time"
     if result.limit == "data":
         waits = waits if result.num_workers == 1 else f"{result.num_workers} workers want {needs:,.0f} pairs/s"
@@ -275,6 +283,7 @@ def describe(result: Result) -> str:
     planned = f"about {_amount(gpu_hours)} GPU-hours on an H200 at {GPU_FLOPS / 1e12:.0f} TFLOP/s"
     if result.device == "cuda":
         planned = f"{_amount(result.hours * result.num_workers)} GPU-hours here, {planned}"
+    requests = f"{result.place_requests:.1f} requests and " if result.place_requests else ""
     kind = "measured" if result.device == "cuda" else "float32, estimated; bfloat16 takes about half"
     note = f"  {result.uncompiled}\n" if result.uncompiled else ""
     return (
@@ -282,6 +291,8 @@ def describe(result: Result) -> str:
         f"  step only             {result.step_pairs_per_s:8.1f} pairs/s\n"
         f"  both                  {result.both_pairs_per_s:8.1f} pairs/s, {waits}\n"
         f"  CPU ms per pair       {stages}\n"
+        f"  the store's place     {1000 / result.place_ms:8.1f} pairs/s at most per rendering process, "
+        f"{requests}{result.place_bytes / 1e6:.1f} MB each from {result.place}\n"
         f"  bytes read            {result.read_ratio:8.2f} times the crops' own\n"
         f"  training              {result.tflop_per_pair:8.3f} TFLOP per pair; {planned}\n"
         f"  memory per worker     {result.memory_gib:8.1f} GiB ({kind})\n"
@@ -292,12 +303,19 @@ def describe(result: Result) -> str:
     )
 
 
+def _dearest(stage_ms: dict[str, float], place_ms: float) -> str:
+    """The stage of the stream that limits it: its dearest, or the store's place where that takes longer than all."""
+    return "its place" if place_ms > sum(stage_ms.values()) else max(STAGES, key=stage_ms.__getitem__)
+
+
 def mend_of(stage: str, config: BenchConfig, index: store.Index, cuda: bool) -> str:
     """What helps where a stage is the dearest, of what is not done yet."""
     ways = []
     if stage == "read":
         ways.append("keep the store on a faster disk, or in memory")
-    if stage in ("read", "decode"):
+    if stage == "its place":
+        ways.append("copy the store to a disk of the nodes, or to a bucket nearer by")
+    if stage in ("read", "decode", "its place"):
         if config.stream.pairs_per_region == 1:
             ways.append(
                 "take stream.pairs_per_region=8 with pairs_per_scan=8, an eighth of the epochs and of "

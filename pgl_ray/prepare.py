@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ray.config import FailedRun, PrepareConfig, RayConfig, StoreConfig, build
-from pgl_ray.data import identity, store
+from pgl_ray.data import chunks, identity, store
 from pgl_ray.data.accounts import grouped, json_lines
 from pgl_ray.data.dicom_headers import Kept
 from pgl_ray.data.layout import Fault, Layout, Source, read_layout
@@ -122,7 +122,7 @@ def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
         with place.locked() as token:
             if kept.changed:
                 place.write(HEADERS, [kept.packed()])
-            return _run(config, layout, token, only, began)
+            return _run(config, place, layout, token, only, began)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -148,8 +148,9 @@ def _disk_full(folder: str) -> FailedRun:
     return FailedRun(f"disk full at {folder}: free some space, then the same command goes on from here")
 
 
-def _run(config: PrepareConfig, layout: Layout, token: str, only: dict[str, str] | None, began: float) -> Result:
-    place = store.open_place(config.store)
+def _run(
+    config: PrepareConfig, place: store.Place, layout: Layout, token: str, only: dict[str, str] | None, began: float
+) -> Result:
     folder, known, names = place.url, _settings(config), _agreed_names(config, layout)
     _check_labels(config, layout)
     if known is None:
@@ -223,7 +224,8 @@ def _run(config: PrepareConfig, layout: Layout, token: str, only: dict[str, str]
     _tell_same_content(records, {source.scan_id for source in layout.scans})
     others = {"encoding": config.encoding, "spacing_mm": config.spacing_mm}
     preparations = _preparations(config, known)
-    index = store.write_index(folder, names, config.hu_window, records, preparations=preparations, **others)
+    with place.joined(token):  # or another prepare has taken over, whose index it is now
+        index = store.write_index(folder, names, config.hu_window, records, preparations=preparations, **others)
     place.write("failed.jsonl", [json_lines(failed)])
     place.write("left_out.jsonl", [json_lines(sorted(layout.left_out))])
     gone = () if only is not None else tuple(sorted(_vanished(config, layout, records.values())))
@@ -310,6 +312,8 @@ def verify(config: StoreConfig) -> Verified:
     records = {name: record for name, record in store.read_records(place.url).items() if name not in damaged}
     if not fault and {name: record for name, record in index.items() if name not in damaged} != records:
         fault = "does not agree with the scans' own records: prepare did not come to its end"
+    if not fault and (why := chunks.damage(place)):
+        fault = f"is whole, {chunks.FILE} beside it is damaged ({why})"
     return Verified(place.url, len(names), damaged, fault, time.monotonic() - began)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pgl_ray import export, inspect, prepare, report
-from pgl_ray.config import ExportConfig, InspectConfig, PrepareConfig, ReportConfig, StoreConfig, build
+from pgl_ray.config import ExportConfig, FailedRun, InspectConfig, PrepareConfig, ReportConfig, StoreConfig, build
 from pgl_ray.data import store
 from pgl_ray.train import checkpoint
 
@@ -55,6 +55,24 @@ def test_prepare_verify_and_repair_in_a_bucket(tmp_path, s3, serial, capsys):
     assert prepare.verify(StoreConfig(store=url)).damaged == {}
     page = inspect.run(InspectConfig(store=url, output=f"{tmp_path}/page.html"))
     assert Path(page).read_text("utf-8").count("data:image/png") == 6
+
+
+@pytest.mark.parametrize("taken", [".lock", ".part/run"])
+def test_a_prepare_that_lost_its_lock_writes_no_index(tmp_path, s3, serial, monkeypatch, taken):
+    """It stood still for so long that another one took over, which is about to write an index of its own."""
+    url = put_store(tmp_path, s3)
+    place, finish = store.open_place(url), prepare._finish
+    before = place.read("index.parquet")
+
+    def stand_still(*args):
+        place.write(taken, [b"another"])
+        return finish(*args)
+
+    monkeypatch.setattr(prepare, "_finish", stand_still)
+    nib.save(nib.Nifti1Image(np.zeros((70, 72, 30), np.int16), np.eye(4)), tmp_path / "raw/d.nii.gz")
+    with pytest.raises(FailedRun, match=rf"the run that writes into s3://.*/{tmp_path.name}/Fälle 1 is over"):
+        prepare.run(PrepareConfig(source=f"{tmp_path}/raw", store=url))
+    assert place.read("index.parquet") == before and place.read(taken) == b"another"
 
 
 @pytest.mark.cluster

@@ -134,7 +134,8 @@ def test_bench_says_what_limits_and_what_to_change():
 
     stages = dict.fromkeys(bench.STAGES, 0.1) | {"decode": 2.0}
     mend = "take stream.pairs_per_region=8"
-    slow_data = bench.Result(100.0, 500.0, 90.0, 0.8, stages, mend, 1.9, 4, 2, 904_000, 0.136, 20.0, "cuda", "data")
+    ours = stages, mend, "s3://b/s", 2.0, 2.2, 3e6
+    slow_data = bench.Result(100.0, 500.0, 90.0, 0.8, *ours, 1.9, 4, 2, 904_000, 0.136, 20.0, "cuda", "data")
     assert slow_data.hours == 904_000 / 100 / 3600
     text = bench.describe(slow_data)
     assert "The stream limits the run (2 workers want 1,000 pairs/s), decode most of all" in text
@@ -142,6 +143,8 @@ def test_bench_says_what_limits_and_what_to_change():
     assert "The stream limits the run (the step waits for the stream 80% of the time), decode most of all" in alone
     assert "stream.pairs_per_region=8" in text and "decode 2.00" in text and "1.90 times the crops' own" in text
     assert "5 GPU-hours here, about 0.17 GPU-hours on an H200" in text
+    assert "500.0 pairs/s at most per rendering process, 2.2 requests and 3.0 MB each from s3://b/s" in text
+    assert ", its place most of all" in bench.describe(dataclasses.replace(slow_data, place_ms=3.0))
     slow_step = dataclasses.replace(slow_data, data_pairs_per_s=5000.0, wait_share=0.0, limit="step", device="cpu")
     assert slow_step.hours == 904_000 / slow_step.both_pairs_per_s / 3600
     assert "The training step limits the run" in bench.describe(slow_step)
@@ -158,6 +161,7 @@ def test_bench_advises_what_is_not_done_yet(labelled):
     assert "pairs_per_region=8" in mend("decode") and "encoding=uint8" in mend("decode")
     assert "pairs_per_region" not in mend("decode", "stream.pairs_per_region=8", "pairs_per_scan=8")
     assert "on_gpu=intensity" in mend("intensity") and "on_gpu=all" in mend("resize")
+    assert "copy the store to a disk" in mend("its place") and "pairs_per_region=8" in mend("its place")
     for done in (mend("intensity", cuda=False), mend("intensity", "method=genesis"), mend("draw")):
         assert done == bench.MORE_CORES
     assert mend("resize", "stream.on_gpu=all") == bench.MORE_CORES

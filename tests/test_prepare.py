@@ -537,6 +537,8 @@ def checked(target):
         ("scans/b/labels/organs/0/c/0/0/0", lambda path: path.unlink()),
         ("index.parquet", lambda path: flip(path, 2000)),
         ("index.parquet", lambda path: path.unlink()),
+        ("chunks.parquet", lambda path: flip(path, 100)),
+        ("chunks.parquet", lambda path: path.write_bytes(path.read_bytes()[:-1])),
     ],
 )
 def test_damage_is_found_and_just_that_is_converted_again(tmp_path, serial, capsys, file, damage):
@@ -548,7 +550,7 @@ def test_damage_is_found_and_just_that_is_converted_again(tmp_path, serial, caps
     assert list(found.damaged) == ([scan_id] if scan_id else []) and (scan_id or found.index)
     with pytest.raises(FailedRun, match=r"[01] of 3 scans are damaged.*prepare repair store="):
         prepare.describe_verified(found)
-    assert (f"damaged: scan '{scan_id}'" if scan_id else "index.parquet is") in capsys.readouterr().err
+    assert (f"damaged: scan '{scan_id}'" if scan_id else f"{file} ") in capsys.readouterr().err
     inodes = {name: (target / f"scans/{name}/zarr.json").stat().st_ino for name in {"a", "b", "c d ü"} - {scan_id}}
     found, left = prepare.repair(StoreConfig(store=str(target)))
     assert not left and tree(target) == whole

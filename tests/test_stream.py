@@ -424,7 +424,9 @@ def test_stages_and_bytes_are_measured(small_store, per_region):
     plan = make_plan(draws_per_scan=4, pairs_per_region=per_region)
     rows = index_rows(plan.rows(0, 5))
     costs = stream.measure(renderer, rows)
-    assert set(costs) == {"draw", "read", "decode", "resize", "intensity", "bytes_read", "crop_bytes"}
+    names = {"draw", "read", "decode", "resize", "intensity", "bytes_read", "crop_bytes"}
+    assert set(costs) == names | {"place", "place_requests", "place_bytes"}
+    assert costs["place_requests"] == 0 and costs["place_bytes"] == costs["bytes_read"]
     assert all(np.isfinite(value) and value >= 0 for value in costs.values())
     batch = renderer(rows)
     lengths = np.concatenate([batch[name][..., 1] - batch[name][..., 0] for name in ("box_1", "box_2")])

@@ -8,24 +8,23 @@ zarr's ObjectStore; credentials, region and endpoint come from the environment, 
 import errno
 import os
 import shutil
-import socket
 import tempfile
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pgl_ray.config import FailedRun
+from pgl_ray.data import wire
+from pgl_ray.data.lease import Lease
 from pgl_ray.data.system import lock_file
+from pgl_ray.data.wire import first_line
 
 if TYPE_CHECKING:
     import pyarrow
     from obstore import GetOptions  # comes with pgl_ray[cloud]
-    from obstore.store import ObjectStore, RetryConfig
+    from obstore.store import ObjectStore
 
 T = TypeVar("T")
 STRAGGLERS_S = 20  # how long workers of a killed run may live on
@@ -42,7 +41,12 @@ def open_place(url: str | os.PathLike, synced: bool = True) -> "Place":
         synced: see Folder; what a bucket took it keeps.
     """
     text = os.fspath(url)
-    return Bucket(text) if "://" in text else Folder(Path(os.path.abspath(text)), synced)
+    return Bucket(text) if is_far(text) else Folder(Path(os.path.abspath(text)), synced)
+
+
+def is_far(url: str | os.PathLike) -> bool:
+    """Whether each read at a path or URL takes as long as a request."""
+    return "://" in os.fspath(url)
 
 
 def write_aside(path: Path, content: bytes) -> None:
@@ -163,9 +167,19 @@ class Folder:
         else:
             path.unlink(missing_ok=True)
 
-    def open(self, key: str) -> "_LocalFile":
-        """A file to read parts of; OSError where it cannot be opened."""
+    def open(self, key: str, size: int | None = None) -> "_LocalFile":
+        """A file to read parts of; OSError where it cannot be opened.
+
+        Args:
+            size: in bytes, where it is known: a bucket is not asked for it.
+        """
         return _LocalFile(self.root / key)
+
+    def open_at_end(self, key: str, length: int) -> tuple["_LocalFile", memoryview]:
+        """`open`, and the file's last bytes, fewer where it is shorter: one request where it lies in a bucket."""
+        file = _LocalFile(self.root / key)
+        (tail,) = file.ranges([(max(0, file.size - length), length)])
+        return file, tail
 
     @contextmanager
     def replaced(self, key: str) -> Iterator["Folder"]:
@@ -239,7 +253,11 @@ def _check_token(place: "Place", token: str) -> None:
     except FileNotFoundError:
         owner = ""
     if owner != token:
-        raise FailedRun(f"the run that writes into {place.url} is over")
+        raise _over(place.url)
+
+
+def _over(url: str) -> FailedRun:
+    return FailedRun(f"the run that writes into {url} is over")
 
 
 class _LocalFile:
@@ -281,15 +299,8 @@ class Bucket:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        try:
-            from obstore.store import from_url
-        except ImportError:
-            raise ValueError(f"{url}: object stores need obstore: pip install 'pgl_ray[cloud]'") from None
-        patience: RetryConfig = {"max_retries": 5, "retry_timeout": timedelta(seconds=60)}
-        try:  # http is used only where an endpoint of that kind is named
-            self._store = from_url(self.url, client_options={"allow_http": True}, retry_config=patience)
-        except Exception as error:  # obstore has a class per cloud
-            raise ValueError(f"{url}: cannot be used as an object store: {_first_line(error)}") from None
+        self._store = wire.client(self.url)
+        self._lease: Lease | None = None  # while this one holds the lock
 
     def ask(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
         """Calls a function of obstore on this bucket; its errors come as the ones that a folder raises."""
@@ -298,14 +309,19 @@ class Bucket:
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
                 raise ValueError(f"{self.url}: there is no such bucket: make it first") from None
-            raise FileNotFoundError(_first_line(error)) from None
+            raise FileNotFoundError(first_line(error)) from None
         except Exception as error:
             if "NoSuchBucket" in str(error):
                 raise ValueError(f"{self.url}: there is no such bucket: make it first") from None
-            if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
-                raise PermissionError(f"{self.url}: no access: {_first_line(error)}") from None
+            if wire.no_access(error):
+                mend = "the environment must have credentials that hold for it"
+                raise PermissionError(f"{self.url}: no access: {first_line(error)}: {mend}") from None
+            if type(error).__name__ == "NotSupportedError" or "non-partial response" in str(error):
+                raise NotImplementedError(first_line(error)) from None
+            if "416 Range Not Satisfiable" in str(error):
+                raise EOFError(first_line(error)) from None
             if type(error).__module__.startswith("obstore"):
-                raise OSError(f"{self.url}: {_first_line(error)}") from None
+                raise OSError(f"{self.url}: {first_line(error)}") from None
             raise
 
     def read(self, key: str) -> bytes:
@@ -365,20 +381,22 @@ class Bucket:
         with suppress(FileNotFoundError):
             self.ask(obstore.delete, paths)
 
-    def open(self, key: str) -> "_RemoteFile":
+    def open(self, key: str, size: int | None = None) -> wire.FarFile:
         """As Folder's."""
-        import obstore
+        return wire.FarFile(self.ask, self.url, key, size)
 
-        return _RemoteFile(self, key, self.ask(obstore.head, key)["size"])
+    def open_at_end(self, key: str, length: int) -> tuple[wire.FarFile, memoryview]:
+        """As Folder's."""
+        return wire.FarFile.at_end(self.ask, self.url, key, length)
 
     @contextmanager
-    def replaced(self, key: str) -> Iterator["Bucket"]:
+    def replaced(self, key: str) -> Iterator["_Inside"]:
         """As Folder's, but nothing can be renamed: a group counts only with its zarr.json, which is removed first and
         must be written last."""
         self.remove(f"{key}/zarr.json")
         self.remove(key)
         try:
-            yield Bucket(f"{self.url}/{key}")
+            yield _Inside(self, key)
         except BaseException:
             self.remove(f"{key}/zarr.json")
             self.remove(key)
@@ -386,91 +404,42 @@ class Bucket:
 
     @contextmanager
     def locked(self, refuse: Callable[[str], Exception] | None = None) -> Iterator[str]:
-        """As Folder's. The lock is an object that its owner writes anew every few seconds; one that stays the same for
-        half a minute belongs to a run that was killed.
+        """As Folder's; see Lease. One that stays the same for half a minute belongs to a run that was killed.
 
         Args:
             refuse: makes of the lock's owner the error of a lock that is held; none: Folder's.
         """
-        import obstore
 
-        def create(store: "ObjectStore") -> bool:
-            try:
-                obstore.put(store, ".lock", mine.encode(), mode="create")
-            except obstore.exceptions.AlreadyExistsError:
-                return False
-            return True
+        def wait(owner: str) -> None:
+            print(f"  {self.url} is locked by {owner}: waiting {SILENCE_S} s for a sign of life", flush=True)
 
-        mine = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}"
-        seen, since = None, time.monotonic()
-        while not self.ask(create):
+        lease = Lease(self.ask, ".lock", HEARTBEAT_S, SILENCE_S)
+        lease.take(refuse or (lambda owner: _in_use(self.url)), wait)
+        with lease.kept(), _part(self) as token:
+            self._lease = lease
             try:
-                now = self.read(".lock")
-            except FileNotFoundError:
-                continue
-            owner = now.decode().split(",")[0]
-            if seen not in (None, now):
-                raise refuse(owner) if refuse else _in_use(self.url)
-            if seen is None:
-                print(f"  {self.url} is locked by {owner}: waiting {SILENCE_S} s for a sign of life", flush=True)
-            seen = now
-            if time.monotonic() - since > SILENCE_S:
-                self.remove(".lock")
-            time.sleep(HEARTBEAT_S / 5)
-        ended = threading.Event()
-        beat = threading.Thread(target=self._beat, args=(mine, ended), daemon=True)
-        beat.start()
-        try:
-            with _part(self) as token:
                 yield token
-        finally:
-            ended.set()
-            beat.join()
-            with suppress(OSError):  # or others wait half a minute for a sign of life
-                if self.read(".lock").startswith(mine.encode()):
-                    self.remove(".lock")
-
-    def _beat(self, mine: str, ended: threading.Event) -> None:
-        count = 0
-        while not ended.wait(HEARTBEAT_S):
-            count += 1
-            try:
-                if not self.read(".lock").startswith(mine.encode()):
-                    return  # this process gave no sign of life for too long: another one has taken over
-                self.write(".lock", [f"{mine} {count}".encode()])
-            except OSError:  # the next one may get through
-                continue
+            finally:
+                self._lease = None
 
     @contextmanager
     def joined(self, token: str) -> Iterator[None]:
         """As Folder's."""
+        if self._lease and not self._lease.beat():
+            raise _over(self.url)
         _check_token(self, token)
         yield
 
 
-class _RemoteFile:
-    """As _LocalFile; all parts of a call are asked for at once, neighbours in one request."""
+class _Inside:
+    """What lies below a key of a bucket, to be written."""
 
-    def __init__(self, bucket: Bucket, key: str, size: int):
-        self._bucket, self._key, self.size = bucket, key, size
+    def __init__(self, bucket: Bucket, key: str):
+        self._bucket, self._key = bucket, key
 
-    def ranges(self, spans: list[tuple[int, int]]) -> Iterator[memoryview]:
-        import obstore
-
-        bounds = [(min(offset, self.size), min(offset + length, self.size)) for offset, length in spans]
-        asked = [(start, end) for start, end in bounds if start < end]
-        starts, ends = [start for start, _ in asked], [end for _, end in asked]
-        found = iter(self._bucket.ask(obstore.get_ranges, self._key, starts=starts, ends=ends) if asked else ())
-        for start, end in bounds:
-            yield memoryview(next(found)) if start < end else memoryview(b"")
-
-    def close(self) -> None:
-        pass
-
-
-def _first_line(error: Exception) -> str:
-    """obstore's errors go on with a dump of its own structures, S3's with a page of XML."""
-    return str(error).strip().split("\n", 1)[0].split(": <?xml", 1)[0]
+    def write(self, key: str, parts: Iterable[bytes]) -> None:
+        """As Folder's."""
+        self._bucket.write(f"{self._key}/{key}", parts)
 
 
 Place = Folder | Bucket

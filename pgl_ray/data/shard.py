@@ -12,13 +12,15 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
+from pgl_ray.config import FailedRun
 from pgl_ray.data import kernels
-from pgl_ray.data.place import open_place
+from pgl_ray.data.place import is_far, open_place
 
 ARRAY_PATHS = {"volume": "0", "label": "labels/organs/0", "source_label": "source_label"}  # inside a scan's group
 SHARD = "c/0/0/0"  # file of an array's one shard
@@ -105,6 +107,21 @@ class UnreadableScan(RuntimeError):
     """A stored array is missing, cut off, damaged, or its storage fails; names scan and chunk."""
 
 
+class ChunkIndex(NamedTuple):
+    """Where the chunks of a shard lie, known from elsewhere than its footer (data/chunks.py).
+
+    Attributes:
+        size: of the shard in bytes.
+        spans: (offset, bytes) of every chunk, uint64 [chunks, 2], in C order.
+    """
+
+    size: int
+    spans: np.ndarray
+
+
+Chunks = dict[tuple[int, int, int], memoryview]  # stored bytes by the chunk's place in the grid
+
+
 class ArrayReader:
     """Reads boxes of one stored array, decoding only the chunks that they touch.
 
@@ -117,12 +134,25 @@ class ArrayReader:
         kind: "volume", "label" or "source_label".
         metadata_json: text of the array's zarr.json, from the record.
         codes: read 8-bit codes as they are.
+        index: where the chunks lie; none: as the shard's own footer says. One that is out of date costs a second look.
+
+    Attributes:
+        far: whether each read takes as long as a request.
 
     Raises:
         UnreadableScan: the shard is missing, cut off or damaged.
+        FailedRun: an object store fails, for all its scans.
     """
 
-    def __init__(self, store: str | Path, scan_id: str, kind: str, metadata_json: str, codes: bool = False):
+    def __init__(
+        self,
+        store: str | Path,
+        scan_id: str,
+        kind: str,
+        metadata_json: str,
+        codes: bool = False,
+        index: ChunkIndex | None = None,
+    ):
         metadata = json.loads(metadata_json)
         self.scan_id, self.kind = scan_id, kind
         self.shape = tuple(metadata["shape"])
@@ -130,25 +160,35 @@ class ArrayReader:
         self._table = None if codes else code_table(metadata.get("attributes", {}))
         self.dtype = stored if self._table is None else self._table.dtype
         self.chunk = chunk_of(metadata)
+        self._grid = tuple(-(-size // step) for size, step in zip(self.shape, self.chunk))
         self._fill_code = metadata["fill_value"]
         self.stored_dtype = stored
         self._compressed = any(codec["name"] == "blosc" for codec in _chunk_codecs(metadata))
         self._scratch = np.empty(self.chunk, stored)  # the chunk decoded last
-        try:
-            self._file = open_place(store).open(f"scans/{scan_id}/{ARRAY_PATHS[kind]}/{SHARD}")
-        except OSError as error:
-            raise self._damaged(f"cannot be opened ({error.strerror or error})") from None
-        self.chunk_index = self._read_index()
+        self._place, self._key = open_place(store), f"scans/{scan_id}/{ARRAY_PATHS[kind]}/{SHARD}"
+        self.far = is_far(store)
+        self._told = index is not None
+        if index is None:
+            self._file, self.chunk_index = self._open()
+        else:
+            self._file, self.chunk_index = self._place.open(self._key, index.size), index.spans.reshape(*self._grid, 2)
 
-    def _read_index(self) -> np.ndarray:
-        """The shard's footer: (offset, bytes) of every chunk, uint64 [gd, gh, gw, 2], closed by its crc32c."""
-        grid = tuple(-(-size // step) for size, step in zip(self.shape, self.chunk))
-        length = math.prod(grid) * 16 + 4
-        footer = self._next(self._file.ranges([(max(0, self._file.size - length), length)]), "its chunk index")
+    def _open(self) -> tuple[Any, np.ndarray]:
+        """The shard, and its footer: (offset, bytes) of every chunk, uint64 [gd, gh, gw, 2], closed by its crc32c."""
+        length = math.prod(self._grid) * 16 + 4
+        try:
+            file, footer = self._place.open_at_end(self._key, length)
+        except OSError as error:
+            raise self._failed("cannot be opened", error) from None
         content = _checked(footer) if len(footer) == length else None
         if content is None:
             raise self._damaged("has no valid chunk index: the file is cut off or damaged")
-        return np.frombuffer(content, "<u8").reshape(*grid, 2)
+        return file, np.frombuffer(content, "<u8").reshape(*self._grid, 2)
+
+    @property
+    def index(self) -> ChunkIndex:
+        """Where the chunks lie."""
+        return ChunkIndex(self._file.size, self.chunk_index.reshape(-1, 2))
 
     def read(self, box: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Voxels of a box.
@@ -163,18 +203,38 @@ class ArrayReader:
         """
         return self.read_boxes([box], None if out is None else [out])[0]
 
-    def read_boxes(self, boxes: Sequence[np.ndarray], outs: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+    def read_boxes(
+        self, boxes: Sequence[np.ndarray], outs: Sequence[np.ndarray] | None = None, chunks: Chunks | None = None
+    ) -> list[np.ndarray]:
         """Voxels of several boxes; a chunk that more than one touches is read and decoded once.
 
         Args:
             boxes: int [3, 2] each, half-open, inside the array.
             outs: arrays of the boxes' shapes to fill; none: new ones in C order.
+            chunks: what `fetch` gave for the boxes; none: it is read now.
 
         Raises:
-            ValueError, UnreadableScan: as read.
+            ValueError, UnreadableScan, FailedRun: as read.
         """
+        try:
+            return self._read_boxes(boxes, outs, chunks)
+        except UnreadableScan:
+            if self._told:
+                self._look_again()
+            elif chunks is None:
+                raise
+            return self._read_boxes(boxes, outs, None)  # chunks may be those of an index that was told
+
+    def _look_again(self) -> None:
+        """The index that was told does not agree with the shard, which may be a newer one."""
+        self._file, self.chunk_index = self._open()
+        self._told = False
+
+    def _read_boxes(
+        self, boxes: Sequence[np.ndarray], outs: Sequence[np.ndarray] | None, chunks: Chunks | None
+    ) -> list[np.ndarray]:
         codes: list[np.ndarray] = []
-        touched: dict[tuple[int, int, int], list[tuple]] = {}
+        touched: dict[tuple[int, int, int], list[tuple[np.ndarray, tuple, tuple]]] = {}
         for i, box in enumerate(boxes):
             bounds = np.asarray(box).tolist()
             if any(not 0 <= start <= stop <= size for (start, stop), size in zip(bounds, self.shape)):
@@ -187,10 +247,11 @@ class ArrayReader:
                 copies = touched.setdefault((d, h, w), [])
                 copies.append((codes[i], (to_d, to_h, to_w), (from_d, from_h, from_w)))
         spans = [self._span(place) for place in touched]
-        found = self._file.ranges([span for span in spans if span])
+        found = iter(()) if chunks is not None else self._file.ranges([span for span in spans if span])
         for (place, copies), span in zip(touched.items(), spans):
             if span is not None:
-                self._decode(self._next(found, f"chunk {place}"), span[1], place)
+                data = chunks[place] if chunks is not None else self._next(found, place)
+                self._decode(data, span[1], place)
             for target, to, origin in copies:
                 target[to] = self._fill_code if span is None else self._scratch[origin]
         if self._table is None:
@@ -200,14 +261,32 @@ class ArrayReader:
             self._look_up(self._table, part, out)
         return outs
 
-    def fetch(self, boxes: Sequence[np.ndarray]) -> int:
-        """Reads the stored bytes that `read_boxes` would decode, and leaves them; the number of bytes."""
+    def fetch(self, boxes: Sequence[np.ndarray]) -> Chunks:
+        """The stored bytes that `read_boxes` would decode. Safe to call from several threads.
+
+        Raises:
+            UnreadableScan, FailedRun: as read.
+        """
+        try:
+            return self._fetch(boxes)
+        except UnreadableScan:
+            if not self._told:
+                raise
+            self._look_again()
+            return self._fetch(boxes)
+
+    def _fetch(self, boxes: Sequence[np.ndarray]) -> Chunks:
         places = set()
         for box in boxes:
             axes = [_parts(start, stop, step) for (start, stop), step in zip(np.asarray(box).tolist(), self.chunk)]
             places |= {(d, h, w) for (d, *_), (h, *_), (w, *_) in product(*axes)}
-        spans = [span for place in sorted(places) if (span := self._span(place))]
-        return sum(map(len, self._file.ranges(spans)))
+        spans = {place: span for place in sorted(places) if (span := self._span(place))}
+        found = self._file.ranges(list(spans.values()))
+        return {place: self._next(found, place) for place in spans}
+
+    def spans(self, chunks: Chunks) -> list[tuple[int, int]]:
+        """(offset, bytes) of chunks in the shard, in ascending order."""
+        return sorted(span for place in chunks if (span := self._span(place)))
 
     def _look_up(self, table: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
         """Writes the HU of codes, in a compiled loop where there is one."""
@@ -221,11 +300,11 @@ class ArrayReader:
         offset, length = self.chunk_index[place].tolist()
         return None if offset == MISSING else (offset, length)
 
-    def _next(self, found: Iterator[memoryview], what: str) -> memoryview:
+    def _next(self, found: Iterator[memoryview], place: tuple[int, int, int]) -> memoryview:
         try:
             return next(found)
-        except OSError as error:
-            raise self._damaged(f"cannot be read at {what} ({error.strerror or error})") from None
+        except (OSError, EOFError) as error:
+            raise self._failed(f"cannot be read at chunk {place}", error) from None
 
     def _decode(self, data: memoryview, length: int, chunk: tuple[int, int, int]) -> None:
         content = _checked(data) if len(data) == length else None
@@ -258,6 +337,12 @@ class ArrayReader:
             slab = self.read(np.array([(start, min(start + self.chunk[0], depth)), (0, height), (0, width)]))
             digest.update(slab.astype(slab.dtype.newbyteorder("<"), copy=False).data)
         return digest.hexdigest()
+
+    def _failed(self, what: str, error: OSError | EOFError) -> Exception:
+        """A scan that storage cannot give, or, where an object store fails, all of them."""
+        if not self.far or isinstance(error, FileNotFoundError | EOFError):
+            return self._damaged(f"{what} ({getattr(error, 'strerror', None) or error})")
+        return FailedRun(f"{error}: mend that, then the same command goes on from there")
 
     def _damaged(self, fault: str) -> UnreadableScan:
         mend = "python -m pgl_ray.prepare repair store=... converts it again"

@@ -2,6 +2,7 @@
 
     STORE/store.json           format, HU window, encoding, organ name -> label value, what was prepared and by what
     STORE/index.parquet        one row per scan: the fields of ScanRecord
+    STORE/chunks.parquet       where the chunks of every shard lie (data/chunks.py), for readers of a bucket
     STORE/scans/<scan_id>/     OME-Zarr 0.5 group; its attribute "pgl_ray" is the scan's record
     STORE/scans/<scan_id>/0/                 int16 HU or uint8 codes of it, one shard
     STORE/scans/<scan_id>/labels/organs/0/   uint8 or uint16 on the same grid, one shard
@@ -28,9 +29,10 @@ import google_crc32c
 import numpy as np
 from scipy import ndimage
 
+from pgl_ray.data import chunks
 from pgl_ray.data.columns import Changed, Columns, Rows
 from pgl_ray.data.place import Place, open_place, parquet_table, write_aside  # noqa: F401 (for the doors)
-from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, array_metadata, code_table, encode_shard
+from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, ChunkIndex, array_metadata, code_table, encode_shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -264,7 +266,13 @@ def read_settings(store: str | Path) -> Settings:
     """
     place = open_place(store)
     try:
-        said = json.loads(place.read("store.json"))
+        content = place.read("store.json")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{str(store)!r} is not a store (no store.json): make one with python -m pgl_ray.prepare"
+        ) from None
+    try:
+        said = json.loads(content)
         known = said["format"]
         if known == FORMAT:
             spacing, (low, high) = said["spacing_mm"], said["hu_window"]
@@ -272,10 +280,6 @@ def read_settings(store: str | Path) -> Settings:
                 d, h, w = spacing
                 spacing = d, h, w
             return Settings(said["labels"], (low, high), said["encoding"], spacing, tuple(said["preparations"]))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{str(store)!r} is not a store (no store.json): make one with python -m pgl_ray.prepare"
-        ) from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"store.json of {str(store)!r} is damaged: delete it, then prepare the same folders again; scans that are "
@@ -327,6 +331,7 @@ def write_index(
     scans = tuple(records[scan_id] for scan_id in sorted(records))
     write_settings(store, labels, hu_window, **others)
     place = open_place(store)
+    chunks.write(place, scans)
     place.write("index.parquet", [table_of(scans)])
     low, high = hu_window
     return Index(place.url, scans, labels, (low, high), others.get("spacing_mm"))
@@ -669,9 +674,11 @@ def count_labels(label: np.ndarray) -> dict[int, int]:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def open_volume(store: str | Path, record: ScanRecord, codes: bool = False) -> ArrayReader:
-    """Reader of a scan's HU, or of what is stored for them."""
-    return ArrayReader(store, record.scan_id, "volume", record.array_metadata, codes)
+def open_volume(
+    store: str | Path, record: ScanRecord, codes: bool = False, index: ChunkIndex | None = None
+) -> ArrayReader:
+    """Reader of a scan's HU, or of what is stored for them; the others as ArrayReader's."""
+    return ArrayReader(store, record.scan_id, "volume", record.array_metadata, codes, index)
 
 
 def hu_of_codes(hu_window: tuple[float, float]) -> np.ndarray:
@@ -679,7 +686,7 @@ def hu_of_codes(hu_window: tuple[float, float]) -> np.ndarray:
     return _hu_of(_codes(hu_window)[1])
 
 
-def open_label(store: str | Path, record: ScanRecord) -> ArrayReader:
+def open_label(store: str | Path, record: ScanRecord, index: ChunkIndex | None = None) -> ArrayReader:
     """Reader of a scan's label map.
 
     Raises:
@@ -687,7 +694,7 @@ def open_label(store: str | Path, record: ScanRecord) -> ArrayReader:
     """
     if record.label_metadata is None:
         raise ValueError(f"scan {record.scan_id!r} of {str(store)!r} has no label map")
-    return ArrayReader(store, record.scan_id, "label", record.label_metadata)
+    return ArrayReader(store, record.scan_id, "label", record.label_metadata, index=index)
 
 
 def open_source_label(store: str | Path, record: ScanRecord) -> ArrayReader:

@@ -10,19 +10,23 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from pgl_ray import ray_internals
 from pgl_ray.config import IntensityConfig, PatchConfig, ViewsConfig
+from pgl_ray.data import chunks, wire
 from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
 from pgl_ray.data.columns import Names
-from pgl_ray.data.shard import ArrayReader, UnreadableScan, chunk_of
+from pgl_ray.data.place import is_far
+from pgl_ray.data.shard import ArrayReader, Chunks, UnreadableScan, chunk_of
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -219,17 +223,20 @@ class LayOut:
 
 @lru_cache(maxsize=4)
 def _index(store: str) -> store_room.Index:
-    return store_room.read_index(store)
+    read = partial(store_room.read_index, store)
+    return wire.patiently(read, store) if is_far(store) else read()
 
 
 @lru_cache(maxsize=256)
 def _volume(store: str, scan_id: str, codes: bool = False) -> ArrayReader:
-    return store_room.open_volume(store, _index(store).by_id[scan_id], codes)
+    found = chunks.lookup(store)(scan_id, "volume")
+    return store_room.open_volume(store, _index(store).by_id[scan_id], codes, found)
 
 
 @lru_cache(maxsize=256)
 def _label(store: str, scan_id: str) -> ArrayReader:
-    return store_room.open_label(store, _index(store).by_id[scan_id])
+    found = chunks.lookup(store)(scan_id, "label")
+    return store_room.open_label(store, _index(store).by_id[scan_id], found)
 
 
 @lru_cache(maxsize=4096)
@@ -241,7 +248,42 @@ def _chunk(array_metadata: str) -> tuple[int, int, int]:
 def region_of(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> v.Region:
     """A region of a scan, kept while its pairs are drawn: int16, 2.4 MB for views of 16x96x96."""
     bounds, volume = np.reshape(box, (3, 2)), _volume(store, scan_id, codes)
-    return v.Region(volume.read(bounds), tuple(bounds[:, 0].tolist()), volume.shape)
+    near = _of_region(store, scan_id, box, codes) if volume.far else volume
+    return v.Region(near.read_boxes([bounds])[0], tuple(bounds[:, 0].tolist()), volume.shape)
+
+
+class AtHand(NamedTuple):
+    """What reads boxes of an array whose stored bytes are here already.
+
+    Attributes:
+        reader: of the array.
+        chunks: those that the boxes touch.
+    """
+
+    reader: ArrayReader
+    chunks: Chunks
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.reader.shape
+
+    def read_boxes(self, boxes: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """As ArrayReader's."""
+        return self.reader.read_boxes(boxes, chunks=self.chunks)
+
+
+def _fetch(reader: ArrayReader, boxes: Sequence[np.ndarray]) -> AtHand:
+    """Brings what boxes touch here, as far as they lie inside the array."""
+    shape = np.asarray(reader.shape)[:, None]
+    return AtHand(reader, reader.fetch([np.clip(box, 0, shape) for box in boxes]))
+
+
+@lru_cache(maxsize=2 * REGIONS_MIXED)
+def _of_region(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> AtHand:
+    """As long as its region is kept, lest it be fetched again."""
+    reader, places = _fetch(_volume(store, scan_id, codes), [np.reshape(box, (3, 2))])
+    return AtHand(reader, {place: memoryview(bytes(data)) for place, data in places.items()})  # of more than that
 
 
 def _reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = False) -> ArrayReader | v.Region:
@@ -347,16 +389,15 @@ class PairRenderer:
                 out["intensity_" + view] = drawn.intensity[:, k].astype(np.float32)
                 out["noise_seed_" + view] = drawn.noise_seed[:, k]
         unread = []
-        order = list(range(num))
-        if drawn.region is not None:  # pairs of a region one after the other, while it lies in the processor's cache
-            order.sort(key=lambda i: (drawn.scan_ids[i], drawn.region[i].tolist()))
-        for i in order:
-            try:
-                (self._render if self.resize else self._cut)(i, drawn, out)
-            except UnreadableScan:
-                if not self.skip:
-                    raise
-                unread.append(i)
+        order = self.in_turn(drawn)
+        with closing(self._readers(order, drawn)) as readers:
+            for i, reader in zip(order, readers, strict=True):
+                try:
+                    (self._render if self.resize else self._cut)(i, drawn, out, reader())
+                except UnreadableScan:
+                    if not self.skip:
+                        raise
+                    unread.append(i)
         if unread:
             out |= {name: column.copy() for name, column in rows.items()}  # the caller's are left as they are
             _volume.cache_clear()  # an open file may be what fails
@@ -366,6 +407,48 @@ class PairRenderer:
                 out[name][i] = shown[name][0]
             out["missed"][i] = rows["scan"][i]
         return out
+
+    def in_turn(self, drawn: "Drawn") -> list[int]:
+        """Rows as they are rendered: pairs of a region one after the other, while it lies in the processor's cache."""
+        order = list(range(len(drawn.scan_ids)))
+        if drawn.region is not None:
+            order.sort(key=lambda i: (drawn.scan_ids[i], drawn.region[i].tolist()))
+        return order
+
+    def _readers(self, order: list[int], drawn: "Drawn") -> Iterator[Callable[[], Any]]:
+        """For each row in order what gives the reader of its voxels, fetched ahead where the store is far."""
+        codes = not self.resize
+
+        def near(ready: Callable[[], AtHand], i: int) -> Any:
+            fetched = ready()
+            return fetched if drawn.region is None else _reader(self.store, *drawn.part(i), codes)
+
+        if not is_far(self.store):
+            yield from (partial(_reader, self.store, *drawn.part(i), codes) for i in order)
+            return
+        with closing(self.fetched(order, drawn)) as coming:
+            for rows, ready in coming:
+                yield from (partial(near, ready, i) for i in rows)
+
+    def fetched(self, order: list[int], drawn: "Drawn") -> Iterator[tuple[list[int], Callable[[], AtHand]]]:
+        """Rows that read the same, in order, and what waits for the stored bytes that they read; those of the next ones
+        are fetched meanwhile."""
+        codes = not self.resize
+        chunks.lookup(self.store)  # once, and not in every thread
+
+        def fetch(rows: list[int]) -> AtHand:
+            scan_id, region = drawn.part(rows[0])
+            if region is not None:
+                return _of_region(self.store, scan_id, tuple(region.ravel().tolist()), codes)
+            return _fetch(_volume(self.store, scan_id, codes), drawn.box[rows[0]])
+
+        def read_by(i: int) -> object:
+            scan_id, region = drawn.part(i)
+            return i if region is None else (scan_id, *region.ravel().tolist())
+
+        together = [list(rows) for _, rows in groupby(order, read_by)]
+        with closing(wire.ahead(fetch, together)) as coming:
+            yield from zip(together, coming, strict=True)
 
     def _instead(self, row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """A batch of one row that shows the same draw of the next scan that can be read.
@@ -414,10 +497,10 @@ class PairRenderer:
         of_views = of_views.reshape(-1, 2, v.INTENSITY_NUMBERS)
         return Drawn(rows, scan_ids, region, box, flip, *v.sample_intensities(of_views, self.intensity))
 
-    def _render(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray]) -> None:
+    def _render(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray], reader: Any) -> None:
         """Views of row i."""
         index = _index(self.store)
-        crops = v.read_all_padded(_reader(self.store, *drawn.part(i)), drawn.box[i], AIR)
+        crops = v.read_all_padded(reader, drawn.box[i], AIR)
         scan, rng = index.by_id[drawn.scan_ids[i]], None
         for k, crop in enumerate(crops):
             view = v.render(crop, self.views.size, drawn.flip[i, k], index.hu_window, scan.mean_hu, scan.std_hu)
@@ -434,9 +517,8 @@ class PairRenderer:
                 )
                 out[f"deformed_{k + 1}"][i, 0] = deform(torch.from_numpy(shown.astype(np.float32)), rng)
 
-    def _cut(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray]) -> None:
+    def _cut(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray], reader: Any) -> None:
         """Crops of row i, as they are stored."""
-        reader = _reader(self.store, *drawn.part(i), codes=True)
         window = _index(self.store).hu_window
         air = (
             AIR if out["crop_1"].dtype == np.int16 else round(255 * (max(AIR, window[0]) - window[0]) / np.ptp(window))
@@ -470,13 +552,14 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
     Returns:
         CPU ms per pair: draw (priors), read (bytes of the chunks that are touched, from the page cache where they are
         in it), decode, resize (window, z-score, resize, flip; or what it takes to put crops into a batch), intensity;
-        and bytes_read, crop_bytes per pair (of the stored type).
+        bytes_read, crop_bytes per pair (of the stored type); place, the wall ms per pair that one process waits for
+        those bytes alone; and place_requests, place_bytes per pair: where the store is far, with what lies between.
     """
     num, codes = len(rows["step"]), not renderer.resize
     drawn = renderer.draw(rows)
 
-    def fetch() -> int:
-        done, seen = 0, set()
+    def fetch() -> tuple[int, list[tuple[int, int]]]:
+        done, requests, seen = 0, [], set()
         for i, boxes in enumerate(drawn.box):
             scan_id, region = drawn.part(i)
             reader = _volume(renderer.store, scan_id)
@@ -485,24 +568,35 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
                 boxes = [] if key in seen else [region]
                 seen.add(key)
             shape = np.asarray(reader.shape)[:, None]
-            done += reader.fetch([np.clip(box, 0, shape) for box in boxes])
-        return done
+            found = reader.fetch([np.clip(box, 0, shape) for box in boxes])
+            done += sum(map(len, found.values()))
+            requests += wire.joined(reader.spans(found)) if reader.far else []
+        return done, requests
 
     def read() -> None:
         for i, boxes in enumerate(drawn.box):
             v.read_all_padded(_reader(renderer.store, *drawn.part(i), codes), boxes, AIR if not codes else 0)
+
+    def fetch_ahead() -> None:
+        for _, ready in renderer.fetched(renderer.in_turn(drawn), drawn):
+            ready()
 
     seconds = {}
     stages = {"draw": partial(renderer.draw, rows), "fetch": fetch, "read": read}
     stages |= {"plain": partial(replace(renderer, augment=False), rows), "whole": partial(renderer, rows)}
     for name, work in stages.items():
         work()  # opens files, compiles
-        region_of.cache_clear()
+        region_of.cache_clear(), _of_region.cache_clear()
         began = time.process_time()
         work()
         seconds[name] = time.process_time() - began
+    _of_region.cache_clear()
+    began = time.perf_counter()
+    fetch_ahead() if is_far(renderer.store) else fetch()
+    costs = {"place": time.perf_counter() - began}
     itemsize = _volume(renderer.store, drawn.scan_ids[0]).stored_dtype.itemsize
-    costs = {
+    done, requests = fetch()
+    costs |= {
         "draw": seconds["draw"],
         "read": seconds["fetch"],
         "decode": seconds["read"] - seconds["fetch"],
@@ -510,7 +604,9 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
         "intensity": seconds["whole"] - seconds["plain"] if renderer.augment else 0.0,
     }
     return {name: max(0.0, 1000 * cost / num) for name, cost in costs.items()} | {
-        "bytes_read": fetch() / num,
+        "bytes_read": done / num,
+        "place_requests": len(requests) / num,
+        "place_bytes": (sum(length for _, length in requests) or done) / num,
         "crop_bytes": int((drawn.box[..., 1] - drawn.box[..., 0]).prod(-1).sum()) * itemsize / num,
     }
 
@@ -573,20 +669,36 @@ class PatchRenderer:
         out["patch"] = _recycled("patch", (num, 1, *size), np.float16)
         out["target"] = _recycled("target", (num, 1, *size), np.uint8)
         out["labelled"] = np.empty((num, len(values) + 1), np.uint8)
-        for i in range(num):
-            record = index.by_id[self.scan_ids[rows["scan"][i]]]
+        found = [index.by_id[self.scan_ids[scan]] for scan in rows["scan"].tolist()]
+        drawn = []
+        for i, record in enumerate(found):
             rng = v.generator(self.seed, int(rows["epoch"][i]), record.scan_id, int(rows["draw"][i]))
-            prior = self._prior(rng, record)
-            params = v.sample_intensity(rng, self.intensity)
-            (crop,) = v.read_all_padded(_volume(self.store, record.scan_id), [prior.box], AIR)
-            crop = v.render(crop, size, prior.flip, index.hu_window, record.mean_hu, record.std_hu)
-            label = v.read_padded(_label(self.store, record.scan_id), prior.box, 0)
-            classes = lookup[label].astype(np.float32)
-            torch.from_numpy(out["patch"][i, 0]).copy_(v.apply_intensity(crop, params))
-            out["target"][i, 0] = v.resize_and_flip(classes, size, prior.flip, "nearest-exact").numpy()
-            labelled = record.labelled
-            out["labelled"][i] = [1, *(value in labelled for value in values)]
+            drawn.append((record.scan_id, self._prior(rng, record), v.sample_intensity(rng, self.intensity)))
+        with closing(self._readers(drawn)) as readers:
+            for i, (record, (_, prior, params), ready) in enumerate(zip(found, drawn, readers, strict=True)):
+                volume, labels = ready()
+                (crop,) = v.read_all_padded(volume, [prior.box], AIR)
+                crop = v.render(crop, size, prior.flip, index.hu_window, record.mean_hu, record.std_hu)
+                classes = lookup[v.read_padded(labels, prior.box, 0)].astype(np.float32)
+                torch.from_numpy(out["patch"][i, 0]).copy_(v.apply_intensity(crop, params))
+                out["target"][i, 0] = v.resize_and_flip(classes, size, prior.flip, "nearest-exact").numpy()
+                out["labelled"][i] = [1, *(value in record.labelled for value in values)]
         return out
+
+    def _readers(self, drawn: list[tuple[str, v.Prior, v.Intensity]]) -> Iterator[Callable[[], Sequence[Any]]]:
+        """For each patch in turn what gives the readers of its voxels and labels, fetched ahead where the store is
+        far."""
+
+        def readers(one: tuple[str, v.Prior, v.Intensity]) -> Sequence[Any]:
+            return _volume(self.store, one[0]), _label(self.store, one[0])
+
+        def fetch(one: tuple[str, v.Prior, v.Intensity]) -> Sequence[Any]:
+            return [_fetch(reader, [one[1].box]) for reader in readers(one)]
+
+        if not is_far(self.store):
+            return (partial(readers, one) for one in drawn)
+        chunks.lookup(self.store)  # once, and not in every thread
+        return wire.ahead(fetch, drawn)
 
     @property
     def row_bytes(self) -> int:

@@ -1,0 +1,170 @@
+"""The lock in a bucket: of many who want it one gets it, and who lost it writes nothing more."""
+
+import os
+import threading
+import time
+
+import pytest
+from far_bucket import Served
+
+from pgl_ray.config import FailedRun
+from pgl_ray.data import lease, place
+
+obstore = pytest.importorskip("obstore", reason="no obstore: pip install 'pgl_ray[cloud]'")
+
+DEAD = b"process 1 on gone, 0123"
+
+
+class HeldError(Exception):
+    """Of a lock that another has."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Served(tmp_path_factory.mktemp("locks"), 0.005) as served, pytest.MonkeyPatch.context() as patch:
+        for name, value in served.environment.items():
+            patch.setenv(name, value)
+        yield served
+
+
+@pytest.fixture
+def bucket(server, request) -> place.Bucket:
+    """An empty prefix."""
+    return place.Bucket(f"s3://far/{abs(hash(request.node.name))}")
+
+
+def put(bucket: place.Bucket, content: bytes) -> None:
+    obstore.put(bucket._store, ".lock", content, use_multipart=False)
+
+
+def wish(bucket: place.Bucket, silence_s: float = 0.5, ask=None) -> lease.Lease:
+    return lease.Lease(ask or bucket.ask, ".lock", beat_s=0.1, silence_s=silence_s)
+
+
+def take(one: lease.Lease) -> lease.Lease:
+    one.take(HeldError, lambda owner: None)
+    return one
+
+
+@pytest.mark.parametrize("there", [DEAD, lease.LEAVING, None], ids=["dead", "left", "none"])
+def test_of_many_waiters_one_gets_the_lock(bucket, there):
+    """Of a killed holder above all: they see it silent at the same moment."""
+    for _ in range(1 if there is None else 4):
+        if there is not None:
+            put(bucket, there)
+        got, refused = crowd(bucket, 24)
+        assert got == 1 and len(refused) == 23
+        assert {text.split(" on ")[0] for text in refused} <= {f"process {os.getpid()}"}
+        assert bucket.names("") == []
+
+
+def crowd(bucket: place.Bucket, num: int) -> tuple[int, list[str]]:
+    """So many want the lock at the same moment: how many got it, and what the others were told."""
+    got, refused, start = [], [], threading.Barrier(num)
+
+    def want() -> None:
+        one = wish(bucket)
+        start.wait()
+        try:
+            take(one)
+        except HeldError as error:
+            refused.append(str(error))
+            return
+        got.append(one)
+        with one.kept():
+            time.sleep(1.5)
+
+    threads = [threading.Thread(target=want) for _ in range(num)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(got), refused
+
+
+def test_a_silent_lock_is_not_taken_before_its_time(bucket):
+    put(bucket, DEAD)
+    began, told = time.monotonic(), []
+    wish(bucket, 0.6).take(HeldError, told.append)
+    assert 0.6 <= time.monotonic() - began < 3 and told == ["process 1 on gone"]
+
+
+def test_a_lock_that_is_left_is_waited_for(bucket):
+    put(bucket, DEAD)
+
+    def leave():
+        time.sleep(0.3)
+        put(bucket, lease.LEAVING)
+        time.sleep(0.3)
+        obstore.delete(bucket._store, ".lock")
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    take(wish(bucket, silence_s=60))
+    thread.join()
+
+
+def test_a_lock_that_somebody_removes_is_made_again(bucket):
+    one = take(wish(bucket))
+    obstore.delete(bucket._store, ".lock")
+    assert one.beat() and bucket.read(".lock") and one.beat()
+    obstore.delete(bucket._store, ".lock")
+    take(wish(bucket))
+    assert not one.beat()
+
+
+def test_a_living_holder_keeps_the_lock(bucket):
+    with take(wish(bucket)).kept():
+        for _ in range(3):
+            with pytest.raises(HeldError, match="process"):
+                take(wish(bucket))
+
+
+def test_who_lost_the_lock_never_touches_it_again(bucket):
+    one = take(wish(bucket, silence_s=9))
+    with one.kept():
+        assert one.beat()
+        put(bucket, DEAD)  # while this process was stopped, say
+        assert not one.beat() and not one.beat()
+        time.sleep(0.4)
+    assert bucket.read(".lock") == DEAD
+
+
+def test_an_answer_that_does_not_arrive_is_no_loss(bucket):
+    """The store has written what was asked, and the connection breaks."""
+    broken = threading.Event()
+
+    def ask(function, *args, **options):
+        done = bucket.ask(function, *args, **options)
+        if broken.is_set() and function.__name__ == "put":
+            broken.clear()
+            raise OSError("connection reset")
+        return done
+
+    one = wish(bucket, ask=ask)
+    broken.set()
+    with pytest.raises(OSError, match="reset"):
+        take(one)
+    take(one)  # finds its own
+    broken.set()
+    with pytest.raises(OSError, match="reset"):
+        one.beat()
+    assert one.beat() and one.beat()
+    take(wish(bucket, silence_s=0.2))
+    assert not one.beat()
+
+
+def test_a_place_whose_lock_is_gone_is_not_joined(bucket, monkeypatch):
+    monkeypatch.setattr(place.Bucket, "write", lambda self, key, parts: self.ask(_small, key, b"".join(parts)))
+    monkeypatch.setattr(place.Bucket, "remove", lambda self, key: None)
+    with bucket.locked() as token:
+        with bucket.joined(token):
+            pass
+        put(bucket, DEAD)
+        with pytest.raises(FailedRun, match=r"the run that writes into s3://far/.* is over"), bucket.joined(token):
+            pass
+    assert bucket.read(".lock") == DEAD
+
+
+def _small(store, key, content):
+    obstore.put(store, key, content, use_multipart=False)
