@@ -433,7 +433,8 @@ class TrainConfig(Section):
     max_workers: Positive | None = None
     """Most workers where min_workers is given; none: num_workers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the workers compute; auto takes CUDA when the cluster has a GPU for every worker."""
+    """Where the workers compute; auto: on CUDA where the cluster has a GPU for every worker, or its autoscaler can make
+    it so. With auto, no run goes on on CPUs after GPUs, GPUs after CPUs, or other models of GPU; cpu, cuda: it may."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 0.5
     """Ray CPUs that one worker reserves; what remains renders the views."""
     gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -938,7 +939,7 @@ class TuneConfig(Section):
     max_trials: Positive = 64
     """Largest number of trials that is accepted."""
     max_concurrent: Positive | None = None
-    """Trials at a time; none: as many as the cluster's CPUs and GPUs hold."""
+    """Trials at a time; none: as many as the cluster's CPUs and GPUs hold, with those that its autoscaler can add."""
     published: Literal["bcv", "liver", "kits", "spleen"] | None = None
     """Tables of conf/published.yaml that the report sets beside the arms of the same name."""
     seed: Seed = 0

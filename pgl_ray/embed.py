@@ -229,16 +229,18 @@ def _rows(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile]) -
 
 def _on_ray(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile], shared: bool) -> Iterator[Any]:
     """An actor per core, or per GPU; each is given a scan when it is done with the one before."""
-    from pgl_ray.train import launch
+    from pgl_ray.train import launch, nodes
 
     launch.connect(config.ray)
     import ray
 
-    have = ray.cluster_resources()
-    gpus, rooms = int(have.get("GPU", 0)), [node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]]
-    need = int(min(PROCESS_BYTES + BYTES_PER_VOXEL * _most_voxels(todo), max(rooms)))
-    cores = int(have["CPU"]) if shared or config.ray.num_cpus else os.cpu_count() or 1  # ours has 4 by name at least
-    fit = sum(int(room // need) for room in rooms) if need else len(todo)
+    here = nodes.cluster()
+    gpus, cores = int(here.limit("GPU")), int(here.limit("CPU"))
+    asked = here.memory(PROCESS_BYTES + BYTES_PER_VOXEL * _most_voxels(todo))
+    need = int(asked.get("memory", 0))
+    if not shared and not config.ray.num_cpus:
+        cores = os.cpu_count() or 1  # ours has 4 by name at least
+    fit = here.room(asked) if need else len(todo)
     wanted = min(config.workers or gpus or cores, len(todo))
     num = min(wanted, fit)
     if num < wanted:

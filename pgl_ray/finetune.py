@@ -28,7 +28,7 @@ from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import summarise
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter, build_segmenter
-from pgl_ray.train import checkpoint, health, launch, optim, ranks, watch, weights
+from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, watch, weights
 from pgl_ray.train.session import Session
 
 BEST = "best.pt"
@@ -82,6 +82,7 @@ def run(config: FinetuneConfig) -> Result:
         finished = done is not None and _is_over(done[0], plan.num_steps)
         if not finished:
             launch.connect(config.ray)
+            nodes.await_nodes(config.train, done)
             renderer = stream.PatchRenderer(
                 index.store, plan.scan_ids, config.seed, config.patch, config.intensity, config.foreground_share
             )
@@ -222,8 +223,8 @@ def worker(session: Session, worker_config: dict) -> str | None:
     # from where the newest checkpoint stands
     best, stale = session.state.get("best", -1.0), session.state.get("stale", 0)
     session.resume(segmenter, optimizer, schedule)
-    if session.is_last or session.state.get("stopped"):
-        return None
+    if session.is_last or session.reason or session.state.get("stopped"):
+        return session.reason
     model = session.begin()
     parts, overfitted = config.accumulate * session.parts, False
     steps_per_val = max(1, round(config.validate_every * plan.rows_per_epoch / plan.global_batch_size))

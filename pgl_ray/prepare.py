@@ -506,21 +506,23 @@ def _in_parallel(
     """
     if not items:
         return
-    from pgl_ray.train import launch  # here, because it takes torch along, and a run with nothing to do need not wait
+    from pgl_ray.train import launch, nodes  # here: they take torch along, and a run with nothing to do need not wait
 
     launch.connect(config)
     import ray.data
 
+    here = nodes.cluster()
+    own = {"CPU": 1.0, **(here.memory(peak()) if peak else {})}
     # a cluster of our own on this machine has at least 4 CPUs by name, for the trainings' sake
     ours = not (config.address or os.environ.get("RAY_ADDRESS"))
-    cores = config.num_cpus or os.cpu_count() or 1 if ours else int(ray.cluster_resources()["CPU"])
-    memory = None
-    if peak:
-        memory = float(min(peak(), max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])))
+    cores = config.num_cpus or os.cpu_count() or 1
+    if not ours:  # all nodes' that can come; Ray Data asks for as many as it has tasks for
+        cores = len(items) if here.unknown else max(1, here.room(own))
+        nodes.ask_for(own, min(cores, len(items)))
     rows = [{"task": i, "item": pickle.dumps(item)} for i, item in enumerate(items)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     yield from dataset.map(
-        work, num_cpus=1, memory=memory, compute=ray.data.TaskPoolStrategy(size=min(cores, len(rows)))
+        work, num_cpus=1, memory=own.get("memory"), compute=ray.data.TaskPoolStrategy(size=min(cores, len(rows)))
     ).iter_rows()
 
 

@@ -35,7 +35,7 @@ from pgl_ray.model.pgl import Output, Pair, Pgl, feature_geometry
 from pgl_ray.model.places import Objective, PlacesPgl
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.prior import Geometry
-from pgl_ray.train import checkpoint, health, launch, optim, ranks, watch
+from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, watch
 from pgl_ray.train.session import Session
 
 ACCURACY = "probe/balanced_accuracy"  # of the metrics; a sweep may judge by it
@@ -84,7 +84,7 @@ def run(config: PretrainConfig) -> Result:
         done = found[1] if found else 0
         if done < plan.num_steps:
             launch.connect(config.ray)
-            renderer = make_renderer(config, index, plan, launch.check_resources(config.train))
+            renderer = make_renderer(config, index, plan, nodes.await_nodes(config.train, found))
             feed = partial(stream.dataset, plan, renderer, num_cpus=launch.RENDER_CPUS)
             num_workers = config.train.num_workers
             if note := stream.too_large(renderer.row_bytes * plan.global_batch_size // num_workers, num_workers):
@@ -208,8 +208,8 @@ def worker(session: Session, worker_config: dict) -> str | None:
     # from where the newest checkpoint stands
     num_collapsed, skipped = session.state.get("num_collapsed", 0), session.state.get("skipped", {})
     session.resume(net, optimizer, schedule)
-    if session.is_last:
-        return None
+    if session.is_last or session.reason:
+        return session.reason
     model = session.begin(best=ACCURACY)
     skipped = Skipped(plan, config.stream, skipped)
     judge = make_probe(config) if config.probe.every and session.rank == 0 else None

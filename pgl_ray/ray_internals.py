@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pkgutil
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,18 @@ WORKERS = Use(
 )
 REPORTS = Use((f"{_TRAIN}.context:logger",), "each worker logs a line at each of its reports")
 CLEANER = Use((f"{_TRAIN}.controller.placement_group_cleaner:logger",), "Ray Train may log a line each second")
-USES = (BLOCKS, WORKERS, REPORTS, CLEANER)
+GROWTH = Use(
+    (
+        "ray._private.state:GlobalState.get_cluster_config",
+        "ray.autoscaler._private.kuberay.autoscaling_config:AutoscalingConfigProducer",
+    ),
+    "on a cluster that grows, nodes that are up are counted, and no others: have them started first",
+)
+LAUNCHES = Use(
+    ("ray.autoscaler.v2.sdk:get_cluster_status",),
+    "why nodes of a cluster that grows do not come is said by `ray status` alone",
+)
+USES = (BLOCKS, WORKERS, REPORTS, CLEANER, GROWTH, LAUNCHES)
 
 
 def missing(use: Use) -> list[str]:
@@ -168,7 +180,8 @@ def _keep_ahead(base: type, laid_out: str, most_laid_out: int, least: int, room:
 def whole_parts(batch_size: int, spare_cpus: float) -> Iterator[None]:
     """While it lasts, Ray's elastic trainers take numbers of workers alone that divide a global batch.
 
-    ScalingConfig has a least and a most number and nothing between; a trainer makes its policy by
+    ScalingConfig has a least and a most number and nothing between: by public names alone, the workers beyond a divisor
+    could only stand by, with a GPU each, and on CPUs nothing would be left for the views. A trainer makes its policy by
     `ray.train.v2.api.data_parallel_trainer.create_scaling_policy`, which is put aside for the time. Where Ray has
     changed it, nothing is done.
 
@@ -198,6 +211,122 @@ def whole_parts(batch_size: int, spare_cpus: float) -> Iterator[None]:
         yield
     finally:
         trainer.create_scaling_policy = theirs
+
+
+# -- clusters that grow -----------------------------------------------------------------------------------------------
+
+HEAD = "node:__internal_head__"  # a resource of the head alone, by which Ray's documentation names it
+MONITOR, MONITOR_CONFIG = "monitor.py", "--autoscaling-config="  # the autoscaler's process, on the head
+KUBERAY_CLUSTER = "RAY_CLUSTER_NAME"  # in the environment of KubeRay's containers
+NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # Kubernetes' own, in every pod
+UNREADABLE: dict[str, Any] = {}  # instead of a config
+
+
+def autoscaler_config(timeout_s: float = 60.0) -> dict[str, Any] | None:
+    """How the connected cluster may grow, as a file for `ray up` says it: available_node_types, head_node_type,
+    max_workers; none: it does not; UNREADABLE: it does, and does not say how.
+
+    A platform may publish it in the cluster's GCS, where Ray Train looks. Ray's own autoscaler does not: its process
+    has it in a file on the head, and under KubeRay it is made of what Kubernetes says of the cluster, which the pod of
+    the head may ask. So a task there looks.
+    """
+    if missing(GROWTH):
+        return None
+    from ray._private.state import state
+
+    published = state.get_cluster_config()
+    if published and published.node_group_configs:
+        types = {
+            group.name: {"resources": dict(group.resources), "max_workers": group.max_count % 2**31}  # -1: any number
+            for group in published.node_group_configs
+        }
+        return {"available_node_types": types, "max_workers": sum(kind["max_workers"] for kind in types.values())}
+    return _on_head(_head_says, UNREADABLE, timeout_s)
+
+
+def _on_head(function: Any, otherwise: Any, timeout_s: float) -> Any:
+    """What a function says that is called on the head, with the address of the GCS; or something else, where it fails
+    or takes long."""
+    import ray
+
+    options = {"num_cpus": 0, "resources": {HEAD: 0.001}, "max_retries": 1}
+    asked = ray.remote(function).options(**options).remote(ray.get_runtime_context().gcs_address)
+    try:
+        return ray.get(asked, timeout=timeout_s)
+    except (ray.exceptions.RayError, TimeoutError):
+        return otherwise
+
+
+def _monitors(gcs_address: str) -> list[list[str]]:
+    """Command lines of the autoscalers of a cluster on this machine, where there may be others."""
+    import psutil
+
+    port, lines = gcs_address.rpartition(":")[2], []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            gcs = next((word for word in words if word.startswith("--gcs-address=")), "")
+            if gcs.endswith(f":{port}") and any(word.endswith(f"/{MONITOR}") for word in words):
+                lines.append(words)
+    return lines
+
+
+def _head_says(gcs_address: str) -> dict[str, Any] | None:
+    """`autoscaler_config` on the head."""
+    import yaml
+
+    lines = _monitors(gcs_address)
+    for word in (word for words in lines for word in words if word.startswith(MONITOR_CONFIG)):
+        return yaml.safe_load(Path(word.removeprefix(MONITOR_CONFIG)).expanduser().read_text())
+    if lines or KUBERAY_CLUSTER not in os.environ:
+        return None
+    return _kuberay_says(os.environ[KUBERAY_CLUSTER])
+
+
+def _kuberay_says(cluster: str) -> dict[str, Any]:
+    """What Kubernetes says of a cluster; the head's pod may ask where KubeRay's autoscaler runs beside it."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import AutoscalingConfigProducer
+
+    try:
+        return AutoscalingConfigProducer(cluster, NAMESPACE.read_text())()
+    except Exception:  # no such file, no right to ask, no answer, an answer of another version
+        return UNREADABLE
+
+
+LOGS = "--logs-dir="  # of the autoscaler's command
+FAILED = re.compile(r"Failed to launch \d+ nodes of type (\S+): (.*)")  # in its log
+
+
+def launch_failures(timeout_s: float = 30.0) -> dict[str, str]:
+    """Kinds of nodes that the connected cluster's autoscaler could not start lately, and why, in the cloud's words.
+
+    The cluster's state names the kinds, and has lost the words on the way (Ray 2.60): they stand in the autoscaler's
+    log on the head. Ray's first autoscaler tells neither.
+    """
+    if missing(LAUNCHES):
+        return {}
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        failed = get_cluster_status(ray.get_runtime_context().gcs_address).failed_launches
+    except Exception:  # a line more or less for the user, of an interface that may change
+        return {}
+    words = _on_head(_head_failures, {}, timeout_s) if failed else {}
+    return {one.ray_node_type_name: words.get(one.ray_node_type_name, "see monitor.log on the head") for one in failed}
+
+
+def _head_failures(gcs_address: str) -> dict[str, str]:
+    """Kinds of nodes -> why the last ones could not be started; called on the head."""
+    words = [word.removeprefix(LOGS) for words in _monitors(gcs_address) for word in words if word.startswith(LOGS)]
+    path = Path(words[0] if words else "/tmp/ray/session_latest/logs", "monitor.log")  # KubeRay's pod shares it
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**20))
+        text = file.read().decode(errors="replace")
+    return {name: why.strip()[:300] for name, why in FAILED.findall(text)}
+
+
+# -- Ray Train's logs -------------------------------------------------------------------------------------------------
 
 
 def quiet_reports() -> None:

@@ -34,7 +34,7 @@ from pgl_ray.data.place import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import feature_geometry
-from pgl_ray.train import checkpoint, launch
+from pgl_ray.train import checkpoint, nodes
 from pgl_ray.train.checkpoint import write_json
 from pgl_ray.train.quiet import quiet_worker
 
@@ -245,7 +245,7 @@ def alone(run: str) -> Iterator[None]:
 
 
 def _gpus(train: TrainConfig) -> float:
-    return train.num_workers * train.gpus_per_worker if launch.check_resources(train) else 0.0
+    return train.num_workers * train.gpus_per_worker if nodes.check_resources(train) else 0.0
 
 
 def _apart(door: Any, config: Section, train: TrainConfig, room: int) -> Any:
@@ -253,8 +253,8 @@ def _apart(door: Any, config: Section, train: TrainConfig, room: int) -> Any:
     cores when `room` trials run at a time."""
     import ray
 
-    share = train.gpus_per_worker if launch.check_resources(train) else 0
-    options = {"num_cpus": launch.FEED_CPUS, "num_gpus": share, "max_retries": 0, "scheduling_strategy": "DEFAULT"}
+    share = train.gpus_per_worker if nodes.check_resources(train) else 0
+    options = {"num_cpus": nodes.FEED_CPUS, "num_gpus": share, "max_retries": 0, "scheduling_strategy": "DEFAULT"}
     task = ray.remote(_with_share_of_cores).options(**options)
     try:
         return ray.get(task.remote(door, config, room))

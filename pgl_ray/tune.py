@@ -48,7 +48,7 @@ from pgl_ray.data.store import Index, ScanRecord, read_index, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.judge import voxels
 from pgl_ray.judge.judges import check_number
-from pgl_ray.train import launch, weights
+from pgl_ray.train import launch, nodes, weights
 from pgl_ray.train.checkpoint import write_json
 from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, own_name, stage_config, stage_configs
 from pgl_ray.trial import run as run_trial
@@ -115,6 +115,8 @@ def run_trials(config: TuneConfig, trials: list[Trial], folder: Path) -> Result:
     done = _ended_trials(folder)
     what = ", ".join([*(["arms"] if config.arms else []), *config.space])
     print(f"tune: {num} trials over {what}; {len(done)} done, {room} at a time; {folder}", flush=True)
+    if nodes.cluster().grows:
+        print(f"  trials wait for nodes: {nodes.cluster().in_words()}", flush=True)
     left = [trial for trial in trials if trial.name not in done]
     if left:
         _fit(config, folder, left, num, room, list(done.values()))
@@ -393,43 +395,46 @@ def remember(config: TuneConfig, folder: Path, keep: bool = True) -> None:
 
 
 def room_for(config: TuneConfig, trials: list[Trial]) -> int:
-    """How many trials run at a time.
+    """How many trials run at a time; of a cluster that grows, where all of its nodes are there.
 
     Raises:
         ValueError: the cluster is too small for one, or for max_concurrent of them; says what it has.
     """
-    import ray
-
-    have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
+    here = nodes.cluster()
+    cpus, gpus = here.limit("CPU"), here.limit("GPU")
     points = [trial.values for trial in trials] or [{}]
-    configs = [one for values in points for one in stage_configs(config, values, Path()).values()]
-    trains, needs = {one.train for one in configs if hasattr(one, "train")} or {TrainConfig()}, []
+    configs = [one for values in points for one in stage_configs(config, values, Path(config.run)).values()]
+    trains, needs, fit = {one.train for one in configs if hasattr(one, "train")} or {TrainConfig()}, [], []
     for train in trains:
-        on_gpu = launch.check_resources(train)
+        on_gpu, num = nodes.check_resources(train), nodes.least(train)[1]
         needs.append((_cpus(train), train.num_workers * train.gpus_per_worker if on_gpu else 0))
+        fit.append(here.room(nodes.needs(train, on_gpu)) // num)  # node by node
     cpus_each, gpus_each = (max(need) for need in zip(*needs))
-    room = int(min(cpus / cpus_each, gpus / gpus_each if gpus_each else math.inf))
+    room = int(min(cpus / cpus_each, gpus / gpus_each if gpus_each else math.inf, *fit))
+    if here.unknown:
+        room = max(1, room, config.max_concurrent or 0)
     if config.max_concurrent and config.max_concurrent > room:
         raise ValueError(
-            f"max_concurrent={config.max_concurrent} trials of {cpus_each:g} CPUs and {gpus_each:g} GPUs each are more "
-            f"than the cluster has ({cpus:g} CPUs, {gpus:g} GPUs): at most {room}"
+            f"max_concurrent={config.max_concurrent} trials of {cpus_each:g} CPUs and {gpus_each:g} GPUs each do not "
+            f"fit, {here.in_words()}: at most {room}"
         )
     if config.scheduler.kind == "pbt":
         if room < len(trials):
             needs = f"{len(trials) * cpus_each:g} CPUs and {len(trials) * gpus_each:g} GPUs"
+            mend = "raise the autoscaler's maximum" if here.grows else "let them share a machine's cores by a higher "
+            mend += "" if here.grows else "ray.num_cpus"
             raise ValueError(
-                f"scheduler.kind=pbt runs its {len(trials)} trials together: they need {needs}, the cluster has "
-                f"{cpus:g} and {gpus:g}: lower num_trials, or let them share a machine's cores by a higher ray.num_cpus"
+                f"scheduler.kind=pbt runs its {len(trials)} trials together: they need {needs}, {here.in_words()}: "
+                f"lower num_trials, or {mend}"
             )
         return len(trials)
-    if len(ray.nodes()) == 1:  # a local cluster may count more CPUs than the machine has
+    if not here.others and not here.grows:  # a local cluster may count more CPUs than the machine has
         room = min(room, int((os.cpu_count() or 1) / cpus_each)) if not gpus_each else room
     return config.max_concurrent or max(1, room)
 
 
 def _cpus(train: TrainConfig) -> float:
-    return train.num_workers * train.cpus_per_worker + launch.FEED_CPUS
+    return train.num_workers * train.cpus_per_worker + nodes.FEED_CPUS
 
 
 # -- Ray Tune ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pgl_ray import config as c
 from pgl_ray import evaluate, export, finetune, pretrain, probe, report
 from pgl_ray.data import facts, store, stream
 from pgl_ray.model.encoder import build_encoder
-from pgl_ray.train import checkpoint, launch
+from pgl_ray.train import checkpoint, launch, nodes
 
 WINDOW = (-1024.0, 325.0)
 ENCODER = {"kind": "resnet", "depths": [1, 1, 1, 1], "width": 4, "stage_strides": "early"}
@@ -104,7 +104,7 @@ def untrained(monkeypatch):
 
     monkeypatch.setattr(launch, "fit", fit)
     monkeypatch.setattr(launch, "connect", lambda ray: None)
-    monkeypatch.setattr(launch, "check_resources", lambda train: False)
+    monkeypatch.setattr(nodes, "await_nodes", lambda train, found: False)
     monkeypatch.setattr(stream, "too_large", lambda *sizes: None)
 
 

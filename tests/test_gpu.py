@@ -22,7 +22,7 @@ from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.pgl import Pair
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import health, launch, optim
+from pgl_ray.train import capacity, health, nodes, optim
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL = ["index=a", "run=b", "encoder.width=4", "encoder.depths=[1,1,1,1]", "heads.hidden=8", "heads.out=4"]
@@ -313,8 +313,8 @@ def test_training_in_bfloat16_is_refused_on_a_cpu():
 
 
 def test_doors_refuse_it_before_anything_runs(monkeypatch):
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({"CPU": 4.0}))
     with pytest.raises(ValueError, match=r"train\.precision=bfloat16"):
-        launch.check_resources(TrainConfig(precision="bfloat16"))
+        nodes.check_resources(TrainConfig(precision="bfloat16"))
     with pytest.raises(ValueError, match=r"train\.precision=bfloat16"):
         bench.run(load(BenchConfig, ["index=a", "train.device=cpu", "train.precision=bfloat16"]))

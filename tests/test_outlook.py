@@ -20,7 +20,7 @@ from pgl_ray.data import stream
 from pgl_ray.data import views as v
 from pgl_ray.data.store import Index, write_index, write_scan
 from pgl_ray.prior import Geometry, clamped_shares
-from pgl_ray.train import launch, optim
+from pgl_ray.train import launch, nodes, optim
 
 ROOT = Path(__file__).resolve().parents[1]
 SCANS = {"cube": (128, 128, 128), "long": (150, 512, 512), "thin": (60, 512, 480)}  # of the presets' tests
@@ -284,8 +284,8 @@ def test_the_driver_prints_it_and_the_run_keeps_it(tmp_path, monkeypatch, capsys
     for name in ("a", "b"):
         write_scan(tmp_path / "store", name, np.zeros((24, 64, 80), np.int16), np.eye(4), split="train")
     write_index(tmp_path / "store", {}, (-1024.0, 325.0))
-    for name, value in (("connect", None), ("check_resources", False), ("fit", "stopped")):
-        monkeypatch.setattr(launch, name, lambda *args, value=value: value)
+    for room, name, value in ((launch, "connect", None), (nodes, "await_nodes", False), (launch, "fit", "stopped")):
+        monkeypatch.setattr(room, name, lambda *args, value=value: value)
     monkeypatch.setattr(stream, "too_large", lambda *args: None)
     args = [*SMALL, f"index={tmp_path}/store", f"run={tmp_path}/run", "views.size=[16,32,48]", "max_steps=40"]
     with pytest.raises(FailedRun, match="stopped"):

@@ -101,6 +101,21 @@ def test_ray_still_reads_where_its_files_go(monkeypatch):
     assert utils.get_default_ray_temp_dir() == doctor_facts.rays_folder() == "/elsewhere/ray", "Ray changed it"
 
 
+def test_ray_starts_its_autoscaler_as_we_look_for_it():
+    from dataclasses import fields
+
+    from ray._private import services
+    from ray.autoscaler.v2 import schema
+
+    text = inspect.getsource(services.start_monitor)
+    for word in (ray_internals.MONITOR, ray_internals.MONITOR_CONFIG, ray_internals.LOGS, "--gcs-address="):
+        assert word in text, f"Ray changed its autoscaler's command: {word}"
+    assert in_ray(ray_internals.HEAD), "Ray changed the resource that only a head has"
+    assert "failed_launches" in {field.name for field in fields(schema.ClusterStatus)}, "Ray changed its status"
+    assert "ray_node_type_name" in {field.name for field in fields(schema.LaunchRequest)}, "Ray changed its status"
+    assert in_ray("Failed to launch {} nodes of type {}: {}"), "Ray changed its autoscaler's log"
+
+
 def in_ray(text: str) -> bool:
     """Whether a text occurs in Ray's code, compiled or not."""
     if text.encode() in (HOME / "_raylet.so").read_bytes():
@@ -181,6 +196,97 @@ def test_elastic_runs_take_divisors_of_the_batch(monkeypatch, cpus, batch, worke
         fixed = trainer.create_scaling_policy(scaling(num_workers=3, **each))
         assert type(fixed).__name__ == "FixedScalingPolicy"
     assert trainer.create_scaling_policy is theirs
+
+
+# -- clusters that grow -----------------------------------------------------------------------------------------------
+
+FILE = {"available_node_types": {"gpu": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 3}}, "max_workers": 3}
+
+
+def process(*words: str) -> SimpleNamespace:
+    return SimpleNamespace(cmdline=lambda: ["python", *words])
+
+
+@pytest.fixture
+def head(monkeypatch, tmp_path):
+    """What a task on the head says where these processes run there."""
+    import psutil
+
+    monkeypatch.delenv(ray_internals.KUBERAY_CLUSTER, raising=False)
+    (tmp_path / "up.yaml").write_text(yaml.safe_dump(FILE))
+
+    def says(*processes) -> dict | None:
+        monkeypatch.setattr(psutil, "process_iter", lambda: iter(processes))
+        return ray_internals._head_says("10.0.0.1:6379")
+
+    return says
+
+
+def test_the_autoscalers_file_is_read_on_the_head(head, tmp_path):
+    monitor, file = "/ray/autoscaler/v2/monitor.py", f"--autoscaling-config={tmp_path}/up.yaml"
+    ours, others = "--gcs-address=10.0.0.1:6379", "--gcs-address=10.0.0.1:6380"
+    logs = process("/ray/_private/log_monitor.py", ours)
+    assert head(logs, process(monitor, ours, file)) == FILE
+    assert head(logs, process(monitor, others, file), process(monitor, ours)) is None  # a cluster of fixed nodes
+    assert head(logs) is None
+
+
+def test_why_nodes_did_not_come_is_read_in_the_log(head, tmp_path):
+    why = "VcpuLimitExceeded: you have more than 0"
+    lines = [
+        "Failed to launch 2 nodes of type small: old",
+        f"x INFO y -- Failed to launch 1 nodes of type small: {why}",
+    ]
+    (tmp_path / "monitor.log").write_text("\n".join([*lines, "Failed to launch 1 nodes of type gpu: no spot", ""]))
+    head(process("/ray/autoscaler/v2/monitor.py", "--gcs-address=10.0.0.1:6379", f"--logs-dir={tmp_path}"))
+    assert ray_internals._head_failures("10.0.0.1:6379") == {"small": why, "gpu": "no spot"}
+
+
+def test_under_kuberay_kubernetes_is_asked(head, monkeypatch, tmp_path):
+    """Where the autoscaler runs beside the head, and not in its container."""
+    from ray.autoscaler._private.kuberay import autoscaling_config
+
+    asked = []
+
+    class Producer:
+        def __init__(self, cluster, namespace):
+            asked.append((cluster, namespace))
+
+        def __call__(self):
+            return FILE
+
+    monkeypatch.setenv(ray_internals.KUBERAY_CLUSTER, "pgl-ray")
+    (tmp_path / "namespace").write_text("lab")
+    assert head() == ray_internals.UNREADABLE  # no file of Kubernetes'
+    monkeypatch.setattr(ray_internals, "NAMESPACE", tmp_path / "namespace")
+    monkeypatch.setattr(autoscaling_config, "AutoscalingConfigProducer", Producer)
+    assert head() == FILE and asked == [("pgl-ray", "lab")]
+    assert head(process("/ray/autoscaler/v2/monitor.py", "--gcs-address=10.0.0.1:6379")) is None
+    monkeypatch.setattr(Producer, "__call__", lambda self: 1 / 0)
+    assert head() == ray_internals.UNREADABLE
+
+
+def test_a_published_maximum_comes_first(monkeypatch):
+    from ray._private.state import state
+    from ray.core.generated import autoscaler_pb2
+
+    from pgl_ray.train import capacity
+
+    published = autoscaler_pb2.ClusterConfig()
+    published.node_group_configs.add(name="gpu", max_count=4, resources={"CPU": 8, "GPU": 2})
+    monkeypatch.setattr(state, "get_cluster_config", lambda: published)
+    assert capacity.kinds_of(ray_internals.autoscaler_config()) == ((capacity.Kind({"CPU": 8, "GPU": 2}, 4),), 4)
+    published.node_group_configs[0].max_count = -1  # any number
+    assert capacity.kinds_of(ray_internals.autoscaler_config())[1] > 10**9
+
+
+@pytest.mark.parametrize("name", [*ray_internals.GROWTH.names, *ray_internals.LAUNCHES.names])
+def test_without_a_name_nodes_that_are_up_are_all(monkeypatch, name):
+    breaks(monkeypatch, name)
+    if name in ray_internals.GROWTH.names:
+        assert ray_internals.autoscaler_config() is None
+    else:
+        assert ray_internals.launch_failures() == {}
 
 
 # -- what happens without --------------------------------------------------------------------------------------------

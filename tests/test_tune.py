@@ -20,7 +20,7 @@ from scipy import stats
 from pgl_ray import arms, pictures, report, sweep_report, sweeps, trial, tune
 from pgl_ray import config as c
 from pgl_ray.data.store import write_index, write_scan
-from pgl_ray.train import checkpoint, launch, optim
+from pgl_ray.train import capacity, checkpoint, nodes, optim
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {"width": 8, "depths": [1, 1, 1, 1]}
@@ -200,26 +200,25 @@ def test_a_sweep_takes_more_trials_and_no_other_base(tmp_path):
 
 
 def test_resources_that_the_cluster_lacks_are_refused(tmp_path, monkeypatch):
-    import ray
-
     have = {"CPU": 4.0}
-    monkeypatch.setattr(ray, "cluster_resources", lambda: have)
-    monkeypatch.setattr(ray, "nodes", lambda: [1, 2])
+    monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({}, (have,)))
     config = sweep(tmp_path, space=LR, num_trials=8)
     assert tune.room_for(config, tune.check(config)) == 2  # 1.5 CPUs each
-    with pytest.raises(ValueError, match=r"max_concurrent=3 trials of 1\.5 CPUs .* \(4 CPUs, 0 GPUs\): at most 2"):
+    text = r"max_concurrent=3 trials of 1\.5 CPUs and 0 GPUs each do not fit, the cluster has 4 CPUs .*: at most 2"
+    with pytest.raises(ValueError, match=text):
         tune.room_for(config.model_copy(update={"max_concurrent": 3}), [])
     pbt = config.model_copy(update={"scheduler": c.SchedulerConfig(kind="pbt")})
-    with pytest.raises(ValueError, match=r"its 8 trials together: they need 12 CPUs and 0 GPUs, the cluster has 4"):
+    text = "its 8 trials together: they need 12 CPUs and 0 GPUs, the cluster has 4 CPUs .* higher ray.num_cpus"
+    with pytest.raises(ValueError, match=text):
         tune.room_for(pbt, tune.check(config))
     base = {"max_steps": 4, "train": {"num_workers": 2, "device": "cuda"}}
-    with pytest.raises(ValueError, match="need 2 GPUs, the cluster has 0"):
+    with pytest.raises(ValueError, match="need 2 GPUs, the cluster has 4 CPUs and 0 GPUs: lower it"):
         tune.room_for(sweep(tmp_path, space=LR, base_finetune=base), [])
     have |= {"GPU": 2.0, "CPU": 16.0}
     shared = {"gpus_per_worker": 0.5}
     bases = {f"base_{stage}": {**BASE[f"base_{stage}"], "train": shared} for stage in ("pretrain", "finetune")}
     assert tune.room_for(sweep(tmp_path, space=LR, **bases), []) == 4
-    assert launch.check_resources(c.TrainConfig(gpus_per_worker=0.5))
+    assert nodes.check_resources(c.TrainConfig(gpus_per_worker=0.5))
     with pytest.raises(ValueError, match="cannot share a GPU"):
         c.build(c.TrainConfig, {"num_workers": 2, "gpus_per_worker": 0.5})
 
@@ -500,18 +499,40 @@ def test_the_best_trial_is_the_best_whatever_its_judge(tmp_path, alone, figure):
     assert search._ot_study.best_value == pytest.approx(found[0.2].merit)
 
 
+def test_a_sweep_in_a_submitted_job_finds_its_room(tmp_path, monkeypatch):
+    """Where relative paths are refused."""
+    folder = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_0"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({}, ({"CPU": 4.0},)))
+    config = c.build(c.TuneConfig, {"index": "/s", "run": str(tmp_path / "sweep"), **BASE, "space": LR})
+    assert tune.room_for(config, []) == 2
+
+
+def test_a_sweep_on_a_cluster_that_grows_counts_what_can_be(tmp_path, monkeypatch):
+    """A head alone is up: its cores bound nothing."""
+    config = sweep(tmp_path, space=LR, num_trials=8)
+    gpus = (capacity.Kind({"CPU": 8.0, "GPU": 1.0}, 6),)
+    monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({"CPU": 1.0}, (), gpus, 5))
+    assert tune.room_for(config, tune.check(config)) == 5
+    pbt = config.model_copy(update={"scheduler": c.SchedulerConfig(kind="pbt")})
+    with pytest.raises(ValueError, match="lower num_trials, or raise the autoscaler's maximum"):
+        tune.room_for(pbt, tune.check(config))
+    monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({"CPU": 1.0}, (), unknown=True))
+    base = {"max_steps": 4, "train": {"device": "cpu"}}
+    small = sweep(tmp_path, space=LR, base_finetune=base, base_pretrain=None, max_concurrent=3)
+    assert tune.room_for(small, []) == 3
+
+
 def test_an_arm_may_be_a_probe_of_random_weights_alone(tmp_path, alone, monkeypatch):
     """It trains nothing; it is judged on the resources of the others' pre-training."""
-    import ray
-
     config = sweep(tmp_path, arms={"random": {"probe.init": "random"}}, judge="probe/decoder_dice", **PROBED)
     (only,) = tune.check(config)
     run, told = alone
     found = run(config, only.values, tmp_path / "trials" / only.name, said(0.4, init="random", off=0.6))
     assert (found.state, found.error, found.score) == ("done", None, 0.2)  # of the reading that counts
     assert [figures["score"] for _, figures in told] == [0.2, 0.2]
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(ray, "nodes", lambda: [1, 2])
+    monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({}, ({"CPU": 4.0},)))
     assert tune.room_for(config, [only]) == 2
 
 

@@ -17,7 +17,13 @@ if TYPE_CHECKING:  # MONAI's import would cost every process of a run five secon
 
 Net = TypeVar("Net", bound=nn.Module)
 Moment = float | torch.cuda.Event  # as the host's clock or the device's stream has it
+CPU = "cpu"  # the kind of every CPU
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
+
+
+def kind(device: torch.device) -> str:
+    """What computes: cpu, or the model of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else CPU
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

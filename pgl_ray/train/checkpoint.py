@@ -452,11 +452,13 @@ class Writer:
         run: folder of the run.
         keep: newest checkpoints that are kept.
         best: of the checkpoints' metrics: the one with the highest is kept, too.
-        world: workers of this start; noted in every checkpoint.
+        facts: of this start, that every checkpoint.json notes.
     """
 
-    def __init__(self, run: str, keep: int = KEPT, best: str | None = None, world: int = 1):
-        self.run, self.keep, self.best, self.world = Path(run), keep, best, world
+    def __init__(
+        self, run: str, keep: int = KEPT, best: str | None = None, facts: dict[str, Any] | None = None
+    ) -> None:
+        self.run, self.keep, self.best, self.facts = Path(run), keep, best, facts or {}
         self.waiting: dict[str, _Job] = {}  # by name; files come before checkpoints, which rely on them
         self.written: _Job | None = None  # to the disk; it may wait for the bucket
         self.fault: str | None = None
@@ -552,7 +554,7 @@ class Writer:
             if job.step is None:
                 write_state(self.run / name, job.state)
             else:
-                write_checkpoint(self.run, job.step, job.state, {"world": self.world, "metrics": job.metrics})
+                write_checkpoint(self.run, job.step, job.state, {**self.facts, "metrics": job.metrics})
             self.written = job
         bucket.push(self.run)
         self.written = None
@@ -606,6 +608,13 @@ def _place(run: Path, step: int) -> Path:
 
 def _metrics(place: Path) -> dict[str, float]:
     return json.loads((place / MANIFEST).read_text()).get("metrics", {})
+
+
+def trained_on(run: str | Path) -> list[str]:
+    """Kinds of device that the newest checkpoint of a run was trained on last, as `model.device.kind` names them; none:
+    there is none yet, or an earlier version wrote it."""
+    found = committed(run)
+    return json.loads((found[0] / MANIFEST).read_text()).get("devices", []) if found else []
 
 
 def _what(job: _Job, name: str) -> str:

@@ -1,5 +1,6 @@
 """The one place that starts Ray and builds a TorchTrainer."""
 
+import contextlib
 import os
 import re
 import threading
@@ -14,7 +15,7 @@ import torch
 from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.model import device as on
-from pgl_ray.train import bucket, checkpoint, logs, watch
+from pgl_ray.train import bucket, checkpoint, logs, nodes, watch
 from pgl_ray.train.progress import Stage
 from pgl_ray.train.quiet import QUIET, WATCH, quiet_data
 
@@ -24,9 +25,7 @@ if TYPE_CHECKING:  # it imports networks, and processes that feed and control a 
 RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
 NO_MEMORY = "Ray ended a process because the machine's memory was nearly full"
 WATCHED = {WATCH: "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}  # on a cluster that others may take nodes from
-NODES_S = 1800  # that a fixed number of workers waits for nodes; spot instances take minutes to come back
 LOOK_S = 1.0, 5.0  # between two looks at a run's metrics: for a bar, of a run in a folder; and otherwise
-FEED_CPUS = 1  # that the stream must have at least: it lays out its plan with one
 
 
 def connect(config: RayConfig) -> None:
@@ -69,7 +68,8 @@ def connect(config: RayConfig) -> None:
     try:
         ray.init(**options)
     except Exception as error:  # ray.init has no common error class
-        raise FailedRun(f"no Ray cluster at ray.address={address or 'local'}: {error}") from error
+        told = " ".join(str(error).split())  # of another version of Ray or Python, too
+        raise FailedRun(f"no Ray cluster at ray.address={address or 'local'}: {told}") from error
 
 
 def fit(
@@ -123,21 +123,27 @@ def fit(
 
     for note in ray_internals.changed():
         print(f"note: {note}", flush=True)
-    use_gpu = check_resources(train)
+    use_gpu, here = nodes.check_resources(train), nodes.cluster()
+    each, most = nodes.needs(train, use_gpu), train.num_workers
+    if train.min_workers and not here.unknown:
+        # Ray asks for all of them at once, and an autoscaler that cannot start all it is asked for starts none
+        most = max(train.min_workers, min(most, here.room(each, nodes.FEED_CPUS)))
+        if most < train.num_workers:
+            print(f"note: there can be room for {most} of train.num_workers={train.num_workers} workers", flush=True)
     mirror = bucket.mirror(run)
     # Ray Train makes an empty file there, and needs it on no other node
     folder = mirror.folder if mirror else Path(run)
     if os.environ.get(WATCH) == "1" and not train.min_workers:
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(NODES_S))
+        os.environ.setdefault(nodes.WAIT_S, str(nodes.NODES_S))
     # mypy sees the classes of Ray's first Train, where ray.train has those of the second
     trainer = TorchTrainer(
         watched,
         train_loop_config=worker_config,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=train.timeout_s),  # type: ignore[arg-type] # parts too
         scaling_config=ray.train.ScalingConfig(
-            num_workers=(train.min_workers, train.num_workers) if train.min_workers else train.num_workers,  # type: ignore[arg-type]
+            num_workers=(train.min_workers, most) if train.min_workers else most,  # type: ignore[arg-type]
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": train.gpus_per_worker} if use_gpu else {})},
+            resources_per_worker=each,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=folder.name,
@@ -148,7 +154,8 @@ def fit(
         datasets={"train": start},  # type: ignore[dict-item] # Feed makes the stream of it
         dataset_config=Feed(execution_options=ExecutionOptions(preserve_order=True)),
     )
-    with Progress(run, num_steps), ray_internals.whole_parts(batch_size, FEED_CPUS):
+    missing = partial(nodes.missing, train, use_gpu)
+    with Progress(run, num_steps, missing), ray_internals.whole_parts(batch_size, nodes.FEED_CPUS):
         try:
             return trainer.fit().return_value  # type: ignore[attr-defined]
         except ray.train.TrainingFailedError as error:
@@ -173,27 +180,7 @@ def _logged(worker: Callable[["Session", dict], Any], train: TrainConfig, worker
         return worker(Session(run, worker_config["plan"], train, place_of(train)), worker_config)
 
 
-def check_resources(train: TrainConfig) -> bool:
-    """Refuses what would wait for ever, or compute wrongly; returns whether the workers get GPUs."""
-    import ray
-
-    have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
-    num, name = (train.min_workers, "min_workers") if train.min_workers else (train.num_workers, "num_workers")
-    wanted = num * train.gpus_per_worker
-    use_gpu = train.device == "cuda" or (train.device == "auto" and gpus >= wanted)
-    if gpus < wanted and (use_gpu or (train.device == "auto" and gpus > 0)):
-        raise ValueError(
-            f"train.{name}={num} need {wanted:g} GPUs, the cluster has {gpus:g}: lower it, or take train.device=cpu"
-        )
-    need = num * train.cpus_per_worker + FEED_CPUS
-    if need > cpus:
-        raise ValueError(
-            f"train.{name}={num} x train.cpus_per_worker={train.cpus_per_worker} + {FEED_CPUS} "
-            f"for the views = {need:g} CPUs, the cluster has {cpus:g}: lower one of them or raise ray.num_cpus"
-        )
-    on.check_training_precision("cuda" if use_gpu else "cpu", train.precision)
-    return use_gpu
+# -- while it runs ----------------------------------------------------------------------------------------------------
 
 
 def first_cause(error: Exception) -> str:
@@ -207,7 +194,11 @@ def first_cause(error: Exception) -> str:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit|Run|Scan)(\(\w+\))?: ", line)]
     named = [line for line in named if ray_internals.RENDERERS_WRAPPER not in line] or named
-    return f"worker {rank} failed: {(named or lines)[-1]}"
+    text = f"worker {rank} failed: {(named or lines)[-1]}"
+    if "No module named" in text:
+        node = re.search(r"\bip=([\w.:]+)", str(cause))
+        text += f": {'node ' + node[1] if node else 'a node'} lacks that package: have the same ones on every node"
+    return text
 
 
 def place_of(train: TrainConfig) -> "Place":
@@ -271,11 +262,18 @@ class Progress:
     Args:
         run: its folder, or its URL.
         num_steps: of the run.
+        missing: says which nodes it waits for, or none.
         every_s: between two looks at them; none: as LOOK_S says.
     """
 
-    def __init__(self, run: str, num_steps: int, every_s: float | None = None):
-        self.run = run
+    def __init__(
+        self,
+        run: str,
+        num_steps: int,
+        missing: Callable[[], str | None] = lambda: None,
+        every_s: float | None = None,
+    ):
+        self.run, self.missing = run, missing
         self.start = checkpoint.committed_step(run)
         self.events = checkpoint.read_events(bucket.told(run))[1]
         self.began = time.time()
@@ -295,8 +293,14 @@ class Progress:
     def _follow(self) -> None:
         with self.stage as stage:
             finished, shown = False, None
+            lacking: str | None = None
             while not finished:
                 finished = self.done.wait(self.every_s)
+                before = lacking
+                with contextlib.suppress(Exception):  # the cluster does not answer: Ray Train says so
+                    lacking = None if finished else self.missing()
+                if lacking and not before:  # once for each time that nodes are lost
+                    print(lacking, flush=True)
                 try:
                     folder = bucket.told(self.run)
                     events, self.events = checkpoint.read_events(folder, self.events)

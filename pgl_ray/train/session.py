@@ -19,7 +19,7 @@ from torch import nn
 
 from pgl_ray.config import FailedRun, TrainConfig
 from pgl_ray.model import device as on
-from pgl_ray.train import checkpoint, health, logs, watch
+from pgl_ray.train import capacity, checkpoint, health, logs, watch
 from pgl_ray.train.quiet import WATCH
 from pgl_ray.train.ranks import of_all_workers
 
@@ -51,6 +51,7 @@ class Session:
         run: the run's folder on this machine.
         plan: which rows make up which step, a `stream.Plan`.
         rank, world, device: of this worker.
+        devices: kinds of device that the workers have, as `model.device.kind` names them.
         state: the newest committed checkpoint's, without what `resume` loaded; empty at the start of a run.
         step: steps done.
         reason: why training ends early, the first that was given, the same on every rank; none: it goes on.
@@ -62,8 +63,11 @@ class Session:
         self.autocast = on.autocast(self.device, train.precision)
         self.parts = parts_of(train, self.world)
         self.state: dict[str, Any] = checkpoint.resumed(run) or {}
+        self.devices = sorted({kind for kinds in of_all_workers([on.kind(self.device)]) for kind in kinds})
         self.step: int = self.state.get("step", 0)
         self.reason: str | None = None
+        if self.state and not self.is_last and train.device == "auto":
+            self.stops(capacity.other_devices(checkpoint.trained_on(run), self.devices, self.step))
         self.metrics: checkpoint.Metrics | None = None
         self.writer: checkpoint.Writer | None = None
         self.notice, self._settled, self._told = Notice(), False, False
@@ -94,7 +98,8 @@ class Session:
         model = on.compiled(self.place.wrap(self._kept["model"]), self.device, self.train.compile, self.world)
         if self.rank == 0:
             self.metrics = checkpoint.Metrics(self.run, self.step, self.train.tracker)
-            self.writer = checkpoint.Writer(self.run, best=best, world=self.world)
+            facts = {"world": self.world, "devices": self.devices}
+            self.writer = checkpoint.Writer(self.run, best=best, facts=facts)
         return model
 
     # -- steps --------------------------------------------------------------------------------------------------------
