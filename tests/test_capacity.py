@@ -362,10 +362,10 @@ def test_tasks_ask_for_the_nodes_of_all_that_there_can_be(here, monkeypatch):
 
 def test_a_node_without_a_package_is_named():
     error = "ModuleNotFoundError: No module named 'torch'"
-    told = launch._first_cause(RuntimeError(f"ray::execute() (pid=7, ip=10.0.0.3, actor_id=ab)\n  File x\n{error}"))
+    told = launch.first_cause(RuntimeError(f"ray::execute() (pid=7, ip=10.0.0.3, actor_id=ab)\n  File x\n{error}"))
     mend = "node 10.0.0.3 lacks that package: have the same ones on every node"
     assert told == f"worker 0 failed: {error}: {mend}"
-    assert "a node lacks" in launch._first_cause(RuntimeError("ModuleNotFoundError: No module named 'zarr'"))
+    assert "a node lacks" in launch.first_cause(RuntimeError("ModuleNotFoundError: No module named 'zarr'"))
 
 
 def test_another_version_of_ray_is_refused_in_a_line(monkeypatch):

@@ -58,16 +58,9 @@ def far(here, monkeypatch):
 
 def forget() -> None:
     """As in a process of its own."""
-    for kept in (
-        stream._records,
-        stream._volume,
-        stream._label,
-        stream.region_of,
-        stream._of_region,
-        chunks._lookup,
-        wire._said,
-    ):
-        kept.cache_clear()
+    for kept in (value for module in (stream, chunks, wire) for value in vars(module).values()):
+        if hasattr(kept, "cache_clear"):
+            kept.cache_clear()
 
 
 def rows_of(num: int, per_region: int = 1) -> dict[str, np.ndarray]:

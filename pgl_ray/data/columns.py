@@ -30,7 +30,7 @@ class Parts(Protocol):
     size: int
 
     def ranges(self, spans: list[tuple[int, int]]) -> Iterator[memoryview]:
-        """The bytes between each two places."""
+        """The bytes of each (offset, length)."""
 
 
 class Changed(ValueError):

@@ -201,14 +201,14 @@ def blocks(seconds: float = 12.0) -> None:
     this = psutil.Process()
     for pairs, row_bytes in ((128, 100), (32, 589_824)):
         plan = stream.Plan.make([f"{i:07}" for i in range(10**4)], 1, pairs, 10**5, None, 0)
-        coming = iter(bench._stream(plan, Empty(row_bytes), pairs))
+        coming = iter(bench.stream_of(plan, Empty(row_bytes), pairs))
         for _ in range(60):  # processes start
             next(coming)
-        num, began, all_cpu, own = 0, time.perf_counter(), bench._cpu_seconds(), sum(this.cpu_times()[:2])
+        num, began, all_cpu, own = 0, time.perf_counter(), bench.cpu_seconds(), sum(this.cpu_times()[:2])
         while time.perf_counter() - began < seconds:
             next(coming)
             num += 1
-        ends = (bench._cpu_seconds() - all_cpu, sum(this.cpu_times()[:2]) - own)
+        ends = (bench.cpu_seconds() - all_cpu, sum(this.cpu_times()[:2]) - own)
         costs = [1000 * spent / num for spent in ends]
         print(
             f"blocks of {pairs * row_bytes / 1e6:.1f} MB: {num / (time.perf_counter() - began):.1f} a second; CPU ms "
