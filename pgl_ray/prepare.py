@@ -304,7 +304,7 @@ def verify(config: StoreConfig) -> Verified:
     index, fault = _read_index(place)
     names = sorted({*store.scan_names(place), *index})
     looks = [(name, name in index) for name in names]
-    checked = _in_parallel(partial(_check, folder=place.url), looks, config.ray)
+    checked = in_parallel(partial(_check, folder=place.url), looks, config.ray)
     with closing(checked) as outcomes, Stage("prepare verify:", "scan", len(names), starts=True) as stage:
         for row in stage.each(outcomes, lambda: num_of(damaged, "damaged")):
             if row["reason"]:
@@ -487,13 +487,13 @@ def _outcomes(
     options = {key: getattr(config, key) for key in ("hu_window", "chunk", "encoding", "compression", "spacing_mm")}
     work = partial(convert, folder=folder, token=token, names=names, options=options)
     peak = partial(_largest_peak, [source for source, _ in tasks], config.spacing_mm)
-    with closing(_in_parallel(work, tasks, config.ray, peak)) as rows:
+    with closing(in_parallel(work, tasks, config.ray, peak)) as rows:
         for row in rows:
             record = store.parse_record(row["record"]) if row["record"] else None
             yield tasks[row["task"]][0], row["status"], row["reason"], json.loads(row["notes"]), record
 
 
-def _in_parallel(
+def in_parallel(
     work: Callable[[dict], dict],
     items: list[tuple],
     config: RayConfig,

@@ -241,7 +241,7 @@ def autoscaler_config(timeout_s: float = 60.0) -> dict[str, Any] | None:
             for group in published.node_group_configs
         }
         return {"available_node_types": types, "max_workers": sum(kind["max_workers"] for kind in types.values())}
-    return _on_head(_head_says, UNREADABLE, timeout_s)
+    return _on_head(head_says, UNREADABLE, timeout_s)
 
 
 def _on_head(function: Any, otherwise: Any, timeout_s: float) -> Any:
@@ -271,7 +271,7 @@ def _monitors(gcs_address: str) -> list[list[str]]:
     return lines
 
 
-def _head_says(gcs_address: str) -> dict[str, Any] | None:
+def head_says(gcs_address: str) -> dict[str, Any] | None:
     """`autoscaler_config` on the head."""
     import yaml
 
@@ -312,11 +312,11 @@ def launch_failures(timeout_s: float = 30.0) -> dict[str, str]:
         failed = get_cluster_status(ray.get_runtime_context().gcs_address).failed_launches
     except Exception:  # a line more or less for the user, of an interface that may change
         return {}
-    words = _on_head(_head_failures, {}, timeout_s) if failed else {}
+    words = _on_head(head_failures, {}, timeout_s) if failed else {}
     return {one.ray_node_type_name: words.get(one.ray_node_type_name, "see monitor.log on the head") for one in failed}
 
 
-def _head_failures(gcs_address: str) -> dict[str, str]:
+def head_failures(gcs_address: str) -> dict[str, str]:
     """Kinds of nodes -> why the last ones could not be started; called on the head."""
     words = [word.removeprefix(LOGS) for words in _monitors(gcs_address) for word in words if word.startswith(LOGS)]
     path = Path(words[0] if words else "/tmp/ray/session_latest/logs", "monitor.log")  # KubeRay's pod shares it

@@ -27,7 +27,7 @@ def serial(monkeypatch):
         for i, item in enumerate(items):
             yield work({"task": i, "item": pickle.dumps(item)})
 
-    monkeypatch.setattr(prepare, "_in_parallel", in_parallel)
+    monkeypatch.setattr(prepare, "in_parallel", in_parallel)
 
 
 def put(path, array, affine=AFFINE, **header):

@@ -26,7 +26,7 @@ def serial(monkeypatch):
     def one_by_one(work, items, config, sources=()):
         return (work({"task": i, "item": pickle.dumps(item)}) for i, item in enumerate(items))
 
-    monkeypatch.setattr(prepare, "_in_parallel", one_by_one)
+    monkeypatch.setattr(prepare, "in_parallel", one_by_one)
 
 
 def put_store(tmp_path, s3) -> str:

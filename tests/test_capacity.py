@@ -311,7 +311,7 @@ def test_prepare_converts_on_the_cpus_that_there_can_be(here, monkeypatch):
 
     def size(cluster: Cluster, num_items: int = 100) -> int:
         here(cluster)
-        assert list(prepare._in_parallel(None, [()] * num_items, c.RayConfig(address="auto"), lambda: int(4e9))) == []
+        assert list(prepare.in_parallel(None, [()] * num_items, c.RayConfig(address="auto"), lambda: int(4e9))) == []
         return asked["compute"].size
 
     monkeypatch.setattr(launch, "connect", lambda config: None)

@@ -24,7 +24,7 @@ def serial(monkeypatch):
         for i, item in enumerate(items):
             yield work({"task": i, "item": pickle.dumps(item)})
 
-    monkeypatch.setattr(prepare, "_in_parallel", in_parallel)
+    monkeypatch.setattr(prepare, "in_parallel", in_parallel)
 
 
 def square(k, low=3, high=12):

@@ -37,7 +37,7 @@ def serial(monkeypatch):
         for i in sorted(range(len(items)), reverse=bool(backwards)):
             yield work({"task": i, "item": pickle.dumps(items[i])})
 
-    monkeypatch.setattr(prepare, "_in_parallel", in_parallel)
+    monkeypatch.setattr(prepare, "in_parallel", in_parallel)
     return backwards
 
 

@@ -217,7 +217,7 @@ def head(monkeypatch, tmp_path):
 
     def says(*processes) -> dict | None:
         monkeypatch.setattr(psutil, "process_iter", lambda: iter(processes))
-        return ray_internals._head_says("10.0.0.1:6379")
+        return ray_internals.head_says("10.0.0.1:6379")
 
     return says
 
@@ -239,7 +239,7 @@ def test_why_nodes_did_not_come_is_read_in_the_log(head, tmp_path):
     ]
     (tmp_path / "monitor.log").write_text("\n".join([*lines, "Failed to launch 1 nodes of type gpu: no spot", ""]))
     head(process("/ray/autoscaler/v2/monitor.py", "--gcs-address=10.0.0.1:6379", f"--logs-dir={tmp_path}"))
-    assert ray_internals._head_failures("10.0.0.1:6379") == {"small": why, "gpu": "no spot"}
+    assert ray_internals.head_failures("10.0.0.1:6379") == {"small": why, "gpu": "no spot"}
 
 
 def test_under_kuberay_kubernetes_is_asked(head, monkeypatch, tmp_path):

@@ -38,7 +38,7 @@ def test_kills_of_a_run_without_ray(tmp_path, monkeypatch):
     for place in range(10):
         volume = np.random.default_rng(place).integers(-1000, 1000, (120, 100, 30)).astype(np.int16)
         nib.save(nib.Nifti1Image(volume, np.diag([-1.5, -1.5, 3, 1])), tmp_path / f"{place:02}.nii.gz")
-    monkeypatch.setattr(prepare, "_in_parallel", one_by_one)
+    monkeypatch.setattr(prepare, "in_parallel", one_by_one)
 
     def config(store: str) -> PrepareConfig:
         return PrepareConfig(source=str(tmp_path), store=str(tmp_path / ".stores" / store))
