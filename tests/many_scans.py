@@ -55,7 +55,7 @@ def write_index(folder: Path, shapes: np.ndarray, seed: int = 0) -> Path:
     }
     columns |= {name: np.zeros(num) for name in ("rounding_error_hu", "encoding_rms_hu", "clipped_share")}
     names = store.ScanRecord.__dataclass_fields__
-    table = pa.table({name: columns[name] for name in names}, schema=store._schema())
+    table = pa.table({name: columns[name] for name in names}, schema=store.index_schema())
     pq.write_table(table, folder / "index.parquet", write_page_checksum=True)
     store.write_settings(folder, ORGANS, WINDOW)
     return folder

@@ -343,7 +343,7 @@ def table_of(scans: Sequence[ScanRecord]) -> bytes:
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist([_to_row(scan) for scan in scans], schema=_schema())
+    table = pa.Table.from_pylist([_to_row(scan) for scan in scans], schema=index_schema())
     pq.write_table(table, sink, write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
@@ -419,7 +419,7 @@ def _parsed(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _schema() -> "pa.Schema":
+def index_schema() -> "pa.Schema":
     """Arrow types by hand: inference would fail on columns that are empty in all scans."""
     import pyarrow as pa
 
