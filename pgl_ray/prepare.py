@@ -220,7 +220,7 @@ def _run(
         failed.append(Fault(f"{folder}/scans/{name}", mend))
     failed.sort()
     _note(place, notes)
-    names = _finish(folder, records, stored, names)
+    names = finish_store(folder, records, stored, names)
     _tell_same_content(records, {source.scan_id for source in layout.scans})
     others = {"encoding": config.encoding, "spacing_mm": config.spacing_mm}
     preparations = _preparations(config, known)
@@ -644,7 +644,7 @@ def _note(place: store.Place, notes: dict[str, list[dict[str, Any]]]) -> None:
     keep_notes(place, notes)
 
 
-def _finish(
+def finish_store(
     folder: str, records: dict[str, store.ScanRecord], sources: list[Source], names: dict[str, int] | None
 ) -> dict[str, int]:
     """Updates what needs no new conversion in the records: path, split, labelled organs; returns the organ names."""

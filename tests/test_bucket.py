@@ -61,14 +61,14 @@ def test_prepare_verify_and_repair_in_a_bucket(tmp_path, s3, serial, capsys):
 def test_a_prepare_that_lost_its_lock_writes_no_index(tmp_path, s3, serial, monkeypatch, taken):
     """It stood still for so long that another one took over, which is about to write an index of its own."""
     url = put_store(tmp_path, s3)
-    place, finish = store.open_place(url), prepare._finish
+    place, finish = store.open_place(url), prepare.finish_store
     before = place.read("index.parquet")
 
     def stand_still(*args):
         place.write(taken, [b"another"])
         return finish(*args)
 
-    monkeypatch.setattr(prepare, "_finish", stand_still)
+    monkeypatch.setattr(prepare, "finish_store", stand_still)
     nib.save(nib.Nifti1Image(np.zeros((70, 72, 30), np.int16), np.eye(4)), tmp_path / "raw/d.nii.gz")
     with pytest.raises(FailedRun, match=rf"the run that writes into s3://.*/{tmp_path.name}/Fälle 1 is over"):
         prepare.run(PrepareConfig(source=f"{tmp_path}/raw", store=url))

@@ -123,7 +123,7 @@ def test_what_the_place_costs_is_measured(here, far, per_region):
     assert costs["bytes_read"] == near["bytes_read"] and costs["crop_bytes"] == near["crop_bytes"]
     far.counts()
     wanted = pairs("s3://far/hu", pairs_per_region=per_region)
-    stream._of_region.cache_clear(), stream.region_of.cache_clear()
+    stream.reader_of_region.cache_clear(), stream.region_of.cache_clear()
     wanted(rows)
     counted = far.counts()
     assert counted["GET"] == round(32 * costs["place_requests"]) and counted["BYTES"] == round(

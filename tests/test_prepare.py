@@ -338,7 +338,7 @@ def test_labels_without_names_are_named_by_their_values(tmp_path, serial, monkey
     before = tree(tmp_path / "s")
     assert counts(go(tmp_path / "one", tmp_path / "s")) == (0, 2, 0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(prepare, "finish_store", lambda *_: signal.raise_signal(signal.SIGINT))
         go(tmp_path / "one", tmp_path / "s")
     assert tree(tmp_path / "s") == before  # an interrupted run takes nothing away
 
@@ -575,7 +575,7 @@ def test_a_run_that_did_not_end_is_no_damage(tmp_path, serial):
     target = two_folders(tmp_path)
     put(tmp_path / "two/e.nii.gz", seed=9)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "_finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(prepare, "finish_store", lambda *_: signal.raise_signal(signal.SIGINT))
         go(tmp_path / "two", target)
     found = checked(target)
     assert not found.damaged and "prepare did not come to its end" in found.index

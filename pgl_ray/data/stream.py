@@ -228,7 +228,8 @@ def _index(store: str) -> store_room.Index:
 
 
 @lru_cache(maxsize=256)
-def _volume(store: str, scan_id: str, codes: bool = False) -> ArrayReader:
+def volume_reader(store: str, scan_id: str, codes: bool = False) -> ArrayReader:
+    """A scan's volume [D, H, W], opened; `codes`: as it is stored, not in HU."""
     found = chunks.lookup(store)(scan_id, "volume")
     return store_room.open_volume(store, _index(store).by_id[scan_id], codes, found)
 
@@ -247,8 +248,8 @@ def _chunk(array_metadata: str) -> tuple[int, int, int]:
 @lru_cache(maxsize=2 * REGIONS_MIXED)
 def region_of(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> v.Region:
     """A region of a scan, kept while its pairs are drawn: int16, 2.4 MB for views of 16x96x96."""
-    bounds, volume = np.reshape(box, (3, 2)), _volume(store, scan_id, codes)
-    near = _of_region(store, scan_id, box, codes) if volume.far else volume
+    bounds, volume = np.reshape(box, (3, 2)), volume_reader(store, scan_id, codes)
+    near = reader_of_region(store, scan_id, box, codes) if volume.far else volume
     return v.Region(near.read_boxes([bounds])[0], tuple(bounds[:, 0].tolist()), volume.shape)
 
 
@@ -280,16 +281,16 @@ def _fetch(reader: ArrayReader, boxes: Sequence[np.ndarray]) -> AtHand:
 
 
 @lru_cache(maxsize=2 * REGIONS_MIXED)
-def _of_region(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> AtHand:
+def reader_of_region(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> AtHand:
     """As long as its region is kept, lest it be fetched again."""
-    reader, places = _fetch(_volume(store, scan_id, codes), [np.reshape(box, (3, 2))])
+    reader, places = _fetch(volume_reader(store, scan_id, codes), [np.reshape(box, (3, 2))])
     return AtHand(reader, {place: memoryview(bytes(data)) for place, data in places.items()})  # of more than that
 
 
 def _reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = False) -> ArrayReader | v.Region:
     """What reads a scan's voxels, or those of its region alone."""
     if region is None:
-        return _volume(store, scan_id, codes)
+        return volume_reader(store, scan_id, codes)
     return region_of(store, scan_id, tuple(region.ravel().tolist()), codes)
 
 
@@ -400,7 +401,7 @@ class PairRenderer:
                     unread.append(i)
         if unread:
             out |= {name: column.copy() for name, column in rows.items()}  # the caller's are left as they are
-            _volume.cache_clear()  # an open file may be what fails
+            volume_reader.cache_clear()  # an open file may be what fails
         for i in unread:
             shown = self._instead({name: column[i : i + 1] for name, column in rows.items()})
             for name in out.keys() - {"step", "missed"}:
@@ -439,8 +440,8 @@ class PairRenderer:
         def fetch(rows: list[int]) -> AtHand:
             scan_id, region = drawn.part(rows[0])
             if region is not None:
-                return _of_region(self.store, scan_id, tuple(region.ravel().tolist()), codes)
-            return _fetch(_volume(self.store, scan_id, codes), drawn.box[rows[0]])
+                return reader_of_region(self.store, scan_id, tuple(region.ravel().tolist()), codes)
+            return _fetch(volume_reader(self.store, scan_id, codes), drawn.box[rows[0]])
 
         def read_by(i: int) -> object:
             scan_id, region = drawn.part(i)
@@ -562,7 +563,7 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
         done, requests, seen = 0, [], set()
         for i, boxes in enumerate(drawn.box):
             scan_id, region = drawn.part(i)
-            reader = _volume(renderer.store, scan_id)
+            reader = volume_reader(renderer.store, scan_id)
             if region is not None:
                 key = scan_id, region.tobytes()
                 boxes = [] if key in seen else [region]
@@ -586,15 +587,15 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
     stages |= {"plain": partial(replace(renderer, augment=False), rows), "whole": partial(renderer, rows)}
     for name, work in stages.items():
         work()  # opens files, compiles
-        region_of.cache_clear(), _of_region.cache_clear()
+        region_of.cache_clear(), reader_of_region.cache_clear()
         began = time.process_time()
         work()
         seconds[name] = time.process_time() - began
-    _of_region.cache_clear()
+    reader_of_region.cache_clear()
     began = time.perf_counter()
     fetch_ahead() if is_far(renderer.store) else fetch()
     costs = {"place": time.perf_counter() - began}
-    itemsize = _volume(renderer.store, drawn.scan_ids[0]).stored_dtype.itemsize
+    itemsize = volume_reader(renderer.store, drawn.scan_ids[0]).stored_dtype.itemsize
     done, requests = fetch()
     costs |= {
         "draw": seconds["draw"],
@@ -690,7 +691,7 @@ class PatchRenderer:
         far."""
 
         def readers(one: tuple[str, v.Prior, v.Intensity]) -> Sequence[Any]:
-            return _volume(self.store, one[0]), _label(self.store, one[0])
+            return volume_reader(self.store, one[0]), _label(self.store, one[0])
 
         def fetch(one: tuple[str, v.Prior, v.Intensity]) -> Sequence[Any]:
             return [_fetch(reader, [one[1].box]) for reader in readers(one)]

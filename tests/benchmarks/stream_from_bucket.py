@@ -96,7 +96,7 @@ def take_turns(url: str, pairs_per_region: str, seconds: float) -> None:
     from pgl_ray.data import store, stream
 
     ids, share = tuple(scan.scan_id for scan in store.read_index(url).scans), int(pairs_per_region)
-    stream._volume = stream._volume.__wrapped__  # opened anew for each visit
+    stream.volume_reader = stream.volume_reader.__wrapped__  # opened anew for each visit
     plan = stream.Plan.make(ids, 2**16, 128, 1, 4096, 0, share)
     render = stream.PairRenderer(url, ids, 0, ViewsConfig(), IntensityConfig(), pairs_per_region=share)
     render(plan.columns(0, 1))
