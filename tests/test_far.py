@@ -97,7 +97,7 @@ def test_patches_from_far_are_those_of_a_folder(here, far):
     ]
     assert_same(renderers[0](rows), renderers[1](rows))
     counted = far.counts()
-    assert counted["HEAD"] == 1 and counted["GET"] <= 3 + 2 * 16  # index, settings, chunks; image and labels
+    assert counted["HEAD"] == 2 and counted["GET"] <= 3 + 2 * 16  # index, settings, chunks; image and labels
 
 
 def test_a_visit_takes_one_request_and_they_overlap(here, far):
@@ -139,7 +139,7 @@ def test_without_a_table_each_scan_takes_one_more(here, far, tmp_path):
     rows = rows_of(96)
     got = pairs("s3://far/old")(rows)
     counted = far.counts()
-    assert counted["GET"] <= 3 + 12 * 16 + 96 and counted["HEAD"] <= 1
+    assert counted["GET"] <= 3 + 12 * 16 + 96 and counted["HEAD"] <= 2
     assert_same(got, pairs(old)(rows))
     far.counts()
     pairs("s3://far/old")(rows)

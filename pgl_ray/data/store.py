@@ -29,7 +29,7 @@ import google_crc32c
 import numpy as np
 from scipy import ndimage
 
-from pgl_ray.data import chunks
+from pgl_ray.data import chunks, wire
 from pgl_ray.data.columns import Changed, Columns, Rows
 from pgl_ray.data.place import Place, open_place, parquet_table, write_aside  # noqa: F401 (for the doors)
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, ChunkIndex, array_metadata, code_table, encode_shard
@@ -228,7 +228,11 @@ def read_index(store: str | Path) -> Index:
     """
     settings, place = read_settings(store), open_place(store)
     try:
-        columns = Columns(place.open("index.parquet"), partial(_index_fault, str(store)))
+        file = place.open("index.parquet")
+        # of a far one each column would take three requests, one after the other
+        columns = Columns(
+            wire.held(file) if isinstance(file, wire.FarFile) else file, partial(_index_fault, str(store))
+        )
     except FileNotFoundError:
         raise ValueError(f"store {str(store)!r} has no index.parquet: run prepare to its end") from None
     if not columns.num_rows:

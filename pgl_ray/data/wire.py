@@ -152,6 +152,22 @@ class FarFile:
         """Nothing is open."""
 
 
+class Held:
+    """Parts of a file that is here already; as FarFile."""
+
+    def __init__(self, content: bytes):
+        self._content, self.size = memoryview(content), len(content)
+
+    def ranges(self, spans: list[tuple[int, int]]) -> Iterator[memoryview]:
+        """The bytes of each (offset, length); fewer where the file ends before."""
+        return (self._content[offset : offset + length] for offset, length in spans)
+
+
+def held(file: FarFile) -> FarFile | Held:
+    """A file that is read in many small parts: fetched at once, unless it is larger than PIECE."""
+    return file if file.size > PIECE else Held(b"".join(file.ranges([(0, file.size)])))
+
+
 def joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """(offset, bytes) of the requests that obstore makes of (offset, bytes) in ascending order."""
     made: list[tuple[int, int]] = []
