@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pgl_ray import pictures
 from pgl_ray.config import CheckAlignConfig, FailedRun, build
 from pgl_ray.data import store
 from pgl_ray.data import views as v
-from pgl_ray.data.phantom import make_phantom
 from pgl_ray.data.place import put_in_place
 from pgl_ray.data.stream import AIR
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
 from pgl_ray.model.resnet import Encoder
+from pgl_ray.pages import pictures
+from pgl_ray.phantom.phantom import make_phantom
 from pgl_ray.prior import Geometry, Prior, clamped_bins, interpolation_matrices, overlap_share
 from pgl_ray.train.bucket import is_url, shelf
 from pgl_ray.train.checkpoint import write_json

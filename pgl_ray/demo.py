@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgl_ray import evaluate, finetune, prepare, pretrain, probe, report, tables
+from pgl_ray import evaluate, finetune, prepare, pretrain, probe, report
 from pgl_ray.config import (
     DemoConfig,
     EvaluateConfig,
@@ -24,7 +24,8 @@ from pgl_ray.config import (
     ReportConfig,
     build,
 )
-from pgl_ray.data.phantom import write_phantoms
+from pgl_ray.pages import tables
+from pgl_ray.phantom.phantom import write_phantoms
 
 SHAPE, SPACING_MM = (40, 96, 96), (6.0, 3.5, 3.5)
 VIEW = [24, 48, 48]

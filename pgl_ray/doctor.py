@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pgl_ray import doctor_checks as checks
-from pgl_ray import doctor_storage as storage
+from pgl_ray.checkup import doctor_checks as checks
+from pgl_ray.checkup import doctor_storage as storage
+from pgl_ray.checkup.doctor_checks import Line
+from pgl_ray.checkup.doctor_facts import Gpu, Looker, Machine, machine, rays_folder
+from pgl_ray.checkup.doctor_places import Sight, leave_mark, look_at_run, look_at_store, remove_mark
 from pgl_ray.config import DoctorConfig, FailedRun, RayConfig
-from pgl_ray.doctor_checks import Line
-from pgl_ray.doctor_facts import Gpu, Looker, Machine, machine, rays_folder
-from pgl_ray.doctor_places import Sight, leave_mark, look_at_run, look_at_store, remove_mark
 
 HERE = "this machine"
 CONNECT_S, ANSWER_S, LOOK_S = 5.0, 35.0, 15.0  # waits for the cluster's port, for facts, for storage

@@ -23,18 +23,19 @@ import numpy as np
 import torch
 
 import pgl_ray
-from pgl_ray import api, embed_page
+from pgl_ray import api
 from pgl_ray.config import EmbedConfig, FailedRun
-from pgl_ray.data.accounts import skipped
 from pgl_ray.data.place import check_writable, open_place, put_in_place
-from pgl_ray.data.scans import ScanFile, StoredScan, scan_files, stored_scans
-from pgl_ray.data.source import Fault
 from pgl_ray.data.store import Index, write_aside
+from pgl_ray.files.accounts import skipped
+from pgl_ray.files.scans import ScanFile, StoredScan, scan_files, stored_scans
+from pgl_ray.files.source import Fault
 from pgl_ray.judge import vectors
 from pgl_ray.judge.embedding import NO_MEMORY, Embedder, dense_hashes
 from pgl_ray.judge.features import ScanEncoder
 from pgl_ray.judge.readings import NUM_VIEWS
 from pgl_ray.model.inference import pick_device
+from pgl_ray.pages import embed_page
 from pgl_ray.train.progress import Stage, num_of
 
 PAGE, KEPT = "embed.html", "preparation.npz"

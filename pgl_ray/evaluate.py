@@ -23,7 +23,6 @@ import torch
 
 from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig
 from pgl_ray.data.facts import seen_notes
-from pgl_ray.data.resample import onto_grid
 from pgl_ray.data.store import (
     Index,
     ScanRecord,
@@ -36,6 +35,7 @@ from pgl_ray.data.store import (
 )
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
+from pgl_ray.files.resample import onto_grid
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import TooLittleMemory, out_of_memory, pick_device, segment, time_forward
 from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, summarise

@@ -83,7 +83,7 @@ class Expected:
 
         Args:
             voxels: [D, H, W], HU.
-            affine: [4, 4], voxel index (d, h, w, 1) -> RAS+ mm, as `pgl_ray.data.ct.read_scan` gives it.
+            affine: [4, 4], voxel index (d, h, w, 1) -> RAS+ mm, as `pgl_ray.files.ct.read_scan` gives it.
 
         Returns:
             float32 [1, 1, D, H, W].

@@ -22,13 +22,13 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from scipy import ndimage
 
-from pgl_ray import pages, store_answers, store_table
 from pgl_ray.config import InspectConfig
 from pgl_ray.data import store
-from pgl_ray.data.geometry import MOST_SHEAR, shear_notes
-from pgl_ray.data.notes import read_notes
 from pgl_ray.data.store import HISTOGRAM_HU, Index, ScanRecord
-from pgl_ray.pictures import organ_color
+from pgl_ray.files.geometry import MOST_SHEAR, shear_notes
+from pgl_ray.files.notes import read_notes
+from pgl_ray.pages import pages, store_answers, store_table
+from pgl_ray.pages.pictures import organ_color
 
 DISPLAY_HU = (-1000.0, 600.0)  # wide, for scans that are no soft tissue at all must be seen as such
 PICTURE_PX = 192

@@ -21,16 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pgl_ray
-from pgl_ray import api, match_page
+from pgl_ray import api
 from pgl_ray.config import MatchConfig
-from pgl_ray.data import ct
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.place import check_writable, put_in_place
-from pgl_ray.data.resample import onto_grid
-from pgl_ray.data.scans import ScanFile, one_scan
 from pgl_ray.data.store import write_aside
+from pgl_ray.files import ct
+from pgl_ray.files.resample import onto_grid
+from pgl_ray.files.scans import ScanFile, one_scan
 from pgl_ray.judge import search
 from pgl_ray.judge.features import ScanEncoder, at_spacing
+from pgl_ray.pages import match_page
 
 STORED_AXES = {"S": (0, 1), "I": (0, -1), "P": (1, 1), "A": (1, -1), "L": (2, 1), "R": (2, -1)}
 NOT_SAFE = re.compile(r"[^\w.-]+")

@@ -16,22 +16,23 @@ import numpy as np
 import torch
 
 import pgl_ray
-from pgl_ray import viewer
 from pgl_ray.config import FailedRun, PredictConfig
-from pgl_ray.data import ct, dicom, identity, store
-from pgl_ray.data.accounts import json_lines, skipped, unused
+from pgl_ray.data import store
 from pgl_ray.data.facts import disagreements
-from pgl_ray.data.layout import find_by_folders, refuse_empty, with_ids
 from pgl_ray.data.place import check_writable, put_in_place
-from pgl_ray.data.plausible import LabelMap
-from pgl_ray.data.resample import onto_grid, resample
-from pgl_ray.data.source import Fault, Found, Source, files_of
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
-from pgl_ray.data.walk import Tree, walk
+from pgl_ray.files import ct, dicom, identity
+from pgl_ray.files.accounts import json_lines, skipped, unused
+from pgl_ray.files.layout import find_by_folders, refuse_empty, with_ids
+from pgl_ray.files.plausible import LabelMap
+from pgl_ray.files.resample import onto_grid, resample
+from pgl_ray.files.source import Fault, Found, Source, files_of
+from pgl_ray.files.walk import Tree, walk
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device, segment
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
+from pgl_ray.pages import viewer
 from pgl_ray.train.checkpoint import write_json
 from pgl_ray.train.progress import Stage, num_of
 from pgl_ray.train.weights import load_segmenter

@@ -31,14 +31,15 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ray.config import FailedRun, PrepareConfig, RayConfig, StoreConfig, build
-from pgl_ray.data import chunks, identity, store
-from pgl_ray.data.accounts import grouped, json_lines
-from pgl_ray.data.dicom_headers import Kept
-from pgl_ray.data.layout import Fault, Layout, Source, read_layout
-from pgl_ray.data.notes import NOTES_FILE, keep_notes
-from pgl_ray.data.plausible import LabelMap
-from pgl_ray.data.resample import resample
-from pgl_ray.data.source import counted, some
+from pgl_ray.data import chunks, store
+from pgl_ray.files import identity
+from pgl_ray.files.accounts import grouped, json_lines
+from pgl_ray.files.dicom_headers import Kept
+from pgl_ray.files.layout import Fault, Layout, Source, read_layout
+from pgl_ray.files.notes import NOTES_FILE, keep_notes
+from pgl_ray.files.plausible import LabelMap
+from pgl_ray.files.resample import resample
+from pgl_ray.files.source import counted, some
 from pgl_ray.train.progress import Stage, num_of
 
 PEAK_BYTES_PER_VOXEL = 8  # of a conversion, label map included (tests/benchmarks/test_prepare_cost.py)

@@ -19,7 +19,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pgl_ray import feature_pictures
 from pgl_ray.config import PRETRAINED, ProbeConfig
 from pgl_ray.data.facts import seen_notes, spacing_note
 from pgl_ray.data.store import Index, ScanRecord, read_index, write_aside
@@ -28,7 +27,8 @@ from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, answer, to_dev
 from pgl_ray.judge.readings import in_words
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
-from pgl_ray.pictures import to_bytes
+from pgl_ray.pages import feature_pictures
+from pgl_ray.pages.pictures import to_bytes
 from pgl_ray.train import bucket, weights
 from pgl_ray.train.checkpoint import write_json
 

@@ -15,9 +15,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from pgl_ray import answers, curves, pages, pictures, probe_tables, sweep_report, tables
 from pgl_ray.config import ReportConfig
-from pgl_ray.data.resample import onto_grid
 from pgl_ray.data.shard import ArrayReader
 from pgl_ray.data.store import (
     Index,
@@ -31,8 +29,10 @@ from pgl_ray.data.store import (
 )
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise, read_padded, resize_and_flip
+from pgl_ray.files.resample import onto_grid
+from pgl_ray.pages import answers, curves, pages, pictures, probe_tables, sweep_report, tables
+from pgl_ray.pages.tables import Run
 from pgl_ray.prior import overlap_box
-from pgl_ray.tables import Run
 from pgl_ray.train.bucket import beside, is_url, shown
 from pgl_ray.train.health import COLLAPSED
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from pgl_ray import finetune, pretrain, report, sweeps
+from pgl_ray import finetune, pretrain, report
 from pgl_ray.config import (
     PRETRAINED,
     EvaluateConfig,
@@ -48,10 +48,11 @@ from pgl_ray.data.store import Index, ScanRecord, read_index, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.judge import voxels
 from pgl_ray.judge.judges import check_number
+from pgl_ray.sweep import sweeps
+from pgl_ray.sweep.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, own_name, stage_config, stage_configs
+from pgl_ray.sweep.trial import run as run_trial
 from pgl_ray.train import launch, nodes, weights
 from pgl_ray.train.checkpoint import write_json
-from pgl_ray.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, own_name, stage_config, stage_configs
-from pgl_ray.trial import run as run_trial
 
 LEARNING_RATE = "finetune.optim.lr"  # that pbt changes
 REDRAWS = 5  # at most so often does Optuna go on when it drew known points

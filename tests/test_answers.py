@@ -9,9 +9,10 @@ import pytest
 from scipy import stats
 from test_report import CHANCE, judged, score_rows
 
-from pgl_ray import answers, config, next_steps, speeds, tables
+from pgl_ray import config
 from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
-from pgl_ray.pages import NO, OPEN, YES, percent
+from pgl_ray.pages import answers, next_steps, speeds, tables
+from pgl_ray.pages.pages import NO, OPEN, YES, percent
 
 PGL = "/runs/pgl"
 

@@ -1,4 +1,4 @@
-"""data/contours: known volumes, holes, and matplotlib's point-in-polygon as the oracle."""
+"""files/contours: known volumes, holes, and matplotlib's point-in-polygon as the oracle."""
 
 import numpy as np
 import pydicom
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from matplotlib.path import Path as Polygon
 
 from pgl_ray.config import LabelsConfig
-from pgl_ray.data import contours, ct, structures
-from pgl_ray.data.layout import read_layout
+from pgl_ray.files import contours, ct, structures
+from pgl_ray.files.layout import read_layout
 
 SPACING, ORIGIN, SHAPE = np.array((0.7, 0.8, 2.5)), np.array((-30.0, 20, -400)), (12, 60, 70)  # x, y, z; D, H, W
 

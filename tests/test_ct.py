@@ -1,4 +1,4 @@
-"""data/ct: geometry against nibabel and SimpleITK in every orientation, values, and each bad input's message."""
+"""files/ct: geometry against nibabel and SimpleITK in every orientation, values, and each bad input's message."""
 
 import gzip
 import struct
@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 from isal import igzip
 
-from pgl_ray.data import ct, itk
+from pgl_ray.files import ct, itk
 
 SHAPE = (5, 6, 7)
 SPACING = (0.7, 0.8, 2.5)

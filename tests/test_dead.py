@@ -12,8 +12,8 @@ from torch import nn
 from pgl_ray import finetune, pretrain
 from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
 from pgl_ray.data import store, stream
-from pgl_ray.data.phantom import ORGANS, make_phantom
 from pgl_ray.model.pgl import Pair
+from pgl_ray.phantom.phantom import ORGANS, make_phantom
 from pgl_ray.train import health, optim
 
 FLOAT32 = torch.autocast("cpu", enabled=False)

@@ -7,12 +7,12 @@ import pytest
 
 from pgl_ray import config as c
 from pgl_ray import demo, outlook, pretrain
-from pgl_ray.data.phantom import make_phantom
 from pgl_ray.data.store import Index, foreground_box
 from pgl_ray.judge.judges import Standing
 from pgl_ray.model.places import PlacesPgl
+from pgl_ray.pages.tables import Difference
+from pgl_ray.phantom.phantom import make_phantom
 from pgl_ray.probe import ProbeResult
-from pgl_ray.tables import Difference
 
 
 @pytest.fixture

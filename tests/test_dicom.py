@@ -1,4 +1,4 @@
-"""data/dicom: geometry against ITK, values against pydicom, every transfer syntax, and each refusal's reason."""
+"""files/dicom: geometry against ITK, values against pydicom, every transfer syntax, and each refusal's reason."""
 
 import copy
 import shutil
@@ -19,8 +19,8 @@ from pydicom.uid import (
 )
 
 from pgl_ray.config import LabelsConfig
-from pgl_ray.data import ct, dicom
-from pgl_ray.data.layout import read_layout
+from pgl_ray.files import ct, dicom
+from pgl_ray.files.layout import read_layout
 
 TURN = np.deg2rad(20)
 ORIENTATIONS = {

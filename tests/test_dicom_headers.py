@@ -10,10 +10,10 @@ from dicom_files import ct_series, save
 from test_prepare import ct_array, go, put, records, serial  # noqa: F401 (a fixture)
 
 from pgl_ray import prepare
-from pgl_ray.data import dicom, dicom_headers
-from pgl_ray.data.dicom_headers import Kept
-from pgl_ray.data.layout import Source
-from pgl_ray.data.walk import walk
+from pgl_ray.files import dicom, dicom_headers
+from pgl_ray.files.dicom_headers import Kept
+from pgl_ray.files.layout import Source
+from pgl_ray.files.walk import walk
 
 
 def series(seed=0, **tags):

@@ -1,4 +1,4 @@
-"""data/dicom_values and dicom_grid: every way to store pixels gives the HU that were written, or is refused by name."""
+"""files/dicom_values and dicom_grid: every way to store pixels gives the HU, or is refused by name."""
 
 import numpy as np
 import pydicom
@@ -9,7 +9,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import RLELossless
 
-from pgl_ray.data import ct
+from pgl_ray.files import ct
 
 SHAPE = (4, 20, 30)  # slices, rows, columns
 

@@ -15,12 +15,13 @@ from browser import CHROMIUM, faults
 from matplotlib.image import imread
 from scipy import ndimage
 
-from pgl_ray import api, cli, embed, embed_page, export
+from pgl_ray import api, cli, embed, export
 from pgl_ray.config import EmbedConfig, FailedRun, build
 from pgl_ray.data import store
-from pgl_ray.data.ct import Scan
+from pgl_ray.files.ct import Scan
 from pgl_ray.judge import embedding, features
 from pgl_ray.model.resenc import ResEncoder
+from pgl_ray.pages import embed_page
 
 INIT = "pretrained:openkbp_small"
 SHAPE, SPACING = (12, 40, 48), (3.0, 4.0, 4.5)

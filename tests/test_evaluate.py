@@ -16,7 +16,7 @@ from torch import nn
 from pgl_ray import cli, evaluate
 from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, build
 from pgl_ray.data import store
-from pgl_ray.data.resample import resample
+from pgl_ray.files.resample import resample
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import progress

@@ -17,9 +17,9 @@ from test_nnunet import WINDOW, exported
 from pgl_ray import export
 from pgl_ray.config import ExportConfig
 from pgl_ray.data import store
-from pgl_ray.data.ct import read_scan
-from pgl_ray.data.phantom import ORGANS, make_phantom
+from pgl_ray.files.ct import read_scan
 from pgl_ray.model.encoder import build_encoder
+from pgl_ray.phantom.phantom import ORGANS, make_phantom
 
 FOLDER = Path(__file__).resolve().parents[1] / "pgl_ray" / "examples"
 EXAMPLES = {path.stem: path for path in FOLDER.glob("*.py") if path.stem != "__init__"}

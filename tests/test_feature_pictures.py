@@ -10,9 +10,10 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from pgl_ray import feature_pictures as fp
-from pgl_ray import pictures, probe
+from pgl_ray import probe
 from pgl_ray.judge import components, dense, readings
+from pgl_ray.pages import feature_pictures as fp
+from pgl_ray.pages import pictures
 
 SPACING = (3.0, 1.0, 2.0)
 

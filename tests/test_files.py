@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from pgl_ray.data import ct, detached
-from pgl_ray.data.resample import new_shape, resample
+from pgl_ray.files import ct, detached
+from pgl_ray.files.resample import new_shape, resample
 
 AFFINE = np.array([[-0.75, 0, 0, 90.0], [0, -0.75, 0, 80.0], [0, 0, 2.5, -300.0], [0, 0, 0, 1]])
 SHAPE = (12, 10, 8)

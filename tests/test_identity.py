@@ -13,8 +13,8 @@ from test_prepare import ct_array, flip, go, label_array, put, records, serial  
 
 from pgl_ray import prepare
 from pgl_ray.config import LabelsConfig, StoreConfig
-from pgl_ray.data import identity
-from pgl_ray.data.layout import read_layout
+from pgl_ray.files import identity
+from pgl_ray.files.layout import read_layout
 
 
 def ids(root):

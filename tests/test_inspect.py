@@ -15,10 +15,11 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from scipy.spatial.transform import Rotation
 
-from pgl_ray import inspect, store_answers
+from pgl_ray import inspect
 from pgl_ray.config import InspectConfig
 from pgl_ray.data import store
-from pgl_ray.pictures import organ_color
+from pgl_ray.pages import store_answers
+from pgl_ray.pages.pictures import organ_color
 
 AFFINE = np.diag([3.0, 1.0, 1.0, 1.0])
 SHAPE = (24, 90, 80)
@@ -126,7 +127,7 @@ def test_a_damaged_scan_leaves_the_rest_of_the_page(odd, tmp_path):
 
 def test_the_store_of_real_scans(real_data, tmp_path):
     """Scans that are as they should be do not stand out; those that are cropped to the body do."""
-    from pgl_ray.data import ct
+    from pgl_ray.files import ct
 
     for name in ("openkbp/images/pt_2", "body/images/LIDC-IDRI-0001", "sts/STS_001"):
         found = next(real_data.glob(f"**/{name.split('/')[-1]}.nii.gz"))

@@ -14,10 +14,11 @@ import torch
 from browser import CHROMIUM, Page, faults
 from scipy import ndimage
 
-from pgl_ray import cli, match, match_page
+from pgl_ray import cli, match
 from pgl_ray.config import MatchConfig, build
-from pgl_ray.data import ct
+from pgl_ray.files import ct
 from pgl_ray.judge import search
+from pgl_ray.pages import match_page
 
 INIT = "pretrained:openkbp_small"
 SPACING = (3.0, 4.0, 4.0)  # D, H, W

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pgl_ray.config import PrepareConfig, load
-from pgl_ray.data.layout import read_layout
+from pgl_ray.files.layout import read_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "data_prep/openkbp_from_csv.py"

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from browser import CHROMIUM, faults
 
-from pgl_ray import pages, pictures
+from pgl_ray.pages import pages, pictures
 
 STYLE = (pages.HERE / "style.html").read_text()
 

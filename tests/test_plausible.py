@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pgl_ray.data import ct
-from pgl_ray.data.plausible import LabelMap
+from pgl_ray.files import ct
+from pgl_ray.files.plausible import LabelMap
 
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
 

@@ -22,8 +22,9 @@ from dicom_files import ct_series, save
 
 from pgl_ray import prepare
 from pgl_ray.config import FailedRun, LabelsConfig, PrepareConfig, StoreConfig, load
-from pgl_ray.data import ct, store
-from pgl_ray.data.layout import read_layout
+from pgl_ray.data import store
+from pgl_ray.files import ct
+from pgl_ray.files.layout import read_layout
 
 AFFINE = np.diag([-1.5, -1.5, 3, 1])
 

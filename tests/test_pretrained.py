@@ -19,10 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pgl_ray import config as c
-from pgl_ray import export, finetune, probe, probe_tables, tables, trial, tune
+from pgl_ray import export, finetune, probe, tune
 from pgl_ray.data.facts import spacing_note, training_facts
 from pgl_ray.data.store import Index, read_index, write_index, write_scan
 from pgl_ray.model.encoder import build_encoder
+from pgl_ray.pages import probe_tables, tables
+from pgl_ray.sweep import trial
 from pgl_ray.train import weights
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from pgl_ray import config, doctor_facts, ray_internals
+from pgl_ray import config, ray_internals
+from pgl_ray.checkup import doctor_facts
 from pgl_ray.data import stream
 from pgl_ray.train import launch, quiet
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pgl_ray.config import PrepareConfig, load
-from pgl_ray.data.layout import read_layout
+from pgl_ray.files.layout import read_layout
 
 RECIPES = Path(__file__).resolve().parents[1] / "data_prep"
 

@@ -16,10 +16,11 @@ import pytest
 from browser import CHROMIUM, faults
 from scipy import ndimage, stats
 
-from pgl_ray import cli, pictures, report, tables
+from pgl_ray import cli, report
 from pgl_ray.config import FinetuneConfig, PretrainConfig, ReportConfig, build, load
 from pgl_ray.data import store
-from pgl_ray.data.resample import resample
+from pgl_ray.files.resample import resample
+from pgl_ray.pages import pictures, tables
 
 SHAPE, SPACING, VIEW = (14, 24, 30), (5.0, 2.0, 1.5), (6, 10, 12)
 LABELS = {"liver": 1, "left_kidney": 4}

@@ -1,4 +1,4 @@
-"""data/resample against the world coordinates of functions whose values are known everywhere."""
+"""files/resample against the world coordinates of functions whose values are known everywhere."""
 
 import nibabel as nib
 import numpy as np
@@ -7,7 +7,7 @@ import SimpleITK as sitk
 
 from pgl_ray import predict
 from pgl_ray.config import PredictConfig
-from pgl_ray.data.resample import onto_grid, resample
+from pgl_ray.files.resample import onto_grid, resample
 
 AFFINE = np.array([[0, 0, -0.7, 10], [0, -0.8, 0, 20], [2.5, 0, 0, 30], [0, 0, 0, 1]])
 

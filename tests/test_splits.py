@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pgl_ray.config import LabelsConfig
-from pgl_ray.data.layout import read_layout
+from pgl_ray.files.layout import read_layout
 
 WANTED = {"case_1": "train", "case_2": "train", "case_3": "test"}
 NAMES = {"liver": 1, "left kidney": 2, "kidney": 3, "left": 4, "L5, lower": 5}

@@ -1,4 +1,4 @@
-"""data/structures: no structure of an RTSTRUCT or SEG is lost silently, and none costs the CT.
+"""files/structures: no structure of an RTSTRUCT or SEG is lost silently, and none costs the CT.
 
 Masks are boxes of whole voxels, so that what is right is known voxel by voxel.
 """
@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage
 
 from pgl_ray.config import LabelsConfig
-from pgl_ray.data.layout import read_layout
+from pgl_ray.files.layout import read_layout
 
 SHAPE = (10, 24, 30)  # slices, rows, columns
 ORIGIN, SPACING, STEP = np.array((-30.0, 20.0, -400.0)), (0.8, 0.7), 2.5  # x, y, z; between rows, columns

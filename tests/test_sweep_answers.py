@@ -8,8 +8,9 @@ import pytest
 from scipy import stats
 from test_report import judged
 
-from pgl_ray import arms, speeds, sweep_answers, sweeps
-from pgl_ray.pages import NO, OPEN, YES
+from pgl_ray.pages import arms, speeds, sweep_answers
+from pgl_ray.pages.pages import NO, OPEN, YES
+from pgl_ray.sweep import sweeps
 
 LR = {"pretrain.optim.lr": {"loguniform": [0.01, 1.0]}}
 ARMS = {"random": {"finetune.init": "random"}, "pgl": {}}

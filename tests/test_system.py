@@ -70,7 +70,8 @@ def test_cores_are_counted_without_affinity(monkeypatch):
 
 USE = """
 import os, sys, pathlib
-from pgl_ray.data import phantom, store, system
+from pgl_ray.phantom import phantom
+from pgl_ray.data import store, system
 from pgl_ray.data.place import open_place
 from pgl_ray.model import device
 from pgl_ray.train import checkpoint

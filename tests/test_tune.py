@@ -17,9 +17,11 @@ from browser import CHROMIUM, faults
 from omegaconf import OmegaConf
 from scipy import stats
 
-from pgl_ray import arms, pictures, report, sweep_report, sweeps, trial, tune
 from pgl_ray import config as c
+from pgl_ray import report, tune
 from pgl_ray.data.store import write_index, write_scan
+from pgl_ray.pages import arms, pictures, sweep_report
+from pgl_ray.sweep import sweeps, trial
 from pgl_ray.train import capacity, checkpoint, nodes, optim
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,8 +15,8 @@ import pytest
 from browser import CHROMIUM, faults
 from matplotlib.image import imread
 
-from pgl_ray import pictures, viewer
-from pgl_ray.viewer import Organ
+from pgl_ray.pages import pictures, viewer
+from pgl_ray.pages.viewer import Organ
 
 AFFINE = np.array([[0.1, 0.0, -1.5, 40], [0.05, 1.2, 0.02, -30], [3.0, 0, 0, 7], [0, 0, 0, 1]])  # d, h, w -> RAS+ mm
 TEXTS = {"title": "a <b> & c", "subtitle": "s", "made_by": "m"}

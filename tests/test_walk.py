@@ -17,9 +17,9 @@ from test_prepare import ct_array, go, label_array, put, records, serial  # noqa
 from pgl_ray import predict, prepare
 from pgl_ray.config import FailedRun, LabelsConfig
 from pgl_ray.data import store
-from pgl_ray.data.accounts import grouped
-from pgl_ray.data.layout import read_layout
-from pgl_ray.data.walk import walk
+from pgl_ray.files.accounts import grouped
+from pgl_ray.files.layout import read_layout
+from pgl_ray.files.walk import walk
 
 
 def layout_of(root, **labels):

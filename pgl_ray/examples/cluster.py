@@ -20,7 +20,7 @@ import ray
 
 from pgl_ray import prepare, pretrain
 from pgl_ray.config import PrepareConfig, PretrainConfig, RayConfig, load
-from pgl_ray.data.phantom import write_phantoms
+from pgl_ray.phantom.phantom import write_phantoms
 from pgl_ray.shipped import found
 from pgl_ray.train.checkpoint import read_metrics
 from pgl_ray.train.launch import connect

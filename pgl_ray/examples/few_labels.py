@@ -20,7 +20,7 @@ import numpy as np
 
 from pgl_ray import evaluate, finetune, predict, prepare, report
 from pgl_ray.config import EvaluateConfig, FinetuneConfig, PredictConfig, PrepareConfig, ReportConfig, load
-from pgl_ray.data.phantom import write_phantoms
+from pgl_ray.phantom.phantom import write_phantoms
 from pgl_ray.shipped import found
 
 TINY = "PGL_RAY_TINY" in os.environ

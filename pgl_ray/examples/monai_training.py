@@ -21,7 +21,7 @@ from monai.networks.nets import ResNet, resnet50
 from safetensors import safe_open
 from torch import nn
 
-from pgl_ray.data.phantom import write_phantoms
+from pgl_ray.phantom.phantom import write_phantoms
 from pgl_ray.train.weights import locate
 
 TINY = "PGL_RAY_TINY" in os.environ

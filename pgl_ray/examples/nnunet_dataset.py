@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-from pgl_ray.data.phantom import write_phantoms
+from pgl_ray.phantom.phantom import write_phantoms
 
 TINY = "PGL_RAY_TINY" in os.environ
 OUT = Path(os.environ.get("PGL_RAY_OUT", "examples/nnunet_dataset")).absolute()

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from pgl_ray import prepare, report, tune
 from pgl_ray.config import PrepareConfig, ReportConfig, TuneConfig, build
-from pgl_ray.data.phantom import write_phantoms
+from pgl_ray.phantom.phantom import write_phantoms
 from pgl_ray.shipped import found
 
 TINY = "PGL_RAY_TINY" in os.environ

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pgl_ray import api
-from pgl_ray.data.phantom import write_phantoms
+from pgl_ray.phantom.phantom import write_phantoms
 
 OUT = Path(os.environ.get("PGL_RAY_OUT", "examples/what_it_sees")).absolute()
 INIT = os.environ.get("PGL_RAY_INIT", "pretrained:openkbp_small")

@@ -12,12 +12,12 @@ import numpy as np
 import zarr
 from PIL import Image
 
-from pgl_ray.data.ct import Scan
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.place import Folder
-from pgl_ray.data.plausible import LabelMap
-from pgl_ray.data.scans import ScanFile, StoredScan
 from pgl_ray.data.store import foreground_box
+from pgl_ray.files.ct import Scan
+from pgl_ray.files.plausible import LabelMap
+from pgl_ray.files.scans import ScanFile, StoredScan
 from pgl_ray.judge.features import FeatureMap, ScanEncoder, at_spacing, pooled
 
 PICTURE_PX = 96  # height of a scan's picture

@@ -15,7 +15,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from pgl_ray.data.ct import Scan
+from pgl_ray.files.ct import Scan
 from pgl_ray.judge.features import ScanEncoder, scan_maps, views_of
 from pgl_ray.judge.matching import GRID_MM
 from pgl_ray.judge.readings import StandardisedMaps, body_points

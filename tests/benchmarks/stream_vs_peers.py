@@ -33,8 +33,9 @@ import torch
 import torch.nn.functional as F
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
-from pgl_ray.data import ct, kernels, place, store, stream
+from pgl_ray.data import kernels, place, store, stream
 from pgl_ray.data import views as v
+from pgl_ray.files import ct
 
 BODY = Path(os.environ.get("PGL_RAY_TEST_DATA", "../shared/data")) / "body/images"
 WINDOW = (-1024.0, 325.0)

@@ -16,7 +16,7 @@ import pytest
 
 from pgl_ray import prepare
 from pgl_ray.data import store
-from pgl_ray.data.layout import Source
+from pgl_ray.files.layout import Source
 
 pytestmark = pytest.mark.skipif("PGL_RAY_BENCH" not in os.environ, reason="takes a minute: make bench")
 
@@ -68,7 +68,7 @@ import pickle, sys
 from pathlib import Path
 from pgl_ray import prepare
 from pgl_ray.data import store
-from pgl_ray.data.layout import Source
+from pgl_ray.files.layout import Source
 path, label, folder = sys.argv[1:4]
 options = {"hu_window": (-1024.0, 325.0), "chunk": (8, 64, 64), "encoding": sys.argv[4], "spacing_mm": None}
 options["compression"] = "lz4"

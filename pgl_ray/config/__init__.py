@@ -1,0 +1,79 @@
+"""Every knob of pgl_ray, and the one way to read them.
+
+Each door has one frozen model whose defaults are the paper's numbers. A command line is
+`[file.yaml ...] [a.b=c ...]`: files are merged in order, then the dotted overrides; `load` checks the result
+and reports every fault in one message that names the dotted path.
+"""
+
+from pgl_ray.config.fields import JOB_FOLDER as JOB_FOLDER
+from pgl_ray.config.fields import PRETRAINED as PRETRAINED
+from pgl_ray.config.fields import FailedRun as FailedRun
+from pgl_ray.config.fields import FilePath as FilePath
+from pgl_ray.config.fields import Gone as Gone
+from pgl_ray.config.fields import Init as Init
+from pgl_ray.config.fields import LabelledScans as LabelledScans
+from pgl_ray.config.fields import Length as Length
+from pgl_ray.config.fields import NonNegative as NonNegative
+from pgl_ray.config.fields import Positive as Positive
+from pgl_ray.config.fields import RunPath as RunPath
+from pgl_ray.config.fields import Section as Section
+from pgl_ray.config.fields import Seed as Seed
+from pgl_ray.config.fields import Share as Share
+from pgl_ray.config.fields import StorePath as StorePath
+from pgl_ray.config.fields import Triple as Triple
+from pgl_ray.config.fields import Verb as Verb
+from pgl_ray.config.fields import WrittenPath as WrittenPath
+from pgl_ray.config.fields import check_range as check_range
+from pgl_ray.config.fields import listed as listed
+from pgl_ray.config.fields import without_null as without_null
+from pgl_ray.config.load import KEPT as KEPT
+from pgl_ray.config.load import Model as Model
+from pgl_ray.config.load import build as build
+from pgl_ray.config.load import keys as keys
+from pgl_ray.config.load import load as load
+from pgl_ray.config.load import to_yaml as to_yaml
+from pgl_ray.config.load import without_gone as without_gone
+from pgl_ray.config.stores import InspectConfig as InspectConfig
+from pgl_ray.config.stores import LabelsConfig as LabelsConfig
+from pgl_ray.config.stores import PartConfig as PartConfig
+from pgl_ray.config.stores import PrepareConfig as PrepareConfig
+from pgl_ray.config.stores import RecipeConfig as RecipeConfig
+from pgl_ray.config.stores import StoreConfig as StoreConfig
+from pgl_ray.config.training import METHOD_OPTIM as METHOD_OPTIM
+from pgl_ray.config.training import OPTIM_DEFAULTS as OPTIM_DEFAULTS
+from pgl_ray.config.training import FinetuneOptimConfig as FinetuneOptimConfig
+from pgl_ray.config.training import HealthConfig as HealthConfig
+from pgl_ray.config.training import LossConfig as LossConfig
+from pgl_ray.config.training import PretrainLossConfig as PretrainLossConfig
+from pgl_ray.config.training import PretrainOptimConfig as PretrainOptimConfig
+from pgl_ray.config.training import ProbeCurveConfig as ProbeCurveConfig
+from pgl_ray.config.training import ProbeSettings as ProbeSettings
+from pgl_ray.config.training import RayConfig as RayConfig
+from pgl_ray.config.training import TrainConfig as TrainConfig
+from pgl_ray.config.training import check_divisible as check_divisible
+from pgl_ray.config.training import resolved_optim as resolved_optim
+from pgl_ray.config.trainings import BenchConfig as BenchConfig
+from pgl_ray.config.trainings import CheckAlignConfig as CheckAlignConfig
+from pgl_ray.config.trainings import FinetuneConfig as FinetuneConfig
+from pgl_ray.config.trainings import PretrainConfig as PretrainConfig
+from pgl_ray.config.trainings import ProbeConfig as ProbeConfig
+from pgl_ray.config.trainings import SchedulerConfig as SchedulerConfig
+from pgl_ray.config.trainings import TuneConfig as TuneConfig
+from pgl_ray.config.uses import DemoConfig as DemoConfig
+from pgl_ray.config.uses import DoctorConfig as DoctorConfig
+from pgl_ray.config.uses import EmbedConfig as EmbedConfig
+from pgl_ray.config.uses import EvaluateConfig as EvaluateConfig
+from pgl_ray.config.uses import ExportConfig as ExportConfig
+from pgl_ray.config.uses import FeaturesConfig as FeaturesConfig
+from pgl_ray.config.uses import InferenceConfig as InferenceConfig
+from pgl_ray.config.uses import MatchConfig as MatchConfig
+from pgl_ray.config.uses import PredictConfig as PredictConfig
+from pgl_ray.config.uses import ReportConfig as ReportConfig
+from pgl_ray.config.views import AlignConfig as AlignConfig
+from pgl_ray.config.views import CropConfig as CropConfig
+from pgl_ray.config.views import EncoderConfig as EncoderConfig
+from pgl_ray.config.views import HeadsConfig as HeadsConfig
+from pgl_ray.config.views import IntensityConfig as IntensityConfig
+from pgl_ray.config.views import PatchConfig as PatchConfig
+from pgl_ray.config.views import StreamConfig as StreamConfig
+from pgl_ray.config.views import ViewsConfig as ViewsConfig

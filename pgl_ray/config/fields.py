@@ -1,0 +1,111 @@
+"""What the knobs' values are: paths, seeds, shares, lengths; the section that all of them stand in."""
+
+import math
+import os
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+)
+from pydantic_core import PydanticCustomError
+
+PRETRAINED = "pretrained:"  # before the name of weights that come with pgl_ray
+JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's working directory
+
+
+def _absolute(value: str) -> str:
+    """Workers run in other directories, so paths are made absolute where they are read."""
+    if not value:
+        raise PydanticCustomError("path", "is empty: give a path")
+    if "://" in value:
+        raise PydanticCustomError(
+            "path", "only stores and runs of pretrain and finetune may lie in a bucket: give a folder"
+        )
+    path = os.path.expanduser(value)
+    if not os.path.isabs(path) and JOB_FOLDER in f"{os.getcwd()}/":
+        raise PydanticCustomError("path", "a job's working directory is a copy that is removed: give an absolute path")
+    return os.path.abspath(path)
+
+
+def _absolute_or_url(value: str) -> str:
+    return value.rstrip("/") if "://" in value else _absolute(value)
+
+
+def _absolute_unless_named(value: str) -> str:
+    return value if value == "random" or value.startswith(PRETRAINED) else _absolute_or_url(value)
+
+
+def _as_written(value: Any) -> Any:
+    """Refuses a number in place of a path, where what was written (007, 1e5, yes) is not known any more."""
+    if isinstance(value, int | float):
+        raise PydanticCustomError("path", "is read as a number or as yes/no: put the path into quotes")
+    return value
+
+
+def _share_or_number(value: Any) -> Any:
+    """Labelled scans: 1.0 and null are all of them; 1 could be meant as one scan, which cannot be split."""
+    if value is None:
+        return 1.0
+    if type(value) is float and 0 < value <= 1:
+        return value
+    if type(value) in (int, float) and 2 <= value < math.inf and value % 1 == 0:
+        return int(value)
+    raise PydanticCustomError(
+        "scans", "expected a share above 0 and up to 1.0 (all), or a number from 2 on (to train on and to validate)"
+    )
+
+
+WrittenPath = Annotated[str, BeforeValidator(_as_written)]
+StorePath = Annotated[WrittenPath, AfterValidator(_absolute_or_url)]
+RunPath = StorePath  # of a pre-training or fine-tuning; a sweep is a folder
+FilePath = Annotated[WrittenPath, AfterValidator(_absolute)]
+Init = Annotated[str, AfterValidator(_absolute_unless_named)]
+Seed = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+LabelledScans = Annotated[int | float, BeforeValidator(_share_or_number)]
+LEAST_VOXEL_MM, LARGEST_VOXEL_MM = 0.02, 30.0  # finest cone-beam CT: 0.075; thickest slices: 10 to 20
+Length = Annotated[float, Field(ge=LEAST_VOXEL_MM, le=LARGEST_VOXEL_MM)]  # of a voxel, in mm
+Triple = tuple[Positive, Positive, Positive]
+Verb = Literal["choice", "grid_search", "uniform", "loguniform", "quniform", "randint"]
+
+
+class Gone(NamedTuple):
+    """A setting of earlier versions: the one value that it has now, and what to write in place of another one."""
+
+    value: Any
+    instead: str = ""
+
+
+class Section(BaseModel):
+    """A frozen group of knobs: unknown keys are refused, attribute docstrings are the descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    gone: ClassVar[dict[str, Gone]] = {}
+    """Settings of earlier versions, by their names; saved runs have them."""
+
+
+def listed(value: Any) -> Any:
+    """One text as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def without_null(value: Any) -> Any:
+    """A dict without the keys that are set to null."""
+    return {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
+
+
+def check_range(name: str, value: tuple[float, float]) -> None:
+    """Refuses a range whose ends are in the wrong order."""
+    if not value[0] <= value[1]:
+        raise ValueError(f"{name}: lower bound {value[0]} is above upper bound {value[1]}")
+
+
+class FailedRun(RuntimeError):
+    """A run that could not finish for a reason outside the command line; exit code 1."""

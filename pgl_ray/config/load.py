@@ -1,0 +1,239 @@
+"""The one way to read knobs: YAML files and `a.b=c`, checked, every fault in one message."""
+
+import re
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from pgl_ray.config.fields import Gone, Section
+from pgl_ray.config.trainings import CheckAlignConfig, FinetuneConfig, PretrainConfig
+
+Model = TypeVar("Model", bound=Section)
+
+
+def load(model: type[Model], args: list[str]) -> Model:
+    """Builds a config from `[file.yaml ...] [a.b=c ...]`.
+
+    Raises:
+        ValueError: one message with every fault: dotted path, given value, accepted values.
+    """
+    merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create({})
+    kept: list[Any] = []
+    for arg in args:
+        key, eq, value = arg.partition("=")
+        try:
+            if eq and not key.endswith((".yaml", ".yml")):
+                annotation = _annotation_at(model, key)
+                if _is_text(annotation) or _is_texts(annotation):
+                    kept.append(_typed(annotation, value))
+                    arg = f"{key}={KEPT}{len(kept) - 1}"
+                part = OmegaConf.from_dotlist([arg])
+            elif arg.endswith((".yaml", ".yml")):
+                part = _load_file(model, arg)
+            else:
+                raise ValueError(f"{arg!r}: expected a .yaml file or key=value")
+            merged = OmegaConf.merge(merged, part)
+        except FileNotFoundError:
+            raise ValueError(f"config file {arg!r} does not exist") from None
+        except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError, TypeError) as error:
+            raise ValueError(f"{arg!r}: {' '.join(str(error).split())}") from None
+    return build(model, _put_back(OmegaConf.to_container(merged, resolve=False), kept))
+
+
+# Paths and other texts mean what was typed: YAML would read 007 as 7, 1e5 and 2_000 as numbers, yes as true.
+
+KEPT = "\ue000text "  # stands for a text of the command line, with its number, until all is merged
+
+
+def _annotation_at(model: Any, key: str) -> Any:
+    """The type of the field at a dotted path; none: no field, or inside a free dict."""
+    annotation = model
+    for part in re.findall(r"[^.\[\]]+", key):
+        if part.isdecimal():  # of a list
+            continue
+        section = _section_of(annotation) if annotation else None
+        field = section.model_fields.get(part) if section else None
+        annotation = field.annotation if field else None
+    return annotation
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an annotation allows; of Literal the types of its values."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    return {annotation}
+
+
+def _is_text(annotation: Any) -> bool:
+    return _kinds(annotation) - {NoneType} == {str}
+
+
+def _is_texts(annotation: Any) -> bool:
+    """Whether it is a list of texts."""
+    listed = get_origin(annotation) in (list, tuple)
+    return listed and all(_is_text(part) for part in get_args(annotation) if part is not Ellipsis)
+
+
+def _typed(annotation: Any, value: str) -> Any:
+    """What was typed for a text, or for a list of texts ([a, b], or one of them)."""
+    if _is_texts(annotation):
+        return yaml.load(value, yaml.BaseLoader) if value.startswith("[") else value
+    return None if value == "null" and NoneType in _kinds(annotation) else value
+
+
+def _put_back(values: Any, kept: list[Any]) -> Any:
+    if isinstance(values, dict):
+        return {key: _put_back(value, kept) for key, value in values.items()}
+    if isinstance(values, str) and values.startswith(KEPT):
+        return kept[int(values.removeprefix(KEPT))]
+    return values
+
+
+def _load_file(model: type[Section], path: str) -> Any:
+    """A YAML file, or a door's part of it, in which the fields that are texts stand as they are written."""
+    read = _own_section(model, OmegaConf.load(path), path)
+    if not OmegaConf.is_dict(read):
+        return read
+    with open(path, encoding="utf-8") as file:
+        written = _own_section(model, yaml.load(file, yaml.BaseLoader), path)
+    values = _with_texts(model, OmegaConf.to_container(read, resolve=False), written)
+    if model is CheckAlignConfig:
+        own, theirs = model.model_fields, PretrainConfig.model_fields
+        values = {key: value for key, value in values.items() if key in own or key not in theirs}
+    return OmegaConf.create(values)
+
+
+def _with_texts(annotation: Any, read: Any, written: Any) -> Any:
+    """`read` with what was written wherever a text is wanted and YAML made a number or a truth of it."""
+    section = _section_of(annotation)
+    if isinstance(read, dict) and isinstance(written, dict) and section:
+        fields = section.model_fields
+        return {
+            key: _with_texts(fields[key].annotation, value, written.get(key)) if key in fields else value
+            for key, value in read.items()
+        }
+    if isinstance(read, list) and isinstance(written, list) and (section or _is_texts(annotation)):
+        inner = section or str
+        return [_with_texts(inner, *pair) for pair in zip(read, written)]
+    if isinstance(read, bool | int | float) and isinstance(written, str) and _is_text(annotation):
+        return written
+    return read
+
+
+def _own_section(model: type[Section], file: Any, name: str) -> Any:
+    """A door's part of a file that holds one section per door, as a sweep's best.yaml; any other file as it is."""
+    doors = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+    if not file or not set(file) <= set(doors):
+        return file
+    reader = PretrainConfig if model is CheckAlignConfig else model
+    own = next((part for part, config in doors.items() if issubclass(reader, config)), None)
+    if own not in file:
+        raise ValueError(f"{name!r} has settings for {', '.join(file)} alone, none for this door")
+    return file[own]
+
+
+def build(model: type[Model], values: dict[str, Any]) -> Model:
+    """Validates a nested dict; faults come as one ValueError that names each dotted path.
+
+    Settings of earlier versions may stand in it with the value that they always have now.
+    """
+    values, other = without_gone(model, values)
+    faults = [f"{path}={value}: {gone.instead}" for path, (value, gone) in other.items()]
+    try:
+        built = model.model_validate(values)
+    except ValidationError as error:
+        faults += [_describe(model, item) for item in error.errors()]
+    if faults:
+        raise ValueError("; ".join(faults)) from None
+    return built
+
+
+def without_gone(model: type[Section], values: Any, prefix: str = "") -> tuple[Any, dict[str, tuple[Any, Gone]]]:
+    """Splits a nested dict into what today's settings are read from, and settings of earlier versions.
+
+    Returns:
+        The dict without the settings of earlier versions, and those of another value than today's: dotted path ->
+        (value, what it is today).
+    """
+    if not isinstance(values, dict):
+        return values, {}
+    rest: dict[str, Any] = {}
+    other: dict[str, tuple[Any, Any]] = {}
+    for key, value in values.items():
+        field, gone = model.model_fields.get(key), model.gone.get(key)
+        section = _section_of(field.annotation) if field else None
+        if section:
+            rest[key], below = without_gone(section, value, f"{prefix}{key}.")
+            other |= below
+        elif gone is None:
+            rest[key] = value
+        else:
+            other |= _others(f"{prefix}{key}", value, gone)
+    return rest, other
+
+
+def _others(path: str, value: Any, gone: Gone) -> dict[str, tuple[Any, Gone]]:
+    """A setting of earlier versions, or a section of them, as far as its value is not today's."""
+    if isinstance(value, dict) and isinstance(gone.value, dict):
+        never = Gone(..., "no version has this setting")
+        known = {key: Gone(one) for key, one in gone.value.items()}
+        parts = [_others(f"{path}.{key}", part, known.get(key, never)) for key, part in value.items()]
+        return {key: item for part in parts for key, item in part.items()}
+    gone = gone._replace(instead=gone.instead or f"this is always {gone.value} now, leave it out")
+    return {} if value == gone.value else {path: (value, gone)}
+
+
+def _describe(model: type[Section], item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {path!r}; known here: {', '.join(sorted(_fields_at(model, item['loc'][:-1])))}"
+    if item["type"] == "missing":
+        return f"{path}=... is required ({_field_doc(model, item['loc'])})"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{path}={item['input']!r}: {message}" if item["type"] != "value_error" else message
+
+
+def _fields_at(model: Any, loc: tuple) -> list[str]:
+    for part in (part for part in loc if isinstance(part, str)):
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        model = _section_of(field.annotation) if field else None
+    return list(model.model_fields) if model else []
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def _field_doc(model: type[Section], loc: tuple) -> str:
+    field = model.model_fields.get(str(loc[0]))
+    return (field.description or "") if field else ""
+
+
+def to_yaml(config: Section) -> str:
+    """The resolved config as YAML that `load` reads back to an equal model."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def keys(model: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
+    """All dotted keys of a model as (key, default, description)."""
+    rows = []
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        if section and section is not model and get_origin(field.annotation) is not tuple:
+            rows += keys(section, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else str(field.default)
+        rows.append((prefix + name, default, " ".join((field.description or "").split())))
+    return rows

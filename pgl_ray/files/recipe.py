@@ -1,0 +1,113 @@
+"""Public data sets: scans found by a recipe's patterns, what of the set is missing, its split (data_prep/*.yaml)."""
+
+import hashlib
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from pgl_ray.config import PartConfig, RecipeConfig
+from pgl_ray.files import identity
+from pgl_ray.files.source import Fault, Found, Source, some, volume_files
+from pgl_ray.files.walk import Tree
+
+
+def find_scans(root: Path, tree: Tree, recipe: RecipeConfig, names: dict[str, int]) -> Found:
+    """Finds what the recipe's parts describe below a folder.
+
+    Raises:
+        ValueError: nothing of it there, or two files of one name.
+    """
+    found, used = Found({}, [], [], [], set()), set()
+    files = {path.relative_to(root).as_posix(): path for path in volume_files(tree, root)}
+    for part in recipe.parts:
+        scans = _part(found, part, recipe.prefix, files, names, used)
+        _note_missing(found, part, recipe, scans)
+    if not found.scans:
+        where = " or ".join(part.images for part in recipe.parts)
+        raise ValueError(f"source={root}: no scan of {recipe.name} in it, expected {where}; get it: {recipe.origin}")
+    found.seen.update(path for scan in found.scans.values() for path in scan.paths())
+    unused = sorted(files.keys() - used)
+    found.left_out.extend(Fault(str(files[name]), "a volume that the recipe has no use for") for name in unused)
+    return found
+
+
+def _part(
+    found: Found, part: PartConfig, prefix: str, files: dict[str, Path], names: dict[str, int], used: set[str]
+) -> dict[str, Source]:
+    """The scans of a part by {id}; `used` takes the files that belong to it."""
+    scans, wanted, pattern = {}, set(_ids(part)), _regex(part.images)
+    for name, path in files.items():
+        match = pattern.fullmatch(name)
+        if not match or (wanted and match["id"] not in wanted):
+            continue
+        if match["id"] in scans:
+            raise ValueError(f"{scans[match['id']].image} and {path} are of one name: keep one of them")
+        used.add(name)
+        if not path.is_file():
+            found.faults.append(Fault(str(path), "a link to a file that is not there"))
+            continue
+        label, labelled, masks = None, None, ()
+        if part.labels:
+            label_name = part.labels.replace("**/", match.groupdict().get("above") or "").replace("{id}", match["id"])
+            organs = {label_name.replace("{organ}", organ): value for organ, value in names.items()}
+            there = {file: value for file, value in organs.items() if file in files and files[file].is_file()}
+            used.update(there)
+            if there and "{organ}" in part.labels:
+                label = str(files[next(iter(there))].parent)
+                masks = tuple((os.path.basename(file), value) for file, value in there.items())
+                labelled = tuple(sorted(there.values()))
+            elif there or label_name in files:
+                label = str(files[label_name])
+                used.add(label_name)
+        scans[match["id"]] = Source("", str(path), label, part.split, labelled, masks=masks)
+    ids = {one: identity.plain(prefix + one) for one in scans}
+    found.scans.update({(ids[one],): replace(scan, scan_id=ids[one]) for one, scan in scans.items()})
+    return scans
+
+
+def _regex(pattern: str) -> re.Pattern:
+    """{id} is a name without slashes, a leading **/ any folders, * anything without slashes."""
+    text = re.escape(pattern).replace(re.escape("{id}"), "(?P<id>[^/]+)", 1).replace(re.escape("{id}"), "(?P=id)")
+    text = text.replace(re.escape("**/"), "(?P<above>(?:.*/)?)")
+    return re.compile(text.replace(re.escape("*"), "[^/]*"))
+
+
+def _ids(part: PartConfig) -> list[str]:
+    """Spells out `case_000-209`."""
+    ids = []
+    for one in part.ids:
+        match = re.fullmatch(r"(.*?)(\d+)-(\d+)", one)
+        if match:
+            width, (low, high) = len(match[2]), (int(match[2]), int(match[3]))
+            ids += [f"{match[1]}{number:0{width}}" for number in range(low, high + 1)]
+        else:
+            ids.append(one)
+    return ids
+
+
+def _note_missing(found: Found, part: PartConfig, recipe: RecipeConfig, scans: dict[str, Source]) -> None:
+    """Says what of a part is not there, by name where the recipe names its scans."""
+    ids = _ids(part)
+    if part.num_scans and len(scans) < part.num_scans:
+        absent = sorted(set(ids) - scans.keys()) if len(ids) == part.num_scans else []
+        listed = f" ({some(absent)} not there)" if absent else ""
+        found.missing.append(
+            f"{len(scans)} of {part.num_scans} scans {part.images} found{listed}; get the others: {recipe.origin}"
+        )
+    bare = [one for one, scan in scans.items() if part.labels and not scan.label]
+    if bare:
+        found.missing.append(f"{len(bare)} label maps {part.labels} ({some(bare)}); get them: {recipe.origin}")
+    if recipe.split_sizes and part.num_scans and len(scans) - len(bare) != part.num_scans and part.labels:
+        found.missing.append("the split is drawn from the labelled scans that are there, it is not the whole set's")
+
+
+def draw_split(scans: list[Source], recipe: RecipeConfig) -> list[Source]:
+    """Splits the labelled scans. The order comes from a hash of seed and scan_id, so that a scan which is missing or
+    added moves hardly any other one to another split."""
+    labelled = [scan.scan_id for scan in scans if scan.label]
+    order = sorted(labelled, key=lambda one: hashlib.sha256(f"{recipe.split_seed} {one}".encode()).digest())
+    splits = [split for split, size in recipe.split_sizes.items() for _ in range(size)]
+    splits += splits[-1:] * (len(order) - len(splits))
+    drawn = dict(zip(order, splits))
+    return [replace(scan, split=drawn.get(scan.scan_id, scan.split)) for scan in scans]

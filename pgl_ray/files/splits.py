@@ -1,0 +1,181 @@
+"""The user's table of splits and annotated organs (labels.table), as spreadsheets and scripts write it."""
+
+import csv
+import re
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from pgl_ray.files import ct
+from pgl_ray.files.identity import JOIN, series_mark
+from pgl_ray.files.source import Fault, Source, counted, some
+
+ID_COLUMNS = (
+    "scan_id",
+    "scan",
+    "id",
+    "case_id",
+    "case",
+    "image_id",
+    "image",
+    "patient_id",
+    "patient",
+    "subject",
+    "name",
+)
+DELIMITERS = (",", ";", "\t")
+SPLITS = ("train", "val", "validation", "test")  # whose capitals do not matter
+
+
+class Table(NamedTuple):
+    """A table whose rows are known to belong to scans.
+
+    Attributes:
+        columns: names in lower case.
+        rows: scan_id -> column -> text.
+        unused: ids of rows that fit no scan.
+        id_column: where the ids stand.
+    """
+
+    columns: tuple[str, ...]
+    rows: dict[str, dict[str, str]]
+    unused: list[str]
+    id_column: str
+
+
+def with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[list[Source], list[Fault], list[Fault]]:
+    """Gives scans the splits and annotated organs of a table.
+
+    Args:
+        names: organ name -> label value.
+
+    Returns:
+        The scans; labelled ones that cannot be used, because the table tells organs and not theirs; what else is to be
+        said of the table.
+
+    Raises:
+        ValueError: not a table, no row fits a scan, several rows or scans for one id, an organ without a name, a
+            labelled scan that would get no split, or one of a test folder that would be trained on.
+    """
+    table, where = _read(path, scans), f"labels.table={path}"
+    told, untold, said = [], [], []
+    for scan in scans:
+        row = table.rows.get(scan.scan_id)
+        if row is None and scan.label and "labelled_organs" in table.columns:
+            untold.append(Fault(scan.image, f"has a label map but no row {scan.scan_id!r} in {path.name}"))
+            continue
+        if row and "split" in table.columns:
+            split = row["split"].lower() if row["split"].lower() in SPLITS else row["split"]
+            if scan.split == "test" and split in ("train", "val", "validation"):
+                raise ValueError(f"{where}: puts {scan.scan_id!r}, of a folder of test scans, into {split!r}: mend it")
+            scan = replace(scan, split=split)
+        if row and "labelled_organs" in table.columns:
+            organs = _organs(row["labelled_organs"], names, f"{where}: {scan.scan_id}")
+            scan = replace(scan, labelled=tuple(sorted(names[organ] for organ in organs)))
+        told.append(scan)
+    unused = f"; rows that fit no scan: {some(table.unused)}" if table.unused else ""
+    labelled = [scan for scan in told if scan.label and scan.labelled != ()]
+    lost = [scan.scan_id for scan in labelled if scan.scan_id not in table.rows or not scan.split]
+    if lost and "split" in table.columns:
+        raise ValueError(f"{where}: gives no split to {_count(lost, 'labelled scan')}{unused}: mend the table")
+    without = [scan.scan_id for scan in told if scan.scan_id not in table.rows]
+    if without:
+        said.append(Fault(str(path), f"has no row for {_count(without, 'scan')}, which are used without"))
+    if table.unused:
+        said.append(Fault(str(path), f"has {_count(table.unused, 'row')} of no scan that is here"))
+    if table.id_column not in (*ID_COLUMNS, table.columns[0]):
+        said.append(Fault(str(path), f"its column {table.id_column!r} is taken for the scans' ids"))
+    return told, untold, said
+
+
+def _count(names: list[str], what: str) -> str:
+    return f"{counted(len(names), what)} ({some(sorted(names))})"
+
+
+def _read(path: Path, scans: list[Source]) -> Table:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            delimiter = max(DELIMITERS, key=lambda one: len(next(csv.reader([first], delimiter=one), [])))
+            lines = [
+                [cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter, skipinitialspace=True)
+            ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"labels.table={path}: cannot be read ({error}): save it as CSV in UTF-8") from None
+    lines = [row for row in lines if any(row)]
+    if not lines:
+        raise ValueError(f"labels.table={path}: is empty")
+    columns = tuple(name.lower() for name in lines[0])
+    rows = [dict(zip(columns, [*row, *[""] * len(columns)])) for row in lines[1:]]
+    keys = _keys(scans)
+    fits = {name: sum(_scan_of(row[name], keys) is not None for row in rows) for name in columns}
+    by_name = [name for name in ID_COLUMNS if name in columns]
+    id_column = max([*by_name, *columns], key=lambda name: fits[name])
+    found, unused = {}, []
+    for row in rows:
+        scan_id = _scan_of(row[id_column], keys)
+        if scan_id is None:
+            unused.append(row[id_column])
+        elif scan_id in found and found[scan_id] != row:
+            raise ValueError(f"labels.table={path}: two rows for {scan_id!r}, which differ: keep one of them")
+        else:
+            found[scan_id] = row
+    if not found and scans:
+        theirs, ours = some(unused) or "none", some(sorted(scan.scan_id for scan in scans))
+        raise ValueError(f"labels.table={path}: no row fits a scan: its ids are {theirs}, the scans' are {ours}")
+    return Table(columns, found, unused, id_column)
+
+
+def _keys(scans: list[Source]) -> dict[str, str]:
+    """What a row may call a scan -> scan_id; names that several scans have are none."""
+    keys: dict[str, set[str]] = {}
+    for scan in scans:
+        path = Path(scan.image)
+        bare = _bare(path.name)
+        own = [path.name, *([] if scan.slices else [bare, bare.removesuffix("_0000"), path.parent.name])]
+        own += [scan.scan_id.rpartition(JOIN)[0]] if series_mark(scan.scan_id) else []  # nobody types a series' mark
+        for key in own:
+            keys.setdefault(_plain(key), set()).add(scan.scan_id)
+    unique = {key: next(iter(ids)) for key, ids in keys.items() if len(ids) == 1}
+    return unique | {_plain(scan.scan_id): scan.scan_id for scan in scans}
+
+
+def _scan_of(cell: str, keys: dict[str, str]) -> str | None:
+    """The scan that a cell means: its id, with or without suffix, or with its folders."""
+    parts = cell.replace("\\", "/").strip("/").split("/")
+    last = _bare(parts[-1])
+    for name in (cell, last, "__".join([*parts[:-1], last]), last.removesuffix("_0000"), parts[-1]):
+        if (found := keys.get(_plain(name))) is not None:
+            return found
+    return None
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def _bare(name: str) -> str:
+    return ct.bare_name(Path(name)) if name.lower().endswith(ct.SUFFIXES) else name
+
+
+def _organs(text: str, names: dict[str, int], where: str) -> list[str]:
+    """The organs of a cell, separated by ; | or , or else by blanks, though names may have blanks.
+
+    Raises:
+        ValueError: an organ that has no value.
+    """
+    known = {name.casefold(): name for name in names}
+    found = []
+    for part in re.split(r"[;|,]", text.strip(" []")):
+        words = part.strip(" '\"").split()
+        while words:
+            for end in range(len(words), 0, -1):
+                if name := known.get(" ".join(words[:end]).strip("'\"").casefold()):
+                    break
+            else:
+                raise ValueError(f"{where}: organ {words[0]!r} is none of {list(names)}")
+            found.append(name)
+            words = words[end:]
+    return found

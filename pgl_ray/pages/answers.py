@@ -1,0 +1,198 @@
+"""The answers at the top of a report of runs, each worked out from the runs' own figures.
+
+Did pre-training learn places, is it better than random weights, what limited speed, what to do next.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pgl_ray.judge.judges import Standing, answer
+from pgl_ray.model.metrics import reach
+from pgl_ray.pages import arms, next_steps, speeds, tables
+from pgl_ray.pages.pages import NO, OPEN, YES, Answer, Line, percent, plural
+from pgl_ray.pages.tables import Run
+from pgl_ray.train.bucket import shown
+from pgl_ray.train.health import FEW, MANY, verdict
+
+PLACES, BETTER = "Did pre-training learn places?", "Is it better than random weights?"
+SPEED, NEXT = "What limited speed?", "What to do next?"
+Judged = tuple[Path, dict[str, Any]]  # a probe's file and result
+
+
+def of_runs(runs: list[Run], probes: list[Judged]) -> list[Answer]:
+    """The four answers.
+
+    Args:
+        runs: of the page.
+        probes: what judges say of frozen encoders, as `probe_tables.read` finds it.
+    """
+    pretrained, tuned = ([run for run in runs if run.door == door] for door in ("pretrain", "finetune"))
+    judged = {run.name: _judged(run, probes) for run in pretrained}
+    several = len(pretrained) > 1
+    places = [_named(run, several, learned_places(run, judged[run.name])) for run in pretrained]
+    frozen = [_named(run, True, better_frozen(run, judged[run.name])) for run in pretrained]
+    return [
+        Answer(PLACES, places or [_not_here(tuned)]),
+        Answer(BETTER, [*frozen, *better_tuned(tuned)]),
+        Answer(SPEED, speeds.limits(runs)),
+        Answer(NEXT, [next_steps.first(runs, judged)]),
+    ]
+
+
+def _named(run: Run, several: bool, line: Line) -> Line:
+    return line._replace(of=run.name) if several else line
+
+
+def _judged(run: Run, probes: list[Judged]) -> dict[str, Any] | None:
+    """What the judges say of a run's encoder: of several results that with the most judges, the newest of these."""
+    mine = {str(run.path), shown(run.path)}
+    found = [(path, one) for path, one in probes if one["init"] in mine or os.path.realpath(one["init"]) in mine]
+    best = max(found, key=lambda it: (len(it[1]["standing"]), it[0].stat().st_mtime), default=None)
+    return best and best[1]
+
+
+def _not_here(tuned: list[Run]) -> Line:
+    inits = list(dict.fromkeys(run.config["init"] for run in tuned if run.config["init"] != "random"))
+    where = f": run=[{inits[0]},...] puts it here" if inits else ", all began from random weights"
+    return Line(OPEN, f"no pre-training run is on this page{where}")
+
+
+# -- did pre-training learn places? -----------------------------------------------------------------------------------
+
+
+def learned_places(run: Run, judged: dict[str, Any] | None) -> Line:
+    """By point matching in scans apart, where it was asked; else by how often a place is found in the other view."""
+    health = [row for row in run.rows if "health/collapsed" in row]
+    if not health:
+        return Line(OPEN, "no health figures are written yet" if run.rows else "no metrics are written yet")
+    if row := tables.collapsed(run):
+        return Line(NO, verdict(row))
+    own = _found_again(health)
+    if not judged or "matching" not in judged["standing"]:
+        return own
+    one = Standing(**judged["standing"]["matching"])
+    score = tables.counted(judged)["matching"]
+    interval = f" (95 % interval {_interval(score['ci95'], '.1f')})" if score["ci95"] else ""
+    body = judged.get("body_box_mm")
+    alone = "" if body is None else f"; the place in the body's box alone, without any encoder, gives {body:.1f} mm"
+    text = f"organ centroids are found in other scans with a median error of {score['value']:.1f} mm{interval}, "
+    text += f"{_against(one)}{alone}; {own.text}"
+    return Line({True: YES, False: NO, None: OPEN}[one.is_ahead], text)
+
+
+def _against(one: Standing) -> str:
+    """The difference of point matching to its strongest control."""
+    other = "random weights" if one.low_is.startswith("random") else f"the {one.low_is}"
+    if one.ahead_ci95 is None:
+        return f"{other} with {one.low:.1f} mm; one scan alone has no interval"
+    word = {True: "ahead of", False: "behind", None: "not clearly ahead of"}[one.is_ahead]
+    return f"{word} {other} with {one.low:.1f} mm by {one.by('matching')}"
+
+
+def _interval(bounds: list[float] | tuple[float, float], spec: str) -> str:
+    return f"{bounds[0]:{spec}} to {bounds[1]:{spec}}"
+
+
+def _found_again(health: list[dict[str, float]]) -> Line:
+    """By the encoder's own map in training: places found again in the other view, against chance and the first step.
+
+    Chance is that of features which know their scan and not the place in it. The first row is of nearly random weights.
+    """
+    rows = [row for row in health if {"health/encoder_retrieval", "health/encoder_retrieval_chance"} <= set(row)]
+    if not rows:
+        return Line(OPEN, "the metrics, of an earlier version, do not say how often places are found in the other view")
+    first, last = rows[0], rows[1:][-MANY:]
+    if len(last) < 2:
+        return Line(
+            OPEN, f"places were looked for in {len(rows)} of its batches, too few for an interval: lower health.every"
+        )
+    values = [row["health/encoder_retrieval"] for row in last]
+    mean, half = float(np.mean(values)), reach(values)
+    chance = float(np.mean([row["health/encoder_retrieval_chance"] for row in last]))
+    low, start = mean - half, first["health/encoder_retrieval"]
+    began = f"{percent(start)} at step {first['step']:.0f}"
+    text = (
+        f"{percent(mean)} of the places are found again in the other view (mean of the last {len(last)} judged "
+        f"batches, 95 % interval {percent(max(0.0, low), mean + half)}), {began} and {percent(chance)} by the "
+        "scan alone"
+    )
+    if low > max(start, chance):
+        return Line(YES, text)
+    if mean <= chance and len(last) >= FEW:
+        return Line(NO, f"{text}; wrong priors look like this, or a training that has hardly begun")
+    return Line(OPEN, f"{text}, so the interval does not leave these out")
+
+
+# -- is it better than random weights? --------------------------------------------------------------------------------
+
+
+def better_frozen(run: Run, judged: dict[str, Any] | None) -> Line:
+    """By the judges of the frozen encoder, else by the voxel probe in training, which has no interval."""
+    rows = [row for row in run.rows if "probe/balanced_accuracy" in row]
+    trained = ""
+    if len(rows) > 1:
+        first, last = rows[0], rows[-1]
+        trained = (
+            f"; the voxel probe in training went from {first['probe/balanced_accuracy']:.3f} at step "
+            f"{first['step']:.0f} to {last['probe/balanced_accuracy']:.3f}, which has no interval"
+        )
+    if not judged:
+        return Line(OPEN, f"no judge has looked at the frozen encoder{trained}")
+    standing = {judge: Standing(**one) for judge, one in judged["standing"].items()}
+    if not standing:
+        return Line(OPEN, f"the judges had nothing to compare it with: probe with ends=true{trained}")
+    values = {judge: score["value"] for judge, score in tables.counted(judged).items()}
+    text = answer(run.name, standing, values).removesuffix(".")
+    if any(one.ahead_ci95 is None for one in standing.values()):
+        return Line(OPEN, f"{text}; one test scan alone has no interval{trained}")
+    ahead = {one.is_ahead for one in standing.values()}
+    if True in ahead:
+        return Line(YES if ahead == {True} else "In part", text)
+    return Line(NO if ahead == {False} else OPEN, text)
+
+
+def better_tuned(tuned: list[Run]) -> list[Line]:
+    """Fine-tuned networks by what they were initialised with, against those from random weights, in pairs of a seed."""
+    evaluated = [run for run in tuned if run.summary]
+    starts = list(dict.fromkeys(run.config["init"] for run in tuned if run.config["init"] != "random"))
+    random = [run for run in evaluated if run.config["init"] == "random"]
+    if not tuned:
+        return [Line(OPEN, "no fine-tuning is on this page", "fine-tuned")]
+    if not starts:
+        return [Line(OPEN, "all runs were fine-tuned from random weights", "fine-tuned")]
+    lines = []
+    for start in starts:
+        name = f"fine-tuned from {os.path.basename(start.rstrip('/'))}"
+        mine = [run for run in evaluated if run.config["init"] == start]
+        lines.append(_tuned(mine, random)._replace(of=name))
+    return lines
+
+
+def _tuned(mine: list[Run], random: list[Run]) -> Line:
+    if not mine:
+        return Line(OPEN, "not evaluated yet")
+    if not random:
+        return Line(OPEN, "no evaluated run from random weights is on this page")
+    pairs = arms.same_seed(mine, random)
+    if not pairs:
+        return Line(OPEN, "no run from random weights has the same seed and as many labelled scans")
+    found = arms.dice_gain(pairs)
+    if found is None:
+        return Line(OPEN, "fewer than two scans were scored with both")
+    means = [float(np.mean([run.summary["dice"] or 0.0 for run in side])) for side in zip(*pairs)]
+    text = (
+        f"Dice {means[0]:.3f} against {means[1]:.3f} from random weights, {found.mean / 100:+.3f} (95 % interval "
+        f"{found.low / 100:+.3f} to {found.high / 100:+.3f} over {plural(found.num_scans, 'scan')})"
+    )
+    if len(pairs) > 1:
+        half, mean = reach(found.by_seed), float(np.mean(found.by_seed))
+        over = _interval((mean - half, mean + half), "+.3f")
+        text += f", ahead with {found.ahead} of {len(pairs)} seeds ({over} over these)"
+    else:
+        text += ", one training each: another seed may move it by more"
+    others = [key for key, _ in tables.differing_settings(list(pairs[0])) if key not in ("init", "run", "seed")]
+    text += f"; they differ in {', '.join(others)}, too" if others else ""
+    return Line({True: YES, False: NO, None: OPEN}[found.is_better], text)

@@ -1,0 +1,256 @@
+"""What a sweep's arms differ by: paired differences in words, and tables of what the judges say of frozen encoders."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pgl_ray.model.metrics import reach
+from pgl_ray.pages import tables
+from pgl_ray.pages.tables import Run
+from pgl_ray.sweep import sweeps
+from pgl_ray.sweep.sweeps import Trial
+
+
+class Measure(NamedTuple):
+    """What a sentence about a difference is about.
+
+    Attributes:
+        score: column of the rows.
+        unit: of the difference.
+        factor: from the column's values to the unit.
+        figure: of `sweeps.FIGURES`, which says whether lower is better; none: higher is.
+    """
+
+    score: str
+    unit: str
+    factor: float
+    figure: str | None = None
+
+
+DICE = Measure("dice", "points of Dice", 100.0)
+MEASURES = {
+    "voxels": Measure("recall", "points of balanced accuracy", 100.0, "probe/balanced_accuracy"),
+    "decoder": DICE._replace(figure="probe/decoder_dice"),
+    "matching": Measure("error_mm", "mm of error (lower is better)", 1.0, "probe/matching_mm"),
+}
+
+
+class Gain(NamedTuple):
+    """By how much one arm's score differs from another's: over the scans, seeds taken together, and over the seeds,
+    scans taken together; a finding that is more than the scans' noise may be no more than the seeds'.
+
+    Attributes:
+        mean, low, high: over the scans, with its 95 % interval, in the measure's unit.
+        num_scans: that both have.
+        by_seed: per seed the difference of the means.
+        measure: of the scores.
+    """
+
+    mean: float
+    low: float
+    high: float
+    num_scans: int
+    by_seed: list[float]
+    measure: Measure
+
+    @property
+    def ahead(self) -> int:
+        """Seeds with which it is better."""
+        return sum(sweeps.merit(self.measure.figure, value) > 0 for value in self.by_seed)
+
+    @property
+    def is_better(self) -> bool | None:
+        """Whether it is; none: within the noise of the scans, or of the seeds where there are several."""
+        half, mean = reach(self.by_seed), float(np.mean(self.by_seed)) if self.by_seed else 0.0
+        if self.low <= 0 <= self.high or (half is not None and abs(mean) <= half):
+            return None
+        return sweeps.merit(self.measure.figure, self.mean) > 0
+
+
+def gain(pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measure: Measure) -> Gain | None:
+    """How far two arms are apart.
+
+    Args:
+        pairs: per seed the rows of both: scan_id, organ and the score.
+        by_seed: per seed the difference of the means.
+        measure: of the rows.
+
+    Returns:
+        None with fewer than two common scans.
+    """
+    if not pairs:
+        return None
+    mine, theirs = ([row for pair in pairs for row in pair[side]] for side in (0, 1))
+    together = [_over_seeds(rows, measure.score) for rows in (mine, theirs)]
+    found = tables.paired_difference(*together, measure.score)
+    return found and Gain(*(measure.factor * value for value in found[:3]), found.num_scans, by_seed, measure)
+
+
+def difference(
+    what: str, pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measure: Measure
+) -> list[str]:
+    """A sentence about the `gain` of one arm over another, in a list, begun by `what`; [] where there is none."""
+    found = gain(pairs, by_seed, measure)
+    if not found:
+        return []
+    worth = "within" if found.low <= 0 <= found.high else "more than"
+    return [
+        f"{what}: {found.mean:+.2f} {measure.unit}, {worth} the noise of {found.num_scans} scans (95 % interval "
+        f"{found.low:+.2f} to {found.high:+.2f}); ahead with {found.ahead} of {len(by_seed)} seeds"
+        f"{over(by_seed, measure.factor)}."
+    ]
+
+
+def same_seed(runs: list[Run], others: list[Run]) -> list[tuple[Run, Run]]:
+    """Fine-tuning runs in pairs of one seed and as many labelled scans."""
+
+    def point(run: Run) -> tuple[Any, Any]:  # earlier versions have a scan_share where num_scans is none
+        return run.config.get("seed"), run.config.get("num_scans") or run.config.get("scan_share")
+
+    known = {point(run): run for run in others}
+    found = [(run, known.get(point(run))) for run in runs]
+    return [(run, other) for run, other in found if other]
+
+
+def dice_gain(pairs: list[tuple[Run, Run]]) -> Gain | None:
+    """The gain in Dice of the first of each pair of evaluated runs."""
+    by_seed = [(run.summary["dice"] or 0.0) - (other.summary["dice"] or 0.0) for run, other in pairs]
+    return gain([(run.scores, other.scores) for run, other in pairs], by_seed, DICE)
+
+
+def over(by_seed: list[float], factor: float = 100.0) -> str:
+    """Student's interval of the differences of several seeds, and whether it is one of a finding."""
+    half, mean = reach(by_seed), float(np.mean(by_seed))
+    if half is None:
+        return ""
+    worth = "within" if abs(mean) <= half else "more than"
+    return f", {worth} their noise ({factor * (mean - half):+.2f} to {factor * (mean + half):+.2f})"
+
+
+def _over_seeds(rows: list[dict[str, Any]], score: str) -> list[dict[str, Any]]:
+    """A score per scan and organ, the mean of all rows that have it."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if not math.isnan(row[score]):
+            found.setdefault((row["scan_id"], row["organ"]), []).append(row[score])
+    return [{"scan_id": scan, "organ": organ, score: float(np.mean(v))} for (scan, organ), v in found.items()]
+
+
+def cell(values: list[float], digits: int = 2) -> str:
+    """Mean over seeds, and their standard deviation."""
+    if not values:
+        return "–"
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+# -- frozen encoders --------------------------------------------------------------------------------------------------
+
+
+class Judged(NamedTuple):
+    """An arm in one reading, at one point of the space.
+
+    Attributes:
+        arm: its name.
+        name: of arm and reading.
+        control: random weights, or wrong priors: what a claim must beat.
+        seeds: seed -> judge -> score, as in probe.json.
+    """
+
+    arm: str
+    name: str
+    control: bool
+    seeds: dict[str, dict[str, dict[str, Any]]]
+
+    def values(self, judge: str) -> dict[str, float]:
+        """Seed -> value."""
+        return {seed: scores[judge]["value"] for seed, scores in self.seeds.items() if judge in scores}
+
+
+def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
+    """What the judges say of the arms, per point of the space, seeds taken together.
+
+    Random weights stand there in every reading, all else in the one that counts. Each arm is set against the strongest
+    control: random weights in whichever reading is best, or wrong priors; against the first arm where there is neither.
+
+    Returns:
+        Per point: point, heads (of the judges), rows (name, seeds, cells), sentences, gains (arm -> judge -> `Gain`
+        over the strongest control) and controls (names).
+    """
+    points: dict[str, dict[str, Judged]] = {}
+    for trial in trials:
+        path = trial.folder / "probe.json"
+        if trial.state == "done" and "arm" in trial.values and path.is_file():
+            point, seed = {}, {}
+            for key, value in trial.values.items():
+                if key != "arm":
+                    (seed if sweeps.short(key) == "seed" else point)[key] = value
+            rows = points.setdefault(sweeps.settings(point) or "all trials", {})
+            arm, found = trial.values["arm"], tables.read_json(path)
+            random = found["init"] == "random"
+            control = random or bool(config["arms"].get(arm, {}).get("pretrain.align.wrong_priors"))
+            for number, (reading, scores) in enumerate(found["readings"].items()):
+                if random or not number:
+                    name = f"{arm}, BatchNorm {reading}" if number else arm
+                    row = rows.setdefault(name, Judged(arm, name, control, {}))
+                    row.seeds[sweeps.settings(seed)] = scores
+    names = list(config["arms"])
+    ordered = {point: sorted(rows.values(), key=lambda row: names.index(row.arm)) for point, rows in points.items()}
+    return [_block(point, rows) for point, rows in ordered.items()]
+
+
+def _block(point: str, rows: list[Judged]) -> dict[str, Any]:
+    asked, lines = [judge for judge in tables.JUDGED if any(row.values(judge) for row in rows)], []
+    gains: dict[str, dict[str, Gain]] = {}
+    for judge in asked:
+        known = [row for row in rows if row.values(judge)]
+        low = strongest(judge, [row for row in known if row.control] or known[:1])
+        for row in (row for row in known if row.arm != low.arm):
+            pairs = _pairs(judge, row, low)
+            lines += difference(f"{row.name} against {low.name}", *pairs, MEASURES[judge])
+            if (found := gain(*pairs, MEASURES[judge])) and not row.control:
+                gains.setdefault(row.name, {})[judge] = found
+    digits = {judge: 1 if judge == "matching" else 3 for judge in asked}
+    return {
+        "point": point,
+        "heads": [tables.JUDGED[judge][0] for judge in asked],
+        "rows": [
+            {
+                "name": row.name,
+                "seeds": len(row.seeds),
+                "cells": [cell(list(row.values(judge).values()), digits[judge]) for judge in asked],
+            }
+            for row in rows
+        ],
+        "sentences": lines,
+        "gains": gains,
+        "controls": [row.name for row in rows if row.control],
+    }
+
+
+def strongest(judge: str, rows: list[Judged]) -> Judged:
+    """The best by the mean over its seeds."""
+    return max(
+        rows, key=lambda row: sweeps.merit(MEASURES[judge].figure, float(np.mean([*row.values(judge).values()])))
+    )
+
+
+def _pairs(judge: str, row: Judged, low: Judged) -> tuple[list[tuple[list[dict], list[dict]]], list[float]]:
+    """Per seed that both have the rows of both, and the difference of the means."""
+    mine, theirs = row.values(judge), low.values(judge)
+    both = [seed for seed in mine if seed in theirs]
+    pairs = [tuple(_rows_of(judge, one.seeds[seed][judge]["details"]) for one in (row, low)) for seed in both]
+    return pairs, [mine[seed] - theirs[seed] for seed in both]
+
+
+def _rows_of(judge: str, details: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a judge says per scan and organ."""
+    if judge != "voxels":
+        return details["rows"]
+    return [
+        {"scan_id": scan, "organ": organ, "recall": hit / count}
+        for scan, hits, counts in zip(details["scans"], details["hits"], details["counts"])
+        for organ, hit, count in zip(details["classes"], hits, counts)
+        if count
+    ]

@@ -1,0 +1,185 @@
+"""The curves and bars of runs, each with what is good: the report prints them."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from pgl_ray.outlook import MAX_CLAMPED
+from pgl_ray.pages import pictures, tables
+from pgl_ray.pages.pictures import Mark
+from pgl_ray.pages.tables import Run
+from pgl_ray.train.health import COLLAPSED, directions
+
+LOWER, HIGHER, NEITHER = "lower is better", "higher is better", ""
+RECALL = "probe/recall_"  # of a class, in metrics of a run that is probed
+UNRELATED = 4.0  # squared distance of unrelated unit vectors, both directions summed
+
+
+def color(one: Run) -> str:
+    """A run's colour in every figure and table."""
+    return pictures.RUN_COLORS[one.number % len(pictures.RUN_COLORS)]
+
+
+def _series(one: Run, points: Iterable[tuple[float, float]], dashed: bool = False) -> pictures.Series:
+    x, y = zip(*points) if (points := list(points)) else ((), ())
+    return pictures.Series(x, y, color(one), dashed)
+
+
+def _metric(one: Run, key: str, dashed: bool = False) -> pictures.Series:
+    return _series(one, ((row["step"], row[key]) for row in one.rows if key in row), dashed)
+
+
+def _plot(
+    title: str,
+    good: str,
+    lines: list[pictures.Series],
+    *bounds: float | None,
+    log: bool = False,
+    marks: Sequence[Mark] = (),
+) -> str:
+    """A data URI, or "" where no run has the metric."""
+    drawn = [line for line in lines if line.x]
+    title = f"{title}, {good}" if good else title
+    return pictures.to_svg(pictures.curves(drawn, title, bounds, log, marks)) if drawn else ""
+
+
+def _mean(runs: list[Run], key: str, text: str) -> list[Mark]:
+    """The mean of what all rows say, such as chance; [] where none does."""
+    values = [row[key] for run in runs for row in run.rows if key in row]
+    return [Mark(float(np.mean(values)), text)] if values else []
+
+
+def pretrain_curves(runs: list[Run]) -> dict[str, str]:
+    """Data URIs by the name that the template knows the figure by. What two figures tell has one scale in both."""
+
+    def both(*keys: str) -> tuple[list[pictures.Series], list[pictures.Series]]:
+        """Lines of what the loss compares, places or BYOL's views, and of the encoder's map; later keys dashed."""
+        compared = [
+            next((p for p in ("", "view_") if any(f"health/{p}{keys[0]}" in r for r in one.rows)), "") for one in runs
+        ]
+        parts = [*zip(runs, compared)], [(one, "encoder_") for one in runs]
+        first, second = (
+            [
+                _metric(one, f"health/{part}{key}", dashed=number > 0)
+                for one, part in pairs
+                for number, key in enumerate(keys)
+            ]
+            for pairs in parts
+        )
+        return first, second
+
+    def reach(*groups: list[pictures.Series]) -> tuple[float, float]:
+        known = [y for group in groups for line in group for y in line.y if y > 0] or [1.0]
+        return min(known), max(known)
+
+    def pairs_of(solid: str, dashed: str) -> list[pictures.Series]:
+        return [_metric(r, solid) for r in runs] + [_metric(r, dashed, dashed=True) for r in runs]
+
+    comparing = [r for r in runs if r.config.get("method") != "genesis"]
+    restoring = [r for r in runs if r.config.get("method") == "genesis"]
+    kinds = {_loss_kind(r) for r in comparing}
+    std, rank, found = both("feature_std"), both("effective_rank"), both("retrieval")
+    cosine = both("cosine_aligned", "cosine_shuffled")
+    lowest = min([0.0, *(y for group in cosine for line in group for y in line.y)])
+    most, (least, _) = 1.1 * reach(*rank)[1], reach(*found)
+    chances = [_mean(runs, f"health/{part}retrieval_chance", "by the scan alone") for part in ("", "encoder_")]
+    least = 0.7 * min([least, *(mark.y for marks in chances for mark in marks if mark.y > 0)])
+    one, none = Mark(1, "even"), Mark(0, "unrelated")
+    squared = [Mark(UNRELATED, "unrelated")] if kinds == {"consistency"} else []
+    return {
+        "loss": _plot("loss", LOWER, [_metric(r, "train/loss") for r in comparing], 0, None, marks=squared),
+        "restoration": _plot("restoration loss", LOWER, [_metric(r, "train/loss") for r in restoring], 0, None),
+        "lr": _plot("learning rate", NEITHER, [_metric(r, "train/lr") for r in runs], 0, None),
+        "decay": _plot("EMA decay", NEITHER, [_metric(r, "ema/decay") for r in comparing], None, None),
+        "grad": _plot("gradient norm", NEITHER, [_metric(r, "train/grad_norm") for r in runs], 0, None),
+        "weights": _plot("weight norms", NEITHER, pairs_of("weight/encoder_norm", "weight/heads_norm"), 0, None),
+        "directions": _plot(
+            "directions",
+            "not below the line",
+            [_series(r, _spread(r)) for r in runs],
+            0,
+            None,
+            marks=[Mark(COLLAPSED, "collapse")],
+        ),
+        "std": _plot("feature_std", HIGHER, std[0], 0, 1.15, marks=[one]),
+        "rank": _plot("effective rank", "not 1", rank[0], 0, most, marks=[Mark(1, "collapse")]),
+        "cosine": _plot("cosine of query and key", "a wide gap is good", cosine[0], lowest, 1, marks=[none]),
+        "retrieval": _plot("retrieval@1", HIGHER, found[0], least, 1.2, log=True, marks=chances[0]),
+        "encoder_std": _plot("encoder: feature_std", HIGHER, std[1], 0, 1.15, marks=[one]),
+        "encoder_rank": _plot("encoder: effective rank", "not 1", rank[1], 0, most, marks=[Mark(1, "collapse")]),
+        "encoder_cosine": _plot(
+            "encoder: cosine of both views", "a wide gap is good", cosine[1], lowest, 1, marks=[none]
+        ),
+        "encoder_retrieval": _plot("encoder: retrieval@1", HIGHER, found[1], least, 1.2, log=True, marks=chances[1]),
+        "probe": _plot(
+            "voxel probe", HIGHER, [_metric(r, "probe/balanced_accuracy") for r in runs], 0, 1, marks=_guess(runs)
+        ),
+        "clamped": _plot(
+            "share of clamped bins",
+            LOWER,
+            [_metric(r, "align/clamped_share") for r in runs],
+            0,
+            1,
+            marks=[Mark(MAX_CLAMPED, "many")],
+        ),
+        "speed": _plot("view pairs per second", HIGHER, [_metric(r, "train/pairs_per_s") for r in runs], 0, None),
+        "wait": _plot("share of time spent waiting", LOWER, [_series(r, tables.waits(r)) for r in runs], 0, 1),
+    }
+
+
+def _loss_kind(one: Run) -> str:
+    """Which of the losses that compare it is."""
+    loss = one.config.get("loss", {})
+    if one.config.get("method") == "byol":
+        return "consistency"
+    beyond = bool(one.config.get("align", {}).get("more_strides") or loss.get("displacement"))
+    return "places" if beyond and loss["kind"] == "consistency" else loss.get("kind", "consistency")
+
+
+def loss_words(runs: list[Run]) -> str:
+    """What the losses of these runs mean."""
+    words = {
+        "consistency": "Mean squared distance of what is compared, both directions summed: 8 is opposite, 4 unrelated, "
+        "0 identical. A fall to 0 within a few steps is collapse, not success.",
+        "places": "Mean squared distance of what is compared, the mean of both directions and of all maps (4 is "
+        "opposite, 2 unrelated, 0 identical), with the displacement's error where loss.displacement asks for it.",
+        "contrast": "How hard the right place is to tell from others of its pair (cross-entropy, with the "
+        "displacement's error where loss.displacement asks for it); the first value is about chance.",
+    }
+    kinds = {_loss_kind(r) for r in runs if r.config.get("method") != "genesis"}
+    return " ".join(text for kind, text in words.items() if kind in kinds)
+
+
+def _spread(one: Run) -> Iterable[tuple[float, float]]:
+    """From what older runs recorded, too."""
+    return ((row["step"], found) for row in one.rows if (found := directions(row)) is not None)
+
+
+def _guess(runs: list[Run]) -> list[Mark]:
+    """Balanced accuracy of guesses, where all runs were probed with as many classes."""
+    nums = {sum(key.startswith(RECALL) for key in row) for r in runs for row in r.rows} - {0}
+    return [Mark(1 / nums.pop(), "chance")] if len(nums) == 1 else []
+
+
+def finetune_curves(runs: list[Run]) -> dict[str, str]:
+    """As `pretrain_curves`."""
+    return {
+        "loss": _plot("training loss", LOWER, [_metric(r, "train/loss") for r in runs], None, None),
+        "dice": _plot("validation Dice", f"{HIGHER}, 1 is all", [_metric(r, "val/dice") for r in runs], 0, None),
+        "wait": _plot("share of time spent waiting", LOWER, [_series(r, tables.waits(r)) for r in runs], 0, 1),
+    }
+
+
+def organ_bars(runs: list[Run]) -> str:
+    """Dice per organ with the standard error over scans, as a data URI."""
+    organs = tables.evaluated_organs(runs)
+
+    def heights(value: Callable[[str], float | None]) -> list[float]:
+        return [math.nan if (found := value(organ)) is None else found for organ in organs]
+
+    bars = []
+    for r in runs:
+        dice = heights(lambda organ, r=r: tables.mean_score(r, "dice", organ))
+        bars.append((color(r), dice, heights(lambda organ, r=r: tables.standard_error(r.scores, "dice", organ))))
+    return pictures.to_svg(pictures.organ_bars(organs, bars))

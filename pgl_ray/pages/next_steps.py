@@ -1,0 +1,144 @@
+"""What to do next with runs: the first step that is open, by their own figures."""
+
+import math
+from typing import Any
+
+from scipy import stats
+
+from pgl_ray.judge.judges import Standing
+from pgl_ray.outlook import MAX_CLAMPED, MIN_TURNOVER
+from pgl_ray.pages import arms, speeds, tables
+from pgl_ray.pages.arms import Gain
+from pgl_ray.pages.pages import Line, command, percent, plural
+from pgl_ray.pages.tables import Run
+from pgl_ray.train.bucket import shown
+
+MOST_SCANS = 2000  # that anybody would label to tell two runs apart
+
+
+def first(runs: list[Run], judged: dict[str, dict[str, Any] | None]) -> Line:
+    """The first of the steps that is open, in the order in which they are worth doing."""
+    pretrained, tuned = ([run for run in runs if run.door == door] for door in ("pretrain", "finetune"))
+    for find in (_unfinished, _mends):
+        if line := find(pretrained):
+            return line
+    for run in runs:
+        if not run.rows:
+            return Line("Wait", f"{run.name} has no metrics yet; make this page again when it has")
+    for run in pretrained:
+        index, found = run.config["index"], judged[run.name]
+        if not found or not found["standing"]:
+            labels = run.record["store"]["labels"]
+            args = "judges=[voxels,decoder,matching]", f"index={index}" if labels else "index=STORE"
+            text = command("probe", f"init={shown(run.path)}", *args)
+            text += "" if labels else ", STORE one of a few labelled scans, for this run's has no labels"
+            return Line("Judge it", f"{run.name} was not set beside random weights by all judges: {text}")
+        if not any(Standing(**one).is_ahead for one in found["standing"].values()):
+            return _no_better(run, found)
+    return _after(pretrained, tuned)
+
+
+def _unfinished(pretrained: list[Run]) -> Line | None:
+    for run in pretrained:
+        planned = run.record.get("num_steps")
+        if run.rows and planned and run.rows[-1]["step"] < planned and not tables.collapsed(run):
+            at = f"{run.name} stands at step {run.rows[-1]['step']:,.0f} of {planned:,}"
+            return Line("Let it end", f"{at}; where it runs no more, the same command goes on from there")
+    return None
+
+
+def _mends(pretrained: list[Run]) -> Line | None:
+    """What is wrong with a training, by its own figures."""
+    for run in pretrained:
+        if tables.collapsed(run):
+            rate = run.config["optim"]["lr"]
+            return Line(
+                "Train again",
+                f"{run.name} collapsed: a new run=... with a lower optim.lr than {rate:g}, or a larger batch",
+            )
+        if (found := speeds.wait_of(run)) and found.verdict == speeds.DATA:
+            text = command("bench", f"index={run.config['index']}")
+            return Line("Feed it", f"{text} says which part of the data's way is dear, and what helps")
+    return None
+
+
+def _no_better(run: Run, judged: dict[str, Any]) -> Line:
+    """An encoder that no judge sets above random weights: the likeliest reason that its own record tells."""
+    facts, what = run.record.get("outlook") or {}, f"{run.name} is not above random weights"
+    if facts.get("target_turnover", math.inf) < MIN_TURNOVER:
+        turned = f"its target turned over {facts['target_turnover']:.1f} times, fewer than {MIN_TURNOVER:g}"
+        return Line("Train on", f"{what}, and {turned}: more steps (max_steps) or a lower ema_decay")
+    if max(facts.get("clamped_share", [0])) > MAX_CLAMPED:
+        share = percent(max(facts["clamped_share"]))
+        return Line(
+            "Enlarge the views",
+            f"{what}, and {share} of the bins of an axis were clamped: larger views.size, or finer align.output_stride",
+        )
+    num = judged["num_test_scans"]
+    steps = f"{run.rows[-1]['step']:,.0f} steps"
+    return Line(
+        "Train on",
+        f"{what} after {steps}, on {plural(num, 'test scan')}: more steps, then more test scans (num_test_scans)",
+    )
+
+
+def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
+    """Once the encoder is above random weights, or where there are fine-tunings alone."""
+    waiting = [run for run in tuned if not run.summary]
+    if waiting:
+        run = waiting[0]
+        return Line("Evaluate", command("evaluate", f"run={shown(run.path)}", f"index={run.config['index']}"))
+    starts = [run for run in tuned if run.config["init"] != "random"]
+    starts = [run for run in starts if run.config["init"] == starts[0].config["init"]]
+    random = [run for run in tuned if run.config["init"] == "random"]
+    if pretrained and not starts:
+        run = pretrained[0]
+        args = "conf/finetune_small.yaml", "index=STORE", "run=RUN", f"init={shown(run.path)}"
+        return Line("Fine-tune", f"{command('finetune', *args)}, and once from random weights (without init)")
+    if not starts:
+        return Line(
+            "Pre-train",
+            "all runs began from random weights: init=RUN of a pre-training, or init=pretrained:openkbp_small",
+        )
+    if not random:
+        return Line(
+            "Fine-tune from random weights",
+            f"the settings of {starts[0].name} without init, so that there is something to compare with",
+        )
+    pairs = arms.same_seed(starts, random)
+    found = arms.dice_gain(pairs) if pairs else None
+    if found is None:
+        return Line(
+            "Compare alike",
+            "fine-tune from random weights with the same seed, scans and settings, and evaluate on the same scans",
+        )
+    return _more(found)
+
+
+def _more(found: Gain) -> Line:
+    """Whether more scans or more seeds would tell more of a difference in Dice."""
+    seeds = "fine-tune both with three or more seeds" if len(found.by_seed) < 3 else "fine-tune with more seeds"
+    if not found.low <= 0 <= found.high:
+        if len(found.by_seed) < 3:
+            return Line("Repeat", f"{seeds}: so far the interval is that of the scans alone")
+        if found.is_better is None:
+            return Line("Repeat", f"{seeds}: they differ by more than the gain")
+        if found.is_better:
+            return Line("Use it", "nothing that these figures could tell is open")
+        return Line(
+            "Begin from random weights", "the pre-training costs Dice here: train longer, or on scans like these"
+        )
+    half = (found.high - found.low) / 2
+    spread = half * math.sqrt(found.num_scans) / stats.t.ppf(0.975, found.num_scans - 1)
+    needed = math.ceil((1.96 * spread / found.mean) ** 2) if found.mean else MOST_SCANS + 1
+    if needed > MOST_SCANS:
+        return Line(
+            "Train on",
+            f"a difference of {found.mean:+.2f} points of Dice is too small for any number of test scans: longer "
+            "pre-training, fewer labels, or another task",
+        )
+    return Line(
+        "Score on more scans",
+        f"if the difference stays as it is, about {max(needed, found.num_scans + 1):,} test scans would tell it from 0 "
+        f"({found.num_scans} now); then {seeds}",
+    )

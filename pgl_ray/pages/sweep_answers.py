@@ -1,0 +1,215 @@
+"""The answers at the top of a sweep's page, each worked out from its trials.
+
+Which is best and how sure, is pre-training better than random weights, what limited speed, what to do next.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pgl_ray.judge.judges import Standing, answer
+from pgl_ray.model.metrics import reach
+from pgl_ray.pages import speeds, tables
+from pgl_ray.pages.arms import Gain
+from pgl_ray.pages.pages import NO, OPEN, YES, Answer, Line, command, plural
+from pgl_ray.pages.tables import Run
+from pgl_ray.sweep import sweeps
+from pgl_ray.sweep.sweeps import Trial
+from pgl_ray.train.checkpoint import read_metrics
+
+BEST, BETTER = "Which is best, and how sure is that?", "Is pre-training better than random weights?"
+SPEED, NEXT = "What limited speed?", "What to do next?"
+EDGE = 0.1  # share of a range at either end
+LABELS = ("num_scans", "scan_share")  # more of them is better, whatever the rest; the second in earlier versions
+Blocks = list[dict[str, Any]]
+
+
+def of_sweep(config: dict[str, Any], trials: list[Trial], grid: dict[str, Any] | None, judged: Blocks) -> list[Answer]:
+    """The four answers.
+
+    Args:
+        config: sweep.json.
+        trials: of the sweep.
+        grid: `sweep_report.grid`, of arms that were fine-tuned.
+        judged: `arms.judged`, of frozen arms.
+    """
+    return [
+        Answer(BEST, best(config, trials)),
+        Answer(BETTER, of_frozen(judged) + of_tuned(config, grid) or [_best_probed(trials)]),
+        Answer(SPEED, speeds.limits(_runs(trials)) or [Line(OPEN, "no training has begun")]),
+        Answer(NEXT, [next_step(config, trials)]),
+    ]
+
+
+# -- which is best? ---------------------------------------------------------------------------------------------------
+
+
+def _groups(trials: list[Trial]) -> dict[str, dict[str, dict[str, float]]]:
+    """Point -> title -> seed -> score of trials that are done. Arms are set against each other at one point of the
+    space; without arms all settings are."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for trial in trials:
+        if trial.state == "done" and trial.score is not None:
+            seed = {key: value for key, value in trial.values.items() if sweeps.short(key) == "seed"}
+            rest = {key: value for key, value in trial.values.items() if key not in seed}
+            arm = rest.pop("arm", None)
+            point, title = (sweeps.settings(rest), str(arm)) if arm else ("", sweeps.settings(rest) or "as the base")
+            found.setdefault(point, {}).setdefault(title, {})[sweeps.settings(seed)] = trial.score
+    return found
+
+
+def best(config: dict[str, Any], trials: list[Trial]) -> list[Line]:
+    """The best of each point, against the second; over seeds where both have the same ones."""
+    judge = config["judge"]
+    lines = []
+    for point, titles in _groups(trials).items():
+        mean = {title: float(np.mean([*scores.values()])) for title, scores in titles.items()}
+        first, *others = sorted(mean, key=lambda title: -sweeps.merit(judge, mean[title]))
+        text = f"{judge} {mean[first]:.4f}" + (" (lower is better)" if sweeps.merit(judge, 1.0) < 0 else "")
+        if not others:
+            lines.append(Line(OPEN, f"{first} with {text} has nothing beside it", point))
+            continue
+        lines.append(_lead(first, others[0], text, mean[first] - mean[others[0]], titles)._replace(of=point))
+    return lines or [Line(OPEN, f"no trial is done with a score: {_states(trials)}")]
+
+
+def _lead(first: str, second: str, text: str, lead: float, titles: dict[str, dict[str, float]]) -> Line:
+    mine, theirs = titles[first], titles[second]
+    by_seed = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    text += f", the second is {second}, {lead:+.4f} away"
+    half = reach(by_seed)
+    if half is None:
+        return Line(OPEN, f"{first} leads with {text}; each ran with one seed, so chance cannot be told from a gain")
+    mean = float(np.mean(by_seed))
+    over = f"95 % interval {mean - half:+.4f} to {mean + half:+.4f} over {len(by_seed)} seeds"
+    if abs(mean) <= half:
+        return Line(OPEN, f"{first} leads with {text} ({over})")
+    return Line(first, f"{text} ({over})")
+
+
+def _states(trials: list[Trial]) -> str:
+    found = {state: sum(trial.state == state for trial in trials) for state in (*sweeps.ENDED, "failed", "running")}
+    return ", ".join(f"{num} {state}" for state, num in found.items() if num) or "none has begun"
+
+
+# -- is pre-training better than random weights? ----------------------------------------------------------------------
+
+
+def of_frozen(judged: Blocks) -> list[Line]:
+    """Per arm and point what the judges of frozen encoders say of it against the strongest control."""
+    lines = []
+    for block in judged:
+        for arm, gains in block["gains"].items():
+            name = f"frozen, {arm}" + (f", {block['point']}" if len(judged) > 1 else "")
+            if not block["controls"]:
+                lines.append(Line(OPEN, "no arm of random weights or wrong priors was judged", name))
+                continue
+            lines.append(Line(_verdict([*gains.values()]), "; ".join(_words(one) for one in gains.values()), name))
+    return lines
+
+
+def of_tuned(config: dict[str, Any], grid: dict[str, Any] | None) -> list[Line]:
+    """Per arm and point the Dice after fine-tuning against the first arm, if that began from random weights."""
+    lines = []
+    for block in grid["blocks"] if grid else []:
+        names = list(config["arms"])
+        at = f", {block['point']}" if len(grid["blocks"]) > 1 else ""
+        if not block["gains"] or config["arms"][names[0]].get("finetune.init") != "random":
+            text = "the first arm, which others are set against, is not one of random weights"
+            lines.append(Line(OPEN, text, f"fine-tuned{at}"))
+            continue
+        for arm, found in block["gains"].items():
+            name = f"fine-tuned, {arm}{at}"
+            none = Line(OPEN, "no seed and scans in common with random weights", name)
+            lines.append(Line(_verdict([found]), _words(found), name) if found else none)
+    return lines
+
+
+def _verdict(gains: list[Gain]) -> str:
+    better = {one.is_better for one in gains}
+    if True in better:
+        return YES if better == {True} else "In part"
+    return NO if better == {False} else OPEN
+
+
+def _words(one: Gain) -> str:
+    return (
+        f"{one.mean:+.2f} {one.measure.unit} (95 % interval {one.low:+.2f} to {one.high:+.2f} over "
+        f"{plural(one.num_scans, 'scan')}), ahead with {one.ahead} of {plural(len(one.by_seed), 'seed')}"
+    )
+
+
+def _best_probed(trials: list[Trial]) -> Line:
+    """Without arms: what the probe of the best trial says of random weights."""
+    done = [trial for trial in trials if trial.state == "done" and trial.score is not None]
+    top = max(done, key=lambda trial: trial.merit, default=None)
+    path = top and top.folder / "probe.json"
+    found = tables.read_json(path) if path and path.is_file() else {}
+    standing = {judge: Standing(**one) for judge, one in found.get("standing", {}).items()}
+    if not standing:
+        return Line(OPEN, "this sweep has no arm of random weights, and no judge set a trial beside them")
+    values = {judge: score["value"] for judge, score in tables.counted(found).items()}
+    ahead = {one.is_ahead if one.ahead_ci95 else None for one in standing.values()}
+    verdict = (YES if ahead == {True} else "In part") if True in ahead else NO if ahead == {False} else OPEN
+    return Line(verdict, answer(f"the best trial, {top.title},", standing, values).removesuffix("."))
+
+
+# -- what limited speed, and what is next? ----------------------------------------------------------------------------
+
+
+def _runs(trials: list[Trial]) -> list[Run]:
+    """All trainings of the sweep that have begun, shared ones once."""
+    folders = dict.fromkeys(run for trial in trials for stage in speeds.DOORS if (run := trial.run(stage)))
+    runs = []
+    for number, folder in enumerate(folder for folder in folders if Path(folder, "run.json").is_file()):
+        record, rows = tables.read_json(folder / "run.json"), read_metrics(folder)
+        runs.append(Run(folder.name, folder, number, record, rows, None, []))
+    return runs
+
+
+def next_step(config: dict[str, Any], trials: list[Trial]) -> Line:
+    """The first of what is open."""
+    failed = [trial for trial in trials if trial.state == "failed"]
+    done = [trial for trial in trials if trial.state == "done" and trial.score is not None]
+    if any(trial.state == "running" for trial in trials) or not trials:
+        return Line("Let it end", f"{_states(trials)}; where it runs no more, the same command goes on from there")
+    if failed:
+        error = " ".join((failed[0].error or "for an unknown reason").split())[:200]
+        return Line(
+            "Mend what failed", f"{plural(len(failed), 'trial')}, the first: {error}; the same command tries again"
+        )
+    if not done:
+        return Line("Widen the space", f"no trial came to its end: {_states(trials)}")
+    top = max(done, key=lambda trial: trial.merit)
+    edges = [text for key in config["space"] if (text := at_edge(key, config["space"][key], top.values.get(key)))]
+    if edges and len(done) > 2:
+        return Line("Widen the space", f"the best trial lies at its edge: {'; '.join(edges)}")
+    if max(len(scores) for titles in _groups(done).values() for scores in titles.values()) < 3:
+        return Line("Repeat", "the best settings and the second with three seeds or more: a grid_search of the seed")
+    if not config["arms"]:
+        args = [str(Path(config["run"], "best.yaml")), "index=STORE", "run=RUN"]
+        return Line("Use it", command("pretrain", *args))
+    return Line("Use it", "nothing that these figures could tell is open")
+
+
+def at_edge(key: str, entry: dict[str, list], value: Any) -> str | None:
+    """Where the best value of a setting lies at an end of what was tried; none for settings that have no order."""
+    ((verb, args),) = entry.items()
+    listed = verb in ("choice", "grid_search")
+    numeric = all(isinstance(one, int | float) and not isinstance(one, bool) for one in [*args, value])
+    if not numeric or sweeps.short(key) in ("seed", *LABELS) or len(set(args)) < (3 if listed else 2):
+        return None
+    if listed:
+        low, high = min(args), max(args)
+        ends = {low: "lowest", high: "highest"}
+        return f"{key}={value:g}, the {ends[value]} of {low:g} to {high:g}" if value in ends else None
+    low, high = args[:2]
+    if "log" in verb:
+        low, high, value = math.log(low), math.log(high), math.log(value)
+    share = (value - low) / (high - low)
+    if EDGE <= share <= 1 - EDGE:
+        return None
+    low, high, value = (math.exp(one) if "log" in verb else one for one in (low, high, value))
+    return f"{key}={value:.4g}, near the {'lowest' if share < EDGE else 'highest'} of {low:g} to {high:g}"

@@ -1,0 +1,348 @@
+"""The tables and figures of a sweep's page; report.py prints them."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+from scipy import stats
+
+from pgl_ray import shipped
+from pgl_ray.model.metrics import reach
+from pgl_ray.pages import arms, pictures, sweep_answers, tables
+from pgl_ray.sweep import sweeps
+from pgl_ray.sweep.sweeps import Trial
+
+SCORES = {"dice": ("Dice, %", 100.0), "iou": ("IoU, %", 100.0), "hd_mm": ("HD, mm", 1.0)}
+MIN_TRIALS = 8  # for the importance of settings
+
+
+def is_sweep(folders: list[str]) -> bool:
+    """Whether the report is asked of a sweep."""
+    return len(folders) == 1 and Path(folders[0], sweeps.SWEEP).is_file()
+
+
+def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[str, Any]:
+    """What sweep.html prints.
+
+    Args:
+        folder: of the sweep.
+        overlays: draws the labels of several evaluated runs.
+    """
+    config, trials = tables.read_json(folder / sweeps.SWEEP), sweeps.read_trials(folder)
+    scored = [trial for trial in trials if trial.score is not None and trial.state in sweeps.ENDED]
+    best = max((t for t in scored if t.state == "done"), key=lambda t: t.merit, default=None)
+    judges = [judge for judge in tables.JUDGED if any(judge in sweeps.probed(trial.folder) for trial in trials)]
+    figures = {"parallel": "", "settings": [], "curves": ""}
+    if len(scored) > 1:
+        figures = _figures(config, scored)
+    found_grid = grid(config, trials, overlays) if config["arms"] else None
+    found_judged = arms.judged(config, trials) if config["arms"] else []
+    return {
+        "answers": sweep_answers.of_sweep(config, trials, found_grid, found_judged),
+        "config": config,
+        "judge": config["judge"],
+        "lower": sweeps.merit(config["judge"], 1.0) < 0,
+        "num": {state: sum(trial.state == state for trial in trials) for state in (*sweeps.ENDED, "failed", "running")},
+        "best": best and {"title": best.title, "score": best.score, "name": best.name},
+        "judges": [tables.JUDGED[judge][0] for judge in judges],
+        "trials": [_row(trial, judges) for trial in sorted(trials, key=lambda t: (t.state != "done", -t.merit))],
+        "notes_of_scans": tables.gathered(_notes(trials)),
+        "totals": _totals(trials),
+        **figures,
+        "importance": importance(config, [trial for trial in scored if trial.state == "done"]),
+        "min_trials": MIN_TRIALS,
+        "grid": found_grid,
+        "judged": found_judged,
+    }
+
+
+# -- trials -----------------------------------------------------------------------------------------------------------
+
+
+def _notes(trials: list[Trial]) -> list[tuple[str, str]]:
+    """What probes and evaluations say of their scans, after the arm or the settings of each trial."""
+    found = []
+    for trial in trials:
+        run = trial.run("finetune")
+        paths = [trial.folder / "probe.json", *([run / "evaluation" / "summary.json"] if run else [])]
+        notes = [note for path in paths if path.is_file() for note in tables.read_json(path).get("notes", [])]
+        found += [(str(trial.values.get("arm", trial.title)), note) for note in notes]
+    return found
+
+
+def _row(trial: Trial, judges: list[str]) -> dict[str, Any]:
+    cost, evaluation, said = sweeps.cost(trial), sweeps.evaluation(trial), sweeps.probed(trial.folder)
+    return {
+        "name": trial.name,
+        "title": trial.title,
+        "state": trial.state if trial.state in ("done", "failed") else f"{trial.state} in {trial.stage}",
+        "first": tables.number(_first(trial), ".4f"),
+        "score": tables.number(trial.score, ".4f"),
+        "judged": [tables.number(said.get(judge), tables.JUDGED[judge][1]) for judge in judges],
+        "test": tables.number(evaluation.get("dice"), ".4f"),
+        "pairs": f"{cost['pairs']:,}",
+        "patches": f"{cost['patches']:,}",
+        "pretrain_s": f"{cost['pretrain_s']:.0f}",
+        "finetune_s": f"{cost['finetune_s']:.0f}",
+        "gpu_hours": f"{cost['gpu_hours']:.2f}",
+        "pretrain": Path(trial.record["pretrain"]).name if trial.record.get("pretrain") else "–",
+        "error": trial.error or "",
+    }
+
+
+def _first(trial: Trial) -> float | None:
+    """What the first judge said last, in pre-training."""
+    found = [value for progress, value in trial.reports if progress <= trial.record.get("judged_from", 0)]
+    return found[-1] if found else None
+
+
+def _totals(trials: list[Trial]) -> str:
+    """What the sweep cost, each shared pre-training once."""
+    alone = {trial.record.get("pretrain") or trial.name: sweeps.cost(trial) for trial in trials}
+    pairs, pretrain_s = (sum(cost[key] for cost in alone.values()) for key in ("pairs", "pretrain_s"))
+    every = [sweeps.cost(trial) for trial in trials]
+    patches, finetune_s = (sum(cost[key] for cost in every) for key in ("patches", "finetune_s"))
+    gpu_s = sum(cost["pretrain_gpu_s"] for cost in alone.values()) + sum(cost["finetune_gpu_s"] for cost in every)
+    num = len({trial.record["pretrain"] for trial in trials if trial.record.get("pretrain")})
+    return (
+        f"{num} pre-trainings with {pairs:,} view pairs in {pretrain_s / 60:.1f} min and {len(trials)} trials with "
+        f"{patches:,} patches in {finetune_s / 60:.1f} min: {gpu_s / 3600:.2f} GPU-hours."
+    )
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def _axes(config: dict[str, Any], trials: list[Trial]) -> list[pictures.Axis]:
+    """The settings that differ between trials; lists, texts and arms are categories, in the order of the space."""
+    found = []
+    for key in (["arm"] if config["arms"] else []) + list(config["space"]):
+        values = [trial.values.get(key) for trial in trials]
+        if len({str(value) for value in values}) < 2 or any(value is None for value in values):
+            continue
+        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        verb, args = next(iter(config["space"].get(key, {"choice": list(config["arms"])}).items()))
+        name = "arm" if key == "arm" else sweeps.short(key)
+        if numeric and verb not in ("choice", "grid_search"):
+            found.append(pictures.Axis(name, values, None, verb == "loguniform"))
+            continue
+        order = [str(arg) for arg in args] + sorted({str(value) for value in values} - {str(arg) for arg in args})
+        labels = {str(value): sweeps.number(value) for value in values}
+        order = [text for text in order if text in labels]
+        places = [float(order.index(str(value))) for value in values]
+        found.append(pictures.Axis(name, places, [labels[str(value)] for value in values]))
+    return found
+
+
+def _figures(config: dict[str, Any], trials: list[Trial]) -> dict[str, Any]:
+    axes, judge, merits = _axes(config, trials), config["judge"], [trial.merit for trial in trials]
+    scores, ended = [trial.score for trial in trials], [trial.state == "done" for trial in trials]
+    good = f"{judge}, {'lower' if sweeps.merit(judge, 1.0) < 0 else 'higher'} is better"
+    parallel = pictures.to_svg(pictures.parallel_coordinates(axes, scores, ended, judge, merits)) if axes else ""
+    lines = []
+    for trial in trials:
+        reports = [point for point in trial.reports if point[0] > trial.record.get("judged_from", 0)]
+        points = [*reports, *([(_end(config), trial.score)] if trial.state == "done" else [])]
+        lines.append((*([list(part) for part in zip(*points)] or [[], []]), trial.state == "done"))
+    middles = [means(axis, scores, ended) for axis in axes]
+    ends = [mean + sign * (half or 0.0) for found in middles for _, mean, half in found for sign in (-1, 1)]
+    low, high = min(scores + ends), max(scores + ends)
+    limits = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)  # one scale for all settings
+    plots = [
+        pictures.to_svg(pictures.setting_scores(axis, scores, ended, found, good, limits))
+        for axis, found in zip(axes, middles)
+    ]
+    return {
+        "parallel": parallel,
+        "settings": plots,
+        "curves": pictures.to_svg(pictures.trial_curves(lines, merits, good)),
+    }
+
+
+def _end(config: dict[str, Any]) -> int:
+    return 200 if config["first_judge"] and config["base_finetune"] is not None else 100
+
+
+def means(axis: pictures.Axis, scores: list[float], ended: list[bool]) -> list[tuple[float, float, float | None]]:
+    """Mean score at each category, or in each third of the numbers, over trials that ended.
+
+    Returns:
+        (place, mean, half of Student's 95 % interval or none for a single trial).
+    """
+    pairs = sorted((x, score) for x, score, end in zip(axis.values, scores, ended) if end)
+    if axis.labels:
+        groups = [[pair for pair in pairs if pair[0] == value] for value in sorted(set(axis.values))]
+    else:
+        groups = [list(map(tuple, part)) for part in np.array_split(pairs, 3)] if len(pairs) >= 6 else []
+    found = []
+    for group in filter(None, groups):
+        here = [score for _, score in group]
+        found.append((float(np.median([x for x, _ in group])), float(np.mean(here)), reach(here)))
+    return found
+
+
+def importance(config: dict[str, Any], trials: list[Trial]) -> list[tuple[str, str]]:
+    """Share of the scores' variance that each setting explains by itself, less what chance explains; none where the
+    trials are too few. Categories by their means (adjusted eta squared), numbers by their ranks (adjusted Spearman)."""
+    axes, scores = _axes(config, trials), np.array([trial.score for trial in trials])
+    if len(trials) < max(MIN_TRIALS, 4 * len(axes)) or not np.var(scores) > 0:
+        return []
+    shares = []
+    for axis in axes:
+        places, num = np.array(axis.values), len(scores)
+        if axis.labels:
+            groups = [scores[places == value] for value in np.unique(places)]
+            explained = sum(len(group) * (group.mean() - scores.mean()) ** 2 for group in groups)
+            share, freedom = explained / ((scores - scores.mean()) ** 2).sum(), len(groups) - 1
+        else:
+            share, freedom = stats.spearmanr(places, scores).statistic ** 2, 1
+        if num > freedom + 1:
+            shares.append((axis.name, 1 - (1 - share) * (num - 1) / (num - 1 - freedom)))
+    return [(name, f"{max(0.0, share):.0%}") for name, share in sorted(shares, key=lambda row: -row[1])]
+
+
+# -- grids: the paper's tables ----------------------------------------------------------------------------------------
+
+
+def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dict[str, Any] | None:
+    """Tables of evaluated arms per point of the space, seeds taken together, beside the published figures; the arms'
+    Dice over the number of labelled scans; labels of one cell per arm. None without an evaluated trial."""
+    cells: dict[str, dict[str, list[tables.Run]]] = {}
+    for trial in trials:
+        run = trial.run("finetune")
+        if trial.state == "done" and run and (run / "evaluation" / "summary.json").is_file() and "arm" in trial.values:
+            point = {key: v for key, v in trial.values.items() if key != "arm" and sweeps.short(key) != "seed"}
+            of_point = cells.setdefault(sweeps.settings(point) or "all trials", {})
+            of_point.setdefault(trial.values["arm"], []).append(_evaluated(run, trial.values["arm"]))
+    if not cells:
+        return None
+    names = list(config["arms"])
+    colors = {arm: pictures.RUN_COLORS[k % len(pictures.RUN_COLORS)] for k, arm in enumerate(names)}
+    cells = {point: {arm: found[arm] for arm in names if arm in found} for point, found in cells.items()}
+    points, published = sorted(cells, key=lambda point: _num_scans(cells[point])), _published(config)
+    blocks = [_block(point, cells[point], published if _of_all(cells[point]) else {}, colors) for point in points]
+    shown = _one_seed(cells[points[-1]])
+    try:
+        labels = overlays(shown)
+    except Exception as error:  # store moved, scan gone, predictions not kept: the numbers stand
+        labels = {"missing": f"overlays left out, {type(error).__name__}: {' '.join(str(error).split())}"}
+    return {
+        "colors": colors,
+        "blocks": blocks,
+        "published": bool(published) and any(_of_all(cells[point]) for point in points),
+        "over": _over_labels(trials, colors),
+        "overlays": labels,
+    }
+
+
+def _num_scans(cells: dict[str, list[tables.Run]]) -> int:
+    """Labelled scans of a point's trials, validation included."""
+    scans = next(iter(cells.values()))[0].record["scans"]
+    return len(scans["train"]) + len(scans["val"])
+
+
+def _one_seed(cells: dict[str, list[tables.Run]]) -> list[tables.Run]:
+    """One run per arm, of the first seed that most arms have; an arm without it is left out."""
+    seeds = [run.config["seed"] for runs in cells.values() for run in runs]
+    chosen = max(sorted(set(seeds)), key=seeds.count)
+    return [run for runs in cells.values() for run in runs if run.config["seed"] == chosen]
+
+
+def _of_all(cells: dict[str, list[tables.Run]]) -> bool:
+    """Whether a point's trials had all labelled scans, as those that the paper's tables are of."""
+    configs = [run.config for runs in cells.values() for run in runs]
+    of_all = (1.0, None)  # none and a scan_share of 1 in earlier versions
+    return all(config["num_scans"] in of_all and config.get("scan_share", 1) == 1 for config in configs)
+
+
+def _evaluated(run: Path, arm: str) -> tables.Run:
+    summary = tables.read_json(run / "evaluation" / "summary.json")
+    scores = pq.read_table(run / "evaluation" / "metrics.parquet").to_pylist()
+    return tables.Run(arm, run, 0, tables.read_json(run / "run.json"), [], summary, scores)
+
+
+def _published(config: dict[str, Any]) -> dict[str, Any]:
+    """score -> arm -> (number of the table, organ -> value); {} where nothing is asked for."""
+    if not config.get("published"):
+        return {}
+    known = yaml.safe_load(shipped.path_of("conf/published.yaml").read_text())[config["published"]]
+    found: dict[str, Any] = {}
+    for table, scores in known["tables"].items():
+        for score, rows in scores.items():
+            for arm, values in rows.items():
+                figures = dict(zip(known["columns"], values, strict=True))
+                found.setdefault(score, {}).setdefault(arm, []).append((table, figures))
+    return found
+
+
+def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, Any], colors: dict[str, str]) -> dict:
+    """The tables of one point of the space."""
+    organs = list(dict.fromkeys(row["organ"] for runs in cells.values() for run in runs for row in run.scores))
+    columns = [None, *organs] if len(organs) > 1 else [None]
+    found = []
+    for score, (head, factor) in SCORES.items():
+        rows, distance = [], score.startswith("hd")
+        for arm, runs in cells.items():
+            values = [[tables.mean_score(run, score, organ) for run in runs] for organ in columns]
+            texts = [arms.cell([v * factor for v in column if v is not None]) for column in values]
+            texts += [arms.cell([tables.unscored(run) for run in runs], 1)] if distance else []
+            rows.append({"name": arm, "color": colors[arm], "seeds": len(runs), "cells": texts, "paper": False})
+            for table, figures in published.get(score, {}).get(arm, []):
+                texts = [tables.number(figures.get(organ or "mean"), ".2f") for organ in columns] + [""] * distance
+                rows.append({"name": f"paper, Table {table}", "seeds": "", "cells": texts, "paper": True})
+        heads = [(organ or "mean").replace("_", " ") for organ in columns] + ["left out"] * distance
+        found.append({"head": head, "heads": heads, "rows": rows})
+    bars = []
+    for arm, runs in cells.items():
+        dice = [[tables.mean_score(run, "dice", organ) for run in runs] for organ in organs]
+        dice = [[value for value in column if value is not None] for column in dice]
+        heights = [float(np.mean(column)) if column else math.nan for column in dice]
+        errors = [float(np.std(column, ddof=1)) if len(column) > 1 else math.nan for column in dice]
+        bars.append((colors[arm], heights, errors))
+    return {
+        "point": point,
+        "tables": found,
+        "sentences": _differences(cells),
+        "gains": {arm: arms.dice_gain(_against_first(cells, runs)[1]) for arm, runs in list(cells.items())[1:]},
+        "bars": pictures.to_svg(pictures.organ_bars(organs, bars)),
+    }
+
+
+def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
+    """Each arm against the first one, in words."""
+    lines = []
+    for arm, runs in list(cells.items())[1:]:
+        first, pairs = _against_first(cells, runs)
+        rows = [(mine.scores, other.scores) for mine, other in pairs]
+        by_seed = [(mine.summary["dice"] or 0.0) - (other.summary["dice"] or 0.0) for mine, other in pairs]
+        lines += arms.difference(f"{arm} against {first}", rows, by_seed, arms.DICE)
+    return lines
+
+
+def _against_first(cells: dict[str, list[tables.Run]], runs: list[tables.Run]) -> tuple[str, list[tuple]]:
+    """The first arm, and its runs beside those of another, in pairs of a seed."""
+    first, others = next(iter(cells.items()))
+    theirs = {run.config["seed"]: run for run in others}
+    return first, [(run, theirs[run.config["seed"]]) for run in runs if run.config["seed"] in theirs]
+
+
+def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:
+    """Figure 5: mean Dice per arm over the number of labelled scans, or "" for a single one."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for trial in trials:
+        dice, run = sweeps.evaluation(trial).get("dice"), trial.run("finetune")
+        if trial.state == "done" and dice is not None and "arm" in trial.values:
+            num = _num_scans({"": [_evaluated(run, "")]})
+            found.setdefault(trial.values["arm"], {}).setdefault(num, []).append(100 * dice)
+    if len({num for points in found.values() for num in points}) < 2:
+        return ""
+    lines = []
+    for arm in (arm for arm in colors if arm in found):
+        points = sorted(found[arm].items())
+        spread = [float(np.std(v, ddof=1)) if len(v) > 1 else math.nan for _, v in points]
+        lines.append((arm, colors[arm], [num for num, _ in points], [float(np.mean(v)) for _, v in points], spread))
+    return pictures.to_svg(pictures.arms_over("labelled scans, validation included", lines, "mean over organs"))

@@ -1,0 +1,267 @@
+"""What a sweep's folder says: its trials, their cost, and the tables of the report. The sweep writes through it, too.
+
+sweep.json is the sweep's config; trials/<name>/trial.json what a trial did and how it ended, reports.jsonl what it was
+judged by on the way; pretrain/<hash> are the pre-trainings, each of which several trials may use.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pgl_ray.data.place import put_in_place, write_aside
+from pgl_ray.judge.judges import HIGHER_IS_BETTER
+from pgl_ray.pages.tables import duration_s, probe_values, read_json
+from pgl_ray.train.checkpoint import read_metrics, write_json
+from pgl_ray.train.health import verdict
+from pgl_ray.train.progress import clock
+
+SWEEP = "sweep.json"
+ENDED = ("done", "stopped", "collapsed")  # and not to be run again; "failed" is tried again, "running" was interrupted
+FIGURES = {  # of a probe, that trials may be judged by -> the judge that says it
+    "probe/balanced_accuracy": "voxels",
+    "probe/decoder_dice": "decoder",
+    "probe/matching_mm": "matching",
+}
+WORST_MM = 1e4  # stands for the error of what failed
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial as its folder says.
+
+    Attributes:
+        name, folder: of the trial.
+        values: its point of the space, and its arm.
+        state: running (or interrupted), done, stopped (by the scheduler), collapsed, failed.
+        stage: the last that began.
+        error: of a failed or collapsed one.
+        score: the judged figure; of one that is not done, the best on the way.
+        reports: (percent of the judged stages, score).
+        record: trial.json; its "judge" names the judged figure.
+    """
+
+    name: str
+    folder: Path
+    values: dict[str, Any]
+    state: str
+    stage: str
+    error: str | None
+    score: float | None
+    reports: list[tuple[int, float]]
+    record: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The settings in short: the arm, and the last part of each key with its value."""
+        return settings(self.values)
+
+    @property
+    def merit(self) -> float:
+        """Its score as something to maximise."""
+        return merit(self.record.get("judge"), self.score)
+
+    def run(self, stage: str) -> Path | None:
+        """Folder of its pre-training or fine-tuning, as far as it began."""
+        return Path(self.record[stage]) if self.record.get(stage) else None
+
+
+def merit(figure: str | None, value: float | None) -> float:
+    """What is to be maximised, whatever the figure: the only place that knows where lower is better.
+
+    Args:
+        figure: that trials are judged by.
+        value: of a trial; none where it failed, which is as bad as can be.
+    """
+    lower = figure in FIGURES and not HIGHER_IS_BETTER[FIGURES[figure]]
+    if value is None:
+        return -WORST_MM if lower else 0.0
+    return -value if lower else value
+
+
+def settings(values: dict[str, Any], sep: str = ", ") -> str:
+    """Values of a point in short."""
+    parts = [str(values["arm"])] if "arm" in values else []
+    return sep.join(parts + [f"{short(key)} {number(value)}" for key, value in values.items() if key != "arm"])
+
+
+def short(key: str) -> str:
+    """The last part of a dotted key, which tells it apart; of seeds all that share it."""
+    return key.split("+")[-1].strip().rsplit(".", 1)[-1]
+
+
+def number(value: Any) -> str:
+    """A value of a space as text."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def note(folder: Path, **facts: Any) -> None:
+    """Adds to a trial's trial.json."""
+    path = folder / "trial.json"
+    write_json(path, (read_json(path) if path.exists() else {}) | facts)
+
+
+def end(folder: Path, state: str, error: str | None, score: float | None = None) -> None:
+    """Notes how a trial ended, and how long it ran. The first to say so is right: while the process of a stopped trial
+    ends, the trial may fail."""
+    record = read_json(folder / "trial.json")
+    if record["state"] != "running":
+        return
+    took = record.get("took_s", 0.0) + time.time() - record["since"]
+    note(folder, state=state, error=error, score=score, took_s=took)
+
+
+def add_report(folder: Path, progress: int, score: float) -> None:
+    """Adds to a trial's reports.jsonl; what a continued trial reports again replaces what stood there."""
+    path = folder / "reports.jsonl"
+    lines = path.read_text().splitlines(True) if path.exists() else []
+    kept = [line for line in lines if json.loads(line)[0] < progress]
+    write_aside(path, "".join([*kept, json.dumps([progress, score]) + "\n"]).encode())
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_trial(folder: Path) -> Trial | None:
+    """A trial; none before it began."""
+    path = folder / "trial.json"
+    if not path.exists():
+        return None
+    record = read_json(path)
+    lines = (folder / "reports.jsonl").read_text().splitlines() if (folder / "reports.jsonl").exists() else []
+    reports = [tuple(json.loads(line)) for line in lines]
+    score = record.get("score")
+    judged = [value for progress, value in reports if progress > record.get("judged_from", 0)]
+    if score is None and judged and record["state"] != "collapsed":
+        score = judged[-1]  # what the first judge said is another figure
+    facts = (record["state"], record.get("stage", ""), record.get("error"), score, reports, record)
+    return Trial(folder.name, folder, record["values"], *facts)
+
+
+def read_trials(folder: Path) -> list[Trial]:
+    """All trials of a sweep that began, in the order in which they did."""
+    found = [read_trial(path) for path in (folder / "trials").glob("*")]
+    return sorted((trial for trial in found if trial), key=lambda trial: trial.record["started"])
+
+
+def collapsed(run: str) -> str | None:
+    """Why a pre-training was stopped as collapsed, or none."""
+    record = Path(run, "run.json")
+    judged = [row for row in read_metrics(run) if "health/collapsed" in row]
+    last = [row["health/collapsed"] >= 0.5 for row in judged[-2:]]
+    if not record.exists() or len(last) < 2 or not all(last):
+        return None
+    run_of = read_json(record)
+    if judged[-1]["step"] >= run_of["num_steps"] or not run_of["config"]["health"]["stop_on_collapse"]:
+        return None
+    return f"pre-training stopped at step {judged[-1]['step']:.0f}: {verdict(judged[-1])}"
+
+
+def cost(trial: Trial) -> dict[str, float]:
+    """View pairs and patches trained on, seconds and GPU-hours of a trial's trainings; a shared pre-training counts in
+    full in each trial that used it."""
+    spent = {"pairs": 0, "patches": 0, "pretrain_s": 0.0, "finetune_s": 0.0}
+    gpu_s = {"pretrain_gpu_s": 0.0, "finetune_gpu_s": 0.0}
+    for stage, unit in (("pretrain", "pairs"), ("finetune", "patches")):
+        run = trial.run(stage)
+        rows = read_metrics(run) if run else []
+        if rows:
+            batch = read_json(run / "run.json")["config"]["global_batch_size"]
+            spent |= {unit: int(rows[-1]["step"]) * batch, f"{stage}_s": duration_s(rows)}
+            gpu_s[f"{stage}_gpu_s"] = duration_s(rows) * trial.record.get(f"{stage}_gpus", 0.0)
+    return spent | gpu_s | {"gpu_hours": sum(gpu_s.values()) / 3600}
+
+
+def evaluation(trial: Trial) -> dict[str, Any]:
+    """The evaluation's means over organs; none without one."""
+    run = trial.run("finetune")
+    path = run / "evaluation" / "summary.json" if run else None
+    found = read_json(path) if path and path.exists() else {}
+    return {key: found[key] for key in ("dice", "iou", "hd_mm", "hd95_mm") if found.get(key) is not None}
+
+
+def probed(folder: Path) -> dict[str, float]:
+    """What the judges of a trial's probe say of the reading that counts; {} without one."""
+    path = folder / "probe.json"
+    return probe_values(read_json(path)) if path.exists() else {}
+
+
+def write_table(folder: Path) -> None:
+    """trials.parquet: one row per trial, with a column per key of the space."""
+    rows = []
+    for trial in read_trials(folder):
+        row = {"trial": trial.name, "state": trial.state, "stage": trial.stage, "score": trial.score}
+        said = probed(trial.folder)
+        row |= {"probe": said.get("voxels"), "test_dice": evaluation(trial).get("dice"), **cost(trial)}
+        others = {figure.split("/")[1]: judge for figure, judge in FIGURES.items() if judge != "voxels"}
+        row |= {name: said[judge] for name, judge in others.items() if judge in said}
+        row |= {"pretrain": trial.record.get("pretrain"), "finetune": trial.record.get("finetune")}
+        values = {key: json.dumps(v) if isinstance(v, list) else v for key, v in trial.values.items()}
+        rows.append(row | {"error": trial.error, **values, "values": json.dumps(trial.values)})
+    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+    path = folder / "trials.parquet"
+    aside = path.with_name(f"{path.name}.part{os.getpid()}")
+    pq.write_table(pa.table({key: _column(values) for key, values in columns.items()}), aside)
+    put_in_place(aside, path)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """Values of one column; texts where kinds are mixed."""
+    kinds = {type(value) for value in values if value is not None}
+    if len(kinds) > 1 and not kinds <= {int, float}:
+        values = [None if value is None else json.dumps(value) for value in values]
+    elif kinds == {int, float}:
+        values = [None if value is None else float(value) for value in values]
+    return pa.array(values)
+
+
+# -- the progress table -----------------------------------------------------------------------------------------------
+
+
+def table(shown: list[Trial], head: bool = True) -> str:
+    """Trial, settings, stage, best figure and time left of its stage, a line each, under a head."""
+    lines = [f"{'trial':<10}{'stage':<20}{'best':>9}{'left':>9}  settings"] if head else []
+    for trial in shown:
+        stage, left = _where(trial)
+        score = "-" if trial.score is None else f"{trial.score:.4f}"
+        lines.append(f"{trial.name:<10}{stage:<20}{score:>9}{left:>9}  {trial.title}")
+        lines += [f"{'':<10}{trial.error[:200]}"] if trial.error else []
+    return "\n".join(lines)
+
+
+def counts(found: list[Trial], num: int, room: int = 1) -> str:
+    """A line about the whole sweep: how the trials of `num` ended, and how long the rest takes, `room` at a time."""
+    ended = {state: sum(trial.state == state for trial in found) for state in (*ENDED, "failed")}
+    text = ", ".join(f"{count} {state}" for state, count in ended.items() if count) or "0 done"
+    took = [trial.record["took_s"] for trial in found if trial.state in ENDED]
+    rest = num - sum(ended.values())
+    now = sum(time.time() - trial.record["since"] for trial in found if trial.state == "running")
+    if took and rest > 0:
+        text += f"; about {clock(max(0.0, rest * sum(took) / len(took) - now) / room)} left"
+    return f"  {text}, of {num}"
+
+
+def _where(trial: Trial) -> tuple[str, str]:
+    """Stage and step, and the time left in this stage."""
+    if trial.state != "running":
+        return trial.state if trial.state in ("done", "failed") else f"{trial.state} in {trial.stage}", ""
+    run = trial.run(trial.stage) if trial.stage in ("pretrain", "finetune") else None
+    rows = read_metrics(run) if run else []
+    if not rows:
+        return trial.stage, ""
+    num_steps, step = read_json(run / "run.json")["num_steps"], rows[-1]["step"]
+    since = next((row for row in reversed(rows) if row["time_s"] > rows[-1]["time_s"]), None)  # before a restart
+    steps = step - (since["step"] if since else 0)
+    left = (num_steps - step) * rows[-1]["time_s"] / steps if steps else math.nan
+    return f"{trial.stage} {step:.0f}/{num_steps}", clock(left) if math.isfinite(left) else ""
