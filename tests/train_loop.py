@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 from pgl_ray import config as c
 from pgl_ray import finetune, pretrain
@@ -50,14 +51,14 @@ def pretraining(where: Path, run: Path, **changes) -> c.PretrainConfig:
     values = {"index": str(where), "run": str(run), "max_steps": 6, "global_batch_size": 4, "encoder": ENCODER}
     values |= {"views": {"size": [8, 16, 32]}, "heads": {"hidden": 8, "out": 4}, "optim": {"lr": 1.0}}
     values |= {"health": {"every": 3}, "train": {"log_every": 1, "checkpoint_every": 2, "threads_per_worker": 1}}
-    return c.build(c.PretrainConfig, c.OmegaConf.to_container(c.OmegaConf.merge(values, changes)))
+    return c.build(c.PretrainConfig, OmegaConf.to_container(OmegaConf.merge(values, changes)))
 
 
 def finetuning(where: Path, run: Path, **changes) -> c.FinetuneConfig:
     values = {"index": str(where), "run": str(run), "max_steps": 6, "global_batch_size": 4, "encoder": ENCODER}
     values |= {"patch": {"size": [16, 32, 32]}, "validate_every": 2, "patches_per_scan": 1, "foreground_share": 0.5}
     values |= {"train": {"log_every": 1, "checkpoint_every": 2, "threads_per_worker": 1}}
-    return c.build(c.FinetuneConfig, c.OmegaConf.to_container(c.OmegaConf.merge(values, changes)))
+    return c.build(c.FinetuneConfig, OmegaConf.to_container(OmegaConf.merge(values, changes)))
 
 
 def train(

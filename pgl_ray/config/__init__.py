@@ -6,6 +6,8 @@ and reports every fault in one message that names the dotted path.
 """
 
 from pgl_ray.config.fields import JOB_FOLDER as JOB_FOLDER
+from pgl_ray.config.fields import LARGEST_VOXEL_MM as LARGEST_VOXEL_MM
+from pgl_ray.config.fields import LEAST_VOXEL_MM as LEAST_VOXEL_MM
 from pgl_ray.config.fields import PRETRAINED as PRETRAINED
 from pgl_ray.config.fields import FailedRun as FailedRun
 from pgl_ray.config.fields import FilePath as FilePath
