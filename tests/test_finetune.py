@@ -188,6 +188,7 @@ def test_the_first_line_says_how_a_frozen_encoder_was_prepared(scans, tmp_path, 
 
     monkeypatch.setattr(finetune.launch, "fit", fit)
     monkeypatch.setattr(finetune.launch, "connect", lambda ray: None)
+    monkeypatch.setattr(finetune.nodes, "await_nodes", lambda train, found: False)
     monkeypatch.setattr(finetune.stream, "too_large", lambda *sizes: None)
     without = {"kind": "resenc", "depths": [1, 1, 1, 1, 1], "width": 4, "stage_strides": "early"}
     line = ", encoder frozen (BatchNorm's statistics are those of 64 unlabelled views), paper decoder"

@@ -184,7 +184,7 @@ def notes(found: outlook.Outlook) -> list[str]:
 def test_good_settings_need_no_note():
     found = look(*GOOD)
     assert notes(found) == [] and len(found.lines) == 2
-    assert math.isclose(found.facts["target_turnover"], summed_turnover(400, 0.97, "cosine"))
+    assert math.isclose(found.facts["target_turnover"], summed_turnover(400, 0.97))
     assert "turns over 6.0 times" in found.lines[0] and "add up to 40." in found.lines[0]
     shares = [round(100 * share) for share in found.facts["clamped_share"]]
     assert f"clamped bins (D, H, W): {shares[0]}, {shares[1]}, {shares[2]} %" in found.lines[1]
@@ -298,4 +298,4 @@ def test_the_driver_prints_it_and_the_run_keeps_it(tmp_path, monkeypatch, capsys
         lines[2].startswith("pretrain: clamped bins") and [line[:16] for line in lines[3:]] == ["pretrain: note: "] * 2
     )
     assert set(facts["outlook"]) == {"sum_of_rates", "target_turnover", "clamped_share"}
-    assert math.isclose(facts["outlook"]["target_turnover"], summed_turnover(40, 0.996, "cosine"))
+    assert math.isclose(facts["outlook"]["target_turnover"], summed_turnover(40, 0.996))

@@ -398,6 +398,7 @@ def test_probe_and_finetune_print_the_note_once(tmp_path, capsys, monkeypatch):
         raise c.FailedRun("far enough")
 
     monkeypatch.setattr(finetune.launch, "connect", lambda config: None)
+    monkeypatch.setattr(finetune.nodes, "await_nodes", lambda train, found: False)
     monkeypatch.setattr(finetune.launch, "fit", stop)
     monkeypatch.setattr(finetune.stream, "too_large", lambda *args: None)  # asks the cluster
     with pytest.raises(c.FailedRun, match="far enough"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -695,7 +696,7 @@ def test_an_overlay_of_a_resampled_scan_is_on_the_scored_grid(tmp_path):
 def test_organs_that_a_scan_does_not_annotate_are_no_errors(scans, tmp_path):
     runs = tables.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
     index = store.read_index(scans)
-    record = store.ScanRecord(**(vars(index.scans[0]) | {"labelled": (1,)}))
+    record = replace(index.scans[0], labelled=(1,))
     shown, _ = report.overlay_of(index, record, runs)
     ((_, predicted, wrong),) = shown.predictions
     invented = [(predicted == value) & (shown.true == 0) for value in (1, 4)]

@@ -401,6 +401,28 @@ def endless(run: str) -> None:
             time.sleep(0.0005)
 
 
+def test_killed_while_a_step_is_written_again_costs_nothing(tmp_path, monkeypatch):
+    """A run that continued from an earlier checkpoint writes the same step anew: the old one counts until then."""
+    checkpoint.write_checkpoint(tmp_path, 5, {"weights": torch.zeros(3)}, {})
+
+    own = checkpoint.put_in_place
+
+    def killed(aside, place):
+        if place.suffix == "" and place.name.startswith("checkpoint_"):
+            raise KeyboardInterrupt
+        own(aside, place)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "put_in_place", killed)
+        checkpoint.write_checkpoint(tmp_path, 5, {"weights": torch.ones(3)}, {})
+    assert checkpoint.recover(tmp_path) == (tmp_path / "checkpoint_00000005", 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_00000005"]
+    checkpoint.write_checkpoint(tmp_path, 5, {"weights": torch.ones(3)}, {})
+    (tmp_path / "checkpoint_00000005").rename(tmp_path / "checkpoint_00000005.old")
+    (tmp_path / "checkpoint_00000005.old" / checkpoint.STATE).write_bytes(b"half removed")
+    assert checkpoint.recover(tmp_path) is None and not list(tmp_path.iterdir())
+
+
 def test_a_writer_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
     rng, last = random.Random(0), 0
     for _ in range(6):

@@ -41,7 +41,7 @@ def test_kills_of_a_run_without_ray(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "in_parallel", one_by_one)
 
     def config(store: str) -> PrepareConfig:
-        return PrepareConfig(source=str(tmp_path), store=str(tmp_path / ".stores" / store))
+        return PrepareConfig(source=str(tmp_path), store=str(tmp_path / "stores" / store))
 
     def start(store: str) -> multiprocessing.Process:
         child = multiprocessing.get_context("fork").Process(target=prepare.run, args=(config(store),))
@@ -49,12 +49,12 @@ def test_kills_of_a_run_without_ray(tmp_path, monkeypatch):
         return child
 
     prepare.run(config("undisturbed"))  # here, so that the children need not import anything
-    expected = files_of(tmp_path / ".stores/undisturbed")
+    expected = files_of(tmp_path / "stores/undisturbed")
     assert len(expected) > 3 * 10
     kills, rounds = 0, 0
     while kills < 8:
         rounds += 1
-        store = tmp_path / f".stores/{rounds}"
+        store = tmp_path / f"stores/{rounds}"
         while True:
             shards = {p: p.stat().st_ino for p in store.glob("scans/*/0/c/0/0/0")}
             child, last = start(store.name), rng.randint(0, 11)

@@ -43,7 +43,7 @@ sys.modules["fcntl"] = None
 """
 ALL_DOORS = """
 import importlib, pathlib
-for path in sorted(pathlib.Path("pgl_ray").rglob("*.py")):
+for path in sorted(set(pathlib.Path("pgl_ray").rglob("*.py")) - set(pathlib.Path("pgl_ray/examples").rglob("*.py"))):
     importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
 """
 

@@ -309,6 +309,7 @@ def test_what_optuna_draws_again_is_no_new_trial(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tune, "_fit", fit)
     monkeypatch.setattr(tune.launch, "connect", lambda ray: None)
+    monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({}, ({"CPU": 4.0},)))
     monkeypatch.setattr(tune, "room_for", lambda config, trials: 1)
     monkeypatch.setattr(tune, "collect", lambda config, folder: len(sweeps.read_trials(folder)))
     assert tune.run_trials(config, [], tmp_path / "sweep") == 3 and rounds == [3, 1, 1]

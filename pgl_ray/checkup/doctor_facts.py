@@ -38,6 +38,7 @@ NEEDED = {
     "isal": ">=1.7",
     "SimpleITK": ">=2.4",
     "pytorch_optimizer": ">=4.1,<5",
+    "safetensors": ">=0.5",
     "tensorboardX": ">=2.6",
     "matplotlib": ">=3.9",
     "pillow": ">=10",
