@@ -14,7 +14,8 @@ def in_terminal(command: list[str], code: int = 0, columns: int = 80, rows: int 
     know its size."""
     ours, theirs = pty.openpty()
     subprocess.run(["stty", "cols", str(columns), "rows", str(rows)], stdin=theirs, check=True)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    known = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}  # they would count
+    env = {**known, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env) as run:
         os.close(theirs)
         parts = []

@@ -417,7 +417,6 @@ def test_killed_while_a_step_is_written_again_costs_nothing(tmp_path, monkeypatc
         checkpoint.write_checkpoint(tmp_path, 5, {"weights": torch.ones(3)}, {})
     assert checkpoint.recover(tmp_path) == (tmp_path / "checkpoint_00000005", 5)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_00000005"]
-    checkpoint.write_checkpoint(tmp_path, 5, {"weights": torch.ones(3)}, {})
     (tmp_path / "checkpoint_00000005").rename(tmp_path / "checkpoint_00000005.old")
     (tmp_path / "checkpoint_00000005.old" / checkpoint.STATE).write_bytes(b"half removed")
     assert checkpoint.recover(tmp_path) is None and not list(tmp_path.iterdir())

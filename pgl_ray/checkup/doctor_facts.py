@@ -51,7 +51,6 @@ NEEDED = {
 EXTRAS = {
     "dicom": ("pydicom",),
     "cloud": ("obstore",),
-    "export": ("safetensors",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "tune": ("optuna",),
     "mlflow": ("mlflow-skinny",),
