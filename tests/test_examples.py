@@ -209,7 +209,7 @@ def test_organs_from_few_labels(ray_cluster, out):
     check_page(out / "pretrained.html")
 
 
-@pytest.mark.cluster
+@pytest.mark.soak  # tests/test_pipeline.py runs another one
 def test_a_sweep(ray_cluster, phantoms, out, monkeypatch):
     monkeypatch.setenv("PGL_RAY_STORE", phantoms)
     names = run("sweep")
@@ -221,7 +221,7 @@ def test_a_sweep(ray_cluster, phantoms, out, monkeypatch):
     assert re.search(said, (out / "sweep/report.html").read_text())
 
 
-@pytest.mark.cluster
+@pytest.mark.soak
 def test_on_a_cluster(ray_cluster, phantoms, out, monkeypatch, capsys):
     monkeypatch.setenv("PGL_RAY_STORE", phantoms)
     names = run("cluster")

@@ -4,6 +4,7 @@ What they end with is compared, bit for bit, with the same loop in two processes
 The soak: PGL_RAY_SOAK=30 python -m pytest -s -m soak tests/test_faults.py
 """
 
+import contextlib
 import json
 import os
 import random
@@ -97,8 +98,9 @@ def place(tmp_path):
     loop.scans(tmp_path / "store")
     yield tmp_path
     for child in psutil.Process().children(recursive=True):
-        if "pgl_ray.pretrain" in " ".join(child.cmdline()):
-            child.kill()
+        with contextlib.suppress(psutil.Error):  # it has ended since
+            if "pgl_ray.pretrain" in " ".join(child.cmdline()):
+                child.kill()
 
 
 def config_of(place: Path, steps: int, **train) -> c.PretrainConfig:
@@ -129,7 +131,8 @@ def test_a_kill_costs_what_came_after_the_checkpoint(place):
     for whom in ("worker", "driver"):
         cost = driver.kill(whom)
         print(json.dumps(cost))
-        assert cost["step"] - cost["kept"] <= 10 + 5 and cost["first"] <= cost["step"] + 5
+        # a worker whose driver is killed goes on until Ray ends it: two checkpoints more on a busy machine
+        assert cost["step"] - cost["kept"] <= 10 + 5 and cost["first"] <= cost["step"] + 5 + 2 * 10
         assert cost["step"] < 150
     driver.finish(120)
     check_undisturbed(config, place)

@@ -99,7 +99,7 @@ def pretraining(store: Path, run: Path, *args: str) -> list[str]:
     return ["conf/pretrain_small.yaml", f"index={store}", f"run={run}", *TINY, *args]
 
 
-@pytest.mark.cluster
+@pytest.mark.soak
 def test_a_job_makes_a_cluster_grow_from_a_head_without_cpus(store, tmp_path):
     """Nodes come for a worker and for what feeds it; nine GPUs can never come, and are refused before any node is."""
     with grown({"small": (SMALL, 2), "gpu": (GPU, 3)}) as cluster:
