@@ -255,7 +255,7 @@ def _recover(run: Path) -> tuple[Path, int] | None:
     for left in [place for place in run.glob("checkpoint_*") if place.suffix in (".part", ".old")]:
         place = left.with_suffix("")
         if left.suffix == ".old" and not place.exists() and not damage_of(left):
-            left.rename(place)  # killed before another one took its place
+            put_in_place(left, place)  # killed before another one took its place
         else:
             shutil.rmtree(left)
     damaged: list[tuple[Path, str]] = []
