@@ -128,3 +128,16 @@ def test_tests_call_no_private_function():
         named |= {full.rpartition(".")[2] for full in imports(path) if full.startswith("pgl_ray.")}
         called |= {f"{path.name}: {name}" for name in private & named - set(functions(path))}
     assert called <= {"test_ray_internals.py: _count_possible_workers"}  # Ray's name for what we put in its place
+
+
+def test_the_top_level_holds_nothing_else():
+    """What an example or a trial left behind is not to be committed."""
+    root = PACKAGE.parent
+    if not (root / ".git").exists():
+        pytest.skip("no git checkout")
+    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    found = {path.split("/")[0] for path in listed if path and not path.startswith(".")}
+    folders = {"pgl_ray", "conf", "data_prep", "tune_spaces", "tests"}
+    assert found == folders | {"pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt"}
