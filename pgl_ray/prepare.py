@@ -490,7 +490,7 @@ def _outcomes(
     peak = partial(_largest_peak, [source for source, _ in tasks], config.spacing_mm)
     with closing(in_parallel(work, tasks, config.ray, peak)) as rows:
         for row in rows:
-            record = store.parse_record(row["record"]) if row["record"] else None
+            record = pickle.loads(row["record"])
             yield tasks[row["task"]][0], row["status"], row["reason"], json.loads(row["notes"]), record
 
 
@@ -562,7 +562,7 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
     Returns:
         task, status ("converted", "unchanged", "failed", "label map", "disk
         full"), the reason of a failure, notes (JSON: a list
-        of source, reason, and whether it is shown), and the scan's zarr.json.
+        of source, reason, and whether it is shown), and the scan's pickled record or None.
     """
     task, status, reason, notes, record = pickle.loads(row["item"]), "failed", "", [], None
     try:
@@ -576,8 +576,8 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
         status, reason = ("label map" if isinstance(error, LabelMap) else "failed"), str(error)
     except Exception as error:  # whatever else a damaged file may cause must not stop the other scans
         reason = f"{type(error).__name__}: {error}"
-    content = store.group_text(record) if record else b""
-    return {"task": row["task"], "status": status, "reason": reason, "notes": json.dumps(notes), "record": content}
+    said = {"task": row["task"], "status": status, "reason": reason, "notes": json.dumps(notes)}
+    return said | {"record": pickle.dumps(record)}
 
 
 def _tries(folder: str, task: int) -> int:

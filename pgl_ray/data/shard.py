@@ -88,12 +88,15 @@ def encode_shard(array: np.ndarray, chunk: tuple[int, int, int], compression: st
     blosc.use_threads = False  # several threads would put a chunk's blocks in any order
     grid = tuple(-(-size // step) for size, step in zip(array.shape, chunk))
     index, offset = np.empty((*grid, 2), "<u8"), 0
-    scratch = np.empty(chunk, array.dtype)
-    for place in np.ndindex(*grid):
-        part = array[tuple(slice(k * step, (k + 1) * step) for k, step in zip(place, chunk))]
-        if part.shape != scratch.shape:
+    scratch, whole = np.empty(chunk, array.dtype), tuple(chunk)
+    axes = [[slice(k * step, (k + 1) * step) for k in range(num)] for num, step in zip(grid, chunk)]
+    for place, (d, h, w) in zip(product(*map(range, grid)), product(*axes)):
+        part = array[d, h, w]
+        if part.shape == whole:
+            scratch[...] = part
+        else:
             scratch[...] = 0
-        scratch[tuple(slice(size) for size in part.shape)] = part
+            scratch[tuple(map(slice, part.shape))] = part
         data = blosc.compress(scratch, b"lz4", LEVEL, blosc.SHUFFLE) if compression == "lz4" else scratch.tobytes()
         index[place] = offset, len(data) + 4
         offset += len(data) + 4

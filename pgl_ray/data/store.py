@@ -54,7 +54,7 @@ READS_IN_TURN = 8
 HISTOGRAM_HU = tuple(range(-1024, 1601, 64))  # inner bounds of the records' bins; the first and last bin are open
 BODY_HU = -500  # voxels above it are body (or couch), below it air and lung
 ALL_HU = np.arange(2**16, dtype=np.uint16).view(np.int16)  # by its bits as uint16, the order that voxels are counted in
-HISTOGRAM_BINS = np.searchsorted(HISTOGRAM_HU, ALL_HU, side="right")  # of each of them
+HISTOGRAM_STARTS = [0, *(hu + 2**15 for hu in HISTOGRAM_HU)]  # of the bins, among all HU in ascending order
 
 
 @dataclass(frozen=True)
@@ -616,7 +616,7 @@ def _mean_and_std(counts: np.ndarray, hu_window: tuple[float, float]) -> tuple[f
 
 
 def _histogram(counts: np.ndarray) -> tuple[int, ...]:
-    return tuple(int(n) for n in np.bincount(HISTOGRAM_BINS, counts, len(HISTOGRAM_HU) + 1))
+    return tuple(np.add.reduceat(np.roll(counts, 2**15), HISTOGRAM_STARTS).tolist())
 
 
 def _codes(hu_window: tuple[float, float]) -> tuple[np.ndarray, dict[str, float]]:
@@ -648,7 +648,8 @@ def _shares(volume: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """Share of voxels above BODY_HU in the volume, and on its four side faces."""
     faces = (volume[:, 0], volume[:, -1], volume[:, :, 0], volume[:, :, -1])
     bodies = sum(int(np.count_nonzero(face > BODY_HU)) for face in faces)
-    return float(counts[ALL_HU > BODY_HU].sum() / volume.size), bodies / sum(face.size for face in faces)
+    body = counts[: 2**15].sum() + counts[2**16 + BODY_HU + 1 :].sum()  # HU of 0 and above stand first, see ALL_HU
+    return float(body / volume.size), bodies / sum(face.size for face in faces)
 
 
 def foreground_box(volume: np.ndarray) -> tuple[int, ...]:

@@ -89,14 +89,15 @@ def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
     num_padding = int(np.count_nonzero(voxels < AIR)) if voxels.min() < AIR else 0
     if num_padding:
         voxels = np.maximum(voxels, np.int16(AIR))
-    stored, stored_affine = _to_stored(voxels, geometry.affine)
+    axes = orientations.io_orientation(geometry.affine)
+    stored, stored_affine = _to_stored(voxels, geometry.affine, axes)
     voxels = np.ascontiguousarray(stored)
     doubts = plausible.check_values(path, voxels)
     return Scan(
         voxels=voxels,
         affine=stored_affine,
         spacing_mm=tuple(float(size) for size in np.linalg.norm(stored_affine[:3, :3], axis=0)),
-        orientation="".join(nib.aff2axcodes(geometry.affine)),
+        orientation="".join(orientations.ornt2axcodes(axes)),
         rounding_error_hu=rounding_error,
         num_padding=num_padding,
         notes=(*geometry.notes, *shear_notes(geometry.affine), *doubts),
@@ -129,7 +130,7 @@ def read_label(path: str | Path, like: Scan, slices: tuple[str, ...] = ()) -> np
             f"{path}: label values must be whole numbers, found some that are {rounding_error:.3g} away from one: was "
             "it resampled with interpolation? Take the nearest voxel's value instead"
         )
-    label, label_affine = _to_stored(label, raw.geometry.affine)
+    label, label_affine = _to_stored(label, raw.geometry.affine, orientations.io_orientation(raw.geometry.affine))
     if label.shape != like.voxels.shape and detached.is_segmentation(path):
         label, label_affine = _pasted(label, label_affine, like)
     reason = grids.difference(label.shape, label_affine, like.voxels.shape, like.affine)
@@ -254,9 +255,10 @@ def _read(path: Path) -> Raw:
 # -- geometry and values ----------------------------------------------------------------------------------------------
 
 
-def _to_stored(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Array [i, j, k] and its affine -> view [D, H, W] along S, P, L and the affine of (d, h, w, 1)."""
-    transform = orientations.ornt_transform(orientations.io_orientation(affine), STORED)
+def _to_stored(array: np.ndarray, affine: np.ndarray, axes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Array [i, j, k], its affine and nibabel's io_orientation of it -> view [D, H, W] along S, P, L and the affine of
+    (d, h, w, 1)."""
+    transform = orientations.ornt_transform(axes, STORED)
     stored = orientations.apply_orientation(array, transform).transpose(2, 1, 0)
     return stored, (affine @ orientations.inv_ornt_aff(transform, array.shape))[:, [2, 1, 0, 3]]
 

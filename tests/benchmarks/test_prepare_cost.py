@@ -60,7 +60,7 @@ def test_cpu_time_against_nibabel(tmp_path, real_data):
     assert {row["status"] for row in rows} == {"converted"}, rows
     ratio = statistics.median(b / a for a, b in zip(*seconds.values()))
     print(f"prepare / nibabel's reading, CPU time: {ratio:.2f} (reading {min(seconds['nibabel']):.2f} s)")
-    assert ratio <= 1.35
+    assert ratio <= 1.3  # 1.25 is meant, its median over nine runs of this; a busy machine adds some hundredths
 
 
 PEAK = """
