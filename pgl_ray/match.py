@@ -29,6 +29,7 @@ from pgl_ray.data.store import write_aside
 from pgl_ray.files import ct
 from pgl_ray.files.resample import onto_grid
 from pgl_ray.files.scans import ScanFile, one_scan
+from pgl_ray.files.source import some
 from pgl_ray.judge import search
 from pgl_ray.judge.features import ScanEncoder, at_spacing
 from pgl_ray.pages import match_page
@@ -119,6 +120,8 @@ def run(config: MatchConfig) -> Result:
     codes = search.encode(encoder, scans, config.maps, config.seed)
     among = search.candidates(scans[1], codes[1])
     voxels = [_voxel(scans[0], one.place_mm) for one in asked]
+    if away := [one.name for one, is_away in zip(asked, search.away_from_body(scans[0], np.array(voxels))) if is_away]:
+        print(f"match: note: outside of A's body, while B is searched inside of its own: {some(away)}", flush=True)
     found = [search.search(codes[0], voxel, codes[1], among, config.apart_mm) for voxel in voxels]
     rows = [_row(one.name, scans, voxel, place) for one, voxel, place in zip(asked, voxels, found)]
     names = _similarity_maps(config, asked, found, among, scans[1], own[1], files[1])

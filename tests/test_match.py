@@ -262,6 +262,19 @@ def test_a_corner_is_inside_of_a_resampled_scan(tmp_path, files, voxel):
     assert np.abs(place(row, "a") - asked).max() < 4.5
 
 
+def test_a_place_in_the_air_is_named(tmp_path, files, capsys):
+    scan = ct.read_scan(files / "a.nii.gz")
+    voxels = np.argwhere(np.ones(SHAPE, bool))[::37]
+    away = search.away_from_body(scan, voxels)
+    mm = ndimage.distance_transform_edt(scan.voxels <= -500, sampling=scan.spacing_mm)[tuple(voxels.T)]
+    assert away[mm > 30].all() and not away[mm == 0].any() and away.any() and not away.all()
+    given = {"maps": ["layer4"], "similarity_maps": 0, "page_mb": 0}
+    match.run(config(files, tmp_path, voxel=(0, 0, 23), **given))
+    assert "note: outside of A's body, while B is searched inside of its own: voxel" in capsys.readouterr().out
+    match.run(config(files, tmp_path, voxel=(47, 39, 8), **given))
+    assert "outside of A's body" not in capsys.readouterr().out
+
+
 def test_a_second_call_leaves_nothing_of_the_first(tmp_path, files):
     match.run(config(files, tmp_path, labels=str(files / "label.nii.gz")))
     assert len(list(tmp_path.glob("similarity_*"))) == 2 and (tmp_path / "match.html").exists()

@@ -97,7 +97,8 @@ figure.savefig(OUT / "values.png", dpi=120)
 # %%
 plan = f"$(basename {OUT}/preprocessed/Dataset007_PGL/ptPlans__pgl____*.json .json)"
 print(
-    f"""pip install git+https://github.com/MIC-DKFZ/nnUNet.git@0e495086   # the released 2.8.1 lacks the last two commands
+    f"""# the released 2.8.1 lacks the last two commands
+pip install git+https://github.com/MIC-DKFZ/nnUNet.git@0e495086
 export nnUNet_raw={OUT} nnUNet_preprocessed={OUT}/preprocessed nnUNet_results={OUT}/results
 nnUNetv2_extract_fingerprint -d 7
 nnUNetv2_plan_experiment -d 7

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import ndimage
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from pgl_ray.files.ct import Scan
@@ -147,6 +148,12 @@ def grid_points(scan: Scan) -> tuple[np.ndarray, tuple[int, int, int]]:
     if not len(voxels):
         voxels = np.argwhere(np.ones(size, bool)) * step + np.array(step) // 2
     return voxels, step
+
+
+def away_from_body(scan: Scan, voxels: np.ndarray) -> np.ndarray:
+    """Whether voxels [points, 3] lie two steps of the grid, or farther, from all of it in the body: bool [points]."""
+    middles, spacing = grid_points(scan)[0], np.array(scan.spacing_mm)
+    return np.asarray(cKDTree(middles * spacing).query(np.asarray(voxels) * spacing)[0] > 2 * GRID_MM)
 
 
 def candidates(scan: Scan, codes: Codes) -> Candidates:
