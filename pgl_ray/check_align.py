@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pgl_ray.config import CheckAlignConfig, FailedRun, build
 from pgl_ray.data import store
 from pgl_ray.data import views as v
-from pgl_ray.data.place import put_in_place
+from pgl_ray.data.durable import put_in_place
 from pgl_ray.data.stream import AIR
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins

@@ -25,8 +25,9 @@ import torch
 import pgl_ray
 from pgl_ray import api
 from pgl_ray.config import EmbedConfig, FailedRun
-from pgl_ray.data.place import check_writable, open_place, put_in_place
-from pgl_ray.data.store import Index, write_aside
+from pgl_ray.data.durable import check_writable, put_in_place, write_aside
+from pgl_ray.data.place import open_place
+from pgl_ray.data.store import Index
 from pgl_ray.files.accounts import skipped
 from pgl_ray.files.scans import ScanFile, StoredScan, scan_files, stored_scans
 from pgl_ray.files.source import Fault

@@ -22,17 +22,9 @@ import pyarrow.parquet as pq
 import torch
 
 from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig
+from pgl_ray.data.durable import write_aside
 from pgl_ray.data.facts import seen_notes
-from pgl_ray.data.store import (
-    Index,
-    ScanRecord,
-    class_lookup,
-    open_label,
-    open_source_label,
-    open_volume,
-    read_index,
-    write_aside,
-)
+from pgl_ray.data.store import Index, ScanRecord, class_lookup, open_label, open_source_label, open_volume, read_index
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
 from pgl_ray.files.resample import onto_grid

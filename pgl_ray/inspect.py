@@ -24,6 +24,8 @@ from scipy import ndimage
 
 from pgl_ray.config import InspectConfig
 from pgl_ray.data import store
+from pgl_ray.data.durable import write_aside
+from pgl_ray.data.place import open_place
 from pgl_ray.data.store import HISTOGRAM_HU, Index, ScanRecord
 from pgl_ray.files.geometry import MOST_SHEAR, shear_notes
 from pgl_ray.files.notes import read_notes
@@ -66,7 +68,7 @@ def run(config: InspectConfig) -> str:
     """
     index, settings = store.read_index(config.store), store.read_settings(config.store)
     notes = {record.scan_id: warnings(record) for record in index.scans}
-    for line in read_notes(store.open_place(config.store)):
+    for line in read_notes(open_place(config.store)):
         if line["shown"] and line["reason"] not in notes.get(line["scan_id"], [line["reason"]]):
             notes[line["scan_id"]].append(line["reason"])
     for record, others in duplicates(index).items():
@@ -101,8 +103,8 @@ def run(config: InspectConfig) -> str:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     if not all_listed:
-        store.write_aside(path.with_suffix(".csv"), store_table.as_csv(index, notes))
-    store.write_aside(path, pages.render("inspect.html", **content).encode())
+        write_aside(path.with_suffix(".csv"), store_table.as_csv(index, notes))
+    write_aside(path, pages.render("inspect.html", **content).encode())
     return str(path)
 
 
@@ -112,7 +114,7 @@ def run(config: InspectConfig) -> str:
 def _lines(index: Index, name: str) -> list[dict[str, Any]]:
     """What prepare wrote beside the index; nothing where it didn't, or what is there cannot be read."""
     try:
-        return [json.loads(line) for line in store.open_place(index.store).read(name).splitlines() if line.strip()]
+        return [json.loads(line) for line in open_place(index.store).read(name).splitlines() if line.strip()]
     except (OSError, ValueError):
         return []
 

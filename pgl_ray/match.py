@@ -23,9 +23,8 @@ import numpy as np
 import pgl_ray
 from pgl_ray import api
 from pgl_ray.config import MatchConfig
+from pgl_ray.data.durable import check_writable, put_in_place, write_aside
 from pgl_ray.data.facts import disagreements
-from pgl_ray.data.place import check_writable, put_in_place
-from pgl_ray.data.store import write_aside
 from pgl_ray.files import ct
 from pgl_ray.files.resample import onto_grid
 from pgl_ray.files.scans import ScanFile, one_scan

@@ -18,8 +18,8 @@ import torch
 import pgl_ray
 from pgl_ray.config import FailedRun, PredictConfig
 from pgl_ray.data import store
+from pgl_ray.data.durable import check_writable, put_in_place, write_aside
 from pgl_ray.data.facts import disagreements
-from pgl_ray.data.place import check_writable, put_in_place
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
 from pgl_ray.files import ct, dicom, identity
@@ -131,7 +131,7 @@ def _tell_skipped(failed: Iterable[Fault], left_out: list[Fault], output: Path) 
     for line in skipped(failed, left_out):
         print(f"predict: {line}", flush=True)
     if output.is_dir() and (left_out or (output / "left_out.jsonl").exists()):
-        store.write_aside(output / "left_out.jsonl", json_lines(left_out))
+        write_aside(output / "left_out.jsonl", json_lines(left_out))
 
 
 def _maker(model: Segmenter | LightSegmenter, meta: dict[str, Any], config: PredictConfig, device: torch.device) -> str:
@@ -297,8 +297,8 @@ def predict_one(
             "made_by": made_by,
         }
         page, picture = viewer.make_page(scan.voxels, label, scan.affine, organs, texts, notes)
-        store.write_aside(job.beside(".html"), page.encode())
-        store.write_aside(job.beside(".png"), picture)
+        write_aside(job.beside(".html"), page.encode())
+        write_aside(job.beside(".png"), picture)
     facts = {"input": str(job.source), "run": config.run, "organs": [organ._asdict() for organ in organs]}
     facts |= {"notes": notes, "made_by": made_by, "maker": maker, "stamp": stamp}
     write_json(job.beside(".json"), facts)

@@ -32,6 +32,7 @@ from typing import Any
 
 from pgl_ray.config import FailedRun, PrepareConfig, RayConfig, StoreConfig, build
 from pgl_ray.data import chunks, store
+from pgl_ray.data.place import Place, open_place
 from pgl_ray.files import identity
 from pgl_ray.files.accounts import grouped, json_lines
 from pgl_ray.files.dicom_headers import Kept
@@ -114,7 +115,7 @@ def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
         FailedRun: the disk is full, or another prepare writes into the store.
     """
     began = time.monotonic()
-    place = store.open_place(config.store)
+    place = open_place(config.store)
     _settings(config)  # looking through a large source takes minutes: what does not agree is said before
     kept = _kept_headers(place)
     known = _known_sources(place)
@@ -130,7 +131,7 @@ def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
         raise _disk_full(place.url) from error
 
 
-def _known_sources(place: store.Place) -> set[str]:
+def _known_sources(place: Place) -> set[str]:
     """What the scans of a store were made from, as its index says it; nothing where that cannot be read."""
     try:
         return {scan.source for scan in store.read_index(place.url).scans}
@@ -138,7 +139,7 @@ def _known_sources(place: store.Place) -> set[str]:
         return set()
 
 
-def _kept_headers(place: store.Place) -> Kept:
+def _kept_headers(place: Place) -> Kept:
     try:
         return Kept(place.read(HEADERS))
     except (FileNotFoundError, NotADirectoryError):
@@ -150,7 +151,7 @@ def _disk_full(folder: str) -> FailedRun:
 
 
 def _run(
-    config: PrepareConfig, place: store.Place, layout: Layout, token: str, only: dict[str, str] | None, began: float
+    config: PrepareConfig, place: Place, layout: Layout, token: str, only: dict[str, str] | None, began: float
 ) -> Result:
     folder, known, names = place.url, _settings(config), _agreed_names(config, layout)
     _check_labels(config, layout)
@@ -301,7 +302,7 @@ def verify(config: StoreConfig) -> Verified:
     """
     began = time.monotonic()
     store.read_settings(config.store)
-    place, damaged = store.open_place(config.store), {}
+    place, damaged = open_place(config.store), {}
     index, fault = _read_index(place)
     names = sorted({*store.scan_names(place), *index})
     looks = [(name, name in index) for name in names]
@@ -318,7 +319,7 @@ def verify(config: StoreConfig) -> Verified:
     return Verified(place.url, len(names), damaged, fault, time.monotonic() - began)
 
 
-def _read_index(place: store.Place) -> tuple[dict[str, store.ScanRecord], str]:
+def _read_index(place: Place) -> tuple[dict[str, store.ScanRecord], str]:
     """The index' records, and what is wrong with it."""
     try:
         content = place.read("index.parquet")
@@ -336,7 +337,7 @@ def _check(row: dict, folder: str) -> dict:
     """Checks one scan, (scan_id, whether the index has it); runs in a Ray task. Returns task, and what is damaged."""
     (name, listed), reason = pickle.loads(row["item"]), ""
     try:
-        if listed or "zarr.json" in store.open_place(folder).names(f"scans/{name}"):
+        if listed or "zarr.json" in open_place(folder).names(f"scans/{name}"):
             store.check_scan(folder, name)  # else what a killed run left in a bucket: no scan yet
     except Exception as error:  # damage may show as anything
         reason = str(error) or type(error).__name__
@@ -355,7 +356,7 @@ def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
     found = verify(config)
     if not (found.damaged or found.index):
         return found, {}
-    place, reasons = store.open_place(config.store), {}
+    place, reasons = open_place(config.store), {}
     known = _read_index(place)[0] | store.read_records(place.url)
     wanted = {name: known[name].source for name in found.damaged if name in known}
     left = dict.fromkeys(found.damaged, "nothing is left that says where it was made from: prepare its folder again")
@@ -394,7 +395,7 @@ def _settings(config: PrepareConfig) -> store.Settings | None:
     Raises:
         ValueError: it has another HU window, encoding or spacing, or store.json is damaged.
     """
-    if "store.json" not in store.open_place(config.store).names(""):
+    if "store.json" not in open_place(config.store).names(""):
         return None
     known = store.read_settings(config.store)
     for key in ("hu_window", "encoding", "spacing_mm"):
@@ -566,7 +567,7 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
     """
     task, status, reason, notes, record = pickle.loads(row["item"]), "failed", "", [], None
     try:
-        with store.open_place(folder).joined(token):
+        with open_place(folder).joined(token):
             if _tries(folder, row["task"]) > MAX_TRIES:
                 raise ValueError(f"its worker died {MAX_TRIES} times: out of memory, or a library crashed on it")
             status, notes, record = _convert(task, folder, names, options)
@@ -582,7 +583,7 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
 
 def _tries(folder: str, task: int) -> int:
     """Counts the starts of a task, because Ray starts it for ever when its worker dies by it."""
-    place, key = store.open_place(folder, synced=False), f".part/tries/{task}"
+    place, key = open_place(folder, synced=False), f".part/tries/{task}"
     place.write(f"{key}/{uuid.uuid4().hex}", [])
     return len(place.names(key))
 
@@ -635,7 +636,7 @@ def _convert(
     return "converted", notes, record
 
 
-def _note(place: store.Place, notes: dict[str, list[dict[str, Any]]]) -> None:
+def _note(place: Place, notes: dict[str, list[dict[str, Any]]]) -> None:
     """Prints what was said of scans as they were converted, but for matters of course, and keeps it."""
     shown = [line for said in notes.values() for line in said if line["shown"]]
     for line in shown[:NUM_SHOWN]:

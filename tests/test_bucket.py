@@ -13,7 +13,7 @@ import pytest
 
 from pgl_ray import export, inspect, prepare, report
 from pgl_ray.config import ExportConfig, FailedRun, InspectConfig, PrepareConfig, ReportConfig, StoreConfig, build
-from pgl_ray.data import store
+from pgl_ray.data.place import open_place
 from pgl_ray.train import checkpoint
 
 ROOT = str(Path(__file__).parents[1])
@@ -45,7 +45,7 @@ def test_prepare_verify_and_repair_in_a_bucket(tmp_path, s3, serial, capsys):
     assert prepare.describe(prepare.run(PrepareConfig(source=f"{tmp_path}/raw", store=url))).startswith(
         f"prepare: 0 converted, 3 already there, 3 scans in {url}/index.parquet"
     )
-    place, key = store.open_place(url), "scans/ü 2/0/c/0/0/0"
+    place, key = open_place(url), "scans/ü 2/0/c/0/0/0"
     whole = place.read(key)
     place.write(key, [whole[:4321] + bytes([whole[4321] ^ 1]) + whole[4322:]])
     place.write("scans/left/0/c/0/0/0", [b"of a killed run, without zarr.json"])
@@ -61,7 +61,7 @@ def test_prepare_verify_and_repair_in_a_bucket(tmp_path, s3, serial, capsys):
 def test_a_prepare_that_lost_its_lock_writes_no_index(tmp_path, s3, serial, monkeypatch, taken):
     """It stood still for so long that another one took over, which is about to write an index of its own."""
     url = put_store(tmp_path, s3)
-    place, finish = store.open_place(url), prepare.finish_store
+    place, finish = open_place(url), prepare.finish_store
     before = place.read("index.parquet")
 
     def stand_still(*args):
@@ -89,7 +89,7 @@ def test_pre_training_from_a_bucket_into_a_bucket(tmp_path, s3, serial, monkeypa
     assert done.stdout.splitlines()[-1].endswith(f"; run in {run}")
     monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/machine_2")
     assert [row["step"] for row in checkpoint.read_metrics(run)] == [1, 2, 3] and checkpoint.committed_step(run) == 3
-    rows = [json.loads(line) for line in store.open_place(run).read("logs/rank_0.jsonl").splitlines()]
+    rows = [json.loads(line) for line in open_place(run).read("logs/rank_0.jsonl").splitlines()]
     assert rows[0]["message"] == "start" and rows[-1]["message"] == "end"
     page = report.run(build(ReportConfig, {"run": run, "output": str(tmp_path / "page.html")}))
     assert run in Path(page).read_text("utf-8")

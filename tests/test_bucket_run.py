@@ -19,7 +19,7 @@ import train_loop as loop
 from pgl_ray import config as c
 from pgl_ray import evaluate, export, finetune, probe, report
 from pgl_ray.config import FailedRun
-from pgl_ray.data.place import Bucket
+from pgl_ray.data.bucket import Bucket
 from pgl_ray.train import bucket, checkpoint
 
 ROOT = str(Path(__file__).parents[1])
@@ -216,7 +216,7 @@ def test_a_run_moves_between_a_bucket_and_a_folder(run, tmp_path):
 
 
 def test_one_driver_at_a_time(run, monkeypatch):
-    monkeypatch.setattr("pgl_ray.data.place.HEARTBEAT_S", 0.2)
+    monkeypatch.setattr("pgl_ray.data.bucket.HEARTBEAT_S", 0.2)
     start(run)
     with checkpoint.alone(run):
         refusal = rf"run={run} is being trained by process {os.getpid()} on .*: wait for it, or end it"
@@ -235,7 +235,7 @@ def test_one_driver_at_a_time(run, monkeypatch):
 
 def test_a_driver_that_lost_its_lock_does_no_harm(run, monkeypatch):
     """It was cut off for so long that another one took over; then it comes back."""
-    monkeypatch.setattr("pgl_ray.data.place.HEARTBEAT_S", 0.2)
+    monkeypatch.setattr("pgl_ray.data.bucket.HEARTBEAT_S", 0.2)
     start(run)
     with checkpoint.alone(run):
         mine, place = checkpoint.held(run), Bucket(run)
@@ -410,8 +410,8 @@ def test_logs_and_events_of_all_processes_come_together(run, monkeypatch):
 
 DOOR = """
 import sys
-from pgl_ray.data import place
-place.SILENCE_S = 8  # a killed driver's lock
+from pgl_ray.data import bucket
+bucket.SILENCE_S = 8  # a killed driver's lock
 from pgl_ray import cli
 cli.main("pretrain")
 """

@@ -17,6 +17,7 @@ from pgl_ray import inspect
 from pgl_ray.config import InspectConfig
 from pgl_ray.data import columns, facts, store
 from pgl_ray.data.columns import Names
+from pgl_ray.data.durable import write_aside
 
 NUM = 100_000
 
@@ -131,7 +132,7 @@ def test_columns_of_two_indexes_are_never_mixed(tmp_path):
     index, shapes = few(tmp_path), many_scans.random_shapes(5)
     other = few(tmp_path / "other", seed=1)
     expected = index.scans[1].mean_hu
-    store.write_aside(tmp_path / "index.parquet", (tmp_path / "other/index.parquet").read_bytes())
+    write_aside(tmp_path / "index.parquet", (tmp_path / "other/index.parquet").read_bytes())
     assert index.scans[2].shape == tuple(shapes[2]) and index.scans[1].mean_hu == expected
     assert store.read_index(tmp_path).scans == other.scans
     index = few(tmp_path)

@@ -428,7 +428,7 @@ def test_a_bucket_is_looked_at_and_left_as_it_was(s3, monkeypatch):
     facts = doctor_places.look_at_run(mark)
     assert facts["latency_s"] > 0 and facts["mark"]
     doctor_places.remove_mark(mark)
-    from pgl_ray.data.place import Bucket
+    from pgl_ray.data.bucket import Bucket
 
     assert Bucket(f"{s3}/doctor/run").names("") == []
     with pytest.raises(ValueError, match="no such bucket"):

@@ -11,7 +11,9 @@ import pytest
 import torch
 import train_loop as loop
 
-from pgl_ray.data import place, store
+from pgl_ray.data import durable, store
+from pgl_ray.data.durable import write_aside
+from pgl_ray.data.folder import Folder
 from pgl_ray.train import checkpoint
 
 
@@ -57,10 +59,10 @@ def disk(monkeypatch) -> Disk:
 
 
 def test_files(disk, tmp_path):
-    place.write_aside(tmp_path / "a", b"1")
+    write_aside(tmp_path / "a", b"1")
     checkpoint.write_json(tmp_path / "b.json", {"k": 1})
     checkpoint.write_state(tmp_path / "c.pt", {"x": torch.zeros(3)})
-    place.Folder(tmp_path).write("deep/d", [b"2", b"3"])
+    Folder(tmp_path).write("deep/d", [b"2", b"3"])
     for name in ("a", "b.json", "c.pt", "deep/d"):
         disk.check(tmp_path / name)
     assert (tmp_path / "deep/d").read_bytes() == b"23" and not list(tmp_path.glob("**/*.part*"))
@@ -104,12 +106,12 @@ def test_a_folder_that_cannot_be_synced_is_let_pass(monkeypatch, tmp_path, kind,
 
     monkeypatch.setattr(os, "fsync", fsync)
     if kind == "folder" and number != errno.EIO:
-        place.write_aside(tmp_path / "a", b"1")
+        write_aside(tmp_path / "a", b"1")
         assert (tmp_path / "a").read_bytes() == b"1"
         return
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(OSError, match="refused"):
-        place.write_aside(tmp_path / "a", b"new")
+        write_aside(tmp_path / "a", b"new")
     assert kind == "folder" or (tmp_path / "a").read_bytes() == b"old"
 
 
@@ -124,10 +126,11 @@ def renamings(path: Path) -> list[str]:
 def test_one_function_gives_names():
     """The other renamings put away what is to be thrown away, or concern a bucket's copies, which are compared with it
     when they are read."""
-    package = Path(place.__file__).parents[1]
+    package = Path(durable.__file__).parents[1]
     found = {str(path.relative_to(package)): renamings(path) for path in package.rglob("*.py")}
     found.pop("train/bucket.py")
     assert {name: calls for name, calls in found.items() if calls} == {
-        "data/place.py": ["aside.replace(path)", "target.rename(old)"],
+        "data/durable.py": ["aside.replace(path)"],
+        "data/folder.py": ["target.rename(old)"],
         "train/checkpoint.py": ["place.rename(aside)"],
     }

@@ -1,6 +1,7 @@
 """Which evaluated scans a network has seen in training: counted by their voxels, through a chain of trainings, and
 said wherever figures are shown."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -71,10 +72,8 @@ def test_scans_are_known_by_voxels_and_by_what_came_before(pool, other):
 def test_what_is_kept_stays_small(pool, monkeypatch):
     """100,000 scans are about a megabyte of text, and no two of them are taken for one another."""
     rng = np.random.default_rng(0)
-    scans = [
-        store.dataclasses.replace(pool.scans[0], scan_id=str(i), content_hash=rng.bytes(32).hex()) for i in range(10**5)
-    ]
-    many = store.dataclasses.replace(pool, scans=scans[:50_000])
+    scans = [dataclasses.replace(pool.scans[0], scan_id=str(i), content_hash=rng.bytes(32).hex()) for i in range(10**5)]
+    many = dataclasses.replace(pool, scans=scans[:50_000])
     kept = facts.training_facts(many, [scan.scan_id for scan in scans[:50_000]])
     assert len(json.dumps(kept)) < 600_000
     assert facts.seen_notes(kept, scans[:50_001])[0].startswith("50000 of the 50001 ")

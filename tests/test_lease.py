@@ -8,7 +8,8 @@ import pytest
 from far_bucket import Served
 
 from pgl_ray.config import FailedRun
-from pgl_ray.data import lease, place
+from pgl_ray.data import lease
+from pgl_ray.data.bucket import Bucket
 
 obstore = pytest.importorskip("obstore", reason="no obstore: pip install 'pgl_ray[cloud]'")
 
@@ -28,16 +29,16 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def bucket(server, request) -> place.Bucket:
+def bucket(server, request) -> Bucket:
     """An empty prefix."""
-    return place.Bucket(f"s3://far/{abs(hash(request.node.name))}")
+    return Bucket(f"s3://far/{abs(hash(request.node.name))}")
 
 
-def put(bucket: place.Bucket, content: bytes) -> None:
+def put(bucket: Bucket, content: bytes) -> None:
     obstore.put(bucket._store, ".lock", content, use_multipart=False)
 
 
-def wish(bucket: place.Bucket, silence_s: float = 0.5, ask=None) -> lease.Lease:
+def wish(bucket: Bucket, silence_s: float = 0.5, ask=None) -> lease.Lease:
     return lease.Lease(ask or bucket.ask, ".lock", beat_s=0.1, silence_s=silence_s)
 
 
@@ -58,7 +59,7 @@ def test_of_many_waiters_one_gets_the_lock(bucket, there):
         assert bucket.names("") == []
 
 
-def crowd(bucket: place.Bucket, num: int) -> tuple[int, list[str]]:
+def crowd(bucket: Bucket, num: int) -> tuple[int, list[str]]:
     """So many want the lock at the same moment: how many got it, and what the others were told."""
     got, refused, start = [], [], threading.Barrier(num)
 
@@ -155,8 +156,8 @@ def test_an_answer_that_does_not_arrive_is_no_loss(bucket):
 
 
 def test_a_place_whose_lock_is_gone_is_not_joined(bucket, monkeypatch):
-    monkeypatch.setattr(place.Bucket, "write", lambda self, key, parts: self.ask(_small, key, b"".join(parts)))
-    monkeypatch.setattr(place.Bucket, "remove", lambda self, key: None)
+    monkeypatch.setattr(Bucket, "write", lambda self, key, parts: self.ask(_small, key, b"".join(parts)))
+    monkeypatch.setattr(Bucket, "remove", lambda self, key: None)
     with bucket.locked() as token:
         with bucket.joined(token):
             pass

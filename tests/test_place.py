@@ -12,7 +12,8 @@ import pytest
 import zarr
 
 from pgl_ray.config import FailedRun
-from pgl_ray.data import place, store
+from pgl_ray.data import bucket, columns, folder, place, store
+from pgl_ray.data.bucket import Bucket
 
 AFFINE = np.diag([2.5, 0.8, 0.7, 1])
 
@@ -78,7 +79,7 @@ def test_zarr_reads_what_lies_in_the_bucket(s3):
 
 
 def test_large_objects_come_in_pieces_of_one_version(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr(place, "PIECE", 1000)
+    monkeypatch.setattr(bucket, "PIECE", 1000)
     here, content = place.open_place(f"{s3}/pieces"), os.urandom(3500)
     here.write("a", [content])
     before = here.versions()
@@ -122,8 +123,8 @@ def test_damage_in_a_bucket_is_found(s3):
 
 
 def test_two_runs_at_once_the_second_is_refused(where, monkeypatch):
-    monkeypatch.setattr(place, "STRAGGLERS_S", 0.5)
-    monkeypatch.setattr(place, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(folder, "STRAGGLERS_S", 0.5)
+    monkeypatch.setattr(bucket, "HEARTBEAT_S", 0.2)
     with place.open_place(where).locked() as token:
         with place.open_place(where).joined(token):
             began = time.monotonic()
@@ -139,8 +140,8 @@ def test_two_runs_at_once_the_second_is_refused(where, monkeypatch):
 
 HOLD = """
 import sys, time
-from pgl_ray.data import place
-place.HEARTBEAT_S = 0.2
+from pgl_ray.data import bucket, place
+bucket.HEARTBEAT_S = 0.2
 with place.open_place(sys.argv[1]).locked() as token:
     print(token, flush=True)
     time.sleep(60)
@@ -148,8 +149,8 @@ with place.open_place(sys.argv[1]).locked() as token:
 
 
 def test_the_lock_of_a_killed_run_is_taken_over(where, monkeypatch):
-    monkeypatch.setattr(place, "HEARTBEAT_S", 0.2)
-    monkeypatch.setattr(place, "SILENCE_S", 1)
+    monkeypatch.setattr(bucket, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(bucket, "SILENCE_S", 1)
     holder = subprocess.Popen([sys.executable, "-c", HOLD, where], stdout=subprocess.PIPE, text=True)
     token = holder.stdout.readline().strip()
     here = place.open_place(where)
@@ -166,7 +167,7 @@ def test_the_lock_of_a_killed_run_is_taken_over(where, monkeypatch):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     with here.locked():
-        assert isinstance(here, place.Bucket) or not straggler.is_alive()
+        assert isinstance(here, Bucket) or not straggler.is_alive()
         with pytest.raises(FailedRun, match="is over"), here.joined(token):
             pass
     straggler.join()
@@ -190,7 +191,7 @@ def test_a_tables_bytes_are_let_go_when_it_is_read(tmp_path):
     content = (tmp_path / "index.parquet").read_bytes()
     alone = sys.getrefcount(content)
     for _ in range(100):
-        table = place.parquet_table(content)
+        table = columns.parquet_table(content)
         assert table.num_rows == 1
         del table
         assert sys.getrefcount(content) == alone

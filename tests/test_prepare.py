@@ -23,6 +23,8 @@ from dicom_files import ct_series, save
 from pgl_ray import prepare
 from pgl_ray.config import FailedRun, LabelsConfig, PrepareConfig, StoreConfig, load
 from pgl_ray.data import store
+from pgl_ray.data.place import open_place
+from pgl_ray.data.shard import encode_shard
 from pgl_ray.files import ct
 from pgl_ray.files.layout import read_layout
 
@@ -467,7 +469,7 @@ def test_the_store_does_not_depend_on_the_order(tmp_path, serial):
 def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monkeypatch):
     for place, scan_id in enumerate("abc"):
         put(tmp_path / f"raw/{scan_id}.nii.gz", seed=place)
-    real = store.encode_shard
+    real = encode_shard
 
     def full(array, chunk, compression):
         if len(list((tmp_path / "s/scans").glob("*"))) == 1:
@@ -486,9 +488,9 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monk
 def test_a_scan_that_kills_its_worker_is_given_up(tmp_path):
     put(tmp_path / "raw/a.nii.gz")
     task = (prepare.Source("a", str(tmp_path / "raw/a.nii.gz"), None, ""), None)
-    with store.open_place(tmp_path / "s").locked() as token:
+    with open_place(tmp_path / "s").locked() as token:
         for start in "123":  # Ray has started it three times
-            store.open_place(tmp_path / "s").write(f".part/tries/0/{start}", [])
+            open_place(tmp_path / "s").write(f".part/tries/0/{start}", [])
         row = prepare.convert({"task": 0, "item": pickle.dumps(task)}, str(tmp_path / "s"), token, {}, {})
     assert row["status"] == "failed" and "its worker died 3 times" in row["reason"]
 
@@ -661,9 +663,9 @@ def test_a_disk_that_fills_at_the_index_is_one_clear_line(tmp_path, serial, monk
 
 def test_two_runs_at_once(tmp_path, serial, monkeypatch):
     put(tmp_path / "raw/a.nii.gz")
-    monkeypatch.setattr("pgl_ray.data.place.STRAGGLERS_S", 0.1)
+    monkeypatch.setattr("pgl_ray.data.folder.STRAGGLERS_S", 0.1)
     with (
-        store.open_place(tmp_path / "s").locked(),
+        open_place(tmp_path / "s").locked(),
         pytest.raises(FailedRun, match="another prepare is writing into it"),
     ):
         go(tmp_path / "raw", tmp_path / "s")

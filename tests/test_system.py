@@ -12,7 +12,7 @@ import pytest
 
 from pgl_ray import tune
 from pgl_ray.config import FailedRun
-from pgl_ray.data import place, system
+from pgl_ray.data import folder, place, system
 from pgl_ray.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,7 +195,7 @@ def test_storage_without_locks_grants_every_wish_and_says_so(number, tmp_path, m
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
 def test_a_busy_lock_is_no_missing_one(number, tmp_path, monkeypatch):
     monkeypatch.setattr(system.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(number, "busy")))
-    monkeypatch.setattr(place, "STRAGGLERS_S", 0)
+    monkeypatch.setattr(folder, "STRAGGLERS_S", 0)
     with pytest.raises(FailedRun, match="another prepare"), place.open_place(tmp_path / "store").locked():
         pass
     (tmp_path / "run").mkdir()

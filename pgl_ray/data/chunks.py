@@ -13,7 +13,8 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
-from pgl_ray.data.place import Place, is_far, open_place, parquet_table
+from pgl_ray.data.columns import parquet_table
+from pgl_ray.data.place import Place, is_far, open_place
 from pgl_ray.data.shard import ArrayReader, ChunkIndex, UnreadableScan
 
 FILE = "chunks.parquet"

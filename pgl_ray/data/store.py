@@ -30,8 +30,8 @@ import numpy as np
 from scipy import ndimage
 
 from pgl_ray.data import chunks, wire
-from pgl_ray.data.columns import Changed, Columns, Rows
-from pgl_ray.data.place import Place, open_place, parquet_table, write_aside  # noqa: F401 (for the doors)
+from pgl_ray.data.columns import Changed, Columns, Rows, parquet_table
+from pgl_ray.data.place import Place, open_place
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, ChunkIndex, array_metadata, code_table, encode_shard
 
 if TYPE_CHECKING:

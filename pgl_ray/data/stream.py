@@ -22,11 +22,11 @@ import torch
 from pgl_ray import ray_internals
 from pgl_ray.config import IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import chunks, wire
-from pgl_ray.data import store as store_room
 from pgl_ray.data import views as v
 from pgl_ray.data.columns import Names
 from pgl_ray.data.place import is_far
 from pgl_ray.data.shard import ArrayReader, Chunks, UnreadableScan, chunk_of
+from pgl_ray.data.store import Index, ScanRecord, class_lookup, hu_of_codes, open_label, open_volume, read_index
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -222,8 +222,8 @@ class LayOut:
 
 
 @lru_cache(maxsize=4)
-def _index(store: str) -> store_room.Index:
-    read = partial(store_room.read_index, store)
+def _index(store: str) -> Index:
+    read = partial(read_index, store)
     return wire.patiently(read, store) if is_far(store) else read()
 
 
@@ -231,13 +231,13 @@ def _index(store: str) -> store_room.Index:
 def volume_reader(store: str, scan_id: str, codes: bool = False) -> ArrayReader:
     """A scan's volume [D, H, W], opened; `codes`: as it is stored, not in HU."""
     found = chunks.lookup(store)(scan_id, "volume")
-    return store_room.open_volume(store, _index(store).by_id[scan_id], codes, found)
+    return open_volume(store, _index(store).by_id[scan_id], codes, found)
 
 
 @lru_cache(maxsize=256)
 def _label(store: str, scan_id: str) -> ArrayReader:
     found = chunks.lookup(store)(scan_id, "label")
-    return store_room.open_label(store, _index(store).by_id[scan_id], found)
+    return open_label(store, _index(store).by_id[scan_id], found)
 
 
 @lru_cache(maxsize=4096)
@@ -472,7 +472,7 @@ class PairRenderer:
         size = self.views.size if self.resize else v.largest_crop(self.views)
         return 2 * 2 * math.prod(size) * (2 if self.deform else 1)
 
-    def draw(self, rows: dict[str, np.ndarray], index: store_room.Index | None = None) -> "Drawn":
+    def draw(self, rows: dict[str, np.ndarray], index: Index | None = None) -> "Drawn":
         """All that is random of some rows but Genesis' deformations.
 
         Args:
@@ -640,7 +640,7 @@ def finish(
 
 @lru_cache(maxsize=4)
 def _hu_of_codes(hu_window: tuple[float, float], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(store_room.hu_of_codes(hu_window)).to(device)
+    return torch.from_numpy(hu_of_codes(hu_window)).to(device)
 
 
 @dataclass(frozen=True)
@@ -664,7 +664,7 @@ class PatchRenderer:
         torch.set_num_threads(1)
         index = _index(self.store)
         values = index.label_values
-        lookup = store_room.class_lookup(values)
+        lookup = class_lookup(values)
         num, size = len(rows["step"]), self.patch.size
         out = dict(rows)
         out["patch"] = _recycled("patch", (num, 1, *size), np.float16)
@@ -706,7 +706,7 @@ class PatchRenderer:
         """Bytes of a row's voxels."""
         return 3 * math.prod(self.patch.size)
 
-    def _prior(self, rng: np.random.Generator, record: store_room.ScanRecord) -> v.Prior:
+    def _prior(self, rng: np.random.Generator, record: ScanRecord) -> v.Prior:
         """A crop as the views', or with `foreground_share` one whose middle lies in a random organ's box."""
         prior = v.sample_prior(rng, record.shape, self.patch, record.foreground_box)
         centred = rng.random() < self.foreground_share

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from pgl_ray.data.place import parquet_table
+from pgl_ray.data.columns import parquet_table
 from pgl_ray.files import identity
 
 if TYPE_CHECKING:  # comes with pgl_ray[dicom]

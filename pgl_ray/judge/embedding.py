@@ -13,7 +13,7 @@ import zarr
 from PIL import Image
 
 from pgl_ray.data.facts import disagreements
-from pgl_ray.data.place import Folder
+from pgl_ray.data.folder import Folder
 from pgl_ray.data.store import foreground_box
 from pgl_ray.files.ct import Scan
 from pgl_ray.files.plausible import LabelMap

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pgl_ray.data.place import parquet_table, write_aside
+from pgl_ray.data.columns import parquet_table
+from pgl_ray.data.durable import write_aside
 
 TABLE, PARTS = "embeddings.parquet", "parts"
 SAME = ("encoder_hash", "maps", "spacing")  # of what a table says, without which vectors cannot be compared

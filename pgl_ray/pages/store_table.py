@@ -12,6 +12,7 @@ import numpy as np
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
 from pgl_ray.data import store, stream
+from pgl_ray.data.place import open_place
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD
 from pgl_ray.data.store import Index, ScanRecord
 from pgl_ray.data.system import num_cores
@@ -44,7 +45,7 @@ def spread(num: int, most: int) -> list[int]:
 
 def sizes(index: Index, records: Sequence[ScanRecord]) -> dict[str, int]:
     """Bytes of the shards of some scans; 0 where one is missing."""
-    place = store.open_place(index.store)
+    place = open_place(index.store)
 
     def size(record: ScanRecord) -> int:
         total = 0

@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 from scipy import ndimage
 
-from pgl_ray.data.place import write_aside
+from pgl_ray.data.durable import write_aside
 from pgl_ray.phantom.anatomy import AIR, ORGANS, Body, draw_body, paint_body, paint_table
 from pgl_ray.phantom.canvas import Canvas, Pose, Size, Spacing
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pgl_ray.data.place import put_in_place, write_aside
+from pgl_ray.data.durable import put_in_place, write_aside
 from pgl_ray.judge.judges import HIGHER_IS_BETTER
 from pgl_ray.pages.tables import duration_s, probe_values, read_json
 from pgl_ray.train.checkpoint import read_metrics, write_json

@@ -30,7 +30,7 @@ from pgl_ray.config import (
     build,
     to_yaml,
 )
-from pgl_ray.data.place import put_in_place, write_aside
+from pgl_ray.data.durable import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import feature_geometry

@@ -19,7 +19,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from pgl_ray.config import FailedRun
-from pgl_ray.data.place import Bucket, write_aside
+from pgl_ray.data.bucket import Bucket
+from pgl_ray.data.durable import write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.train.track import ID as TRACKER
 

@@ -26,7 +26,7 @@ import torch
 
 import pgl_ray
 from pgl_ray.config import FailedRun, FinetuneConfig, PretrainConfig, build, to_yaml, without_gone
-from pgl_ray.data.place import put_in_place, write_aside
+from pgl_ray.data.durable import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.train import bucket
 from pgl_ray.train.bucket import EVENTS, MANIFEST, METRICS, NAME, SNAPSHOT, STATE

@@ -33,8 +33,9 @@ import torch
 import torch.nn.functional as F
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
-from pgl_ray.data import kernels, place, store, stream
+from pgl_ray.data import kernels, store, stream
 from pgl_ray.data import views as v
+from pgl_ray.data.folder import LocalFile
 from pgl_ray.files import ct
 
 BODY = Path(os.environ.get("PGL_RAY_TEST_DATA", "../shared/data")) / "body/images"
@@ -365,17 +366,17 @@ def blosc2_batchgenerators(volumes, scratch):
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """Bytes that are read from local files."""
-    bytes_read, ranges = [0], place._LocalFile.ranges
+    bytes_read, ranges = [0], LocalFile.ranges
 
     def counting(self, spans):
         bytes_read[0] += sum(length for _, length in spans)
         return ranges(self, spans)
 
-    place._LocalFile.ranges = counting
+    LocalFile.ranges = counting
     try:
         yield bytes_read
     finally:
-        place._LocalFile.ranges = ranges
+        LocalFile.ranges = ranges
 
 
 WAYS = (  # name, pairs per round, what makes the work

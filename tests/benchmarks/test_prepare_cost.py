@@ -16,6 +16,7 @@ import pytest
 
 from pgl_ray import prepare
 from pgl_ray.data import store
+from pgl_ray.data.place import open_place
 from pgl_ray.files.layout import Source
 
 pytestmark = pytest.mark.skipif("PGL_RAY_BENCH" not in os.environ, reason="takes a minute: make bench")
@@ -48,7 +49,7 @@ def test_cpu_time_against_nibabel(tmp_path, real_data):
     seconds, rows = {"nibabel": [], "prepare": []}, []
     for repeat in range(REPEATS):
         read = convert = 0.0
-        with store.open_place(tmp_path / "s").locked() as token:  # anew, because starts of a task are counted
+        with open_place(tmp_path / "s").locked() as token:  # anew, because starts of a task are counted
             tasks = [(Source(f"{path.name}{repeat}", str(path), None, ""), None) for path in files]
             for i, path in enumerate(files):
                 read += cpu_s(lambda path=path: np.asanyarray(nib.load(path).dataobj))
@@ -103,7 +104,7 @@ def test_the_thousandth_scan_is_as_fast_as_the_first(tmp_path):
     tasks = [(Source(f"scan_{i:04}", str(tmp_path / "a.nii.gz"), None, ""), None) for i in range(1000)]
     rows = [{"task": i, "item": pickle.dumps(task)} for i, task in enumerate(tasks)]
     grown, young = str(tmp_path / "grown"), str(tmp_path / "young")
-    with store.open_place(grown).locked() as first, store.open_place(young).locked() as second:
+    with open_place(grown).locked() as first, open_place(young).locked() as second:
         for i in range(900):
             prepare.convert(rows[i], grown, first, {}, OPTIONS)
         seconds = {grown: [], young: []}  # the last hundred against a new store's first hundred, in turn

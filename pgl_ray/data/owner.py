@@ -1,0 +1,49 @@
+"""Which run writes into a store: the token in STORE/.part/run, and what the others are told."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from pgl_ray.config import FailedRun
+
+if TYPE_CHECKING:
+    from pgl_ray.data.place import Place
+
+
+def in_use(url: str) -> FailedRun:
+    """What is raised where another prepare holds a store's lock."""
+    return FailedRun(f"store={url}: another prepare is writing into it: wait for its end, then type this again")
+
+
+@contextmanager
+def part_folder(place: "Place") -> Iterator[str]:
+    """Empties and offers STORE/.part, which holds what is not whole yet, and the token of the run that owns it."""
+    place.remove(".part")  # of a run that was killed
+    token = uuid.uuid4().hex
+    place.write(".part/run", [token.encode()])
+    try:
+        yield token
+    finally:
+        with suppress(OSError):  # the next run removes it
+            if place.read(".part/run") == token.encode():  # in a bucket another run may have taken over
+                place.remove(".part")
+
+
+def check_token(place: "Place", token: str) -> None:
+    """Finds out whether the run of a token still writes into a store.
+
+    Raises:
+        FailedRun: another one does, or none.
+    """
+    try:
+        owner = place.read(".part/run").decode()
+    except FileNotFoundError:
+        owner = ""
+    if owner != token:
+        raise run_is_over(place.url)
+
+
+def run_is_over(url: str) -> FailedRun:
+    """What is raised in a worker whose run has lost the store."""
+    return FailedRun(f"the run that writes into {url} is over")
