@@ -16,8 +16,8 @@ import nibabel as nib
 import numpy as np
 
 from pgl_ray.config import ReportConfig
+from pgl_ray.data.array_reader import ArrayReader
 from pgl_ray.data.durable import write_aside
-from pgl_ray.data.shard import ArrayReader
 from pgl_ray.data.store import Index, ScanRecord, foreground_box, open_label, open_source_label, open_volume, read_index
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise, read_padded, resize_and_flip

@@ -14,7 +14,7 @@ from far_bucket import Served
 
 from pgl_ray.config import FailedRun, IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import chunks, place, store, stream, wire
-from pgl_ray.data.shard import UnreadableScan
+from pgl_ray.data.array_reader import UnreadableScan
 
 pytest.importorskip("obstore", reason="no obstore: pip install 'pgl_ray[cloud]'")
 

@@ -20,7 +20,7 @@ from pgl_ray import pretrain
 from pgl_ray.config import IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
 from pgl_ray.data import kernels, store, stream
 from pgl_ray.data import views as v
-from pgl_ray.data.shard import UnreadableScan
+from pgl_ray.data.array_reader import UnreadableScan
 
 VIEWS = ViewsConfig(size=(8, 24, 16))
 

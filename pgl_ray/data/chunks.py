@@ -13,9 +13,9 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
+from pgl_ray.data.array_reader import ArrayReader, ChunkIndex, UnreadableScan
 from pgl_ray.data.columns import parquet_table
 from pgl_ray.data.place import Place, is_far, open_place
-from pgl_ray.data.shard import ArrayReader, ChunkIndex, UnreadableScan
 
 FILE = "chunks.parquet"
 METADATA = {"volume": "array_metadata", "label": "label_metadata"}  # kind -> field of the record

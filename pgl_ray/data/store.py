@@ -30,9 +30,11 @@ import numpy as np
 from scipy import ndimage
 
 from pgl_ray.data import chunks, wire
+from pgl_ray.data.array_reader import ArrayReader, ChunkIndex
 from pgl_ray.data.columns import Changed, Columns, Rows, parquet_table
+from pgl_ray.data.hu_codes import code_table
 from pgl_ray.data.place import Place, open_place
-from pgl_ray.data.shard import ARRAY_PATHS, SHARD, ArrayReader, ChunkIndex, array_metadata, code_table, encode_shard
+from pgl_ray.data.shard import ARRAY_PATHS, SHARD, array_metadata, encode_shard
 
 if TYPE_CHECKING:
     import pyarrow as pa

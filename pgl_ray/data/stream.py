@@ -23,9 +23,10 @@ from pgl_ray import ray_internals
 from pgl_ray.config import IntensityConfig, PatchConfig, ViewsConfig
 from pgl_ray.data import chunks, wire
 from pgl_ray.data import views as v
+from pgl_ray.data.array_reader import ArrayReader, Chunks, UnreadableScan
 from pgl_ray.data.columns import Names
 from pgl_ray.data.place import is_far
-from pgl_ray.data.shard import ArrayReader, Chunks, UnreadableScan, chunk_of
+from pgl_ray.data.shard import chunk_of
 from pgl_ray.data.store import Index, ScanRecord, class_lookup, hu_of_codes, open_label, open_volume, read_index
 
 if TYPE_CHECKING:
