@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pgl_ray.config import CheckAlignConfig, FailedRun, build
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store
 from pgl_ray.data import views as v
 from pgl_ray.data.durable import put_in_place
 from pgl_ray.data.stream import AIR
@@ -162,7 +162,7 @@ def _scans(config: CheckAlignConfig) -> tuple[int, Callable[[int], Scan]]:
 
         def opened(number: int) -> Scan:
             record = records[number]
-            reader, spacing = store.open_volume(index.store, record), np.array(record.spacing_mm)
+            reader, spacing = scan_files.open_volume(index.store, record), np.array(record.spacing_mm)
             scaling = index.hu_window, record.mean_hu, record.std_hu
             return Scan(record.scan_id, reader, spacing, record.foreground_box, *scaling)
 

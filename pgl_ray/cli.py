@@ -146,9 +146,9 @@ def _refuse_missing(config: Any, stores: tuple[str, ...]) -> None:
     """Refuses a folder that is no store; one in a bucket is left to the door, which asks for it once."""
     for place in filter(None, (getattr(config, key) for key in stores)):
         if "://" not in place and not Path(place, "store.json").is_file():
-            from pgl_ray.data import store
+            from pgl_ray.data import store_settings
 
-            store.read_settings(place)  # says it
+            store_settings.read_settings(place)  # says it
 
 
 def listed() -> str:

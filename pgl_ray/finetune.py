@@ -20,6 +20,7 @@ from pgl_ray import evaluate
 from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import spacing_note, training_facts
+from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.judge import readings
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
@@ -306,7 +307,7 @@ def _validate(
     config: FinetuneConfig,
     meta: dict,
     index: store.Index,
-    records: list[store.ScanRecord],
+    records: list[ScanRecord],
 ) -> dict[str, float]:
     """`validate` between two steps; the network is left in training mode."""
     watch.at(session.step - 1, watch.JUDGE)
@@ -427,7 +428,7 @@ def validate(
     model: Segmenter | LightSegmenter,
     meta: dict,
     index: store.Index,
-    records: list[store.ScanRecord],
+    records: list[ScanRecord],
     inference: InferenceConfig,
     rank: int,
     world: int,

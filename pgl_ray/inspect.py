@@ -23,10 +23,12 @@ from matplotlib.colors import to_rgb
 from scipy import ndimage
 
 from pgl_ray.config import InspectConfig
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store, store_settings
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.place import open_place
-from pgl_ray.data.store import HISTOGRAM_HU, Index, ScanRecord
+from pgl_ray.data.scan_record import ScanRecord
+from pgl_ray.data.store import Index
+from pgl_ray.data.voxel_statistics import BODY_HU, HISTOGRAM_HU
 from pgl_ray.files.geometry import MOST_SHEAR, shear_notes
 from pgl_ray.files.notes import read_notes
 from pgl_ray.pages import pages, store_answers, store_table
@@ -47,7 +49,7 @@ BOUNDS = (
     f"less than {LEAST_SOFT:.0%} are soft tissue (-128 to 192 HU)",
     f"more than {MOST_ABOVE_BONE:.0%} are above 1600 HU",
     f"more than {MOST_IN_ONE_BIN:.0%} lie within 64 HU",
-    f"less than {LEAST_BODY:.0%} are body (above {store.BODY_HU} HU)",
+    f"less than {LEAST_BODY:.0%} are body (above {BODY_HU} HU)",
     f"the body covers more than {MOST_AT_BORDER:.0%} of the four side faces",
     f"there are fewer than {FEWEST_SLICES} slices",
     f"its axes are more than {MOST_SHEAR:g} degrees off right angles",
@@ -66,7 +68,7 @@ def run(config: InspectConfig) -> str:
     Raises:
         ValueError: no store there.
     """
-    index, settings = store.read_index(config.store), store.read_settings(config.store)
+    index, settings = store.read_index(config.store), store_settings.read_settings(config.store)
     notes = {record.scan_id: warnings(record) for record in index.scans}
     for line in read_notes(open_place(config.store)):
         if line["shown"] and line["reason"] not in notes.get(line["scan_id"], [line["reason"]]):
@@ -134,7 +136,7 @@ def warnings(record: ScanRecord) -> list[str]:
     if counts.max() > MOST_IN_ONE_BIN:
         found.append(f"nearly constant: {counts.max():.1%} of the voxels within 64 HU")
     if record.foreground_share < LEAST_BODY:
-        found.append(f"hardly any body: {record.foreground_share:.1%} of the voxels are above {store.BODY_HU} HU")
+        found.append(f"hardly any body: {record.foreground_share:.1%} of the voxels are above {BODY_HU} HU")
     if record.border_share > MOST_AT_BORDER:
         found.append(f"field of view cuts the body: it covers {record.border_share:.0%} of the side faces")
     if record.shape[0] < FEWEST_SLICES:
@@ -206,8 +208,8 @@ def picture_of(index: Index, record: ScanRecord, notes: list[str]) -> dict[str, 
     spacing, shown = record.spacing_mm, {"scan_id": record.scan_id, "notes": notes, "slices": [], "error": ""}
     chosen = planes(record.shape, spacing)
     try:
-        reader = store.open_volume(index.store, record)
-        labels = store.open_label(index.store, record) if record.label_metadata is not None else None
+        reader = scan_files.open_volume(index.store, record)
+        labels = scan_files.open_label(index.store, record) if record.label_metadata is not None else None
         for name, axis in chosen:
             box = [
                 (at, at + 1) if k == axis else (0, n) for k, (at, n) in enumerate(zip(_middle(record), record.shape))

@@ -17,11 +17,11 @@ import torch
 
 import pgl_ray
 from pgl_ray.config import FailedRun, PredictConfig
-from pgl_ray.data import store
 from pgl_ray.data.durable import check_writable, put_in_place, write_aside
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.stream import AIR
 from pgl_ray.data.views import normalise
+from pgl_ray.data.voxel_statistics import statistics
 from pgl_ray.files import ct, dicom, identity
 from pgl_ray.files.accounts import json_lines, skipped, unused
 from pgl_ray.files.layout import find_by_folders, refuse_empty, with_ids
@@ -264,7 +264,7 @@ def predict_one(
         voxels, _, affine = resample(voxels, None, affine, tuple(meta["spacing_mm"]))
         notes = [note for note in notes if not note.startswith("its voxels are")]
     window = tuple(meta["hu_window"])
-    mean, std = store.statistics(voxels, window)
+    mean, std = statistics(voxels, window)
     classes = segment(
         model,
         normalise(voxels, window, mean, std),

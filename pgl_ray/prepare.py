@@ -31,8 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ray.config import FailedRun, PrepareConfig, RayConfig, StoreConfig, build
-from pgl_ray.data import chunks, store
+from pgl_ray.data import chunks, scan_files, store, store_settings
 from pgl_ray.data.place import Place, open_place
+from pgl_ray.data.scan_record import ScanRecord, read_table, table_of
+from pgl_ray.data.voxel_statistics import count_labels
 from pgl_ray.files import identity
 from pgl_ray.files.accounts import grouped, json_lines
 from pgl_ray.files.dicom_headers import Kept
@@ -99,7 +101,7 @@ class Verified:
 
 # A scan to convert, unless its files have the hash of what the store has under its scan_id. A plain tuple, because a
 # class of the module that is run as __main__ cannot be unpickled in a worker.
-Task = tuple[Source, store.ScanRecord | None]
+Task = tuple[Source, ScanRecord | None]
 
 
 def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
@@ -156,7 +158,7 @@ def _run(
     folder, known, names = place.url, _settings(config), _agreed_names(config, layout)
     _check_labels(config, layout)
     if known is None:
-        store.write_settings(
+        store_settings.write_settings(
             folder, names or {}, config.hu_window, encoding=config.encoding, spacing_mm=config.spacing_mm
         )
 
@@ -266,7 +268,7 @@ def _own_sources(layout: Layout, only: dict[str, str]) -> list[Source]:
     return found
 
 
-def _renamed(sources: list[Source], records: dict[str, store.ScanRecord]) -> dict[str, list[str]]:
+def _renamed(sources: list[Source], records: dict[str, ScanRecord]) -> dict[str, list[str]]:
     """id -> ids of other scans of the store that were made from the same source."""
     by_path, by_mark = defaultdict(list), defaultdict(list)
     for record in records.values():
@@ -284,7 +286,7 @@ def _renamed(sources: list[Source], records: dict[str, store.ScanRecord]) -> dic
     return found
 
 
-def _is_same_source(source: Source, mark: str, record: store.ScanRecord) -> bool:
+def _is_same_source(source: Source, mark: str, record: ScanRecord) -> bool:
     if not source.slices:
         return record.source == source.image
     theirs = identity.series_mark(record.scan_id)
@@ -301,7 +303,7 @@ def verify(config: StoreConfig) -> Verified:
         ValueError: no store there.
     """
     began = time.monotonic()
-    store.read_settings(config.store)
+    store_settings.read_settings(config.store)
     place, damaged = open_place(config.store), {}
     index, fault = _read_index(place)
     names = sorted({*store.scan_names(place), *index})
@@ -319,13 +321,13 @@ def verify(config: StoreConfig) -> Verified:
     return Verified(place.url, len(names), damaged, fault, time.monotonic() - began)
 
 
-def _read_index(place: Place) -> tuple[dict[str, store.ScanRecord], str]:
+def _read_index(place: Place) -> tuple[dict[str, ScanRecord], str]:
     """The index' records, and what is wrong with it."""
     try:
         content = place.read("index.parquet")
-        scans = store.read_table(content)
+        scans = read_table(content)
         # some bytes (page statistics) have no checksum and are never read; the same pyarrow writes them the same
-        fault = "" if content == store.table_of(scans) or not store.made_here(place.url) else "is damaged"
+        fault = "" if content == table_of(scans) or not store_settings.made_here(place.url) else "is damaged"
         return {record.scan_id: record for record in scans}, fault
     except FileNotFoundError:
         return {}, "is missing: prepare did not come to its end"
@@ -338,7 +340,7 @@ def _check(row: dict, folder: str) -> dict:
     (name, listed), reason = pickle.loads(row["item"]), ""
     try:
         if listed or "zarr.json" in open_place(folder).names(f"scans/{name}"):
-            store.check_scan(folder, name)  # else what a killed run left in a bucket: no scan yet
+            scan_files.check_scan(folder, name)  # else what a killed run left in a bucket: no scan yet
     except Exception as error:  # damage may show as anything
         reason = str(error) or type(error).__name__
     return {"task": row["task"], "reason": reason}
@@ -360,7 +362,7 @@ def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
     known = _read_index(place)[0] | store.read_records(place.url)
     wanted = {name: known[name].source for name in found.damaged if name in known}
     left = dict.fromkeys(found.damaged, "nothing is left that says where it was made from: prepare its folder again")
-    for said in store.read_settings(config.store).preparations:
+    for said in store_settings.read_settings(config.store).preparations:
         values = said | {"store": config.store, "ray": config.ray.model_dump()}
         try:
             result = run(build(PrepareConfig, values), only={name: wanted[name] for name in left if name in wanted})
@@ -380,7 +382,7 @@ def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
 
 def _is_whole(folder: str, scan_id: str) -> bool:
     try:
-        store.check_scan(folder, scan_id)
+        scan_files.check_scan(folder, scan_id)
     except (ValueError, RuntimeError):
         return False
     return True
@@ -389,7 +391,7 @@ def _is_whole(folder: str, scan_id: str) -> bool:
 # -- what to do -------------------------------------------------------------------------------------------------------
 
 
-def _settings(config: PrepareConfig) -> store.Settings | None:
+def _settings(config: PrepareConfig) -> store_settings.Settings | None:
     """Settings of a store that is there already.
 
     Raises:
@@ -397,7 +399,7 @@ def _settings(config: PrepareConfig) -> store.Settings | None:
     """
     if "store.json" not in open_place(config.store).names(""):
         return None
-    known = store.read_settings(config.store)
+    known = store_settings.read_settings(config.store)
     for key in ("hu_window", "encoding", "spacing_mm"):
         ours, theirs = getattr(config, key), getattr(known, key)
         if ours != theirs:
@@ -422,7 +424,7 @@ def _agreed_names(config: PrepareConfig, layout: Layout) -> dict[str, int] | Non
     return None if unnamed else names
 
 
-def _preparations(config: PrepareConfig, known: store.Settings | None) -> tuple[dict[str, Any], ...]:
+def _preparations(config: PrepareConfig, known: store_settings.Settings | None) -> tuple[dict[str, Any], ...]:
     """What the store was made with so far, one config per source folder, the newest of each."""
     ours, earlier = config.model_dump(mode="json", exclude={"store", "ray"}), known.preparations if known else ()
     if any(said["source"] == config.source for said in earlier):
@@ -430,7 +432,7 @@ def _preparations(config: PrepareConfig, known: store.Settings | None) -> tuple[
     return (*earlier, ours)
 
 
-def _vanished(config: PrepareConfig, layout: Layout, records: Iterable[store.ScanRecord]) -> Iterator[str]:
+def _vanished(config: PrepareConfig, layout: Layout, records: Iterable[ScanRecord]) -> Iterator[str]:
     """Scans that were made from this source folder and whose files are gone. Of DICOM, whose folder may stay, the
     series that is not found any more, unless it was not looked for or cannot be used."""
     root, found = Path(config.source).resolve(), {source.scan_id for source in layout.scans}
@@ -443,7 +445,7 @@ def _vanished(config: PrepareConfig, layout: Layout, records: Iterable[store.Sca
             yield record.scan_id
 
 
-def _tell_same_content(records: dict[str, store.ScanRecord], here: set[str]) -> None:
+def _tell_same_content(records: dict[str, ScanRecord], here: set[str]) -> None:
     """Prints which scans hold the same voxels, where one of them was looked at now."""
     same = defaultdict(list)
     for record in records.values():
@@ -472,7 +474,7 @@ def _names_of_values(values: Iterable[int]) -> dict[str, int]:
     return {f"label_{value}": value for value in sorted(values)}
 
 
-def _unchanged(source: Source, record: store.ScanRecord) -> bool:
+def _unchanged(source: Source, record: ScanRecord) -> bool:
     try:
         return (record.source, record.source_size, record.source_mtime_ns) == (source.image, *source.stamp())
     except OSError:  # the task will say what is wrong
@@ -484,7 +486,7 @@ def _unchanged(source: Source, record: store.ScanRecord) -> bool:
 
 def _outcomes(
     config: PrepareConfig, folder: str, token: str, tasks: list[Task], names: dict[str, int] | None
-) -> Iterator[tuple[Source, str, str, list[dict], store.ScanRecord | None]]:
+) -> Iterator[tuple[Source, str, str, list[dict], ScanRecord | None]]:
     """Converts in parallel; yields (source, status, reason, notes, record) as scans are done."""
     options = {key: getattr(config, key) for key in ("hu_window", "chunk", "encoding", "compression", "spacing_mm")}
     work = partial(convert, folder=folder, token=token, names=names, options=options)
@@ -590,7 +592,7 @@ def _tries(folder: str, task: int) -> int:
 
 def _convert(
     task: Task, folder: str, names: dict[str, int] | None, options: dict[str, Any]
-) -> tuple[str, list[dict[str, Any]], store.ScanRecord]:
+) -> tuple[str, list[dict[str, Any]], ScanRecord]:
     source, known = task
     size, time_ns = source.stamp()
     digest = source.digest()
@@ -606,13 +608,13 @@ def _convert(
         )
     reading = source.read(names)
     scan, label = reading.scan, reading.label
-    unknown = sorted(set(store.count_labels(label)) - set(names.values())) if label is not None and names else []
+    unknown = sorted(set(count_labels(label)) - set(names.values())) if label is not None and names else []
     if unknown:
         raise ValueError(f"{source.label}: label values {unknown} are not among {names}: add them to labels.names")
     voxels, affine, own = scan.voxels, scan.affine, label
     if options["spacing_mm"]:
         voxels, label, affine = resample(voxels, label, affine, options["spacing_mm"])
-    record = store.write_scan(
+    record = scan_files.write_scan(
         folder,
         source.scan_id,
         voxels,
@@ -647,7 +649,7 @@ def _note(place: Place, notes: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def finish_store(
-    folder: str, records: dict[str, store.ScanRecord], sources: list[Source], names: dict[str, int] | None
+    folder: str, records: dict[str, ScanRecord], sources: list[Source], names: dict[str, int] | None
 ) -> dict[str, int]:
     """Updates what needs no new conversion in the records: path, split, labelled organs; returns the organ names."""
     by_id = {source.scan_id: source for source in sources}

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from pgl_ray.config import PRETRAINED, ProbeConfig
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.facts import seen_notes, spacing_note
-from pgl_ray.data.store import Index, ScanRecord, read_index
+from pgl_ray.data.scan_record import ScanRecord
+from pgl_ray.data.store import Index, read_index
 from pgl_ray.judge import readings
 from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, answer, to_device
 from pgl_ray.judge.readings import in_words

@@ -45,7 +45,8 @@ from pgl_ray.config import (
 )
 from pgl_ray.data import stream
 from pgl_ray.data.durable import write_aside
-from pgl_ray.data.store import Index, ScanRecord, read_index
+from pgl_ray.data.scan_record import ScanRecord
+from pgl_ray.data.store import Index, read_index
 from pgl_ray.data.system import lock_file
 from pgl_ray.judge import voxels
 from pgl_ray.judge.judges import check_number

@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pgl_ray.data import store
+from pgl_ray.data import store_settings
+from pgl_ray.data.scan_record import ScanRecord, index_schema
 from pgl_ray.data.shard import array_metadata
+from pgl_ray.data.voxel_statistics import HISTOGRAM_HU
 
 CHUNK = (8, 64, 64)
 ORGANS = {f"organ_{value}": value for value in range(1, 14)}
@@ -40,7 +42,7 @@ def write_index(folder: Path, shapes: np.ndarray, seed: int = 0) -> Path:
         "source_mtime_ns": rng.integers(10**18, 2 * 10**18, num),
         "source_hash": hashes[::-1],
         "content_hash": hashes,
-        "histogram": _lists(rng.integers(1, 10**7, (num, len(store.HISTOGRAM_HU) + 1))),
+        "histogram": _lists(rng.integers(1, 10**7, (num, len(HISTOGRAM_HU) + 1))),
         "foreground_share": rng.uniform(0.2, 0.6, num),
         "border_share": rng.uniform(0, 0.1, num),
         "split": ["train" if i % 5 else "test" for i in range(num)],
@@ -54,10 +56,10 @@ def write_index(folder: Path, shapes: np.ndarray, seed: int = 0) -> Path:
         "source_affine": pa.array([[]] * num, pa.list_(pa.float64())),
     }
     columns |= {name: np.zeros(num) for name in ("rounding_error_hu", "encoding_rms_hu", "clipped_share")}
-    names = store.ScanRecord.__dataclass_fields__
-    table = pa.table({name: columns[name] for name in names}, schema=store.index_schema())
+    names = ScanRecord.__dataclass_fields__
+    table = pa.table({name: columns[name] for name in names}, schema=index_schema())
     pq.write_table(table, folder / "index.parquet", write_page_checksum=True)
-    store.write_settings(folder, ORGANS, WINDOW)
+    store_settings.write_settings(folder, ORGANS, WINDOW)
     return folder
 
 

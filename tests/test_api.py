@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from pgl_ray import api, cli
 from pgl_ray.config import CropConfig
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store
 from pgl_ray.prior import Prior
 
 README = Path(__file__).resolve().parents[1] / "pgl_ray" / "README.md"
@@ -45,7 +45,7 @@ def here(tmp_path, monkeypatch):
         affine = np.diag([-4.0, -4.0, 3.0, 1.0])
         nib.save(nib.Nifti1Image(body(number).transpose(2, 1, 0), affine), tmp_path / f"ct_{number}.nii.gz")
     for number in range(3):
-        store.write_scan(tmp_path / "stores/mine", f"s{number}", body(number), AFFINE, split="train")
+        scan_files.write_scan(tmp_path / "stores/mine", f"s{number}", body(number), AFFINE, split="train")
     store.write_index(tmp_path / "stores/mine", {}, (-1024.0, 325.0))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -7,7 +7,7 @@ import pytest
 
 from pgl_ray import check_align
 from pgl_ray.config import CheckAlignConfig, FailedRun, PretrainConfig, load
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store
 
 SMALL = ["views.size=[16,48,32]", "encoder.depths=[1,1,2,1]", "num_pairs=64"]
 
@@ -63,10 +63,10 @@ def test_of_a_store_only_the_drawn_scans_are_opened(tmp_path, monkeypatch):
     rng, opened = np.random.default_rng(0), []
     for i in range(90):
         volume = rng.integers(-900, 300, (20, 60, 44)).astype(np.int16)
-        store.write_scan(tmp_path / "s", f"s{i:02}", volume, np.diag([2.0, 1.0, 1.0, 1.0]), split="train")
+        scan_files.write_scan(tmp_path / "s", f"s{i:02}", volume, np.diag([2.0, 1.0, 1.0, 1.0]), split="train")
     store.write_index(tmp_path / "s", {}, (-1024.0, 325.0))
-    real = store.open_volume
-    monkeypatch.setattr(store, "open_volume", lambda *args: opened.append(args[1].scan_id) or real(*args))
+    real = scan_files.open_volume
+    monkeypatch.setattr(scan_files, "open_volume", lambda *args: opened.append(args[1].scan_id) or real(*args))
     facts = check(tmp_path, f"index={tmp_path}/s").facts
     assert facts["passed"] and len(opened) == facts["num_pairs"] == 64 and len(set(opened)) > 20
 

@@ -18,6 +18,7 @@ from pgl_ray.config import InspectConfig
 from pgl_ray.data import columns, facts, store
 from pgl_ray.data.columns import Names
 from pgl_ray.data.durable import write_aside
+from pgl_ray.data.scan_record import ScanRecord
 
 NUM = 100_000
 
@@ -43,7 +44,7 @@ def test_rows_of_a_large_index_are_those_in_the_file(many):
         (expected,) = map(as_read, table.slice(row, 1).to_pylist())
         record = index.scans[row]
         assert dataclasses.asdict(record) == expected
-        assert index.by_id[expected["scan_id"]] == record == store.ScanRecord(**expected)
+        assert index.by_id[expected["scan_id"]] == record == ScanRecord(**expected)
         for name, value in expected.items():
             assert type(getattr(record, name)) is type(value), name
     assert index.scans[-1].scan_id == index.scans[NUM - 1].scan_id == f"imagesTr__case_{NUM - 1:07}"

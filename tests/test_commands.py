@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pgl_ray import cli
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 
@@ -26,7 +26,7 @@ def call(capsys, door, *args) -> tuple[int, str]:
 def unlabelled(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("unlabelled")
     volume = np.zeros((20, 70, 70), np.int16)
-    store.write_scan(folder, "a", volume, np.eye(4), split="train")
+    scan_files.write_scan(folder, "a", volume, np.eye(4), split="train")
     store.write_index(folder, {}, (-1024.0, 325.0))
     return str(folder)
 
@@ -37,7 +37,7 @@ def labelled(tmp_path_factory) -> str:
     volume = np.zeros((20, 70, 70), np.int16)
     label = (np.arange(70) > 40).astype(np.uint8) * np.ones((20, 70, 1), np.uint8)
     for name in ("a", "b"):
-        store.write_scan(folder, name, volume, np.eye(4), split="train", label=label, labelled=(1,))
+        scan_files.write_scan(folder, name, volume, np.eye(4), split="train", label=label, labelled=(1,))
     store.write_index(folder, {"liver": 1}, (-1024.0, 325.0))
     return str(folder)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from pgl_ray import finetune, pretrain
 from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
-from pgl_ray.data import store, stream
+from pgl_ray.data import scan_files, store, stream
 from pgl_ray.model.pgl import Pair
 from pgl_ray.phantom.phantom import ORGANS, make_phantom
 from pgl_ray.train import health, optim
@@ -75,7 +75,7 @@ def phantoms(tmp_path_factory) -> Path:
     for i in range(6):
         one = make_phantom(i, shape=(24, 64, 64), spacing_mm=(10.0, 5.25, 5.25))
         named = tuple(ORGANS.values())
-        store.write_scan(folder, f"s{i}", one.volume, np.eye(4), split="train", label=one.label, labelled=named)
+        scan_files.write_scan(folder, f"s{i}", one.volume, np.eye(4), split="train", label=one.label, labelled=named)
     store.write_index(folder, dict(ORGANS), (-1024.0, 325.0))
     yield folder
     torch.set_num_threads(threads)

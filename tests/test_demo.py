@@ -7,7 +7,8 @@ import pytest
 
 from pgl_ray import config as c
 from pgl_ray import demo, outlook, pretrain
-from pgl_ray.data.store import Index, foreground_box
+from pgl_ray.data.store import Index
+from pgl_ray.data.voxel_statistics import foreground_box
 from pgl_ray.judge.judges import Standing
 from pgl_ray.model.places import PlacesPgl
 from pgl_ray.pages.tables import Difference

@@ -23,7 +23,8 @@ from pgl_ray.checkup import doctor_checks, doctor_facts, doctor_places, doctor_s
 from pgl_ray.checkup.doctor_facts import Gpu, Machine
 from pgl_ray.checkup.doctor_places import Sight
 from pgl_ray.config import DoctorConfig, FailedRun, build
-from pgl_ray.data.store import write_index, write_scan
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import write_index
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = {name: re.search(r"[\d.]+", need)[0] for name, need in doctor_facts.NEEDED.items()}

@@ -11,7 +11,7 @@ import pytest
 import torch
 import train_loop as loop
 
-from pgl_ray.data import durable, store
+from pgl_ray.data import durable, scan_files, store
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.folder import Folder
 from pgl_ray.train import checkpoint
@@ -71,7 +71,7 @@ def test_files(disk, tmp_path):
 def test_scans_and_the_index(disk, tmp_path):
     volume = np.zeros((20, 70, 70), np.int16)
     for _ in range(2):  # the second takes the first one's place
-        store.write_scan(tmp_path, "a", volume, np.eye(4), label=(volume > 0).astype(np.uint8), labelled=(1,))
+        scan_files.write_scan(tmp_path, "a", volume, np.eye(4), label=(volume > 0).astype(np.uint8), labelled=(1,))
         disk.check(tmp_path / "scans/a")
         assert any(path.name == "0" for path in disk.below[tmp_path / "scans/a"])  # shards lie deep
     store.write_index(tmp_path, {"organ": 1}, (-1024.0, 325.0))

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from pgl_ray import api, cli, embed, export
 from pgl_ray.config import EmbedConfig, FailedRun, build
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store
 from pgl_ray.files.ct import Scan
 from pgl_ray.judge import embedding, features
 from pgl_ray.model.resenc import ResEncoder
@@ -69,7 +69,7 @@ def write(path, seed, shape=SHAPE):
 def index(tmp_path):
     affine = np.array([[0, 0, -4.5, 60], [0, -4.0, 0, 20], [3.0, 0, 0, -9], [0, 0, 0, 1]])
     for number in range(4):
-        store.write_scan(tmp_path / "store", f"s{number}", body(number), affine, split="train")
+        scan_files.write_scan(tmp_path / "store", f"s{number}", body(number), affine, split="train")
     store.write_index(tmp_path / "store", {}, (-1024.0, 325.0))
     return tmp_path / "store"
 
@@ -273,7 +273,7 @@ def test_statistics_stay_where_the_store_grows(tmp_path, index, monkeypatch, cap
     before, done = table(tmp_path / "o"), counted(monkeypatch)
     assert "BatchNorm re-estimated on 64 views of" in capsys.readouterr().out
     affine = np.array(store.read_index(index).scans[0].affine).reshape(4, 4)
-    store.write_scan(index, "t", body(17), affine, split="train")
+    scan_files.write_scan(index, "t", body(17), affine, split="train")
     store.write_index(index, {}, (-1024.0, 325.0))
     embed.run(config(tmp_path / "o", index=str(index)))
     after = table(tmp_path / "o")
@@ -376,7 +376,7 @@ def test_wrong_use_is_one_line(tmp_path, cts, capsys, args, message):
 
     (tmp_path / "none").mkdir()
     (tmp_path / "notes.txt").write_text("nothing of use\n")
-    store.write_scan(tmp_path / "other", "s", body(0), AFFINE)
+    scan_files.write_scan(tmp_path / "other", "s", body(0), AFFINE)
     store.write_index(tmp_path / "other", {}, (-500.0, 500.0))
     if any("plain" in arg for arg in args):
         torch.save(Encoder().state_dict(), tmp_path / "plain.pth")

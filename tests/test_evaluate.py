@@ -15,7 +15,7 @@ from torch import nn
 
 from pgl_ray import cli, evaluate
 from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, build
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store
 from pgl_ray.files.resample import resample
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
@@ -50,11 +50,11 @@ def folder(tmp_path):
             label[label == 7], labelled = 0, (3,)
         if name == "c":
             volume[1:-1], label[:] = HU[0], 0
-        store.write_scan(
+        scan_files.write_scan(
             tmp_path / "s", name, volume, AFFINE, label=label, labelled=labelled, split="test", hu_window=WINDOW
         )
     volume, _ = make_scan(9, (9, 9, 9))
-    store.write_scan(tmp_path / "s", "d", volume, AFFINE, split="", hu_window=WINDOW)
+    scan_files.write_scan(tmp_path / "s", "d", volume, AFFINE, split="", hu_window=WINDOW)
     store.write_index(tmp_path / "s", LABELS, WINDOW)
     return tmp_path
 
@@ -134,7 +134,7 @@ def test_a_resampled_scan_is_scored_on_its_own_grid(tmp_path, monkeypatch):
     spacing = (4.0, 1.6, 2.2)
     voxels, coarse, affine = resample(volume, label, AFFINE, spacing)
     own = {"source_label": label, "source_affine": AFFINE, "labelled": (3, 7), "split": "test", "hu_window": WINDOW}
-    store.write_scan(tmp_path / "s", "a", voxels, affine, label=coarse, **own)
+    scan_files.write_scan(tmp_path / "s", "a", voxels, affine, label=coarse, **own)
     store.write_index(tmp_path / "s", LABELS, WINDOW, spacing_mm=spacing)
     known_run(monkeypatch, tmp_path, spacing=list(spacing))
     evaluate.run(config(tmp_path))
@@ -171,7 +171,7 @@ def test_a_scan_that_got_a_grid_of_its_own_is_evaluated_again(folder, monkeypatc
     evaluate.run(config(folder))
     volume, label = make_scan(1, (11, 20, 17))
     own = {"source_label": label, "source_affine": AFFINE, "labelled": (3, 7), "split": "test", "hu_window": WINDOW}
-    store.write_scan(folder / "s", "a", volume, AFFINE, label=label, **own)
+    scan_files.write_scan(folder / "s", "a", volume, AFFINE, label=label, **own)
     store.write_index(folder / "s", LABELS, WINDOW)
     capsys.readouterr()
     evaluate.run(config(folder))
@@ -238,7 +238,7 @@ def test_a_real_segmenter_end_to_end(folder, task, outputs):
     for row in pq.read_table(folder / "r/evaluation/metrics.parquet").to_pylist():
         record = next(r for r in index.scans if r.scan_id == row["scan_id"])
         predicted = np.asarray(nib.load(folder / f"r/evaluation/predictions/{row['scan_id']}.nii.gz").dataobj)
-        wanted = store.open_label(folder / "s", record).read([(0, n) for n in record.shape])
+        wanted = scan_files.open_label(folder / "s", record).read([(0, n) for n in record.shape])
         value = LABELS[row["organ"]]
         if task == "binary":
             a, b = predicted >= value, wanted >= value
@@ -360,7 +360,7 @@ def test_wrong_use_is_one_clear_line(folder, monkeypatch, values, known, message
 def test_an_index_without_labels(folder, monkeypatch):
     known_run(monkeypatch, folder)
     volume, _ = make_scan(0, (9, 9, 9))
-    store.write_scan(folder / "bare", "x", volume, AFFINE, split="test", hu_window=WINDOW)
+    scan_files.write_scan(folder / "bare", "x", volume, AFFINE, split="test", hu_window=WINDOW)
     store.write_index(folder / "bare", {}, WINDOW)
     with pytest.raises(ValueError, match="holds no labels: prepare it"):
         evaluate.run(config(folder, index=str(folder / "bare")))

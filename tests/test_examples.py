@@ -16,7 +16,7 @@ from test_nnunet import WINDOW, exported
 
 from pgl_ray import export
 from pgl_ray.config import ExportConfig
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store
 from pgl_ray.files.ct import read_scan
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.phantom.phantom import ORGANS, make_phantom
@@ -65,7 +65,7 @@ def phantoms(tmp_path_factory) -> str:
     for number, split in enumerate(("train", "train", "test")):
         one = make_phantom(number, (40, 96, 96), (6.0, 3.5, 3.5))
         known = {"label": one.label, "labelled": tuple(ORGANS.values())}
-        store.write_scan(folder, f"phantom_{number}", one.volume, affine, split=split, **known)
+        scan_files.write_scan(folder, f"phantom_{number}", one.volume, affine, split=split, **known)
     store.write_index(folder, dict(ORGANS), (-1024.0, 325.0))
     return str(folder)
 

@@ -12,7 +12,7 @@ import torch
 
 from pgl_ray import export
 from pgl_ray.config import ExportConfig, FailedRun, build
-from pgl_ray.data import facts, store
+from pgl_ray.data import facts, scan_files, store
 from pgl_ray.data.store import Index
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.segmenter import Segmenter
@@ -34,7 +34,7 @@ def runs(tmp_path_factory):
     """A pre-training checkpoint per kind of encoder, and a fine-tuning one, trained on two scans of 3 x 1 x 1 mm."""
     folder = tmp_path_factory.mktemp("runs")
     for i in range(2):
-        store.write_scan(folder / "s", f"scan{i}", volume(i), AFFINE, hu_window=WINDOW)
+        scan_files.write_scan(folder / "s", f"scan{i}", volume(i), AFFINE, hu_window=WINDOW)
     index = store.write_index(folder / "s", {}, tuple(WINDOW))
     known = facts.training_facts(index, ["scan0", "scan1"])
     plain = {"hu_window": WINDOW, "data": known, "config": json.dumps({"views": {"size": [16, 32, 32]}})}

@@ -12,7 +12,7 @@ from torch import nn
 
 from pgl_ray import config as c
 from pgl_ray import evaluate, export, finetune, pretrain, probe, report
-from pgl_ray.data import facts, store, stream
+from pgl_ray.data import facts, scan_files, store, stream
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.train import checkpoint, launch, nodes
 
@@ -33,7 +33,7 @@ def make(folder, **splits) -> store.Index:
         for number in numbers:
             volume, label = paint(number)
             more = {"label": label, "labelled": (1,), "split": split}
-            store.write_scan(folder, f"{split}{number}", volume, np.eye(4), **more)
+            scan_files.write_scan(folder, f"{split}{number}", volume, np.eye(4), **more)
     return store.write_index(folder, {"organ": 1}, WINDOW)
 
 

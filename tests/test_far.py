@@ -13,7 +13,7 @@ import pytest
 from far_bucket import Served
 
 from pgl_ray.config import FailedRun, IntensityConfig, PatchConfig, ViewsConfig
-from pgl_ray.data import chunks, place, store, stream, wire
+from pgl_ray.data import chunks, place, scan_files, store, stream, wire
 from pgl_ray.data.array_reader import UnreadableScan
 
 pytest.importorskip("obstore", reason="no obstore: pip install 'pgl_ray[cloud]'")
@@ -30,7 +30,7 @@ def write_store(folder: Path, encoding: str = "int16") -> str:
         label = np.zeros(shape, np.uint8)
         label[4:8, 10:20, 10:20], label[6:10, 30:44, 20:30] = 2, 7
         kept = {"label": label, "labelled": (2, 7)} if i < 5 else {}
-        store.write_scan(folder, scan_id, volume, np.eye(4), split="train", encoding=encoding, **kept)
+        scan_files.write_scan(folder, scan_id, volume, np.eye(4), split="train", encoding=encoding, **kept)
     store.write_index(folder, {"b": 7, "a": 2}, (-1024.0, 325.0), encoding=encoding)
     return str(folder)
 
@@ -166,7 +166,7 @@ def test_known_shards_are_not_opened_for_the_table(here, tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "ArrayReader", lambda *given: (opened.append(given), reader(*given))[1])
     index = store.write_index(folder, {"b": 7, "a": 2}, (-1024.0, 325.0))
     assert not opened and (folder / chunks.FILE).read_bytes() == before
-    store.write_scan(folder, "scan 3", np.zeros((9, 70, 80), np.int16), np.eye(4))
+    scan_files.write_scan(folder, "scan 3", np.zeros((9, 70, 80), np.int16), np.eye(4))
     store.write_index(folder, {"b": 7, "a": 2}, (-1024.0, 325.0))
     assert [given[1:3] for given in opened] == [("scan 3", "volume")]
     (folder / "scans/scan 3/0/c/0/0/0").unlink()  # damage is the scan's affair
@@ -184,7 +184,7 @@ def test_a_table_out_of_date_costs_a_second_look(here, far, how):
     rng = np.random.default_rng(1)
     for scan_id in IDS[:6]:
         noise = rng.integers(-900, 900, (14 + IDS.index(scan_id), 150, 140 + IDS.index(scan_id))).astype(np.int16)
-        store.write_scan(new, scan_id, noise // (1 if how == "longer" else 2000), np.eye(4), split="train")
+        scan_files.write_scan(new, scan_id, noise // (1 if how == "longer" else 2000), np.eye(4), split="train")
     table = new / chunks.FILE
     if how == "torn":
         table.write_bytes(table.read_bytes()[:100])

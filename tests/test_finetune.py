@@ -9,7 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pgl_ray import finetune
 from pgl_ray.config import FinetuneConfig, FinetuneOptimConfig, load
-from pgl_ray.data.store import read_index, write_index, write_scan
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import read_index, write_index
 from pgl_ray.judge import readings
 from pgl_ray.model.device import autocast
 from pgl_ray.model.encoder import build_encoder

@@ -17,7 +17,7 @@ import train_loop as loop
 
 from pgl_ray import cli
 from pgl_ray import config as c
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store
 from pgl_ray.train import checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -198,10 +198,10 @@ def places(tmp_path_factory) -> dict[str, str]:
     (tmp / "empty").mkdir()
     volume = np.zeros((20, 70, 70), np.int16)
     label = (np.arange(70) > 40).astype(np.uint8) * np.ones((20, 70, 1), np.uint8)
-    store.write_scan(tmp / "unlabelled", "a", volume, np.eye(4), split="train")
+    scan_files.write_scan(tmp / "unlabelled", "a", volume, np.eye(4), split="train")
     store.write_index(tmp / "unlabelled", {}, (-1024.0, 325.0))
     for name in ("a", "b"):
-        store.write_scan(tmp / "labelled", name, volume, np.eye(4), split="train", label=label, labelled=(1,))
+        scan_files.write_scan(tmp / "labelled", name, volume, np.eye(4), split="train", label=label, labelled=(1,))
     store.write_index(tmp / "labelled", {"liver": 1}, (-1024.0, 325.0))
     return {"tmp": str(tmp), "unlabelled": f"{tmp}/unlabelled", "labelled": f"{tmp}/labelled"}
 

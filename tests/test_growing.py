@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import yaml
 
-from pgl_ray.data.store import write_index, write_scan
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import write_index
 from pgl_ray.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

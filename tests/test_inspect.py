@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 
 from pgl_ray import inspect
 from pgl_ray.config import InspectConfig
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store
 from pgl_ray.pages import store_answers
 from pgl_ray.pages.pictures import organ_color
 
@@ -49,10 +49,10 @@ WRONG = {
 def odd(tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd <store>")
     for place, name in enumerate(("good 1", "good_2", "good_ü")):
-        store.write_scan(folder, name, body(place), AFFINE, split="train")
+        scan_files.write_scan(folder, name, body(place), AFFINE, split="train")
     for place, (name, (change, _)) in enumerate(WRONG.items(), 10):
-        store.write_scan(folder, name, np.ascontiguousarray(change(body(place)), np.int16), AFFINE)
-    store.write_scan(folder, "twin", body(0), AFFINE, label=np.zeros(SHAPE, np.uint8), labelled=(1,))
+        scan_files.write_scan(folder, name, np.ascontiguousarray(change(body(place)), np.int16), AFFINE)
+    scan_files.write_scan(folder, "twin", body(0), AFFINE, label=np.zeros(SHAPE, np.uint8), labelled=(1,))
     store.write_index(folder, {"liver": 1}, (-1024.0, 325.0), preparations=({"source": "/a/b"},))
     return folder
 
@@ -132,7 +132,7 @@ def test_the_store_of_real_scans(real_data, tmp_path):
     for name in ("openkbp/images/pt_2", "body/images/LIDC-IDRI-0001", "sts/STS_001"):
         found = next(real_data.glob(f"**/{name.split('/')[-1]}.nii.gz"))
         scan = ct.read_scan(found)
-        store.write_scan(tmp_path, name.split("/")[-1], scan.voxels, scan.affine)
+        scan_files.write_scan(tmp_path, name.split("/")[-1], scan.voxels, scan.affine)
     index = store.write_index(tmp_path, {}, (-1024.0, 325.0))
     notes = {record.scan_id: inspect.warnings(record) for record in index.scans}
     assert not notes["pt_2"] and not notes["LIDC-IDRI-0001"] and "cuts the body" in notes["STS_001"][0]
@@ -143,7 +143,7 @@ def test_sheared_grids_and_what_was_said_of_a_scan_stand_out(tmp_path):
     sheared = AFFINE.copy()
     sheared[:3, 0] = 3 * np.array([1, np.tan(turn), 0])
     for name, affine in (("tilted", sheared), ("straight", AFFINE)):
-        store.write_scan(tmp_path, name, body(), affine)
+        scan_files.write_scan(tmp_path, name, body(), affine)
     store.write_index(tmp_path, {}, (-1024.0, 325.0))
     told = [
         {"scan_id": name, "source": "a", "reason": f"told {shown}", "shown": shown}
@@ -187,7 +187,7 @@ def test_labels_are_outlined_where_they_lie(tmp_path):
     label = np.zeros(SHAPE, np.uint8)
     label[8:20, 30:60, 20:50] = 7
     label[2:5, 10:20, 60:70] = 3
-    store.write_scan(tmp_path, "a", body(), AFFINE, label=label, labelled=(3, 7))
+    scan_files.write_scan(tmp_path, "a", body(), AFFINE, label=label, labelled=(3, 7))
     index = store.write_index(tmp_path, {"spleen": 3, "liver": 7}, (-1024.0, 325.0))
     axial, coronal = inspect.picture_of(index, index.scans[0], [])["slices"]
     middle = (14, 45, 35)
@@ -235,7 +235,7 @@ def test_a_sheared_scan_is_flagged(tilt, said, tmp_path):
     turn[:3, :3] = Rotation.from_euler("xyz", (20, -10, 35), degrees=True).as_matrix()
     sheared = np.array([[3.0, 0, 0, 0], [-3 * math.tan(math.radians(tilt)), 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     for name, affine in (("straight", sheared), ("oblique", turn @ sheared)):
-        store.write_scan(tmp_path, name, body(), affine)
+        scan_files.write_scan(tmp_path, name, body(), affine)
     for record in store.write_index(tmp_path, {}, (-1024.0, 325.0)).scans:
         notes = [note for note in inspect.warnings(record) if "sheared" in note]
         assert len(notes) == (said is not None) and (said is None or said in notes[0])

@@ -13,7 +13,8 @@ from torch.distributed import destroy_process_group, init_process_group
 
 from pgl_ray import probe
 from pgl_ray.config import EncoderConfig, FailedRun, ProbeConfig
-from pgl_ray.data.store import read_index, write_index, write_scan
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import read_index, write_index
 from pgl_ray.judge import decoder, dense, judges, matching, readings, voxels
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder

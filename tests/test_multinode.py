@@ -15,7 +15,8 @@ import hosts
 import numpy as np
 import pytest
 
-from pgl_ray.data.store import write_index, write_scan
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import write_index
 from pgl_ray.train import checkpoint
 
 pytestmark = [

@@ -18,7 +18,8 @@ from pgl_ray import outlook, pretrain
 from pgl_ray.config import FailedRun, PretrainConfig, build, load
 from pgl_ray.data import stream
 from pgl_ray.data import views as v
-from pgl_ray.data.store import Index, write_index, write_scan
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import Index, write_index
 from pgl_ray.prior import Geometry, clamped_shares
 from pgl_ray.train import launch, nodes, optim
 

@@ -12,7 +12,8 @@ import torch
 
 from pgl_ray import config as c
 from pgl_ray import evaluate, finetune, predict, prepare, pretrain, probe, report, tune
-from pgl_ray.data.store import read_index, write_index, write_scan
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import read_index, write_index
 from pgl_ray.phantom.phantom import write_phantoms
 from pgl_ray.train import checkpoint, weights
 

@@ -12,7 +12,7 @@ import pytest
 import zarr
 
 from pgl_ray.config import FailedRun
-from pgl_ray.data import bucket, columns, folder, place, store
+from pgl_ray.data import bucket, columns, folder, place, scan_files, store
 from pgl_ray.data.bucket import Bucket
 
 AFFINE = np.diag([2.5, 0.8, 0.7, 1])
@@ -50,21 +50,21 @@ def test_files(where):
 
 def test_a_scan_is_there_whole_or_not_at_all(where):
     here = place.open_place(where)
-    record = store.write_scan(where, "Ä 1", volume(), AFFINE)
+    record = scan_files.write_scan(where, "Ä 1", volume(), AFFINE)
     assert store.read_records(where) == {"Ä 1": record}
     with pytest.raises(ZeroDivisionError), here.replaced("scans/b") as part:
         part.write("0/c/0/0/0", [b"half"])
         assert list(store.read_records(where)) == ["Ä 1"]
         raise ZeroDivisionError
     assert here.names("scans") == ["Ä 1"]
-    again = store.write_scan(where, "Ä 1", volume(1), AFFINE, label=np.ones((20, 90, 70), np.uint8))
+    again = scan_files.write_scan(where, "Ä 1", volume(1), AFFINE, label=np.ones((20, 90, 70), np.uint8))
     assert store.read_records(where) == {"Ä 1": again} and again.content_hash != record.content_hash
-    store.check_scan(where, "Ä 1")
+    scan_files.check_scan(where, "Ä 1")
     index = store.write_index(where, {"x": 1}, (-1024.0, 325.0), encoding="int16")
     assert store.read_index(where) == index and index.store == where
     box = np.array([(3, 17), (40, 90), (0, 66)])
-    np.testing.assert_array_equal(store.open_volume(where, again).read(box), volume(1)[3:17, 40:, :66])
-    assert store.open_label(where, again).read(box).all()
+    np.testing.assert_array_equal(scan_files.open_volume(where, again).read(box), volume(1)[3:17, 40:, :66])
+    assert scan_files.open_label(where, again).read(box).all()
 
 
 def test_zarr_reads_what_lies_in_the_bucket(s3):
@@ -72,7 +72,7 @@ def test_zarr_reads_what_lies_in_the_bucket(s3):
     from zarr.storage import ObjectStore
 
     url = f"{s3}/zarr"
-    store.write_scan(url, "a", volume(), AFFINE, label=np.ones((20, 90, 70), np.uint8))
+    scan_files.write_scan(url, "a", volume(), AFFINE, label=np.ones((20, 90, 70), np.uint8))
     group = zarr.open_group(ObjectStore(from_url(f"{url}/scans/a", client_options={"allow_http": True})), mode="r")
     np.testing.assert_array_equal(group["0"][:], volume())
     assert group.attrs["ome"]["version"] == "0.5" and (group["labels/organs/0"][:] == 1).all()
@@ -106,7 +106,7 @@ def test_large_objects_come_in_pieces_of_one_version(s3, tmp_path, monkeypatch):
 
 def test_damage_in_a_bucket_is_found(s3):
     url = f"{s3}/damage"
-    record = store.write_scan(url, "a", volume(), AFFINE)
+    record = scan_files.write_scan(url, "a", volume(), AFFINE)
     here, key = place.open_place(url), "scans/a/0/c/0/0/0"
     content = bytearray(here.read(key))
     for damaged, message in (
@@ -116,10 +116,10 @@ def test_damage_in_a_bucket_is_found(s3):
     ):
         here.write(key, [bytes(damaged)])
         with pytest.raises(RuntimeError, match=message):
-            store.check_scan(url, "a")
+            scan_files.check_scan(url, "a")
     here.remove(key)
     with pytest.raises(RuntimeError, match="cannot be opened"):
-        store.open_volume(url, record)
+        scan_files.open_volume(url, record)
 
 
 def test_two_runs_at_once_the_second_is_refused(where, monkeypatch):
@@ -186,7 +186,7 @@ def test_wrong_places_are_one_clear_line(s3, monkeypatch):
 
 def test_a_tables_bytes_are_let_go_when_it_is_read(tmp_path):
     """Threads of Arrow that hold them while Python ends abort the process, and an exit code of 2 becomes 134."""
-    store.write_scan(tmp_path, "a", volume(), AFFINE)
+    scan_files.write_scan(tmp_path, "a", volume(), AFFINE)
     store.write_index(tmp_path, {}, (-1024.0, 325.0))
     content = (tmp_path / "index.parquet").read_bytes()
     alone = sys.getrefcount(content)

@@ -22,7 +22,7 @@ from dicom_files import ct_series, save
 
 from pgl_ray import prepare
 from pgl_ray.config import FailedRun, LabelsConfig, PrepareConfig, StoreConfig, load
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store
 from pgl_ray.data.place import open_place
 from pgl_ray.data.shard import encode_shard
 from pgl_ray.files import ct
@@ -107,9 +107,9 @@ def test_nnunet_folder(tmp_path, serial):
     assert [r.scan_id for r in index.labelled("test")] == ["imagesTs__d"] and set(index.scans[3].label_voxels) == {2}
     whole = np.array([(0, s) for s in index.scans[1].shape])
     scan = ct.read_scan(raw / "imagesTr/b_0000.nii.gz")
-    np.testing.assert_array_equal(store.open_volume(tmp_path / "s", index.scans[1]).read(whole), scan.voxels)
+    np.testing.assert_array_equal(scan_files.open_volume(tmp_path / "s", index.scans[1]).read(whole), scan.voxels)
     label = ct.read_label(raw / "labelsTr/b.nii.gz", scan)
-    np.testing.assert_array_equal(store.open_label(tmp_path / "s", index.scans[1]).read(whole), label)
+    np.testing.assert_array_equal(scan_files.open_label(tmp_path / "s", index.scans[1]).read(whole), label)
     np.testing.assert_array_equal(np.reshape(index.scans[1].affine, (4, 4)), scan.affine)
     assert not (tmp_path / "s/.part").exists() and (tmp_path / "s/failed.jsonl").read_text() == ""
 
@@ -190,9 +190,11 @@ def test_dicom_beside_nifti(tmp_path, serial, capsys):
     assert found[series].label_voxels == {1: 72, 2: 72}
     assert (found[series].num_padding, found[series].orientation) == (3, "LPS")
     whole = np.array([(0, size) for size in scan.voxels.shape])
-    np.testing.assert_array_equal(store.open_label(tmp_path / "s", found[series]).read(whole), label.transpose(2, 1, 0))
     np.testing.assert_array_equal(
-        store.open_volume(tmp_path / "s", found[series]).read(whole), np.maximum(pixels, -1024)
+        scan_files.open_label(tmp_path / "s", found[series]).read(whole), label.transpose(2, 1, 0)
+    )
+    np.testing.assert_array_equal(
+        scan_files.open_volume(tmp_path / "s", found[series]).read(whole), np.maximum(pixels, -1024)
     )
     (left,) = [json.loads(line) for line in (tmp_path / "s/left_out.jsonl").read_text().splitlines()]
     assert left["reason"] == "localiser, not a volume"
@@ -419,7 +421,7 @@ def test_a_second_run_changes_nothing_and_only_hashes_a_touch(tmp_path, serial):
     put(tmp_path / "raw/a.nii.gz", seed=2)
     assert counts(go(tmp_path / "raw", tmp_path / "s")) == (1, 1, 0)
     voxels = ct.read_scan(tmp_path / "raw/a.nii.gz").voxels
-    reader = store.open_volume(tmp_path / "s", records(tmp_path / "s")["a"])
+    reader = scan_files.open_volume(tmp_path / "s", records(tmp_path / "s")["a"])
     np.testing.assert_array_equal(reader.read(np.array([(0, s) for s in voxels.shape])), voxels)
 
 
@@ -477,7 +479,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monk
         return real(array, chunk, compression)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "encode_shard", full)
+        patch.setattr(scan_files, "encode_shard", full)
         with pytest.raises(FailedRun, match=r"disk full at .*/s: free some space, then the same"):
             go(tmp_path / "raw", tmp_path / "s")
     assert list(store.read_records(tmp_path / "s")) == ["a"]
@@ -636,7 +638,7 @@ def test_resampled_scans_have_the_spacing_asked_for(tmp_path, serial):
     record = records(tmp_path / "s")["a"]
     assert record.spacing_mm == (6, 3, 3) and record.shape == (4, 9, 10)
     assert set(record.label_voxels) == {1, 2}
-    own = store.open_source_label(tmp_path / "s", record)
+    own = scan_files.open_source_label(tmp_path / "s", record)
     values = own.read(np.array([(0, size) for size in own.shape]))
     again = nib.Nifti1Image(values, np.array(record.source_affine).reshape(4, 4))
     same = nib.as_closest_canonical(again), nib.as_closest_canonical(nib.load(tmp_path / "raw/labels/a.nii.gz"))

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from pgl_ray import config as c
 from pgl_ray import export, finetune, probe, tune
 from pgl_ray.data.facts import spacing_note, training_facts
-from pgl_ray.data.store import Index, read_index, write_index, write_scan
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import Index, read_index, write_index
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.pages import probe_tables, tables
 from pgl_ray.sweep import trial

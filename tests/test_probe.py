@@ -12,7 +12,8 @@ from scipy import ndimage, optimize
 
 from pgl_ray import pretrain, probe
 from pgl_ray.config import EncoderConfig, FailedRun, ProbeConfig
-from pgl_ray.data.store import open_label, write_index, write_scan
+from pgl_ray.data.scan_files import open_label, write_scan
+from pgl_ray.data.store import write_index
 from pgl_ray.judge import judges
 from pgl_ray.judge import voxels as voxel_judge
 from pgl_ray.model.resnet import Encoder

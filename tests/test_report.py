@@ -19,7 +19,7 @@ from scipy import ndimage, stats
 
 from pgl_ray import cli, report
 from pgl_ray.config import FinetuneConfig, PretrainConfig, ReportConfig, build, load
-from pgl_ray.data import store
+from pgl_ray.data import scan_files, store
 from pgl_ray.files.resample import resample
 from pgl_ray.pages import pictures, tables
 
@@ -41,7 +41,9 @@ def scans(tmp_path_factory):
         label = np.zeros(SHAPE, np.uint8)
         label[5:9, 8:14, 6:12], label[6:8, 15:18, 20:24] = 1, 4
         affine = np.diag([*SPACING, 1.0])
-        store.write_scan(folder, f"s{i}", volume, affine, label=label, labelled=(1, 4), split="test", chunk=(8, 16, 16))
+        scan_files.write_scan(
+            folder, f"s{i}", volume, affine, label=label, labelled=(1, 4), split="test", chunk=(8, 16, 16)
+        )
     store.write_index(folder, LABELS, (-1024.0, 325.0))
     return folder
 
@@ -100,7 +102,7 @@ def evaluate(folder, index, dice, missed=0, organs=ORGANS, predictions=True):
         opened = store.read_index(index)
         for record in opened.scans[: len(dice)]:
             whole = np.array([(0, size) for size in record.shape])
-            label = np.roll(store.open_label(opened.store, record).read(whole), 1, axis=2)
+            label = np.roll(scan_files.open_label(opened.store, record).read(whole), 1, axis=2)
             nib.save(nib.Nifti1Image(label, np.eye(4)), out / "predictions" / f"{record.scan_id}.nii.gz")
 
 
@@ -172,7 +174,7 @@ def write_views(folder, index, scan_ids=("s0", "s1", "s2")):
     arrays = {f"view_{k}": [] for k in (1, 2)}
     for scan_id in scan_ids:
         record = next(scan for scan in opened.scans if scan.scan_id == scan_id)
-        volume = store.open_volume(opened.store, record).read(np.array([(0, size) for size in SHAPE]))
+        volume = scan_files.open_volume(opened.store, record).read(np.array([(0, size) for size in SHAPE]))
         scaled = (np.clip(volume, -1024, 325) - record.mean_hu) / record.std_hu
         for k in (1, 2):
             arrays[f"view_{k}"].append(crop_resize_flip(scaled, BOXES[k - 1], FLIPS[k - 1])[None].astype(np.float16))
@@ -677,7 +679,7 @@ def test_an_overlay_of_a_resampled_scan_is_on_the_scored_grid(tmp_path):
     voxels, coarse, moved = resample(volume, label, affine, (2.9, 1.5, 1.5))
     assert len(voxels) == len(volume)
     own = {"source_label": label, "source_affine": affine, "labelled": (1,), "split": "test"}
-    store.write_scan(tmp_path / "s", "s0", voxels, moved, label=coarse, **own)
+    scan_files.write_scan(tmp_path / "s", "s0", voxels, moved, label=coarse, **own)
     index = store.write_index(tmp_path / "s", {"organ": 1}, (-1024.0, 325.0), spacing_mm=(2.9, 1.5, 1.5))
     (tmp_path / "run/evaluation/predictions").mkdir(parents=True)
     nib.save(nib.Nifti1Image(label, affine), tmp_path / "run/evaluation/predictions/s0.nii.gz")

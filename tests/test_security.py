@@ -16,7 +16,8 @@ import torch
 
 from pgl_ray import config as c
 from pgl_ray import report
-from pgl_ray.data.store import open_volume, read_index, write_index, write_scan
+from pgl_ray.data.scan_files import open_volume, write_scan
+from pgl_ray.data.store import read_index, write_index
 from pgl_ray.train import weights
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pgl_ray"

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import zarr
 
-from pgl_ray.data import shard, store
+from pgl_ray.data import scan_files, shard, store, store_settings
+from pgl_ray.data.voxel_statistics import HISTOGRAM_HU
 
 SHAPES = [(13, 70, 131), (1, 1, 1), (8, 64, 64), (16, 128, 64), (9, 65, 3), (40, 20, 30)]
 AFFINE = np.array([[0, 0, -0.7, 10], [0, -0.8, 0, 20], [2.5, 0, 0, 30], [0, 0, 0, 1]])
@@ -59,11 +60,11 @@ def test_metadata_is_what_zarr_writes(dtype, compression, attributes):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_random_boxes_equal_zarrs(tmp_path, shape, chunk):
     volume, label = make_volume(shape), make_label(shape, np.uint16)
-    record = store.write_scan(tmp_path, "a", volume, AFFINE, label=label, chunk=chunk)
+    record = scan_files.write_scan(tmp_path, "a", volume, AFFINE, label=label, chunk=chunk)
     rng = np.random.default_rng(1)
     for reader, path in [
-        (store.open_volume(tmp_path, record), "0"),
-        (store.open_label(tmp_path, record), "labels/organs/0"),
+        (scan_files.open_volume(tmp_path, record), "0"),
+        (scan_files.open_label(tmp_path, record), "labels/organs/0"),
     ]:
         array = zarr.open_array(tmp_path / "scans/a" / path, mode="r")
         np.testing.assert_array_equal(array[:], volume if path == "0" else label)
@@ -82,7 +83,7 @@ def test_random_boxes_equal_zarrs(tmp_path, shape, chunk):
 
 
 def test_one_shard_with_the_stated_codecs_and_ome_attributes(tmp_path):
-    store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE, label=make_label(SHAPES[0]))
+    scan_files.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE, label=make_label(SHAPES[0]))
     assert sorted(name for name in tree(tmp_path) if "/c/" in name) == [
         "scans/a/0/c/0/0/0",
         "scans/a/labels/organs/0/c/0/0/0",
@@ -100,26 +101,26 @@ def test_one_shard_with_the_stated_codecs_and_ome_attributes(tmp_path):
 
 def test_chunks_that_were_never_written_are_filled(tmp_path):
     sparse = np.zeros(SHAPES[0], np.int16)
-    record = store.write_scan(tmp_path, "a", sparse, AFFINE)
-    assert (store.open_volume(tmp_path, record).chunk_index != shard.MISSING).all()  # ours are all written
+    record = scan_files.write_scan(tmp_path, "a", sparse, AFFINE)
+    assert (scan_files.open_volume(tmp_path, record).chunk_index != shard.MISSING).all()  # ours are all written
     sparse[3, 66, 5] = 7
     array = zarr.open_array(tmp_path / "scans/a/0", mode="r+")
     array[:] = sparse  # opened again, zarr leaves out chunks of the fill value
-    reader = store.open_volume(tmp_path, record)
+    reader = scan_files.open_volume(tmp_path, record)
     assert (reader.chunk_index == shard.MISSING).all(-1).sum() == 11
     np.testing.assert_array_equal(reader.read(np.array([(0, s) for s in SHAPES[0]])), sparse)
 
 
 @pytest.mark.parametrize("box", [[(-1, 3), (0, 5), (0, 5)], [(0, 3), (0, 71), (0, 5)], [(0, 3), (5, 4), (0, 5)]])
 def test_a_box_beyond_the_array_is_refused(tmp_path, box):
-    reader = store.open_volume(tmp_path, store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE))
+    reader = scan_files.open_volume(tmp_path, scan_files.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE))
     with pytest.raises(ValueError, match=r"reaches beyond the volume of a, shape \(13, 70, 131\)"):
         reader.read(np.array(box))
 
 
 def test_every_flipped_byte_is_noticed(tmp_path):
     volume = make_volume(SHAPES[0])
-    record = store.write_scan(tmp_path, "scan_7", volume, AFFINE)
+    record = scan_files.write_scan(tmp_path, "scan_7", volume, AFFINE)
     path = tmp_path / "scans/scan_7/0/c/0/0/0"
     whole, content = np.array([(0, s) for s in volume.shape]), path.read_bytes()
     rng = np.random.default_rng(0)
@@ -129,18 +130,18 @@ def test_every_flipped_byte_is_noticed(tmp_path):
         broken[place] ^= 1 << int(rng.integers(8))
         path.write_bytes(broken)
         with pytest.raises(RuntimeError, match=r"volume of scan 'scan_7' .*chunk.*repair store="):
-            store.open_volume(tmp_path, record).read(whole)
+            scan_files.open_volume(tmp_path, record).read(whole)
 
 
 def test_a_damaged_chunk_is_named_and_the_others_can_be_read(tmp_path):
     volume = make_volume(SHAPES[0])
-    record = store.write_scan(tmp_path, "a", volume, AFFINE)
+    record = scan_files.write_scan(tmp_path, "a", volume, AFFINE)
     path = tmp_path / "scans/a/0/c/0/0/0"
-    offset = int(store.open_volume(tmp_path, record).chunk_index[1, 0, 2, 0])
+    offset = int(scan_files.open_volume(tmp_path, record).chunk_index[1, 0, 2, 0])
     content = bytearray(path.read_bytes())
     content[offset + 100] ^= 4
     path.write_bytes(content)
-    reader = store.open_volume(tmp_path, record)
+    reader = scan_files.open_volume(tmp_path, record)
     np.testing.assert_array_equal(reader.read(np.array([(0, 8), (0, 70), (0, 131)])), volume[:8])
     with pytest.raises(RuntimeError, match=r"chunk \(1, 0, 2\)"):
         reader.read(np.array([(0, 9), (0, 1), (0, 131)]))
@@ -148,15 +149,15 @@ def test_a_damaged_chunk_is_named_and_the_others_can_be_read(tmp_path):
 
 @pytest.mark.parametrize("left", [0, 3, 100, 0.5, -1, -200])
 def test_a_cut_shard_is_noticed(tmp_path, left):
-    record = store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    record = scan_files.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
     path = tmp_path / "scans/a/0/c/0/0/0"
     content = path.read_bytes()
     path.write_bytes(content[: int(left * len(content)) if isinstance(left, float) else left])
     with pytest.raises(RuntimeError, match="cut off or damaged"):
-        store.open_volume(tmp_path, record)
+        scan_files.open_volume(tmp_path, record)
     path.unlink()
     with pytest.raises(RuntimeError, match="'a' cannot be opened"):
-        store.open_volume(tmp_path, record)
+        scan_files.open_volume(tmp_path, record)
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def test_record_equals_numpys_answers(tmp_path):
     label = np.zeros(volume.shape, np.uint16)
     label[2:4, 5:9, 6:10] = 300
     label[5, 29, 0] = 2
-    record = store.write_scan(
+    record = scan_files.write_scan(
         tmp_path, "a", volume, AFFINE, label=label, labelled=(300, 2, 5), split="test", hu_window=(-160, 240)
     )
     clipped = volume.astype(np.float64).clip(-160, 240)
@@ -187,10 +188,10 @@ def test_record_equals_numpys_answers(tmp_path):
 def test_foreground_begins_above_minus_500_and_air_is_its_own(tmp_path):
     volume = np.full((2, 3, 4), -1000, np.int16)
     volume[0, 0, 0] = -500
-    record = store.write_scan(tmp_path, "a", volume, AFFINE)
+    record = scan_files.write_scan(tmp_path, "a", volume, AFFINE)
     assert record.foreground_box == (0, 2, 0, 3, 0, 4)
     volume[1, 2, 3] = -499
-    assert store.write_scan(tmp_path, "b", volume, AFFINE).foreground_box == (1, 2, 2, 3, 3, 4)
+    assert scan_files.write_scan(tmp_path, "b", volume, AFFINE).foreground_box == (1, 2, 2, 3, 3, 4)
     assert record.label_metadata is None and record.label_boxes == {} and record.labelled == ()
 
 
@@ -198,7 +199,7 @@ def test_index_comes_back_and_does_not_depend_on_the_order(tmp_path):
     scans = {"b": None, "a": make_label(SHAPES[0]), "c": make_label(SHAPES[0], seed=1)}
     for name, order in (("one", "abc"), ("two", "cab")):
         for scan_id in order:
-            store.write_scan(
+            scan_files.write_scan(
                 tmp_path / name, scan_id, make_volume(SHAPES[0]), AFFINE, label=scans[scan_id], split="train"
             )
         written = store.write_index(tmp_path / name, {"x": 3, "y": 1, "z": 2}, (-1024.0, 325.0))
@@ -211,14 +212,14 @@ def test_index_comes_back_and_does_not_depend_on_the_order(tmp_path):
 
 
 def test_updated_record_is_in_the_index(tmp_path):
-    record = store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    record = scan_files.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
     store.update_record(tmp_path, replace(record, split="test"))
     assert store.write_index(tmp_path, {}, (0, 1)).scans == (replace(record, split="test"),)
     assert zarr.open_group(tmp_path / "scans/a", mode="r").attrs["ome"]["version"] == "0.5"
 
 
 def test_a_failed_write_leaves_the_old_scan_and_nothing_else(tmp_path, monkeypatch):
-    record = store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    record = scan_files.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
     before = tree(tmp_path)
 
     def full(array, chunk, compression):
@@ -226,17 +227,17 @@ def test_a_failed_write_leaves_the_old_scan_and_nothing_else(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(store, "encode_shard", full)
-        store.write_scan(tmp_path, "a", make_volume(SHAPES[0], seed=1), AFFINE)
+        patch.setattr(scan_files, "encode_shard", full)
+        scan_files.write_scan(tmp_path, "a", make_volume(SHAPES[0], seed=1), AFFINE)
     assert tree(tmp_path) == before and not list((tmp_path / ".part").iterdir())
-    again = store.write_scan(tmp_path, "a", make_volume(SHAPES[0], seed=1), AFFINE)
+    again = scan_files.write_scan(tmp_path, "a", make_volume(SHAPES[0], seed=1), AFFINE)
     assert again.content_hash != record.content_hash and not list((tmp_path / ".part").iterdir())
 
 
 def test_what_is_not_a_whole_store_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match="is not a store"):
         store.read_index(tmp_path / "none")
-    store.write_settings(tmp_path, {}, (0, 1))
+    store_settings.write_settings(tmp_path, {}, (0, 1))
     with pytest.raises(ValueError, match="run prepare to its end"):
         store.read_index(tmp_path)
     store.write_index(tmp_path, {}, (0, 1))
@@ -245,14 +246,15 @@ def test_what_is_not_a_whole_store_is_one_clear_line(tmp_path):
     settings = json.loads((tmp_path / "store.json").read_text())
     (tmp_path / "store.json").write_text(json.dumps(settings | {"format": 1}))
     with pytest.raises(
-        ValueError, match=f"format 1, this version reads {store.FORMAT}: prepare the same folders into a new one"
+        ValueError,
+        match=f"format 1, this version reads {store_settings.FORMAT}: prepare the same folders into a new one",
     ):
         store.read_index(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"hu_window": [0, 1, 2]}, {"hu_window": 5}, {"spacing_mm": [1.0, 2.0]}])
 def test_settings_of_another_shape_are_damage(tmp_path, change):
-    store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    scan_files.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
     store.write_index(tmp_path, {}, (0, 1))
     settings = json.loads((tmp_path / "store.json").read_text())
     (tmp_path / "store.json").write_text(json.dumps(settings | change))
@@ -261,15 +263,15 @@ def test_settings_of_another_shape_are_damage(tmp_path, change):
 
 
 def test_a_label_map_that_is_not_there_is_named(tmp_path):
-    record = store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
-    for door in (store.open_label, store.open_source_label):
+    record = scan_files.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    for door in (scan_files.open_label, scan_files.open_source_label):
         with pytest.raises(ValueError, match=r"^scan 'a' of .* has no label map"):
             door(tmp_path, record)
 
 
 def test_a_record_that_is_cut_off_does_not_count(tmp_path):
-    store.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
-    store.write_scan(tmp_path, "b", make_volume(SHAPES[0]), AFFINE)
+    scan_files.write_scan(tmp_path, "a", make_volume(SHAPES[0]), AFFINE)
+    scan_files.write_scan(tmp_path, "b", make_volume(SHAPES[0]), AFFINE)
     path = tmp_path / "scans/a/zarr.json"
     path.write_bytes(path.read_bytes()[:200])
     assert list(store.read_records(tmp_path)) == ["b"]
@@ -286,29 +288,29 @@ def test_a_record_that_is_cut_off_does_not_count(tmp_path):
 )
 def test_wrong_arrays_are_refused(tmp_path, volume, label):
     with pytest.raises(ValueError, match="expected"):
-        store.write_scan(tmp_path, "a", volume, AFFINE, label=label)
+        scan_files.write_scan(tmp_path, "a", volume, AFFINE, label=label)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_uncompressed_store_is_the_same_but_for_its_bytes(tmp_path):
     """zarr-python reads it, boxes are the same, a flipped byte is named."""
     volume, label = make_volume((20, 70, 66)), make_label((20, 70, 66))
-    packed = store.write_scan(tmp_path / "lz4", "a", volume, AFFINE, label=label)
-    plain = store.write_scan(tmp_path / "none", "a", volume, AFFINE, label=label, compression="none")
+    packed = scan_files.write_scan(tmp_path / "lz4", "a", volume, AFFINE, label=label)
+    plain = scan_files.write_scan(tmp_path / "none", "a", volume, AFFINE, label=label, compression="none")
     assert plain.content_hash == packed.content_hash
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "none/scans/a/0", mode="r")[:], volume)
     shard = tmp_path / "none/scans/a/0/c/0/0/0"
     chunks = 3 * 2 * 2
     assert shard.stat().st_size == chunks * (8 * 64 * 64 * 2 + 4) + chunks * 16 + 4
     for box in ([(0, 20), (0, 70), (0, 66)], [(3, 9), (60, 70), (1, 66)], [(19, 20), (0, 1), (64, 65)]):
-        found = store.open_volume(tmp_path / "none", plain).read(np.array(box))
+        found = scan_files.open_volume(tmp_path / "none", plain).read(np.array(box))
         np.testing.assert_array_equal(found, volume[tuple(slice(*bounds) for bounds in box)])
-    store.check_scan(tmp_path / "none", "a")
+    scan_files.check_scan(tmp_path / "none", "a")
     raw = bytearray(shard.read_bytes())
     raw[5 * (8 * 64 * 64 * 2 + 4) + 77] ^= 1
     shard.write_bytes(raw)
     with pytest.raises(RuntimeError, match=r"scan 'a' is damaged in chunk \(1, 0, 1\)"):
-        store.open_volume(tmp_path / "none", plain).read(np.array([(0, s) for s in volume.shape]))
+        scan_files.open_volume(tmp_path / "none", plain).read(np.array([(0, s) for s in volume.shape]))
 
 
 # -- 8-bit codes ------------------------------------------------------------------------------------------------------
@@ -316,10 +318,10 @@ def test_an_uncompressed_store_is_the_same_but_for_its_bytes(tmp_path):
 
 def test_eight_bit_codes_cost_what_the_record_says(tmp_path):
     volume, window = make_volume((20, 70, 66)), (-1000.0, 275.0)
-    record = store.write_scan(tmp_path, "a", volume, AFFINE, encoding="uint8", hu_window=window)
+    record = scan_files.write_scan(tmp_path, "a", volume, AFFINE, encoding="uint8", hu_window=window)
     array = zarr.open_array(tmp_path / "scans/a/0", mode="r")
     assert array.dtype == np.uint8 and dict(array.attrs) == {"scale_factor": 5.0, "add_offset": -1000.0}
-    found = store.open_volume(tmp_path, record).read(np.array([(0, s) for s in volume.shape]))
+    found = scan_files.open_volume(tmp_path, record).read(np.array([(0, s) for s in volume.shape]))
     np.testing.assert_array_equal(found, np.rint(array[:] * 5.0 - 1000).astype(np.int16))
     clipped, inside = volume.clip(*window), (volume >= window[0]) & (volume <= window[1])
     errors = (found - clipped).astype(np.float64)
@@ -327,8 +329,8 @@ def test_eight_bit_codes_cost_what_the_record_says(tmp_path):
     assert record.encoding_rms_hu == pytest.approx(np.sqrt((errors[inside] ** 2).mean()))
     assert record.clipped_share == pytest.approx(1 - inside.mean())
     assert (record.mean_hu, record.std_hu) == pytest.approx((found.mean(), found.std()))
-    store.check_scan(tmp_path, "a")
-    whole = store.write_scan(tmp_path, "b", volume, AFFINE)
+    scan_files.check_scan(tmp_path, "a")
+    whole = scan_files.write_scan(tmp_path, "b", volume, AFFINE)
     assert (whole.encoding_rms_hu, whole.clipped_share) == (0, 0)
 
 
@@ -337,8 +339,8 @@ def test_eight_bit_codes_cost_what_the_record_says(tmp_path):
 
 def test_histogram_and_shares_equal_numpys(tmp_path):
     volume = make_volume((9, 40, 30))
-    record = store.write_scan(tmp_path, "a", volume, AFFINE)
-    expected = np.histogram(volume, [-(2**15), *store.HISTOGRAM_HU, 2**15])[0]
+    record = scan_files.write_scan(tmp_path, "a", volume, AFFINE)
+    expected = np.histogram(volume, [-(2**15), *HISTOGRAM_HU, 2**15])[0]
     assert record.histogram == tuple(expected) and sum(record.histogram) == volume.size
     body = volume > -500
     faces = np.concatenate([body[:, [0, -1]].ravel(), body[:, :, [0, -1]].ravel()])
@@ -350,8 +352,8 @@ def test_histogram_and_shares_equal_numpys(tmp_path):
 
 def test_whatever_byte_of_a_scan_flips_is_found(tmp_path):
     volume, label = make_volume((9, 65, 33)), make_label((9, 65, 33))
-    store.write_scan(tmp_path, "a", volume, AFFINE, label=label, labelled=(1, 2))
-    store.check_scan(tmp_path, "a")
+    scan_files.write_scan(tmp_path, "a", volume, AFFINE, label=label, labelled=(1, 2))
+    scan_files.check_scan(tmp_path, "a")
     rng = np.random.default_rng(0)
     files = [path for path in (tmp_path / "scans/a").rglob("*") if path.is_file()]
     assert len(files) == 7
@@ -362,20 +364,20 @@ def test_whatever_byte_of_a_scan_flips_is_found(tmp_path):
             broken[place] ^= 1 << int(rng.integers(8))
             path.write_bytes(broken)
             with pytest.raises((ValueError, RuntimeError)):
-                store.check_scan(tmp_path, "a")
+                scan_files.check_scan(tmp_path, "a")
         path.unlink()
         with pytest.raises((ValueError, RuntimeError), match=r"is missing|cannot be opened"):
-            store.check_scan(tmp_path, "a")
+            scan_files.check_scan(tmp_path, "a")
         path.write_bytes(content)
-    store.check_scan(tmp_path, "a")
+    scan_files.check_scan(tmp_path, "a")
     (tmp_path / "scans/a").rename(tmp_path / "scans/b")
     with pytest.raises(ValueError, match="that of scan 'a'"):
-        store.check_scan(tmp_path, "b")
+        scan_files.check_scan(tmp_path, "b")
 
 
 def test_a_flipped_byte_of_the_index_is_one_clear_line(tmp_path):
     for scan_id in "abc":
-        store.write_scan(tmp_path, scan_id, make_volume((4, 20, 20)), AFFINE)
+        scan_files.write_scan(tmp_path, scan_id, make_volume((4, 20, 20)), AFFINE)
     index = store.write_index(tmp_path, {}, (0.0, 1.0))
     path, noticed = tmp_path / "index.parquet", 0
     content = path.read_bytes()
@@ -396,7 +398,7 @@ def test_a_flipped_byte_of_the_index_is_one_clear_line(tmp_path):
 
 def test_a_scan_is_a_valid_ome_zarr_image(tmp_path):
     yaozarrs = pytest.importorskip("yaozarrs")
-    store.write_scan(tmp_path, "a", make_volume((9, 65, 33)), AFFINE, label=make_label((9, 65, 33)))
+    scan_files.write_scan(tmp_path, "a", make_volume((9, 65, 33)), AFFINE, label=make_label((9, 65, 33)))
     for path in ("scans/a", "scans/a/labels", "scans/a/labels/organs"):
         yaozarrs.validate_zarr_store(str(tmp_path / path))
     image = yaozarrs.open_group(str(tmp_path / "scans/a")).ome_metadata().multiscales[0]

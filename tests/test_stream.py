@@ -18,7 +18,7 @@ import zarr
 
 from pgl_ray import pretrain
 from pgl_ray.config import IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
-from pgl_ray.data import kernels, store, stream
+from pgl_ray.data import kernels, scan_files, store, stream
 from pgl_ray.data import views as v
 from pgl_ray.data.array_reader import UnreadableScan
 
@@ -40,7 +40,7 @@ def write_store(folder: Path, **settings) -> str:
         label[4:8, 10:20, 10:20], label[6:10, 30:44, 20:30] = 2, 7
         known = (2, 7) if i < 2 else (2,)
         kept = {"label": label, "labelled": known} if i < 3 else {}
-        store.write_scan(folder, f"scan_{i}", volume, np.diag([3.0, 1, 1, 1]), split="train", **kept, **settings)
+        scan_files.write_scan(folder, f"scan_{i}", volume, np.diag([3.0, 1, 1, 1]), split="train", **kept, **settings)
     store.write_index(folder, {"b": 7, "a": 2}, (-1024.0, 325.0), encoding=settings.get("encoding", "int16"))
     return str(folder)
 
@@ -375,7 +375,7 @@ def test_a_damaged_scan_ends_the_stream_or_is_skipped_counted(small_store, tmp_p
 
 def test_a_disk_that_fails_while_reading_is_named(small_store, monkeypatch):
     """EIO after the file was opened: the scan and the chunk, and no other error counts as a broken scan."""
-    reader = store.open_volume(small_store, store.read_index(small_store).scans[0])
+    reader = scan_files.open_volume(small_store, store.read_index(small_store).scans[0])
 
     def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -432,7 +432,7 @@ def test_stages_and_bytes_are_measured(small_store, per_region):
     lengths = np.concatenate([batch[name][..., 1] - batch[name][..., 0] for name in ("box_1", "box_2")])
     assert costs["crop_bytes"] == 2 * lengths.prod(-1).sum() / 20
     if per_region == 1:
-        volumes = {i: store.open_volume(small_store, store.read_index(small_store).scans[i]) for i in range(5)}
+        volumes = {i: scan_files.open_volume(small_store, store.read_index(small_store).scans[i]) for i in range(5)}
         total = 0
         for i, scan in enumerate(batch["scan"]):
             reader, touched = volumes[scan], set()

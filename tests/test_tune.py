@@ -19,7 +19,8 @@ from scipy import stats
 
 from pgl_ray import config as c
 from pgl_ray import report, tune
-from pgl_ray.data.store import write_index, write_scan
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import write_index
 from pgl_ray.pages import arms, pictures, sweep_report
 from pgl_ray.sweep import sweeps, trial
 from pgl_ray.train import capacity, checkpoint, nodes, optim

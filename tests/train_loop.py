@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from pgl_ray import config as c
 from pgl_ray import finetune, pretrain
-from pgl_ray.data import store, stream
+from pgl_ray.data import scan_files, store, stream
 from pgl_ray.data.facts import training_facts
 from pgl_ray.model import device as on
 from pgl_ray.train import checkpoint, optim, watch
@@ -42,7 +42,7 @@ def scans(folder: Path, num: int = 6, shape: tuple = (20, 40, 48)) -> Path:
             tuple(map(slice, shape))
         ]
         label = (volume > 0).astype(np.uint8)
-        store.write_scan(folder, f"s{i}", volume, np.eye(4), split="train", label=label, labelled=(1,))
+        scan_files.write_scan(folder, f"s{i}", volume, np.eye(4), split="train", label=label, labelled=(1,))
     store.write_index(folder, {"organ": 1}, (-1024.0, 325.0))
     return folder
 

@@ -30,7 +30,7 @@ def write(place: Place, records: Iterable[Any]) -> None:
 
     Args:
         place: of the store.
-        records: of its scans (store.ScanRecord).
+        records: of its scans (scan_record.ScanRecord).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -9,7 +9,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from pgl_ray.data.store import Index, ScanRecord, statistics
+from pgl_ray.data.scan_record import ScanRecord
+from pgl_ray.data.store import Index
+from pgl_ray.data.voxel_statistics import statistics
 
 SPACING_MARGIN = 1.25  # how far beyond the training scans' voxel sizes a scan may lie, as a factor
 RESAMPLED_MARGIN = 1.05  # the same where all training scans were resampled to one voxel size

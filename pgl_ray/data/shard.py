@@ -1,4 +1,4 @@
-"""One array in one Zarr v3 shard: its zarr.json as zarr-python writes it, its bytes written chunk by chunk without it."""
+"""One array in one Zarr v3 shard: its zarr.json as zarr-python writes it, its bytes chunk by chunk without it."""
 
 import json
 import struct

@@ -25,9 +25,12 @@ from pgl_ray.data import chunks, wire
 from pgl_ray.data import views as v
 from pgl_ray.data.array_reader import ArrayReader, Chunks, UnreadableScan
 from pgl_ray.data.columns import Names
+from pgl_ray.data.hu_codes import hu_of_codes
 from pgl_ray.data.place import is_far
+from pgl_ray.data.scan_files import open_label, open_volume
+from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.shard import chunk_of
-from pgl_ray.data.store import Index, ScanRecord, class_lookup, hu_of_codes, open_label, open_volume, read_index
+from pgl_ray.data.store import Index, class_lookup, read_index
 
 if TYPE_CHECKING:
     from ray.data import Dataset

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pgl_ray.data.store import Index, ScanRecord, open_volume
+from pgl_ray.data.scan_files import open_volume
+from pgl_ray.data.scan_record import ScanRecord
+from pgl_ray.data.store import Index
 from pgl_ray.files import ct, dicom
 from pgl_ray.files.accounts import unused
 from pgl_ray.files.layout import find_by_folders, refuse_empty, with_ids

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.folder import Folder
-from pgl_ray.data.store import foreground_box
+from pgl_ray.data.voxel_statistics import foreground_box
 from pgl_ray.files.ct import Scan
 from pgl_ray.files.plausible import LabelMap
 from pgl_ray.files.scans import ScanFile, StoredScan

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pgl_ray.config import CropConfig
-from pgl_ray.data.store import foreground_box, statistics
 from pgl_ray.data.views import generator, normalise, read_padded, render, sample_prior
+from pgl_ray.data.voxel_statistics import foreground_box, statistics
 from pgl_ray.files.ct import Scan
 from pgl_ray.files.resample import resample
 from pgl_ray.judge.dense import dense_maps

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from pgl_ray.config import ProbeSettings
-from pgl_ray.data.store import Index, ScanRecord
+from pgl_ray.data.scan_record import ScanRecord
+from pgl_ray.data.store import Index
 from pgl_ray.judge import decoder, matching, readings, voxels
 from pgl_ray.model import metrics
 from pgl_ray.model.resenc import ResEncoder

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgl_ray.data.store import foreground_box
+from pgl_ray.data.voxel_statistics import foreground_box
 from pgl_ray.files.scans import ScanFile, StoredScan
 from pgl_ray.judge.components import axial_colors, slice_step
 from pgl_ray.judge.features import ScanEncoder, at_spacing, views_of

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from scipy import ndimage
 
-from pgl_ray.data.store import BODY_HU
+from pgl_ray.data.voxel_statistics import BODY_HU
 from pgl_ray.judge import components, matching
 from pgl_ray.judge.decoder import LabelledScan
 from pgl_ray.judge.readings import StandardisedMaps

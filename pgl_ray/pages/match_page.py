@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pgl_ray.data.store import foreground_box
+from pgl_ray.data.voxel_statistics import foreground_box
 from pgl_ray.files.ct import Scan
 from pgl_ray.judge import search
 from pgl_ray.judge.features import ScanEncoder

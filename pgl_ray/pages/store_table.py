@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
-from pgl_ray.data import store, stream
+from pgl_ray.data import store, store_settings, stream
 from pgl_ray.data.place import open_place
+from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD
-from pgl_ray.data.store import Index, ScanRecord
+from pgl_ray.data.store import Index
 from pgl_ray.data.system import num_cores
 
 NUM_ROWS = 1000  # scans that a page lists; of so many the files are asked for their sizes
@@ -63,7 +64,7 @@ def sizes(index: Index, records: Sequence[ScanRecord]) -> dict[str, int]:
         return dict(zip((record.scan_id for record in records), pool.map(size, records)))
 
 
-def totals(index: Index, settings: store.Settings, known: Mapping[str, int]) -> list[tuple[str, str]]:
+def totals(index: Index, settings: store_settings.Settings, known: Mapping[str, int]) -> list[tuple[str, str]]:
     """Figures of the whole store, each with its name.
 
     Args:
@@ -90,7 +91,7 @@ def totals(index: Index, settings: store.Settings, known: Mapping[str, int]) -> 
     ]
 
 
-def _loss(index: Index, settings: store.Settings) -> str:
+def _loss(index: Index, settings: store_settings.Settings) -> str:
     if settings.encoding == "int16":
         return ", lossless"
     rms = np.sqrt(np.mean(index.column("encoding_rms_hu") ** 2))

@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import many_scans
 
-from pgl_ray.data import store
+from pgl_ray.data import scan_files
 
 HERE = Path(__file__).parents[2]
 SHAPE = (40, 160, 160)
@@ -61,7 +61,7 @@ def make_store(folder: Path, num: int) -> Path:
     folder = many_scans.write_index(folder, np.tile(SHAPE, (num, 1)))
     smooth = np.random.default_rng(0).integers(-900, 300, np.floor_divide(SHAPE, (4, 16, 16)))
     volume = np.kron(smooth, np.ones((4, 16, 16))).astype(np.int16)
-    store.write_scan(folder, "one", volume, np.eye(4), hu_window=many_scans.WINDOW)
+    scan_files.write_scan(folder, "one", volume, np.eye(4), hu_window=many_scans.WINDOW)
     one = (folder / "scans/one").rename(folder / "one")
     for i in range(num):
         (folder / f"scans/imagesTr__case_{i:07}").symlink_to(one)

@@ -27,6 +27,7 @@ from stream_vs_peers import BODY, INTENSITY, VIEWS, our_store, read_volumes
 from pgl_ray import bench
 from pgl_ray.config import RayConfig
 from pgl_ray.data import store, stream
+from pgl_ray.data.scan_record import table_of
 from pgl_ray.train import launch
 
 SECONDS = 8
@@ -67,7 +68,7 @@ def repeated(index: store.Index, num: int, scratch: Path) -> store.Index:
         scans.append(replace(scan, scan_id=f"{i:07}_{scan.scan_id}"))
         (folder / "scans" / scans[-1].scan_id).symlink_to(Path(index.store) / "scans" / scan.scan_id)
     shutil.copy(Path(index.store) / "store.json", folder)
-    (folder / "index.parquet").write_bytes(store.table_of(scans))
+    (folder / "index.parquet").write_bytes(table_of(scans))
     return store.read_index(folder)
 
 

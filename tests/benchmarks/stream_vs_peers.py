@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
-from pgl_ray.data import kernels, store, stream
+from pgl_ray.data import kernels, scan_files, store, stream, voxel_statistics
 from pgl_ray.data import views as v
 from pgl_ray.data.folder import LocalFile
 from pgl_ray.files import ct
@@ -140,7 +140,7 @@ def our_store(volumes: dict[str, np.ndarray], scratch: Path, encoding: str, comp
     if not folder.exists():
         folder.mkdir()
         for scan_id, volume in volumes.items():
-            store.write_scan(folder, scan_id, volume, np.eye(4), hu_window=WINDOW, **kept)
+            scan_files.write_scan(folder, scan_id, volume, np.eye(4), hu_window=WINDOW, **kept)
         store.write_index(folder, {}, WINDOW, encoding=encoding)
     return store.read_index(folder)
 
@@ -198,7 +198,7 @@ def drawn(volumes: dict[str, np.ndarray]) -> Iterator[tuple[str, tuple]]:
 
 
 def scaled(volume: np.ndarray) -> np.ndarray:
-    mean, std = store.statistics(volume, WINDOW)
+    mean, std = voxel_statistics.statistics(volume, WINDOW)
     return v.normalise(volume, WINDOW, mean, std)
 
 
@@ -208,7 +208,7 @@ def slices(prior) -> tuple[slice, ...]:
 
 def reading(cut: Callable[[str, tuple], np.ndarray], volumes, compiled: bool) -> Callable[[int], None]:
     """Another reader in our pipeline: compiled, or in plain torch as one would write it."""
-    statistics_of = {scan_id: store.statistics(volume, WINDOW) for scan_id, volume in volumes.items()}
+    statistics_of = {scan_id: voxel_statistics.statistics(volume, WINDOW) for scan_id, volume in volumes.items()}
     rng, pairs_of = np.random.default_rng(1), drawn(volumes)
 
     def work(pairs: int) -> None:

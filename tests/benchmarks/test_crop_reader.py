@@ -10,7 +10,7 @@ import time
 import numpy as np
 import zarr
 
-from pgl_ray.data import store
+from pgl_ray.data import scan_files
 
 SHAPE, REPEATS = (96, 256, 256), 30
 
@@ -18,9 +18,9 @@ SHAPE, REPEATS = (96, 256, 256), 30
 def test_crop_reader(tmp_path):
     rng = np.random.default_rng(0)
     volume = np.cumsum(rng.integers(-9, 10, SHAPE), 1).clip(-1024, 3000).astype(np.int16)  # compresses like a CT
-    record = store.write_scan(tmp_path, "scan", volume, np.eye(4))
+    record = scan_files.write_scan(tmp_path, "scan", volume, np.eye(4))
     theirs = zarr.open_array(f"{tmp_path}/scans/scan/0", mode="r")
-    ours = store.open_volume(tmp_path, record)
+    ours = scan_files.open_volume(tmp_path, record)
     readers = {"pgl_ray": ours.read, "zarr-python": lambda box: theirs[tuple(slice(a, b) for a, b in box)]}
     seconds = {name: [] for name in readers}
     for _, name in itertools.product(range(REPEATS), readers):
