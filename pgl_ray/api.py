@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgl_ray.data.sampling import sample_prior
 from pgl_ray.data.store import Index
 from pgl_ray.data.store import read_index as open_store
-from pgl_ray.data.views import sample_prior
 from pgl_ray.files import ct
 from pgl_ray.files.scans import StoredScan
 from pgl_ray.judge import search

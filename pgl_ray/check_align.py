@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from pgl_ray.config import CheckAlignConfig, FailedRun, build
 from pgl_ray.data import scan_files, store
-from pgl_ray.data import views as v
 from pgl_ray.data.durable import put_in_place
+from pgl_ray.data.rendering import normalise, read_padded, resize_and_flip
+from pgl_ray.data.sampling import ablated, sample_pair
 from pgl_ray.data.stream import AIR
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
@@ -105,7 +106,7 @@ def run(config: CheckAlignConfig) -> Result:
         "view_size": list(size),
         "output_stride": list(stride),
         "stage_strides": config.encoder.stage_strides,
-        "crop_scale": list(v.ablated(config.views, config.align).crop_scale),
+        "crop_scale": list(ablated(config.views, config.align).crop_scale),
         "num_pairs": config.num_pairs,
         "scans": config.index or "a phantom",
         "configured": config.align.centers,
@@ -189,8 +190,8 @@ def _draw(
     rng: np.random.Generator, scan: Scan, config: CheckAlignConfig, flips: Sequence[Sequence[bool]]
 ) -> tuple[Scan, tuple[Prior, Prior]]:
     """A pair of priors as pre-training draws them, but with these flips, where flips are on at all."""
-    views, shape = v.ablated(config.views, config.align), scan.reader.shape
-    priors = v.sample_pair(rng, shape, views, scan.foreground_box, shared_box=not config.align.crop)
+    views, shape = ablated(config.views, config.align), scan.reader.shape
+    priors = sample_pair(rng, shape, views, scan.foreground_box, shared_box=not config.align.crop)
     flips = flips if views.flip_prob else ((False,) * 3,) * 2
     return scan, tuple(Prior(prior.box, np.array(flip)) for prior, flip in zip(priors, flips, strict=True))
 
@@ -228,7 +229,7 @@ def _ramps(prior: Prior, size: tuple[int, int, int]) -> Tensor:
     """One view of the three ramps, made as a CT's view is."""
     voxels = [np.arange(*axis, dtype=np.float32) + 0.5 for axis in prior.box]
     ramps = np.meshgrid(*voxels, indexing="ij")
-    return torch.stack([v.resize_and_flip(ramp, size, prior.flip) for ramp in ramps])
+    return torch.stack([resize_and_flip(ramp, size, prior.flip) for ramp in ramps])
 
 
 @torch.no_grad()
@@ -303,8 +304,8 @@ def _draw_picture(drawn: list, encoder: Encoder, geometries: dict, config: Check
         return int((first.flip != second.flip)[1:].sum()), overlap_share(first.box, second.box, "union")
 
     def render(scan: Scan, prior: Prior) -> np.ndarray:
-        crop = v.normalise(v.read_padded(scan.reader, prior.box, AIR), scan.window, scan.mean_hu, scan.std_hu)
-        return v.resize_and_flip(crop, config.views.size, prior.flip).numpy()
+        crop = normalise(read_padded(scan.reader, prior.box, AIR), scan.window, scan.mean_hu, scan.std_hu)
+        return resize_and_flip(crop, config.views.size, prior.flip).numpy()
 
     best = sorted(drawn, key=interest)[-8:]
     scan, priors = max(best, key=lambda one: render(one[0], one[1][0]).std())

@@ -32,8 +32,8 @@ import pgl_ray
 from pgl_ray.config import ExportConfig, FailedRun, PatchConfig
 from pgl_ray.data.durable import check_writable, put_in_place
 from pgl_ray.data.facts import disagreements
+from pgl_ray.data.rendering import normalise
 from pgl_ray.data.store_settings import data_sets, read_settings
-from pgl_ray.data.views import normalise
 from pgl_ray.data.voxel_statistics import statistics
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder

@@ -24,7 +24,7 @@ from pgl_ray import outlook
 from pgl_ray.config import FailedRun, PretrainConfig, StreamConfig, build
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import seen_notes, training_facts
-from pgl_ray.data.views import ablated
+from pgl_ray.data.sampling import ablated
 from pgl_ray.judge.judges import Judges
 from pgl_ray.judge.readings import READINGS
 from pgl_ray.model import device as on

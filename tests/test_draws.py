@@ -10,7 +10,9 @@ import pytest
 from scipy import stats
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
-from pgl_ray.data import views as v
+from pgl_ray.data.intensity_ops import INTENSITY_NUMBERS, sample_intensities, sample_intensity
+from pgl_ray.data.random_numbers import uniforms
+from pgl_ray.data.sampling import PAIR_NUMBERS, sample_pairs
 
 NUM = 3000
 SCANS = [(150, 512, 512), (24, 130, 200), (14, 300, 90), (300, 128, 128)]
@@ -67,9 +69,9 @@ def seen_in(pairs) -> dict[str, list[float]]:
 def check_law(shape, views, seed=0, num=NUM):
     body = [(n // 20, n - n // 6) for n in shape]
     ids = [f"scan_{i % 7}" for i in range(num)]
-    u = v.uniforms(seed, np.arange(num) // 50, ids, np.arange(num), v.PAIR_NUMBERS)
+    u = uniforms(seed, np.arange(num) // 50, ids, np.arange(num), PAIR_NUMBERS)
     many = np.tile(shape, (num, 1)), views, np.tile(body, (num, 1, 1))
-    boxes, flips = v.sample_pairs(u, *many)
+    boxes, flips = sample_pairs(u, *many)
     got = seen_in(boxes.tolist())
     expected = seen_in(plain_rejection(seed, shape, views, body, num))
     for name in got:
@@ -104,8 +106,8 @@ def test_the_law_holds_for_every_setting(shape, settings):
 
 def test_the_share_of_small_overlaps_is_that_of_true_pairs():
     """In a usual CT 23 % of true pairs overlap by less than 15 %; pairs that are slid together have half of them."""
-    u = np.random.default_rng(0).random((8000, v.PAIR_NUMBERS))
-    boxes, _ = v.sample_pairs(u, np.tile((150, 512, 512), (len(u), 1)), ViewsConfig(size=(16, 96, 96)))
+    u = np.random.default_rng(0).random((8000, PAIR_NUMBERS))
+    boxes, _ = sample_pairs(u, np.tile((150, 512, 512), (len(u), 1)), ViewsConfig(size=(16, 96, 96)))
     small = sum(share_of(*pair) < 0.15 for pair in boxes.tolist())
     assert stats.binomtest(small, len(u), 0.233).pvalue > CHANCE
 
@@ -113,10 +115,10 @@ def test_the_share_of_small_overlaps_is_that_of_true_pairs():
 def test_pairs_depend_on_their_own_numbers_alone():
     """Also those that take further tries; any company, any order."""
     views, shape = ViewsConfig(size=(8, 24, 16), min_overlap=0.5, crop_scale=(0.5, 2)), (100, 300, 200)
-    u = np.random.default_rng(0).random((300, v.PAIR_NUMBERS))
-    boxes, flips = v.sample_pairs(u, np.tile(shape, (300, 1)), views)
+    u = np.random.default_rng(0).random((300, PAIR_NUMBERS))
+    boxes, flips = sample_pairs(u, np.tile(shape, (300, 1)), views)
     for at in (range(299, -1, -1), range(0, 300, 7)):
-        again = v.sample_pairs(u[list(at)], np.tile(shape, (len(at), 1)), views)
+        again = sample_pairs(u[list(at)], np.tile(shape, (len(at), 1)), views)
         np.testing.assert_array_equal(again[0], boxes[list(at)])
         np.testing.assert_array_equal(again[1], flips[list(at)])
 
@@ -129,8 +131,8 @@ PROBABILITIES, NEUTRAL = (0.1, 0.2, 0.5, 0.5), (0, 0, 1, 1)
 
 
 def drawn_intensities(config, num=20000):
-    u = v.uniforms(3, np.arange(num), ["a"] * num, np.zeros(num, int), v.INTENSITY_NUMBERS)
-    drawn, seeds = v.sample_intensities(u, config)
+    u = uniforms(3, np.arange(num), ["a"] * num, np.zeros(num, int), INTENSITY_NUMBERS)
+    drawn, seeds = sample_intensities(u, config)
     assert len(set(seeds.tolist())) == num
     drawn[:, 0] **= 2  # the paper's range is one of variances
     return drawn
@@ -159,7 +161,7 @@ def test_intensity_operations_are_chosen_independently():
 
 def test_one_view_draws_as_many_do():
     rng, num = np.random.default_rng(5), 4000
-    each = [v.sample_intensity(rng, IntensityConfig()) for _ in range(num)]
+    each = [sample_intensity(rng, IntensityConfig()) for _ in range(num)]
     variances = [one.noise_std**2 for one in each if one.noise_std]
     assert stats.kstest(variances, "uniform", (0, 0.1)).pvalue > CHANCE
     gains = [one.gain for one in each if one.gain != 1]

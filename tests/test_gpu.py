@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from pgl_ray import bench, finetune, pretrain
 from pgl_ray.config import BenchConfig, FinetuneConfig, IntensityConfig, PretrainConfig, TrainConfig, ViewsConfig, load
 from pgl_ray.data import stream
-from pgl_ray.data import views as v
+from pgl_ray.data.sampling import largest_crop
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.inference import segment
@@ -116,7 +116,7 @@ def test_finishing_views_does_not_wait_for_the_device(meta, kind):
     config, num = ViewsConfig(size=(8, 24, 16)), 3
     batch = {"scaling": torch.ones(num, 2)}
     for view in ("1", "2"):
-        batch["crop_" + view] = torch.zeros(num, 1, *v.largest_crop(config), dtype=kind)
+        batch["crop_" + view] = torch.zeros(num, 1, *largest_crop(config), dtype=kind)
         batch["box_" + view] = torch.tensor([[0, 9], [0, 25], [0, 20]], dtype=torch.int32).expand(num, 3, 2)
         batch["flip_" + view] = torch.zeros(num, 3, dtype=torch.uint8)
         batch["intensity_" + view], batch["noise_seed_" + view] = torch.ones(num, 4), torch.arange(num)

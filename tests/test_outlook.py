@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from pgl_ray import outlook, pretrain
 from pgl_ray.config import FailedRun, PretrainConfig, build, load
 from pgl_ray.data import stream
-from pgl_ray.data import views as v
+from pgl_ray.data.sampling import PAIR_NUMBERS, sample_pairs
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import Index, write_index
 from pgl_ray.prior import Geometry, clamped_shares
@@ -82,7 +82,7 @@ def test_presets_have_a_target_that_turns_over(config):
 def test_presets_clamp_at_most_a_fifth_of_the_bins(config, scan):
     rng = np.random.default_rng(0)
     shape, num = np.array([SCANS[scan]]), 256
-    boxes, flips = v.sample_pairs(rng.random((num, v.PAIR_NUMBERS)), np.repeat(shape, num, 0), config.views)
+    boxes, flips = sample_pairs(rng.random((num, PAIR_NUMBERS)), np.repeat(shape, num, 0), config.views)
     assert config.encoder.kind == "resnet" and config.align.centers == "receptive_field"  # centres at 0.5
     args = config.views.size, config.align.output_stride, (0.5, 0.5, 0.5)
     assert max(loops_shares(boxes, flips, *args)) <= 0.2
@@ -199,8 +199,8 @@ def test_the_share_is_that_of_pairs_of_these_scans(args, foreground):
     args = [*args, f"views.foreground={foreground}", "align.output_stride=[4,8,8]", "max_steps=400"]
     config, shapes = load(PretrainConfig, [*SMALL, *args]), np.array([(60, 200, 180), (90, 256, 256)] * 400)
     bodies = np.stack([np.array([[5, d - 5], [9, h - 9], [20, w - 20]]) for d, h, w in shapes.tolist()])
-    u = np.random.default_rng(1).random((len(shapes), v.PAIR_NUMBERS))
-    boxes, flips = v.sample_pairs(u, shapes, config.views, bodies if config.views.foreground else None)
+    u = np.random.default_rng(1).random((len(shapes), PAIR_NUMBERS))
+    boxes, flips = sample_pairs(u, shapes, config.views, bodies if config.views.foreground else None)
     expected = loops_shares(boxes, flips, config.views.size, (4, 8, 8), (0.5,) * 3)
     np.testing.assert_allclose(look(*args).facts["clamped_share"], expected, atol=0.03)
 

@@ -18,9 +18,9 @@ import zarr
 
 from pgl_ray import pretrain
 from pgl_ray.config import IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
-from pgl_ray.data import kernels, scan_files, store, stream
-from pgl_ray.data import views as v
+from pgl_ray.data import kernels, rendering, scan_files, store, stream
 from pgl_ray.data.array_reader import UnreadableScan
+from pgl_ray.data.rendering import normalise, resize_and_flip
 
 VIEWS = ViewsConfig(size=(8, 24, 16))
 
@@ -226,8 +226,8 @@ def test_pairs_of_a_region(tmp_path, foreground):
         for view in ("1", "2"):
             cut = volume[tuple(slice(*axis) for axis in batch["box_" + view][i])]
             assert cut.shape == tuple(np.ptp(batch["box_" + view][i], axis=1))
-            plain = v.normalise(cut, index.hu_window, record.mean_hu, record.std_hu)
-            expected = v.resize_and_flip(plain, views.size, batch["flip_" + view][i].astype(bool))
+            plain = normalise(cut, index.hu_window, record.mean_hu, record.std_hu)
+            expected = resize_and_flip(plain, views.size, batch["flip_" + view][i].astype(bool))
             np.testing.assert_allclose(batch["view_" + view][i, 0], expected, atol=2e-3, rtol=2e-3)
 
 
@@ -384,7 +384,7 @@ def test_a_disk_that_fails_while_reading_is_named(small_store, monkeypatch):
         patch.setattr(os, "pread", fail)
         with pytest.raises(UnreadableScan, match=r"'scan_0' cannot be read at chunk \(0, 0, 0\) \(Input/output error"):
             reader.read(np.array([(0, 4), (0, 4), (0, 4)]))
-    monkeypatch.setattr(stream.v, "render", fail)
+    monkeypatch.setattr(rendering, "render", fail)
     with pytest.raises(OSError, match="Input/output"):
         renderer = stream.PairRenderer(small_store, ("scan_0",), 3, VIEWS, IntensityConfig(), skip=True)
         renderer({name: np.zeros(1, np.int64) for name in ("step", "epoch", "scan", "draw")})

@@ -9,8 +9,13 @@ from monai.networks.layers import GaussianFilter
 from scipy import stats
 
 from pgl_ray.config import AlignConfig, IntensityConfig, ViewsConfig
-from pgl_ray.data import kernels
-from pgl_ray.data import views as v
+from pgl_ray.data import kernels, sampling
+from pgl_ray.data.batch_views import apply_intensities
+from pgl_ray.data.intensity_ops import Intensity, apply_intensity, blur, sample_intensity
+from pgl_ray.data.random_numbers import generator, noise, uniforms
+from pgl_ray.data.regions import sample_regions
+from pgl_ray.data.rendering import normalise, read_padded, render, resize_and_flip
+from pgl_ray.data.sampling import PAIR_NUMBERS, sample_pair, sample_pairs
 from pgl_ray.prior import Prior, scan_to_view
 
 SHAPES = st.tuples(st.integers(5, 80), st.integers(40, 300), st.integers(40, 300))
@@ -20,7 +25,7 @@ SHAPES = st.tuples(st.integers(5, 80), st.integers(40, 300), st.integers(40, 300
 @given(st.integers(0, 2**31), SHAPES, st.floats(0.01, 0.3))
 def test_pairs_keep_sizes_bounds_and_overlap(seed, shape, bound):
     views = ViewsConfig(size=(16, 96, 48), min_overlap=bound)
-    pair = v.sample_pair(np.random.default_rng(seed), shape, views)
+    pair = sample_pair(np.random.default_rng(seed), shape, views)
     volumes = []
     for prior in pair:
         length = prior.box[:, 1] - prior.box[:, 0]
@@ -41,7 +46,7 @@ def test_fallback_guarantees_overlap():
     """In a huge scan random pairs nearly never overlap by 40 %: only the fallback can do it."""
     views = ViewsConfig(size=(8, 8, 8), min_overlap=0.4)
     for seed in range(20):
-        first, second = v.sample_pair(np.random.default_rng(seed), (500, 500, 500), views)
+        first, second = sample_pair(np.random.default_rng(seed), (500, 500, 500), views)
         lengths = np.minimum(first.box[:, 1], second.box[:, 1]) - np.maximum(first.box[:, 0], second.box[:, 0])
         smaller = min((prior.box[:, 1] - prior.box[:, 0]).prod() for prior in (first, second))
         assert (lengths > 0).all() and lengths.prod() >= 0.4 * smaller
@@ -50,11 +55,11 @@ def test_fallback_guarantees_overlap():
 def test_foreground_keeps_the_middle_in_the_body():
     views, body = ViewsConfig(size=(8, 16, 24), foreground=True), (30, 50, 60, 90, 100, 140)
     for seed in range(50):
-        for prior in v.sample_pair(np.random.default_rng(seed), (100, 200, 300), views, body):
+        for prior in sample_pair(np.random.default_rng(seed), (100, 200, 300), views, body):
             middle = (prior.box[:, 0] + prior.box[:, 1]) // 2
             assert all(a <= m < b for m, (a, b) in zip(middle, np.reshape(body, (3, 2)), strict=True))
     off = ViewsConfig(size=(8, 16, 24))
-    a, b = (v.sample_pair(np.random.default_rng(1), (100, 200, 300), off, body_) for body_ in (None, body))
+    a, b = (sample_pair(np.random.default_rng(1), (100, 200, 300), off, body_) for body_ in (None, body))
     np.testing.assert_array_equal(a[0].box, b[0].box)
 
 
@@ -63,8 +68,8 @@ def test_foreground_keeps_the_middle_in_the_body():
 def test_ablations(seed, flip, crop):
     """w/o F: no flips. w/o CS: one crop of exactly the view size for both views. Else as ever."""
     views, rng = ViewsConfig(size=(8, 16, 24)), np.random.default_rng(seed)
-    ablated = v.ablated(views, AlignConfig(flip=flip, crop=crop))
-    first, second = v.sample_pair(rng, (60, 90, 120), ablated, shared_box=not crop)
+    ablated = sampling.ablated(views, AlignConfig(flip=flip, crop=crop))
+    first, second = sample_pair(rng, (60, 90, 120), ablated, shared_box=not crop)
     assert flip or not (first.flip.any() or second.flip.any())
     assert crop == (not np.array_equal(first.box, second.box))
     lengths = np.array([prior.box[:, 1] - prior.box[:, 0] for prior in (first, second)])
@@ -75,8 +80,8 @@ def test_ablations(seed, flip, crop):
 
 
 def test_without_cs_the_flips_of_both_views_differ():
-    views = v.ablated(ViewsConfig(size=(8, 16, 24)), AlignConfig(crop=False))
-    pairs = [v.sample_pair(np.random.default_rng(i), (60, 90, 120), views, shared_box=True) for i in range(40)]
+    views = sampling.ablated(ViewsConfig(size=(8, 16, 24)), AlignConfig(crop=False))
+    pairs = [sample_pair(np.random.default_rng(i), (60, 90, 120), views, shared_box=True) for i in range(40)]
     np.testing.assert_allclose(np.mean([a.flip != b.flip for a, b in pairs]), 0.5, atol=0.15)
 
 
@@ -85,7 +90,7 @@ def test_any_overlap_is_reached(bound):
     """Where even concentric boxes of the drawn sizes overlap too little, the second takes the first one's size."""
     views = ViewsConfig(size=(16, 96, 96), crop_scale=(0.5, 2.0), min_overlap=bound)
     for seed in range(30):
-        first, second = v.sample_pair(np.random.default_rng(seed), (20, 300, 100), views)
+        first, second = sample_pair(np.random.default_rng(seed), (20, 300, 100), views)
         lengths = np.minimum(first.box[:, 1], second.box[:, 1]) - np.maximum(first.box[:, 0], second.box[:, 0])
         volumes = [(prior.box[:, 1] - prior.box[:, 0]).prod() for prior in (first, second)]
         common = lengths.clip(0).prod()
@@ -93,24 +98,24 @@ def test_any_overlap_is_reached(bound):
 
 
 def test_draws_differ_by_seed_epoch_scan_and_draw():
-    draws = {tuple(v.generator(*key).random(2)) for key in [(0, 0, "a", 0), (1, 0, "a", 0), (0, 1, "a", 0)]}
-    draws |= {tuple(v.generator(*key).random(2)) for key in [(0, 0, "b", 0), (0, 0, "a", 1)]}
+    draws = {tuple(generator(*key).random(2)) for key in [(0, 0, "a", 0), (1, 0, "a", 0), (0, 1, "a", 0)]}
+    draws |= {tuple(generator(*key).random(2)) for key in [(0, 0, "b", 0), (0, 0, "a", 1)]}
     assert len(draws) == 5
-    assert v.generator(0, 0, "a", 0).random() == v.generator(0, 0, "a", 0).random()
+    assert generator(0, 0, "a", 0).random() == generator(0, 0, "a", 0).random()
 
 
 def test_random_numbers_of_many_draws():
     """Uniform, without correlation between neighbours, and of their (seed, epoch, scan, draw, kind) alone."""
     epochs, ids, draws = np.repeat([0, 1], 200), [f"scan_{i % 20}" for i in range(400)], np.arange(400) // 20 % 10
-    u = v.uniforms(7, epochs, ids, draws, 100)
+    u = uniforms(7, epochs, ids, draws, 100)
     assert u.shape == (400, 100) and u.dtype == np.float64 and (u >= 0).all() and (u < 1).all()
     assert stats.kstest(u.ravel(), "uniform").pvalue > 1e-3
     assert len(np.unique(u[:, 0])) == 400
     for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1]), (u[200:], u[:200]), (u[20:], u[:-20])):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.03
-    np.testing.assert_array_equal(v.uniforms(7, epochs[[250]], [ids[250]], draws[[250]], 40)[0], u[250, :40])
+    np.testing.assert_array_equal(uniforms(7, epochs[[250]], [ids[250]], draws[[250]], 40)[0], u[250, :40])
     for others in ((8, epochs, ids, draws, 100), (7, epochs, ids, draws, 100, 1)):
-        assert abs(np.corrcoef(v.uniforms(*others).ravel(), u.ravel())[0, 1]) < 0.03
+        assert abs(np.corrcoef(uniforms(*others).ravel(), u.ravel())[0, 1]) < 0.03
 
 
 def test_pairs_of_many_scans_are_those_of_each():
@@ -118,11 +123,11 @@ def test_pairs_of_many_scans_are_those_of_each():
     rng = np.random.default_rng(0)
     shape = np.array([(20, 60, 70), (500, 600, 500), (10, 30, 30), (90, 300, 90)] * 5)
     body = np.stack([shape // 4, shape // 2], -1)
-    u, views = rng.random((20, v.PAIR_NUMBERS)), ViewsConfig(size=(16, 48, 48), foreground=True)
-    boxes, flips = v.sample_pairs(u, shape, views, body)
+    u, views = rng.random((20, PAIR_NUMBERS)), ViewsConfig(size=(16, 48, 48), foreground=True)
+    boxes, flips = sample_pairs(u, shape, views, body)
     assert boxes.shape == (20, 2, 3, 2) and flips.shape == (20, 2, 3)
     for i in range(20):
-        (box,), (flip,) = v.sample_pairs(u[i : i + 1], shape[i : i + 1], views, body[i : i + 1])
+        (box,), (flip,) = sample_pairs(u[i : i + 1], shape[i : i + 1], views, body[i : i + 1])
         np.testing.assert_array_equal(box, boxes[i])
         np.testing.assert_array_equal(flip, flips[i])
 
@@ -134,7 +139,7 @@ def test_regions_are_whole_chunks_and_reach_every_voxel(shape, chunk, foreground
     body = np.array([[n // 3, max(n // 3 + 1, n // 2)] for n in shape])
     u = np.concatenate([rng.random((300, 3)), np.zeros((1, 3)), np.full((1, 3), 1 - 1e-9)])
     many = np.tile(shape, (len(u), 1))
-    regions = v.sample_regions(u, many, np.tile(chunk, (len(u), 1)), views, np.tile(body, (len(u), 1, 1)))
+    regions = sample_regions(u, many, np.tile(chunk, (len(u), 1)), views, np.tile(body, (len(u), 1, 1)))
     start, stop = regions[..., 0], regions[..., 1]
     assert (start >= 0).all() and (stop <= shape).all() and (start % chunk == 0).all()
     assert ((stop % chunk == 0) | (stop == shape)).all()
@@ -156,7 +161,7 @@ def test_resize_keeps_world_coordinates():
             shape[axis] = -1
             ramp = (np.arange(box[axis, 0], box[axis, 1]) + 0.5).reshape(shape)  # edge coordinate of voxel centres
             crop = np.broadcast_to(ramp, box[:, 1] - box[:, 0]).astype(np.float32)
-            view = v.resize_and_flip(crop, size, prior.flip).numpy()
+            view = resize_and_flip(crop, size, prior.flip).numpy()
             line = np.moveaxis(view, axis, 0)[:, 0, 0]
             middle = np.zeros((size[axis], 3))
             middle[:, axis] = line
@@ -176,7 +181,7 @@ class Array:
 
 def test_small_scans_are_padded_with_air():
     values = np.arange(2 * 3 * 4).reshape(2, 3, 4).astype(np.int16)
-    got = v.read_padded(Array(values), np.array([[-1, 4], [1, 3], [2, 6]]), -1024)
+    got = read_padded(Array(values), np.array([[-1, 4], [1, 3], [2, 6]]), -1024)
     expected = np.full((5, 2, 4), -1024)
     expected[1:3, :, :2] = values[:, 1:3, 2:]
     np.testing.assert_array_equal(got, expected)
@@ -192,8 +197,8 @@ def test_the_compiled_render_equals_torch(seed, shape, size, flip):
     rng = np.random.default_rng(seed)
     crop = rng.choice([-32768, -1024, 32767, *rng.integers(-1200, 600, 20)], shape).astype(np.int16)
     window, mean, std = (-1024.0, 325.5), rng.uniform(-800, 200), rng.uniform(200, 500)
-    expected = v.resize_and_flip(v.normalise(crop, window, mean, std), size, np.array(flip))
-    got = v.render(crop, size, np.array(flip), window, mean, std)
+    expected = resize_and_flip(normalise(crop, window, mean, std), size, np.array(flip))
+    got = render(crop, size, np.array(flip), window, mean, std)
     assert kernels.load() is not None
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -203,9 +208,9 @@ def test_crops_of_any_layout_are_rendered():
     scaling = (-1024.0, 325.0), -200.0, 300.0
     region = np.random.default_rng(0).integers(-1000, 400, (20, 40, 44)).astype(np.int16)
     cut, flip = region[3:15, 5:33, 2:40], np.array([True, False, True])
-    expected = v.resize_and_flip(v.normalise(cut, *scaling), (8, 24, 24), flip)
+    expected = resize_and_flip(normalise(cut, *scaling), (8, 24, 24), flip)
     for crop in (cut, np.asfortranarray(cut), cut.astype(np.float32)):
-        torch.testing.assert_close(v.render(crop, (8, 24, 24), flip, *scaling), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(render(crop, (8, 24, 24), flip, *scaling), expected, atol=1e-5, rtol=0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -213,15 +218,15 @@ def test_crops_of_any_layout_are_rendered():
 def test_compiled_noise_and_blur_equal_torch(seed, shape, sigma):
     """Also on views smaller than the blur's kernel; the noise comes from its seed on both routes."""
     view = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    given, params = view.clone(), v.Intensity(0.2, seed, sigma, 1.0, 1.0)
-    got = v.apply_intensity(view, params)
+    given, params = view.clone(), Intensity(0.2, seed, sigma, 1.0, 1.0)
+    got = apply_intensity(view, params)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "load", lambda: None)
-        expected = v.apply_intensity(view, params)
+        expected = apply_intensity(view, params)
     assert torch.equal(view, given)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    noisy = view + 0.2 * v.noise(torch.tensor([seed]), shape)[0]
-    torch.testing.assert_close(v.apply_intensity(view, params._replace(blur_sigma=0)), noisy)
+    noisy = view + 0.2 * noise(torch.tensor([seed]), shape)[0]
+    torch.testing.assert_close(apply_intensity(view, params._replace(blur_sigma=0)), noisy)
 
 
 @settings(max_examples=60, deadline=None)
@@ -231,7 +236,7 @@ def test_compiled_gain_and_gamma_equal_numpy(seed, shape, gain, gamma):
     rng = np.random.default_rng(seed)
     view = rng.normal(0, rng.choice([0, 1e-3, 1, 3]), shape).astype(np.float32)
     view = view.round() if seed % 2 else view
-    got = v.apply_intensity(torch.from_numpy(view), v.Intensity(0.0, 0, 0.0, gain, gamma)).numpy()
+    got = apply_intensity(torch.from_numpy(view), Intensity(0.0, 0, 0.0, gain, gamma)).numpy()
     expected = (view * np.float32(gain)).clip(view.min(), view.max()).astype(np.float64)
     low, span = expected.min(), max(np.ptp(expected), 1e-6)
     if gamma != 1:
@@ -240,7 +245,7 @@ def test_compiled_gain_and_gamma_equal_numpy(seed, shape, gain, gamma):
 
 
 def test_normalise():
-    got = v.normalise(np.array([-3000, -1024, 0, 325, 3000], np.int16), (-1024, 325), -100.0, 50.0)
+    got = normalise(np.array([-3000, -1024, 0, 325, 3000], np.int16), (-1024, 325), -100.0, 50.0)
     np.testing.assert_allclose(got, [(x + 100) / 50 for x in (-1024, -1024, 0, 325, 325)], rtol=1e-6)
 
 
@@ -248,25 +253,25 @@ def test_blur_equals_monai():
     view = torch.randn(12, 20, 16, generator=torch.Generator().manual_seed(0))
     expected = GaussianFilter(3, 0.8, truncated=3.0, approx="sampled")(view[None, None])[0, 0]
     inner = (slice(3, -3),) * 3  # MONAI pads with zeros, we replicate the border
-    torch.testing.assert_close(v.blur(view, 0.8)[inner], expected[inner], atol=2e-3, rtol=0)
+    torch.testing.assert_close(blur(view, 0.8)[inner], expected[inner], atol=2e-3, rtol=0)
 
 
 def test_intensity_operations():
     view = torch.randn(8, 12, 10, generator=torch.Generator().manual_seed(1))
-    plain = v.Intensity(0.0, 0, 0.0, 1.0, 1.0)
-    assert torch.equal(v.apply_intensity(view, plain), view)
-    noisy = v.apply_intensity(view, plain._replace(noise_std=0.3, noise_seed=5))
+    plain = Intensity(0.0, 0, 0.0, 1.0, 1.0)
+    assert torch.equal(apply_intensity(view, plain), view)
+    noisy = apply_intensity(view, plain._replace(noise_std=0.3, noise_seed=5))
     assert abs((noisy - view).std().item() - 0.3) < 0.02
-    gained = v.apply_intensity(view, plain._replace(gain=1.2))
+    gained = apply_intensity(view, plain._replace(gain=1.2))
     torch.testing.assert_close(gained, (view * 1.2).clamp(view.min(), view.max()))
     unit = (view - view.min()) / (view.max() - view.min())
-    gamma = v.apply_intensity(view, plain._replace(gamma=1.4))
+    gamma = apply_intensity(view, plain._replace(gamma=1.4))
     torch.testing.assert_close(gamma, unit**1.4 * (view.max() - view.min()) + view.min(), atol=1e-5, rtol=1e-5)
 
 
 def test_intensity_probabilities():
     rng = np.random.default_rng(0)
-    drawn = [v.sample_intensity(rng, IntensityConfig()) for _ in range(4000)]
+    drawn = [sample_intensity(rng, IntensityConfig()) for _ in range(4000)]
     shares = np.mean([[p.noise_std > 0, p.blur_sigma > 0, p.gain != 1, p.gamma != 1] for p in drawn], 0)
     np.testing.assert_allclose(shares, [0.1, 0.2, 0.5, 0.5], atol=0.03)
     variances = [p.noise_std**2 for p in drawn if p.noise_std]
@@ -284,7 +289,7 @@ def test_a_batch_is_augmented_as_its_views_are(data):
         return st.one_of(st.just(neutral), st.floats(low, high, width=32))
 
     drawn = [
-        v.Intensity(
+        Intensity(
             data.draw(either(0.0, 0.3125, 0.0)),
             data.draw(st.integers(0, 2**62 - 1)),
             data.draw(either(0.25, 1.0, 0.0)),
@@ -295,16 +300,16 @@ def test_a_batch_is_augmented_as_its_views_are(data):
     ]
     views = torch.randn(count, 1, *size, generator=torch.Generator().manual_seed(0))
     intensity = torch.tensor([(p.noise_std, p.blur_sigma, p.gain, p.gamma) for p in drawn])
-    got = v.apply_intensities(views, intensity, torch.tensor([p.noise_seed for p in drawn]), 1.0)
+    got = apply_intensities(views, intensity, torch.tensor([p.noise_seed for p in drawn]), 1.0)
     for one, view, params in zip(got, views, drawn, strict=True):
-        torch.testing.assert_close(one[0], v.apply_intensity(view[0], params), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one[0], apply_intensity(view[0], params), atol=1e-4, rtol=1e-4)
 
 
 def test_noise_is_normal_and_of_its_seed_alone():
     seeds = torch.tensor([0, 1, 2**62 - 1])
-    drawn = v.noise(seeds, (16, 48, 48))
+    drawn = noise(seeds, (16, 48, 48))
     assert drawn.dtype == torch.float32 and drawn.shape == (3, 16, 48, 48)
-    assert torch.equal(drawn[1], v.noise(seeds[1:2], (16, 48, 48))[0])
+    assert torch.equal(drawn[1], noise(seeds[1:2], (16, 48, 48))[0])
     flat = drawn.flatten(1).double().numpy()
     for row in flat:
         assert stats.kstest(row, "norm").pvalue > 1e-3

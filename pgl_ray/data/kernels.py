@@ -166,7 +166,7 @@ def _gain_and_gamma(view, low, high, gain, gamma, out):
 
 
 def _normal(state, std, out):
-    """Adds normal numbers, as `views.noise` draws them, to float32's rounding.
+    """Adds normal numbers, as `random_numbers.noise` draws them, to float32's rounding.
 
     Logarithm, sine and cosine are Cephes' polynomials in loops without branches, which become vector instructions.
 
@@ -175,11 +175,8 @@ def _normal(state, std, out):
         std: float32, standard deviation.
         out: float32 [n], to be added to: the cosines' half first.
     """
-    step, factor_1, factor_2 = (
-        np.uint64(0x9E3779B97F4A7C15),
-        np.uint64(0xBF58476D1CE4E5B9),
-        np.uint64(0x94D049BB133111EB),
-    )
+    step = np.uint64(0x9E3779B97F4A7C15)
+    factor_1, factor_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
     mask, one, half = np.uint64(0xFFFFFF), np.float32(1), np.float32(0.5)
     quarter, radians, log_2 = np.float32(2**22), np.float32(2 * np.pi / 2**24), np.float32(0.69314718056)
     root_half = np.int32(0x3F3504F3)  # bits of sqrt(1 / 2): mantissas are taken from there to sqrt(2)

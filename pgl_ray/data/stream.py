@@ -21,16 +21,28 @@ import torch
 
 from pgl_ray import ray_internals
 from pgl_ray.config import IntensityConfig, PatchConfig, ViewsConfig
-from pgl_ray.data import chunks, wire
-from pgl_ray.data import views as v
+from pgl_ray.data import chunks, rendering, wire
 from pgl_ray.data.array_reader import ArrayReader, Chunks, UnreadableScan
+from pgl_ray.data.batch_views import apply_intensities, render_each
 from pgl_ray.data.columns import Names
 from pgl_ray.data.hu_codes import hu_of_codes
+from pgl_ray.data.intensity_ops import (
+    INTENSITY_NUMBERS,
+    Intensity,
+    apply_intensity,
+    sample_intensities,
+    sample_intensity,
+)
 from pgl_ray.data.place import is_far
+from pgl_ray.data.random_numbers import generator, uniforms
+from pgl_ray.data.regions import Region, sample_pairs_in, sample_regions
+from pgl_ray.data.rendering import read_all_padded, read_padded, resize_and_flip
+from pgl_ray.data.sampling import PAIR_NUMBERS, centred_start, largest_crop, sample_pairs, sample_prior
 from pgl_ray.data.scan_files import open_label, open_volume
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.shard import chunk_of
 from pgl_ray.data.store import Index, class_lookup, read_index
+from pgl_ray.prior import Prior
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -250,11 +262,11 @@ def _chunk(array_metadata: str) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=2 * REGIONS_MIXED)
-def region_of(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> v.Region:
+def region_of(store: str, scan_id: str, box: tuple[int, ...], codes: bool) -> Region:
     """A region of a scan, kept while its pairs are drawn: int16, 2.4 MB for views of 16x96x96."""
     bounds, volume = np.reshape(box, (3, 2)), volume_reader(store, scan_id, codes)
     near = reader_of_region(store, scan_id, box, codes) if volume.far else volume
-    return v.Region(near.read_boxes([bounds])[0], tuple(bounds[:, 0].tolist()), volume.shape)
+    return Region(near.read_boxes([bounds])[0], tuple(bounds[:, 0].tolist()), volume.shape)
 
 
 class AtHand(NamedTuple):
@@ -291,7 +303,7 @@ def reader_of_region(store: str, scan_id: str, box: tuple[int, ...], codes: bool
     return AtHand(reader, {place: memoryview(bytes(data)) for place, data in places.items()})  # of more than that
 
 
-def _reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = False) -> ArrayReader | v.Region:
+def _reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = False) -> ArrayReader | Region:
     """What reads a scan's voxels, or those of its region alone."""
     if region is None:
         return volume_reader(store, scan_id, codes)
@@ -320,7 +332,7 @@ class Drawn(NamedTuple):
         scan_ids: [B].
         region: int64 [B, 3, 2]; none: the whole scans.
         box, flip: int64 [B, 2, 3, 2] and bool [B, 2, 3], the two priors.
-        intensity, noise_seed: float64 [B, 2, 4] and int64 [B, 2], as in `views.Intensity`.
+        intensity, noise_seed: float64 [B, 2, 4] and int64 [B, 2], as in `intensity_ops.Intensity`.
     """
 
     rows: dict[str, np.ndarray]
@@ -387,7 +399,7 @@ class PairRenderer:
                 out["view_" + view] = _recycled("view_" + view, (num, 1, *self.views.size), np.float16)
             else:
                 stored = np.dtype(json.loads(index.by_id[drawn.scan_ids[0]].array_metadata)["data_type"])
-                out["crop_" + view] = _recycled("crop_" + view, (num, 1, *v.largest_crop(self.views)), stored)
+                out["crop_" + view] = _recycled("crop_" + view, (num, 1, *largest_crop(self.views)), stored)
             if self.deform:
                 out["deformed_" + view] = _recycled("deformed_" + view, out["view_" + view].shape, np.float16)
             if not self.augment:
@@ -473,7 +485,7 @@ class PairRenderer:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row's voxels, at most."""
-        size = self.views.size if self.resize else v.largest_crop(self.views)
+        size = self.views.size if self.resize else largest_crop(self.views)
         return 2 * 2 * math.prod(size) * (2 if self.deform else 1)
 
     def draw(self, rows: dict[str, np.ndarray], index: Index | None = None) -> "Drawn":
@@ -488,38 +500,36 @@ class PairRenderer:
         shape, body = index.numbers("shape", scan_ids), None
         if self.views.foreground:
             body = index.numbers("foreground_box", scan_ids).reshape(-1, 3, 2)
-        u = v.uniforms(*key, scan_ids, rows["draw"], v.PAIR_NUMBERS + 2 * v.INTENSITY_NUMBERS)
-        of_pair, of_views = np.split(u, [v.PAIR_NUMBERS], axis=1)
+        u = uniforms(*key, scan_ids, rows["draw"], PAIR_NUMBERS + 2 * INTENSITY_NUMBERS)
+        of_pair, of_views = np.split(u, [PAIR_NUMBERS], axis=1)
         region = None
         if self.pairs_per_region == 1:
-            box, flip = v.sample_pairs(of_pair, shape, self.views, body, self.shared_box)
+            box, flip = sample_pairs(of_pair, shape, self.views, body, self.shared_box)
         else:
-            of_region = v.uniforms(*key, scan_ids, rows["draw"] // self.pairs_per_region, 3, of=1)
+            of_region = uniforms(*key, scan_ids, rows["draw"] // self.pairs_per_region, 3, of=1)
             by_id = index.by_id
             chunk = np.array([_chunk(by_id[scan_id].array_metadata) for scan_id in scan_ids])
-            region = v.sample_regions(of_region, shape, chunk, self.views, body)
-            box, flip = v.sample_pairs_in(region, of_pair, self.views, body, self.shared_box)
-        of_views = of_views.reshape(-1, 2, v.INTENSITY_NUMBERS)
-        return Drawn(rows, scan_ids, region, box, flip, *v.sample_intensities(of_views, self.intensity))
+            region = sample_regions(of_region, shape, chunk, self.views, body)
+            box, flip = sample_pairs_in(region, of_pair, self.views, body, self.shared_box)
+        of_views = of_views.reshape(-1, 2, INTENSITY_NUMBERS)
+        return Drawn(rows, scan_ids, region, box, flip, *sample_intensities(of_views, self.intensity))
 
     def _render(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray], reader: Any) -> None:
         """Views of row i."""
         index = _index(self.store)
-        crops = v.read_all_padded(reader, drawn.box[i], AIR)
+        crops = read_all_padded(reader, drawn.box[i], AIR)
         scan, rng = index.by_id[drawn.scan_ids[i]], None
         for k, crop in enumerate(crops):
-            view = v.render(crop, self.views.size, drawn.flip[i, k], index.hu_window, scan.mean_hu, scan.std_hu)
+            view = rendering.render(crop, self.views.size, drawn.flip[i, k], index.hu_window, scan.mean_hu, scan.std_hu)
             if self.augment:
                 (std, *others), seed = drawn.intensity[i, k].tolist(), int(drawn.noise_seed[i, k])
-                view = v.apply_intensity(view, v.Intensity(std, seed, *others))
+                view = apply_intensity(view, Intensity(std, seed, *others))
             shown = out[f"view_{k + 1}"][i, 0]
             torch.from_numpy(shown).copy_(view)  # numpy's cast is slow
             if self.deform:
                 from pgl_ray.data.deform import deform  # takes MONAI, whose import costs every process five seconds
 
-                rng = rng or v.generator(
-                    self.seed, int(drawn.rows["epoch"][i]), scan.scan_id, int(drawn.rows["draw"][i])
-                )
+                rng = rng or generator(self.seed, int(drawn.rows["epoch"][i]), scan.scan_id, int(drawn.rows["draw"][i]))
                 out[f"deformed_{k + 1}"][i, 0] = deform(torch.from_numpy(shown.astype(np.float32)), rng)
 
     def _cut(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray], reader: Any) -> None:
@@ -528,7 +538,7 @@ class PairRenderer:
         air = (
             AIR if out["crop_1"].dtype == np.int16 else round(255 * (max(AIR, window[0]) - window[0]) / np.ptp(window))
         )
-        for k, crop in enumerate(v.read_all_padded(reader, drawn.box[i], air)):
+        for k, crop in enumerate(read_all_padded(reader, drawn.box[i], air)):
             target, (depth, height, width) = out[f"crop_{k + 1}"][i, 0], crop.shape
             target[:depth, :height, :width] = crop
             target[depth:], target[:depth, height:], target[:depth, :height, width:] = 0, 0, 0
@@ -580,7 +590,7 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
 
     def read() -> None:
         for i, boxes in enumerate(drawn.box):
-            v.read_all_padded(_reader(renderer.store, *drawn.part(i), codes), boxes, AIR if not codes else 0)
+            read_all_padded(_reader(renderer.store, *drawn.part(i), codes), boxes, AIR if not codes else 0)
 
     def fetch_ahead() -> None:
         for _, ready in renderer.fetched(renderer.in_turn(drawn), drawn):
@@ -634,11 +644,11 @@ def finish(
             crops, prior = batch["crop_" + view], (batch["box_" + view], batch["flip_" + view])
             if crops.dtype == torch.uint8:
                 crops = _hu_of_codes(tuple(hu_window), crops.device)[crops.int()]
-            done["view_" + view] = v.render_each(crops, *prior, size, hu_window, batch["scaling"])
+            done["view_" + view] = render_each(crops, *prior, size, hu_window, batch["scaling"])
         if "intensity_" + view in batch:
             params = batch["intensity_" + view], batch["noise_seed_" + view]
             views = done.get("view_" + view, batch.get("view_" + view))
-            done["view_" + view] = v.apply_intensities(views, *params, intensity.blur_sigma[1])
+            done["view_" + view] = apply_intensities(views, *params, intensity.blur_sigma[1])
     return batch | done if done else batch
 
 
@@ -677,27 +687,27 @@ class PatchRenderer:
         found = [index.by_id[self.scan_ids[scan]] for scan in rows["scan"].tolist()]
         drawn = []
         for i, record in enumerate(found):
-            rng = v.generator(self.seed, int(rows["epoch"][i]), record.scan_id, int(rows["draw"][i]))
-            drawn.append((record.scan_id, self._prior(rng, record), v.sample_intensity(rng, self.intensity)))
+            rng = generator(self.seed, int(rows["epoch"][i]), record.scan_id, int(rows["draw"][i]))
+            drawn.append((record.scan_id, self._prior(rng, record), sample_intensity(rng, self.intensity)))
         with closing(self._readers(drawn)) as readers:
             for i, (record, (_, prior, params), ready) in enumerate(zip(found, drawn, readers, strict=True)):
                 volume, labels = ready()
-                (crop,) = v.read_all_padded(volume, [prior.box], AIR)
-                crop = v.render(crop, size, prior.flip, index.hu_window, record.mean_hu, record.std_hu)
-                classes = lookup[v.read_padded(labels, prior.box, 0)].astype(np.float32)
-                torch.from_numpy(out["patch"][i, 0]).copy_(v.apply_intensity(crop, params))
-                out["target"][i, 0] = v.resize_and_flip(classes, size, prior.flip, "nearest-exact").numpy()
+                (crop,) = read_all_padded(volume, [prior.box], AIR)
+                crop = rendering.render(crop, size, prior.flip, index.hu_window, record.mean_hu, record.std_hu)
+                classes = lookup[read_padded(labels, prior.box, 0)].astype(np.float32)
+                torch.from_numpy(out["patch"][i, 0]).copy_(apply_intensity(crop, params))
+                out["target"][i, 0] = resize_and_flip(classes, size, prior.flip, "nearest-exact").numpy()
                 out["labelled"][i] = [1, *(value in record.labelled for value in values)]
         return out
 
-    def _readers(self, drawn: list[tuple[str, v.Prior, v.Intensity]]) -> Iterator[Callable[[], Sequence[Any]]]:
+    def _readers(self, drawn: list[tuple[str, Prior, Intensity]]) -> Iterator[Callable[[], Sequence[Any]]]:
         """For each patch in turn what gives the readers of its voxels and labels, fetched ahead where the store is
         far."""
 
-        def readers(one: tuple[str, v.Prior, v.Intensity]) -> Sequence[Any]:
+        def readers(one: tuple[str, Prior, Intensity]) -> Sequence[Any]:
             return volume_reader(self.store, one[0]), _label(self.store, one[0])
 
-        def fetch(one: tuple[str, v.Prior, v.Intensity]) -> Sequence[Any]:
+        def fetch(one: tuple[str, Prior, Intensity]) -> Sequence[Any]:
             return [_fetch(reader, [one[1].box]) for reader in readers(one)]
 
         if not is_far(self.store):
@@ -710,13 +720,13 @@ class PatchRenderer:
         """Bytes of a row's voxels."""
         return 3 * math.prod(self.patch.size)
 
-    def _prior(self, rng: np.random.Generator, record: ScanRecord) -> v.Prior:
+    def _prior(self, rng: np.random.Generator, record: ScanRecord) -> Prior:
         """A crop as the views', or with `foreground_share` one whose middle lies in a random organ's box."""
-        prior = v.sample_prior(rng, record.shape, self.patch, record.foreground_box)
+        prior = sample_prior(rng, record.shape, self.patch, record.foreground_box)
         centred = rng.random() < self.foreground_share
         boxes = sorted(record.label_boxes.items())
         if not centred or not boxes:
             return prior
         length = prior.box[:, 1] - prior.box[:, 0]
-        start = v.centred_start(rng, boxes[rng.integers(len(boxes))][1], record.shape, length)
-        return v.Prior(np.stack([start, start + length], -1), prior.flip)
+        start = centred_start(rng, boxes[rng.integers(len(boxes))][1], record.shape, length)
+        return Prior(np.stack([start, start + length], -1), prior.flip)

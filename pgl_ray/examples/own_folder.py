@@ -17,7 +17,7 @@ import numpy as np
 
 from pgl_ray import api, inspect, prepare, pretrain, report
 from pgl_ray.config import InspectConfig, PrepareConfig, PretrainConfig, ReportConfig, load
-from pgl_ray.data.views import sample_pair
+from pgl_ray.data.sampling import sample_pair
 from pgl_ray.phantom.phantom import write_phantoms
 from pgl_ray.prior import overlap_box
 from pgl_ray.shipped import found

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgl_ray.data.rendering import normalise
 from pgl_ray.data.scan_files import open_label, open_volume
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index, class_lookup
-from pgl_ray.data.views import normalise
 from pgl_ray.judge.dense import dense_maps
 from pgl_ray.judge.readings import AIR, StandardisedMaps
 from pgl_ray.model.losses import segmentation_loss

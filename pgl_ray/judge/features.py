@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from pgl_ray.config import CropConfig
-from pgl_ray.data.views import generator, normalise, read_padded, render, sample_prior
+from pgl_ray.data.random_numbers import generator
+from pgl_ray.data.rendering import normalise, read_padded, render
+from pgl_ray.data.sampling import sample_prior
 from pgl_ray.data.voxel_statistics import foreground_box, statistics
 from pgl_ray.files.ct import Scan
 from pgl_ray.files.resample import resample

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from pgl_ray.data.views import generator, normalise
+from pgl_ray.data.random_numbers import generator
+from pgl_ray.data.rendering import normalise
 from pgl_ray.judge.decoder import LabelledScan
 from pgl_ray.judge.dense import dense_maps
 from pgl_ray.judge.readings import AIR, StandardisedMaps, body_points

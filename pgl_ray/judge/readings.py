@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pgl_ray.config import CropConfig, FailedRun
+from pgl_ray.data.random_numbers import generator
+from pgl_ray.data.rendering import read_padded, render
+from pgl_ray.data.sampling import sample_prior
 from pgl_ray.data.scan_files import open_volume
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index
-from pgl_ray.data.views import generator, read_padded, render, sample_prior
 from pgl_ray.data.voxel_statistics import BODY_HU
 from pgl_ray.model.device import Net
 from pgl_ray.model.resenc import ResEncoder

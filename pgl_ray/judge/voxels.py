@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgl_ray.config import FailedRun, ProbeSettings
+from pgl_ray.data.random_numbers import generator
+from pgl_ray.data.rendering import normalise
 from pgl_ray.data.scan_files import open_label, open_volume
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index, class_lookup
-from pgl_ray.data.views import generator, normalise
 from pgl_ray.data.voxel_statistics import BODY_HU
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder

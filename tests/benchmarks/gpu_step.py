@@ -53,7 +53,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pgl_ray.config import FinetuneOptimConfig, IntensityConfig, PretrainOptimConfig, ViewsConfig
-from pgl_ray.data import views as v
+from pgl_ray.data.batch_views import apply_intensities, render_each
+from pgl_ray.data.intensity_ops import INTENSITY_NUMBERS, Intensity, apply_intensity, sample_intensities
+from pgl_ray.data.rendering import render
+from pgl_ray.data.sampling import PAIR_NUMBERS, largest_crop, sample_pairs
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.inference import time_forward
@@ -206,11 +209,11 @@ def crops_of(args, num: int, seed: int) -> dict[str, torch.Tensor]:
     config = ViewsConfig(size=sizes(args)["views"])
     rng = np.random.default_rng(seed)
     shape = np.tile(2 * np.array(config.size), (num, 1))
-    box, flip = v.sample_pairs(rng.random((num, v.PAIR_NUMBERS)), shape, config)
-    intensity, noise_seed = v.sample_intensities(rng.random((num, 2, v.INTENSITY_NUMBERS)), IntensityConfig())
+    box, flip = sample_pairs(rng.random((num, PAIR_NUMBERS)), shape, config)
+    intensity, noise_seed = sample_intensities(rng.random((num, 2, INTENSITY_NUMBERS)), IntensityConfig())
     batch = {"scaling": torch.tensor([[-400.0, 350.0]]).repeat(num, 1)}
     for k, view in enumerate(("1", "2")):
-        batch["crop_" + view] = torch.from_numpy(rng.integers(-1100, 400, (num, 1, *v.largest_crop(config)), np.int16))
+        batch["crop_" + view] = torch.from_numpy(rng.integers(-1100, 400, (num, 1, *largest_crop(config)), np.int16))
         batch["box_" + view], batch["flip_" + view] = torch.from_numpy(box[:, k]), torch.from_numpy(flip[:, k])
         batch["intensity_" + view] = torch.from_numpy(intensity[:, k]).float()
         batch["noise_seed_" + view] = torch.from_numpy(noise_seed[:, k])
@@ -222,9 +225,9 @@ def augment(args, batch: dict[str, torch.Tensor]) -> Pair:
     made = dict(batch)
     for view in ("1", "2"):
         prior = batch["box_" + view], batch["flip_" + view]
-        views = v.render_each(batch["crop_" + view], *prior, sizes(args)["views"], WINDOW, batch["scaling"])
+        views = render_each(batch["crop_" + view], *prior, sizes(args)["views"], WINDOW, batch["scaling"])
         params = batch["intensity_" + view], batch["noise_seed_" + view]
-        made["view_" + view] = v.apply_intensities(views, *params, IntensityConfig().blur_sigma[1])
+        made["view_" + view] = apply_intensities(views, *params, IntensityConfig().blur_sigma[1])
     return Pair.from_batch(made)
 
 
@@ -259,9 +262,9 @@ def checks(args) -> dict[str, float]:
         for view in ("1", "2"):
             box, flip = (batch[name + view][i].cpu().numpy() for name in ("box_", "flip_"))
             crop = batch["crop_" + view][i, 0].cpu().numpy()[tuple(slice(n) for n in box[:, 1] - box[:, 0])]
-            shown = v.render(crop, sizes(args)["views"], flip, WINDOW, *batch["scaling"][i].tolist())
+            shown = render(crop, sizes(args)["views"], flip, WINDOW, *batch["scaling"][i].tolist())
             std, *others = batch["intensity_" + view][i].tolist()
-            shown = v.apply_intensity(shown, v.Intensity(std, int(batch["noise_seed_" + view][i]), *others))
+            shown = apply_intensity(shown, Intensity(std, int(batch["noise_seed_" + view][i]), *others))
             other = getattr(made, "view_" + view)[i, 0].cpu()
             worst = max(worst, ((other - shown).norm() / shown.norm()).item())
     return found | {"views, device against CPU": worst}

@@ -33,15 +33,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 from pgl_ray.config import IntensityConfig, ViewsConfig
-from pgl_ray.data import stream, views
+from pgl_ray.data import stream
+from pgl_ray.data.intensity_ops import Intensity, apply_intensity
+from pgl_ray.data.rendering import render
 
 def mebibytes():
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 folder, num, pairs, seconds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-view = views.render(np.zeros((20, 110, 110), np.int16), (16, 96, 96), np.zeros(3), (-1024, 325), 0, 300)
-views.apply_intensity(view, views.Intensity(0.1, 1, 1.0, 1.1, 0.9))  # imports numba, loads the compiled kernels
+view = render(np.zeros((20, 110, 110), np.int16), (16, 96, 96), np.zeros(3), (-1024, 325), 0, 300)
+apply_intensity(view, Intensity(0.1, 1, 1.0, 1.1, 0.9))  # imports numba, loads the compiled kernels
 before, began, cpu = mebibytes(), time.perf_counter(), time.process_time()
 plan = stream.Plan.make([f"imagesTr__case_{i:07}" for i in range(num)], 1, pairs, 10**6 // num + 1, None, 0)
 renderer = stream.PairRenderer(folder, plan.scan_ids, 0, ViewsConfig(), IntensityConfig())

@@ -34,8 +34,10 @@ import torch.nn.functional as F
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
 from pgl_ray.data import kernels, scan_files, store, stream, voxel_statistics
-from pgl_ray.data import views as v
 from pgl_ray.data.folder import LocalFile
+from pgl_ray.data.intensity_ops import apply_intensity, sample_intensity
+from pgl_ray.data.rendering import normalise, render, resize_and_flip
+from pgl_ray.data.sampling import sample_pair
 from pgl_ray.files import ct
 
 BODY = Path(os.environ.get("PGL_RAY_TEST_DATA", "../shared/data")) / "body/images"
@@ -194,12 +196,12 @@ def drawn(volumes: dict[str, np.ndarray]) -> Iterator[tuple[str, tuple]]:
     rng = np.random.default_rng(0)
     while True:
         for scan_id in rng.permutation(list(volumes)).tolist():
-            yield scan_id, v.sample_pair(rng, volumes[scan_id].shape, VIEWS)
+            yield scan_id, sample_pair(rng, volumes[scan_id].shape, VIEWS)
 
 
 def scaled(volume: np.ndarray) -> np.ndarray:
     mean, std = voxel_statistics.statistics(volume, WINDOW)
-    return v.normalise(volume, WINDOW, mean, std)
+    return normalise(volume, WINDOW, mean, std)
 
 
 def slices(prior) -> tuple[slice, ...]:
@@ -217,10 +219,10 @@ def reading(cut: Callable[[str, tuple], np.ndarray], volumes, compiled: bool) ->
             for prior in priors:
                 crop, scaling = np.asarray(cut(scan_id, slices(prior))), (WINDOW, *statistics_of[scan_id])
                 if compiled:
-                    view = v.render(crop, VIEWS.size, prior.flip, *scaling)
+                    view = render(crop, VIEWS.size, prior.flip, *scaling)
                 else:
-                    view = v.resize_and_flip(v.normalise(crop, *scaling), VIEWS.size, prior.flip)
-                v.apply_intensity(view, v.sample_intensity(rng, INTENSITY)).half()
+                    view = resize_and_flip(normalise(crop, *scaling), VIEWS.size, prior.flip)
+                apply_intensity(view, sample_intensity(rng, INTENSITY)).half()
 
     return work
 
