@@ -21,7 +21,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pgl_ray.config import BenchConfig
-from pgl_ray.data import store, stream
+from pgl_ray.data import render_costs, store, stream
+from pgl_ray.data.batch_views import finish
+from pgl_ray.data.regions import REGIONS_MIXED
 from pgl_ray.data.system import num_cores
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device
@@ -108,10 +110,10 @@ def run(config: BenchConfig) -> Result:
     # the stages of rendering, one core; of pairs that share regions as many as are shuffled together
     num_rows = min(max(worker_batch, num_pairs), 64)
     if plan.pairs_per_region > 1:
-        num_rows = stream.REGIONS_MIXED * plan.pairs_per_region
+        num_rows = REGIONS_MIXED * plan.pairs_per_region
     rows = plan.columns(0, -(-num_rows // plan.global_batch_size))
     rows = {name: column[:num_rows] for name, column in rows.items()}
-    costs = stream.measure(renderer, rows)
+    costs = render_costs.measure(renderer, rows)
     place = index.store, *(costs.pop(name) for name in ("place", "place_requests", "place_bytes"))
     read_ratio = costs.pop("bytes_read") / costs.pop("crop_bytes")
 
@@ -228,7 +230,7 @@ def _step(
     autocast = on.autocast(device, config.train.precision)
 
     def step(batch: dict[str, torch.Tensor]) -> None:
-        pair = Pair.from_batch(stream.finish(batch, config.views.size, config.intensity, hu_window))
+        pair = Pair.from_batch(finish(batch, config.views.size, config.intensity, hu_window))
         train_step(net, net, optimizer, schedule, pair, config.ema_decay, autocast)
 
     return step

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from pgl_ray.config import CheckAlignConfig, FailedRun, build
 from pgl_ray.data import scan_files, store
 from pgl_ray.data.durable import put_in_place
-from pgl_ray.data.rendering import normalise, read_padded, resize_and_flip
+from pgl_ray.data.rendering import AIR, normalise, read_padded, resize_and_flip
 from pgl_ray.data.sampling import ablated, sample_pair
-from pgl_ray.data.stream import AIR
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
 from pgl_ray.model.resnet import Encoder

@@ -24,11 +24,10 @@ import torch
 from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.facts import seen_notes
-from pgl_ray.data.rendering import normalise
+from pgl_ray.data.rendering import AIR, normalise
 from pgl_ray.data.scan_files import open_label, open_source_label, open_volume
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index, class_lookup, read_index
-from pgl_ray.data.stream import AIR
 from pgl_ray.files.resample import onto_grid
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import TooLittleMemory, out_of_memory, pick_device, segment, time_forward

@@ -20,6 +20,7 @@ from pgl_ray import evaluate
 from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import spacing_note, training_facts
+from pgl_ray.data.patch_renderer import PatchRenderer
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.judge import readings
 from pgl_ray.model import device as on
@@ -84,7 +85,7 @@ def run(config: FinetuneConfig) -> Result:
         if not finished:
             launch.connect(config.ray)
             nodes.await_nodes(config.train, done)
-            renderer = stream.PatchRenderer(
+            renderer = PatchRenderer(
                 index.store, plan.scan_ids, config.seed, config.patch, config.intensity, config.foreground_share
             )
             feed = partial(stream.dataset, plan, renderer, num_cpus=launch.RENDER_CPUS)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from pgl_ray.config import AlignConfig, PretrainConfig
+from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.store import Index
-from pgl_ray.data.stream import PairRenderer, Plan
+from pgl_ray.data.stream import Plan
 from pgl_ray.model.pgl import feature_geometry
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder

@@ -19,8 +19,7 @@ import pgl_ray
 from pgl_ray.config import FailedRun, PredictConfig
 from pgl_ray.data.durable import check_writable, put_in_place, write_aside
 from pgl_ray.data.facts import disagreements
-from pgl_ray.data.rendering import normalise
-from pgl_ray.data.stream import AIR
+from pgl_ray.data.rendering import AIR, normalise
 from pgl_ray.data.voxel_statistics import statistics
 from pgl_ray.files import ct, dicom, identity
 from pgl_ray.files.accounts import json_lines, skipped, unused

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from pgl_ray import outlook
 from pgl_ray.config import FailedRun, PretrainConfig, StreamConfig, build
 from pgl_ray.data import store, stream
+from pgl_ray.data.batch_views import finish
 from pgl_ray.data.facts import seen_notes, training_facts
+from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.sampling import ablated
 from pgl_ray.judge.judges import Judges
 from pgl_ray.judge.readings import READINGS
@@ -153,14 +155,12 @@ def build_model(config: PretrainConfig) -> tuple[nn.Module, Geometry]:
     return model, geometry
 
 
-def make_renderer(
-    config: PretrainConfig, index: store.Index, plan: stream.Plan, has_gpu: bool = False
-) -> stream.PairRenderer:
+def make_renderer(config: PretrainConfig, index: store.Index, plan: stream.Plan, has_gpu: bool = False) -> PairRenderer:
     """What turns rows of the plan into pairs of views, the ablations included; `has_gpu`: the workers have one."""
     on_gpu = config.stream.on_gpu
     if on_gpu == "auto":
         on_gpu = "intensity" if has_gpu and config.method != "genesis" else "nothing"
-    return stream.PairRenderer(
+    return PairRenderer(
         index.store,
         plan.scan_ids,
         config.seed,
@@ -218,7 +218,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
         # views
         _check_rows(batch, session)
         skipped.add(batch["missed"])
-        batch = stream.finish(batch, config.views.size, config.intensity, worker_config["hu_window"])
+        batch = finish(batch, config.views.size, config.intensity, worker_config["hu_window"])
         if session.step == 0 and session.rank == 0:
             _keep_views(session.run, batch, plan)
         pair = Pair.from_batch(batch)

@@ -18,11 +18,10 @@ import numpy as np
 from pgl_ray.config import ReportConfig
 from pgl_ray.data.array_reader import ArrayReader
 from pgl_ray.data.durable import write_aside
-from pgl_ray.data.rendering import normalise, read_padded, resize_and_flip
+from pgl_ray.data.rendering import AIR, normalise, read_padded, resize_and_flip
 from pgl_ray.data.scan_files import open_label, open_source_label, open_volume
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index, read_index
-from pgl_ray.data.stream import AIR
 from pgl_ray.data.voxel_statistics import foreground_box
 from pgl_ray.files.resample import onto_grid
 from pgl_ray.pages import answers, curves, pages, pictures, probe_tables, sweep_report, tables

@@ -65,14 +65,16 @@ import sys, time, numpy as np, pyarrow.parquet
 from pathlib import Path
 from pgl_ray.config import IntensityConfig, ViewsConfig
 from pgl_ray.data import stream
+from pgl_ray.data.pair_renderer import PairRenderer
+from pgl_ray.data.render_cache import index_of
 def rss():
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line).split()[1])
 def ready(ids):
     plan = stream.Plan.make(ids, 1, 128, 1, None, 0)
-    renderer = stream.PairRenderer(sys.argv[1], plan.scan_ids, 0, ViewsConfig(), IntensityConfig(), pairs_per_region=1)
+    renderer = PairRenderer(sys.argv[1], plan.scan_ids, 0, ViewsConfig(), IntensityConfig(), pairs_per_region=1)
     drawn = renderer.draw(plan.columns(0, 1))
     for scan_id in drawn.scan_ids:
-        stream._index(sys.argv[1]).by_id[scan_id].array_metadata
+        index_of(sys.argv[1]).by_id[scan_id].array_metadata
 before, began = rss(), time.process_time()
 ready([f"imagesTr__case_{i:07}" for i in range(int(sys.argv[2]))])
 print(time.process_time() - began, (rss() - before) / 1024)

@@ -12,6 +12,7 @@ from torch import nn
 from pgl_ray import finetune, pretrain
 from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
 from pgl_ray.data import scan_files, store, stream
+from pgl_ray.data.patch_renderer import PatchRenderer
 from pgl_ray.model.pgl import Pair
 from pgl_ray.phantom.phantom import ORGANS, make_phantom
 from pgl_ray.train import health, optim
@@ -142,9 +143,7 @@ def tuning_losses(phantoms, decoder, init, seed, num_steps=40):
     model, _, _ = finetune.build_model(config, index)
     ids = [scan.scan_id for scan in index.scans]
     plan = stream.Plan.make(ids, 8, config.global_batch_size, config.epochs, config.max_steps, config.seed)
-    cut = stream.PatchRenderer(
-        index.store, plan.scan_ids, seed, config.patch, config.intensity, config.foreground_share
-    )
+    cut = PatchRenderer(index.store, plan.scan_ids, seed, config.patch, config.intensity, config.foreground_share)
     optimizer, losses = optim.build_finetuning(model.train(), config.optim), []
     schedule = optim.polynomial(optimizer, num_steps)
     for batch in tensors(cut, plan, num_steps):

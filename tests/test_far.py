@@ -13,8 +13,11 @@ import pytest
 from far_bucket import Served
 
 from pgl_ray.config import FailedRun, IntensityConfig, PatchConfig, ViewsConfig
-from pgl_ray.data import chunks, place, scan_files, store, stream, wire
+from pgl_ray.data import chunks, place, render_cache, render_costs, scan_files, store, stream, wire
 from pgl_ray.data.array_reader import UnreadableScan
+from pgl_ray.data.pair_renderer import PairRenderer
+from pgl_ray.data.patch_renderer import PatchRenderer
+from pgl_ray.data.render_cache import reader_of_region, region_of
 
 pytest.importorskip("obstore", reason="no obstore: pip install 'pgl_ray[cloud]'")
 
@@ -58,7 +61,7 @@ def far(here, monkeypatch):
 
 def forget() -> None:
     """As in a process of its own."""
-    for kept in (value for module in (stream, chunks, wire) for value in vars(module).values()):
+    for kept in (value for module in (render_cache, chunks, wire) for value in vars(module).values()):
         if hasattr(kept, "cache_clear"):
             kept.cache_clear()
 
@@ -68,8 +71,8 @@ def rows_of(num: int, per_region: int = 1) -> dict[str, np.ndarray]:
     return plan.columns(0, 1)
 
 
-def pairs(url, **changes) -> stream.PairRenderer:
-    return stream.PairRenderer(str(url), IDS, 3, VIEWS, IntensityConfig(), **changes)
+def pairs(url, **changes) -> PairRenderer:
+    return PairRenderer(str(url), IDS, 3, VIEWS, IntensityConfig(), **changes)
 
 
 def assert_same(one: dict, other: dict) -> None:
@@ -92,7 +95,7 @@ def test_views_from_far_are_those_of_a_folder(here, far, name, how):
 def test_patches_from_far_are_those_of_a_folder(here, far):
     rows = {name: value % 5 if name == "scan" else value for name, value in rows_of(16).items()}
     renderers = [
-        stream.PatchRenderer(url, IDS, 3, PatchConfig(size=(8, 24, 16)), IntensityConfig(), 0.5)
+        PatchRenderer(url, IDS, 3, PatchConfig(size=(8, 24, 16)), IntensityConfig(), 0.5)
         for url in ("s3://far/hu", str(here / "hu"))
     ]
     assert_same(renderers[0](rows), renderers[1](rows))
@@ -118,12 +121,12 @@ def test_a_visit_takes_one_request_and_they_overlap(here, far):
 @pytest.mark.parametrize("per_region", [1, 4])
 def test_what_the_place_costs_is_measured(here, far, per_region):
     rows = rows_of(32, per_region)
-    costs = stream.measure(pairs("s3://far/hu", pairs_per_region=per_region), rows)
-    near = stream.measure(pairs(here / "hu", pairs_per_region=per_region), rows)
+    costs = render_costs.measure(pairs("s3://far/hu", pairs_per_region=per_region), rows)
+    near = render_costs.measure(pairs(here / "hu", pairs_per_region=per_region), rows)
     assert costs["bytes_read"] == near["bytes_read"] and costs["crop_bytes"] == near["crop_bytes"]
     far.counts()
     wanted = pairs("s3://far/hu", pairs_per_region=per_region)
-    stream.reader_of_region.cache_clear(), stream.region_of.cache_clear()
+    reader_of_region.cache_clear(), region_of.cache_clear()
     wanted(rows)
     counted = far.counts()
     assert counted["GET"] == round(32 * costs["place_requests"]) and counted["BYTES"] == round(

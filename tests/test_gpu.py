@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pgl_ray import bench, finetune, pretrain
 from pgl_ray.config import BenchConfig, FinetuneConfig, IntensityConfig, PretrainConfig, TrainConfig, ViewsConfig, load
-from pgl_ray.data import stream
+from pgl_ray.data.batch_views import finish
 from pgl_ray.data.sampling import largest_crop
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
@@ -122,9 +122,9 @@ def test_finishing_views_does_not_wait_for_the_device(meta, kind):
         batch["intensity_" + view], batch["noise_seed_" + view] = torch.ones(num, 4), torch.arange(num)
     batch = {name: value.to(meta) for name, value in batch.items()}
     given = batch, config.size, IntensityConfig(), [-1024.0, 325.0]
-    stream.finish(*given)  # brings the table of 8-bit codes there, once
+    finish(*given)  # brings the table of 8-bit codes there, once
     with OnDevice():
-        done = Pair.from_batch(stream.finish(*given)).with_wrong_priors()
+        done = Pair.from_batch(finish(*given)).with_wrong_priors()
     assert done.view_1.shape == (num, 1, 8, 24, 16) and done.view_2.device == meta
 
 

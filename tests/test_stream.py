@@ -18,8 +18,12 @@ import zarr
 
 from pgl_ray import pretrain
 from pgl_ray.config import IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
-from pgl_ray.data import kernels, rendering, scan_files, store, stream
+from pgl_ray.data import kernels, render_costs, rendering, scan_files, store, stream
 from pgl_ray.data.array_reader import UnreadableScan
+from pgl_ray.data.batch_views import finish
+from pgl_ray.data.pair_renderer import PairRenderer
+from pgl_ray.data.patch_renderer import PatchRenderer
+from pgl_ray.data.render_cache import region_of
 from pgl_ray.data.rendering import normalise, resize_and_flip
 
 VIEWS = ViewsConfig(size=(8, 24, 16))
@@ -143,7 +147,7 @@ def index_rows(rows: np.ndarray) -> dict:
 
 def test_pairs_do_not_depend_on_their_batch(small_store):
     ids = tuple(f"scan_{i}" for i in range(5))
-    renderer = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig())
+    renderer = PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig())
     rows = np.concatenate(list(make_plan().batches(0)))[:6]
     together = renderer(index_rows(rows))
     order = [4, 1, 3]
@@ -159,8 +163,8 @@ def test_any_pair_can_be_built_again_bit_for_bit(small_store):
     """From (scan_id, epoch, draw), the index and the seed, deformations and ablations included."""
     ids = tuple(f"scan_{i}" for i in range(5))
     kinds = (
-        stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig()),
-        stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True, deform=True),
+        PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig()),
+        PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True, deform=True),
     )
     for renderer in kinds:
         batch = renderer(index_rows(np.concatenate(list(make_plan().batches(0)))[:8]))
@@ -172,14 +176,14 @@ def test_any_pair_can_be_built_again_bit_for_bit(small_store):
         *("step", "epoch", "scan", "draw", "missed", "view_1", "view_2", "box_1", "box_2", "flip_1", "flip_2")
     }
     np.testing.assert_array_equal(batch["box_1"], batch["box_2"])
-    plain = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True)
+    plain = PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), shared_box=True)
     np.testing.assert_array_equal(plain.rebuild("scan_2", 1, 0)["view_1"], kinds[1].rebuild("scan_2", 1, 0)["view_1"])
 
 
 def test_a_view_shows_what_its_prior_says(small_store):
     """Without intensity operations a view's mid-line along H is the scan's ramp at the coordinates of the box."""
     off = IntensityConfig(noise_prob=0, blur_prob=0, gain_prob=0, gamma_prob=0)
-    renderer = stream.PairRenderer(small_store, ("scan_0",), 3, VIEWS, off)
+    renderer = PairRenderer(small_store, ("scan_0",), 3, VIEWS, off)
     rows = np.array([[epoch, 0, 0] for epoch in range(8)])
     batch = renderer(index_rows(rows))
     record = store.read_index(small_store).scans[0]
@@ -202,11 +206,11 @@ def test_pairs_of_a_region(tmp_path, foreground):
     views = ViewsConfig(size=(4, 16, 12), foreground=foreground)
     off = IntensityConfig(noise_prob=0, blur_prob=0, gain_prob=0, gamma_prob=0)
     ids = tuple(f"scan_{i}" for i in range(5))
-    renderer = stream.PairRenderer(small_store, ids, 3, views, off, pairs_per_region=4)
+    renderer = PairRenderer(small_store, ids, 3, views, off, pairs_per_region=4)
     rows = np.array([[e, s, d] for e in range(2) for s in range(5) for d in range(8)])
     rows = np.random.default_rng(0).permutation(rows)
     batch = renderer(index_rows(rows))
-    stream.region_of.cache_clear()
+    region_of.cache_clear()
     again = renderer(index_rows(rows[::-1]))
     index, starts = store.read_index(small_store), set()
     for name in batch:
@@ -234,7 +238,7 @@ def test_pairs_of_a_region(tmp_path, foreground):
 def test_regions_of_scans_smaller_than_a_crop(small_store):
     """The region is the scan along such an axis, and crops reach beyond it as they always do."""
     ids, views = tuple(f"scan_{i}" for i in range(5)), ViewsConfig(size=(16, 48, 16))
-    batch = stream.PairRenderer(small_store, ids, 3, views, IntensityConfig(), pairs_per_region=8)(
+    batch = PairRenderer(small_store, ids, 3, views, IntensityConfig(), pairs_per_region=8)(
         index_rows(np.array([[0, s, d] for s in range(5) for d in range(8)]))
     )
     assert np.isfinite(batch["view_1"]).all()
@@ -250,7 +254,7 @@ def test_pairs_per_region_divides_pairs_per_scan():
 def test_without_the_compiled_kernels_the_views_are_the_same(small_store, monkeypatch):
     """To half a float16 step of either side; priors exactly."""
     rows = index_rows(np.concatenate(list(make_plan().batches(0)))[:8])
-    renderer = stream.PairRenderer(small_store, tuple(f"scan_{i}" for i in range(5)), 3, VIEWS, IntensityConfig())
+    renderer = PairRenderer(small_store, tuple(f"scan_{i}" for i in range(5)), 3, VIEWS, IntensityConfig())
     fast = renderer(rows)
     monkeypatch.setattr(kernels, "load", lambda: None)
     plain = renderer(rows)
@@ -262,7 +266,7 @@ def test_without_the_compiled_kernels_the_views_are_the_same(small_store, monkey
 def test_patches_carry_classes_and_what_is_labelled(small_store):
     off = IntensityConfig(noise_prob=0, blur_prob=0, gain_prob=0, gamma_prob=0)
     ids = tuple(f"scan_{i}" for i in range(3))
-    renderer = stream.PatchRenderer(small_store, ids, 3, PatchConfig(size=(8, 24, 16)), off, 1.0)
+    renderer = PatchRenderer(small_store, ids, 3, PatchConfig(size=(8, 24, 16)), off, 1.0)
     batch = renderer(index_rows(np.array([[e, s, 0] for e in range(6) for s in range(3)])))
     assert set(np.unique(batch["target"])) == {0, 1, 2}  # label values 2 and 7
     assert batch["labelled"][:3].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
@@ -274,18 +278,18 @@ def test_augmenting_on_the_training_device_gives_the_same_views(small_store):
     ids = tuple(f"scan_{i}" for i in range(5))
     often = IntensityConfig(noise_prob=0.5, blur_prob=0.5, blur_sigma=(0.3, 1.0))
     rows = index_rows(np.concatenate(list(make_plan().batches(0))))
-    there = stream.PairRenderer(small_store, ids, 3, VIEWS, often)(rows)
-    left = stream.PairRenderer(small_store, ids, 3, VIEWS, often, augment=False)(rows)
+    there = PairRenderer(small_store, ids, 3, VIEWS, often)(rows)
+    left = PairRenderer(small_store, ids, 3, VIEWS, often, augment=False)(rows)
     assert not np.array_equal(there["view_1"], left["view_1"])
     left = {name: torch.from_numpy(value) for name, value in left.items()}
-    done = stream.finish(left, VIEWS.size, often, (-1024.0, 325.0))
+    done = finish(left, VIEWS.size, often, (-1024.0, 325.0))
     for view in ("view_1", "view_2"):
         got, expected = done[view].numpy(), there[view].astype(np.float32)
         assert got.dtype == np.float32
         assert np.abs(got - expected).max() < 0.03 and np.abs(got - expected).mean() < 1e-3
     for name in ("box_1", "box_2", "flip_1", "flip_2", "epoch", "scan", "draw"):
         np.testing.assert_array_equal(done[name].numpy(), there[name])
-    assert stream.finish(there, VIEWS.size, often, (-1024.0, 325.0)) is there
+    assert finish(there, VIEWS.size, often, (-1024.0, 325.0)) is there
 
 
 @pytest.mark.parametrize("encoding", ["int16", "uint8"])
@@ -296,12 +300,12 @@ def test_resizing_on_the_training_device_gives_the_same_views(tmp_path, encoding
     off = IntensityConfig(noise_prob=0, blur_prob=0, gain_prob=0, gamma_prob=0)
     kept = {"views": views, "intensity": off, "augment": False, "pairs_per_region": per_region}
     rows = index_rows(np.concatenate(list(make_plan(draws_per_scan=4).batches(0))))
-    there = stream.PairRenderer(folder, tuple(f"scan_{i}" for i in range(5)), 3, **kept)(rows)
-    left = stream.PairRenderer(folder, tuple(f"scan_{i}" for i in range(5)), 3, resize=False, **kept)(rows)
+    there = PairRenderer(folder, tuple(f"scan_{i}" for i in range(5)), 3, **kept)(rows)
+    left = PairRenderer(folder, tuple(f"scan_{i}" for i in range(5)), 3, resize=False, **kept)(rows)
     assert left["crop_1"].dtype == encoding and left["crop_1"].shape[1:] == (1, 19, 33, 22)
     assert (left["box_1"][:, 0, 0] < 0).any()
     left = {name: torch.from_numpy(value) for name, value in left.items()}
-    done = stream.finish(left, views.size, off, (-1024.0, 325.0))
+    done = finish(left, views.size, off, (-1024.0, 325.0))
     for view in ("view_1", "view_2"):
         assert done[view].dtype == torch.float32
         np.testing.assert_allclose(done[view].numpy(), there[view].astype(np.float32), atol=2e-3, rtol=2e-3)
@@ -317,7 +321,7 @@ def test_memory_of_a_batch_is_used_again_once_nobody_holds_it(small_store):
     ids = plan.scan_ids
     rows = [index_rows(batch) for batch in itertools.islice(plan.batches(0), 4)]
     for change in ({"augment": True}, {"augment": False, "resize": False}):
-        render = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), **change)
+        render = PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), **change)
         name = "view_1" if render.resize else "crop_1"
         held, copies = [], []
         for each, hold in zip(rows, (lambda a: a, lambda a: a[2], torch.from_numpy, lambda a: pa.array(a.reshape(-1)))):
@@ -349,26 +353,26 @@ def test_a_damaged_scan_ends_the_stream_or_is_skipped_counted(small_store, tmp_p
     ids = tuple(f"scan_{i}" for i in range(5))
     broken = cut(small_store, tmp_path, "scan_2")
     rows = index_rows(make_plan().rows(0, 5))
-    whole = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig())(rows)
+    whole = PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig())(rows)
     with pytest.raises(RuntimeError, match=r"volume of scan 'scan_2' is damaged in chunk \(0, 0, 0\)"):
-        stream.PairRenderer(broken, ids, 3, VIEWS, IntensityConfig())(rows)
-    got = stream.PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(rows)
+        PairRenderer(broken, ids, 3, VIEWS, IntensityConfig())(rows)
+    got = PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(rows)
     bad = got["missed"] >= 0
     assert set(got["missed"][bad]) == {2} and bad.sum() == (rows["scan"] == 2).sum() == 4
     for name in set(whole) - {"missed"}:
         np.testing.assert_array_equal(got[name][~bad], whole[name][~bad], err_msg=name)
         assert got[name].shape == whole[name].shape
-    sound = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig())
+    sound = PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig())
     for i in np.flatnonzero(bad):  # the same draw of the next scan, whatever else is in the batch
         other = sound.rebuild("scan_3", int(rows["epoch"][i]), int(rows["draw"][i]))
         for name in set(whole) - {"missed", "step"}:
             np.testing.assert_array_equal(got[name][i], other[name][0], err_msg=name)
         alone = {name: value[i : i + 1] for name, value in rows.items()}
-        alone = stream.PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(alone)
+        alone = PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(alone)
         for name in set(whole):
             np.testing.assert_array_equal(alone[name][0], got[name][i], err_msg=name)
     np.testing.assert_array_equal(rows["scan"], make_plan().rows(0, 5)[:, 1])  # Ray's own columns are left alone
-    only = stream.PairRenderer(broken, ("scan_2",), 3, VIEWS, IntensityConfig(), skip=True)
+    only = PairRenderer(broken, ("scan_2",), 3, VIEWS, IntensityConfig(), skip=True)
     with pytest.raises(UnreadableScan, match="scan_2"):
         only({name: np.zeros(1, np.int64) for name in rows})
 
@@ -386,7 +390,7 @@ def test_a_disk_that_fails_while_reading_is_named(small_store, monkeypatch):
             reader.read(np.array([(0, 4), (0, 4), (0, 4)]))
     monkeypatch.setattr(rendering, "render", fail)
     with pytest.raises(OSError, match="Input/output"):
-        renderer = stream.PairRenderer(small_store, ("scan_0",), 3, VIEWS, IntensityConfig(), skip=True)
+        renderer = PairRenderer(small_store, ("scan_0",), 3, VIEWS, IntensityConfig(), skip=True)
         renderer({name: np.zeros(1, np.int64) for name in ("step", "epoch", "scan", "draw")})
 
 
@@ -420,10 +424,10 @@ def test_what_counts_skipped_pairs_keeps_no_batch():
 def test_stages_and_bytes_are_measured(small_store, per_region):
     """Bytes: against the chunks that the boxes touch, counted from zarr's own shard index."""
     ids = tuple(f"scan_{i}" for i in range(5))
-    renderer = stream.PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), pairs_per_region=per_region)
+    renderer = PairRenderer(small_store, ids, 3, VIEWS, IntensityConfig(), pairs_per_region=per_region)
     plan = make_plan(draws_per_scan=4, pairs_per_region=per_region)
     rows = index_rows(plan.rows(0, 5))
-    costs = stream.measure(renderer, rows)
+    costs = render_costs.measure(renderer, rows)
     names = {"draw", "read", "decode", "resize", "intensity", "bytes_read", "crop_bytes"}
     assert set(costs) == names | {"place", "place_requests", "place_bytes"}
     assert costs["place_requests"] == 0 and costs["place_bytes"] == costs["bytes_read"]
@@ -445,7 +449,7 @@ def test_stages_and_bytes_are_measured(small_store, per_region):
             sizes = np.frombuffer(footer[-4 - 16 * np.prod(grid) : -4], "<u8").reshape(*grid, 2)[..., 1]
             total += sum(int(sizes[place]) for place in touched)
         assert costs["bytes_read"] == total / 20
-    quiet = stream.measure(stream.replace(renderer, augment=False), rows)
+    quiet = render_costs.measure(replace(renderer, augment=False), rows)
     assert quiet["intensity"] == 0
 
 
@@ -453,7 +457,7 @@ def test_a_batch_too_large_for_the_object_store_is_named(monkeypatch, small_stor
     """The bytes of a row are those of its columns of voxels."""
     import ray
 
-    renderer = stream.PairRenderer(small_store, ("scan_0",), 3, VIEWS, IntensityConfig())
+    renderer = PairRenderer(small_store, ("scan_0",), 3, VIEWS, IntensityConfig())
     columns = renderer({name: np.array([0]) for name in ("step", "epoch", "scan", "draw")})
     assert renderer.row_bytes == columns["view_1"].nbytes + columns["view_2"].nbytes
     cut = replace(renderer, resize=False, augment=False)

@@ -101,8 +101,9 @@ def test_init_files_are_empty():
 
 
 def test_processes_that_feed_or_control_a_run_need_no_networks():
-    """Eight or more per run import these two; MONAI alone would cost each of them five seconds of CPU time."""
-    text = "import sys, pgl_ray.data.stream, pgl_ray.train.launch; print(sys.modules.keys() & {'monai', 'matplotlib'})"
+    """Eight or more per run import these; MONAI alone would cost each of them five seconds of CPU time."""
+    names = [f"pgl_ray.{name}" for name in ("data.stream", "data.pair_renderer", "data.patch_renderer", "train.launch")]
+    text = f"import sys, {', '.join(names)}; print(sys.modules.keys() & {{'monai', 'matplotlib'}})"
     done = subprocess.run([sys.executable, "-c", text], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

@@ -22,6 +22,7 @@ from pgl_ray import config as c
 from pgl_ray import finetune, pretrain
 from pgl_ray.data import scan_files, store, stream
 from pgl_ray.data.facts import training_facts
+from pgl_ray.data.patch_renderer import PatchRenderer
 from pgl_ray.model import device as on
 from pgl_ray.train import checkpoint, optim, watch
 from pgl_ray.train.quiet import QUIET
@@ -77,7 +78,7 @@ def train(
             train_ids, config.patches_per_scan, config.global_batch_size, config.epochs, config.max_steps, config.seed
         )
         own = config.patch, config.intensity, config.foreground_share
-        render = stream.PatchRenderer(index.store, plan.scan_ids, config.seed, *own)
+        render = PatchRenderer(index.store, plan.scan_ids, config.seed, *own)
         given = {"meta": finetune.build_model(config, index, finetune.begun(config))[1], "val_ids": val_ids}
     folder = checkpoint.open_run(
         config, kind.__name__.split(".")[1], {"plan": plan.identity, "num_steps": plan.num_steps}

@@ -1,12 +1,46 @@
 """Views of a whole batch at once, on any device: what the renderers left to do."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgl_ray.config import IntensityConfig
+from pgl_ray.data.hu_codes import hu_of_codes
 from pgl_ray.data.random_numbers import noise
+
+
+def finish(
+    batch: dict[str, torch.Tensor], size: tuple[int, int, int], intensity: IntensityConfig, hu_window: Sequence[float]
+) -> dict[str, torch.Tensor]:
+    """What the renderer of a batch left to do, where the batch's tensors lie; the views are the same to float16's
+    rounding.
+
+    Args:
+        batch: of a PairRenderer.
+        size: P (D, H, W), of the views.
+        intensity: its ranges.
+        hu_window: of the store.
+    """
+    done = {}
+    for view in ("1", "2"):
+        if "crop_" + view in batch:
+            crops, prior = batch["crop_" + view], (batch["box_" + view], batch["flip_" + view])
+            if crops.dtype == torch.uint8:
+                crops = _hu_of_codes(tuple(hu_window), crops.device)[crops.int()]
+            done["view_" + view] = render_each(crops, *prior, size, hu_window, batch["scaling"])
+        if "intensity_" + view in batch:
+            params = batch["intensity_" + view], batch["noise_seed_" + view]
+            views = done.get("view_" + view, batch.get("view_" + view))
+            done["view_" + view] = apply_intensities(views, *params, intensity.blur_sigma[1])
+    return batch | done if done else batch
+
+
+@lru_cache(maxsize=4)
+def _hu_of_codes(hu_window: tuple[float, float], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(hu_of_codes(hu_window)).to(device)
 
 
 def render_each(

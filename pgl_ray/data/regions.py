@@ -9,6 +9,7 @@ from pgl_ray.config import CropConfig, ViewsConfig
 from pgl_ray.data.sampling import sample_pairs
 
 REGION_SCALE = 2  # a region's size as a multiple of the view size
+REGIONS_MIXED = 16  # regions whose pairs are shuffled with one another; up to 31 at an epoch's end
 
 
 def sample_regions(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pgl_ray.data import kernels
 
+AIR = -1024  # HU outside a scan
+
 
 def normalise(voxels: np.ndarray, window: tuple[float, float], mean: float, std: float) -> np.ndarray:
     """Clips HU to the window, then subtracts the scan's mean and divides by its standard deviation (Sec. 5.1).

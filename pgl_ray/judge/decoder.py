@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgl_ray.data.rendering import normalise
+from pgl_ray.data.rendering import AIR, normalise
 from pgl_ray.data.scan_files import open_label, open_volume
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index, class_lookup
 from pgl_ray.judge.dense import dense_maps
-from pgl_ray.judge.readings import AIR, StandardisedMaps
+from pgl_ray.judge.readings import StandardisedMaps
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import organ_metrics
 from pgl_ray.model.segmenter import LightDecoder, light_levels

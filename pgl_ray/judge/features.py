@@ -13,13 +13,13 @@ from torch import Tensor
 
 from pgl_ray.config import CropConfig
 from pgl_ray.data.random_numbers import generator
-from pgl_ray.data.rendering import normalise, read_padded, render
+from pgl_ray.data.rendering import AIR, normalise, read_padded, render
 from pgl_ray.data.sampling import sample_prior
 from pgl_ray.data.voxel_statistics import foreground_box, statistics
 from pgl_ray.files.ct import Scan
 from pgl_ray.files.resample import resample
 from pgl_ray.judge.dense import dense_maps
-from pgl_ray.judge.readings import AIR, NUM_VIEWS, StandardisedMaps, body_points, norms, read_as
+from pgl_ray.judge.readings import NUM_VIEWS, StandardisedMaps, body_points, norms, read_as
 from pgl_ray.judge.voxels import read_map
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder

@@ -14,10 +14,10 @@ from scipy import ndimage
 from torch import Tensor
 
 from pgl_ray.data.random_numbers import generator
-from pgl_ray.data.rendering import normalise
+from pgl_ray.data.rendering import AIR, normalise
 from pgl_ray.judge.decoder import LabelledScan
 from pgl_ray.judge.dense import dense_maps
-from pgl_ray.judge.readings import AIR, StandardisedMaps, body_points
+from pgl_ray.judge.readings import StandardisedMaps, body_points
 from pgl_ray.judge.voxels import read_map
 
 GRID_MM = 8.0  # between candidate points; half of it is the best median that can be

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pgl_ray.config import CropConfig, FailedRun
 from pgl_ray.data.random_numbers import generator
-from pgl_ray.data.rendering import read_padded, render
+from pgl_ray.data.rendering import AIR, read_padded, render
 from pgl_ray.data.sampling import sample_prior
 from pgl_ray.data.scan_files import open_volume
 from pgl_ray.data.scan_record import ScanRecord
@@ -29,7 +29,6 @@ from pgl_ray.model.resnet import Encoder
 Reading = Literal["reestimated", "trained", "off"]
 READINGS: tuple[Reading, ...] = ("reestimated", "trained", "off")
 IN_WORDS = {"reestimated": "BatchNorm re-estimated", "trained": "BatchNorm as trained", "off": "BatchNorm off"}
-AIR = -1024  # HU outside a scan
 NUM_VIEWS = 64  # that statistics are estimated on
 AT_A_TIME = 8  # views per forward pass
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
-from pgl_ray.data import store, store_settings, stream
+from pgl_ray.data import store, store_settings
+from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.place import open_place
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD
@@ -103,7 +104,7 @@ def epoch(index: Index) -> str:
     """Time of an epoch of the paper's view pairs, measured on a few of them."""
     try:
         ids = tuple(record.scan_id for record in index.scans)
-        renderer = stream.PairRenderer(index.store, ids, 0, ViewsConfig(), IntensityConfig())
+        renderer = PairRenderer(index.store, ids, 0, ViewsConfig(), IntensityConfig())
         scans = np.linspace(0, len(index.scans) - 1, NUM_TIMED_PAIRS).astype(np.int64)
         rows = {"step": scans * 0, "epoch": scans * 0, "scan": scans, "draw": np.arange(len(scans))}
         renderer({key: value[:1] for key, value in rows.items()})  # opens the index

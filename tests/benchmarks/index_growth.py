@@ -35,6 +35,7 @@ import pyarrow.parquet
 from pgl_ray.config import IntensityConfig, ViewsConfig
 from pgl_ray.data import stream
 from pgl_ray.data.intensity_ops import Intensity, apply_intensity
+from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.rendering import render
 
 def mebibytes():
@@ -46,7 +47,7 @@ view = render(np.zeros((20, 110, 110), np.int16), (16, 96, 96), np.zeros(3), (-1
 apply_intensity(view, Intensity(0.1, 1, 1.0, 1.1, 0.9))  # imports numba, loads the compiled kernels
 before, began, cpu = mebibytes(), time.perf_counter(), time.process_time()
 plan = stream.Plan.make([f"imagesTr__case_{i:07}" for i in range(num)], 1, pairs, 10**6 // num + 1, None, 0)
-renderer = stream.PairRenderer(folder, plan.scan_ids, 0, ViewsConfig(), IntensityConfig())
+renderer = PairRenderer(folder, plan.scan_ids, 0, ViewsConfig(), IntensityConfig())
 renderer(plan.columns(0, 1))
 found = {"first_s": time.perf_counter() - began, "first_cpu_s": time.process_time() - cpu}
 found["memory_mb"] = mebibytes() - before

@@ -93,12 +93,13 @@ def race(far, ways: dict[str, tuple[Path, str]], args: argparse.Namespace) -> No
 def take_turns(url: str, pairs_per_region: str, seconds: float) -> None:
     """Renders for some time whenever a line comes in; prints pairs, wall and CPU seconds."""
     from pgl_ray.config import IntensityConfig, ViewsConfig
-    from pgl_ray.data import store, stream
+    from pgl_ray.data import pair_renderer, render_cache, store, stream
 
     ids, share = tuple(scan.scan_id for scan in store.read_index(url).scans), int(pairs_per_region)
-    stream.volume_reader = stream.volume_reader.__wrapped__  # opened anew for each visit
+    opened_anew = render_cache.volume_reader.__wrapped__  # for each visit
+    render_cache.volume_reader = pair_renderer.volume_reader = opened_anew
     plan = stream.Plan.make(ids, 2**16, 128, 1, 4096, 0, share)
-    render = stream.PairRenderer(url, ids, 0, ViewsConfig(), IntensityConfig(), pairs_per_region=share)
+    render = pair_renderer.PairRenderer(url, ids, 0, ViewsConfig(), IntensityConfig(), pairs_per_region=share)
     render(plan.columns(0, 1))
     print("ready", flush=True)
     step = 1

@@ -27,6 +27,7 @@ from stream_vs_peers import BODY, INTENSITY, VIEWS, our_store, read_volumes
 from pgl_ray import bench
 from pgl_ray.config import RayConfig
 from pgl_ray.data import store, stream
+from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.scan_record import table_of
 from pgl_ray.train import launch
 
@@ -72,14 +73,14 @@ def repeated(index: store.Index, num: int, scratch: Path) -> store.Index:
     return store.read_index(folder)
 
 
-def parts(index: store.Index, batch: int, share: int) -> tuple[stream.Plan, stream.PairRenderer]:
+def parts(index: store.Index, batch: int, share: int) -> tuple[stream.Plan, PairRenderer]:
     ids = tuple(scan.scan_id for scan in index.scans)
     draws = 8 if share > 1 else 1
     plan = stream.Plan.make(ids, draws, batch, 10**6 // len(ids) + 1, None, 0, share)
-    return plan, stream.PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, pairs_per_region=share)
+    return plan, PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, pairs_per_region=share)
 
 
-def in_turn(plan: stream.Plan, renderer: stream.PairRenderer, batch: int, rounds: int):
+def in_turn(plan: stream.Plan, renderer: PairRenderer, batch: int, rounds: int):
     """Pairs per second and CPU ms per pair of both ways, alone first, `rounds` times."""
     cores, context = os.cpu_count(), multiprocessing.get_context("spawn")
     start, results = context.Barrier(cores + 1), context.Queue()
@@ -121,7 +122,7 @@ def stopped(but: set[int]):
                 process.resume()
 
 
-def alone(plan: stream.Plan, renderer: stream.PairRenderer, batch: int, first: int, every: int, start, results) -> None:
+def alone(plan: stream.Plan, renderer: PairRenderer, batch: int, first: int, every: int, start, results) -> None:
     """A process that renders blocks of the plan, from `first` on every `every`-th, at each turn of SECONDS."""
     torch.set_num_threads(1)
     k = first

@@ -36,6 +36,7 @@ from pgl_ray.config import IntensityConfig, ViewsConfig
 from pgl_ray.data import kernels, scan_files, store, stream, voxel_statistics
 from pgl_ray.data.folder import LocalFile
 from pgl_ray.data.intensity_ops import apply_intensity, sample_intensity
+from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.rendering import normalise, render, resize_and_flip
 from pgl_ray.data.sampling import sample_pair
 from pgl_ray.files import ct
@@ -126,7 +127,7 @@ def bytes_per_voxel(volumes: dict[str, np.ndarray], scratch: Path) -> float:
     """Bytes read from the lossless store over those of the crops."""
     index, own = our_store(volumes, scratch, "int16"), 0
     ids, batches = tuple(scan.scan_id for scan in index.scans), rows_of(index, 1)
-    renderer = stream.PairRenderer(index.store, ids, 0, VIEWS, INTENSITY)
+    renderer = PairRenderer(index.store, ids, 0, VIEWS, INTENSITY)
     with counted() as bytes_read:
         batch = renderer(next(batches))
     for view in ("1", "2"):
@@ -159,7 +160,7 @@ def ours(encoding: str, share: int, augment: bool = True, resize: bool = True, c
         index = our_store(volumes, scratch, encoding, compression)
         ids = tuple(scan.scan_id for scan in index.scans)
         kept = {"augment": augment, "resize": resize, "pairs_per_region": share}
-        renderer = stream.PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, **kept)
+        renderer = PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, **kept)
         batches = rows_of(index, share)
 
         def work(pairs: int) -> None:

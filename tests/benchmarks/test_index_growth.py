@@ -5,13 +5,14 @@ import numpy as np
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
 from pgl_ray.data import store, stream
+from pgl_ray.data.pair_renderer import PairRenderer
 
 
 def test_every_scan_of_the_made_up_store_can_be_rendered(tmp_path):
     index = store.read_index(index_growth.make_store(tmp_path, 40))
     ids = tuple(scan.scan_id for scan in index.scans)
     plan = stream.Plan.make(ids, 1, 40, 1, None, 0)
-    batch = stream.PairRenderer(index.store, plan.scan_ids, 0, ViewsConfig(), IntensityConfig())(plan.columns(0, 1))
+    batch = PairRenderer(index.store, plan.scan_ids, 0, ViewsConfig(), IntensityConfig())(plan.columns(0, 1))
     assert (
         sorted(batch["scan"].tolist()) == list(range(40)) and (np.ptp(batch["view_1"].reshape(40, -1), 1) > 0.5).all()
     )
