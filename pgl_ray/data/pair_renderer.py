@@ -137,14 +137,14 @@ class PairRenderer:
             out["missed"][i] = rows["scan"][i]
         return out
 
-    def in_turn(self, drawn: "Drawn") -> list[int]:
+    def in_turn(self, drawn: Drawn) -> list[int]:
         """Rows as they are rendered: pairs of a region one after the other, while it lies in the processor's cache."""
         order = list(range(len(drawn.scan_ids)))
         if drawn.region is not None:
             order.sort(key=lambda i: (drawn.scan_ids[i], drawn.region[i].tolist()))
         return order
 
-    def _readers(self, order: list[int], drawn: "Drawn") -> Iterator[Callable[[], Any]]:
+    def _readers(self, order: list[int], drawn: Drawn) -> Iterator[Callable[[], Any]]:
         """For each row in order what gives the reader of its voxels, fetched ahead where the store is far."""
         codes = not self.resize
 
@@ -159,7 +159,7 @@ class PairRenderer:
             for rows, ready in coming:
                 yield from (partial(near, ready, i) for i in rows)
 
-    def fetched(self, order: list[int], drawn: "Drawn") -> Iterator[tuple[list[int], Callable[[], AtHand]]]:
+    def fetched(self, order: list[int], drawn: Drawn) -> Iterator[tuple[list[int], Callable[[], AtHand]]]:
         """Rows that read the same, in order, and what waits for the stored bytes that they read; those of the next ones
         are fetched meanwhile."""
         codes = not self.resize
@@ -200,7 +200,7 @@ class PairRenderer:
         size = self.views.size if self.resize else largest_crop(self.views)
         return 2 * 2 * math.prod(size) * (2 if self.deform else 1)
 
-    def draw(self, rows: dict[str, np.ndarray], index: Index | None = None) -> "Drawn":
+    def draw(self, rows: dict[str, np.ndarray], index: Index | None = None) -> Drawn:
         """All that is random of some rows but Genesis' deformations.
 
         Args:
@@ -226,7 +226,7 @@ class PairRenderer:
         of_views = of_views.reshape(-1, 2, INTENSITY_NUMBERS)
         return Drawn(rows, scan_ids, region, box, flip, *sample_intensities(of_views, self.intensity))
 
-    def _render(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray], reader: Any) -> None:
+    def _render(self, i: int, drawn: Drawn, out: dict[str, np.ndarray], reader: Any) -> None:
         """Views of row i."""
         index = index_of(self.store)
         crops = read_all_padded(reader, drawn.box[i], AIR)
@@ -244,7 +244,7 @@ class PairRenderer:
                 rng = rng or generator(self.seed, int(drawn.rows["epoch"][i]), scan.scan_id, int(drawn.rows["draw"][i]))
                 out[f"deformed_{k + 1}"][i, 0] = deform(torch.from_numpy(shown.astype(np.float32)), rng)
 
-    def _cut(self, i: int, drawn: "Drawn", out: dict[str, np.ndarray], reader: Any) -> None:
+    def _cut(self, i: int, drawn: Drawn, out: dict[str, np.ndarray], reader: Any) -> None:
         """Crops of row i, as they are stored."""
         window = index_of(self.store).hu_window
         air = (

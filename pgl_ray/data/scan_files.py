@@ -1,8 +1,9 @@
 """The files of one scan in a store: written, opened and checked."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import numpy as np
 
@@ -22,29 +23,18 @@ from pgl_ray.data.voxel_statistics import (
 )
 
 
-class Known(TypedDict, total=False):
+@dataclass(frozen=True)
+class Known:
     """Fields of ScanRecord that whoever writes a scan knows, and its voxels do not say."""
 
-    split: str
-    orientation: str
-    rounding_error_hu: float
-    num_padding: int
-    source: str
-    source_size: int
-    source_mtime_ns: int
-    source_hash: str
-
-
-NOTHING_KNOWN = Known(
-    split="",
-    orientation="",
-    rounding_error_hu=0.0,
-    num_padding=0,
-    source="",
-    source_size=0,
-    source_mtime_ns=0,
-    source_hash="",
-)
+    split: str = ""
+    orientation: str = ""
+    rounding_error_hu: float = 0.0
+    num_padding: int = 0
+    source: str = ""
+    source_size: int = 0
+    source_mtime_ns: int = 0
+    source_hash: str = ""
 
 
 def write_scan(
@@ -61,7 +51,7 @@ def write_scan(
     encoding: str = "int16",
     chunk: tuple[int, int, int] = (8, 64, 64),
     compression: str = "lz4",
-    **known: Unpack[Known],
+    **known: Any,
 ) -> ScanRecord:
     """Writes one scan, replacing a scan of that name; the index is not touched.
 
@@ -77,7 +67,7 @@ def write_scan(
         encoding: "int16", lossless, or "uint8": 256 steps over the HU window, what lies outside is clipped.
         chunk: inner chunk of the shard in voxels.
         compression: of the volume, "lz4" or "none"; labels are always compressed.
-        known: further fields of ScanRecord.
+        known: fields of Known.
 
     Raises:
         ValueError: wrong dtype, or a label of another shape.
@@ -87,8 +77,10 @@ def write_scan(
     counts = count_values(volume.view(np.uint16))
     stored = coded(volume, counts, hu_window) if encoding == "uint8" else StoredVoxels(volume, None, {}, counts)
     arrays = {"volume": (stored.array, stored.attributes, compression)}
-    arrays |= {"label": (label, {}, "lz4")} if label is not None else {}
-    arrays |= {"source_label": (source_label, {}, "lz4")} if source_label is not None else {}
+    if label is not None:
+        arrays["label"] = label, {}, "lz4"
+    if source_label is not None:
+        arrays["source_label"] = source_label, {}, "lz4"
     record = ScanRecord(
         scan_id=scan_id,
         **_geometry(volume.shape, affine),
@@ -96,7 +88,7 @@ def write_scan(
         **_of_labels(label, labelled),
         source_affine=() if source_label is None else _flat(source_affine),
         **_metadata(arrays, chunk),
-        **(NOTHING_KNOWN | known),
+        **vars(Known(**known)),
     )
     with open_place(store).replaced(f"scans/{scan_id}") as scan:
         for kind, (array, _, codec) in arrays.items():

@@ -8,7 +8,7 @@
     STORE/scans/<scan_id>/labels/organs/0/   uint8 or uint16 on the same grid, one shard
     STORE/scans/<scan_id>/source_label/      where scans are resampled: the label map on the scan's own grid, one shard
 
-A scan is written aside and put in place when whole (data/place.py), and the index is assembled from the scans'
+A scan is written aside and put in place when whole (folder.py, bucket.py), and the index is assembled from the scans'
 attributes: an interrupted run leaves a valid store.
 """
 
