@@ -52,7 +52,7 @@ from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.trial import PROBE, STAGES, decoded, dotted, end_of, name_of, own_name, stage_config, stage_configs
 from pgl_ray.sweep.trial import run as run_trial
 from pgl_ray.train import launch, nodes, weights
-from pgl_ray.train.checkpoint import write_json
+from pgl_ray.train.run_files import write_json
 
 LEARNING_RATE = "finetune.optim.lr"  # that pbt changes
 REDRAWS = 5  # at most so often does Optuna go on when it drew known points

@@ -18,6 +18,7 @@ from pgl_ray.model import device as on
 from pgl_ray.train import capacity, checkpoint, launch, nodes
 from pgl_ray.train.capacity import Cluster, Kind
 from pgl_ray.train.quiet import WATCH
+from pgl_ray.train.writer import Writer
 
 CLUSTER = Path(__file__).resolve().parents[1] / "conf" / "cluster"
 GPU = Kind({"CPU": 8.0, "GPU": 1.0}, 8)
@@ -407,7 +408,7 @@ def test_going_on_elsewhere_is_refused(before, now, text):
 def begun(run: Path, devices: list[str] | None) -> tuple[Path, int]:
     """A run that has a checkpoint."""
     run.mkdir()
-    writer = checkpoint.Writer(str(run), 2, facts=None if devices is None else {"devices": devices})
+    writer = Writer(str(run), 2, facts=None if devices is None else {"devices": devices})
     writer.save({"step": 5}, 5, {})
     writer.close()
     return checkpoint.committed(run)

@@ -12,7 +12,8 @@ import torch
 import train_loop as loop
 
 from pgl_ray.data import place, store
-from pgl_ray.train import checkpoint
+from pgl_ray.train import checkpoint, runs
+from pgl_ray.train.run_files import write_json
 
 
 class Disk:
@@ -58,7 +59,7 @@ def disk(monkeypatch) -> Disk:
 
 def test_files(disk, tmp_path):
     place.write_aside(tmp_path / "a", b"1")
-    checkpoint.write_json(tmp_path / "b.json", {"k": 1})
+    write_json(tmp_path / "b.json", {"k": 1})
     checkpoint.write_state(tmp_path / "c.pt", {"x": torch.zeros(3)})
     place.Folder(tmp_path).write("deep/d", [b"2", b"3"])
     for name in ("a", "b.json", "c.pt", "deep/d"):
@@ -86,7 +87,7 @@ def test_checkpoints(disk, tmp_path):
 
 def test_a_run_is_opened_whole(disk, tmp_path):
     config = loop.pretraining(tmp_path / "store", tmp_path / "run")
-    checkpoint.open_run(config, "pretrain", {"plan": "p", "num_steps": 6})
+    runs.open_run(config, "pretrain", {"plan": "p", "num_steps": 6})
     for name in ("run.json", "config.yaml"):
         disk.check(tmp_path / "run" / name)
 
@@ -126,7 +127,7 @@ def test_one_function_gives_names():
     when they are read."""
     package = Path(place.__file__).parents[1]
     found = {str(path.relative_to(package)): renamings(path) for path in package.rglob("*.py")}
-    found.pop("train/bucket.py")
+    found.pop("train/mirror.py")
     assert {name: calls for name, calls in found.items() if calls} == {
         "data/place.py": ["aside.replace(path)", "target.rename(old)"],
         "train/checkpoint.py": ["place.rename(aside)"],

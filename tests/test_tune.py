@@ -23,6 +23,8 @@ from pgl_ray.data.store import write_index, write_scan
 from pgl_ray.pages import arms, pictures, sweep_report
 from pgl_ray.sweep import sweeps, trial
 from pgl_ray.train import capacity, checkpoint, nodes, optim
+from pgl_ray.train.metrics import metrics_path, read_metrics
+from pgl_ray.train.run_files import SNAPSHOT, STATE, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {"width": 8, "depths": [1, 1, 1, 1]}
@@ -320,7 +322,7 @@ def test_pbt_without_anything_to_copy_goes_on_as_it_was(tmp_path, monkeypatch):
     from ray import tune as ray_tune
 
     (tmp_path / "told").mkdir()
-    checkpoint.write_json(tmp_path / "told" / "source.json", {"name": "better", "progress": 25})
+    write_json(tmp_path / "told" / "source.json", {"name": "better", "progress": 25})
     given = ray_tune.Checkpoint.from_directory(str(tmp_path / "told"))
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: given)
     folder = tmp_path / "trials" / "mine"
@@ -328,7 +330,7 @@ def test_pbt_without_anything_to_copy_goes_on_as_it_was(tmp_path, monkeypatch):
     assert trial.take_over(folder, {}, config) == config  # it has not begun either
     (folder / "finetune").mkdir(parents=True)
     record = {"config": config.model_copy(update={"optim": c.FinetuneOptimConfig(lr=0.1)}).model_dump(mode="json")}
-    checkpoint.write_json(folder / "finetune" / "run.json", record)
+    write_json(folder / "finetune" / "run.json", record)
     assert trial.take_over(folder, {}, config).optim == c.FinetuneOptimConfig(lr=0.1)
     assert not (folder / "taken_over.json").exists()
 
@@ -352,21 +354,21 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     state = {"step": 4, "model": net.state_dict(), "optimizer": sgd.state_dict(), "schedule": schedule.state_dict()}
     place = tmp_path / "theirs" / "checkpoint_00000004"
     place.mkdir(parents=True)
-    torch.save(state, place / checkpoint.STATE)
+    torch.save(state, place / STATE)
     torch.save({}, tmp_path / "theirs" / "best.pt")
     one = {"checkpoint_dir_name": place.name, "metrics": {"step": 4}}
     snapshot = {"latest_checkpoint_result": one, "checkpoint_results": [one | {"checkpoint_dir_name": "old"}, one]}
-    checkpoint.write_json(place.parent / checkpoint.SNAPSHOT, snapshot | {"checkpoint_report_indices": [0, 1]})
-    checkpoint.write_json(place.parent / "run.json", {"config": json.loads(theirs.model_dump_json()), "num_steps": 10})
-    checkpoint.metrics_path(place.parent).write_text('{"step": 4, "val/dice": 0.5}\n{"step": 5}\n')
+    write_json(place.parent / SNAPSHOT, snapshot | {"checkpoint_report_indices": [0, 1]})
+    write_json(place.parent / "run.json", {"config": json.loads(theirs.model_dump_json()), "num_steps": 10})
+    metrics_path(place.parent).write_text('{"step": 4, "val/dice": 0.5}\n{"step": 5}\n')
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "old").touch()
     assert trial.fork(tmp_path / "theirs", tmp_path / "mine", config)
     assert checkpoint.committed_step(config.run) == 4 and not (tmp_path / "mine" / "old").exists()
-    assert [row["step"] for row in checkpoint.read_metrics(config.run)] == [4]
+    assert [row["step"] for row in read_metrics(config.run)] == [4]
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["optim"]["lr"] == 0.4
-    state = checkpoint.read_state(checkpoint.committed(config.run)[0] / checkpoint.STATE)
+    state = checkpoint.read_state(checkpoint.committed(config.run)[0] / STATE)
     net = torch.nn.Linear(3, 2)
     sgd = optim.build_finetuning(net, config.optim)
     schedule = optim.polynomial(sgd, 10)
@@ -435,7 +437,7 @@ def alone(monkeypatch):
             assert isinstance(train, c.TrainConfig)
             if found is None:
                 raise c.FailedRun("out of memory")
-            checkpoint.write_json(Path(probed.output), found)
+            write_json(Path(probed.output), found)
 
         folder.mkdir(parents=True)
         monkeypatch.setattr(trial, "_apart", apart)
@@ -568,7 +570,7 @@ def test_arms_are_compared_to_the_strongest_control_by_all(tmp_path):
             place = ended(tmp_path, values, 50 * (1 - level), judge="probe/matching_mm").folder
             kind = "random" if arm == "random" else "run"
             found = said(level, init=kind, off=off) | ({"notes": [seen]} if arm != "random" else {})
-            checkpoint.write_json(place / "probe.json", found)
+            write_json(place / "probe.json", found)
     (block,) = arms.judged(json.loads(config.model_dump_json()), sweeps.read_trials(tmp_path / "sweep"))
     assert [row["name"] for row in block["rows"]] == ["random", "random, BatchNorm off", "wrong priors", "pgl"]
     spread = np.std([0.7, 0.71, 0.72], ddof=1)
@@ -668,14 +670,14 @@ def test_a_collapse_is_told_from_other_ends(tmp_path):
     def rows(*collapsed):
         figures = {"health/feature_std": 0.01, "health/effective_rank": 1.0, "train/loss": 0.0}
         lines = [{"step": k + 1, "health/collapsed": float(v), **figures} for k, v in enumerate(collapsed)]
-        checkpoint.metrics_path(tmp_path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        metrics_path(tmp_path).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     goes_on = {"config": {"health": {"stop_on_collapse": False}}}
-    checkpoint.write_json(tmp_path / "run.json", {"num_steps": 4} | goes_on)
+    write_json(tmp_path / "run.json", {"num_steps": 4} | goes_on)
     rows(0, 1, 1)
     assert sweeps.collapsed(str(tmp_path)) is None
     stops = {"config": {"health": {"stop_on_collapse": True}}}
-    checkpoint.write_json(tmp_path / "run.json", {"num_steps": 4} | stops)
+    write_json(tmp_path / "run.json", {"num_steps": 4} | stops)
     assert "stopped at step 3: features collapsed" in sweeps.collapsed(str(tmp_path))
     for others in ((1, 0, 1), (1,), (0, 1, 1, 1)):  # the last ran to its end
         rows(*others)
@@ -738,8 +740,8 @@ def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]], share:
     config = {"seed": seed, "global_batch_size": 4, "index": "s", "init": "random", "num_scans": share}
     scans = {"train": ["a"] * round(6 * share), "val": ["b"] * round(2 * share)}
     record = {"door": "finetune", "config": config, "num_steps": 10, "scans": scans}
-    checkpoint.write_json(folder / "run.json", record)
-    checkpoint.metrics_path(folder).write_text('{"step": 5, "time_s": 2.0}\n{"step": 10, "time_s": 4.0}\n')
+    write_json(folder / "run.json", record)
+    metrics_path(folder).write_text('{"step": 5, "time_s": 2.0}\n{"step": 10, "time_s": 4.0}\n')
     rows = [
         {"scan_id": scan, "organ": organ, "dice": v, "iou": v / 2, "hd_mm": 5.0, "hd95_mm": 4.0}
         for organ, scans in dice.items()
@@ -750,7 +752,7 @@ def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]], share:
     organs = {o: {"dice": float(np.mean(list(v.values()))), **counts} for o, v in dice.items()}
     mean = float(np.mean([v["dice"] for v in organs.values()]))
     summary = {"dice": mean, "iou": 0.5, "hd_mm": 5.0, "hd95_mm": 4.0, "organs": organs, "index": "s"}
-    checkpoint.write_json(folder / "evaluation" / "summary.json", summary)
+    write_json(folder / "evaluation" / "summary.json", summary)
 
 
 def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):

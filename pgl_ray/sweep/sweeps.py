@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 from pgl_ray.data.place import put_in_place, write_aside
 from pgl_ray.judge.judges import HIGHER_IS_BETTER
 from pgl_ray.pages.tables import duration_s, probe_values, read_json
-from pgl_ray.train.checkpoint import read_metrics, write_json
 from pgl_ray.train.health import verdict
+from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.progress import clock
+from pgl_ray.train.run_files import write_json
 
 SWEEP = "sweep.json"
 ENDED = ("done", "stopped", "collapsed")  # and not to be run again; "failed" is tried again, "running" was interrupted

@@ -36,8 +36,9 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import feature_geometry
 from pgl_ray.sweep import sweeps
 from pgl_ray.train import checkpoint, nodes
-from pgl_ray.train.checkpoint import write_json
+from pgl_ray.train.metrics import metrics_path, read_metrics
 from pgl_ray.train.quiet import quiet_worker
+from pgl_ray.train.run_files import STATE, write_json
 
 STAGES = {"pretrain": PretrainConfig, "probe": ProbeConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig}
 PROBE = next(iter(sweeps.FIGURES))
@@ -317,7 +318,7 @@ class _Follower:
         if not (self.run / "run.json").exists():
             return
         num_steps = json.loads((self.run / "run.json").read_text())["num_steps"]
-        for row in checkpoint.read_metrics(self.run):
+        for row in read_metrics(self.run):
             if row["step"] > self.step and math.isfinite(row.get(self.figure, math.nan)):
                 self.step, value = row["step"], row[self.figure]
                 # fine-tuning keeps its best network; of pre-training the newest encoder counts, not the untrained one
@@ -368,16 +369,16 @@ def fork(source: Path, target: Path, config: FinetuneConfig) -> bool:
     if not found:
         return False
     try:
-        state = checkpoint.read_state(found[0] / checkpoint.STATE)
+        state = checkpoint.read_state(found[0] / STATE)
     except ValueError:  # a newer one took its place just now
         found = checkpoint.committed(source)
-        state = checkpoint.read_state(found[0] / checkpoint.STATE)
+        state = checkpoint.read_state(found[0] / STATE)
     place, step = found
     aside = target.with_name(target.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    rows = [json.dumps(row) + "\n" for row in checkpoint.read_metrics(source) if row["step"] <= step]
-    checkpoint.metrics_path(aside).write_text("".join(rows))
+    rows = [json.dumps(row) + "\n" for row in read_metrics(source) if row["step"] <= step]
+    metrics_path(aside).write_text("".join(rows))
     shutil.copy(source / finetune.BEST, aside / finetune.BEST)
     record = json.loads((source / "run.json").read_text())
     old = record["config"]["optim"]["lr"]

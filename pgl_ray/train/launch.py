@@ -15,7 +15,9 @@ import torch
 from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.model import device as on
-from pgl_ray.train import bucket, checkpoint, logs, nodes, watch
+from pgl_ray.train import bucket, checkpoint, logs, nodes, runs, watch
+from pgl_ray.train.events import read_events
+from pgl_ray.train.metrics import metrics_path, read_metrics
 from pgl_ray.train.progress import Stage
 from pgl_ray.train.quiet import QUIET, WATCH, quiet_data
 
@@ -88,7 +90,7 @@ def fit(
         worker_config: plain values; `plan`: the run's.
         stream: builds the Ray Dataset; called at every start of the workers, with num_workers and start (step).
         train: number and kind of workers.
-        run: folder of the run, absolute, or its URL, and held by `checkpoint.alone`.
+        run: folder of the run, absolute, or its URL, and held by `runs.alone`.
         num_steps: length of the run, for the progress line.
         batch_size: global; an elastic run takes numbers of workers that divide it, alone.
 
@@ -107,19 +109,19 @@ def fit(
             built = {name: stream(num_workers=world_size, start=start) for name, start in datasets.items()}
             return super().configure(built, world_size, *args, **kwargs)
 
-    token = checkpoint.held(run)
+    token = runs.held(run)
 
     def start() -> int:
         """Where a start of the workers continues; called in Ray Train's controller, once for all of them."""
-        found = checkpoint.recover(run, token)
+        found = runs.recover(run, token)
         return found[1] if found else 0
 
     def watched(config: dict) -> Any:
         context = ray.train.get_context()
         rank, world = context.get_world_rank(), context.get_world_size()
-        with checkpoint.joined(config["run"], rank) as folder:
+        with runs.joined(config["run"], rank) as (folder, push):
             here = {**config, "run": folder}
-            return watch.watched(partial(_logged, worker, train), here, rank, world, train.timeout_s)
+            return watch.watched(partial(_logged, worker, train, push), here, rank, world, train.timeout_s)
 
     for note in ray_internals.changed():
         print(f"note: {note}", flush=True)
@@ -162,7 +164,12 @@ def fit(
             raise FailedRun(first_cause(error)) from error
 
 
-def _logged(worker: Callable[["Session", dict], Any], train: TrainConfig, worker_config: dict) -> Any:
+def _logged(
+    worker: Callable[["Session", dict], Any],
+    train: TrainConfig,
+    push: Callable[[], None] | None,
+    worker_config: dict,
+) -> Any:
     """Runs on each rank: the worker with a session, its log in the run's folder.
 
     Raises:
@@ -177,7 +184,7 @@ def _logged(worker: Callable[["Session", dict], Any], train: TrainConfig, worker
         node = ray.util.get_node_ip_address()
         raise FailedRun(f"node {node} does not see run={run}: store and run must lie on storage that all nodes share")
     with logs.written(run, context.get_world_rank(), context.get_world_size()):
-        return worker(Session(run, worker_config["plan"], train, place_of(train)), worker_config)
+        return worker(Session(run, worker_config["plan"], train, place_of(train, push)), worker_config)
 
 
 # -- while it runs ----------------------------------------------------------------------------------------------------
@@ -201,15 +208,15 @@ def first_cause(error: Exception) -> str:
     return text
 
 
-def place_of(train: TrainConfig) -> "Place":
-    """What Ray Train gives this worker."""
+def place_of(train: TrainConfig, push: Callable[[], None] | None) -> "Place":
+    """What Ray Train gives this worker; `push`: see `runs.Joined`."""
     import ray.train
 
     from pgl_ray.train.session import Place
 
     context, device = ray.train.get_context(), setup_worker(train.threads_per_worker)
     feed = partial(_batches, device=device)
-    return Place(context.get_world_rank(), context.get_world_size(), device, feed, _distributed)
+    return Place(context.get_world_rank(), context.get_world_size(), device, feed, _distributed, push)
 
 
 def setup_worker(threads: int) -> torch.device:
@@ -275,7 +282,7 @@ class Progress:
     ):
         self.run, self.missing = run, missing
         self.start = checkpoint.committed_step(run)
-        self.events = checkpoint.read_events(bucket.told(run))[1]
+        self.events = read_events(bucket.told(run))[1]
         self.began = time.time()
         self.stage = Stage("  step", "", num_steps, self.start, starts=True)
         self.every_s = every_s or LOOK_S[self.stage.bar is None or bucket.is_url(run)]
@@ -303,7 +310,7 @@ class Progress:
                     print(lacking, flush=True)
                 try:
                     folder = bucket.told(self.run)
-                    events, self.events = checkpoint.read_events(folder, self.events)
+                    events, self.events = read_events(folder, self.events)
                     rows = [row for row in self._new_rows(folder) if "train/loss" in row or "val/dice" in row]
                 except (OSError, ValueError):  # storage fails; the worker that writes says so
                     continue
@@ -316,10 +323,10 @@ class Progress:
 
     def _new_rows(self, folder: Path) -> list[dict]:
         """Rows of this start; a continuing worker first drops what an interrupted one wrote after its checkpoint."""
-        path = checkpoint.metrics_path(folder)
+        path = metrics_path(folder)
         if not path.exists() or path.stat().st_mtime < self.began:
             return []
-        return [row for row in checkpoint.read_metrics(folder) if row["step"] > self.start]
+        return [row for row in read_metrics(folder) if row["step"] > self.start]
 
 
 def _figures(row: dict, rows: list[dict]) -> str:
