@@ -12,7 +12,8 @@ from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import checkpoint, runs, weights
-from pgl_ray.train.launch import Progress, first_cause
+from pgl_ray.train.follow import Progress
+from pgl_ray.train.launch import first_cause
 from pgl_ray.train.metrics import Metrics, metrics_path, read_metrics
 from pgl_ray.train.run_files import MANIFEST, SNAPSHOT
 

@@ -22,7 +22,7 @@ import train_loop as loop
 from pgl_ray import finetune, pretrain
 from pgl_ray.config import FailedRun
 from pgl_ray.data import store
-from pgl_ray.train import checkpoint, health, launch, progress, retry, runs
+from pgl_ray.train import checkpoint, follow, health, progress, retry, runs
 from pgl_ray.train.events import note, read_events
 from pgl_ray.train.metrics import Metrics, read_metrics
 from pgl_ray.train.run_files import EVENTS, MANIFEST, SNAPSHOT, STATE
@@ -586,7 +586,7 @@ def test_what_workers_note_reaches_the_console_once(tmp_path, capsys):
     """Of other processes: what this one notes, it has printed already."""
     note(tmp_path, "mine")
     code = f"from pgl_ray.train.events import note; note({str(tmp_path)!r}, 'theirs')"
-    with launch.Progress(str(tmp_path), 10, every_s=0.01):
+    with follow.Progress(str(tmp_path), 10, every_s=0.01):
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
     assert capsys.readouterr().out.splitlines() == ["  mine", "  theirs"]
     assert read_events(tmp_path)[0] == ["theirs"]
@@ -595,7 +595,7 @@ def test_what_workers_note_reaches_the_console_once(tmp_path, capsys):
 def test_a_runs_progress_goes_by_its_metrics(tmp_path, monkeypatch, capsys):
     """Rows of the checkpoint's steps and before are none of this start's; the last line comes whatever the pause."""
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
-    shown = launch.Progress(str(tmp_path), 40, every_s=0.01)
+    shown = follow.Progress(str(tmp_path), 40, every_s=0.01)
     shown.start = 10
     with shown:
         metrics = Metrics(str(tmp_path), 0)
