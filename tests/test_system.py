@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pgl_ray import tune
 from pgl_ray.config import FailedRun
 from pgl_ray.data import place, system
+from pgl_ray.sweep import sweeps
 from pgl_ray.train import runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,7 +182,7 @@ def test_storage_without_locks_grants_every_wish_and_says_so(number, tmp_path, m
     with place.open_place(tmp_path / "store").locked() as token, place.open_place(tmp_path / "store").joined(token):
         pass
     (tmp_path / "run").mkdir()
-    with runs.alone(str(tmp_path / "run")), tune.locked(tmp_path / "sweep"):
+    with runs.alone(str(tmp_path / "run")), sweeps.locked(tmp_path / "sweep"):
         pass
     told = capsys.readouterr().out.splitlines()
     assert [line.split(" (")[0].strip() for line in told] == [
