@@ -309,6 +309,16 @@ def test_a_log_that_another_machine_continued_is_not_overwritten(run):
     assert Bucket(run).read("logs/rank_0.jsonl") == b"a1\nb1\n"
 
 
+def test_a_copy_is_called_by_its_url(run, tmp_path):
+    """Also in a process that has not made it; a folder that only looks like one has its own name."""
+    start(run)
+    code = "import sys; from pgl_ray.train.bucket import shown; print(*map(shown, sys.argv[1:]))"
+    copies = [str(bucket.told(run)), str(bucket.mirror(run).folder)]
+    own = [str(tmp_path), str(tmp_path / "work"), str(tmp_path / "work" / "run"), "run", "work/run"]
+    done = subprocess.run([sys.executable, "-c", code, *copies, *own], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [run, run, *own]
+
+
 def test_results_of_another_machine_are_gone_on_with(run):
     start(run)
     with bucket.beside(run, "evaluation") as folder:
