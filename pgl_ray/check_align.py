@@ -34,7 +34,7 @@ from pgl_ray.pages import pictures
 from pgl_ray.phantom.phantom import make_phantom
 from pgl_ray.prior import Geometry, Prior, clamped_bins, interpolation_matrices, overlap_share
 from pgl_ray.train.bucket import is_url, shelf
-from pgl_ray.train.checkpoint import write_json
+from pgl_ray.train.run_files import write_json
 
 AXES = ("D", "H", "W")
 CONVENTIONS = ("receptive_field", "cell")

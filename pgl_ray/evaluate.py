@@ -34,8 +34,10 @@ from pgl_ray.model.inference import TooLittleMemory, out_of_memory, pick_device,
 from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, summarise
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train import bucket
-from pgl_ray.train.checkpoint import file_of, whole_lines, write_json
+from pgl_ray.train.checkpoint import file_of
+from pgl_ray.train.metrics import whole_lines
 from pgl_ray.train.progress import Stage
+from pgl_ray.train.run_files import write_json
 from pgl_ray.train.weights import load_segmenter
 
 SCANS, TABLE = "scans.jsonl", "metrics.parquet"

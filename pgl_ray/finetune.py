@@ -30,7 +30,8 @@ from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import summarise
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter, build_segmenter
-from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, watch, weights
+from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, runs, watch, weights
+from pgl_ray.train.run_files import STATE
 from pgl_ray.train.session import Session
 
 BEST = "best.pt"
@@ -79,8 +80,8 @@ def run(config: FinetuneConfig) -> Result:
         "scans": {"train": train_ids, "val": val_ids},
         "weights": dataclasses.asdict(loaded) if loaded else None,
     }
-    folder = checkpoint.open_run(config, "finetune", facts)
-    with checkpoint.alone(folder) as done:
+    folder = runs.open_run(config, "finetune", facts)
+    with runs.alone(folder) as done:
         finished = done is not None and _is_over(done[0], plan.num_steps)
         if not finished:
             launch.connect(config.ray)
@@ -456,7 +457,7 @@ def validate(
 
 
 def _is_over(folder: Path, num_steps: int) -> bool:
-    state = checkpoint.read_state(folder / checkpoint.STATE)
+    state = checkpoint.read_state(folder / STATE)
     return state["stopped"] or state["step"] >= num_steps
 
 

@@ -32,8 +32,8 @@ from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device, segment
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.pages import viewer
-from pgl_ray.train.checkpoint import write_json
 from pgl_ray.train.progress import Stage, num_of
+from pgl_ray.train.run_files import write_json
 from pgl_ray.train.weights import load_segmenter
 
 

@@ -37,7 +37,9 @@ from pgl_ray.model.pgl import Output, Pair, Pgl, feature_geometry
 from pgl_ray.model.places import Objective, PlacesPgl
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.prior import Geometry
-from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, watch
+from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, runs, watch
+from pgl_ray.train.metrics import read_metrics
+from pgl_ray.train.run_files import write_json
 from pgl_ray.train.session import Session
 
 ACCURACY = "probe/balanced_accuracy"  # of the metrics; a sweep may judge by it
@@ -81,8 +83,8 @@ def run(config: PretrainConfig) -> Result:
         judges = make_probe(config)  # refuses what would only fail in the first worker
         for note in [*judges.notes, *seen_notes(trained_on, judges.probe.scans[1])]:
             print(f"pretrain: note: voxel probe: {note}", flush=True)
-    folder = checkpoint.open_run(config, "pretrain", facts)
-    with checkpoint.alone(folder) as found:
+    folder = runs.open_run(config, "pretrain", facts)
+    with runs.alone(folder) as found:
         done = found[1] if found else 0
         if done < plan.num_steps:
             launch.connect(config.ray)
@@ -103,7 +105,7 @@ def run(config: PretrainConfig) -> Result:
             stopped = launch.fit(worker, {**worker_config, "plan": plan}, feed, config.train, folder, *sizes)
             if stopped:
                 raise FailedRun(stopped)
-    rows = checkpoint.read_metrics(folder)
+    rows = read_metrics(folder)
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     probed = [row[ACCURACY] for row in rows if ACCURACY in row]
     probe, rise = (probed or [None])[-1], health.rise(rows, config.method, config.loss.kind)
@@ -339,7 +341,7 @@ class Skipped:
         named = {self.plan.scan_ids[scan]: num for scan, num in self.rows.most_common()}
         if run and named:
             with contextlib.suppress(OSError):  # it is written again with the next row
-                checkpoint.write_json(Path(run) / "skipped.json", named)
+                write_json(Path(run) / "skipped.json", named)
         pairs = step * self.plan.global_batch_size
         share = self.rows.total() / pairs
         # one bad scan among the first pairs says nothing of the share of bad scans: an epoch's pairs, at least

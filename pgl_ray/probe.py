@@ -32,7 +32,7 @@ from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.pages import feature_pictures
 from pgl_ray.pages.pictures import to_bytes
 from pgl_ray.train import bucket, weights
-from pgl_ray.train.checkpoint import write_json
+from pgl_ray.train.run_files import write_json
 
 FIRST = "reestimated"  # the reading that counts for a trained encoder
 

@@ -213,117 +213,47 @@ def whole_parts(batch_size: int, spare_cpus: float) -> Iterator[None]:
         trainer.create_scaling_policy = theirs
 
 
-# -- clusters that grow -----------------------------------------------------------------------------------------------
+# -- clusters that grow: train/autoscaler.py -------------------------------------------------------------------------
 
 HEAD = "node:__internal_head__"  # a resource of the head alone, by which Ray's documentation names it
-MONITOR, MONITOR_CONFIG = "monitor.py", "--autoscaling-config="  # the autoscaler's process, on the head
+MONITOR = "monitor.py"  # the autoscaler's process, on the head, and its options:
+MONITOR_GCS, MONITOR_CONFIG, MONITOR_LOGS = "--gcs-address=", "--autoscaling-config=", "--logs-dir="
+MONITOR_LOG, KUBERAY_LOGS = "monitor.log", "/tmp/ray/session_latest/logs"
+FAILED_LAUNCH = re.compile(r"Failed to launch \d+ nodes of type (\S+): (.*)")  # in its log
 KUBERAY_CLUSTER = "RAY_CLUSTER_NAME"  # in the environment of KubeRay's containers
-NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")  # Kubernetes' own, in every pod
-UNREADABLE: dict[str, Any] = {}  # instead of a config
 
 
-def autoscaler_config(timeout_s: float = 60.0) -> dict[str, Any] | None:
-    """How the connected cluster may grow, as a file for `ray up` says it: available_node_types, head_node_type,
-    max_workers; none: it does not; UNREADABLE: it does, and does not say how.
-
-    A platform may publish it in the cluster's GCS, where Ray Train looks. Ray's own autoscaler does not: its process
-    has it in a file on the head, and under KubeRay it is made of what Kubernetes says of the cluster, which the pod of
-    the head may ask. So a task there looks.
-    """
-    if missing(GROWTH):
-        return None
+def published_config() -> Any:
+    """How the connected cluster may grow, where a platform has published it in the cluster's GCS: Ray's ClusterConfig;
+    call it where nothing of GROWTH is `missing`."""
     from ray._private.state import state
 
-    published = state.get_cluster_config()
-    if published and published.node_group_configs:
-        types = {
-            group.name: {"resources": dict(group.resources), "max_workers": group.max_count % 2**31}  # -1: any number
-            for group in published.node_group_configs
-        }
-        return {"available_node_types": types, "max_workers": sum(kind["max_workers"] for kind in types.values())}
-    return _on_head(head_says, UNREADABLE, timeout_s)
+    return state.get_cluster_config()
 
 
-def _on_head(function: Any, otherwise: Any, timeout_s: float) -> Any:
-    """What a function says that is called on the head, with the address of the GCS; or something else, where it fails
-    or takes long."""
-    import ray
+def kuberay_config(cluster: str, namespace: str) -> dict[str, Any]:
+    """What Kubernetes says of a cluster, as a file for `ray up` would; to be asked in the pod of its head.
 
-    options = {"num_cpus": 0, "resources": {HEAD: 0.001}, "max_retries": 1}
-    asked = ray.remote(function).options(**options).remote(ray.get_runtime_context().gcs_address)
-    try:
-        return ray.get(asked, timeout=timeout_s)
-    except (ray.exceptions.RayError, TimeoutError):
-        return otherwise
-
-
-def _monitors(gcs_address: str) -> list[list[str]]:
-    """Command lines of the autoscalers of a cluster on this machine, where there may be others."""
-    import psutil
-
-    port, lines = gcs_address.rpartition(":")[2], []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            gcs = next((word for word in words if word.startswith("--gcs-address=")), "")
-            if gcs.endswith(f":{port}") and any(word.endswith(f"/{MONITOR}") for word in words):
-                lines.append(words)
-    return lines
-
-
-def head_says(gcs_address: str) -> dict[str, Any] | None:
-    """`autoscaler_config` on the head."""
-    import yaml
-
-    lines = _monitors(gcs_address)
-    for word in (word for words in lines for word in words if word.startswith(MONITOR_CONFIG)):
-        return yaml.safe_load(Path(word.removeprefix(MONITOR_CONFIG)).expanduser().read_text())
-    if lines or KUBERAY_CLUSTER not in os.environ:
-        return None
-    return _kuberay_says(os.environ[KUBERAY_CLUSTER])
-
-
-def _kuberay_says(cluster: str) -> dict[str, Any]:
-    """What Kubernetes says of a cluster; the head's pod may ask where KubeRay's autoscaler runs beside it."""
+    Raises:
+        Exception: of any kind, without a right to ask, without an answer, at an answer of another version.
+    """
     from ray.autoscaler._private.kuberay.autoscaling_config import AutoscalingConfigProducer
 
-    try:
-        return AutoscalingConfigProducer(cluster, NAMESPACE.read_text())()
-    except Exception:  # no such file, no right to ask, no answer, an answer of another version
-        return UNREADABLE
+    return AutoscalingConfigProducer(cluster, namespace)()
 
 
-LOGS = "--logs-dir="  # of the autoscaler's command
-FAILED = re.compile(r"Failed to launch \d+ nodes of type (\S+): (.*)")  # in its log
-
-
-def launch_failures(timeout_s: float = 30.0) -> dict[str, str]:
-    """Kinds of nodes that the connected cluster's autoscaler could not start lately, and why, in the cloud's words.
-
-    The cluster's state names the kinds, and has lost the words on the way (Ray 2.60): they stand in the autoscaler's
-    log on the head. Ray's first autoscaler tells neither.
-    """
+def failed_launches() -> list[str]:
+    """Kinds of nodes that the connected cluster's autoscaler could not start lately. Ray's first one does not tell."""
     if missing(LAUNCHES):
-        return {}
+        return []
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     try:
         failed = get_cluster_status(ray.get_runtime_context().gcs_address).failed_launches
     except Exception:  # a line more or less for the user, of an interface that may change
-        return {}
-    words = _on_head(head_failures, {}, timeout_s) if failed else {}
-    return {one.ray_node_type_name: words.get(one.ray_node_type_name, "see monitor.log on the head") for one in failed}
-
-
-def head_failures(gcs_address: str) -> dict[str, str]:
-    """Kinds of nodes -> why the last ones could not be started; called on the head."""
-    words = [word.removeprefix(LOGS) for words in _monitors(gcs_address) for word in words if word.startswith(LOGS)]
-    path = Path(words[0] if words else "/tmp/ray/session_latest/logs", "monitor.log")  # KubeRay's pod shares it
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2**20))
-        text = file.read().decode(errors="replace")
-    return {name: why.strip()[:300] for name, why in FAILED.findall(text)}
+        return []
+    return [one.ray_node_type_name for one in failed]
 
 
 # -- Ray Train's logs -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pgl_ray import export, inspect, prepare, report
 from pgl_ray.config import ExportConfig, FailedRun, InspectConfig, PrepareConfig, ReportConfig, StoreConfig, build
 from pgl_ray.data.place import open_place
 from pgl_ray.train import checkpoint
+from pgl_ray.train.metrics import read_metrics
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -88,7 +89,7 @@ def test_pre_training_from_a_bucket_into_a_bucket(tmp_path, s3, serial, monkeypa
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith(f"; run in {run}")
     monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/machine_2")
-    assert [row["step"] for row in checkpoint.read_metrics(run)] == [1, 2, 3] and checkpoint.committed_step(run) == 3
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3] and checkpoint.committed_step(run) == 3
     rows = [json.loads(line) for line in open_place(run).read("logs/rank_0.jsonl").splitlines()]
     assert rows[0]["message"] == "start" and rows[-1]["message"] == "end"
     page = report.run(build(ReportConfig, {"run": run, "output": str(tmp_path / "page.html")}))

@@ -20,7 +20,11 @@ from pgl_ray import config as c
 from pgl_ray import evaluate, export, finetune, probe, report
 from pgl_ray.config import FailedRun
 from pgl_ray.data.bucket import Bucket
-from pgl_ray.train import bucket, checkpoint
+from pgl_ray.train import bucket, checkpoint, mirror, retry, runs
+from pgl_ray.train.events import note, read_events
+from pgl_ray.train.metrics import read_metrics
+from pgl_ray.train.run_files import SNAPSHOT
+from pgl_ray.train.writer import Writer
 
 ROOT = str(Path(__file__).parents[1])
 TINY = ["encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=16", "heads.out=8", "views.size=[8,16,32]"]
@@ -108,9 +112,9 @@ def check_readers(run: str, scans: Path, tmp_path: Path) -> None:
 def start(run: str, steps: tuple[int, ...] = (2, 4), changes: dict | None = None) -> None:
     """A run with checkpoints, written as the door's processes write them."""
     config = c.build(c.PretrainConfig, {"index": "/s", "run": run} | (changes or {}))
-    assert checkpoint.open_run(config, "pretrain", {"plan": "p", "num_steps": 9}) == run
-    with checkpoint.alone(run), checkpoint.joined(run, 0) as folder:
-        writer = checkpoint.Writer(folder, 2)
+    assert runs.open_run(config, "pretrain", {"plan": "p", "num_steps": 9}) == run
+    with runs.alone(run), runs.joined(run, 0) as (folder, push):
+        writer = Writer(folder, 2, push=push)
         for step in steps:
             writer.save({"step": step, "weights": torch.full((50_000,), float(step))}, step, {})
             while writer.waiting:
@@ -131,17 +135,17 @@ def test_a_checkpoint_counts_from_its_manifest_on(run, monkeypatch):
             raise SystemExit  # the machine dies between the two
         write(place, key, parts)
 
-    with pytest.raises(SystemExit), checkpoint.alone(run), checkpoint.joined(run, 0) as folder:
+    with pytest.raises(SystemExit), runs.alone(run), runs.joined(run, 0) as (folder, push):
         Path(folder, "metrics.jsonl").write_text('{"step": 6}\n')
         monkeypatch.setattr(Bucket, "write", noted)
         for step in (6, 8):
             checkpoint.write_checkpoint(Path(folder), step, {"step": step}, {})
-            bucket.push(folder)
+            push()
     monkeypatch.setattr(Bucket, "write", write)
     names = ["metrics.jsonl", *(f"checkpoint_0000000{step}/{file}" for step in (6, 8) for file in FILES)]
     assert written[: len(names)] == names
     assert checkpoint.committed_step(run) == 6 and "checkpoint_00000008/state.pt" in keys(run)
-    with checkpoint.alone(run) as found:  # here it is whole, but other machines cannot see that
+    with runs.alone(run) as found:  # here it is whole, but other machines cannot see that
         assert found[1] == 6
     assert keys(run) == [f"checkpoint_0000000{step}/{file}" for step in (2, 4, 6) for file in sorted(FILES)]
 
@@ -162,18 +166,18 @@ def test_a_damaged_checkpoint_in_a_bucket_gives_way_to_the_last(run, kind, capsy
         place.remove(key)
     else:
         place.write("checkpoint_00000004/checkpoint.json", [b"{"])
-    with checkpoint.alone(run) as found:
+    with runs.alone(run) as found:
         assert found[1] == 2 and checkpoint.read_state(found[0] / "state.pt")["step"] == 2
     assert "checkpoint_00000004 is damaged" in capsys.readouterr().out
     assert keys(run) == [f"checkpoint_00000002/{file}" for file in sorted(FILES)]
-    assert checkpoint.read_events(bucket.told(run), {})[1]  # what was noted is there for others
+    assert read_events(bucket.told(run), {})[1]  # what was noted is there for others
 
 
 def test_damage_of_this_machines_copy_does_no_harm(run):
     start(run)
     (path,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("checkpoint_00000004/state.pt")
     path.write_bytes(path.read_bytes()[:1000])
-    with checkpoint.alone(run) as found:
+    with runs.alone(run) as found:
         assert found[1] == 4 and checkpoint.read_state(found[0] / "state.pt")["step"] == 4
 
 
@@ -183,7 +187,7 @@ def test_a_run_that_was_removed_leaves_nothing_on_the_machine(run):
     for name in place.names(""):
         place.remove(name)
     start(run, (1,), {"seed": 1})
-    with checkpoint.alone(run) as found:
+    with runs.alone(run) as found:
         assert found[1] == 1
 
 
@@ -205,7 +209,7 @@ def test_a_run_moves_between_a_bucket_and_a_folder(run, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(Bucket(run).read(key))
     config = c.build(c.PretrainConfig, {"index": "/s", "run": str(tmp_path / "run")})
-    with checkpoint.alone(checkpoint.open_run(config, "pretrain", {"plan": "p"})) as found:
+    with runs.alone(runs.open_run(config, "pretrain", {"plan": "p"})) as found:
         assert found == (tmp_path / "run/checkpoint_00000004", 4)
     for path in (tmp_path / "run").rglob("*"):
         if path.is_file():
@@ -218,18 +222,18 @@ def test_a_run_moves_between_a_bucket_and_a_folder(run, tmp_path):
 def test_one_driver_at_a_time(run, monkeypatch):
     monkeypatch.setattr("pgl_ray.data.bucket.HEARTBEAT_S", 0.2)
     start(run)
-    with checkpoint.alone(run):
+    with runs.alone(run):
         refusal = rf"run={run} is being trained by process {os.getpid()} on .*: wait for it, or end it"
-        with pytest.raises(ValueError, match=refusal), checkpoint.alone(run):
+        with pytest.raises(ValueError, match=refusal), runs.alone(run):
             pass
-        with pytest.raises(FailedRun, match="taken over"), checkpoint.joined(run, 0) as folder:
-            checkpoint.recover(run)  # its workers start anew: this one is cut off from the others, not from the bucket
-            writer = checkpoint.Writer(folder, 2)
+        with pytest.raises(FailedRun, match="taken over"), runs.joined(run, 0) as (folder, push):
+            runs.recover(run)  # its workers start anew: this one is cut off from the others, not from the bucket
+            writer = Writer(folder, 2, push=push)
             writer.save({"step": 6}, 6, {})
             writer.close()
             assert f"another start of its workers has taken over run={run}" in writer.fault
     assert checkpoint.committed_step(run) == 4
-    with pytest.raises(FailedRun, match=f"no process has run={run} any more"), checkpoint.joined(run, 0):
+    with pytest.raises(FailedRun, match=f"no process has run={run} any more"), runs.joined(run, 0):
         pass
 
 
@@ -237,15 +241,15 @@ def test_a_driver_that_lost_its_lock_does_no_harm(run, monkeypatch):
     """It was cut off for so long that another one took over; then it comes back."""
     monkeypatch.setattr("pgl_ray.data.bucket.HEARTBEAT_S", 0.2)
     start(run)
-    with checkpoint.alone(run):
-        mine, place = checkpoint.held(run), Bucket(run)
+    with runs.alone(run):
+        mine, place = runs.held(run), Bucket(run)
         place.write(".part/run", [b"another"])
         place.write(".part/start", [b"another's workers"])
         place.write(".lock", [b"process 1 on another"])
         time.sleep(0.6)
         assert place.read(".lock") == b"process 1 on another"
         with pytest.raises(FailedRun, match="is over"):
-            checkpoint.recover(run, mine)
+            runs.recover(run, mine)
         assert place.read(".part/start") == b"another's workers"
     assert {".lock", ".part/run", ".part/start"} <= set(keys(run, ""))
 
@@ -256,8 +260,8 @@ def test_a_run_of_an_earlier_version_loses_nothing(run):
     for key in before:
         if key.endswith("checkpoint.json"):
             Bucket(run).remove(key)
-    Bucket(run).write(bucket.SNAPSHOT, [b"{}"])
-    with pytest.raises(ValueError, match="of an earlier version: continue it once in a folder"), checkpoint.alone(run):
+    Bucket(run).write(SNAPSHOT, [b"{}"])
+    with pytest.raises(ValueError, match="of an earlier version: continue it once in a folder"), runs.alone(run):
         pass
     assert keys(run, "checkpoint_0") == [key for key in before if key.endswith("state.pt")]
 
@@ -274,7 +278,7 @@ def test_a_faulty_transfer_costs_no_checkpoint(run, monkeypatch):
             flip_a_bit(path)
 
     monkeypatch.setattr(Bucket, "copy_to", faulty)
-    with checkpoint.alone(run) as found:
+    with runs.alone(run) as found:
         assert faults and found[1] == 4
 
 
@@ -289,20 +293,30 @@ def test_a_cut_index_in_the_cache_is_made_anew(run):
     for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("*.json"):
         if path.name in ("work.json", "read.json"):
             path.write_text("")
-    with checkpoint.alone(run) as found:
+    with runs.alone(run) as found:
         assert found[1] == 4
 
 
 def test_a_log_that_another_machine_continued_is_not_overwritten(run):
     start(run)
     log = bucket.mirror(run).folder / "logs" / "rank_0.jsonl"
-    with checkpoint.alone(run):
+    with runs.alone(run):
         log.parent.mkdir(exist_ok=True)
         log.write_text("a1\na2\na3\n")  # the last two never got there
         Bucket(run).write("logs/rank_0.jsonl", [b"a1\nb1\n"])
-        with checkpoint.joined(run, 0):
+        with runs.joined(run, 0):
             pass
     assert Bucket(run).read("logs/rank_0.jsonl") == b"a1\nb1\n"
+
+
+def test_a_copy_is_called_by_its_url(run, tmp_path):
+    """Also in a process that has not made it; a folder that only looks like one has its own name."""
+    start(run)
+    code = "import sys; from pgl_ray.train.bucket import shown; print(*map(shown, sys.argv[1:]))"
+    copies = [str(bucket.told(run)), str(bucket.mirror(run).folder)]
+    own = [str(tmp_path), str(tmp_path / "work"), str(tmp_path / "work" / "run"), "run", "work/run"]
+    done = subprocess.run([sys.executable, "-c", code, *copies, *own], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [run, run, *own]
 
 
 def test_results_of_another_machine_are_gone_on_with(run):
@@ -319,10 +333,10 @@ def test_results_of_another_machine_are_gone_on_with(run):
 
 def test_a_refused_key_is_not_tried_for_minutes(run, monkeypatch):
     start(run)
-    with checkpoint.alone(run):
+    with runs.alone(run):
         monkeypatch.setattr(Bucket, "ask", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no access")))
         began = time.monotonic()
-        with pytest.raises(FailedRun, match="no access"), checkpoint.joined(run, 0):
+        with pytest.raises(FailedRun, match="no access"), runs.joined(run, 0):
             pass
         assert time.monotonic() - began < 5
         monkeypatch.undo()
@@ -339,15 +353,15 @@ def test_a_start_that_failed_between_two_objects_starts_again(run, monkeypatch):
 
     monkeypatch.setattr(Bucket, "write", failing)
     with pytest.raises(OSError, match="the bucket fails"):
-        checkpoint.open_run(config, "pretrain", {"plan": "p"})
+        runs.open_run(config, "pretrain", {"plan": "p"})
     monkeypatch.setattr(Bucket, "write", write)
-    assert checkpoint.open_run(config, "pretrain", {"plan": "p"}) == run
+    assert runs.open_run(config, "pretrain", {"plan": "p"}) == run
 
 
 def test_a_bucket_that_fails_for_a_while_holds_nothing_up(run, monkeypatch, capsys):
     """As storage of any kind; what was noted meanwhile is in the bucket afterwards."""
-    monkeypatch.setattr(checkpoint, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(checkpoint, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 0.02)
     start(run)
     failing, ask = threading.Event(), Bucket.ask
 
@@ -357,9 +371,9 @@ def test_a_bucket_that_fails_for_a_while_holds_nothing_up(run, monkeypatch, caps
         return ask(place, *args, **options)
 
     monkeypatch.setattr(Bucket, "ask", fragile)
-    with checkpoint.alone(run), checkpoint.joined(run, 0) as folder:
+    with runs.alone(run), runs.joined(run, 0) as (folder, push):
         failing.set()
-        writer = checkpoint.Writer(folder, 2)
+        writer = Writer(folder, 2, push=push)
         for step in (6, 8, 10):
             writer.save({"step": step}, step, {})
             time.sleep(0.05)
@@ -372,18 +386,18 @@ def test_a_bucket_that_fails_for_a_while_holds_nothing_up(run, monkeypatch, caps
     events = b"".join(Bucket(run).read(key) for key in keys(run, "events/")).decode()
     assert events.count("cannot be written") == events.count("is written after") == 1
     failing.set()
-    monkeypatch.setattr(checkpoint, "RETRY_S", 0.05)
+    monkeypatch.setattr(retry, "RETRY_S", 0.05)
     with pytest.raises(FailedRun, match=f"run={run} cannot be read: {run}: connection refused"):
-        checkpoint.recover(run)
+        runs.recover(run)
 
 
 def test_logs_and_events_of_all_processes_come_together(run, monkeypatch):
     """Each process brings its own; a killed worker's last lines, on its machine alone, go there with the next ones."""
-    monkeypatch.setattr(bucket, "PUSH_S", 0.05)
+    monkeypatch.setattr(mirror, "PUSH_S", 0.05)
     start(run)
     place = Bucket(run)
-    with checkpoint.alone(run):
-        with checkpoint.joined(run, 1) as folder:
+    with runs.alone(run):
+        with runs.joined(run, 1) as (folder, _):
             log = Path(folder, "logs/rank_1.jsonl")
             log.write_text("one\n")
             log.with_name("rank_0.jsonl").write_text("not mine\n")
@@ -393,17 +407,17 @@ def test_logs_and_events_of_all_processes_come_together(run, monkeypatch):
                 assert time.monotonic() < until
                 time.sleep(0.01)
         log.write_text("one\ntwo\n")
-        with checkpoint.joined(run, 1), log.open("a") as file:
+        with runs.joined(run, 1), log.open("a") as file:
             file.write("three\n")
-            checkpoint.note(folder, "mine")
+            note(folder, "mine")
         assert place.read("logs/rank_1.jsonl") == b"one\ntwo\nthree\n"
         assert keys(run, "logs/") == ["logs/rank_1.jsonl"] and not keys(run, "metrics")
     (own,) = keys(run, "events/")
     theirs = json.loads(place.read(own)) | {"pid": 0, "text": "theirs"}
     place.write("events/other.jsonl", [json.dumps(theirs).encode() + b"\n"])
     assert json.loads(place.read(own))["text"] == "mine"
-    texts, ends = checkpoint.read_events(bucket.told(run))
-    assert texts == ["theirs"] and checkpoint.read_events(bucket.told(run), ends)[0] == []
+    texts, ends = read_events(bucket.told(run))
+    assert texts == ["theirs"] and read_events(bucket.told(run), ends)[0] == []
 
 
 # -- the real thing ----------------------------------------------------------------------------------------------------
@@ -438,7 +452,7 @@ def test_a_killed_driver_and_a_lost_machine(scans, run, tmp_path):
     assert 4 <= int(lines[1].split("steps ")[1].split()[0]) < 40
     assert any(line.startswith("  step 40/40, loss ") for line in lines), lines
     lose_the_machine()
-    assert [row["step"] for row in checkpoint.read_metrics(run)] == list(range(1, 41))
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, 41))
     for rank in (0, 1):
         rows = [json.loads(line) for line in Bucket(run).read(f"logs/rank_{rank}.jsonl").splitlines()]
         assert rows[0]["message"] == "start" and rows[-1]["message"] == "end"
@@ -475,7 +489,7 @@ def test_nodes_that_share_nothing_but_the_bucket(scans, run, tmp_path):
         finally:
             nodes.close()
     assert killed_at < 100
-    assert [row["step"] for row in checkpoint.read_metrics(run)] == list(range(1, 121))
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, 121))
     for rank in (0, 1):
         rows = [json.loads(line) for line in Bucket(run).read(f"logs/rank_{rank}.jsonl").splitlines()]
         assert [row["message"] for row in rows].count("start") >= 2 and rows[-1]["message"] == "end"

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgl_ray import config as c
-from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun
 from pgl_ray.model import device as on
-from pgl_ray.train import capacity, checkpoint, launch, nodes
+from pgl_ray.train import autoscaler, capacity, checkpoint, follow, launch, nodes
 from pgl_ray.train.capacity import Cluster, Kind
 from pgl_ray.train.quiet import WATCH
+from pgl_ray.train.writer import Writer
 
 CLUSTER = Path(__file__).resolve().parents[1] / "conf" / "cluster"
 GPU = Kind({"CPU": 8.0, "GPU": 1.0}, 8)
@@ -101,7 +101,7 @@ def test_kinds_of_a_config():
     assert capacity.kinds_of(config) == (kinds, 5)
     types["gpu"]["resources"] = {}  # as in the file, before the cloud was asked
     assert capacity.kinds_of(config) is None
-    assert capacity.kinds_of(ray_internals.UNREADABLE) is None
+    assert capacity.kinds_of(autoscaler.UNREADABLE) is None
 
 
 def test_the_shipped_kuberay_cluster_can_have_eight_gpus():
@@ -215,7 +215,7 @@ def group(monkeypatch):
 
     monkeypatch.setattr(ray.util, "placement_group", ask)
     monkeypatch.setattr(ray.util, "remove_placement_group", lambda group: setattr(group, "removed", True))
-    monkeypatch.setattr(ray_internals, "launch_failures", lambda: {"gpu": "VcpuLimitExceeded"})
+    monkeypatch.setattr(autoscaler, "failures", lambda: {"gpu": "VcpuLimitExceeded"})
     return group
 
 
@@ -288,7 +288,7 @@ def test_lost_nodes_are_said_once_for_each_time(tmp_path, capsys):
             return None
         return text
 
-    with launch.Progress(str(tmp_path), 10, missing, every_s=0.001):
+    with follow.Progress(str(tmp_path), 10, missing, every_s=0.001):
         assert looked.wait(20)
     assert capsys.readouterr().out.splitlines() == ["  waiting", "  waiting"]
 
@@ -407,7 +407,7 @@ def test_going_on_elsewhere_is_refused(before, now, text):
 def begun(run: Path, devices: list[str] | None) -> tuple[Path, int]:
     """A run that has a checkpoint."""
     run.mkdir()
-    writer = checkpoint.Writer(str(run), 2, facts=None if devices is None else {"devices": devices})
+    writer = Writer(str(run), 2, facts=None if devices is None else {"devices": devices})
     writer.save({"step": 5}, 5, {})
     writer.close()
     return checkpoint.committed(run)

@@ -11,8 +11,11 @@ from pgl_ray.data.store import Index
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import checkpoint, weights
-from pgl_ray.train.launch import Progress, first_cause
+from pgl_ray.train import checkpoint, runs, weights
+from pgl_ray.train.follow import Progress
+from pgl_ray.train.launch import first_cause
+from pgl_ray.train.metrics import Metrics, metrics_path, read_metrics
+from pgl_ray.train.run_files import MANIFEST, SNAPSHOT
 
 
 def config(run, *args) -> PretrainConfig:
@@ -20,36 +23,36 @@ def config(run, *args) -> PretrainConfig:
 
 
 def test_a_run_is_continued_by_its_own_config_only(tmp_path):
-    folder = checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"num_steps": 3, "plan": "p"})
+    folder = runs.open_run(config(tmp_path / "r"), "pretrain", {"num_steps": 3, "plan": "p"})
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     assert (record["door"], record["num_steps"], record["config"]["epochs"]) == ("pretrain", 3, 500)
     assert load(PretrainConfig, [f"{folder}/config.yaml"]) == config(tmp_path / "r")
     more_workers = config(tmp_path / "r", "train.num_workers=2", "ray.num_cpus=8")
-    assert checkpoint.open_run(more_workers, "pretrain", {"plan": "p"}) == folder
+    assert runs.open_run(more_workers, "pretrain", {"plan": "p"}) == folder
     with pytest.raises(ValueError, match="other scans"):
-        checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "q"})
+        runs.open_run(config(tmp_path / "r"), "pretrain", {"plan": "q"})
     with pytest.raises(ValueError, match=r"another optim.lr \(0.2 there, 0.3 here\)"):
-        checkpoint.open_run(config(tmp_path / "r", "optim.lr=0.3"), "pretrain", {})
+        runs.open_run(config(tmp_path / "r", "optim.lr=0.3"), "pretrain", {})
     with pytest.raises(ValueError, match="is a pretrain run"):
-        checkpoint.open_run(config(tmp_path / "r"), "finetune", {})
+        runs.open_run(config(tmp_path / "r"), "finetune", {})
 
 
 def test_a_run_of_before_goes_on_unless_a_gone_setting_differed(tmp_path):
-    checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
+    runs.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
     record = json.loads((tmp_path / "r" / "run.json").read_text())
     record["config"]["optim"]["trust_coefficient"] = 1e-3
     (tmp_path / "r" / "run.json").write_text(json.dumps(record))
-    assert checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
+    assert runs.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
     record["config"]["optim"]["trust_coefficient"] = 0.01
     (tmp_path / "r" / "run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"another optim.trust_coefficient \(0.01 there, 0.001 here\)"):
-        checkpoint.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
+        runs.open_run(config(tmp_path / "r"), "pretrain", {"plan": "p"})
 
 
 def test_a_folder_with_other_files_is_not_a_run(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not a run of pgl_ray"):
-        checkpoint.open_run(config(tmp_path), "pretrain", {})
+        runs.open_run(config(tmp_path), "pretrain", {})
 
 
 def test_only_committed_checkpoints_count(tmp_path):
@@ -58,23 +61,23 @@ def test_only_committed_checkpoints_count(tmp_path):
     (tmp_path / "checkpoint_00000004").mkdir()
     assert checkpoint.committed(tmp_path) is None and checkpoint.committed_step(tmp_path) == 0
     latest = {"checkpoint_dir_name": "checkpoint_00000004", "metrics": {"step": 4}}
-    (tmp_path / checkpoint.SNAPSHOT).write_text(json.dumps({"latest_checkpoint_result": latest}))
+    (tmp_path / SNAPSHOT).write_text(json.dumps({"latest_checkpoint_result": latest}))
     assert checkpoint.committed(tmp_path) == (tmp_path / "checkpoint_00000004", 4)
-    (tmp_path / "checkpoint_00000008" / checkpoint.MANIFEST).write_text("{}")
+    (tmp_path / "checkpoint_00000008" / MANIFEST).write_text("{}")
     assert checkpoint.committed_step(tmp_path) == 8
 
 
 def test_metrics_after_the_restart_step_are_written_again(tmp_path):
-    first = checkpoint.Metrics(str(tmp_path), 0)
+    first = Metrics(str(tmp_path), 0)
     for step in (2, 4, 6):
         first.write(step, **{"train/loss": step / 10})
     first.close()
-    with checkpoint.metrics_path(tmp_path).open("a") as file:
+    with metrics_path(tmp_path).open("a") as file:
         file.write('{"step": 8, "train/lo')  # killed while writing
-    second = checkpoint.Metrics(str(tmp_path), 4)
+    second = Metrics(str(tmp_path), 4)
     second.write(6, **{"train/loss": 9.0})
     second.close()
-    rows = checkpoint.read_metrics(tmp_path)
+    rows = read_metrics(tmp_path)
     assert [(row["step"], row["train/loss"]) for row in rows] == [(2, 0.2), (4, 0.4), (6, 9.0)]
 
 

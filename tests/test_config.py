@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pgl_ray import config as c
-from pgl_ray import tune
+from pgl_ray.sweep import checks
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
@@ -47,7 +47,7 @@ def test_shipped_yaml_loads(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "tune_spaces").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_spaces_load_and_every_dotted_key_exists(path, tmp_path):
     config = c.load(c.TuneConfig, [str(path), "index=s", f"run={tmp_path}"])
-    tune.check(config)
+    checks.check(config)
 
 
 def test_the_papers_numbers_are_the_defaults():

@@ -15,6 +15,8 @@ from pgl_ray import evaluate, export, finetune, pretrain, probe, report
 from pgl_ray.data import facts, scan_files, store, stream
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.train import checkpoint, launch, nodes
+from pgl_ray.train.metrics import metrics_path
+from pgl_ray.train.run_files import write_json
 
 WINDOW = (-1024.0, 325.0)
 ENCODER = {"kind": "resnet", "depths": [1, 1, 1, 1], "width": 4, "stage_strides": "early"}
@@ -130,7 +132,7 @@ def test_the_doors_keep_it_in_their_checkpoints(pool, other, untrained, tmp_path
     (tmp_path / "init.pt").unlink()
     place = tmp_path / "fine" / "checkpoint_00000001"
     place.mkdir()
-    checkpoint.write_json(place / "checkpoint.json", {"step": 0})
+    write_json(place / "checkpoint.json", {"step": 0})
     torch.save({"meta": meta, "model": {}, "step": 0, "stopped": False}, place / "state.pt")
     again = given(finetune, c.build(c.FinetuneConfig, values | settings))["meta"]
     assert again["data"]["seen"] == meta["data"]["seen"]
@@ -196,12 +198,12 @@ def test_an_evaluation_and_its_report_say_it(pool, other, tmp_path, monkeypatch,
     assert json.loads((run / "evaluation" / "summary.json").read_text())["notes"] == [line]
     record = {"door": "finetune", "started": "2024-01-01T00:00:00", "num_parameters": 1, "versions": {}, "num_steps": 1}
     record |= {"config": {"index": str(other.store), "init": "x", "seed": 0}, "store": {"num_scans": 3}}
-    checkpoint.write_json(run / "run.json", record | {"scans": {"train": ["train20"], "val": ["train21"]}})
-    checkpoint.metrics_path(run).write_text('{"step": 1, "time_s": 2.0}\n')
+    write_json(run / "run.json", record | {"scans": {"train": ["train20"], "val": ["train21"]}})
+    metrics_path(run).write_text('{"step": 1, "time_s": 2.0}\n')
     found = {"init": str(run), "recall": None, "balanced_accuracy": None, "num_train_scans": 1, "num_test_scans": 5}
     matching = {"value": 31.25, "ci95": None, "details": {"organs": {}, "deformed_mm": None}}
     found |= {"readings": {"reestimated": {"matching": matching}}, "notes": [line], "controls": {}, "ceiling": {}}
     found |= {"sentences": [], "pictures": [], "body_box_mm": None, "standing": {}}
-    checkpoint.write_json(run / "probe.json", found)
+    write_json(run / "probe.json", found)
     page = Path(report.run(c.ReportConfig(run=[str(run)]))).read_text()
     assert page.count(f"<p>run: {line}.</p>") == 2 and "31.2" in page  # of the evaluation, and of the probe

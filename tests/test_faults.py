@@ -21,6 +21,7 @@ import train_loop as loop
 
 from pgl_ray import config as c
 from pgl_ray.train import checkpoint
+from pgl_ray.train.metrics import metrics_path, read_metrics
 
 TRAIN = {"num_workers": 2, "log_every": 1, "threads_per_worker": 1}
 
@@ -52,9 +53,9 @@ class Driver:
 
     def wait_for_row(self, step: int, limit_s: float = 240) -> int:
         """Waits until a start of the workers that came after this call's has done a step; the newest step."""
-        path, deadline = checkpoint.metrics_path(self.config.run), time.monotonic() + limit_s
+        path, deadline = metrics_path(self.config.run), time.monotonic() + limit_s
         while time.monotonic() < deadline:
-            rows = checkpoint.read_metrics(self.config.run) if path.exists() else []
+            rows = read_metrics(self.config.run) if path.exists() else []
             if rows and rows[-1]["step"] >= step and path.stat().st_ino != self.seen:
                 return int(rows[-1]["step"])
             assert self.process.poll() in (None, 0), (self.place / "log").read_text()[-2000:]
@@ -67,9 +68,9 @@ class Driver:
 
     def kill(self, whom: str) -> dict[str, float]:
         """Kills a worker, or the driver, which is then started again; what that cost."""
-        path = checkpoint.metrics_path(self.config.run)
+        path = metrics_path(self.config.run)
         self.seen = path.stat().st_ino
-        at, kept = checkpoint.read_metrics(self.config.run)[-1]["step"], checkpoint.committed_step(self.config.run)
+        at, kept = read_metrics(self.config.run)[-1]["step"], checkpoint.committed_step(self.config.run)
         began = time.monotonic()
         if whom == "driver":
             left = psutil.Process(self.process.pid).children(recursive=True)
@@ -158,12 +159,12 @@ def test_an_elastic_run_loses_workers_and_takes_new_ones(place, monkeypatch):
     driver = Driver(config, place)
     try:
         driver.wait_for_row(100)
-        driver.seen = checkpoint.metrics_path(config.run).stat().st_ino
+        driver.seen = metrics_path(config.run).stat().st_ino
         kept, began = checkpoint.committed_step(config.run), time.monotonic()
         cluster.remove_node(second, allow_graceful=False)
         driver.wait_for_row(kept + 1)
         print(f"one worker goes on {time.monotonic() - began:.0f} s after the node's end")
-        driver.seen, began = checkpoint.metrics_path(config.run).stat().st_ino, time.monotonic()
+        driver.seen, began = metrics_path(config.run).stat().st_ino, time.monotonic()
         cluster.add_node(**node)
         driver.wait_for_row(checkpoint.committed_step(config.run) + 100)
         print(f"two workers go on {time.monotonic() - began:.0f} s after another node joined (Ray asks every 60 s)")

@@ -18,7 +18,7 @@ import train_loop as loop
 from pgl_ray import cli
 from pgl_ray import config as c
 from pgl_ray.data import scan_files, store
-from pgl_ray.train import checkpoint
+from pgl_ray.train.metrics import read_metrics
 
 GOLDEN = Path(__file__).parent / "golden"
 REWRITE = bool(os.environ.get("PGL_RAY_REWRITE_GOLDEN"))
@@ -76,7 +76,7 @@ def test_losses(tmp_path, name, workers):
     make, changes = RUNS[name]
     config = make(loop.scans(tmp_path / "store"), tmp_path / "run", max_steps=STEPS, **changes)
     assert loop.train(config, workers) is None
-    losses = [row["train/loss"] for row in checkpoint.read_metrics(config.run) if "train/loss" in row]
+    losses = [row["train/loss"] for row in read_metrics(config.run) if "train/loss" in row]
     part = f"{name} workers={workers} step="
     have = {f"{part}{step:02d}": repr(loss) for step, loss in enumerate(losses, 1)}
     assert len(have) == STEPS

@@ -22,6 +22,7 @@ import yaml
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
 from pgl_ray.train import checkpoint
+from pgl_ray.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 STORE = 150 * 2**20
@@ -156,7 +157,7 @@ def test_a_node_that_is_taken_away_comes_again(store, tmp_path):
         assert code == 0, text
         show(text)
         assert text.count("waiting for nodes") == 2  # at the start, and when one was lost
-    assert [row["step"] for row in checkpoint.read_metrics(run)] == list(range(1, 61))
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, 61))
 
 
 @pytest.mark.soak

@@ -19,6 +19,7 @@ from pgl_ray import config as c
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
 from pgl_ray.train import checkpoint
+from pgl_ray.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 # every step's pairs are compared with the plan where its metrics are written
@@ -117,12 +118,12 @@ def test_a_job_outlives_a_node(nodes, tmp_path):
     while checkpoint.committed_step(run) < 10 and time.monotonic() < until:
         time.sleep(0.1)
     nodes.kill_one()
-    killed_at = checkpoint.read_metrics(run)[-1]["step"]
+    killed_at = read_metrics(run)[-1]["step"]
     nodes.add()
     log = ray("job", "logs", "--follow", "right")[1]
     assert 10 <= killed_at < 120 and re.search(rf"^pretrain: done after 120 steps, .*{run}$", log, re.M), log
     assert "Job 'right' succeeded" in ray("job", "status", "right")[1]
-    assert [row["step"] for row in checkpoint.read_metrics(run)] == list(range(1, 121))
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, 121))
     assert json.loads((run / "run.json").read_text())["versions"]["pgl_ray"] == "of the job"
 
     # each worker's own log: two starts, the second behind the kill

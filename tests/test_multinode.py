@@ -18,6 +18,7 @@ import pytest
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
 from pgl_ray.train import checkpoint
+from pgl_ray.train.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.soak,
@@ -55,7 +56,7 @@ class Training:
             self.driver = subprocess.Popen(inside, env=env, cwd=ROOT, stdout=log, stderr=log)
 
     def step(self) -> int:
-        rows = checkpoint.read_metrics(self.run)
+        rows = read_metrics(self.run)
         return int(rows[-1]["step"]) if rows else 0
 
     def wait_for(self, reached, what: str) -> float:
@@ -140,5 +141,5 @@ def test_hosts_die_and_others_come(network, capsys):
             for node in nodes.values():
                 node.kill()
         assert re.search(rf"^pretrain: done after {STEPS} steps", training.log.read_text(), re.M)
-        assert [row["step"] for row in checkpoint.read_metrics(training.run)] == list(range(1, STEPS + 1))
+        assert [row["step"] for row in read_metrics(training.run)] == list(range(1, STEPS + 1))
         assert "taken away" in (training.run / "logs" / "rank_0.jsonl").read_text()

@@ -16,6 +16,8 @@ from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import read_index, write_index
 from pgl_ray.phantom.phantom import write_phantoms
 from pgl_ray.train import checkpoint, weights
+from pgl_ray.train.metrics import read_metrics
+from pgl_ray.train.run_files import STATE
 
 pytestmark = pytest.mark.cluster
 
@@ -37,12 +39,12 @@ def finetuning(store, run, init, workers, **changes) -> c.FinetuneConfig:
 
 
 def check_pretraining(result, store) -> None:
-    rows = checkpoint.read_metrics(result.run)
+    rows = read_metrics(result.run)
     assert [row["step"] for row in rows if not row["step"] % 2 or row["step"] == 1] == [1, 2, 4, 6, 8]
     assert all(row["train/loss"] > 0 and row["train/grad_norm"] > 0 for row in rows)
     assert rows[-1]["health/encoder_feature_std"] > 0.1 and rows[-1]["weight/encoder_norm"] > 0
     assert checkpoint.committed_step(result.run) == 8
-    state = checkpoint.read_state(checkpoint.committed(result.run)[0] / checkpoint.STATE)
+    state = checkpoint.read_state(checkpoint.committed(result.run)[0] / STATE)
     keys = state["model"]
     if state["meta"]["method"] != "genesis":
         online, target = keys["online.encoder.conv1.weight"], keys["target.encoder.conv1.weight"]
@@ -64,7 +66,7 @@ def test_phantoms_end_to_end(ray_cluster, tmp_path, monkeypatch):
     config = pretraining("store", "pgl", 2, probe={"every": 3, "num_scans": 2})
     pretrained = pretrain.run(config)
     check_pretraining(pretrained, store)
-    rows = checkpoint.read_metrics(pretrained.run)
+    rows = read_metrics(pretrained.run)
     probed = {row["step"]: row["probe/balanced_accuracy"] for row in rows if "probe/balanced_accuracy" in row}
     assert list(probed) == [1, 3, 6, 8] and all(0 <= value <= 1 for value in probed.values())
     assert pretrained.probe == probed[8] and "probe/recall_background" in rows[-1]
@@ -111,7 +113,7 @@ def test_a_collapse_stops_the_run_on_all_workers(ray_cluster, tmp_path, capfd):
     with pytest.raises(c.FailedRun, match="stopped at step 2: features collapsed: "):
         pretrain.run(pretraining(tmp_path / "store", tmp_path / "run", 2, **changes))
     assert checkpoint.committed_step(tmp_path / "run") == 2
-    assert [row["health/collapsed"] for row in checkpoint.read_metrics(tmp_path / "run")] == [1, 1]
+    assert [row["health/collapsed"] for row in read_metrics(tmp_path / "run")] == [1, 1]
     assert "features COLLAPSED" in capfd.readouterr().out
 
 

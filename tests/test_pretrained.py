@@ -19,13 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pgl_ray import config as c
-from pgl_ray import export, finetune, probe, tune
+from pgl_ray import export, finetune, probe
 from pgl_ray.data.facts import spacing_note, training_facts
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import Index, read_index, write_index
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.pages import probe_tables, tables
-from pgl_ray.sweep import trial
+from pgl_ray.sweep import checks, stages, stores
 from pgl_ray.train import weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -299,16 +299,16 @@ def test_an_arm_of_a_sweep_takes_them_without_pre_training(index, tmp_path):
     (tmp_path / "arms.yaml").write_text(f"arms:\n  given: {{finetune.init: {INIT}}}\n  pgl: {{}}\n")
     arms = OmegaConf.to_container(OmegaConf.load(tmp_path / "arms.yaml"))["arms"]
     config = sweep(index, tmp_path, arms=arms)
-    given, pgl = (trial.stage_configs(config, one.values, tmp_path / "t") for one in tune.check(config))
+    given, pgl = (stages.stage_configs(config, one.values, tmp_path / "t") for one in checks.check(config))
     assert "pretrain" not in given and given["finetune"].init == given["probe"].init == INIT and "pretrain" in pgl
-    tune.check_stores(config, tune.check(config))
+    stores.check_stores(config, checks.check(config))
     for arm, message in (
         ({"finetune.init": "pretrained:none"}, f"no weights of that name come with pgl_ray; there are: .*{INIT}"),
         ({"finetune.init": INIT, "finetune.encoder.width": 5}, "the config asks for"),
     ):
         config = sweep(index, tmp_path, arms={"a": arm})
         with pytest.raises(ValueError, match=message):
-            tune.check_stores(config, tune.check(config))
+            stores.check_stores(config, checks.check(config))
 
 
 def test_a_report_names_them(tmp_path):

@@ -12,7 +12,7 @@ import yaml
 from pgl_ray import config, ray_internals
 from pgl_ray.checkup import doctor_facts
 from pgl_ray.data import stream
-from pgl_ray.train import launch, quiet
+from pgl_ray.train import autoscaler, launch, quiet
 
 ray = pytest.importorskip("ray")
 HOME = Path(ray.__file__).parent
@@ -109,7 +109,8 @@ def test_ray_starts_its_autoscaler_as_we_look_for_it():
     from ray.autoscaler.v2 import schema
 
     text = inspect.getsource(services.start_monitor)
-    for word in (ray_internals.MONITOR, ray_internals.MONITOR_CONFIG, ray_internals.LOGS, "--gcs-address="):
+    options = ray_internals.MONITOR_CONFIG, ray_internals.MONITOR_LOGS, ray_internals.MONITOR_GCS
+    for word in (ray_internals.MONITOR, *options):
         assert word in text, f"Ray changed its autoscaler's command: {word}"
     assert in_ray(ray_internals.HEAD), "Ray changed the resource that only a head has"
     assert "failed_launches" in {field.name for field in fields(schema.ClusterStatus)}, "Ray changed its status"
@@ -218,7 +219,7 @@ def head(monkeypatch, tmp_path):
 
     def says(*processes) -> dict | None:
         monkeypatch.setattr(psutil, "process_iter", lambda: iter(processes))
-        return ray_internals.head_says("10.0.0.1:6379")
+        return autoscaler.head_config("10.0.0.1:6379")
 
     return says
 
@@ -240,7 +241,7 @@ def test_why_nodes_did_not_come_is_read_in_the_log(head, tmp_path):
     ]
     (tmp_path / "monitor.log").write_text("\n".join([*lines, "Failed to launch 1 nodes of type gpu: no spot", ""]))
     head(process("/ray/autoscaler/v2/monitor.py", "--gcs-address=10.0.0.1:6379", f"--logs-dir={tmp_path}"))
-    assert ray_internals.head_failures("10.0.0.1:6379") == {"small": why, "gpu": "no spot"}
+    assert autoscaler.head_failures("10.0.0.1:6379") == {"small": why, "gpu": "no spot"}
 
 
 def test_under_kuberay_kubernetes_is_asked(head, monkeypatch, tmp_path):
@@ -258,13 +259,13 @@ def test_under_kuberay_kubernetes_is_asked(head, monkeypatch, tmp_path):
 
     monkeypatch.setenv(ray_internals.KUBERAY_CLUSTER, "pgl-ray")
     (tmp_path / "namespace").write_text("lab")
-    assert head() == ray_internals.UNREADABLE  # no file of Kubernetes'
-    monkeypatch.setattr(ray_internals, "NAMESPACE", tmp_path / "namespace")
+    assert head() == autoscaler.UNREADABLE  # no file of Kubernetes'
+    monkeypatch.setattr(autoscaler, "NAMESPACE", tmp_path / "namespace")
     monkeypatch.setattr(autoscaling_config, "AutoscalingConfigProducer", Producer)
     assert head() == FILE and asked == [("pgl-ray", "lab")]
     assert head(process("/ray/autoscaler/v2/monitor.py", "--gcs-address=10.0.0.1:6379")) is None
     monkeypatch.setattr(Producer, "__call__", lambda self: 1 / 0)
-    assert head() == ray_internals.UNREADABLE
+    assert head() == autoscaler.UNREADABLE
 
 
 def test_a_published_maximum_comes_first(monkeypatch):
@@ -276,18 +277,18 @@ def test_a_published_maximum_comes_first(monkeypatch):
     published = autoscaler_pb2.ClusterConfig()
     published.node_group_configs.add(name="gpu", max_count=4, resources={"CPU": 8, "GPU": 2})
     monkeypatch.setattr(state, "get_cluster_config", lambda: published)
-    assert capacity.kinds_of(ray_internals.autoscaler_config()) == ((capacity.Kind({"CPU": 8, "GPU": 2}, 4),), 4)
+    assert capacity.kinds_of(autoscaler.config()) == ((capacity.Kind({"CPU": 8, "GPU": 2}, 4),), 4)
     published.node_group_configs[0].max_count = -1  # any number
-    assert capacity.kinds_of(ray_internals.autoscaler_config())[1] > 10**9
+    assert capacity.kinds_of(autoscaler.config())[1] > 10**9
 
 
 @pytest.mark.parametrize("name", [*ray_internals.GROWTH.names, *ray_internals.LAUNCHES.names])
 def test_without_a_name_nodes_that_are_up_are_all(monkeypatch, name):
     breaks(monkeypatch, name)
     if name in ray_internals.GROWTH.names:
-        assert ray_internals.autoscaler_config() is None
+        assert autoscaler.config() is None
     else:
-        assert ray_internals.launch_failures() == {}
+        assert autoscaler.failures() == {}
 
 
 # -- what happens without --------------------------------------------------------------------------------------------

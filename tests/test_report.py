@@ -49,7 +49,7 @@ def scans(tmp_path_factory):
 
 
 def write_run(folder, door, index, rows, **config):
-    """A run folder as train/checkpoint.py writes it."""
+    """A run folder as train/runs.py writes it."""
     folder.mkdir(parents=True)
     model = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}[door]
     config = build(model, {"index": str(index), "run": str(folder), **config})

@@ -22,7 +22,11 @@ import train_loop as loop
 from pgl_ray import finetune, pretrain
 from pgl_ray.config import FailedRun
 from pgl_ray.data import store
-from pgl_ray.train import checkpoint, health, launch, progress
+from pgl_ray.train import checkpoint, follow, health, progress, retry, runs
+from pgl_ray.train.events import note, read_events
+from pgl_ray.train.metrics import Metrics, read_metrics
+from pgl_ray.train.run_files import EVENTS, MANIFEST, SNAPSHOT, STATE
+from pgl_ray.train.writer import Writer
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +37,8 @@ def scans(tmp_path_factory) -> Path:
 @pytest.fixture
 def quickly(monkeypatch):
     """Pauses between tries of a hundredth of a second."""
-    monkeypatch.setattr(checkpoint, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(checkpoint, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_S", 0.02)
 
 
 def check_the_same(one: str, other: str) -> None:
@@ -74,7 +78,7 @@ def test_a_scan_that_is_cut_off_is_skipped_and_counted(broken, tmp_path, world):
     plan = pretrain.make_plan(config, store.read_index(broken))
     bad = (plan.rows(0, 6)[:, 1] == 2).sum()
     assert bad > 1 and json.loads((tmp_path / "run" / "skipped.json").read_text()) == {"s2": bad}
-    rows = checkpoint.read_metrics(config.run)
+    rows = read_metrics(config.run)
     assert rows[-1]["data/skipped_share"] == bad / 24 and loop.state_of(config.run)["skipped"] == {2: bad}
 
 
@@ -289,7 +293,7 @@ def test_a_worker_that_stands_still_is_named(scans, tmp_path, capfd):
         RuntimeError, match=r"rank 1 \(process \d+ on .*\) stands still at step 2, waiting for its batch"
     ):
         loop.train(config, 2, seen=seen)
-    (line,) = [line for line in Path(config.run, checkpoint.EVENTS).read_text().splitlines() if "rank 0 has" in line]
+    (line,) = [line for line in Path(config.run, EVENTS).read_text().splitlines() if "rank 0 has" in line]
     assert "stands still at step 2" in line and "train.timeout_s" in line
     stack = capfd.readouterr().err
     assert "Timeout (" in stack and "in seen" in stack
@@ -332,10 +336,10 @@ def flip(path: Path, share: float) -> None:
 
 
 DAMAGES = {
-    "bit": lambda place: flip(place / checkpoint.STATE, 0.5),
-    "cut": lambda place: os.truncate(place / checkpoint.STATE, 1000),
-    "missing": lambda place: (place / checkpoint.STATE).unlink(),
-    "manifest": lambda place: (place / checkpoint.MANIFEST).write_text("{"),
+    "bit": lambda place: flip(place / STATE, 0.5),
+    "cut": lambda place: os.truncate(place / STATE, 1000),
+    "missing": lambda place: (place / STATE).unlink(),
+    "manifest": lambda place: (place / MANIFEST).write_text("{"),
 }
 
 
@@ -356,20 +360,20 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, tmp_pa
         loop.train(config)  # does the last two steps again
         check_the_same(trained.run, config.run)
     else:
-        with checkpoint.alone(config.run) as found:
+        with runs.alone(config.run) as found:
             assert found == (Path(config.run, "checkpoint_00000004"), 4)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
     assert "checkpoint checkpoint_00000006 is damaged" in line and "continuing from checkpoint_00000004" in line
     assert Path(config.run, "checkpoint_00000006.damaged").is_dir()
-    with Path(config.run, checkpoint.EVENTS).open() as file:
+    with Path(config.run, EVENTS).open() as file:
         assert line.strip() == json.loads(file.readline())["text"]
 
 
 def test_where_all_checkpoints_are_damaged_nothing_starts_anew(trained, tmp_path):
     run = shutil.copytree(trained.run, tmp_path / "run")
     for place, _ in checkpoint.checkpoints(run):
-        flip(place / checkpoint.STATE, 0.3)
-    with pytest.raises(FailedRun, match="all 2 checkpoints are damaged"), checkpoint.alone(str(run)):
+        flip(place / STATE, 0.3)
+    with pytest.raises(FailedRun, match="all 2 checkpoints are damaged"), runs.alone(str(run)):
         pass
     assert len(checkpoint.checkpoints(run)) == 2  # as they were
 
@@ -380,21 +384,21 @@ def test_a_run_of_an_earlier_version_is_read_and_continued(trained, tmp_path):
     run = shutil.copytree(trained.run, config.run)
     run = Path(run)
     for place, _ in checkpoint.checkpoints(run):
-        (place / checkpoint.MANIFEST).unlink()
+        (place / MANIFEST).unlink()
     four = {"checkpoint_dir_name": "checkpoint_00000004", "metrics": {"step": 4}}
     snapshot = {"checkpoint_results": [four], "latest_checkpoint_result": four}
-    (run / checkpoint.SNAPSHOT).write_text(json.dumps(snapshot))
+    (run / SNAPSHOT).write_text(json.dumps(snapshot))
     assert checkpoint.checkpoints(run) == [(run / "checkpoint_00000004", 4)]
     loop.train(config)
     check_the_same(trained.run, config.run)
-    assert not (run / checkpoint.SNAPSHOT).exists()
-    (run / "checkpoint_00000004" / checkpoint.MANIFEST).unlink()
-    (run / checkpoint.SNAPSHOT).write_text("")  # as a full disk left it
+    assert not (run / SNAPSHOT).exists()
+    (run / "checkpoint_00000004" / MANIFEST).unlink()
+    (run / SNAPSHOT).write_text("")  # as a full disk left it
     assert [step for _, step in checkpoint.checkpoints(run)] == [4, 6]
 
 
 def endless(run: str) -> None:
-    writer = checkpoint.Writer(run, 2)
+    writer = Writer(run, 2)
     for step in range(1, 10**6):
         writer.save({"step": step, "weights": torch.full((5000,), float(step))}, step, {})
         while writer.waiting and not writer.fault:
@@ -415,11 +419,11 @@ def test_killed_while_a_step_is_written_again_costs_nothing(tmp_path, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint, "put_in_place", killed)
         checkpoint.write_checkpoint(tmp_path, 5, {"weights": torch.ones(3)}, {})
-    assert checkpoint.recover(tmp_path) == (tmp_path / "checkpoint_00000005", 5)
+    assert runs.recover(tmp_path) == (tmp_path / "checkpoint_00000005", 5)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_00000005"]
     (tmp_path / "checkpoint_00000005").rename(tmp_path / "checkpoint_00000005.old")
-    (tmp_path / "checkpoint_00000005.old" / checkpoint.STATE).write_bytes(b"half removed")
-    assert checkpoint.recover(tmp_path) is None and not list(tmp_path.iterdir())
+    (tmp_path / "checkpoint_00000005.old" / STATE).write_bytes(b"half removed")
+    assert runs.recover(tmp_path) is None and not list(tmp_path.iterdir())
 
 
 def test_a_writer_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
@@ -434,8 +438,8 @@ def test_a_writer_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
         child.join()
         for place, step in checkpoint.checkpoints(tmp_path):
             assert checkpoint.damage_of(place) is None
-            assert (checkpoint.read_state(place / checkpoint.STATE)["weights"] == step).all()
-        with checkpoint.alone(str(tmp_path)) as found:
+            assert (checkpoint.read_state(place / STATE)["weights"] == step).all()
+        with runs.alone(str(tmp_path)) as found:
             assert found == checkpoint.committed(tmp_path)
         assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.old"))
         shutil.rmtree(found[0])
@@ -450,7 +454,7 @@ def test_a_checkpoint_holds_the_state_of_its_step(tmp_path, monkeypatch):
     gate, write = threading.Event(), checkpoint.write_state
     monkeypatch.setattr(checkpoint, "write_state", lambda *args: gate.wait() and write(*args))
     weight = torch.zeros(1000)
-    writer = checkpoint.Writer(str(tmp_path), 1)
+    writer = Writer(str(tmp_path), 1)
     writer.save({"one": weight, "other": weight, "list": [weight[:3], 1.5]}, 7, {"loss": 1.0})
     weight += 1
     gate.set()
@@ -458,13 +462,13 @@ def test_a_checkpoint_holds_the_state_of_its_step(tmp_path, monkeypatch):
     state = loop.state_of(tmp_path)
     assert (state["one"] == 0).all() and (state["list"][0] == 0).all() and state["list"][1] == 1.5
     assert state["one"].data_ptr() == state["other"].data_ptr()
-    facts = json.loads((tmp_path / "checkpoint_00000007" / checkpoint.MANIFEST).read_text())
+    facts = json.loads((tmp_path / "checkpoint_00000007" / MANIFEST).read_text())
     assert facts["step"] == 7 and facts["metrics"] == {"loss": 1.0} and facts["write_s"] >= 0
     assert writer.figures()["checkpoint/write_s"] > 0 and writer.fault is None
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
-    writer = checkpoint.Writer(str(tmp_path), 2, best="probe")
+    writer = Writer(str(tmp_path), 2, best="probe")
     for step, score in ((1, 0.3), (2, 0.9), (3, None), (4, 0.5), (5, None)):
         writer.save({"step": step}, step, {} if score is None else {"probe": score})
         while writer.waiting:
@@ -487,7 +491,7 @@ def test_storage_that_fails_for_a_while_holds_nothing_up(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(checkpoint, "write_state", fragile)
     failing.set()
-    writer = checkpoint.Writer(str(tmp_path), 2)
+    writer = Writer(str(tmp_path), 2)
     for step in (2, 4, 6):
         writer.save({"step": step}, step, {})
         time.sleep(0.05)
@@ -499,9 +503,9 @@ def test_storage_that_fails_for_a_while_holds_nothing_up(tmp_path, monkeypatch, 
     assert "cannot be written ([Errno 5]" in lines[0] and "training goes on" in lines[0]
     assert "checkpoint 6 is written after" in lines[-1] and len(lines) == 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "RETRY_S", 0.05)
+        patch.setattr(retry, "RETRY_S", 0.05)
         failing.set()
-        writer = checkpoint.Writer(str(tmp_path), 2)
+        writer = Writer(str(tmp_path), 2)
         writer.save({"step": 8}, 8, {})
         writer.close()
     assert "fails since" in writer.fault and checkpoint.committed_step(tmp_path) == 6
@@ -522,11 +526,11 @@ def tiny_disk(tmp_path):
 
 
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_disk):
-    writer = checkpoint.Writer(str(tiny_disk), 2)
+    writer = Writer(str(tiny_disk), 2)
     writer.save({"weights": torch.zeros(100_000)}, 2, {})
     while writer.waiting:
         time.sleep(0.001)
-    metrics = checkpoint.Metrics(str(tiny_disk), 2)
+    metrics = Metrics(str(tiny_disk), 2)
     metrics.write(2, loss=1.0)
     ballast = tiny_disk / "ballast"
     ballast.write_bytes(bytes(shutil.disk_usage(tiny_disk).free - 300_000))
@@ -544,8 +548,8 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_disk):
     ballast.unlink()
     metrics.write(200, loss=0.0)
     metrics.close()
-    assert [row["step"] for row in checkpoint.read_metrics(tiny_disk)] == list(range(2, 201))
-    with checkpoint.alone(str(tiny_disk)) as found:
+    assert [row["step"] for row in read_metrics(tiny_disk)] == list(range(2, 201))
+    with runs.alone(str(tiny_disk)) as found:
         assert found[1] == 2
 
 
@@ -565,36 +569,36 @@ def test_a_full_disk_ends_the_run_with_one_line(scans, tiny_disk):
 
 
 def test_a_second_driver_is_refused_a_killed_one_has_no_lock(tmp_path):
-    code = "import sys, time; from pgl_ray.train import checkpoint\n"
-    code += f"with checkpoint.alone({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
+    code = "import sys, time; from pgl_ray.train import runs\n"
+    code += f"with runs.alone({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "held\n"
         refusal = f"is being trained by process {first.pid} on .*: wait for it, or end it"
-        with pytest.raises(ValueError, match=refusal), checkpoint.alone(str(tmp_path)):
+        with pytest.raises(ValueError, match=refusal), runs.alone(str(tmp_path)):
             pass
         first.kill()
         first.wait()
-        with checkpoint.alone(str(tmp_path)) as found:
+        with runs.alone(str(tmp_path)) as found:
             assert found is None
 
 
 def test_what_workers_note_reaches_the_console_once(tmp_path, capsys):
     """Of other processes: what this one notes, it has printed already."""
-    checkpoint.note(tmp_path, "mine")
-    code = f"from pgl_ray.train import checkpoint; checkpoint.note({str(tmp_path)!r}, 'theirs')"
-    with launch.Progress(str(tmp_path), 10, every_s=0.01):
+    note(tmp_path, "mine")
+    code = f"from pgl_ray.train.events import note; note({str(tmp_path)!r}, 'theirs')"
+    with follow.Progress(str(tmp_path), 10, every_s=0.01):
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
     assert capsys.readouterr().out.splitlines() == ["  mine", "  theirs"]
-    assert checkpoint.read_events(tmp_path)[0] == ["theirs"]
+    assert read_events(tmp_path)[0] == ["theirs"]
 
 
 def test_a_runs_progress_goes_by_its_metrics(tmp_path, monkeypatch, capsys):
     """Rows of the checkpoint's steps and before are none of this start's; the last line comes whatever the pause."""
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
-    shown = launch.Progress(str(tmp_path), 40, every_s=0.01)
+    shown = follow.Progress(str(tmp_path), 40, every_s=0.01)
     shown.start = 10
     with shown:
-        metrics = checkpoint.Metrics(str(tmp_path), 0)
+        metrics = Metrics(str(tmp_path), 0)
         metrics.write(10, **{"train/loss": 9.0})
         rates = {"train/pairs_per_s": 12.34, "data/wait_share": 0.031}
         metrics.write(20, **{"train/loss": 0.5, "health/collapsed": 0.0}, **rates)
@@ -612,5 +616,5 @@ def test_storage_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with checkpoint.alone(str(tmp_path)):
+    with runs.alone(str(tmp_path)):
         assert "No locks available): take care not to start it twice" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import torch
 from pgl_ray.config import FailedRun, TrainConfig
 from pgl_ray.model import device as on
 from pgl_ray.train import checkpoint
+from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.session import Place, Session
 
 CPU = torch.device("cpu")
@@ -122,7 +123,7 @@ def test_the_start_is_no_waiting_for_data(tmp_path):
         if one.due(3):
             one.log({"train/loss": 1.0}, unit="pairs")
     one.end()
-    rows = checkpoint.read_metrics(str(tmp_path))
+    rows = read_metrics(str(tmp_path))
     assert [row["step"] for row in rows] == [1, 3, 6]
     assert rows[0]["data/wait_share"] < 0.2 and rows[0]["train/pairs_per_s"] > 5  # of 2 in 0.05 s
     for row in rows[1:]:
@@ -143,5 +144,5 @@ def test_a_pause_is_no_part_of_the_speed(tmp_path, monkeypatch):
                     now[0] += 100.0
                 one.log({"train/loss": 1.0}, unit="pairs")
     one.end()
-    row = checkpoint.read_metrics(str(tmp_path))[0]
+    row = read_metrics(str(tmp_path))[0]
     assert row["train/pairs_per_s"] == pytest.approx(2.0)  # 2 steps of 2 pairs in 2 of 102 seconds

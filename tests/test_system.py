@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pgl_ray import tune
 from pgl_ray.config import FailedRun
 from pgl_ray.data import folder, place, system
-from pgl_ray.train import checkpoint
+from pgl_ray.sweep import sweeps
+from pgl_ray.train import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,14 +74,14 @@ from pgl_ray.phantom import phantom
 from pgl_ray.data import store, system
 from pgl_ray.data.place import open_place
 from pgl_ray.model import device
-from pgl_ray.train import checkpoint
+from pgl_ray.train import runs
 folder = pathlib.Path(sys.argv[1])
 assert system.num_cores() >= 1
 device.keep_freed_memory()
 with open_place(folder / "store").locked() as token, open_place(folder / "store").joined(token):
     open_place(folder / "store").write("a", [b"b"])
 (folder / "run").mkdir()
-with checkpoint.alone(str(folder / "run")):
+with runs.alone(str(folder / "run")):
     pass
 print("done")
 """
@@ -182,7 +182,7 @@ def test_storage_without_locks_grants_every_wish_and_says_so(number, tmp_path, m
     with place.open_place(tmp_path / "store").locked() as token, place.open_place(tmp_path / "store").joined(token):
         pass
     (tmp_path / "run").mkdir()
-    with checkpoint.alone(str(tmp_path / "run")), tune.locked(tmp_path / "sweep"):
+    with runs.alone(str(tmp_path / "run")), sweeps.locked(tmp_path / "sweep"):
         pass
     told = capsys.readouterr().out.splitlines()
     assert [line.split(" (")[0].strip() for line in told] == [
@@ -202,16 +202,16 @@ def test_a_busy_lock_is_no_missing_one(number, tmp_path, monkeypatch):
     (tmp_path / "run" / "run.lock").write_text("process 7 on node_3")
     with (
         pytest.raises(ValueError, match="is being trained by process 7 on node_3"),
-        checkpoint.alone(str(tmp_path / "run")),
+        runs.alone(str(tmp_path / "run")),
     ):
         pass
 
 
 SECOND = """
 import sys
-from pgl_ray.train import checkpoint
+from pgl_ray.train import runs
 try:
-    checkpoint.alone(sys.argv[1]).__enter__()
+    runs.alone(sys.argv[1]).__enter__()
 except ValueError as error:
     print(error)
 """
@@ -219,6 +219,6 @@ except ValueError as error:
 
 def test_a_second_process_is_told_who_trains(tmp_path):
     (tmp_path / "run").mkdir()
-    with checkpoint.alone(str(tmp_path / "run")):
+    with runs.alone(str(tmp_path / "run")):
         told = python(SECOND, str(tmp_path / "run"))
     assert f"is being trained by process {os.getpid()} on" in told

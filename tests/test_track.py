@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pgl_ray.train import checkpoint
+from pgl_ray.train.metrics import Metrics
 from pgl_ray.train.track import Tracker
 
 
@@ -20,7 +20,7 @@ def run(tmp_path):
 def written(run, tracker: str) -> None:
     """Steps 1 to 3, then a continued run from step 2."""
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        metrics = checkpoint.Metrics(str(run), start, tracker)
+        metrics = Metrics(str(run), start, tracker)
         for step in steps:
             metrics.write(step, **{"train/loss": 10.0 * step + start})
         metrics.close()

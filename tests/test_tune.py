@@ -22,8 +22,12 @@ from pgl_ray import report, tune
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
 from pgl_ray.pages import arms, pictures, sweep_report
-from pgl_ray.sweep import sweeps, trial
+from pgl_ray.sweep import checks, population, search, stages, stores, sweeps, trial
+from pgl_ray.sweep.points import name_of, values_of
+from pgl_ray.sweep.room import room_for
 from pgl_ray.train import capacity, checkpoint, nodes, optim
+from pgl_ray.train.metrics import metrics_path, read_metrics
+from pgl_ray.train.run_files import SNAPSHOT, STATE, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {"width": 8, "depths": [1, 1, 1, 1]}
@@ -87,7 +91,7 @@ def test_what_would_only_fail_in_a_trial_is_refused(tmp_path, changes, message):
     if changes.get("search") == "optuna":
         pytest.importorskip("optuna")
     with pytest.raises(ValueError) as caught:
-        tune.check(sweep(tmp_path, **changes))
+        checks.check(sweep(tmp_path, **changes))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -106,10 +110,10 @@ def test_fine_tuning_takes_the_encoder_that_was_pretrained(tmp_path, path, small
     """In every trial of every shipped space, at a laptop's size, too."""
     files = [str(path), *([str(ROOT / "conf/tune_small.yaml")] if small else [])]
     config = c.load(c.TuneConfig, [*files, "index=s", f"run={tmp_path}/sweep"])
-    trials = tune.check(config)
+    trials = checks.check(config)
     assert trials or config.search == "optuna"
     for each in trials:
-        configs = trial.stage_configs(config, each.values, tmp_path)
+        configs = stages.stage_configs(config, each.values, tmp_path)
         if "pretrain" in configs and "finetune" in configs:
             assert configs["finetune"].encoder == configs["pretrain"].encoder
             assert configs["finetune"].init == configs["pretrain"].run
@@ -119,8 +123,8 @@ def test_fine_tuning_takes_the_encoder_that_was_pretrained(tmp_path, path, small
 def test_no_shipped_space_pretrains_on_what_it_tests_on(tmp_path, path):
     """Where pool and tested scans lie in one store, they are of different splits; else the file says what to add."""
     config = c.load(c.TuneConfig, [str(path), "index=s", f"run={tmp_path}/sweep"])
-    for each in tune.check(config):
-        configs = trial.stage_configs(config, each.values, tmp_path)
+    for each in checks.check(config):
+        configs = stages.stage_configs(config, each.values, tmp_path)
         tested = {configs[stage].split for stage in ("evaluate",) if stage in configs}
         tested |= {configs["probe"].test_split} if "probe" in configs else set()
         pool = configs.get("pretrain")
@@ -133,13 +137,13 @@ def test_no_shipped_space_pretrains_on_what_it_tests_on(tmp_path, path):
 def test_every_point_of_the_space_is_one_trial(tmp_path):
     space = {"finetune.seed + pretrain.seed": {"grid_search": [3, 4]}, "finetune.optim.lr": {"choice": [0.1, 0.2]}}
     config = sweep(tmp_path, arms={"x": {"finetune.init": "random"}, "y": {}, "z": None}, space=space, num_trials=3)
-    trials = tune.check(config)
-    assert trials == tune.check(config)  # the same draws again: what is finished is found by its name
+    trials = checks.check(config)
+    assert trials == checks.check(config)  # the same draws again: what is finished is found by its name
     points = [tuple(t.values.values()) for t in trials]
     assert len(set(points)) == len(points) <= 12 and {p[:2] for p in points} == {(a, s) for a in "xy" for s in (3, 4)}
-    configs = trial.stage_configs(config, {"arm": "y", "finetune.seed + pretrain.seed": 4}, tmp_path)
+    configs = stages.stage_configs(config, {"arm": "y", "finetune.seed + pretrain.seed": 4}, tmp_path)
     assert configs["finetune"].seed == configs["pretrain"].seed == 4
-    [only] = list(tune.check(sweep(tmp_path, space={"finetune.seed": {"choice": [7]}}, num_trials=5)))
+    [only] = list(checks.check(sweep(tmp_path, space={"finetune.seed": {"choice": [7]}}, num_trials=5)))
     assert only.values == {"finetune.seed": 7}
 
 
@@ -148,7 +152,7 @@ def test_equal_pretrainings_share_a_folder(tmp_path):
     config = sweep(tmp_path, arms=arms, base_probe={"num_scans": 2}, base_evaluate={"split": "val"})
 
     def of(arm, **values):
-        return trial.stage_configs(config, {"arm": arm, **values}, tmp_path / "t")
+        return stages.stage_configs(config, {"arm": arm, **values}, tmp_path / "t")
 
     pgl, again, byol = of("pgl"), of("pgl", **{"finetune.seed": 5}), of("byol")
     assert pgl["pretrain"] == again["pretrain"] and pgl["pretrain"].run != byol["pretrain"].run
@@ -157,7 +161,7 @@ def test_equal_pretrainings_share_a_folder(tmp_path):
     random = of("random")
     assert "pretrain" not in random and random["finetune"].init == random["probe"].init == "random"
     healthier = sweep(tmp_path, arms=arms, base_pretrain={**BASE["base_pretrain"], "health": {"every": 7}})
-    assert trial.stage_configs(healthier, {"arm": "pgl"}, tmp_path)["pretrain"].run == pgl["pretrain"].run
+    assert stages.stage_configs(healthier, {"arm": "pgl"}, tmp_path)["pretrain"].run == pgl["pretrain"].run
 
 
 def test_the_second_of_two_equal_pretrainings_waits(tmp_path, monkeypatch):
@@ -181,46 +185,56 @@ def test_the_second_of_two_equal_pretrainings_waits(tmp_path, monkeypatch):
 
 def test_a_sweep_is_run_by_one_process(tmp_path):
     with (
-        tune.locked(tmp_path),
+        sweeps.locked(tmp_path),
         pytest.raises(ValueError, match="being run by another process"),
-        tune.locked(tmp_path),
+        sweeps.locked(tmp_path),
     ):
         pass
-    with tune.locked(tmp_path):
+    with sweeps.locked(tmp_path):
         pass
 
 
 def test_a_sweep_takes_more_trials_and_no_other_base(tmp_path):
     folder = tmp_path / "sweep"
-    tune.remember(sweep(tmp_path, arms={"a": {}}), folder)
-    tune.remember(sweep(tmp_path, arms={"a": {}, "b": {}}, space=LR, num_trials=3), folder)
+    sweeps.remember(sweep(tmp_path, arms={"a": {}}), folder)
+    sweeps.remember(sweep(tmp_path, arms={"a": {}, "b": {}}, space=LR, num_trials=3), folder)
     with pytest.raises(ValueError, match=r"another base_pretrain, arms\.a .*choose another run"):
-        tune.remember(sweep(tmp_path, arms={"a": {"finetune.seed": 1}}, base_pretrain=None), folder)
+        sweeps.remember(sweep(tmp_path, arms={"a": {"finetune.seed": 1}}, base_pretrain=None), folder)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="is no sweep"):
-        tune.remember(sweep(tmp_path), tmp_path / "other")
+        sweeps.remember(sweep(tmp_path), tmp_path / "other")
+
+
+def test_a_refused_second_start_leaves_the_sweep_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "check_stores", lambda config, trials: None)
+    folder = tmp_path / "sweep"
+    sweeps.remember(sweep(tmp_path, arms={"a": {}}), folder)
+    before = (folder / "sweep.json").read_bytes()
+    with sweeps.locked(folder), pytest.raises(ValueError, match="is being run by another process"):
+        tune.run(sweep(tmp_path, arms={"a": {}, "b": {}}))
+    assert (folder / "sweep.json").read_bytes() == before
 
 
 def test_resources_that_the_cluster_lacks_are_refused(tmp_path, monkeypatch):
     have = {"CPU": 4.0}
     monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({}, (have,)))
     config = sweep(tmp_path, space=LR, num_trials=8)
-    assert tune.room_for(config, tune.check(config)) == 2  # 1.5 CPUs each
+    assert room_for(config, checks.check(config)) == 2  # 1.5 CPUs each
     text = r"max_concurrent=3 trials of 1\.5 CPUs and 0 GPUs each do not fit, the cluster has 4 CPUs .*: at most 2"
     with pytest.raises(ValueError, match=text):
-        tune.room_for(config.model_copy(update={"max_concurrent": 3}), [])
+        room_for(config.model_copy(update={"max_concurrent": 3}), [])
     pbt = config.model_copy(update={"scheduler": c.SchedulerConfig(kind="pbt")})
     text = "its 8 trials together: they need 12 CPUs and 0 GPUs, the cluster has 4 CPUs .* higher ray.num_cpus"
     with pytest.raises(ValueError, match=text):
-        tune.room_for(pbt, tune.check(config))
+        room_for(pbt, checks.check(config))
     base = {"max_steps": 4, "train": {"num_workers": 2, "device": "cuda"}}
     with pytest.raises(ValueError, match="need 2 GPUs, the cluster has 4 CPUs and 0 GPUs: lower it"):
-        tune.room_for(sweep(tmp_path, space=LR, base_finetune=base), [])
+        room_for(sweep(tmp_path, space=LR, base_finetune=base), [])
     have |= {"GPU": 2.0, "CPU": 16.0}
     shared = {"gpus_per_worker": 0.5}
     bases = {f"base_{stage}": {**BASE[f"base_{stage}"], "train": shared} for stage in ("pretrain", "finetune")}
-    assert tune.room_for(sweep(tmp_path, space=LR, **bases), []) == 4
+    assert room_for(sweep(tmp_path, space=LR, **bases), []) == 4
     assert nodes.check_resources(c.TrainConfig(gpus_per_worker=0.5))
     with pytest.raises(ValueError, match="cannot share a GPU"):
         c.build(c.TrainConfig, {"num_workers": 2, "gpus_per_worker": 0.5})
@@ -230,7 +244,7 @@ def test_resources_that_the_cluster_lacks_are_refused(tmp_path, monkeypatch):
 
 
 def ended(tmp_path, values, score, reports=(), state="done", **facts) -> sweeps.Trial:
-    folder = tmp_path / "sweep" / "trials" / trial.name_of(values)
+    folder = tmp_path / "sweep" / "trials" / name_of(values)
     folder.mkdir(parents=True)
     sweeps.note(folder, values=values, started=time.time(), since=time.time() - 60, state="running", stage="finetune")
     for progress, value in reports:
@@ -252,28 +266,28 @@ def test_what_the_stores_cannot_give_is_refused_before_training(tmp_path):
     geometry = {"views": {"size": [16, 32, 32]}, "global_batch_size": 1, "max_steps": 1, "encoder": ENCODER}
     config = sweep(tmp_path, index=own, space=LR, base_pretrain={**geometry, "index": pool})
     with pytest.raises(ValueError, match=r"pool has hu_window=\[-1000.0, 400.0\], index=.*own \[-1024.0, 325.0\]"):
-        tune.check_stores(config, tune.check(config))
+        stores.check_stores(config, checks.check(config))
     config = sweep(tmp_path, index=own, space=LR, base_pretrain=geometry, base_probe={"test_split": "validation"})
     with pytest.raises(ValueError, match="test_split='validation': no labelled scan"):
-        tune.check_stores(config, tune.check(config))
+        stores.check_stores(config, checks.check(config))
     bases = {"base_pretrain": geometry, "base_finetune": None, "base_probe": {"num_scans": 1, "test_split": "train"}}
     arms = {"random": {"probe.init": "random"}, "pgl": {"pretrain.method": "pgl"}}
-    config = sweep(tmp_path, index=own, arms=arms, judge=trial.PROBE, **bases)
-    random, pgl = (trial.stage_configs(config, one.values, tmp_path / "t") for one in tune.check(config))
+    config = sweep(tmp_path, index=own, arms=arms, judge=sweeps.PROBE, **bases)
+    random, pgl = (stages.stage_configs(config, one.values, tmp_path / "t") for one in checks.check(config))
     assert list(random) == ["probe"] and random["probe"].init == "random"
     assert list(pgl) == ["pretrain", "probe"] and pgl["probe"].init == pgl["pretrain"].run
-    tune.check_stores(config, tune.check(config))
+    stores.check_stores(config, checks.check(config))
 
 
 def test_asha_remembers_the_rungs_of_ended_trials(tmp_path):
     """Ray Tune saves no scheduler: after a restart the reports of the trials that ended stand in."""
     config = sweep(tmp_path, space=LR, scheduler={"kind": "asha", "grace": 25})
     done = [ended(tmp_path, {"a": k}, 0.5 + k / 10, [(30, 0.5 + k / 10), (55, 0.6)]) for k in range(3)]
-    asha, new = tune.make_scheduler(config, done), SimpleNamespace(trial_id="new")
+    asha, new = search.make_scheduler(config, done), SimpleNamespace(trial_id="new")
     asha.on_trial_add(None, new)
     assert asha.on_trial_result(None, new, {"progress": 20, "score": 0.1}) == "CONTINUE"  # before the first rung
     assert asha.on_trial_result(None, new, {"progress": 26, "score": 0.1}) == "STOP"
-    fresh = tune.make_scheduler(config, [])
+    fresh = search.make_scheduler(config, [])
     fresh.on_trial_add(None, new)
     assert fresh.on_trial_result(None, new, {"progress": 26, "score": 0.1}) == "CONTINUE"
 
@@ -282,14 +296,14 @@ def test_optuna_knows_what_ended_trials_gave(tmp_path):
     pytest.importorskip("optuna")
     space = {**LR, "finetune.patch.crop_scale": {"choice": [[0.9, 1.1], [1.1, 1.4]]}}
     config = sweep(tmp_path, space=space, search="optuna", num_trials=5)
-    assert tune.check(config) == []
+    assert checks.check(config) == []
     values = {"finetune.optim.lr": 0.05, "finetune.patch.crop_scale": [0.9, 1.1]}
     interrupted = {"finetune.optim.lr": 0.02, "finetune.patch.crop_scale": [1.1, 1.4]}
     begun = [ended(tmp_path, values, 0.7), ended(tmp_path, interrupted, None, state="failed")]
-    search = tune.make_optuna(config, begun)
-    assert search._ot_study.best_value == 0.7
-    assert trial.values_of(search.suggest("w")["trial"]) == interrupted
-    drawn = trial.values_of(search.suggest("x")["trial"])
+    optuna = search.make_optuna(config, begun)
+    assert optuna._ot_study.best_value == 0.7
+    assert values_of(optuna.suggest("w")["trial"]) == interrupted
+    drawn = values_of(optuna.suggest("x")["trial"])
     assert 0.001 <= drawn["finetune.optim.lr"] <= 0.1
     assert drawn["finetune.patch.crop_scale"] in ([0.9, 1.1], [1.1, 1.4])
 
@@ -305,10 +319,10 @@ def test_what_optuna_draws_again_is_no_new_trial(tmp_path, monkeypatch):
         rounds.append(num - len(done))
         for _ in range(rounds[-1]):
             values = {"finetune.seed": next(draws)}
-            if not (folder / "trials" / trial.name_of(values)).exists():
+            if not (folder / "trials" / name_of(values)).exists():
                 ended(tmp_path, values, 0.5)
 
-    monkeypatch.setattr(tune, "_fit", fit)
+    monkeypatch.setattr(search, "fit", fit)
     monkeypatch.setattr(tune.launch, "connect", lambda ray: None)
     monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({}, ({"CPU": 4.0},)))
     monkeypatch.setattr(tune, "room_for", lambda config, trials: 1)
@@ -321,16 +335,16 @@ def test_pbt_without_anything_to_copy_goes_on_as_it_was(tmp_path, monkeypatch):
     from ray import tune as ray_tune
 
     (tmp_path / "told").mkdir()
-    checkpoint.write_json(tmp_path / "told" / "source.json", {"name": "better", "progress": 25})
+    write_json(tmp_path / "told" / "source.json", {"name": "better", "progress": 25})
     given = ray_tune.Checkpoint.from_directory(str(tmp_path / "told"))
     monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: given)
     folder = tmp_path / "trials" / "mine"
     config = c.build(c.FinetuneConfig, {"index": "s", "run": str(folder / "finetune"), "optim": {"lr": 0.4}})
-    assert trial.take_over(folder, {}, config) == config  # it has not begun either
+    assert population.take_over(folder, {}, config) == config  # it has not begun either
     (folder / "finetune").mkdir(parents=True)
     record = {"config": config.model_copy(update={"optim": c.FinetuneOptimConfig(lr=0.1)}).model_dump(mode="json")}
-    checkpoint.write_json(folder / "finetune" / "run.json", record)
-    assert trial.take_over(folder, {}, config).optim == c.FinetuneOptimConfig(lr=0.1)
+    write_json(folder / "finetune" / "run.json", record)
+    assert population.take_over(folder, {}, config).optim == c.FinetuneOptimConfig(lr=0.1)
     assert not (folder / "taken_over.json").exists()
 
 
@@ -353,21 +367,21 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     state = {"step": 4, "model": net.state_dict(), "optimizer": sgd.state_dict(), "schedule": schedule.state_dict()}
     place = tmp_path / "theirs" / "checkpoint_00000004"
     place.mkdir(parents=True)
-    torch.save(state, place / checkpoint.STATE)
+    torch.save(state, place / STATE)
     torch.save({}, tmp_path / "theirs" / "best.pt")
     one = {"checkpoint_dir_name": place.name, "metrics": {"step": 4}}
     snapshot = {"latest_checkpoint_result": one, "checkpoint_results": [one | {"checkpoint_dir_name": "old"}, one]}
-    checkpoint.write_json(place.parent / checkpoint.SNAPSHOT, snapshot | {"checkpoint_report_indices": [0, 1]})
-    checkpoint.write_json(place.parent / "run.json", {"config": json.loads(theirs.model_dump_json()), "num_steps": 10})
-    checkpoint.metrics_path(place.parent).write_text('{"step": 4, "val/dice": 0.5}\n{"step": 5}\n')
+    write_json(place.parent / SNAPSHOT, snapshot | {"checkpoint_report_indices": [0, 1]})
+    write_json(place.parent / "run.json", {"config": json.loads(theirs.model_dump_json()), "num_steps": 10})
+    metrics_path(place.parent).write_text('{"step": 4, "val/dice": 0.5}\n{"step": 5}\n')
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "old").touch()
-    assert trial.fork(tmp_path / "theirs", tmp_path / "mine", config)
+    assert population.fork(tmp_path / "theirs", tmp_path / "mine", config)
     assert checkpoint.committed_step(config.run) == 4 and not (tmp_path / "mine" / "old").exists()
-    assert [row["step"] for row in checkpoint.read_metrics(config.run)] == [4]
+    assert [row["step"] for row in read_metrics(config.run)] == [4]
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["optim"]["lr"] == 0.4
-    state = checkpoint.read_state(checkpoint.committed(config.run)[0] / checkpoint.STATE)
+    state = checkpoint.read_state(checkpoint.committed(config.run)[0] / STATE)
     net = torch.nn.Linear(3, 2)
     sgd = optim.build_finetuning(net, config.optim)
     schedule = optim.polynomial(sgd, 10)
@@ -377,7 +391,7 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     assert schedule.get_last_lr()[0] == sgd.param_groups[0]["lr"] == pytest.approx(0.4 * 0.6**0.9)
     step(sgd, schedule, net)
     assert sgd.param_groups[0]["lr"] == pytest.approx(0.4 * 0.5**0.9)
-    assert not trial.fork(tmp_path / "nothing", tmp_path / "mine", config)
+    assert not population.fork(tmp_path / "nothing", tmp_path / "mine", config)
 
 
 # -- judges of which lower is better ----------------------------------------------------------------------------------
@@ -386,13 +400,13 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
 def test_a_probe_in_a_trial_takes_the_sweeps_own_ends(tmp_path):
     """Random weights are an arm; a trial judges none beside it, unless it is said."""
     config = sweep(tmp_path, arms={"random": {"probe.init": "random"}, "pgl": {}}, judge="probe/matching_mm", **PROBED)
-    for one in tune.check(config):
-        found = trial.stage_configs(config, one.values, tmp_path / "t")["probe"]
+    for one in checks.check(config):
+        found = stages.stage_configs(config, one.values, tmp_path / "t")["probe"]
         assert not found.ends and found.judges == ("voxels", "decoder", "matching")
         assert found.output == str(tmp_path / "t" / "probe.json")
     base = {"judges": ["matching"], "ends": True}
     asked = sweep(tmp_path, arms={"pgl": {}}, judge="probe/matching_mm", base_finetune=None, base_probe=base)
-    assert trial.stage_configs(asked, {"arm": "pgl"}, tmp_path)["probe"].ends
+    assert stages.stage_configs(asked, {"arm": "pgl"}, tmp_path)["probe"].ends
     assert c.ProbeConfig(index="s").ends  # of the door itself it stays
 
 
@@ -436,7 +450,7 @@ def alone(monkeypatch):
             assert isinstance(train, c.TrainConfig)
             if found is None:
                 raise c.FailedRun("out of memory")
-            checkpoint.write_json(Path(probed.output), found)
+            write_json(Path(probed.output), found)
 
         folder.mkdir(parents=True)
         monkeypatch.setattr(trial, "_apart", apart)
@@ -456,12 +470,12 @@ def test_the_best_trial_is_the_best_whatever_its_judge(tmp_path, alone, figure):
     run, told = alone
     space = {"pretrain.optim.lr": {"choice": [0.1, 0.2, 0.3, 0.4]}}
     config = sweep(tmp_path, space=space, judge=figure, scheduler={"kind": "asha", "grace": 50}, **PROBED)
-    tune.remember(config, tmp_path / "sweep")
+    sweeps.remember(config, tmp_path / "sweep")
     levels = {0.1: 0.5, 0.2: 0.9, 0.3: None, 0.4: 0.7}
     found = {}
     for lr, level in levels.items():
         values = {"pretrain.optim.lr": lr}
-        folder = tmp_path / "sweep" / "trials" / trial.name_of(values)
+        folder = tmp_path / "sweep" / "trials" / name_of(values)
         found[lr] = run(config, values, folder, None if level is None else said(level))
     states = {0.1: ("done", None), 0.2: ("done", None), 0.3: ("failed", "out of memory"), 0.4: ("done", None)}
     assert {lr: (one.state, one.error) for lr, one in found.items()} == states
@@ -490,7 +504,7 @@ def test_the_best_trial_is_the_best_whatever_its_judge(tmp_path, alone, figure):
     }
 
     asha, new = (
-        tune.make_scheduler(config, [one for one in found.values() if one.state == "done"]),
+        search.make_scheduler(config, [one for one in found.values() if one.state == "done"]),
         SimpleNamespace(trial_id="n"),
     )
     for level, decision in ((0.6, "STOP"), (0.95, "CONTINUE")):
@@ -499,8 +513,8 @@ def test_the_best_trial_is_the_best_whatever_its_judge(tmp_path, alone, figure):
         assert asha.on_trial_result(None, new, report) == decision
         new = SimpleNamespace(trial_id="another")
     pytest.importorskip("optuna")
-    search = tune.make_optuna(config.model_copy(update={"search": "optuna"}), list(found.values()))
-    assert search._ot_study.best_value == pytest.approx(found[0.2].merit)
+    optuna = search.make_optuna(config.model_copy(update={"search": "optuna"}), list(found.values()))
+    assert optuna._ot_study.best_value == pytest.approx(found[0.2].merit)
 
 
 def test_a_sweep_in_a_submitted_job_finds_its_room(tmp_path, monkeypatch):
@@ -510,7 +524,7 @@ def test_a_sweep_in_a_submitted_job_finds_its_room(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({}, ({"CPU": 4.0},)))
     config = c.build(c.TuneConfig, {"index": "/s", "run": str(tmp_path / "sweep"), **BASE, "space": LR})
-    assert tune.room_for(config, []) == 2
+    assert room_for(config, []) == 2
 
 
 def test_a_sweep_on_a_cluster_that_grows_counts_what_can_be(tmp_path, monkeypatch):
@@ -518,26 +532,26 @@ def test_a_sweep_on_a_cluster_that_grows_counts_what_can_be(tmp_path, monkeypatc
     config = sweep(tmp_path, space=LR, num_trials=8)
     gpus = (capacity.Kind({"CPU": 8.0, "GPU": 1.0}, 6),)
     monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({"CPU": 1.0}, (), gpus, 5))
-    assert tune.room_for(config, tune.check(config)) == 5
+    assert room_for(config, checks.check(config)) == 5
     pbt = config.model_copy(update={"scheduler": c.SchedulerConfig(kind="pbt")})
     with pytest.raises(ValueError, match="lower num_trials, or raise the autoscaler's maximum"):
-        tune.room_for(pbt, tune.check(config))
+        room_for(pbt, checks.check(config))
     monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({"CPU": 1.0}, (), unknown=True))
     base = {"max_steps": 4, "train": {"device": "cpu"}}
     small = sweep(tmp_path, space=LR, base_finetune=base, base_pretrain=None, max_concurrent=3)
-    assert tune.room_for(small, []) == 3
+    assert room_for(small, []) == 3
 
 
 def test_an_arm_may_be_a_probe_of_random_weights_alone(tmp_path, alone, monkeypatch):
     """It trains nothing; it is judged on the resources of the others' pre-training."""
     config = sweep(tmp_path, arms={"random": {"probe.init": "random"}}, judge="probe/decoder_dice", **PROBED)
-    (only,) = tune.check(config)
+    (only,) = checks.check(config)
     run, told = alone
     found = run(config, only.values, tmp_path / "trials" / only.name, said(0.4, init="random", off=0.6))
     assert (found.state, found.error, found.score) == ("done", None, 0.2)  # of the reading that counts
     assert [figures["score"] for _, figures in told] == [0.2, 0.2]
     monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({}, ({"CPU": 4.0},)))
-    assert tune.room_for(config, [only]) == 2
+    assert room_for(config, [only]) == 2
 
 
 def test_the_first_judges_rungs_have_its_own_sign(tmp_path):
@@ -550,7 +564,7 @@ def test_the_first_judges_rungs_have_its_own_sign(tmp_path):
     ]
     assert [one.score for one in done] == [one.merit for one in done] == [0.5, 0.6, 0.7]
     for mm, decision in ((45.0, "STOP"), (18.0, "CONTINUE")):
-        asha, new = tune.make_scheduler(config, done), SimpleNamespace(trial_id="new")
+        asha, new = search.make_scheduler(config, done), SimpleNamespace(trial_id="new")
         asha.on_trial_add(None, new)
         score = sweeps.merit(config.first_judge, mm)
         assert asha.on_trial_result(None, new, {"progress": 100, "score": score}) == decision
@@ -561,7 +575,7 @@ def test_arms_are_compared_to_the_strongest_control_by_all(tmp_path):
     controls = {"random": {"probe.init": "random"}, "wrong priors": {"pretrain.align.wrong_priors": True}}
     space = {"pretrain.seed + probe.seed": {"grid_search": [0, 1, 2]}}
     config = sweep(tmp_path, arms=controls | {"pgl": {}}, space=space, judge="probe/matching_mm", **PROBED)
-    tune.remember(config, tmp_path / "sweep")
+    sweeps.remember(config, tmp_path / "sweep")
     seen = "2 of the 2 evaluated scans were pre-trained on (without labels): figures may be optimistic"
     for seed in range(3):
         for arm, level, off in (("random", 0.4, 0.6), ("wrong priors", 0.5, 0.9), ("pgl", 0.7 + 0.01 * seed, 0.1)):
@@ -569,7 +583,7 @@ def test_arms_are_compared_to_the_strongest_control_by_all(tmp_path):
             place = ended(tmp_path, values, 50 * (1 - level), judge="probe/matching_mm").folder
             kind = "random" if arm == "random" else "run"
             found = said(level, init=kind, off=off) | ({"notes": [seen]} if arm != "random" else {})
-            checkpoint.write_json(place / "probe.json", found)
+            write_json(place / "probe.json", found)
     (block,) = arms.judged(json.loads(config.model_dump_json()), sweeps.read_trials(tmp_path / "sweep"))
     assert [row["name"] for row in block["rows"]] == ["random", "random, BatchNorm off", "wrong priors", "pgl"]
     spread = np.std([0.7, 0.71, 0.72], ddof=1)
@@ -608,13 +622,13 @@ def test_scans_both_trained_and_tested_on_are_said_before(tmp_path, capsys):
     for split, expected in ((None, 1), ("train", 0)):
         base = {**geometry, "split": split}
         config = sweep(tmp_path, index=str(tmp_path / "own"), space=LR, num_trials=3, base_pretrain=base, **bases)
-        tune.check_stores(config, tune.check(config))
+        stores.check_stores(config, checks.check(config))
         assert capsys.readouterr().out.count(line) == expected
     config = sweep(
         tmp_path, index=str(tmp_path / "own"), space=LR, base_probe={"judges": "matching", "num_test_scans": 1}
     )
     with pytest.raises(ValueError, match="judges=matching needs two test scans or more: num_test_scans=1"):
-        tune.check_stores(config, tune.check(config))
+        stores.check_stores(config, checks.check(config))
 
 
 # -- what is read back ------------------------------------------------------------------------------------------------
@@ -634,7 +648,7 @@ def test_best_yaml_serves_both_doors(tmp_path):
 def test_the_best_trial_is_written_for_both_doors(tmp_path):
     """The better of two that ended; one that was stopped with a higher figure on the way is none."""
     config = sweep(tmp_path, space={"finetune.optim.lr": {"choice": [0.1, 0.2, 0.3]}})
-    tune.remember(config, tmp_path / "sweep")
+    sweeps.remember(config, tmp_path / "sweep")
     for lr, score, state in ((0.1, 0.4, "done"), (0.2, 0.6, "done"), (0.3, None, "stopped")):
         ended(tmp_path, {"finetune.optim.lr": lr}, score, [(50, 0.9 if state == "stopped" else 0.1)], state=state)
     result = tune.collect(config, tmp_path / "sweep")
@@ -669,14 +683,14 @@ def test_a_collapse_is_told_from_other_ends(tmp_path):
     def rows(*collapsed):
         figures = {"health/feature_std": 0.01, "health/effective_rank": 1.0, "train/loss": 0.0}
         lines = [{"step": k + 1, "health/collapsed": float(v), **figures} for k, v in enumerate(collapsed)]
-        checkpoint.metrics_path(tmp_path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        metrics_path(tmp_path).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     goes_on = {"config": {"health": {"stop_on_collapse": False}}}
-    checkpoint.write_json(tmp_path / "run.json", {"num_steps": 4} | goes_on)
+    write_json(tmp_path / "run.json", {"num_steps": 4} | goes_on)
     rows(0, 1, 1)
     assert sweeps.collapsed(str(tmp_path)) is None
     stops = {"config": {"health": {"stop_on_collapse": True}}}
-    checkpoint.write_json(tmp_path / "run.json", {"num_steps": 4} | stops)
+    write_json(tmp_path / "run.json", {"num_steps": 4} | stops)
     assert "stopped at step 3: features collapsed" in sweeps.collapsed(str(tmp_path))
     for others in ((1, 0, 1), (1,), (0, 1, 1, 1)):  # the last ran to its end
         rows(*others)
@@ -739,8 +753,8 @@ def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]], share:
     config = {"seed": seed, "global_batch_size": 4, "index": "s", "init": "random", "num_scans": share}
     scans = {"train": ["a"] * round(6 * share), "val": ["b"] * round(2 * share)}
     record = {"door": "finetune", "config": config, "num_steps": 10, "scans": scans}
-    checkpoint.write_json(folder / "run.json", record)
-    checkpoint.metrics_path(folder).write_text('{"step": 5, "time_s": 2.0}\n{"step": 10, "time_s": 4.0}\n')
+    write_json(folder / "run.json", record)
+    metrics_path(folder).write_text('{"step": 5, "time_s": 2.0}\n{"step": 10, "time_s": 4.0}\n')
     rows = [
         {"scan_id": scan, "organ": organ, "dice": v, "iou": v / 2, "hd_mm": 5.0, "hd95_mm": 4.0}
         for organ, scans in dice.items()
@@ -751,7 +765,7 @@ def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]], share:
     organs = {o: {"dice": float(np.mean(list(v.values()))), **counts} for o, v in dice.items()}
     mean = float(np.mean([v["dice"] for v in organs.values()]))
     summary = {"dice": mean, "iou": 0.5, "hd_mm": 5.0, "hd95_mm": 4.0, "organs": organs, "index": "s"}
-    checkpoint.write_json(folder / "evaluation" / "summary.json", summary)
+    write_json(folder / "evaluation" / "summary.json", summary)
 
 
 def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
@@ -760,12 +774,12 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     arms = {"random": {"finetune.init": "random"}, "pgl": {}}
     space = {"finetune.seed": {"grid_search": [0, 1]}, "finetune.num_scans": {"grid_search": [0.5, 1.0]}}
     config = sweep(tmp_path, arms=arms, space=space, published="liver")
-    tune.remember(config, tmp_path / "sweep")
+    sweeps.remember(config, tmp_path / "sweep")
     dice = {("random", 0): 0.5, ("random", 1): 0.6, ("pgl", 0): 0.7, ("pgl", 1): 0.9}
     for share, (arm, seed) in itertools.product((0.5, 1.0), dice):
         values = {"arm": arm, "finetune.seed": seed, "finetune.num_scans": share}
         level = dice[arm, seed] * share
-        run = tmp_path / "sweep" / "trials" / trial.name_of(values) / "finetune"
+        run = tmp_path / "sweep" / "trials" / name_of(values) / "finetune"
         if (arm, seed, share) == ("random", 0, 1.0):
             ended(tmp_path, values, None, state="failed", error="disk full")
             continue
@@ -820,9 +834,9 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
 def test_figures_of_few_labels_have_no_published_ones(tmp_path):
     """A grid that was cut off before its largest share, or that names a number of scans."""
     config = sweep(tmp_path, arms={"random": {"finetune.init": "random"}}, published="liver", space=LR)
-    tune.remember(config, tmp_path / "sweep")
+    sweeps.remember(config, tmp_path / "sweep")
     values = {"arm": "random", "finetune.num_scans": 0.2}
-    run = tmp_path / "sweep" / "trials" / trial.name_of(values) / "finetune"
+    run = tmp_path / "sweep" / "trials" / name_of(values) / "finetune"
     ended(tmp_path, values, 0.5, [(50, 0.5)], finetune=str(run), finetune_gpus=0.0)
     tuned_run(run, 0, {"liver": {"p": 0.5}, "tumour": {"p": 0.5}}, 0.5)
     grid = sweep_report.content(tmp_path / "sweep", lambda runs: {"scans": [], "legend": []})["grid"]
@@ -831,7 +845,7 @@ def test_figures_of_few_labels_have_no_published_ones(tmp_path):
 
 def test_scores_that_cannot_be_drawn_leave_no_hole(tmp_path):
     """A sweep of failures alone still has its page; equal scores have a colour."""
-    tune.remember(sweep(tmp_path, space=LR), tmp_path / "sweep")
+    sweeps.remember(sweep(tmp_path, space=LR), tmp_path / "sweep")
     ended(tmp_path, {"finetune.optim.lr": 0.1}, None, state="failed", error="train/loss is nan")
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
     assert "train/loss is nan" in page

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,10 @@ from pgl_ray.data import scan_files, store, stream
 from pgl_ray.data.facts import training_facts
 from pgl_ray.data.patch_renderer import PatchRenderer
 from pgl_ray.model import device as on
-from pgl_ray.train import checkpoint, optim, watch
+from pgl_ray.train import checkpoint, optim, runs, watch
+from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.quiet import QUIET
+from pgl_ray.train.run_files import STATE
 from pgl_ray.train.session import Place, Session
 
 ENCODER = {"width": 4, "depths": [1, 1, 1, 1]}
@@ -80,9 +83,7 @@ def train(
         own = config.patch, config.intensity, config.foreground_share
         render = PatchRenderer(index.store, plan.scan_ids, config.seed, *own)
         given = {"meta": finetune.build_model(config, index, finetune.begun(config))[1], "val_ids": val_ids}
-    folder = checkpoint.open_run(
-        config, kind.__name__.split(".")[1], {"plan": plan.identity, "num_steps": plan.num_steps}
-    )
+    folder = runs.open_run(config, kind.__name__.split(".")[1], {"plan": plan.identity, "num_steps": plan.num_steps})
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     # here: each child would take seconds for them otherwise
@@ -95,7 +96,7 @@ def train(
     faulthandler.cancel_dump_traceback_later()  # pytest's: a fork of a process that has one can have none of its own
     torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it
     given |= {"config": config.model_dump_json(), "run": folder, "plan": plan}
-    with checkpoint.alone(folder) as found:
+    with runs.alone(folder) as found:
         start = found[1] if found else 0
 
         def batches(rank: int) -> Iterator[dict]:
@@ -118,14 +119,15 @@ def train(
                 alike = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
                 return torch.nn.parallel.DistributedDataParallel(net, **alike) if world > 1 else net
 
-            def worker(given: dict) -> str | None:
+            def worker(push: Callable[[], None] | None, given: dict) -> str | None:
                 cpu = torch.device("cpu")
-                place = Place(rank, world, cpu, lambda _, stay: on.Batches(batches(rank), cpu, stay), wrap)
+                place = Place(rank, world, cpu, lambda _, stay: on.Batches(batches(rank), cpu, stay), wrap, push)
                 return kind.worker(Session(given["run"], plan, config.train, place), given)
 
-            with warnings.catch_warnings(), checkpoint.joined(folder, rank) as here:
+            with warnings.catch_warnings(), runs.joined(folder, rank) as (here, push):
                 warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers
-                return watch.watched(worker, {**given, "run": here}, rank, world, config.train.timeout_s)
+                timeout_s = config.train.timeout_s
+                return watch.watched(partial(worker, push), {**given, "run": here}, rank, world, timeout_s)
 
         if "://" in folder:  # obstore does not survive a fork
             assert world == 1
@@ -167,7 +169,7 @@ def _in_processes(work: Callable[[int], str | None], world: int, timeout_s: floa
 
 def state_of(run: Path | str) -> dict:
     """The state of a run's newest checkpoint."""
-    return checkpoint.read_state(checkpoint.committed(run)[0] / checkpoint.STATE)
+    return checkpoint.read_state(checkpoint.committed(run)[0] / STATE)
 
 
 def equal(a, b) -> bool:
@@ -186,5 +188,5 @@ CLOCKS = ("time_s", "data/wait_s", "data/wait_share", "train/pairs_per_s", "trai
 
 def rows_of(run: Path | str) -> list[dict]:
     """A run's metrics without what depends on time."""
-    rows = checkpoint.read_metrics(run)
+    rows = read_metrics(run)
     return [{k: v for k, v in row.items() if k not in CLOCKS and not k.startswith("checkpoint/")} for row in rows]

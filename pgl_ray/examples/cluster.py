@@ -22,8 +22,8 @@ from pgl_ray import prepare, pretrain
 from pgl_ray.config import PrepareConfig, PretrainConfig, RayConfig, load
 from pgl_ray.phantom.phantom import write_phantoms
 from pgl_ray.shipped import found
-from pgl_ray.train.checkpoint import read_metrics
 from pgl_ray.train.launch import connect
+from pgl_ray.train.metrics import read_metrics
 
 TINY = "PGL_RAY_TINY" in os.environ
 OUT = Path(os.environ.get("PGL_RAY_OUT", "examples/cluster")).absolute()

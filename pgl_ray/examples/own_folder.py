@@ -21,7 +21,7 @@ from pgl_ray.data.sampling import sample_pair
 from pgl_ray.phantom.phantom import write_phantoms
 from pgl_ray.prior import overlap_box
 from pgl_ray.shipped import found
-from pgl_ray.train.checkpoint import read_metrics
+from pgl_ray.train.metrics import read_metrics
 
 TINY = "PGL_RAY_TINY" in os.environ
 OUT = Path(os.environ.get("PGL_RAY_OUT", "examples/own_folder")).absolute()

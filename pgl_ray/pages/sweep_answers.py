@@ -17,7 +17,7 @@ from pgl_ray.pages.pages import NO, OPEN, YES, Answer, Line, command, plural
 from pgl_ray.pages.tables import Run
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.sweeps import Trial
-from pgl_ray.train.checkpoint import read_metrics
+from pgl_ray.train.metrics import read_metrics
 
 BEST, BETTER = "Which is best, and how sure is that?", "Is pre-training better than random weights?"
 SPEED, NEXT = "What limited speed?", "What to do next?"

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 
 from pgl_ray.model.metrics import paired_by_scan, reach
 from pgl_ray.train.bucket import is_url, shelf, shown
-from pgl_ray.train.checkpoint import read_metrics
 from pgl_ray.train.health import collapse, newest_verdict, rise
+from pgl_ray.train.metrics import read_metrics
 
 SCORES = {"dice": "Dice", "iou": "IoU", "hd_mm": "HD, mm", "hd95_mm": "HD95, mm"}
 LOWER_IS_BETTER = ("hd_mm", "hd95_mm")

@@ -4,10 +4,12 @@ sweep.json is the sweep's config; trials/<name>/trial.json what a trial did and 
 judged by on the way; pretrain/<hash> are the pre-trainings, each of which several trials may use.
 """
 
+import contextlib
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pgl_ray.config import TuneConfig
 from pgl_ray.data.durable import put_in_place, write_aside
+from pgl_ray.data.system import lock_file
 from pgl_ray.judge.judges import HIGHER_IS_BETTER
 from pgl_ray.pages.tables import duration_s, probe_values, read_json
-from pgl_ray.train.checkpoint import read_metrics, write_json
 from pgl_ray.train.health import verdict
+from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.progress import clock
+from pgl_ray.train.run_files import write_json
 
 SWEEP = "sweep.json"
 ENDED = ("done", "stopped", "collapsed")  # and not to be run again; "failed" is tried again, "running" was interrupted
@@ -29,6 +34,7 @@ FIGURES = {  # of a probe, that trials may be judged by -> the judge that says i
     "probe/decoder_dice": "decoder",
     "probe/matching_mm": "matching",
 }
+PROBE = next(iter(FIGURES))
 WORST_MM = 1e4  # stands for the error of what failed
 
 
@@ -104,6 +110,46 @@ def number(value: Any) -> str:
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time runs a sweep; the kernel frees the lock of a killed one."""
+    with lock_file(folder / ".lock") as lock:
+        if not lock.take():
+            raise ValueError(f"run={folder} is being run by another process: wait for it, or end it")
+        lock.warn(f"run={folder}")
+        yield
+
+
+def check_same(config: TuneConfig, folder: Path) -> None:
+    """A sweep that is there must have the same bases; its space may grow.
+
+    Raises:
+        ValueError: it has others, or something else lies there.
+    """
+    wanted = json.loads(config.model_dump_json())
+    path = folder / SWEEP
+    if path.exists():
+        found = json.loads(path.read_text())
+        fixed = ["index", "judge", *(key for key in wanted if key.startswith("base_"))]
+        changed = [key for key in fixed if found.get(key) != wanted[key]]
+        both = set(found["arms"]) & set(wanted["arms"])
+        changed += [f"arms.{arm}" for arm in sorted(both) if wanted["arms"][arm] != found["arms"][arm]]
+        if changed:
+            raise ValueError(
+                f"run={config.run} is a sweep with another {', '.join(changed)} (sweep.json there): choose another "
+                "run=..."
+            )
+    elif folder.exists() and any(path.name not in (".lock", "pretrain") for path in folder.iterdir()):
+        raise ValueError(f"run={config.run} exists and is no sweep of pgl_ray: choose another run=...")
+
+
+def remember(config: TuneConfig, folder: Path) -> None:
+    """Writes sweep.json, after `check_same`."""
+    check_same(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SWEEP, json.loads(config.model_dump_json()))
 
 
 def note(folder: Path, **facts: Any) -> None:

@@ -1,22 +1,19 @@
 """The one place that starts Ray and builds a TorchTrainer."""
 
-import contextlib
 import os
 import re
-import threading
-import time
 from collections.abc import Callable, Set
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.model import device as on
-from pgl_ray.train import bucket, checkpoint, logs, nodes, watch
-from pgl_ray.train.progress import Stage
+from pgl_ray.train import bucket, logs, nodes, runs, watch
+from pgl_ray.train.follow import Progress
 from pgl_ray.train.quiet import QUIET, WATCH, quiet_data
 
 if TYPE_CHECKING:  # it imports networks, and processes that feed and control a run do without
@@ -25,7 +22,6 @@ if TYPE_CHECKING:  # it imports networks, and processes that feed and control a 
 RENDER_CPUS = 0.5  # Ray CPUs of one rendering task
 NO_MEMORY = "Ray ended a process because the machine's memory was nearly full"
 WATCHED = {WATCH: "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2"}  # on a cluster that others may take nodes from
-LOOK_S = 1.0, 5.0  # between two looks at a run's metrics: for a bar, of a run in a folder; and otherwise
 
 
 def connect(config: RayConfig) -> None:
@@ -88,7 +84,7 @@ def fit(
         worker_config: plain values; `plan`: the run's.
         stream: builds the Ray Dataset; called at every start of the workers, with num_workers and start (step).
         train: number and kind of workers.
-        run: folder of the run, absolute, or its URL, and held by `checkpoint.alone`.
+        run: folder of the run, absolute, or its URL, and held by `runs.alone`.
         num_steps: length of the run, for the progress line.
         batch_size: global; an elastic run takes numbers of workers that divide it, alone.
 
@@ -97,62 +93,29 @@ def fit(
         FailedRun: a worker failed more often than `train.max_failures`.
     """
     import ray.train
-    from ray.data import ExecutionOptions
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    class Feed(ray.train.DataConfig):
-        """Builds the stream for the workers that there are."""
-
-        def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any) -> Any:
-            built = {name: stream(num_workers=world_size, start=start) for name, start in datasets.items()}
-            return super().configure(built, world_size, *args, **kwargs)
-
-    token = checkpoint.held(run)
+    token = runs.held(run)
 
     def start() -> int:
         """Where a start of the workers continues; called in Ray Train's controller, once for all of them."""
-        found = checkpoint.recover(run, token)
+        found = runs.recover(run, token)
         return found[1] if found else 0
-
-    def watched(config: dict) -> Any:
-        context = ray.train.get_context()
-        rank, world = context.get_world_rank(), context.get_world_size()
-        with checkpoint.joined(config["run"], rank) as folder:
-            here = {**config, "run": folder}
-            return watch.watched(partial(_logged, worker, train), here, rank, world, train.timeout_s)
 
     for note in ray_internals.changed():
         print(f"note: {note}", flush=True)
-    use_gpu, here = nodes.check_resources(train), nodes.cluster()
-    each, most = nodes.needs(train, use_gpu), train.num_workers
-    if train.min_workers and not here.unknown:
-        # Ray asks for all of them at once, and an autoscaler that cannot start all it is asked for starts none
-        most = max(train.min_workers, min(most, here.room(each, nodes.FEED_CPUS)))
-        if most < train.num_workers:
-            print(f"note: there can be room for {most} of train.num_workers={train.num_workers} workers", flush=True)
-    mirror = bucket.mirror(run)
-    # Ray Train makes an empty file there, and needs it on no other node
-    folder = mirror.folder if mirror else Path(run)
+    use_gpu = nodes.check_resources(train)
     if os.environ.get(WATCH) == "1" and not train.min_workers:
         os.environ.setdefault(nodes.WAIT_S, str(nodes.NODES_S))
     # mypy sees the classes of Ray's first Train, where ray.train has those of the second
     trainer = TorchTrainer(
-        watched,
+        partial(_joined, worker, train),
         train_loop_config=worker_config,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=train.timeout_s),  # type: ignore[arg-type] # parts too
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(train.min_workers, most) if train.min_workers else most,  # type: ignore[arg-type]
-            use_gpu=use_gpu,
-            resources_per_worker=each,
-        ),
-        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name=folder.name,
-            storage_path=str(folder.parent),
-            failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
-        datasets={"train": start},  # type: ignore[dict-item] # Feed makes the stream of it
-        dataset_config=Feed(execution_options=ExecutionOptions(preserve_order=True)),
+        scaling_config=_scaling(train, use_gpu),
+        run_config=_run_config(run, train.max_failures),
+        datasets={"train": start},  # type: ignore[dict-item] # the feed makes the stream of it
+        dataset_config=_feed(stream),
     )
     missing = partial(nodes.missing, train, use_gpu)
     with Progress(run, num_steps, missing), ray_internals.whole_parts(batch_size, nodes.FEED_CPUS):
@@ -162,7 +125,64 @@ def fit(
             raise FailedRun(first_cause(error)) from error
 
 
-def _logged(worker: Callable[["Session", dict], Any], train: TrainConfig, worker_config: dict) -> Any:
+def _feed(stream: Callable[..., Any]) -> Any:
+    """What builds the stream for the workers that there are, in place of Ray Train's own sharing out of a dataset."""
+    import ray.train
+    from ray.data import ExecutionOptions
+
+    class Feed(ray.train.DataConfig):
+        def configure(self, datasets: dict[str, Any], world_size: int, *args: Any, **kwargs: Any) -> Any:
+            built = {name: stream(num_workers=world_size, start=start) for name, start in datasets.items()}
+            return super().configure(built, world_size, *args, **kwargs)
+
+    return Feed(execution_options=ExecutionOptions(preserve_order=True))
+
+
+def _scaling(train: TrainConfig, use_gpu: bool) -> Any:
+    """How many workers with which resources; of a cluster that grows, no more than it can have."""
+    import ray.train
+
+    here, each, most = nodes.cluster(), nodes.needs(train, use_gpu), train.num_workers
+    if train.min_workers and not here.unknown:
+        # Ray asks for all of them at once, and an autoscaler that cannot start all it is asked for starts none
+        most = max(train.min_workers, min(most, here.room(each, nodes.FEED_CPUS)))
+        if most < train.num_workers:
+            print(f"note: there can be room for {most} of train.num_workers={train.num_workers} workers", flush=True)
+    num: Any = (train.min_workers, most) if train.min_workers else most  # mypy, see `fit`
+    return ray.train.ScalingConfig(num_workers=num, use_gpu=use_gpu, resources_per_worker=each)
+
+
+def _run_config(run: str, max_failures: int) -> Any:
+    """Ray Train's folder, log and patience. It makes an empty file in the folder, and needs it on no other node."""
+    import ray.train
+
+    mirror = bucket.mirror(run)
+    folder = mirror.folder if mirror else Path(run)
+    return ray.train.RunConfig(  # type: ignore[call-arg]
+        name=folder.name,
+        storage_path=str(folder.parent),
+        failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
+        logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+    )
+
+
+def _joined(worker: Callable[["Session", dict], Any], train: TrainConfig, worker_config: dict) -> Any:
+    """Runs on each rank: the worker as a part of the run, watched by the others."""
+    import ray.train
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    with runs.joined(worker_config["run"], rank) as (folder, push):
+        here = {**worker_config, "run": folder}
+        return watch.watched(partial(_logged, worker, train, push), here, rank, world, train.timeout_s)
+
+
+def _logged(
+    worker: Callable[["Session", dict], Any],
+    train: TrainConfig,
+    push: Callable[[], None] | None,
+    worker_config: dict,
+) -> Any:
     """Runs on each rank: the worker with a session, its log in the run's folder.
 
     Raises:
@@ -177,7 +197,7 @@ def _logged(worker: Callable[["Session", dict], Any], train: TrainConfig, worker
         node = ray.util.get_node_ip_address()
         raise FailedRun(f"node {node} does not see run={run}: store and run must lie on storage that all nodes share")
     with logs.written(run, context.get_world_rank(), context.get_world_size()):
-        return worker(Session(run, worker_config["plan"], train, place_of(train)), worker_config)
+        return worker(Session(run, worker_config["plan"], train, place_of(train, push)), worker_config)
 
 
 # -- while it runs ----------------------------------------------------------------------------------------------------
@@ -201,15 +221,15 @@ def first_cause(error: Exception) -> str:
     return text
 
 
-def place_of(train: TrainConfig) -> "Place":
-    """What Ray Train gives this worker."""
+def place_of(train: TrainConfig, push: Callable[[], None] | None) -> "Place":
+    """What Ray Train gives this worker; `push`: see `runs.Joined`."""
     import ray.train
 
     from pgl_ray.train.session import Place
 
     context, device = ray.train.get_context(), setup_worker(train.threads_per_worker)
     feed = partial(_batches, device=device)
-    return Place(context.get_world_rank(), context.get_world_size(), device, feed, _distributed)
+    return Place(context.get_world_rank(), context.get_world_size(), device, feed, _distributed, push)
 
 
 def setup_worker(threads: int) -> torch.device:
@@ -254,83 +274,3 @@ def _batches(size: int, stay: Set[str], device: torch.device) -> on.Batches:
     options = {"prefetch_batches": 2, "drop_last": True, "device": "cpu", "pin_memory": device.type == "cuda"}
     shard = ray.train.get_dataset_shard("train")
     return on.Batches(shard.iter_torch_batches(batch_size=size, **options), device, stay)
-
-
-class Progress:
-    """Shows a run's newest metrics while it trains, and its events, from the run's own files.
-
-    Args:
-        run: its folder, or its URL.
-        num_steps: of the run.
-        missing: says which nodes it waits for, or none.
-        every_s: between two looks at them; none: as LOOK_S says.
-    """
-
-    def __init__(
-        self,
-        run: str,
-        num_steps: int,
-        missing: Callable[[], str | None] = lambda: None,
-        every_s: float | None = None,
-    ):
-        self.run, self.missing = run, missing
-        self.start = checkpoint.committed_step(run)
-        self.events = checkpoint.read_events(bucket.told(run))[1]
-        self.began = time.time()
-        self.stage = Stage("  step", "", num_steps, self.start, starts=True)
-        self.every_s = every_s or LOOK_S[self.stage.bar is None or bucket.is_url(run)]
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> Self:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-    def _follow(self) -> None:
-        with self.stage as stage:
-            finished, shown = False, None
-            lacking: str | None = None
-            while not finished:
-                finished = self.done.wait(self.every_s)
-                before = lacking
-                with contextlib.suppress(Exception):  # the cluster does not answer: Ray Train says so
-                    lacking = None if finished else self.missing()
-                if lacking and not before:  # once for each time that nodes are lost
-                    print(lacking, flush=True)
-                try:
-                    folder = bucket.told(self.run)
-                    events, self.events = checkpoint.read_events(folder, self.events)
-                    rows = [row for row in self._new_rows(folder) if "train/loss" in row or "val/dice" in row]
-                except (OSError, ValueError):  # storage fails; the worker that writes says so
-                    continue
-                for text in events:
-                    print(f"  {text}", flush=True)
-                steps = [row for row in rows if "train/loss" in row]
-                if steps and steps[-1]["step"] != shown:
-                    shown = steps[-1]["step"]
-                    stage.show(shown, _figures(steps[-1], rows))
-
-    def _new_rows(self, folder: Path) -> list[dict]:
-        """Rows of this start; a continuing worker first drops what an interrupted one wrote after its checkpoint."""
-        path = checkpoint.metrics_path(folder)
-        if not path.exists() or path.stat().st_mtime < self.began:
-            return []
-        return [row for row in checkpoint.read_metrics(folder) if row["step"] > self.start]
-
-
-def _figures(row: dict, rows: list[dict]) -> str:
-    """The newest row of a training in words, and what its newest looks at the network gave."""
-    parts = [f"loss {row['train/loss']:.4f}"]
-    parts += [f"{row[key]:.1f} {key.rsplit('/', 1)[1][:-6]}/s" for key in row if key.endswith("_per_s")]
-    parts += [f"waiting for data {row[key]:.0%}" for key in row if key == "data/wait_share"]
-    parts += [f"{row[key]:.2%} of the pairs skipped" for key in row if key == "data/skipped_share" and row[key]]
-    parts += [f"val Dice {row['val/dice']:.3f}" for row in rows[-1:] if "val/dice" in row]
-    probed = [row["probe/balanced_accuracy"] for row in rows if "probe/balanced_accuracy" in row]
-    parts += [f"probe {accuracy:.3f}" for accuracy in probed[-1:]]
-    judged = [row["health/collapsed"] for row in rows if "health/collapsed" in row]
-    parts += ["features COLLAPSED" for share in judged[-1:] if share >= 0.5]
-    return ", ".join(parts)

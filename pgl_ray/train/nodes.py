@@ -8,7 +8,7 @@ from pathlib import Path
 from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun, TrainConfig
 from pgl_ray.model import device as on
-from pgl_ray.train import capacity, checkpoint
+from pgl_ray.train import autoscaler, capacity, checkpoint
 from pgl_ray.train.progress import clock
 from pgl_ray.train.quiet import WATCH
 
@@ -37,7 +37,7 @@ def cluster() -> capacity.Cluster:
 @functools.cache
 def _autoscaler(address: str) -> dict | None:
     """Of a cluster: a task on its head says it, which is not asked again and again."""
-    return ray_internals.autoscaler_config()
+    return autoscaler.config()
 
 
 def needs(train: TrainConfig, use_gpu: bool) -> dict[str, float]:
@@ -87,7 +87,7 @@ def await_nodes(train: TrainConfig, found: tuple[Path, int] | None) -> bool:
 
     Args:
         train: of the run.
-        found: the checkpoint that it continues from, as `checkpoint.alone` gives it; none: it begins.
+        found: the checkpoint that it continues from, as `runs.alone` gives it; none: it begins.
 
     Raises:
         ValueError: see `check_resources`; or the run began on GPUs and would go on on CPUs, or the other way round.
@@ -113,7 +113,7 @@ def await_nodes(train: TrainConfig, found: tuple[Path, int] | None) -> bool:
             if not told:
                 told = f"  waiting at most {clock(wait_s())} for nodes, or for other work: {_lacking(train, use_gpu)}"
                 print(told, flush=True)
-            for name, text in ray_internals.launch_failures().items():
+            for name, text in autoscaler.failures().items():
                 if name not in failed:  # once; the cloud's words may hold a time, or a number of its own
                     print(f"  nodes that could not be started: {name}: {text}", flush=True)
                 failed[name] = text

@@ -20,8 +20,10 @@ from torch import nn
 from pgl_ray.config import FailedRun, TrainConfig
 from pgl_ray.model import device as on
 from pgl_ray.train import capacity, checkpoint, health, logs, watch
+from pgl_ray.train.metrics import Metrics
 from pgl_ray.train.quiet import WATCH
 from pgl_ray.train.ranks import of_all_workers
+from pgl_ray.train.writer import Writer
 
 NOTICE_S = 5  # between two checkpoints while a node is about to be taken away
 PARTS = ("model", "optimizer", "schedule")  # of a checkpoint's state that are loaded back by `resume`
@@ -35,6 +37,7 @@ class Place(NamedTuple):
         device: to compute on.
         feed: rows per batch and columns that stay on the host -> this worker's batches, on the device.
         wrap: a network -> the same under DDP, or alone.
+        push: brings checkpoints to where the run lies; none: they are written there.
     """
 
     rank: int
@@ -42,6 +45,7 @@ class Place(NamedTuple):
     device: torch.device
     feed: Callable[[int, Set[str]], on.Batches]
     wrap: Callable[[nn.Module], nn.Module]
+    push: Callable[[], None] | None = None
 
 
 class Session:
@@ -68,8 +72,8 @@ class Session:
         self.reason: str | None = None
         if self.state and not self.is_last and train.device == "auto":
             self.stops(capacity.other_devices(checkpoint.trained_on(run), self.devices, self.step))
-        self.metrics: checkpoint.Metrics | None = None
-        self.writer: checkpoint.Writer | None = None
+        self.metrics: Metrics | None = None
+        self.writer: Writer | None = None
         self.notice, self._settled, self._told = Notice(), False, False
 
     # -- before the first step ----------------------------------------------------------------------------------------
@@ -97,9 +101,9 @@ class Session:
         """
         model = on.compiled(self.place.wrap(self._kept["model"]), self.device, self.train.compile, self.world)
         if self.rank == 0:
-            self.metrics = checkpoint.Metrics(self.run, self.step, self.train.tracker)
+            self.metrics = Metrics(self.run, self.step, self.train.tracker)
             facts = {"world": self.world, "devices": self.devices}
-            self.writer = checkpoint.Writer(self.run, best=best, facts=facts)
+            self.writer = Writer(self.run, best=best, facts=facts, push=self.place.push)
         return model
 
     # -- steps --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pgl_ray.config import FailedRun
-from pgl_ray.train import checkpoint
+from pgl_ray.train.events import note
 
 PLACES = ("waiting for its batch", "in the training step", "in the metrics", "judging")  # of a step, in this order
 BATCH, STEP, METRICS, JUDGE = range(4)
@@ -116,7 +116,7 @@ class Watch:
             told = told or self._finding()
             if told:
                 self.finding = f"{told}; rank {self.rank} has waited {still_s:.0f} s for it (train.timeout_s)"
-                checkpoint.note(self.run, self.finding)
+                note(self.run, self.finding)
 
     def _exchange(self) -> None:
         """Tells the others this worker's place, and hears theirs."""

@@ -23,7 +23,8 @@ from pgl_ray import bench, pretrain
 from pgl_ray import config as c
 from pgl_ray.data import stream
 from pgl_ray.model.pgl import Pair
-from pgl_ray.train import checkpoint, launch, optim
+from pgl_ray.train import launch, optim
+from pgl_ray.train.writer import num_bytes
 
 WORKERS = (1, 4, 8, 16, 64)
 
@@ -44,7 +45,7 @@ def costs(config: c.PretrainConfig) -> dict[str, float]:
         "norms": len(norms),
         "norms_learnt": sum(part.weight.requires_grad for part in norms),
         "pair": 2 * 2 * torch.Size(config.views.size).numel(),
-        "checkpoint": checkpoint.num_bytes(state),
+        "checkpoint": num_bytes(state),
     }
 
 

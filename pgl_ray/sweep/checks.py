@@ -1,0 +1,108 @@
+"""What would only fail in a trial, refused before the first one begins: see stores.py for what lies in the stores."""
+
+from pathlib import Path
+
+from pgl_ray.config import Section, TuneConfig, keys
+from pgl_ray.sweep.points import LEARNING_RATE, Point, draw, named, num_trials_of, title_of
+from pgl_ray.sweep.stages import STAGES, dotted, stage_config, stage_configs
+from pgl_ray.sweep.sweeps import FIGURES, PROBE
+
+
+def check(config: TuneConfig) -> list[Point]:
+    """All trials, or none where Optuna draws them one after another; refuses what would only fail in a trial.
+
+    Raises:
+        ValueError: names the dotted key, the verb, or the number of trials.
+    """
+    if not config.space and not config.arms:
+        raise ValueError("space is empty: give it at least one dotted key, or give arms")
+    if config.base_finetune is None and config.base_pretrain is None:
+        raise ValueError("base_finetune and base_pretrain are both null: there is nothing to run")
+    if config.base_finetune is None and config.base_evaluate is not None:
+        raise ValueError("base_evaluate needs base_finetune: what is evaluated is its network")
+    _check_judges(config)
+    for stage in STAGES:
+        with named(f"base_{stage}"):
+            stage_config(config, stage, {}, Path(config.run))
+    for key, verbs in config.space.items():
+        for name in dotted(key):
+            _check_key(config, name, f"space key {key!r}", ("index", "run", "init", "output"))
+        if len(verbs) != 1 or not all(verbs.values()):
+            raise ValueError(f"space key {key!r} needs one verb with its arguments, got {verbs}")
+        if "grid_search" in verbs and config.search == "optuna":
+            raise ValueError(f"space key {key!r}: search=optuna draws values, take choice instead of grid_search")
+    for arm, values in config.arms.items():
+        for name in values:
+            _check_key(config, name, f"arms.{arm}: {name!r}", ("index", "run", "output"))
+    num = num_trials_of(config)
+    if num > config.max_trials:
+        raise ValueError(f"the space has {num} trials, max_trials={config.max_trials}: shrink it or raise the bound")
+    _check_search(config)
+    trials = draw(config)
+    for trial in trials:
+        with named(title_of(trial.values)):
+            configs = stage_configs(config, trial.values, Path(config.run))
+            if config.first_judge and "pretrain" not in configs and "probe" not in configs:
+                raise ValueError(f"it is not pre-trained: for first_judge={config.first_judge} it needs a base_probe")
+            _check_probe(config, configs)
+    return [] if config.search == "optuna" else trials  # what Optuna draws is of the same kind
+
+
+def _check_judges(config: TuneConfig) -> None:
+    for name in ("judge", "first_judge"):
+        figure = getattr(config, name)
+        if figure and figure.startswith("train/"):
+            raise ValueError(
+                f"{name}={figure} cannot judge trials: a pre-training loss is not comparable between settings "
+                "(strides, views, decay), a collapsed network minimises it, and a training loss says nothing of other "
+                f"scans; take val/dice of fine-tuning, or {PROBE}"
+            )
+    if config.base_finetune is not None and not config.judge.startswith("val/dice"):
+        raise ValueError(
+            f"judge={config.judge} is no figure of fine-tuning, which comes last: take val/dice, or base_finetune=null"
+        )
+    curve = bool((config.base_pretrain or {}).get("probe", {}).get("every"))
+    for name, figure in (("judge", config.judge), ("first_judge", config.first_judge)):
+        if figure and (name == "first_judge" or figure in FIGURES):
+            probed = config.base_probe is not None or (curve and figure == PROBE)
+            if figure not in FIGURES or not probed:
+                others = " or ".join(figure for figure in FIGURES if figure != PROBE)
+                raise ValueError(
+                    f"{name}={figure}: take {PROBE}, with base_pretrain.probe.every=... or a base_probe; or {others}, "
+                    "with a base_probe"
+                )
+    if config.base_finetune is None and config.judge.startswith("val/"):
+        raise ValueError(f"judge={config.judge} is a figure of fine-tuning, and base_finetune is null: take {PROBE}")
+
+
+def _check_probe(config: TuneConfig, configs: dict[str, Section]) -> None:
+    """Refuses a trial whose probe does not say what trials are judged by."""
+    figure = config.first_judge if "finetune" in configs else config.judge
+    judge = FIGURES.get(figure)
+    if judge and "probe" in configs and judge not in configs["probe"].judges:
+        asked = ",".join(configs["probe"].judges)
+        raise ValueError(f"{figure} is said by {judge}: add it to base_probe.judges=[{asked}]")
+
+
+def _check_key(config: TuneConfig, name: str, what: str, fixed: tuple[str, ...]) -> None:
+    stage, _, key = name.partition(".")
+    known = [known for known, _, _ in keys(STAGES[stage])] if stage in STAGES else []
+    if key not in known or key in fixed:
+        raise ValueError(f"{what} is not a key of pretrain.*, probe.*, finetune.* or evaluate.*")
+    if getattr(config, f"base_{stage}") is None:
+        raise ValueError(f"{what} needs base_{stage}")
+
+
+def _check_search(config: TuneConfig) -> None:
+    if config.search == "optuna":
+        try:
+            import optuna  # noqa: F401
+        except ImportError:
+            raise ValueError("search=optuna needs Optuna: pip install 'pgl_ray[tune]', or search=random") from None
+    if config.scheduler.kind == "pbt":
+        verb = next(iter(config.space.get(LEARNING_RATE, {})), "")
+        if verb not in ("uniform", "loguniform", "choice") or config.search == "optuna" or config.num_trials < 4:
+            raise ValueError(
+                f"scheduler.kind=pbt changes {LEARNING_RATE} of a population: give that key a uniform, loguniform or "
+                "choice, num_trials of at least 4, and search=random"
+            )

@@ -1,0 +1,48 @@
+"""What the processes of a run note for the user: lines in events.jsonl, that the driver shows and reports repeat."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+from pgl_ray.train import bucket
+from pgl_ray.train.run_files import EVENTS
+
+_UNWRITTEN: dict[str, list[str]] = {}
+_UNWRITTEN_LOCK = threading.Lock()
+
+
+def note(run: str | Path, text: str) -> None:
+    """Adds a line that the user should read to the run's events; the driver shows it. What cannot be written is written
+    with the next one."""
+    print(f"  {text}", flush=True)  # on the driver's console, or in a worker's log
+    with _UNWRITTEN_LOCK:
+        lines = _UNWRITTEN.setdefault(str(run), [])
+        lines.append(json.dumps({"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "text": text}))
+        with contextlib.suppress(OSError):
+            path = bucket.events_file(run)
+            path.parent.mkdir(exist_ok=True)
+            with path.open("ab", buffering=0) as file:
+                file.write("".join(line + "\n" for line in lines).encode())
+            del _UNWRITTEN[str(run)]
+
+
+def read_events(run: str | Path, start: dict[str, int] | None = None) -> tuple[list[str], dict[str, int]]:
+    """Texts noted by other processes, from a byte of each file of events on, and the bytes that follow."""
+    ends, events = dict(start or {}), []
+    for path in (Path(run, EVENTS), *sorted(Path(run).glob("events/*.jsonl"))):
+        try:
+            with path.open("rb") as file:
+                file.seek(ends.get(path.name, 0))
+                data = file.read()
+        except FileNotFoundError:
+            continue
+        whole = data[: data.rfind(b"\n") + 1]
+        ends[path.name] = ends.get(path.name, 0) + len(whole)
+        events += [json.loads(line) for line in whole.splitlines()]
+    here = socket.gethostname(), os.getpid()
+    events.sort(key=lambda event: event["time"])
+    return [event["text"] for event in events if (event["host"], event["pid"]) != here], ends

@@ -1,0 +1,226 @@
+"""Run folders: a run is opened, or found to be the same; one driver at a time has it; its workers join it.
+
+Runs of earlier versions have Ray Train's snapshot of which checkpoints count; they are continued, too. A run in a
+bucket is worked on in copies of its folder (see mirror.py): what is asked of the run as a whole takes its URL, all else
+a folder.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pgl_ray.config import FailedRun, FinetuneConfig, PretrainConfig, build, to_yaml, without_gone
+from pgl_ray.data.durable import put_in_place, write_aside
+from pgl_ray.data.system import lock_file
+from pgl_ray.train import bucket
+from pgl_ray.train.checkpoint import checkpoints, damage_of, set_aside, versions
+from pgl_ray.train.events import note
+from pgl_ray.train.retry import retried
+from pgl_ray.train.run_files import MANIFEST, SNAPSHOT, write_json
+
+# what a continued run may change
+MAY_DIFFER = {
+    "ray",
+    "train",
+    "health",
+    "stream.on_error",
+    "stream.max_skipped_share",
+    "stream.on_gpu",
+    *("stream.augment_on", "stream.resize_on"),  # the same in earlier versions
+    "accumulate",
+    "probe",
+}
+
+
+def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str, Any]) -> str:
+    """Creates the run's folder, or checks that an existing one belongs to the same config.
+
+    Args:
+        config: the door's.
+        door: its name.
+        facts: what else run.json records; "plan", the identity of the run's plan, must stay the same.
+
+    Returns:
+        The folder's absolute path, or its URL.
+
+    Raises:
+        ValueError: the folder holds another run or other files.
+    """
+    mirror = bucket.mirror(config.run)
+    folder = mirror.folder if mirror else Path(config.run).absolute()
+    place = mirror.url if mirror else str(folder)
+    taken = mirror.match() if mirror else folder.is_file() or (folder.exists() and any(folder.iterdir()))
+    wanted = json.loads(config.model_dump_json())
+    if (folder / "run.json").exists():
+        found = json.loads((folder / "run.json").read_text())
+        if found["door"] != door:
+            raise ValueError(f"run={config.run} is a {found['door']} run: choose another run=...")
+        skip = MAY_DIFFER | {"run", "index"}
+        stored, gone = without_gone(type(config), found["config"])
+        with contextlib.suppress(ValueError):  # a setting that no version has known
+            stored = json.loads(build(type(config), stored).model_dump_json())  # with the defaults of later settings
+        names = _differences({k: v for k, v in wanted.items() if k not in skip}, stored)
+        names += [f"{path} ({value} there, {was.value} here)" for path, (value, was) in gone.items()]
+        changed = sorted(name for name in names if not {name.split(" ")[0], name.split(".")[0]} & MAY_DIFFER)
+        if changed:
+            raise ValueError(f"run={config.run} was started with another {', '.join(changed)}: choose another run=...")
+        if found["plan"] != facts["plan"]:
+            raise ValueError(
+                f"run={config.run} was started on other scans than index={config.index} has now: choose another run=..."
+            )
+        return place
+    if taken:
+        raise ValueError(f"run={config.run} exists and is not a run of pgl_ray: choose another run=...")
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    record = {"door": door, "config": wanted, "versions": versions(), "started": started, **facts}
+    write_json(folder / "run.json", record)
+    write_aside(folder / "config.yaml", to_yaml(config).encode())
+    if mirror:
+        mirror.put("run.json", "config.yaml")
+    return place
+
+
+def _differences(wanted: Any, found: Any, path: str = "") -> list[str]:
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        names = [_differences(wanted[k], found.get(k), f"{path}.{k}" if path else k) for k in wanted]
+        return [name for part in names for name in part]
+    return [] if wanted == found else [f"{path} ({found} there, {wanted} here)"]
+
+
+@contextlib.contextmanager
+def alone(run: str) -> Iterator[tuple[Path, int] | None]:
+    """One process at a time trains a run; the kernel frees the lock of a killed one. Gives what `recover` found.
+
+    In a bucket, a killed one's lock is taken over after half a minute.
+
+    Raises:
+        ValueError: another process has the run.
+        FailedRun: see `recover`.
+    """
+    mirror = bucket.mirror(run)
+    with mirror.locked() if mirror else _locked(run) as token:
+        _HELD[run] = token
+        try:
+            yield recover(run, token)
+        finally:
+            del _HELD[run]
+
+
+_HELD: dict[str, str | None] = {}  # runs that this process has for itself, with the tokens of those in buckets
+
+
+def held(run: str) -> str | None:
+    """Token of the lock that this process has on a run in a bucket; none for a folder."""
+    return _HELD.get(run)
+
+
+@contextlib.contextmanager
+def _locked(run: str) -> Iterator[None]:
+    with lock_file(Path(run) / "run.lock") as lock:
+        if not lock.take():
+            lock.file.seek(0)
+            holder = lock.file.read().strip() or "another process"
+            raise ValueError(f"run={run} is being trained by {holder}: wait for it, or end it")
+        lock.warn(f"run={run}")
+        lock.file.truncate(0)
+        lock.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.file.flush()
+        yield
+
+
+def recover(run: str | Path, token: str | None = None) -> tuple[Path, int] | None:
+    """The newest checkpoint whose bytes are those that were written, and its step; to be called before training.
+
+    Damaged ones that are newer are renamed to *.damaged and noted, what a killed writer left is removed, and the
+    checkpoints of an earlier version become ones of this version. Storage that fails is tried again for RETRY_S.
+
+    Of a run in a bucket this is done to the working copy, and then in the bucket, where earlier workers write no more.
+
+    Args:
+        run: folder or URL.
+        token: see `held`.
+
+    Raises:
+        FailedRun: there are checkpoints, all of them damaged; or another driver has taken the run over.
+    """
+    mirror = bucket.mirror(run)
+
+    def work() -> tuple[Path, int] | None:
+        if not mirror:
+            return _recover(Path(run))
+        mirror.claim(token)
+        mirror.pull(damage_of)
+        found = _recover(mirror.folder)
+        mirror.push()
+        return found
+
+    return retried(work, f"run={run} cannot be read")
+
+
+class Joined(NamedTuple):
+    """What a worker works on.
+
+    Attributes:
+        folder: the run's, of a run in a bucket this machine's working copy, which holds what the worker continues from.
+        push: brings checkpoints to the bucket; none: the folder is the run's own.
+    """
+
+    folder: str
+    push: Callable[[], None] | None = None
+
+
+@contextlib.contextmanager
+def joined(run: str, rank: int) -> Iterator[Joined]:
+    """While it lasts, a worker works on the run; what it writes is brought to the bucket.
+
+    Raises:
+        FailedRun: the bucket fails for RETRY_S, or no driver has the run.
+    """
+    mirror = bucket.mirror(run)
+    if not mirror:
+        yield Joined(run)
+        return
+    retried(lambda: mirror.join(rank, damage_of), f"run={run} cannot be read")
+    try:
+        with mirror.kept_up():
+            yield Joined(str(mirror.folder), mirror.push)
+    except BaseException:
+        with contextlib.suppress(OSError, ValueError, FailedRun):
+            mirror.push_files()
+        raise
+    retried(mirror.push_files, f"run={run} cannot be written")
+
+
+def _recover(run: Path) -> tuple[Path, int] | None:
+    for left in [place for place in run.glob("checkpoint_*") if place.suffix in (".part", ".old")]:
+        place = left.with_suffix("")
+        if left.suffix == ".old" and not place.exists() and not damage_of(left):
+            put_in_place(left, place)  # killed before another one took its place
+        else:
+            shutil.rmtree(left)
+    damaged: list[tuple[Path, str]] = []
+    found = checkpoints(run)
+    for place, step in found:
+        if not (place / MANIFEST).exists():
+            write_json(place / MANIFEST, {"step": step})
+    (run / SNAPSHOT).unlink(missing_ok=True)  # or Ray Train would miss what is deleted from now on
+    while found:
+        place, step = found.pop()
+        fault = damage_of(place)
+        if not fault:
+            for bad, why in damaged:
+                set_aside(bad, ".damaged")
+                note(run, f"checkpoint {bad.name} is damaged ({why}): continuing from {place.name}")
+            return place, step
+        damaged.append((place, fault))
+    if damaged:
+        told = f"all {len(damaged)} checkpoints are damaged ({damaged[0][1]})"
+        raise FailedRun(f"run={bucket.shown(run)}: {told}: take a new run=...")
+    return None
