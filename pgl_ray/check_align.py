@@ -30,7 +30,7 @@ from pgl_ray.data.stream import AIR
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
 from pgl_ray.model.resnet import Encoder
-from pgl_ray.pages import pictures
+from pgl_ray.pages import pair_pictures, slices
 from pgl_ray.phantom.phantom import make_phantom
 from pgl_ray.prior import Geometry, Prior, clamped_bins, interpolation_matrices, overlap_share
 from pgl_ray.train.bucket import is_url, shelf
@@ -320,8 +320,8 @@ def _draw_picture(drawn: list, encoder: Encoder, geometries: dict, config: Check
         places[name] = align(maps, matrices)
     views = [render(scan, prior) for prior in priors]
     shown = {name: [each.numpy() for each in found] for name, found in places.items()}
-    window = tuple((hu - scan.mean_hu) / max(scan.std_hu, 1e-3) for hu in pictures.DISPLAY_HU)
-    figure = pictures.places(views, priors, shown, window, scan.spacing_mm)
+    window = tuple((hu - scan.mean_hu) / max(scan.std_hu, 1e-3) for hu in slices.DISPLAY_HU)
+    figure = pair_pictures.places(views, priors, shown, window, scan.spacing_mm)
     aside = path.with_name(path.name + ".part")
     figure.savefig(aside, format="png", dpi=130)
     put_in_place(aside, path)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from pgl_ray.outlook import MAX_CLAMPED
-from pgl_ray.pages import pictures, tables
-from pgl_ray.pages.pictures import Mark
+from pgl_ray.pages import figures, plots, tables
+from pgl_ray.pages.plots import Mark
 from pgl_ray.pages.tables import Run
 from pgl_ray.train.health import COLLAPSED, directions
 
@@ -18,22 +18,22 @@ UNRELATED = 4.0  # squared distance of unrelated unit vectors, both directions s
 
 def color(one: Run) -> str:
     """A run's colour in every figure and table."""
-    return pictures.RUN_COLORS[one.number % len(pictures.RUN_COLORS)]
+    return plots.RUN_COLORS[one.number % len(plots.RUN_COLORS)]
 
 
-def _series(one: Run, points: Iterable[tuple[float, float]], dashed: bool = False) -> pictures.Series:
+def _series(one: Run, points: Iterable[tuple[float, float]], dashed: bool = False) -> plots.Series:
     x, y = zip(*points) if (points := list(points)) else ((), ())
-    return pictures.Series(x, y, color(one), dashed)
+    return plots.Series(x, y, color(one), dashed)
 
 
-def _metric(one: Run, key: str, dashed: bool = False) -> pictures.Series:
+def _metric(one: Run, key: str, dashed: bool = False) -> plots.Series:
     return _series(one, ((row["step"], row[key]) for row in one.rows if key in row), dashed)
 
 
 def _plot(
     title: str,
     good: str,
-    lines: list[pictures.Series],
+    lines: list[plots.Series],
     *bounds: float | None,
     log: bool = False,
     marks: Sequence[Mark] = (),
@@ -41,7 +41,7 @@ def _plot(
     """A data URI, or "" where no run has the metric."""
     drawn = [line for line in lines if line.x]
     title = f"{title}, {good}" if good else title
-    return pictures.to_svg(pictures.curves(drawn, title, bounds, log, marks)) if drawn else ""
+    return figures.to_svg(plots.curves(drawn, title, bounds, log, marks)) if drawn else ""
 
 
 def _mean(runs: list[Run], key: str, text: str) -> list[Mark]:
@@ -53,7 +53,7 @@ def _mean(runs: list[Run], key: str, text: str) -> list[Mark]:
 def pretrain_curves(runs: list[Run]) -> dict[str, str]:
     """Data URIs by the name that the template knows the figure by. What two figures tell has one scale in both."""
 
-    def both(*keys: str) -> tuple[list[pictures.Series], list[pictures.Series]]:
+    def both(*keys: str) -> tuple[list[plots.Series], list[plots.Series]]:
         """Lines of what the loss compares, places or BYOL's views, and of the encoder's map; later keys dashed."""
         compared = [
             next((p for p in ("", "view_") if any(f"health/{p}{keys[0]}" in r for r in one.rows)), "") for one in runs
@@ -69,11 +69,11 @@ def pretrain_curves(runs: list[Run]) -> dict[str, str]:
         )
         return first, second
 
-    def reach(*groups: list[pictures.Series]) -> tuple[float, float]:
+    def reach(*groups: list[plots.Series]) -> tuple[float, float]:
         known = [y for group in groups for line in group for y in line.y if y > 0] or [1.0]
         return min(known), max(known)
 
-    def pairs_of(solid: str, dashed: str) -> list[pictures.Series]:
+    def pairs_of(solid: str, dashed: str) -> list[plots.Series]:
         return [_metric(r, solid) for r in runs] + [_metric(r, dashed, dashed=True) for r in runs]
 
     comparing = [r for r in runs if r.config.get("method") != "genesis"]
@@ -182,4 +182,4 @@ def organ_bars(runs: list[Run]) -> str:
     for r in runs:
         dice = heights(lambda organ, r=r: tables.mean_score(r, "dice", organ))
         bars.append((color(r), dice, heights(lambda organ, r=r: tables.standard_error(r.scores, "dice", organ))))
-    return pictures.to_svg(pictures.organ_bars(organs, bars))
+    return figures.to_svg(plots.organ_bars(organs, bars))

@@ -13,8 +13,10 @@ from isal import igzip
 from matplotlib.colors import to_rgb
 
 from pgl_ray.pages import pages
+from pgl_ray.pages.figures import to_png
+from pgl_ray.pages.label_pictures import montage, organ_color
 from pgl_ray.pages.pages import OPEN, Answer, Line, plural
-from pgl_ray.pages.pictures import DISPLAY_HU, montage, organ_color, to_png
+from pgl_ray.pages.slices import DISPLAY_HU
 
 MAX_VOXELS = 32_000_000  # that a page holds; a larger scan is shown at every second, third, ... voxel
 GREY_HU = 8.0  # step of the 256 greys that a page holds, from -1024 HU on
