@@ -38,11 +38,12 @@ from pgl_ray.pages import (
     pages,
     pair_pictures,
     probe_tables,
+    run_folders,
     slices,
     sweep_report,
     tables,
 )
-from pgl_ray.pages.tables import Run
+from pgl_ray.pages.run_folders import Run
 from pgl_ray.prior import overlap_box
 from pgl_ray.train.bucket import beside, is_url, shown
 from pgl_ray.train.health import COLLAPSED
@@ -59,7 +60,7 @@ def run(config: ReportConfig) -> str:
     if sweep_report.is_sweep(config.run):
         found = sweep_report.content(Path(config.run[0]).absolute(), overlays)
         return _write(config, {"title": config.title, "notes": config.notes, **found}, "sweep.html")
-    runs = tables.read_runs(config.run)
+    runs = run_folders.read_runs(config.run)
     pretrained, tuned = ([r for r in runs if r.door == door] for door in ("pretrain", "finetune"))
     evaluated = [r for r in tuned if r.summary]
     missing = [
@@ -77,8 +78,10 @@ def run(config: ReportConfig) -> str:
         "runs": runs,
         "color": curves.color,
         "answers": answers.of_runs(runs, probes),
-        "overviews": [tables.overview(r) for r in runs],
-        "differences": [(group, tables.differing_settings(group)) for group in (pretrained, tuned) if len(group) > 1],
+        "overviews": [run_folders.overview(r) for r in runs],
+        "differences": [
+            (group, run_folders.differing_settings(group)) for group in (pretrained, tuned) if len(group) > 1
+        ],
         "comparison": tables.comparison(evaluated) if evaluated else None,
         "probes": probe_tables.table(probes),
         "probe_pictures": [picture for path, found in probes for picture in probe_pictures(path, found)],
@@ -97,7 +100,7 @@ def run(config: ReportConfig) -> str:
         "finetune_curves": curves.finetune_curves(tuned),
         "bars": curves.organ_bars(evaluated) if evaluated else None,
         "overlays": _or_missing(missing, "overlays", lambda: overlays(evaluated)) if evaluated else None,
-        "settings": [(r.name, tables.settings(r)) for r in runs],
+        "settings": [(r.name, run_folders.settings(r)) for r in runs],
         "missing": missing,
     }
     return _write(config, content)
@@ -139,7 +142,7 @@ def alignment(one: Run) -> dict[str, Any] | None:
     table, picture = one.path / "check_align.json", one.path / "check_align.png"
     if not (table.is_file() and picture.is_file()):
         return None
-    found = tables.alignment(tables.read_json(table))
+    found = tables.alignment(run_folders.read_json(table))
     return {"name": one.name, **found, "src": figures.data_uri(picture.read_bytes(), "image/png")}
 
 

@@ -23,7 +23,7 @@ from pgl_ray import export, finetune, probe, tune
 from pgl_ray.data.facts import spacing_note, training_facts
 from pgl_ray.data.store import Index, read_index, write_index, write_scan
 from pgl_ray.model.encoder import build_encoder
-from pgl_ray.pages import probe_tables, tables
+from pgl_ray.pages import probe_tables, run_folders
 from pgl_ray.sweep import trial
 from pgl_ray.train import weights
 
@@ -320,8 +320,8 @@ def test_a_report_names_them(tmp_path):
     found |= {"readings": {}, "controls": {}, "ceiling": {}, "sentences": [], "pictures": []}
     (tmp_path / "probe_given.json").write_text(json.dumps(found))
     (tmp_path / "probe_other.json").write_text(json.dumps(found | {"init": "pretrained:other"}))
-    runs = tables.read_runs([str(run)])
-    assert tables.overview(runs[0])["init"] == INIT
+    runs = run_folders.read_runs([str(run)])
+    assert run_folders.overview(runs[0])["init"] == INIT
     assert [given["init"] for _, given in probe_tables.read(runs)[0]] == [INIT]
 
 

@@ -21,7 +21,7 @@ from pgl_ray import cli, report
 from pgl_ray.config import FinetuneConfig, PretrainConfig, ReportConfig, build, load
 from pgl_ray.data import store
 from pgl_ray.files.resample import resample
-from pgl_ray.pages import figures, label_pictures, pair_pictures, plots, slices, tables
+from pgl_ray.pages import figures, label_pictures, pair_pictures, plots, run_folders, slices, tables
 
 SHAPE, SPACING, VIEW = (14, 24, 30), (5.0, 2.0, 1.5), (6, 10, 12)
 LABELS = {"liver": 1, "left_kidney": 4}
@@ -387,13 +387,13 @@ def test_a_folder_that_is_no_run_ends_with_code_2(tmp_path, capsys):
 def test_faults_are_named(tmp_path, scans):
     one = write_run(tmp_path / "a", "pretrain", scans, [])
     with pytest.raises(ValueError, match="twice"):
-        tables.read_runs([str(one), f"{one}/"])
+        run_folders.read_runs([str(one), f"{one}/"])
     (one / "run.json").write_text('{"door": "tune"}')
     with pytest.raises(ValueError, match="a run of tune"):
-        tables.read_runs([str(one)])
+        run_folders.read_runs([str(one)])
     (one / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is damaged"):
-        tables.read_runs([str(one)])
+        run_folders.read_runs([str(one)])
     with pytest.raises(ValueError, match="run="):
         load(ReportConfig, ["run=[]"])
 
@@ -403,7 +403,7 @@ def test_faults_are_named(tmp_path, scans):
 
 def compare(tmp_path, index, *planted, **options):
     folders = [finetuned(tmp_path / f"run{i}", index, dice, **options) for i, dice in enumerate(planted)]
-    return tables.comparison(tables.read_runs([str(folder) for folder in folders]))
+    return tables.comparison(run_folders.read_runs([str(folder) for folder in folders]))
 
 
 def test_difference_within_the_noise_is_called_so(tmp_path, scans):
@@ -457,7 +457,7 @@ def test_a_lead_from_other_scans_is_turned_round(tmp_path, scans):
 
 def test_different_stores_are_called_out(tmp_path, scans):
     folders = [finetuned(tmp_path / f"run{i}", index, [0.5, 0.6]) for i, index in enumerate((scans, tmp_path / "x"))]
-    lines = tables.comparison(tables.read_runs([str(folder) for folder in folders]))["sentences"]
+    lines = tables.comparison(run_folders.read_runs([str(folder) for folder in folders]))["sentences"]
     assert "different stores" in lines[0] and "+0.000 Dice, within the noise" in lines[1]
 
 
@@ -466,7 +466,7 @@ def test_scores_on_training_scans_are_called_out(tmp_path, scans):
     record = json.loads((folder / "run.json").read_text())
     record["scans"]["train"] = ["s1", "x"]
     (folder / "run.json").write_text(json.dumps(record))
-    table = tables.comparison(tables.read_runs([str(folder)]))
+    table = tables.comparison(run_folders.read_runs([str(folder)]))
     assert table["sentences"] == ["run was trained on 1 of the scans that it is scored on."]
 
 
@@ -493,7 +493,7 @@ def test_an_evaluation_without_any_score_is_shown(tmp_path, scans):
 )
 def test_verdict(health, words, tmp_path, scans):
     folder = write_run(tmp_path / "run", "pretrain", scans, pretrain_rows(**health))
-    assert tables.verdict(tables.read_runs([str(folder)])[0]).startswith(f"run: {words}")
+    assert tables.verdict(run_folders.read_runs([str(folder)])[0]).startswith(f"run: {words}")
 
 
 def test_a_loss_that_rose_is_explained_below_its_curve(scans, tmp_path):
@@ -511,9 +511,12 @@ def test_a_loss_that_rose_is_explained_below_its_curve(scans, tmp_path):
 def test_names_and_differing_settings(tmp_path, scans):
     one = write_run(tmp_path / "a" / "run", "pretrain", scans, [], align={"centers": "cell"}, seed=3)
     two = write_run(tmp_path / "b" / "run", "pretrain", scans, [], seed=4)
-    runs = tables.read_runs([str(one), str(two)])
+    runs = run_folders.read_runs([str(one), str(two)])
     assert [run.name for run in runs] == ["a/run", "b/run"]
-    assert tables.differing_settings(runs) == [("seed", ["3", "4"]), ("align.centers", ["cell", "receptive_field"])]
+    assert run_folders.differing_settings(runs) == [
+        ("seed", ["3", "4"]),
+        ("align.centers", ["cell", "receptive_field"]),
+    ]
 
 
 # -- geometry ---------------------------------------------------------------------------------------------------------
@@ -646,7 +649,7 @@ def test_aligned_views_correlate_and_raw_ones_do_not(scans, tmp_path):
 
 
 def test_overlay_shows_the_slice_with_most_organs_and_its_errors(scans, tmp_path):
-    runs = tables.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
+    runs = run_folders.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
     index = store.read_index(scans)
     shown, place = report.overlay_of(index, index.scans[0], runs)
     assert place in (f"axial slice {d} of {SHAPE[0]}" for d in (6, 7))  # both organs are there
@@ -694,7 +697,7 @@ def test_an_overlay_of_a_resampled_scan_is_on_the_scored_grid(tmp_path):
 
 
 def test_organs_that_a_scan_does_not_annotate_are_no_errors(scans, tmp_path):
-    runs = tables.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
+    runs = run_folders.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
     index = store.read_index(scans)
     record = replace(index.scans[0], labelled=(1,))
     shown, _ = report.overlay_of(index, record, runs)

@@ -13,6 +13,7 @@ from scipy import stats
 from pgl_ray import shipped
 from pgl_ray.model.metrics import reach
 from pgl_ray.pages import arms, figures, plots, sweep_answers, sweep_plots, tables
+from pgl_ray.pages.run_folders import Run, read_json
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.sweeps import Trial
 
@@ -25,14 +26,14 @@ def is_sweep(folders: list[str]) -> bool:
     return len(folders) == 1 and Path(folders[0], sweeps.SWEEP).is_file()
 
 
-def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[str, Any]:
+def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any]:
     """What sweep.html prints.
 
     Args:
         folder: of the sweep.
         overlays: draws the labels of several evaluated runs.
     """
-    config, trials = tables.read_json(folder / sweeps.SWEEP), sweeps.read_trials(folder)
+    config, trials = read_json(folder / sweeps.SWEEP), sweeps.read_trials(folder)
     scored = [trial for trial in trials if trial.score is not None and trial.state in sweeps.ENDED]
     best = max((t for t in scored if t.state == "done"), key=lambda t: t.merit, default=None)
     judges = [judge for judge in tables.JUDGED if any(judge in sweeps.probed(trial.folder) for trial in trials)]
@@ -69,7 +70,7 @@ def _notes(trials: list[Trial]) -> list[tuple[str, str]]:
     for trial in trials:
         run = trial.run("finetune")
         paths = [trial.folder / "probe.json", *([run / "evaluation" / "summary.json"] if run else [])]
-        notes = [note for path in paths if path.is_file() for note in tables.read_json(path).get("notes", [])]
+        notes = [note for path in paths if path.is_file() for note in read_json(path).get("notes", [])]
         found += [(str(trial.values.get("arm", trial.title)), note) for note in notes]
     return found
 
@@ -211,7 +212,7 @@ def importance(config: dict[str, Any], trials: list[Trial]) -> list[tuple[str, s
 def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dict[str, Any] | None:
     """Tables of evaluated arms per point of the space, seeds taken together, beside the published figures; the arms'
     Dice over the number of labelled scans; labels of one cell per arm. None without an evaluated trial."""
-    cells: dict[str, dict[str, list[tables.Run]]] = {}
+    cells: dict[str, dict[str, list[Run]]] = {}
     for trial in trials:
         run = trial.run("finetune")
         if trial.state == "done" and run and (run / "evaluation" / "summary.json").is_file() and "arm" in trial.values:
@@ -239,30 +240,30 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
     }
 
 
-def _num_scans(cells: dict[str, list[tables.Run]]) -> int:
+def _num_scans(cells: dict[str, list[Run]]) -> int:
     """Labelled scans of a point's trials, validation included."""
     scans = next(iter(cells.values()))[0].record["scans"]
     return len(scans["train"]) + len(scans["val"])
 
 
-def _one_seed(cells: dict[str, list[tables.Run]]) -> list[tables.Run]:
+def _one_seed(cells: dict[str, list[Run]]) -> list[Run]:
     """One run per arm, of the first seed that most arms have; an arm without it is left out."""
     seeds = [run.config["seed"] for runs in cells.values() for run in runs]
     chosen = max(sorted(set(seeds)), key=seeds.count)
     return [run for runs in cells.values() for run in runs if run.config["seed"] == chosen]
 
 
-def _of_all(cells: dict[str, list[tables.Run]]) -> bool:
+def _of_all(cells: dict[str, list[Run]]) -> bool:
     """Whether a point's trials had all labelled scans, as those that the paper's tables are of."""
     configs = [run.config for runs in cells.values() for run in runs]
     of_all = (1.0, None)  # none and a scan_share of 1 in earlier versions
     return all(config["num_scans"] in of_all and config.get("scan_share", 1) == 1 for config in configs)
 
 
-def _evaluated(run: Path, arm: str) -> tables.Run:
-    summary = tables.read_json(run / "evaluation" / "summary.json")
+def _evaluated(run: Path, arm: str) -> Run:
+    summary = read_json(run / "evaluation" / "summary.json")
     scores = pq.read_table(run / "evaluation" / "metrics.parquet").to_pylist()
-    return tables.Run(arm, run, 0, tables.read_json(run / "run.json"), [], summary, scores)
+    return Run(arm, run, 0, read_json(run / "run.json"), [], summary, scores)
 
 
 def _published(config: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +280,7 @@ def _published(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, Any], colors: dict[str, str]) -> dict:
+def _block(point: str, cells: dict[str, list[Run]], published: dict[str, Any], colors: dict[str, str]) -> dict:
     """The tables of one point of the space."""
     organs = list(dict.fromkeys(row["organ"] for runs in cells.values() for run in runs for row in run.scores))
     columns = [None, *organs] if len(organs) > 1 else [None]
@@ -312,7 +313,7 @@ def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, 
     }
 
 
-def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
+def _differences(cells: dict[str, list[Run]]) -> list[str]:
     """Each arm against the first one, in words."""
     lines = []
     for arm, runs in list(cells.items())[1:]:
@@ -323,7 +324,7 @@ def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
     return lines
 
 
-def _against_first(cells: dict[str, list[tables.Run]], runs: list[tables.Run]) -> tuple[str, list[tuple]]:
+def _against_first(cells: dict[str, list[Run]], runs: list[Run]) -> tuple[str, list[tuple]]:
     """The first arm, and its runs beside those of another, in pairs of a seed."""
     first, others = next(iter(cells.items()))
     theirs = {run.config["seed"]: run for run in others}

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from pgl_ray.data.place import put_in_place, write_aside
 from pgl_ray.judge.judges import HIGHER_IS_BETTER
-from pgl_ray.pages.tables import duration_s, probe_values, read_json
+from pgl_ray.pages.run_folders import duration_s, read_json
+from pgl_ray.pages.tables import probe_values
 from pgl_ray.train.checkpoint import read_metrics, write_json
 from pgl_ray.train.health import verdict
 from pgl_ray.train.progress import clock
