@@ -34,7 +34,7 @@ from pgl_ray.config import FailedRun, PrepareConfig, RayConfig, StoreConfig, bui
 from pgl_ray.data import chunks, store
 from pgl_ray.files import identity
 from pgl_ray.files.accounts import grouped, json_lines
-from pgl_ray.files.dicom_headers import Kept
+from pgl_ray.files.kept_headers import Kept
 from pgl_ray.files.layout import Fault, Layout, Source, read_layout
 from pgl_ray.files.notes import NOTES_FILE, keep_notes
 from pgl_ray.files.plausible import LabelMap
