@@ -10,9 +10,10 @@ from dicom_files import ct_series, save
 from test_prepare import ct_array, go, put, records, serial  # noqa: F401 (a fixture)
 
 from pgl_ray import prepare
+from pgl_ray.convert import one_scan
 from pgl_ray.files import dicom, kept_headers
 from pgl_ray.files.kept_headers import Kept
-from pgl_ray.files.layout import Source
+from pgl_ray.files.source import Source
 from pgl_ray.files.walk import walk
 
 
@@ -134,6 +135,6 @@ def test_memory_counts_the_voxels_that_come_out(tmp_path, kind):
             image.SetSpacing((1, 2, 5))
             sitk.WriteImage(image, str(tmp_path / "a.mha"))
         source, num, size = Source("a", str(tmp_path / f"a.{kind}"), None, ""), 1320, (5, 2, 1)
-    plain = prepare.peak_bytes(source, None)
+    plain = one_scan.peak_bytes(source, None)
     assert plain == 8 * num
-    assert prepare.peak_bytes(source, (1.0, 1.0, 1.0)) == pytest.approx(plain + 10 * num * np.prod(size), abs=2)
+    assert one_scan.peak_bytes(source, (1.0, 1.0, 1.0)) == pytest.approx(plain + 10 * num * np.prod(size), abs=2)
