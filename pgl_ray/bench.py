@@ -23,11 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from pgl_ray.config import BenchConfig
 from pgl_ray.data import store, stream
 from pgl_ray.data.system import num_cores
+from pgl_ray.data.trainings import make_plan, make_renderer
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device
 from pgl_ray.model.pgl import Pair
-from pgl_ray.pretrain import build_model, make_plan, make_renderer, train_step
 from pgl_ray.train import launch, optim
+from pgl_ray.train.networks import build_pretraining
+from pgl_ray.train.one_step import train_step
 
 STAGES = ("draw", "read", "decode", "resize", "intensity", "transport")  # of the stream
 MORE_CORES = "render on more CPU cores"
@@ -117,7 +119,7 @@ def run(config: BenchConfig) -> Result:
 
     # step only, all cores or the GPU
     torch.set_num_threads(config.train.threads_per_worker or cores)
-    net = on.lay_out(build_model(config)[0], device).train()
+    net = on.lay_out(build_pretraining(config)[0], device).train()
     if config.train.recompute:
         on.recompute(net.get_submodule("online.encoder"))
     step = _step(config, device, net, index.hu_window)

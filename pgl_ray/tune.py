@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from pgl_ray import finetune, pretrain, report
+from pgl_ray import report
 from pgl_ray.config import (
     PRETRAINED,
     EvaluateConfig,
@@ -43,7 +43,7 @@ from pgl_ray.config import (
     build,
     keys,
 )
-from pgl_ray.data import stream
+from pgl_ray.data import stream, trainings
 from pgl_ray.data.store import Index, ScanRecord, read_index, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.judge import voxels
@@ -304,14 +304,14 @@ def check_stores(config: TuneConfig, trials: list[Trial]) -> None:
                 _, tested = voxels.choose_scans(read(configs["probe"].index), configs["probe"])
                 check_number(tested, configs["probe"], configs["probe"].judges)
             if "finetune" in configs:
-                train_ids, _ = finetune.split_scans(configs["finetune"], read(configs["finetune"].index))
+                train_ids, _ = trainings.split_scans(configs["finetune"], read(configs["finetune"].index))
                 if config.scheduler.kind == "pbt":
                     _check_checkpoints(config.scheduler.grace, configs["finetune"], train_ids)
             if "evaluate" in configs:
                 tested = tested + _evaluated(configs["evaluate"], read(configs["evaluate"].index))
             if "pretrain" in configs:
                 pool = read(configs["pretrain"].index)
-                plan = pretrain.make_plan(configs["pretrain"], pool)
+                plan = trainings.make_plan(configs["pretrain"], pool)
                 if "finetune" in configs or "probe" in configs:
                     _check_windows(pool, read((configs.get("finetune") or configs["probe"]).index))
                 curve = configs["pretrain"].probe

@@ -38,6 +38,7 @@ from pgl_ray.sweep import sweeps
 from pgl_ray.train import checkpoint, nodes
 from pgl_ray.train.checkpoint import write_json
 from pgl_ray.train.quiet import quiet_worker
+from pgl_ray.train.stops import BEST
 
 STAGES = {"pretrain": PretrainConfig, "probe": ProbeConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig}
 PROBE = next(iter(sweeps.FIGURES))
@@ -378,7 +379,7 @@ def fork(source: Path, target: Path, config: FinetuneConfig) -> bool:
     aside.mkdir(parents=True)
     rows = [json.dumps(row) + "\n" for row in checkpoint.read_metrics(source) if row["step"] <= step]
     checkpoint.metrics_path(aside).write_text("".join(rows))
-    shutil.copy(source / finetune.BEST, aside / finetune.BEST)
+    shutil.copy(source / BEST, aside / BEST)
     record = json.loads((source / "run.json").read_text())
     old = record["config"]["optim"]["lr"]
     record["config"] = json.loads(config.model_dump_json())
