@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgl_ray import evaluate
 from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build
 from pgl_ray.data import store, stream
 from pgl_ray.data.facts import spacing_note, training_facts
 from pgl_ray.data.trainings import split_scans
-from pgl_ray.judge import readings
+from pgl_ray.judge import readings, scoring
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import TooLittleMemory
 from pgl_ray.model.metrics import summarise
@@ -282,7 +281,7 @@ def validate(
     rows = []
     with watch.beating(model):
         try:
-            for scored in evaluate.score_scans(model, meta, index, records[rank::world], inference, distances=False):
+            for scored in scoring.score_scans(model, meta, index, records[rank::world], inference, distances=False):
                 rows += scored.rows
         except TooLittleMemory as error:
             mend = "train.device=cpu, or a new run=... with a smaller patch.size"

@@ -33,7 +33,7 @@ SINGLE = {  # files that are no door, and what they may import
     "__main__": {"cli"},
 }
 DOORS = {p.stem for p in PACKAGE.glob("*.py")} - SINGLE.keys() - {"__init__"}
-DOOR_TO_DOOR = {("finetune", "evaluate"), ("tune", "report")}
+DOOR_TO_DOOR = {("tune", "report")}
 DOOR_TO_DOOR |= {("sweep", stage) for stage in ("pretrain", "probe", "finetune", "evaluate")}  # a trial runs them
 USERS = {"demo", "examples"}  # they call doors and rooms as a user does, and nothing of ours imports them
 RAY_ALLOWED = {"ray_internals.py", "convert/parallel.py", "data/stream.py", "sweep/trial.py"}
