@@ -25,7 +25,7 @@ from pgl_ray.data.store import Index, read_index, write_index, write_scan
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.pages import probe_tables, run_folders
 from pgl_ray.sweep import trial
-from pgl_ray.train import networks, weights
+from pgl_ray.train import formats, networks, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "pgl_ray" / "pretrained").glob("*.safetensors"))
@@ -47,7 +47,7 @@ def one_thread():
 def metadata(path):
     with safe_open(path, "pt") as file:
         found = file.metadata()
-    return {key: export.decode_text(value) for key, value in found.items()}
+    return {key: formats.decode_text(value) for key, value in found.items()}
 
 
 def write_store(folder, spacing=(2.5, 4.5, 4.5), window=WINDOW, preparations=()):
