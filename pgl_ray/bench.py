@@ -10,33 +10,33 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
     cli.main("bench")
 
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pgl_ray.config import BenchConfig
-from pgl_ray.data import render_costs, store, stream
+from pgl_ray.data import pair_renderer, render_costs, store, stream
 from pgl_ray.data.batch_views import finish
-from pgl_ray.data.regions import REGIONS_MIXED
 from pgl_ray.data.system import num_cores
+from pgl_ray.data.trainings import make_plan, make_renderer
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device
 from pgl_ray.model.pgl import Pair
-from pgl_ray.pretrain import build_model, make_plan, make_renderer, train_step
 from pgl_ray.train import launch, optim
+from pgl_ray.train.networks import build_pretraining
+from pgl_ray.train.one_step import train_step
+from pgl_ray.train.step_cost import await_device, cost_of, median_seconds
 
 STAGES = ("draw", "read", "decode", "resize", "intensity", "transport")  # of the stream
 MORE_CORES = "render on more CPU cores"
 GPU_FLOPS = 200e12  # per s that a training reaches on an H200: a quarter of what its matrix products reach in bfloat16
 CPU = torch.device("cpu")
 CPU_PAIRS = 8  # most view pairs of a timed step there; on a GPU all of a worker's
-TIMED_STEPS = 3
 WAITS = 0.1  # share of the time that the step may wait before the stream counts as what limits the run
 
 
@@ -107,30 +107,14 @@ def run(config: BenchConfig) -> Result:
     cores, worker_batch = num_cores(), config.global_batch_size // config.train.num_workers
     num_pairs = worker_batch if device.type == "cuda" else min(worker_batch, CPU_PAIRS)
 
-    # the stages of rendering, one core; of pairs that share regions as many as are shuffled together
-    num_rows = min(max(worker_batch, num_pairs), 64)
-    if plan.pairs_per_region > 1:
-        num_rows = REGIONS_MIXED * plan.pairs_per_region
-    rows = plan.columns(0, -(-num_rows // plan.global_batch_size))
-    rows = {name: column[:num_rows] for name, column in rows.items()}
+    # the stages of rendering, one core
+    rows = _rows(plan, max(worker_batch, num_pairs))
     costs = render_costs.measure(renderer, rows)
     place = index.store, *(costs.pop(name) for name in ("place", "place_requests", "place_bytes"))
     read_ratio = costs.pop("bytes_read") / costs.pop("crop_bytes")
 
     # step only, all cores or the GPU
-    torch.set_num_threads(config.train.threads_per_worker or cores)
-    net = on.lay_out(build_model(config)[0], device).train()
-    if config.train.recompute:
-        on.recompute(net.get_submodule("online.encoder"))
-    step = _step(config, device, net, index.hu_window)
-    ready = renderer({name: np.resize(column, num_pairs) for name, column in rows.items()})
-    torch.set_num_threads(config.train.threads_per_worker or cores)  # a renderer takes one
-    batch = {name: torch.from_numpy(value).to(device) for name, value in ready.items()}
-    flops, memory = _cost(step, batch, net, worker_batch)
-    on.compiled(net, device, config.train.compile, config.train.num_workers)
-    step(batch)  # compiles
-    uncompiled = on.uncompiled()
-    step_rate = num_pairs / _median_seconds(lambda: step(batch), device)
+    alone = _time_step(config, device, index.hu_window, renderer, rows, num_pairs)
 
     # the stream only: pairs that are ready made, which leaves the transport, then real ones
     launch.connect(config.ray)
@@ -145,12 +129,12 @@ def run(config: BenchConfig) -> Result:
     data_rate = data.num_batches * worker_batch / data.wall_s
 
     # both, batches of the step's size
-    both = _consume(stream_of(plan, renderer, num_pairs, device), config.bench_s, step)
-    waits, needs = both.wait_s / both.wall_s, step_rate * config.train.num_workers
+    both = _consume(stream_of(plan, renderer, num_pairs, device), config.bench_s, alone.step)
+    waits, needs = both.wait_s / both.wall_s, alone.pairs_per_s * config.train.num_workers
     starved = data_rate < needs if device.type == "cuda" else waits > WAITS
     return Result(
         data_rate,
-        step_rate,
+        alone.pairs_per_s,
         both.num_batches * num_pairs / both.wall_s,
         waits,
         costs,
@@ -160,12 +144,54 @@ def run(config: BenchConfig) -> Result:
         cores,
         config.train.num_workers,
         plan.num_steps * plan.global_batch_size,
-        flops / 1e12,
-        memory / 2**30,
+        alone.flops / 1e12,
+        alone.memory / 2**30,
         device.type,
         "data" if starved else "step",
-        uncompiled,
+        alone.uncompiled,
     )
+
+
+def _rows(plan: stream.Plan, num: int) -> dict[str, np.ndarray]:
+    """The plan's first rows, at most 64; of pairs that share regions as many as are shuffled together."""
+    num = stream.REGIONS_MIXED * plan.pairs_per_region if plan.pairs_per_region > 1 else min(num, 64)
+    rows = plan.columns(0, -(-num // plan.global_batch_size))
+    return {name: column[:num] for name, column in rows.items()}
+
+
+class _Step(NamedTuple):
+    """A training step, its pairs per second, FLOP per pair, bytes on the device, and what was not compiled."""
+
+    step: Callable[[dict], None]
+    pairs_per_s: float
+    flops: float
+    memory: float
+    uncompiled: str | None
+
+
+def _time_step(
+    config: BenchConfig,
+    device: torch.device,
+    hu_window: tuple[float, float],
+    renderer: pair_renderer.PairRenderer,
+    rows: dict[str, np.ndarray],
+    num_pairs: int,
+) -> _Step:
+    """Times the step on a batch that is there already."""
+    num_threads = config.train.threads_per_worker or num_cores()
+    torch.set_num_threads(num_threads)
+    net = on.lay_out(build_pretraining(config)[0], device).train()
+    if config.train.recompute:
+        on.recompute(net.get_submodule("online.encoder"))
+    step = _step(config, device, net, hu_window)
+    ready = renderer({name: np.resize(column, num_pairs) for name, column in rows.items()})
+    torch.set_num_threads(num_threads)  # a renderer takes one
+    batch = {name: torch.from_numpy(value).to(device) for name, value in ready.items()}
+    flops, memory = cost_of(step, batch, net, config.global_batch_size // config.train.num_workers)
+    on.compiled(net, device, config.train.compile, config.train.num_workers)
+    step(batch)  # compiles
+    uncompiled = on.uncompiled()
+    return _Step(step, num_pairs / median_seconds(lambda: step(batch), device), flops, memory, uncompiled)
 
 
 def stream_of(plan: stream.Plan, render: Callable, batch_size: int, device: torch.device = CPU) -> on.Batches:
@@ -191,7 +217,7 @@ def _consume(batches: on.Batches, seconds: float, work: Callable[[dict], None] |
     num, began, cpu, coming = 0, time.perf_counter(), 0.0, iter(batches)
     next(coming)
     for part, least in ((seconds / 2, 0 if work else 24), (seconds, 1)):
-        _finish(batches.device)
+        await_device(batches.device)
         batches.waited_s()
         num, began, cpu = 0, time.perf_counter(), cpu_seconds()
         while time.perf_counter() - began < part or num < least:
@@ -199,13 +225,8 @@ def _consume(batches: on.Batches, seconds: float, work: Callable[[dict], None] |
             if work:
                 work(batch)
             num += 1
-    _finish(batches.device)
+    await_device(batches.device)
     return _Consumed(num, time.perf_counter() - began, batches.waited_s(), cpu_seconds() - cpu)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def cpu_seconds() -> float:
@@ -234,39 +255,6 @@ def _step(
         train_step(net, net, optimizer, schedule, pair, config.ema_decay, autocast)
 
     return step
-
-
-def _cost(step: Callable[[dict], None], batch: dict, net: nn.Module, worker_batch: int) -> tuple[float, float]:
-    """FLOP per pair, and bytes on the device at a worker's batch size: what one step keeps for its backward pass grows
-    with the batch, weights, gradients and momentum do not."""
-    num, kept = len(batch["step"]), {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        step(batch)
-    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in net.parameters()}
-    activations = sum(size for place, size in kept.items() if place not in weights)
-    fixed = sum(weights.values()) + 2 * sum(p.nbytes for p in net.parameters() if p.requires_grad)
-    if torch.cuda.is_available() and next(net.parameters()).is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        step(batch)
-        activations = max(0, torch.cuda.max_memory_allocated() - fixed)
-    return counter.get_total_flops() / num, fixed + activations / num * worker_batch
-
-
-def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median wall time of TIMED_STEPS; the work has run before."""
-    seconds = []
-    for _ in range(TIMED_STEPS):
-        _finish(device)
-        began = time.perf_counter()
-        work()
-        _finish(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
 
 
 def describe(result: Result) -> str:

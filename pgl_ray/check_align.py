@@ -20,25 +20,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from pgl_ray.config import CheckAlignConfig, FailedRun, build
 from pgl_ray.data import scan_files, store
 from pgl_ray.data.durable import put_in_place
 from pgl_ray.data.rendering import AIR, normalise, read_padded, resize_and_flip
 from pgl_ray.data.sampling import ablated, sample_pair
+from pgl_ray.judge.alignment import centre_taps, look, pair_of_ramps, residuals_of, summary_of
 from pgl_ray.model.encoder import build_encoder
-from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
+from pgl_ray.model.pgl import align, feature_geometry
 from pgl_ray.model.resnet import Encoder
-from pgl_ray.pages import pictures
+from pgl_ray.pages import pair_pictures, slices
 from pgl_ray.phantom.phantom import make_phantom
-from pgl_ray.prior import Geometry, Prior, clamped_bins, interpolation_matrices, overlap_share
+from pgl_ray.prior import Prior, interpolation_matrices, overlap_share
 from pgl_ray.train.bucket import is_url, shelf
 from pgl_ray.train.run_files import write_json
 
 AXES = ("D", "H", "W")
 CONVENTIONS = ("receptive_field", "cell")
-EXACT = 0.01  # voxels; float32 coordinates of a scan of 1000 slices
 BATCH = 16  # pairs at a time
 FLIP_PAIRS = list(itertools.product(itertools.product((False, True), repeat=3), repeat=2))
 BODY_MM = (240.0, 336.0, 336.0)  # what a phantom needs to be whole
@@ -91,16 +90,16 @@ def run(config: CheckAlignConfig) -> Result:
     parts = {name: [] for name in CONVENTIONS}
     for start in range(0, len(drawn), BATCH):
         batch = drawn[start : start + BATCH]
-        pair = _pair_of_ramps([priors for _, priors in batch], size)
+        pair = pair_of_ramps([priors for _, priors in batch], size)
         maps = look(encoder, pair)
         used = pair
         if config.align.wrong_priors:
-            used = _pair_of_ramps([drawn[i - 1][1] for i in range(start, start + len(batch))], size)
+            used = pair_of_ramps([drawn[i - 1][1] for i in range(start, start + len(batch))], size)
         spacing = torch.from_numpy(np.stack([scan.spacing_mm for scan, _ in batch]))
         for name in CONVENTIONS:
-            parts[name].append(_residuals(maps, used, geometries[name][1], spacing, exact=name == "receptive_field"))
+            parts[name].append(residuals_of(maps, used, geometries[name][1], spacing, exact=name == "receptive_field"))
 
-    conventions = {name: _summary(parts[name]) for name in CONVENTIONS}
+    conventions = {name: summary_of(parts[name]) for name in CONVENTIONS}
     facts = {
         "view_size": list(size),
         "output_stride": list(stride),
@@ -195,103 +194,6 @@ def _draw(
     return scan, tuple(Prior(prior.box, np.array(flip)) for prior, flip in zip(priors, flips, strict=True))
 
 
-# -- ramps ------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def centre_taps(encoder: Encoder) -> None:
-    """Turns an encoder into one that passes on the voxel under each kernel's centre, times a power of two."""
-    for part in encoder.eval().modules():
-        if isinstance(part, nn.Conv3d):
-            part.weight.zero_()
-            if part.bias is not None:
-                part.bias.zero_()
-            middle = [size // 2 for size in part.kernel_size]
-            for out in range(part.out_channels):
-                part.weight[(out, out % part.in_channels, *middle)] = 1
-        elif isinstance(part, nn.BatchNorm3d):
-            nn.init.ones_(part.weight), nn.init.zeros_(part.bias), nn.init.zeros_(part.running_mean)
-            part.running_var.fill_(1 - part.eps)
-        elif isinstance(part, nn.InstanceNorm3d):
-            part.forward = lambda x: x  # no weights make it the identity
-
-
-def _pair_of_ramps(priors: list[tuple[Prior, Prior]], size: tuple[int, int, int]) -> Pair:
-    """Views with three channels, the scan coordinates (D, H, W) of what each voxel shows: [N, 3, D, H, W]."""
-    views = [torch.stack([_ramps(pair[i], size) for pair in priors]) for i in (0, 1)]
-    boxes = [torch.from_numpy(np.stack([pair[i].box for pair in priors])) for i in (0, 1)]
-    flips = [torch.from_numpy(np.stack([pair[i].flip for pair in priors])) for i in (0, 1)]
-    return Pair(*views, *boxes, *flips)
-
-
-def _ramps(prior: Prior, size: tuple[int, int, int]) -> Tensor:
-    """One view of the three ramps, made as a CT's view is."""
-    voxels = [np.arange(*axis, dtype=np.float32) + 0.5 for axis in prior.box]
-    ramps = np.meshgrid(*voxels, indexing="ij")
-    return torch.stack([resize_and_flip(ramp, size, prior.flip) for ramp in ramps])
-
-
-@torch.no_grad()
-def look(encoder: Encoder, pair: Pair) -> Tensor:
-    """Where each cell of the last map looks: scan coordinates [2N, 3, d, h, w], the first views, then the second."""
-    ramps = pair.views
-    shift = 1 - ramps.min()  # ReLU passes what is positive
-    seen = encoder(ramps.flatten(0, 1).unsqueeze(1) + shift)[-1][:, 0]
-    one = encoder(torch.ones_like(ramps[:1, :1]))[-1][0, 0]  # what the blocks' sums multiply by
-    return (seen / one - shift).unflatten(0, ramps.shape[:2])
-
-
-class _Part(NamedTuple):
-    """Of one batch: residuals [N, 3, bins...] in voxels, valid [N, bins...], clamped [N, 3], allowed [N, 3]."""
-
-    residual: Tensor
-    spacing_mm: Tensor
-    valid: Tensor
-    clamped: Tensor
-    allowed: Tensor
-
-
-def _residuals(maps: Tensor, pair: Pair, geometry: Geometry, spacing_mm: Tensor, exact: bool) -> _Part:
-    first, second = align(maps, interpolation_matrices(pair.boxes, pair.flips, pair.regions, geometry)).chunk(2)
-    clamped = torch.stack(
-        [axis.float().mean(1) for axis in clamped_bins(pair.boxes, pair.flips, pair.regions, geometry)], 1
-    )
-    # a view voxel is S / P scan voxels; the middle of a cell lies (s - 1) / 2 view voxels off its receptive field's
-    zoom = (pair.boxes[..., 1] - pair.boxes[..., 0]) / torch.tensor(geometry.view_size)
-    off = torch.zeros(3) if exact else (torch.tensor(geometry.output_stride) - 1) / 2
-    enlarged = (1 - zoom).clamp_min(0) / 2  # an enlarged crop repeats its outermost half voxel
-    one, two = (zoom * off + enlarged).chunk(2)
-    means = clamped.unflatten(0, (2, -1)).mean(0)
-    return _Part((first - second).abs(), spacing_mm, valid_bins(pair, geometry), means, one + two + EXACT)
-
-
-def _summary(parts: list[_Part]) -> dict[str, Any]:
-    """Figures of one convention over all pairs; lists run over D, H, W."""
-    residual, spacing, valid, clamped, allowed = (torch.cat(each) for each in zip(*parts, strict=True))
-    mm = residual * spacing[:, :, None, None, None]
-    inside = valid[:, None].expand_as(residual)
-
-    def figures(values: Tensor) -> dict[str, list[float]]:
-        kept = [values[:, axis][inside[:, axis]] for axis in range(3)]
-        return {
-            "mean": values.mean((0, 2, 3, 4)).tolist(),
-            "max": values.amax((0, 2, 3, 4)).tolist(),
-            "mean_not_clamped": [each.mean().item() if len(each) else None for each in kept],
-            "max_not_clamped": [each.max().item() if len(each) else None for each in kept],
-        }
-
-    excess = (residual - allowed[:, :, None, None, None])[inside]
-    return {
-        "voxels": figures(residual),
-        "mm": figures(mm),
-        "clamped_share": clamped.mean(0).tolist(),
-        "bins_clamped_in_no_axis": valid.float().mean().item(),
-        "allowed_voxels": allowed.amax(0).tolist(),
-        "excess_voxels": max(0.0, excess.max().item()) if len(excess) else 0.0,
-        "passed": len(excess) > 0 and bool((excess <= 0).all()),
-    }
-
-
 # -- what people look at ----------------------------------------------------------------------------------------------
 
 
@@ -308,20 +210,20 @@ def _draw_picture(drawn: list, encoder: Encoder, geometries: dict, config: Check
 
     best = sorted(drawn, key=interest)[-8:]
     scan, priors = max(best, key=lambda one: render(one[0], one[1][0]).std())
-    pair = _pair_of_ramps([priors], config.views.size)
+    pair = pair_of_ramps([priors], config.views.size)
     maps = look(encoder, pair)
     used = pair
     if config.align.wrong_priors:
         other = next((d[1] for d in drawn if d[1] is not priors), priors)
-        used = _pair_of_ramps([other], config.views.size)
+        used = pair_of_ramps([other], config.views.size)
     places = {"before": maps}
     for name in reversed(CONVENTIONS):
         matrices = interpolation_matrices(used.boxes, used.flips, used.regions, geometries[name][1])
         places[name] = align(maps, matrices)
     views = [render(scan, prior) for prior in priors]
     shown = {name: [each.numpy() for each in found] for name, found in places.items()}
-    window = tuple((hu - scan.mean_hu) / max(scan.std_hu, 1e-3) for hu in pictures.DISPLAY_HU)
-    figure = pictures.places(views, priors, shown, window, scan.spacing_mm)
+    window = tuple((hu - scan.mean_hu) / max(scan.std_hu, 1e-3) for hu in slices.DISPLAY_HU)
+    figure = pair_pictures.places(views, priors, shown, window, scan.spacing_mm)
     aside = path.with_name(path.name + ".part")
     figure.savefig(aside, format="png", dpi=130)
     put_in_place(aside, path)

@@ -24,7 +24,7 @@ from pgl_ray.config import (
     ReportConfig,
     build,
 )
-from pgl_ray.pages import tables
+from pgl_ray.pages import run_folders, tables
 from pgl_ray.phantom.phantom import write_phantoms
 
 SHAPE, SPACING_MM = (40, 96, 96), (6.0, 3.5, 3.5)
@@ -85,7 +85,7 @@ def run(config: DemoConfig) -> Result:
     step(6, f"evaluate: Dice, IoU and Hausdorff distance on {config.num_test} test phantoms")
     evaluated = [{"run": run, "index": store, "inference": {"overlap": 0.25}} for run in runs.values()]
     dice = [evaluate.run(build(EvaluateConfig, values)).summary["dice"] or 0.0 for values in evaluated]
-    scores = [run.scores for run in tables.read_runs(list(runs.values()))]
+    scores = [run.scores for run in run_folders.read_runs(list(runs.values()))]
     gain = tables.paired_difference(scores[1], scores[0])
 
     step(7, "report")

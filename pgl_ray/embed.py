@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-import pgl_ray
 from pgl_ray import api
 from pgl_ray.config import EmbedConfig, FailedRun
 from pgl_ray.data.durable import check_writable, put_in_place, write_aside
@@ -84,7 +83,7 @@ def run(config: EmbedConfig) -> Result:
     encoder, reading = _encoder(config, index, output)
     spacing = _spacing(config, encoder)
     names = tuple(encoder.names[level] for level in encoder.levels(config.maps))
-    told = _told(config, encoder, names, reading)
+    told = vectors.about(config, encoder, names, reading)
     before = _finished(config, output, scans, told)
     todo = [scan for scan in scans if scan.scan_id not in before]
     known = f", {len(before)} of them done before" if before else ""
@@ -158,22 +157,6 @@ def _spacing(config: EmbedConfig, encoder: ScanEncoder) -> tuple[float, float, f
     if encoder.spacing_mm is None:
         raise ValueError(f"spacing=weights: init={config.init} does not say its voxel size: take spacing=own")
     return encoder.spacing_mm
-
-
-def _told(config: EmbedConfig, encoder: ScanEncoder, names: tuple[str, ...], reading: str) -> dict[str, Any]:
-    """What the table says of its vectors, beside each row."""
-    maps, start = [], 0
-    for name in names:
-        level = encoder.names.index(name)
-        stop = start + encoder.network.channels[level]
-        stride = list(encoder.network.strides[level])
-        center = list(encoder.network.centers[level])
-        maps.append({"name": name, "columns": [start, stop], "stride": stride, "center": center})
-        start = stop
-    said = {"init": config.init, "encoder_hash": encoder.hash, "maps": maps, "reading": reading}
-    said |= {"hu_window": list(encoder.hu_window), "size": list(encoder.size), "spacing": config.spacing}
-    said |= {"pooled_over": "body", "made_by": f"pgl_ray {pgl_ray.__version__}"}
-    return said
 
 
 # -- embedding --------------------------------------------------------------------------------------------------------

@@ -21,17 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig
+from pgl_ray.config import EvaluateConfig, FailedRun
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.facts import seen_notes
-from pgl_ray.data.rendering import AIR, normalise
-from pgl_ray.data.scan_files import open_label, open_source_label, open_volume
-from pgl_ray.data.scan_record import ScanRecord
-from pgl_ray.data.store import Index, class_lookup, read_index
-from pgl_ray.files.resample import onto_grid
+from pgl_ray.data.store import Index, ScanRecord, read_index
+from pgl_ray.judge.scoring import Scored, score_scans
 from pgl_ray.model import device as on
-from pgl_ray.model.inference import TooLittleMemory, out_of_memory, pick_device, segment, time_forward
-from pgl_ray.model.metrics import SCORES, compare, intervals, organ_metrics, summarise
+from pgl_ray.model.inference import out_of_memory, pick_device, time_forward
+from pgl_ray.model.metrics import SCORES, compare, intervals, summarise
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train import bucket
 from pgl_ray.train.checkpoint import file_of
@@ -43,22 +40,6 @@ from pgl_ray.train.weights import load_segmenter
 SCANS, TABLE = "scans.jsonl", "metrics.parquet"
 MEAN = "mean of organs"
 FORWARD_SIZE = (64, 192, 192)  # D, H, W, that the paper gives its 30 ms for
-
-
-class Scored(NamedTuple):
-    """One scan's result.
-
-    Attributes:
-        record: the scan.
-        prediction: uint8 [D, H, W], class indices.
-        affine: [4, 4], of the prediction's voxels.
-        rows: one per organ labelled in the scan: scan_id, organ, and what `organ_metrics` gives.
-    """
-
-    record: ScanRecord
-    prediction: np.ndarray
-    affine: np.ndarray
-    rows: list[dict[str, Any]]
 
 
 class Result(NamedTuple):
@@ -109,8 +90,9 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
             file.flush()
             stage.advance(f"{scored.record.scan_id}: dice {_text(summarise(scored.rows)['dice'], 0, 3)}")
 
+    rows = [row for record in records for row in found[record.scan_id]]
     if left or not (folder / "summary.json").exists():
-        rows = [row for record in records for row in found[record.scan_id]]
+        seconds = (time.monotonic() - began) / max(1, len(left))
         summary = summarise(rows) | {
             "ci95": intervals(rows, config.seed),
             "seed": config.seed,
@@ -118,16 +100,26 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
             "split": config.split,
             "index": config.index,
             "notes": notes,
-            "seconds_per_scan": (time.monotonic() - began) / max(1, len(left)),
+            "seconds_per_scan": seconds,
             "forward_ms": _forward_ms(model, device, config.inference.precision),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         }
         _write_table(folder / TABLE, rows)
         write_json(folder / "summary.json", summary)
+    summary = _summary(config, folder, rows, notes)
+    if others is not None:
+        compared = compare(rows, others, config.seed) | {"run": config.run, "other": config.compare}
+        other = Path(config.compare).absolute()  # trials of sweeps share their names
+        write_json(folder / f"compare_{other.parent.name}_{other.name}.json", compared)
+        print(comparison(compared), flush=True)
+    return summary
+
+
+def _summary(config: EvaluateConfig, folder: Path, rows: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
+    """The summary that lies there, brought to what is asked for now, and printed."""
     summary = json.loads((folder / "summary.json").read_text())
     told = {"seed": config.seed, "split": config.split, "index": config.index, "notes": notes}  # it may have been moved
     if any(summary.get(key) != value for key, value in told.items()):
-        rows = [row for record in records for row in found[record.scan_id]]
         summary |= told | {"ci95": intervals(rows, config.seed)}
         write_json(folder / "summary.json", summary)
     print(table(summary), flush=True)
@@ -138,70 +130,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         print(
             f"one {size} volume through the network: {summary['forward_ms']:.0f} ms ({summary['device']})", flush=True
         )
-    if others is not None:
-        rows = [row for record in records for row in found[record.scan_id]]
-        compared = compare(rows, others, config.seed) | {"run": config.run, "other": config.compare}
-        other = Path(config.compare).absolute()  # trials of sweeps share their names
-        write_json(folder / f"compare_{other.parent.name}_{other.name}.json", compared)
-        print(comparison(compared), flush=True)
     return summary
-
-
-def score_scans(
-    model: Segmenter | LightSegmenter,
-    meta: dict[str, Any],
-    index: Index,
-    records: list[ScanRecord],
-    inference: InferenceConfig,
-    distances: bool = True,
-    flips: bool = False,
-    own_grid: bool = False,
-) -> Iterator[Scored]:
-    """Segments and scores scans one by one; fine-tuning validates with it.
-
-    Args:
-        model: in eval mode, on the device to compute on.
-        meta: "task", "patch_size" (D, H, W).
-        index: the store that the records belong to.
-        records: labelled scans.
-        inference: overlap and batch size of the windows, and the network's precision.
-        distances: whether to compute HD and HD95, too.
-        flips: whether to average over all flips of a window.
-        own_grid: of a resampled store, score on each scan's own grid instead of the stored one.
-
-    Raises:
-        TooLittleMemory: names the scan, and what to take of evaluate's keys.
-    """
-    values = index.label_values
-    lookup = class_lookup(values)
-    for record in records:
-        whole = np.array([(0, size) for size in record.shape])
-        volume = open_volume(index.store, record).read(whole)
-        scaling = (index.hu_window, record.mean_hu, record.std_hu)
-        try:
-            prediction = segment(
-                model,
-                normalise(volume, *scaling),
-                meta["patch_size"],
-                meta["task"],
-                air=float(normalise(np.array(AIR), *scaling)),
-                overlap=inference.overlap,
-                batch_size=inference.batch_size,
-                flips=flips,
-                precision=inference.precision,
-            )
-        except TooLittleMemory as error:
-            raise TooLittleMemory(f"scan {record.scan_id}: {error.what}", error.mend) from None
-        affine, reader = np.array(record.affine).reshape(4, 4), open_label(index.store, record)
-        if own_grid and record.source_label_metadata is not None:
-            stored, affine = affine, np.array(record.source_affine).reshape(4, 4)
-            reader = open_source_label(index.store, record)
-            prediction = onto_grid(prediction, stored, affine, reader.shape)
-        target = lookup[reader.read(np.array([(0, size) for size in reader.shape]))]
-        organs = {organ: values.index(v) + 1 for organ, v in index.labels.items() if v in record.labelled}
-        scores = organ_metrics(prediction, target, organs, affine[:3, :3], meta["task"], distances)
-        rows = [{"scan_id": record.scan_id, "organ": organ, **score} for organ, score in scores.items()]
-        yield Scored(record, prediction, affine, rows)
 
 
 def _named(scored: Iterator[Scored]) -> Iterator[Scored]:

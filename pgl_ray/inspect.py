@@ -32,7 +32,7 @@ from pgl_ray.data.voxel_statistics import BODY_HU, HISTOGRAM_HU
 from pgl_ray.files.geometry import MOST_SHEAR, shear_notes
 from pgl_ray.files.notes import read_notes
 from pgl_ray.pages import pages, store_answers, store_table
-from pgl_ray.pages.pictures import organ_color
+from pgl_ray.pages.label_pictures import organ_color
 
 DISPLAY_HU = (-1000.0, 600.0)  # wide, for scans that are no soft tissue at all must be seen as such
 PICTURE_PX = 192

@@ -23,7 +23,8 @@ from pgl_ray.data.rendering import AIR, normalise
 from pgl_ray.data.voxel_statistics import statistics
 from pgl_ray.files import ct, dicom, identity
 from pgl_ray.files.accounts import json_lines, skipped, unused
-from pgl_ray.files.layout import find_by_folders, refuse_empty, with_ids
+from pgl_ray.files.folders import find_by_folders
+from pgl_ray.files.layout import refuse_empty, with_ids
 from pgl_ray.files.plausible import LabelMap
 from pgl_ray.files.resample import onto_grid, resample
 from pgl_ray.files.source import Fault, Found, Source, files_of

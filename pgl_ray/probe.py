@@ -30,7 +30,7 @@ from pgl_ray.judge.readings import in_words
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.pages import feature_pictures
-from pgl_ray.pages.pictures import to_bytes
+from pgl_ray.pages.figures import to_bytes
 from pgl_ray.train import bucket, weights
 from pgl_ray.train.run_files import write_json
 

@@ -24,8 +24,20 @@ from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index, read_index
 from pgl_ray.data.voxel_statistics import foreground_box
 from pgl_ray.files.resample import onto_grid
-from pgl_ray.pages import answers, curves, pages, pictures, probe_tables, sweep_report, tables
-from pgl_ray.pages.tables import Run
+from pgl_ray.pages import (
+    answers,
+    curves,
+    figures,
+    label_pictures,
+    pages,
+    pair_pictures,
+    probe_tables,
+    run_folders,
+    slices,
+    sweep_report,
+    tables,
+)
+from pgl_ray.pages.run_folders import Run
 from pgl_ray.prior import overlap_box
 from pgl_ray.train.bucket import beside, is_url, shown
 from pgl_ray.train.health import COLLAPSED
@@ -42,7 +54,7 @@ def run(config: ReportConfig) -> str:
     if sweep_report.is_sweep(config.run):
         found = sweep_report.content(Path(config.run[0]).absolute(), overlays)
         return _write(config, {"title": config.title, "notes": config.notes, **found}, "sweep.html")
-    runs = tables.read_runs(config.run)
+    runs = run_folders.read_runs(config.run)
     pretrained, tuned = ([r for r in runs if r.door == door] for door in ("pretrain", "finetune"))
     evaluated = [r for r in tuned if r.summary]
     missing = [
@@ -60,8 +72,10 @@ def run(config: ReportConfig) -> str:
         "runs": runs,
         "color": curves.color,
         "answers": answers.of_runs(runs, probes),
-        "overviews": [tables.overview(r) for r in runs],
-        "differences": [(group, tables.differing_settings(group)) for group in (pretrained, tuned) if len(group) > 1],
+        "overviews": [run_folders.overview(r) for r in runs],
+        "differences": [
+            (group, run_folders.differing_settings(group)) for group in (pretrained, tuned) if len(group) > 1
+        ],
         "comparison": tables.comparison(evaluated) if evaluated else None,
         "probes": probe_tables.table(probes),
         "probe_pictures": [picture for path, found in probes for picture in probe_pictures(path, found)],
@@ -80,7 +94,7 @@ def run(config: ReportConfig) -> str:
         "finetune_curves": curves.finetune_curves(tuned),
         "bars": curves.organ_bars(evaluated) if evaluated else None,
         "overlays": _or_missing(missing, "overlays", lambda: overlays(evaluated)) if evaluated else None,
-        "settings": [(r.name, tables.settings(r)) for r in runs],
+        "settings": [(r.name, run_folders.settings(r)) for r in runs],
         "missing": missing,
     }
     return _write(config, content)
@@ -122,8 +136,8 @@ def alignment(one: Run) -> dict[str, Any] | None:
     table, picture = one.path / "check_align.json", one.path / "check_align.png"
     if not (table.is_file() and picture.is_file()):
         return None
-    found = tables.alignment(tables.read_json(table))
-    return {"name": one.name, **found, "src": pictures.data_uri(picture.read_bytes(), "image/png")}
+    found = tables.alignment(run_folders.read_json(table))
+    return {"name": one.name, **found, "src": figures.data_uri(picture.read_bytes(), "image/png")}
 
 
 PROBE_CAPTIONS = {
@@ -141,7 +155,7 @@ def probe_pictures(path: Path, found: dict[str, Any]) -> list[dict[str, str]]:
     for name in found["pictures"]:
         kind = Path(name).stem.rpartition(".")[2]
         if kind in PROBE_CAPTIONS and (path.parent / name).is_file():
-            src = pictures.data_uri((path.parent / name).read_bytes(), "image/png")
+            src = figures.data_uri((path.parent / name).read_bytes(), "image/png")
             drawn.append({"src": src, "caption": f"{probe_tables.name_of(found)}. {PROBE_CAPTIONS[kind]}"})
     return drawn
 
@@ -158,29 +172,31 @@ def view_pairs(one: Run, num_pairs: int) -> list[dict[str, Any]]:
     found = []
     for i, scan_id in enumerate(views["scan_id"][:num_pairs].tolist()):
         pair = view_pair(views, i, index, records[scan_id])
-        first, second = (pictures.cut_region(*each, pair.overlap) for each in zip(pair.views, pair.boxes, pair.flips))
+        first, second = (
+            pair_pictures.cut_region(*each, pair.overlap) for each in zip(pair.views, pair.boxes, pair.flips)
+        )
         found.append(
             {
                 "title": f"{one.name}, scan {scan_id}",
-                "scan": pictures.to_png(pictures.pair_in_scan(pair)),
-                "seen": pictures.to_png(pictures.pair_as_seen(pair)),
-                "axial": pictures.to_png(pictures.pair_aligned(pair, pictures.AXIAL)),
-                "coronal": pictures.to_png(pictures.pair_aligned(pair, pictures.CORONAL)),
-                "aligned_r": pictures.correlation(first, second),
-                "raw_r": pictures.correlation(*pair.views),
-                "scan_r": [pictures.correlation(pair.region, part) for part in (first, second)],
+                "scan": figures.to_png(pair_pictures.pair_in_scan(pair)),
+                "seen": figures.to_png(pair_pictures.pair_as_seen(pair)),
+                "axial": figures.to_png(pair_pictures.pair_aligned(pair, slices.AXIAL)),
+                "coronal": figures.to_png(pair_pictures.pair_aligned(pair, slices.CORONAL)),
+                "aligned_r": pair_pictures.correlation(first, second),
+                "raw_r": pair_pictures.correlation(*pair.views),
+                "scan_r": [pair_pictures.correlation(pair.region, part) for part in (first, second)],
             }
         )
     return found
 
 
-def view_pair(views: dict[str, np.ndarray], i: int, index: Index, record: ScanRecord) -> pictures.ViewPair:
+def view_pair(views: dict[str, np.ndarray], i: int, index: Index, record: ScanRecord) -> pair_pictures.ViewPair:
     """Pair i of views.npz with its scan."""
     reader, scaling = open_volume(index.store, record), (index.hu_window, record.mean_hu, record.std_hu)
     both = tuple(views[name][i][0].astype(np.float32) for name in ("view_1", "view_2"))
     boxes = tuple(views[name][i].astype(np.int64) for name in ("box_1", "box_2"))
     crop = normalise(read_padded(reader, overlap_box(*boxes), AIR), *scaling)
-    return pictures.ViewPair(
+    return pair_pictures.ViewPair(
         views=both,
         boxes=boxes,
         flips=tuple(views[name][i].astype(bool) for name in ("flip_1", "flip_2")),
@@ -210,10 +226,10 @@ def overlays(runs: list[Run]) -> dict[str, Any]:
     scans = []
     for record in (records[sorted(common)[i]] for i in spread):
         shown, place = overlay_of(index, record, runs)
-        picture = pictures.to_png(pictures.overlay(shown, index.label_values))
+        picture = figures.to_png(label_pictures.overlay(shown, index.label_values))
         scans.append((picture, f"Scan {record.scan_id}, {place}."))
     organs = {value: organ.replace("_", " ") for organ, value in index.labels.items()}
-    legend = [(k, organs[value], pictures.organ_color(k)) for k, value in enumerate(index.label_values, 1)]
+    legend = [(k, organs[value], label_pictures.organ_color(k)) for k, value in enumerate(index.label_values, 1)]
     return {"scans": scans, "legend": legend}
 
 
@@ -221,7 +237,7 @@ def _predictions(one: Run) -> Path:
     return one.path / "evaluation" / "predictions"
 
 
-def overlay_of(index: Index, record: ScanRecord, runs: list[Run]) -> tuple[pictures.Overlay, str]:
+def overlay_of(index: Index, record: ScanRecord, runs: list[Run]) -> tuple[label_pictures.Overlay, str]:
     """The axial slice with the most organs, then the most organ voxels, cut to the body, on the grid that the scan was
     scored on; and which it is."""
     volume, reader = open_volume(index.store, record).read(_whole(record)), open_label(index.store, record)
@@ -248,7 +264,7 @@ def overlay_of(index: Index, record: ScanRecord, runs: list[Run]) -> tuple[pictu
         title = f"{r.name}: Dice {tables.number(tables.scan_means(r.scores, 'dice').get(record.scan_id), '.3f')}"
         predictions.append((title, predicted, (predicted != true[body]) & ~unknown))
     place = f"axial slice {position} of {len(true)}"
-    return pictures.Overlay(volume[body], true[body], predictions, spacing_mm), place
+    return label_pictures.Overlay(volume[body], true[body], predictions, spacing_mm), place
 
 
 def describe(path: str) -> str:

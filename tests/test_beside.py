@@ -12,6 +12,7 @@ from torch import nn
 
 from pgl_ray import predict, prepare
 from pgl_ray.config import FailedRun, PredictConfig, PrepareConfig, build
+from pgl_ray.convert import parallel
 from pgl_ray.data import store
 
 AFFINE = np.diag([-0.8, -0.8, 2.5, 1.0])
@@ -27,7 +28,7 @@ def serial(monkeypatch):
         for i, item in enumerate(items):
             yield work({"task": i, "item": pickle.dumps(item)})
 
-    monkeypatch.setattr(prepare, "in_parallel", in_parallel)
+    monkeypatch.setattr(parallel, "in_parallel", in_parallel)
 
 
 def put(path, array, affine=AFFINE, **header):

@@ -13,6 +13,8 @@ import pytest
 
 from pgl_ray import export, inspect, prepare, report
 from pgl_ray.config import ExportConfig, FailedRun, InspectConfig, PrepareConfig, ReportConfig, StoreConfig, build
+from pgl_ray.convert import finish, parallel
+from pgl_ray.data import store
 from pgl_ray.data.place import open_place
 from pgl_ray.train import checkpoint
 from pgl_ray.train.metrics import read_metrics
@@ -27,7 +29,7 @@ def serial(monkeypatch):
     def one_by_one(work, items, config, sources=()):
         return (work({"task": i, "item": pickle.dumps(item)}) for i, item in enumerate(items))
 
-    monkeypatch.setattr(prepare, "in_parallel", one_by_one)
+    monkeypatch.setattr(parallel, "in_parallel", one_by_one)
 
 
 def put_store(tmp_path, s3) -> str:
@@ -62,14 +64,14 @@ def test_prepare_verify_and_repair_in_a_bucket(tmp_path, s3, serial, capsys):
 def test_a_prepare_that_lost_its_lock_writes_no_index(tmp_path, s3, serial, monkeypatch, taken):
     """It stood still for so long that another one took over, which is about to write an index of its own."""
     url = put_store(tmp_path, s3)
-    place, finish = open_place(url), prepare.finish_store
+    place, finish_store = store.open_place(url), finish.finish_store
     before = place.read("index.parquet")
 
     def stand_still(*args):
         place.write(taken, [b"another"])
-        return finish(*args)
+        return finish_store(*args)
 
-    monkeypatch.setattr(prepare, "finish_store", stand_still)
+    monkeypatch.setattr(finish, "finish_store", stand_still)
     nib.save(nib.Nifti1Image(np.zeros((70, 72, 30), np.int16), np.eye(4)), tmp_path / "raw/d.nii.gz")
     with pytest.raises(FailedRun, match=rf"the run that writes into s3://.*/{tmp_path.name}/Fälle 1 is over"):
         prepare.run(PrepareConfig(source=f"{tmp_path}/raw", store=url))

@@ -297,7 +297,7 @@ def test_prepare_converts_on_the_cpus_that_there_can_be(here, monkeypatch):
     """Not on those of the head, which has none."""
     import ray.data
 
-    from pgl_ray import prepare
+    from pgl_ray.convert import parallel
 
     asked = {}
 
@@ -311,7 +311,7 @@ def test_prepare_converts_on_the_cpus_that_there_can_be(here, monkeypatch):
 
     def size(cluster: Cluster, num_items: int = 100) -> int:
         here(cluster)
-        assert list(prepare.in_parallel(None, [()] * num_items, c.RayConfig(address="auto"), lambda: int(4e9))) == []
+        assert list(parallel.in_parallel(None, [()] * num_items, c.RayConfig(address="auto"), lambda: int(4e9))) == []
         return asked["compute"].size
 
     monkeypatch.setattr(launch, "connect", lambda config: None)

@@ -5,15 +5,13 @@ import json
 import pytest
 import torch
 
-from pgl_ray import finetune
 from pgl_ray.config import FinetuneConfig, PretrainConfig, load
 from pgl_ray.data.store import Index
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import checkpoint, runs, weights
-from pgl_ray.train.follow import Progress
-from pgl_ray.train.launch import first_cause
+from pgl_ray.train import checkpoint, networks, runs, weights
+from pgl_ray.train.launch import Progress, first_cause
 from pgl_ray.train.metrics import Metrics, metrics_path, read_metrics
 from pgl_ray.train.run_files import MANIFEST, SNAPSHOT
 
@@ -115,7 +113,7 @@ def test_fine_tuning_takes_all_but_the_head_from_a_genesis_run(saved, tmp_path):
     torch.save({"model": restorer.state_dict(), "meta": meta}, tmp_path / "genesis.pt")
     index = Index(store="s", scans=[], labels={"a": 1, "b": 2}, hu_window=(-1024.0, 325.0))
     config = load(FinetuneConfig, ["index=s", "run=r", f"init={tmp_path}/genesis.pt"])
-    model, _, report = finetune.build_model(config, index)
+    model, _, report = networks.build_finetuning(config, index)
     num = len(model.state_dict()) - 2  # all but the head
     assert report.lines()[0].startswith(f"{num} of {num} tensors")
     assert report.left_out == ["online.head.weight", "online.head.bias"]

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pgl_ray import finetune, pretrain
 from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
-from pgl_ray.data import scan_files, store, stream
+from pgl_ray.data import scan_files, store, stream, trainings
 from pgl_ray.data.patch_renderer import PatchRenderer
 from pgl_ray.model.pgl import Pair
 from pgl_ray.phantom.phantom import ORGANS, make_phantom
-from pgl_ray.train import health, optim
+from pgl_ray.train import health, networks, one_step, optim
 
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
@@ -98,14 +97,14 @@ def pretrained(phantoms, method, **settings):
     values |= {"encoder": ENCODER, "heads": {"hidden": 32, "out": 16}, "views": {"size": [16, 32, 32]}}
     config = build(PretrainConfig, {**values, "optim": settings})
     index = store.read_index(config.index)
-    plan = pretrain.make_plan(config, index)
-    pairs = [Pair.from_batch(row) for row in tensors(pretrain.make_renderer(config, index, plan), plan, 8)]
-    net, _ = pretrain.build_model(config)
+    plan = trainings.make_plan(config, index)
+    pairs = [Pair.from_batch(row) for row in tensors(trainings.make_renderer(config, index, plan), plan, 8)]
+    net, _ = networks.build_pretraining(config)
     optimizer = optim.build_pretraining(net.train(), config.optim)
     schedule = optim.warmup_cosine(optimizer, STEPS // 10, STEPS)
     for step in range(STEPS):
         decay = optim.ema_decay(step, STEPS, 0.97)
-        pretrain.train_step(net, net, optimizer, schedule, pairs[step % 8], decay, FLOAT32)
+        one_step.train_step(net, net, optimizer, schedule, pairs[step % 8], decay, FLOAT32)
     return net, pairs[:4]
 
 
@@ -140,7 +139,7 @@ def tuning_losses(phantoms, decoder, init, seed, num_steps=40):
     args += [f"index={phantoms}", f"init={init}", f"seed={seed}", f"decoder={decoder}", f"max_steps={num_steps}"]
     config = load(FinetuneConfig, [str(SMALL), *args])
     index = store.read_index(config.index)
-    model, _, _ = finetune.build_model(config, index)
+    model, _, _ = networks.build_finetuning(config, index)
     ids = [scan.scan_id for scan in index.scans]
     plan = stream.Plan.make(ids, 8, config.global_batch_size, config.epochs, config.max_steps, config.seed)
     cut = PatchRenderer(index.store, plan.scan_ids, seed, config.patch, config.intensity, config.foreground_share)
@@ -148,7 +147,7 @@ def tuning_losses(phantoms, decoder, init, seed, num_steps=40):
     schedule = optim.polynomial(optimizer, num_steps)
     for batch in tensors(cut, plan, num_steps):
         optimizer.zero_grad(set_to_none=True)
-        loss = finetune.backward(model, model, batch, config.task, 1, FLOAT32, config.loss.ce_weight)
+        loss = one_step.backward(model, model, batch, config.task, 1, FLOAT32, config.loss.ce_weight)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from pgl_ray import config as c
-from pgl_ray import demo, outlook, pretrain
+from pgl_ray import demo, outlook
+from pgl_ray.data import trainings
 from pgl_ray.data.store import Index
 from pgl_ray.data.voxel_statistics import foreground_box
 from pgl_ray.judge.judges import Standing
@@ -14,6 +15,7 @@ from pgl_ray.model.places import PlacesPgl
 from pgl_ray.pages.tables import Difference
 from pgl_ray.phantom.phantom import make_phantom
 from pgl_ray.probe import ProbeResult
+from pgl_ray.train import networks
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def test_both_fine_tunings_differ_in_their_init_alone(settings):
 
 def test_pretraining_learns_by_place_on_maps_that_views_hold(settings):
     _, doors = settings
-    model, geometry = pretrain.build_model(doors["pretrain"])
+    model, geometry = networks.build_pretraining(doors["pretrain"])
     assert isinstance(model, PlacesPgl) and len(model.maps) == 3 and len(model.place) == 3
     for _, one in model.maps:
         cells = [size // stride for size, stride in zip(one.view_size, one.output_stride)]
@@ -65,8 +67,8 @@ def test_pre_training_begins_without_a_note(tmp_path):
         for i, body in enumerate(bodies)
     ]
     index = Index("store", tuple(scans), {}, (-1024.0, 325.0))
-    plan, (model, geometry) = pretrain.make_plan(config, index), pretrain.build_model(config)
-    renderer = pretrain.make_renderer(config, index, plan)
+    plan, (model, geometry) = trainings.make_plan(config, index), networks.build_pretraining(config)
+    renderer = trainings.make_renderer(config, index, plan)
     found = outlook.of(config, index, plan, renderer, model.get_submodule("online.encoder"), geometry)
     assert len(found.lines) == 2 and not any("note" in line for line in found.lines)
 

@@ -10,9 +10,10 @@ from dicom_files import ct_series, save
 from test_prepare import ct_array, go, put, records, serial  # noqa: F401 (a fixture)
 
 from pgl_ray import prepare
-from pgl_ray.files import dicom, dicom_headers
-from pgl_ray.files.dicom_headers import Kept
-from pgl_ray.files.layout import Source
+from pgl_ray.convert import one_scan
+from pgl_ray.files import dicom, kept_headers
+from pgl_ray.files.kept_headers import Kept
+from pgl_ray.files.source import Source
 from pgl_ray.files.walk import walk
 
 
@@ -51,8 +52,8 @@ def test_headers_are_read_once(tmp_path, monkeypatch):
     first = kept.headers(files_of(tmp_path))
     assert kept.changed
     read = []
-    real = dicom_headers.read_header
-    monkeypatch.setattr(dicom_headers, "read_header", lambda path: read.append(path) or real(path))
+    real = kept_headers.read_header
+    monkeypatch.setattr(kept_headers, "read_header", lambda path: read.append(path) or real(path))
     again = Kept(kept.packed())
     assert again.headers(files_of(tmp_path)) == first and not read and not again.changed
     assert again.packed() == kept.packed()
@@ -90,8 +91,8 @@ def test_many_files_are_read_by_several_processes(tmp_path, monkeypatch):
     for k in range(4):
         save(series(k), tmp_path / f"p{k}")
     one = Kept().headers(files_of(tmp_path))
-    monkeypatch.setattr(dicom_headers, "FEW", 0)
-    monkeypatch.setattr(dicom_headers, "AT_ONCE", 5)
+    monkeypatch.setattr(kept_headers, "FEW", 0)
+    monkeypatch.setattr(kept_headers, "AT_ONCE", 5)
     assert Kept().headers(files_of(tmp_path)) == one and len(one) == 24
 
 
@@ -100,7 +101,7 @@ def test_a_store_keeps_the_headers(tmp_path, serial, monkeypatch):  # noqa: F811
     put(tmp_path / "other/a.nii.gz")
     go(tmp_path / "raw", tmp_path / "s")
     assert (tmp_path / "s" / prepare.HEADERS).is_file()
-    monkeypatch.setattr(dicom_headers, "read_header", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr(kept_headers, "read_header", lambda path: pytest.fail(f"{path} is read again"))
     assert go(tmp_path / "raw", tmp_path / "s").skipped == 1
     go(tmp_path / "other", tmp_path / "t")
     assert not (tmp_path / "t" / prepare.HEADERS).exists()
@@ -134,6 +135,6 @@ def test_memory_counts_the_voxels_that_come_out(tmp_path, kind):
             image.SetSpacing((1, 2, 5))
             sitk.WriteImage(image, str(tmp_path / "a.mha"))
         source, num, size = Source("a", str(tmp_path / f"a.{kind}"), None, ""), 1320, (5, 2, 1)
-    plain = prepare.peak_bytes(source, None)
+    plain = one_scan.peak_bytes(source, None)
     assert plain == 8 * num
-    assert prepare.peak_bytes(source, (1.0, 1.0, 1.0)) == pytest.approx(plain + 10 * num * np.prod(size), abs=2)
+    assert one_scan.peak_bytes(source, (1.0, 1.0, 1.0)) == pytest.approx(plain + 10 * num * np.prod(size), abs=2)

@@ -17,6 +17,7 @@ from pgl_ray import cli, evaluate
 from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, build
 from pgl_ray.data import scan_files, store
 from pgl_ray.files.resample import resample
+from pgl_ray.judge import scoring
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import progress
@@ -150,7 +151,7 @@ def test_a_resampled_scan_is_scored_on_its_own_grid(tmp_path, monkeypatch):
 
     model, meta = evaluate.load_segmenter("", "cpu")
     index = store.read_index(tmp_path / "s")
-    ((_, stored, *_),) = evaluate.score_scans(model, meta, index, list(index.scans), InferenceConfig())
+    ((_, stored, *_),) = scoring.score_scans(model, meta, index, list(index.scans), InferenceConfig())
     assert stored.shape == voxels.shape
     values = np.array([0, 3, 7], np.uint8)[stored]
     frame = sitk.Transform(), sitk.sitkNearestNeighbor, 0
@@ -214,7 +215,7 @@ def test_scoring_without_distances_for_validation(folder, monkeypatch):
     known_run(monkeypatch, folder)
     model, meta = evaluate.load_segmenter("", "cpu")
     index = store.read_index(folder / "s")
-    scored = list(evaluate.score_scans(model, meta, index, index.labelled("test"), InferenceConfig(), distances=False))
+    scored = list(scoring.score_scans(model, meta, index, index.labelled("test"), InferenceConfig(), distances=False))
     assert [s.record.scan_id for s in scored] == ["a", "b", "c"]
     assert scored[0].rows[0]["dice"] == 1 and math.isnan(scored[0].rows[0]["hd_mm"])
 
@@ -253,7 +254,7 @@ def test_a_real_segmenter_end_to_end(folder, task, outputs):
 def test_what_was_evaluated_is_not_evaluated_again(folder, monkeypatch):
     """Interrupted after a scan, continued, repeated, another network, fewer scans; no prediction of another is left."""
     known_run(monkeypatch, folder)
-    segmented, segment = [], evaluate.segment
+    segmented, segment = [], scoring.segment
 
     def counted(model, volume, *args, **options):
         segmented.append(volume.shape)
@@ -261,7 +262,7 @@ def test_what_was_evaluated_is_not_evaluated_again(folder, monkeypatch):
             raise KeyboardInterrupt
         return segment(model, volume, *args, **options)
 
-    monkeypatch.setattr(evaluate, "segment", counted)
+    monkeypatch.setattr(scoring, "segment", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate.run(config(folder))
     out = folder / "r/evaluation"
@@ -314,7 +315,7 @@ def test_memory_that_numpy_lacks_is_one_line_too(folder, monkeypatch):
     def full(*_, **__):
         raise np._core._exceptions._ArrayMemoryError((2**40,), np.dtype(np.float32))
 
-    monkeypatch.setattr(evaluate, "segment", full)
+    monkeypatch.setattr(scoring, "segment", full)
     with pytest.raises(FailedRun, match="Unable to allocate"):
         evaluate.run(config(folder))
 

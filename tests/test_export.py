@@ -16,6 +16,7 @@ from pgl_ray.data import facts, scan_files, store
 from pgl_ray.data.store import Index
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train import formats
 
 WINDOW = [-1000.0, 400.0]
 AFFINE = np.array([[0, 0, -1.0, 0], [0, -1.0, 0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])  # SPL, 3 x 1 x 1 mm
@@ -238,7 +239,7 @@ def test_wrong_use(runs, tmp_path, kind, output, values, message):
 
 
 def test_a_file_that_computes_something_else_is_not_kept(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_safetensors", lambda net, meta, xs, path: [[o + 1 for o in net(x)] for x in xs])
+    monkeypatch.setattr(formats, "write_safetensors", lambda net, meta, xs, path: [[o + 1 for o in net(x)] for x in xs])
     with pytest.raises(FailedRun, match="computes something else"):
         export.run(config(runs, "resnet", tmp_path / "m.safetensors"))
     assert not list(tmp_path.iterdir())
@@ -250,7 +251,7 @@ def test_a_network_that_is_not_finite_is_not_exported(runs, tmp_path, monkeypatc
     def broken(net, meta, xs, path):
         return [[*net(x)[:-1], net(x)[-1] * math.nan] for x in xs]
 
-    monkeypatch.setattr(export, "_safetensors", broken)
+    monkeypatch.setattr(formats, "write_safetensors", broken)
     with pytest.raises(FailedRun, match="computes something else: nan"):
         export.run(config(runs, "resnet", tmp_path / "m.safetensors"))
     load = export.load_encoder

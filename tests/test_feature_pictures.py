@@ -13,7 +13,7 @@ from torch import nn
 from pgl_ray import probe
 from pgl_ray.judge import components, dense, readings
 from pgl_ray.pages import feature_pictures as fp
-from pgl_ray.pages import pictures
+from pgl_ray.pages import figures
 
 SPACING = (3.0, 1.0, 2.0)
 
@@ -117,7 +117,7 @@ def test_a_slice_has_the_colours_of_its_voxels_features(monkeypatch, most):
 
 
 def pixels(figure) -> np.ndarray:
-    return matplotlib.image.imread(io.BytesIO(pictures.to_bytes(figure, "png", dpi=80)))
+    return matplotlib.image.imread(io.BytesIO(figures.to_bytes(figure, "png", dpi=80)))
 
 
 def test_places_are_drawn_where_they_lie_with_their_errors():

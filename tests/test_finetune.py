@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pgl_ray import finetune
 from pgl_ray.config import FinetuneConfig, FinetuneOptimConfig, load
+from pgl_ray.data import trainings
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import read_index, write_index
 from pgl_ray.judge import readings
@@ -18,7 +19,7 @@ from pgl_ray.model.inference import out_of_memory
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import optim
+from pgl_ray.train import networks, one_step, optim, stops
 
 CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ def test_parts_add_up_to_the_gradient_of_the_whole_batch(task, outputs, parts):
     loss.backward()
     whole = gradients(model)
     model.zero_grad()
-    found = finetune.backward(model, model, given, task, parts, autocast(CPU, "float32"))
+    found = one_step.backward(model, model, given, task, parts, autocast(CPU, "float32"))
     assert found.item() == pytest.approx(loss.item(), rel=1e-5) and not found.requires_grad
     largest = max(value.abs().max() for value in whole.values())
     for name, value in gradients(model).items():
@@ -67,13 +68,13 @@ def test_parts_add_up_to_the_gradient_of_the_whole_batch(task, outputs, parts):
     model.zero_grad()
     for rows in torch.arange(4).chunk(parts):
         part = {key: value[rows] for key, value in given.items()}
-        (finetune.backward(model, model, part, task, 1, autocast(CPU, "float32")))
+        (one_step.backward(model, model, part, task, 1, autocast(CPU, "float32")))
     assert any((value / parts - whole[n]).abs().max() > 1e-2 * largest for n, value in gradients(model).items())
 
 
 def test_parts_are_taken_into_the_running_statistics_once():
     model, other, given = network().train(), network().train(), batch()
-    finetune.backward(model, model, given, "multiclass", 2, autocast(CPU, "bfloat16"))
+    one_step.backward(model, model, given, "multiclass", 2, autocast(CPU, "bfloat16"))
     with torch.no_grad(), autocast(CPU, "bfloat16"):
         for patch in given["patch"].chunk(2):
             other(patch.float())
@@ -97,10 +98,10 @@ def test_workers_wait_for_each_other_at_the_last_part_alone(tmp_path):
             return future
 
         model.register_comm_hook(None, count)
-        finetune.backward(model, net, batch(), "multiclass", 4, autocast(CPU, "float32"))
+        one_step.backward(model, net, batch(), "multiclass", 4, autocast(CPU, "float32"))
         assert sorted(reduced) == sorted(set(reduced)) and reduced
         alone = network().eval()
-        finetune.backward(alone, alone, batch(), "multiclass", 4, autocast(CPU, "float32"))
+        one_step.backward(alone, alone, batch(), "multiclass", 4, autocast(CPU, "float32"))
         for name, value in gradients(net).items():
             torch.testing.assert_close(value, gradients(alone)[name])
     finally:
@@ -111,12 +112,12 @@ def test_a_frozen_encoder_stays_as_it_is_bit_for_bit(tmp_path):
     write_scan(tmp_path, "a", np.zeros((8, 9, 10), np.int16), np.eye(4), split="train")
     index = write_index(tmp_path, {"a": 1, "b": 2}, (-1024.0, 325.0))
     args = ["freeze=true", "encoder.depths=[1,1,1,1]", "encoder.width=4"]
-    model, _, _ = finetune.build_model(config(*args), index)
+    model, _, _ = networks.build_finetuning(config(*args), index)
     sgd = optim.build_finetuning(model, FinetuneOptimConfig(lr=0.1, weight_decay=0.1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(2):
-        finetune.train_mode(model, freeze=True)
-        finetune.backward(model, model, batch(seed=step), "multiclass", 1 + step, autocast(CPU, "float32"))
+        one_step.train_mode(model, freeze=True)
+        one_step.backward(model, model, batch(seed=step), "multiclass", 1 + step, autocast(CPU, "float32"))
         sgd.step()
         optim.average_buffers(model)
     for name, value in model.state_dict().items():
@@ -129,10 +130,10 @@ def test_a_frozen_encoder_stays_as_it_is_bit_for_bit(tmp_path):
     state = {"meta": meta, "model": {f"online.encoder.{name}": value for name, value in early.state_dict().items()}}
     torch.save(state, tmp_path / "early" / "state.pt")
     with pytest.raises(ValueError, match=r"early was trained up to stage 2 .* reads stage 4, too.* take freeze=false"):
-        finetune.build_model(config(*args, f"init={tmp_path}/early"), index)
-    free, _, _ = finetune.build_model(config(*args[1:]), index)
-    finetune.train_mode(free, freeze=False)
-    finetune.backward(free, free, batch(), "multiclass", 1, autocast(CPU, "float32"))
+        networks.build_finetuning(config(*args, f"init={tmp_path}/early"), index)
+    free, _, _ = networks.build_finetuning(config(*args[1:]), index)
+    one_step.train_mode(free, freeze=False)
+    one_step.backward(free, free, batch(), "multiclass", 1, autocast(CPU, "float32"))
     assert free.encoder.conv1.weight.grad.abs().sum() > 0
     assert not torch.equal(free.encoder.bn1.running_mean, before["encoder.bn1.running_mean"])
 
@@ -163,7 +164,7 @@ def test_a_frozen_encoder_is_prepared_as_the_judges_prepare_it(scans, tmp_path, 
     runs = {name: loop.finetuning(scans, tmp_path / name, **given) for name in ("one", "continued")}
     runs["two"] = loop.finetuning(scans, tmp_path / "two", **given, train={"num_workers": 2})
     index = read_index(scans)
-    start = finetune.build_model(runs["one"], index)[0].encoder
+    start = networks.build_finetuning(runs["one"], index)[0].encoder
     views = readings.unlabelled_views(index, list(index.scans), (16, 32, 32), 3)
     expected = {f"encoder.{n}": v for n, v in readings.read_as(start, "reestimated", views).named_buffers()}
     loop.train(runs["one"])
@@ -216,14 +217,14 @@ def ten(tmp_path_factory):
 def test_shares_of_the_labels_are_nested_and_split_by_the_seed(ten):
     sets = {}
     for share in (0.2, 0.5, 1.0):
-        train, val = finetune.split_scans(config(f"num_scans={share}"), ten)
+        train, val = trainings.split_scans(config(f"num_scans={share}"), ten)
         sets[share] = {*train, *val}
         assert not set(train) & set(val) and len(sets[share]) == round(10 * share)
         assert len(val) == max(1, round(0.2 * 10 * share))
     assert sets[0.2] < sets[0.5] < sets[1.0] == set("abcdefghij")
-    assert finetune.split_scans(config("num_scans=.5"), ten) == finetune.split_scans(config("num_scans=5"), ten)
-    assert finetune.split_scans(config("seed=1"), ten) != finetune.split_scans(config(), ten)
-    train, val = finetune.split_scans(config("num_scans=2", "val_share=.99"), ten)
+    assert trainings.split_scans(config("num_scans=.5"), ten) == trainings.split_scans(config("num_scans=5"), ten)
+    assert trainings.split_scans(config("seed=1"), ten) != trainings.split_scans(config(), ten)
+    train, val = trainings.split_scans(config("num_scans=2", "val_share=.99"), ten)
     assert (len(train), len(val)) == (1, 1)  # never an empty training set
     for args, message in (
         (["num_scans=.1"], "num_scans=0.1: split='train'.*10 labelled scans, and at least 2"),
@@ -231,7 +232,7 @@ def test_shares_of_the_labels_are_nested_and_split_by_the_seed(ten):
         (["split=test"], "split='test'.*has 0 labelled scans"),
     ):
         with pytest.raises(ValueError, match=message):
-            finetune.split_scans(config(*args), ten)
+            trainings.split_scans(config(*args), ten)
     assert config("num_scans=null").num_scans == config().num_scans == 1.0 and config("num_scans=4.0").num_scans == 4
     for wrong in ("1", "0", "-2", "0.0", "1.5", "2.5", "many", "true", ".inf", ".nan"):
         with pytest.raises(ValueError, match=r"^num_scans=\S+: expected a share above 0 and up to 1.0"):
@@ -246,7 +247,7 @@ def test_label_values_without_a_name_are_refused(tmp_path):
     write_scan(tmp_path, "a", np.zeros(label.shape, np.int16), np.eye(4), label=label, labelled=(1,), split="train")
     write_index(tmp_path, {"liver": 1}, (-1024.0, 325.0))
     with pytest.raises(ValueError, match=r"scan 'a' .*label values \[6\] that have no name; known: \{'liver': 1\}"):
-        finetune.split_scans(config(), read_index(tmp_path))
+        trainings.split_scans(config(), read_index(tmp_path))
 
 
 def test_out_of_memory_names_the_batch_to_try():
@@ -254,16 +255,16 @@ def test_out_of_memory_names_the_batch_to_try():
         torch.empty(2**60, dtype=torch.uint8)  # the CPU's own words
     assert out_of_memory(error.value) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not out_of_memory(RuntimeError("shape mismatch"))
-    text = finetune.smaller_batch(config("train.num_workers=2", "global_batch_size=24"))
+    text = stops.smaller_batch(config("train.num_workers=2", "global_batch_size=24"))
     assert "with 12 patches of 64x192x192 at a time" in text
     assert "try accumulate=2, the same batch 6 at a time" in text and "global_batch_size=12" in text
     parts = config("train.num_workers=2", "global_batch_size=24", "accumulate=2")
-    assert "accumulate=4, the same batch 3 at a time" in finetune.smaller_batch(parts)
-    assert "one alone is too large" in finetune.smaller_batch(config("accumulate=8"))
+    assert "accumulate=4, the same batch 3 at a time" in stops.smaller_batch(parts)
+    assert "one alone is too large" in stops.smaller_batch(config("accumulate=8"))
 
 
 def test_the_first_step_that_is_not_finite_is_named(tmp_path):
     values = np.array([[0.5, 1.0], [0.4, np.inf], [np.nan, np.nan]])
-    text = finetune.fault_of_losses(config(), values, 20, 0.25, tmp_path)
+    text = stops.fault_of_losses(config(), values, 20, 0.25, tmp_path)
     assert "train/loss is 0.4 and train/grad_norm inf at step 19" in text and "best.pt keeps" in text
-    assert "nothing was kept" in finetune.fault_of_losses(config(), values, 20, -1.0, tmp_path)
+    assert "nothing was kept" in stops.fault_of_losses(config(), values, 20, -1.0, tmp_path)

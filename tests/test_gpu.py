@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pgl_ray import bench, finetune, pretrain
+from pgl_ray import bench
 from pgl_ray.config import BenchConfig, FinetuneConfig, IntensityConfig, PretrainConfig, TrainConfig, ViewsConfig, load
 from pgl_ray.data.batch_views import finish
 from pgl_ray.data.sampling import largest_crop
@@ -22,7 +22,7 @@ from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.pgl import Pair
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import capacity, health, nodes, optim
+from pgl_ray.train import capacity, health, networks, nodes, one_step, optim
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL = ["index=a", "run=b", "encoder.width=4", "encoder.depths=[1,1,1,1]", "heads.hidden=8", "heads.out=4"]
@@ -86,12 +86,12 @@ def pair(device, num=4) -> Pair:
 @pytest.mark.parametrize("method", ["method=pgl", "align.mask_clamped=true", "method=byol", "method=genesis"])
 def test_no_pretraining_step_waits_for_the_device(meta, method, parts):
     config = load(PretrainConfig, [*SMALL, method])
-    net = pretrain.build_model(config)[0].to(meta).train()
+    net = networks.build_pretraining(config)[0].to(meta).train()
     optimizer = optim.build_pretraining(net, config.optim)
     schedule, batch = optim.warmup_cosine(optimizer, 2, 10), pair(meta)
     for _ in range(2):  # the first one lays out the momentum
         with OnDevice() as seen:
-            done = pretrain.train_step(net, net, optimizer, schedule, batch, 0.99, FLOAT32, parts)
+            done = one_step.train_step(net, net, optimizer, schedule, batch, 0.99, FLOAT32, parts)
     assert done.grad_norm.device == meta and sum(seen.ops.values()) > 100
 
 
@@ -104,7 +104,7 @@ def test_no_finetuning_step_waits_for_the_device(meta, task, outputs, parts):
     batch = {"patch": patch, "target": target.to(meta), "labelled": torch.ones(4, 3, dtype=torch.uint8).to(meta)}
     for _ in range(2):
         with OnDevice():
-            loss = finetune.backward(net, net, batch, task, parts, FLOAT32)
+            loss = one_step.backward(net, net, batch, task, parts, FLOAT32)
             norm = health.norm(p.grad for p in net.parameters() if p.grad is not None)
             sgd.step()
             sgd.zero_grad(set_to_none=True)
@@ -132,7 +132,7 @@ def test_optimizer_norm_and_target_are_a_few_operations():
     counts = []
     for depths in ("[1,1,1,1]", "[2,3,2,1]"):
         config = load(PretrainConfig, [*SMALL, f"encoder.depths={depths}"])
-        net = pretrain.build_model(config)[0].to(META)
+        net = networks.build_pretraining(config)[0].to(META)
         trained = [p for p in net.parameters() if p.requires_grad]
         optimizer = optim.build_pretraining(net, config.optim)
         for _ in range(2):

@@ -13,9 +13,10 @@ from torch import nn
 
 from pgl_ray.config import PretrainConfig, load
 from pgl_ray.model.pgl import Output, Pair
-from pgl_ray.pretrain import Result, build_model, describe
+from pgl_ray.pretrain import Result, describe
 from pgl_ray.prior import view_to_scan
 from pgl_ray.train import health
+from pgl_ray.train.networks import build_pretraining
 
 
 def spread(seed=0) -> torch.Tensor:
@@ -147,7 +148,7 @@ def knowing(pair: Pair, model) -> torch.Tensor:
 
 
 def test_a_pass_without_maps_has_no_panel():
-    model, geometry = build_model(load(PretrainConfig, ["index=a", "run=b", "encoder.width=8", "method=byol"]))
+    model, geometry = build_pretraining(load(PretrainConfig, ["index=a", "run=b", "encoder.width=8", "method=byol"]))
     pair = Pair(*torch.zeros(2, 1, 1, 16, 96, 96), *torch.tensor([[[[0, 9]] * 3]] * 2), *torch.zeros(2, 1, 3).bool())
     with pytest.raises(ValueError, match="pass of Byol gave no maps"):
         health.panel(model, Output(torch.tensor(0.0)), pair, geometry)
@@ -155,7 +156,7 @@ def test_a_pass_without_maps_has_no_panel():
 
 def test_wrong_priors_show_in_the_panel():
     args = ["index=a", "run=b", "encoder.width=8", "encoder.depths=[1,1,1,1]", "views.size=[16,48,32]"]
-    model, geometry = build_model(load(PretrainConfig, [*args, "heads.hidden=8", "heads.out=8"]))
+    model, geometry = build_pretraining(load(PretrainConfig, [*args, "heads.hidden=8", "heads.out=8"]))
     rng = torch.Generator().manual_seed(0)
     start = torch.randint(0, 18, (2, 6, 3), generator=rng)
     boxes = torch.stack([start, start + torch.tensor([20, 60, 40])], -1)

@@ -19,7 +19,7 @@ from pgl_ray import inspect
 from pgl_ray.config import InspectConfig
 from pgl_ray.data import scan_files, store
 from pgl_ray.pages import store_answers
-from pgl_ray.pages.pictures import organ_color
+from pgl_ray.pages.label_pictures import organ_color
 
 AFFINE = np.diag([3.0, 1.0, 1.0, 1.0])
 SHAPE = (24, 90, 80)

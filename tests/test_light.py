@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import train_loop as loop
 
-from pgl_ray import export, finetune
+from pgl_ray import export
 from pgl_ray.config import ExportConfig, FinetuneConfig, FinetuneOptimConfig, load
 from pgl_ray.data.store import Index
 from pgl_ray.model.device import autocast
@@ -17,7 +17,7 @@ from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.model.segmenter import LightDecoder, LightSegmenter, Segmenter, build_segmenter, light_levels
-from pgl_ray.train import checkpoint, optim, weights
+from pgl_ray.train import checkpoint, networks, one_step, optim, weights
 
 CPU = torch.device("cpu")
 TINY = {"depths": [1, 1, 1, 1], "width": 4, "stage_strides": "early"}
@@ -141,7 +141,7 @@ def test_learns_where_a_ball_is():
 @pytest.mark.parametrize("decoder, kind", [("paper", Segmenter), ("light", LightSegmenter)])
 def test_what_was_trained_is_rebuilt(tmp_path, decoder, kind):
     """By its checkpoint alone, and by the file that export makes of it."""
-    model, meta, _ = finetune.build_model(config(f"decoder={decoder}"), index())
+    model, meta, _ = networks.build_finetuning(config(f"decoder={decoder}"), index())
     assert type(model) is kind and meta["decoder"] == decoder
     torch.save({"model": model.state_dict(), "meta": json.loads(json.dumps(meta))}, tmp_path / "tuned.pt")
     again, _ = weights.load_segmenter(str(tmp_path / "tuned.pt"))
@@ -159,7 +159,7 @@ def test_what_was_trained_is_rebuilt(tmp_path, decoder, kind):
 
 
 def test_a_checkpoint_of_before_has_the_papers_decoder(tmp_path):
-    model, meta, _ = finetune.build_model(config(), index())
+    model, meta, _ = networks.build_finetuning(config(), index())
     meta.pop("decoder")
     torch.save({"model": model.state_dict(), "meta": meta}, tmp_path / "tuned.pt")
     assert type(weights.load_segmenter(str(tmp_path / "tuned.pt"))[0]) is Segmenter
@@ -170,10 +170,12 @@ def test_genesis_gives_a_light_decoder_its_encoder_alone(tmp_path):
     meta = {"door": "pretrain", "method": "genesis", "encoder": TINY, "hu_window": [-1024.0, 325.0]}
     torch.save({"model": restorer.state_dict(), "meta": meta}, tmp_path / "genesis.pt")
     for decoder, others in (("paper", {"head"}), ("light", {"head", "aspp", "ups"})):
-        model, _, report = finetune.build_model(config(f"decoder={decoder}", f"init={tmp_path}/genesis.pt"), index())
+        model, _, report = networks.build_finetuning(
+            config(f"decoder={decoder}", f"init={tmp_path}/genesis.pt"), index()
+        )
         assert {name.split(".")[1] for name in report.left_out} == others and not report.mismatches()
         assert loop.equal(model.encoder.state_dict(), restorer.online.encoder.state_dict())
-    random, _, _ = finetune.build_model(config("decoder=light"), index())
+    random, _, _ = networks.build_finetuning(config("decoder=light"), index())
     assert loop.equal(model.decoder.state_dict(), random.decoder.state_dict())
 
 
@@ -207,7 +209,7 @@ def test_the_weight_reaches_the_gradient(parts):
     gradients = {}
     for weight in (0.0, 1.0, 3.0):
         model = light().eval()
-        finetune.backward(model, model, batch(), "multiclass", parts, autocast(CPU, "float32"), weight)
+        one_step.backward(model, model, batch(), "multiclass", parts, autocast(CPU, "float32"), weight)
         gradients[weight] = model.head.bias.grad.clone()
     torch.testing.assert_close(
         gradients[3.0] - gradients[0.0], 3 * (gradients[1.0] - gradients[0.0]), atol=1e-5, rtol=1e-3
@@ -238,7 +240,7 @@ def test_the_encoders_rate_is_a_multiple_of_the_rest(kind):
         known = [id(p) for group in optimizer.param_groups for p in group["params"]]
         assert sorted(known) == sorted(map(id, model.parameters())) and schedule.get_last_lr()[0] == 0.01
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        finetune.backward(model, model, batch(), "multiclass", 1, autocast(CPU, "float32"))
+        one_step.backward(model, model, batch(), "multiclass", 1, autocast(CPU, "float32"))
         optimizer.step()
         moved[factor] = {name: (p.detach() - before[name]).double() for name, p in model.named_parameters()}
     for name, change in moved[1.0].items():

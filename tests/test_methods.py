@@ -18,8 +18,9 @@ from pgl_ray.model import device as on
 from pgl_ray.model.losses import local_consistency_loss
 from pgl_ray.model.pgl import Pair, feature_geometry, valid_bins
 from pgl_ray.model.resnet import Encoder
-from pgl_ray.pretrain import build_model, train_step
 from pgl_ray.train import optim, ranks
+from pgl_ray.train.networks import build_pretraining
+from pgl_ray.train.one_step import train_step
 
 SMALL = ["index=a", "run=b", "encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=16", "heads.out=12"]
 SMALL += ["views.size=[16,48,32]"]
@@ -35,7 +36,7 @@ def pair(seed=0, num=4) -> Pair:
 
 
 def model_of(*args):
-    return build_model(load(PretrainConfig, [*SMALL, *args]))
+    return build_pretraining(load(PretrainConfig, [*SMALL, *args]))
 
 
 def perceptron(x, head):
@@ -102,7 +103,7 @@ def test_methods_start_from_one_encoder():
 def test_a_few_steps_lower_the_loss_of_one_batch(method, args):
     own = ["optim.lr=null"] if method == "genesis" and "optim.lr=4" in args else args
     config = load(PretrainConfig, [*SMALL, f"method={method}", *own])
-    net, _ = build_model(config)
+    net, _ = build_pretraining(config)
     optimizer = optim.build_pretraining(net.train(), config.optim)
     schedule, autocast = optim.warmup_cosine(optimizer, 1, 1000), on.autocast(torch.device("cpu"), "float32")
     steps = [train_step(net, net, optimizer, schedule, pair(), 0.99, autocast) for _ in range(12)]
@@ -230,7 +231,7 @@ def part_of(batch: Pair, rank: int, world: int) -> Pair:
 def trained(rank: int, world: int, frozen_norms: bool) -> dict:
     """The end of a few steps on one worker: its weights, buffers before and after they are averaged, rates."""
     config = load(PretrainConfig, [*SMALL, "optim.lr=4"])
-    net, _ = build_model(config)
+    net, _ = build_pretraining(config)
     net.train()
     if frozen_norms:
         for module in net.modules():

@@ -10,6 +10,7 @@ from dicom_files import ct_series, save, structure_set
 
 from pgl_ray import prepare
 from pgl_ray.config import PrepareConfig
+from pgl_ray.convert import parallel
 from pgl_ray.data import store
 
 SHAPE = (6, 30, 40)
@@ -24,7 +25,7 @@ def serial(monkeypatch):
         for i, item in enumerate(items):
             yield work({"task": i, "item": pickle.dumps(item)})
 
-    monkeypatch.setattr(prepare, "in_parallel", in_parallel)
+    monkeypatch.setattr(parallel, "in_parallel", in_parallel)
 
 
 def square(k, low=3, high=12):

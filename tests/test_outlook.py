@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 
 from pgl_ray import outlook, pretrain
 from pgl_ray.config import FailedRun, PretrainConfig, build, load
-from pgl_ray.data import stream
+from pgl_ray.data import stream, trainings
 from pgl_ray.data.sampling import PAIR_NUMBERS, sample_pairs
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import Index, write_index
 from pgl_ray.prior import Geometry, clamped_shares
-from pgl_ray.train import launch, nodes, optim
+from pgl_ray.train import launch, networks, nodes, optim
 
 ROOT = Path(__file__).resolve().parents[1]
 SCANS = {"cube": (128, 128, 128), "long": (150, 512, 512), "thin": (60, 512, 480)}  # of the presets' tests
@@ -168,10 +168,10 @@ def look(*args, shapes=((60, 200, 180), (90, 256, 256))) -> outlook.Outlook:
         for i, shape in enumerate(shapes)
     ]
     index = Index("s", tuple(records), {}, (-1024.0, 325.0))
-    plan = pretrain.make_plan(config, index)
+    plan = trainings.make_plan(config, index)
     assert isinstance(plan, stream.Plan)
-    model, geometry = pretrain.build_model(config)
-    renderer, encoder = pretrain.make_renderer(config, index, plan), model.get_submodule("online.encoder")
+    model, geometry = networks.build_pretraining(config)
+    renderer, encoder = trainings.make_renderer(config, index, plan), model.get_submodule("online.encoder")
     return outlook.of(config, index, plan, renderer, encoder, geometry)
 
 

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from browser import CHROMIUM, faults
 
-from pgl_ray.pages import pages, pictures
+from pgl_ray.pages import figures, pages, plots
 
 STYLE = (pages.HERE / "style.html").read_text()
 
@@ -41,19 +41,19 @@ def test_a_command_can_be_pasted(path):
 
 def test_a_figure_has_colours_for_the_dark():
     """Each colour that a figure is drawn with and that a dark page would swallow, has another there."""
-    figure = pictures.curves([pictures.Series([1, 2], [3, 2], "#0072B2")], "loss", marks=[pictures.Mark(2.5, "chance")])
-    drawn = base64.b64decode(pictures.to_svg(figure).partition("base64,")[2]).decode()
+    figure = plots.curves([plots.Series([1, 2], [3, 2], "#0072B2")], "loss", marks=[plots.Mark(2.5, "chance")])
+    drawn = base64.b64decode(figures.to_svg(figure).partition("base64,")[2]).decode()
     svg, _, style = drawn.partition("<style>@media screen and (prefers-color-scheme: dark)")
     used = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg))
-    seen_on_both = {pictures.MARK_COLOR, "#999999"}
-    assert used - seen_on_both and used - seen_on_both <= set(pictures.DARK)
+    seen_on_both = {plots.MARK_COLOR, "#999999"}
+    assert used - seen_on_both and used - seen_on_both <= set(figures.DARK)
     assert all(f'="{what}: {color}"]' in style for color in used - seen_on_both for what in ("fill", "stroke"))
     assert drawn.endswith("</svg>") and drawn.count("</svg>") == 1
 
 
 def test_levels_are_drawn_where_they_lie():
-    lines = [pictures.Series([1, 2], [0.5, 0.1], "#0072B2")]
-    figure = pictures.curves(lines, "share", (0.01, 1), True, [pictures.Mark(0.02, "chance"), pictures.Mark(0, "none")])
+    lines = [plots.Series([1, 2], [0.5, 0.1], "#0072B2")]
+    figure = plots.curves(lines, "share", (0.01, 1), True, [plots.Mark(0.02, "chance"), plots.Mark(0, "none")])
     (ax,) = figure.axes
     assert [line.get_ydata()[0] for line in ax.lines] == [0.5, 0.02]  # zero has no place on a log scale
     assert [text.get_text() for text in ax.texts] == ["chance"]

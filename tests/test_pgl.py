@@ -9,7 +9,7 @@ from pgl_ray.config import PretrainConfig, load
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, Pgl, feature_geometry
 from pgl_ray.model.resnet import Encoder
-from pgl_ray.pretrain import build_model
+from pgl_ray.train.networks import build_pretraining
 
 SMALL = ["index=a", "run=b", "encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=16", "heads.out=12"]
 SMALL += ["views.size=[16,48,32]"]
@@ -17,7 +17,7 @@ SMALL += ["views.size=[16,48,32]"]
 
 @pytest.fixture(scope="module")
 def pgl() -> Pgl:
-    return build_model(load(PretrainConfig, SMALL))[0]
+    return build_pretraining(load(PretrainConfig, SMALL))[0]
 
 
 def pair(seed=0, num=3) -> Pair:
@@ -70,7 +70,7 @@ def test_target_gets_no_gradient_and_follows_in_closed_form(pgl):
 
 
 def test_same_seed_same_weights_other_seed_others():
-    models = [build_model(load(PretrainConfig, [*SMALL, f"seed={seed}"]))[0] for seed in (0, 0, 1)]
+    models = [build_pretraining(load(PretrainConfig, [*SMALL, f"seed={seed}"]))[0] for seed in (0, 0, 1)]
     weights = [torch.cat([p.flatten() for p in m.parameters() if p.dim() > 1]) for m in models]
     assert torch.equal(weights[0], weights[1])
     assert not torch.allclose(weights[0], weights[2])

@@ -14,8 +14,8 @@ from pgl_ray.model.losses import place_contrast_loss
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
 from pgl_ray.model.places import Objective, PlacesPgl, bin_coordinates, drawn_bins, read_at
 from pgl_ray.model.resnet import Encoder
-from pgl_ray.pretrain import build_model
 from pgl_ray.prior import interpolation_matrices, view_to_scan
+from pgl_ray.train.networks import build_pretraining
 
 SIZE = (16, 32, 64)
 TINY = {"depths": (1, 1, 1, 1), "width": 4}
@@ -217,4 +217,4 @@ def test_what_does_not_fit_together_is_said(tmp_path):
             train_loop.pretraining(tmp_path, tmp_path / "run", **changes)
     config = train_loop.pretraining(tmp_path, tmp_path / "run", align={"more_strides": [[3, 3, 3]]})
     with pytest.raises(ValueError, match="maps of output stride"):
-        build_model(config)
+        build_pretraining(config)

@@ -22,11 +22,13 @@ from dicom_files import ct_series, save
 
 from pgl_ray import prepare
 from pgl_ray.config import FailedRun, LabelsConfig, PrepareConfig, StoreConfig, load
+from pgl_ray.convert import finish, one_scan, parallel
 from pgl_ray.data import scan_files, store
 from pgl_ray.data.place import open_place
 from pgl_ray.data.shard import encode_shard
 from pgl_ray.files import ct
 from pgl_ray.files.layout import read_layout
+from pgl_ray.files.source import Source
 
 AFFINE = np.diag([-1.5, -1.5, 3, 1])
 
@@ -40,7 +42,7 @@ def serial(monkeypatch):
         for i in sorted(range(len(items)), reverse=bool(backwards)):
             yield work({"task": i, "item": pickle.dumps(items[i])})
 
-    monkeypatch.setattr(prepare, "in_parallel", in_parallel)
+    monkeypatch.setattr(parallel, "in_parallel", in_parallel)
     return backwards
 
 
@@ -343,7 +345,7 @@ def test_labels_without_names_are_named_by_their_values(tmp_path, serial, monkey
     before = tree(tmp_path / "s")
     assert counts(go(tmp_path / "one", tmp_path / "s")) == (0, 2, 0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(prepare, "finish_store", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(finish, "finish_store", lambda *_: signal.raise_signal(signal.SIGINT))
         go(tmp_path / "one", tmp_path / "s")
     assert tree(tmp_path / "s") == before  # an interrupted run takes nothing away
 
@@ -489,11 +491,11 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monk
 
 def test_a_scan_that_kills_its_worker_is_given_up(tmp_path):
     put(tmp_path / "raw/a.nii.gz")
-    task = (prepare.Source("a", str(tmp_path / "raw/a.nii.gz"), None, ""), None)
-    with open_place(tmp_path / "s").locked() as token:
+    task = (Source("a", str(tmp_path / "raw/a.nii.gz"), None, ""), None)
+    with store.open_place(tmp_path / "s").locked() as token:
         for start in "123":  # Ray has started it three times
-            open_place(tmp_path / "s").write(f".part/tries/0/{start}", [])
-        row = prepare.convert({"task": 0, "item": pickle.dumps(task)}, str(tmp_path / "s"), token, {}, {})
+            store.open_place(tmp_path / "s").write(f".part/tries/0/{start}", [])
+        row = one_scan.convert({"task": 0, "item": pickle.dumps(task)}, str(tmp_path / "s"), token, {}, {})
     assert row["status"] == "failed" and "its worker died 3 times" in row["reason"]
 
 
@@ -580,7 +582,7 @@ def test_a_run_that_did_not_end_is_no_damage(tmp_path, serial):
     target = two_folders(tmp_path)
     put(tmp_path / "two/e.nii.gz", seed=9)
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "finish_store", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(finish, "finish_store", lambda *_: signal.raise_signal(signal.SIGINT))
         go(tmp_path / "two", target)
     found = checked(target)
     assert not found.damaged and "prepare did not come to its end" in found.index

@@ -24,9 +24,9 @@ from pgl_ray.data.facts import spacing_note, training_facts
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import Index, read_index, write_index
 from pgl_ray.model.encoder import build_encoder
-from pgl_ray.pages import probe_tables, tables
+from pgl_ray.pages import probe_tables, run_folders
 from pgl_ray.sweep import checks, stages, stores
-from pgl_ray.train import weights
+from pgl_ray.train import formats, networks, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "pgl_ray" / "pretrained").glob("*.safetensors"))
@@ -48,7 +48,7 @@ def one_thread():
 def metadata(path):
     with safe_open(path, "pt") as file:
         found = file.metadata()
-    return {key: export.decode_text(value) for key, value in found.items()}
+    return {key: formats.decode_text(value) for key, value in found.items()}
 
 
 def write_store(folder, spacing=(2.5, 4.5, 4.5), window=WINDOW, preparations=()):
@@ -253,8 +253,8 @@ def test_probe_and_finetune_start_from_the_files_weights(index, capsys):
     path = weights.locate(INIT)
     held, said = load_file(path), metadata(path)
     trained = ["conv1.", "bn1.", *(f"layer{i + 1}." for i in range(said["last_trained_map"]))]
-    model, meta, report = finetune.build_model(tuning(index), index)
-    random, _, _ = finetune.build_model(
+    model, meta, report = networks.build_finetuning(tuning(index), index)
+    random, _, _ = networks.build_finetuning(
         tuning(index, f"encoder={said['architecture']['encoder']}", init="random"), index
     )
     assert meta["encoder"] == said["architecture"]["encoder"] and meta["init_level"] == said["last_trained_map"]
@@ -273,8 +273,8 @@ def test_probe_and_finetune_start_from_the_files_weights(index, capsys):
 
 
 def test_a_run_that_has_begun_needs_the_name_no_more(index):
-    _, meta, _ = finetune.build_model(tuning(index), index)
-    model, again, report = finetune.build_model(
+    _, meta, _ = networks.build_finetuning(tuning(index), index)
+    model, again, report = networks.build_finetuning(
         tuning(index, init="pretrained:gone"), index, json.loads(json.dumps(meta))
     )
     assert report is None and again["encoder"] == meta["encoder"] and model.encoder.channels[0] > 0
@@ -321,8 +321,8 @@ def test_a_report_names_them(tmp_path):
     found |= {"readings": {}, "controls": {}, "ceiling": {}, "sentences": [], "pictures": []}
     (tmp_path / "probe_given.json").write_text(json.dumps(found))
     (tmp_path / "probe_other.json").write_text(json.dumps(found | {"init": "pretrained:other"}))
-    runs = tables.read_runs([str(run)])
-    assert tables.overview(runs[0])["init"] == INIT
+    runs = run_folders.read_runs([str(run)])
+    assert run_folders.overview(runs[0])["init"] == INIT
     assert [given["init"] for _, given in probe_tables.read(runs)[0]] == [INIT]
 
 
@@ -332,7 +332,7 @@ def test_a_report_names_them(tmp_path):
 @pytest.mark.parametrize("name", ["nothing", "openkbp_small.safetensors", "../pretrained/openkbp_small"])
 def test_an_unknown_name_is_one_line_that_lists_those_there_are(index, name):
     for load in (
-        lambda init: finetune.build_model(tuning(index, init=init), index),
+        lambda init: networks.build_finetuning(tuning(index, init=init), index),
         lambda init: probe.run(probing(index, init)),
         export.load,
     ):
@@ -349,23 +349,23 @@ def test_a_damaged_file_is_one_line(index, tmp_path, monkeypatch):
     for cut in (whole[: len(whole) // 2], whole[:-1], whole[:5], b"", b"version https://git-lfs.github.com/spec/v1\n"):
         (tmp_path / "openkbp_small.safetensors").write_bytes(cut)
         with pytest.raises(ValueError, match=f"^init={INIT} is damaged .*install pgl_ray again$") as error:
-            finetune.build_model(tuning(index), index)
+            networks.build_finetuning(tuning(index), index)
         assert "\n" not in str(error.value)
     (tmp_path / "openkbp_small.safetensors").unlink()
     with pytest.raises(ValueError, match="there are: none; install it again"):
-        finetune.build_model(tuning(index), index)
+        networks.build_finetuning(tuning(index), index)
 
 
 def test_another_window_or_encoder_is_refused(tmp_path, index):
     other = write_store(tmp_path, window=(-500.0, 500.0))
     for load in (
-        lambda: finetune.build_model(tuning(other), other),
+        lambda: networks.build_finetuning(tuning(other), other),
         lambda: probe.run(probing(other)),
     ):
         with pytest.raises(ValueError, match=rf"init={INIT} was trained with hu_window=.* the index has \[-500.0, 500"):
             load()
     with pytest.raises(ValueError, match=rf"init={INIT} holds an encoder .*width.* the config asks for"):
-        finetune.build_model(tuning(index, "encoder.width=5"), index)
+        networks.build_finetuning(tuning(index, "encoder.width=5"), index)
 
 
 # -- voxel sizes ------------------------------------------------------------------------------------------------------
@@ -462,10 +462,10 @@ def test_one_command_makes_a_file_as_it_has_to_be(made):
 def test_stages_that_were_not_trained_start_at_random(made, index, monkeypatch):
     encoder, folder = made
     monkeypatch.setattr(weights, "FOLDER", folder)
-    model, meta, report = finetune.build_model(tuning(index, init="pretrained:run"), index)
+    model, meta, report = networks.build_finetuning(tuning(index, init="pretrained:run"), index)
     assert meta["init_level"] == 3 and not report.mismatches()
     assert torch.equal(model.encoder.layer3[0].conv1.weight, encoder.layer3[0].conv1.weight)
     assert not torch.equal(model.encoder.layer4[0].conv1.weight, encoder.layer4[0].conv1.weight)
     assert probe.load("init", probing(index, "pretrained:run"), index, [], []).last == 3
     with pytest.raises(ValueError, match=r"pretrained:run was trained up to stage 3 .* take freeze=false"):
-        finetune.build_model(tuning(index, "freeze=true", init="pretrained:run"), index)
+        networks.build_finetuning(tuning(index, "freeze=true", init="pretrained:run"), index)

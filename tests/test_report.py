@@ -21,7 +21,7 @@ from pgl_ray import cli, report
 from pgl_ray.config import FinetuneConfig, PretrainConfig, ReportConfig, build, load
 from pgl_ray.data import scan_files, store
 from pgl_ray.files.resample import resample
-from pgl_ray.pages import pictures, tables
+from pgl_ray.pages import figures, label_pictures, pair_pictures, plots, run_folders, slices, tables
 
 SHAPE, SPACING, VIEW = (14, 24, 30), (5.0, 2.0, 1.5), (6, 10, 12)
 LABELS = {"liver": 1, "left_kidney": 4}
@@ -389,13 +389,13 @@ def test_a_folder_that_is_no_run_ends_with_code_2(tmp_path, capsys):
 def test_faults_are_named(tmp_path, scans):
     one = write_run(tmp_path / "a", "pretrain", scans, [])
     with pytest.raises(ValueError, match="twice"):
-        tables.read_runs([str(one), f"{one}/"])
+        run_folders.read_runs([str(one), f"{one}/"])
     (one / "run.json").write_text('{"door": "tune"}')
     with pytest.raises(ValueError, match="a run of tune"):
-        tables.read_runs([str(one)])
+        run_folders.read_runs([str(one)])
     (one / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json is damaged"):
-        tables.read_runs([str(one)])
+        run_folders.read_runs([str(one)])
     with pytest.raises(ValueError, match="run="):
         load(ReportConfig, ["run=[]"])
 
@@ -405,7 +405,7 @@ def test_faults_are_named(tmp_path, scans):
 
 def compare(tmp_path, index, *planted, **options):
     folders = [finetuned(tmp_path / f"run{i}", index, dice, **options) for i, dice in enumerate(planted)]
-    return tables.comparison(tables.read_runs([str(folder) for folder in folders]))
+    return tables.comparison(run_folders.read_runs([str(folder) for folder in folders]))
 
 
 def test_difference_within_the_noise_is_called_so(tmp_path, scans):
@@ -459,7 +459,7 @@ def test_a_lead_from_other_scans_is_turned_round(tmp_path, scans):
 
 def test_different_stores_are_called_out(tmp_path, scans):
     folders = [finetuned(tmp_path / f"run{i}", index, [0.5, 0.6]) for i, index in enumerate((scans, tmp_path / "x"))]
-    lines = tables.comparison(tables.read_runs([str(folder) for folder in folders]))["sentences"]
+    lines = tables.comparison(run_folders.read_runs([str(folder) for folder in folders]))["sentences"]
     assert "different stores" in lines[0] and "+0.000 Dice, within the noise" in lines[1]
 
 
@@ -468,7 +468,7 @@ def test_scores_on_training_scans_are_called_out(tmp_path, scans):
     record = json.loads((folder / "run.json").read_text())
     record["scans"]["train"] = ["s1", "x"]
     (folder / "run.json").write_text(json.dumps(record))
-    table = tables.comparison(tables.read_runs([str(folder)]))
+    table = tables.comparison(run_folders.read_runs([str(folder)]))
     assert table["sentences"] == ["run was trained on 1 of the scans that it is scored on."]
 
 
@@ -495,7 +495,7 @@ def test_an_evaluation_without_any_score_is_shown(tmp_path, scans):
 )
 def test_verdict(health, words, tmp_path, scans):
     folder = write_run(tmp_path / "run", "pretrain", scans, pretrain_rows(**health))
-    assert tables.verdict(tables.read_runs([str(folder)])[0]).startswith(f"run: {words}")
+    assert tables.verdict(run_folders.read_runs([str(folder)])[0]).startswith(f"run: {words}")
 
 
 def test_a_loss_that_rose_is_explained_below_its_curve(scans, tmp_path):
@@ -513,9 +513,12 @@ def test_a_loss_that_rose_is_explained_below_its_curve(scans, tmp_path):
 def test_names_and_differing_settings(tmp_path, scans):
     one = write_run(tmp_path / "a" / "run", "pretrain", scans, [], align={"centers": "cell"}, seed=3)
     two = write_run(tmp_path / "b" / "run", "pretrain", scans, [], seed=4)
-    runs = tables.read_runs([str(one), str(two)])
+    runs = run_folders.read_runs([str(one), str(two)])
     assert [run.name for run in runs] == ["a/run", "b/run"]
-    assert tables.differing_settings(runs) == [("seed", ["3", "4"]), ("align.centers", ["cell", "receptive_field"])]
+    assert run_folders.differing_settings(runs) == [
+        ("seed", ["3", "4"]),
+        ("align.centers", ["cell", "receptive_field"]),
+    ]
 
 
 # -- geometry ---------------------------------------------------------------------------------------------------------
@@ -525,7 +528,7 @@ def test_names_and_differing_settings(tmp_path, scans):
 def test_region_in_view_holds_just_the_regions_voxels(flip):
     """Voxel by voxel: undo the flip, go back to the scan, look whether that place is in the region."""
     box, region, size = np.array([[3, 11], [-2, 12], [5, 23]]), np.array([[5, 8], [-1, 10], [9, 23]]), (6, 10, 12)
-    found = pictures.region_in_view(region, box, np.array(flip), np.array(size))
+    found = slices.region_in_view(region, box, np.array(flip), np.array(size))
     assert (found[:, 0] < found[:, 1]).all()
     for axis in range(3):
         for i in range(size[axis]):
@@ -546,7 +549,7 @@ def test_cut_region_agrees_with_map_coordinates(flip):
         lines.append((bins - box[axis, 0]) / (box[axis, 1] - box[axis, 0]) * size - 0.5)
     unflipped = np.flip(view, [axis for axis in range(3) if flip[axis]])
     wanted = ndimage.map_coordinates(unflipped, np.meshgrid(*lines, indexing="ij"), order=1, mode="nearest")
-    np.testing.assert_allclose(pictures.cut_region(view, box, np.array(flip), region), wanted, atol=1e-5)
+    np.testing.assert_allclose(pair_pictures.cut_region(view, box, np.array(flip), region), wanted, atol=1e-5)
 
 
 def planted_pair(flips):
@@ -555,7 +558,7 @@ def planted_pair(flips):
     volume[tuple(slice(start, stop) for start, stop in BLOCK)] = 300
     views = tuple(crop_resize_flip(volume, box, flip).astype(np.float32) for box, flip in zip(BOXES, flips))
     flips = tuple(np.array(flip) for flip in flips)
-    return pictures.ViewPair(views, BOXES, flips, volume, np.array(SPACING), 0.0, 1.0, region=views[0])
+    return pair_pictures.ViewPair(views, BOXES, flips, volume, np.array(SPACING), 0.0, 1.0, region=views[0])
 
 
 def rectangles(ax):
@@ -566,7 +569,7 @@ def rectangles(ax):
 
 def test_boxes_are_drawn_where_they_lie_in_the_scan():
     pair = planted_pair(FLIPS)
-    figure = pictures.pair_in_scan(pair)
+    figure = pair_pictures.pair_in_scan(pair)
     for ax, row in zip(figure.axes, (1, 0)):
         assert rectangles(ax) == [(tuple(box[2]), tuple(box[row])) for box in (*BOXES, OVERLAP)]
         assert ax.get_aspect() == pytest.approx(SPACING[row] / SPACING[2])
@@ -576,18 +579,18 @@ def test_boxes_are_drawn_where_they_lie_in_the_scan():
     np.testing.assert_array_equal(coronal.images[0].get_array(), pair.volume[:, 13])
 
 
-@pytest.mark.parametrize("draw", [pictures.pair_in_scan, pictures.pair_as_seen])
+@pytest.mark.parametrize("draw", [pair_pictures.pair_in_scan, pair_pictures.pair_as_seen])
 def test_slices_of_a_pair_have_one_scale(draw):
     """Views of different size and both planes, in pixels per mm of the drawn axes."""
     boxes = BOXES[0], np.array([[2, 14], [4, 24], [-4, 30]])
     pair = planted_pair(FLIPS)
     pair = pair._replace(boxes=boxes, views=(pair.views[0], pair.views[0]))
     figure = draw(pair)
-    pictures.to_bytes(figure, "png")
+    figures.to_bytes(figure, "png")
     scales = []
     for k, ax in enumerate(figure.axes):
         box, row, unit_mm = ax.get_window_extent(), (1, 0)[k % 2], np.array(SPACING)
-        if draw is pictures.pair_as_seen:
+        if draw is pair_pictures.pair_as_seen:
             crop = boxes[k // 2]
             unit_mm = (crop[:, 1] - crop[:, 0]) * SPACING / pair.views[0].shape
         scales.append(box.width / (np.ptp(ax.get_xlim()) * unit_mm[2]))
@@ -598,7 +601,7 @@ def test_slices_of_a_pair_have_one_scale(draw):
 @pytest.mark.parametrize("flips", [(f, g) for f in product((False, True), repeat=3) for g in [(True, False, True)]])
 def test_a_block_has_one_place_in_the_overlap_of_both_views(flips):
     """The block's middle as a share of the overlap's drawn rectangle, mirrored where the letters are."""
-    figure = pictures.pair_as_seen(planted_pair(flips))
+    figure = pair_pictures.pair_as_seen(planted_pair(flips))
     for ax, (flip, row) in zip(figure.axes, product(flips, (1, 0))):
         image = np.asarray(ax.images[0].get_array())
         assert image.max() > 250  # the slice goes through the block
@@ -624,7 +627,7 @@ def test_a_block_has_one_place_in_the_overlap_of_both_views(flips):
 )
 def test_letters_follow_the_flips(flip, axial, coronal):
     """Left, right, top, bottom; the stored axes run along S, P, L, and the coronal rows upwards."""
-    figure = pictures.pair_as_seen(planted_pair((flip, flip)))
+    figure = pair_pictures.pair_as_seen(planted_pair((flip, flip)))
     for ax, letters in zip(figure.axes, (axial, coronal, axial, coronal)):
         assert "".join(text.get_text() for text in ax.texts) == letters
         places = [text.xy for text in ax.texts]
@@ -637,18 +640,18 @@ def test_aligned_views_correlate_and_raw_ones_do_not(scans, tmp_path):
     index = store.read_index(scans)
     for i in range(3):
         pair = report.view_pair(dict(np.load(tmp_path / "views.npz")), i, index, index.scans[i])
-        cut = [pictures.cut_region(*one, pair.overlap) for one in zip(pair.views, pair.boxes, pair.flips)]
+        cut = [pair_pictures.cut_region(*one, pair.overlap) for one in zip(pair.views, pair.boxes, pair.flips)]
         for first, second in ((*cut,), (cut[0], pair.region), (cut[1], pair.region)):
-            r = pictures.correlation(first, second)
+            r = pair_pictures.correlation(first, second)
             assert r > 0.95 and r == pytest.approx(np.corrcoef(first.ravel(), second.ravel())[0, 1], abs=1e-4)
-        assert abs(pictures.correlation(*pair.views)) < 0.6
+        assert abs(pair_pictures.correlation(*pair.views)) < 0.6
 
 
 # -- overlays ---------------------------------------------------------------------------------------------------------
 
 
 def test_overlay_shows_the_slice_with_most_organs_and_its_errors(scans, tmp_path):
-    runs = tables.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
+    runs = run_folders.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
     index = store.read_index(scans)
     shown, place = report.overlay_of(index, index.scans[0], runs)
     assert place in (f"axial slice {d} of {SHAPE[0]}" for d in (6, 7))  # both organs are there
@@ -661,14 +664,14 @@ def test_overlay_shows_the_slice_with_most_organs_and_its_errors(scans, tmp_path
     np.testing.assert_array_equal(predicted, moved[h0:h1, w0:w1])
     np.testing.assert_array_equal(wrong, (moved != true)[h0:h1, w0:w1])
     assert title == "run: Dice 0.500"
-    colors = pictures.overlay(shown, index.label_values).axes[1].images[1].get_array()
-    np.testing.assert_allclose(colors[shown.true == 4][0, :3], matplotlib.colors.to_rgb(pictures.organ_color(2)))
+    colors = label_pictures.overlay(shown, index.label_values).axes[1].images[1].get_array()
+    np.testing.assert_allclose(colors[shown.true == 4][0, :3], matplotlib.colors.to_rgb(label_pictures.organ_color(2)))
 
 
 def test_a_curve_of_zeros_alone_is_drawn():
     for y, scale in (([0.0, 0.0], "linear"), ([0.0, 0.5], "log")):
-        figure = pictures.curves([pictures.Series([1, 3], y, "#000000", False)], "retrieval@1", (None, 1.2), log=True)
-        assert figure.axes[0].get_yscale() == scale and pictures.to_svg(figure)
+        figure = plots.curves([plots.Series([1, 3], y, "#000000", False)], "retrieval@1", (None, 1.2), log=True)
+        assert figure.axes[0].get_yscale() == scale and figures.to_svg(figure)
 
 
 def test_an_overlay_of_a_resampled_scan_is_on_the_scored_grid(tmp_path):
@@ -696,7 +699,7 @@ def test_an_overlay_of_a_resampled_scan_is_on_the_scored_grid(tmp_path):
 
 
 def test_organs_that_a_scan_does_not_annotate_are_no_errors(scans, tmp_path):
-    runs = tables.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
+    runs = run_folders.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
     index = store.read_index(scans)
     record = replace(index.scans[0], labelled=(1,))
     shown, _ = report.overlay_of(index, record, runs)

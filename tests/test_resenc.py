@@ -6,13 +6,14 @@ import torch
 from test_resnet import check_centers
 from torch import nn
 
-from pgl_ray import check_align, pretrain
+from pgl_ray import check_align
 from pgl_ray.config import CheckAlignConfig, EncoderConfig, PretrainConfig, build, load
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, feature_geometry
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.train import networks
 
 TINY = {"kind": "resenc", "depths": [1, 2, 1, 1, 1, 1], "width": 4, "stage_strides": "early"}
 
@@ -118,7 +119,7 @@ def test_a_training_step_reaches_all_trained_stages(method, stride):
     args = ["index=a", "run=b", f"method={method}", "encoder.kind=resenc", "encoder.width=4", "heads.hidden=8"]
     args += ["encoder.depths=[1,1,1,1,1,1]", "heads.out=8", "views.size=[16,64,64]"]
     args += [f"align.output_stride={stride}"] if stride else []
-    net, _ = pretrain.build_model(load(PretrainConfig, args))
+    net, _ = networks.build_pretraining(load(PretrainConfig, args))
     views = [torch.randn(2, 1, 16, 64, 64) for _ in (1, 2)]
     boxes = [torch.tensor([[[0, 20], [0, 80], [0, 70]]] * 2), torch.tensor([[[2, 20], [10, 90], [5, 70]]] * 2)]
     flips = [torch.tensor([[True, False, True]] * 2), torch.tensor([[False, False, True]] * 2)]

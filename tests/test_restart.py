@@ -19,10 +19,10 @@ import pytest
 import torch
 import train_loop as loop
 
-from pgl_ray import finetune, pretrain
+from pgl_ray import finetune
 from pgl_ray.config import FailedRun
-from pgl_ray.data import store
-from pgl_ray.train import checkpoint, follow, health, progress, retry, runs
+from pgl_ray.data import store, trainings
+from pgl_ray.train import checkpoint, follow, health, progress, retry, runs, skipped
 from pgl_ray.train.events import note, read_events
 from pgl_ray.train.metrics import Metrics, read_metrics
 from pgl_ray.train.run_files import EVENTS, MANIFEST, SNAPSHOT, STATE
@@ -75,7 +75,7 @@ def test_a_scan_that_is_cut_off_is_skipped_and_counted(broken, tmp_path, world):
     with pytest.raises(loop.Killed):
         loop.train(config, world, until=5)
     assert loop.train(config, world) is None
-    plan = pretrain.make_plan(config, store.read_index(broken))
+    plan = trainings.make_plan(config, store.read_index(broken))
     bad = (plan.rows(0, 6)[:, 1] == 2).sum()
     assert bad > 1 and json.loads((tmp_path / "run" / "skipped.json").read_text()) == {"s2": bad}
     rows = read_metrics(config.run)
@@ -99,7 +99,7 @@ def test_skipping_leaves_the_collapse_alarm_on(scans, tmp_path, monkeypatch, fro
         for view in (batch["view_1"], batch["view_2"]):
             view.fill(0)
 
-    monkeypatch.setattr(pretrain.Skipped, "share", share)
+    monkeypatch.setattr(skipped.Skipped, "share", share)
     changes = {"health": {"every": 1, "stop_on_collapse": True}, "stream": {"on_error": "skip"}}
     config = loop.pretraining(scans, tmp_path / "run", **changes)
     why = loop.train(config, seen=seen)
@@ -115,9 +115,9 @@ def test_too_little_memory_in_fine_tuning_says_what_to_take(scans, tmp_path, mon
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    for name in ("segmentation_loss", "health.norm"):
+    for name in ("train.one_step.segmentation_loss", "train.health.norm"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"pgl_ray.finetune.{name}", full)
+            patch.setattr(f"pgl_ray.{name}", full)
             told = loop.train(loop.finetuning(scans, tmp_path / name))
         assert "out of memory on cpu at step 1 with 4 patches of 16x32x32 at a time; try accumulate=2" in told
     config = loop.finetuning(scans, tmp_path / "val")
@@ -219,7 +219,7 @@ def test_with_other_workers_no_pair_is_repeated_or_lost(scans, tmp_path):
     rows = [json.loads(line) for path in tmp_path.glob("*_*.jsonl") for line in path.read_text().splitlines()]
     ends = [*starts[1:], 6]  # what a start did beyond the next one's checkpoint does not count
     counted = sorted(tuple(row[1:]) for row in rows if row[1] < ends[row[0]])
-    plan = pretrain.make_plan(config, store.read_index(config.index))
+    plan = trainings.make_plan(config, store.read_index(config.index))
     columns = plan.columns(0, plan.num_steps)
     assert counted == sorted(zip(*(columns[name].tolist() for name in ("step", "epoch", "scan", "draw")), strict=True))
     assert [row["step"] for row in loop.rows_of(config.run)] == [1, 2, 3, 4, 5, 6]

@@ -19,6 +19,7 @@ import pytest
 
 from pgl_ray import prepare
 from pgl_ray.config import PrepareConfig
+from pgl_ray.convert import parallel
 
 NUM_KILLS = 20  # of the long loop
 
@@ -38,7 +39,7 @@ def test_kills_of_a_run_without_ray(tmp_path, monkeypatch):
     for place in range(10):
         volume = np.random.default_rng(place).integers(-1000, 1000, (120, 100, 30)).astype(np.int16)
         nib.save(nib.Nifti1Image(volume, np.diag([-1.5, -1.5, 3, 1])), tmp_path / f"{place:02}.nii.gz")
-    monkeypatch.setattr(prepare, "in_parallel", one_by_one)
+    monkeypatch.setattr(parallel, "in_parallel", one_by_one)
 
     def config(store: str) -> PrepareConfig:
         return PrepareConfig(source=str(tmp_path), store=str(tmp_path / "stores" / store))

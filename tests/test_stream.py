@@ -16,15 +16,15 @@ import pytest
 import torch
 import zarr
 
-from pgl_ray import pretrain
 from pgl_ray.config import IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
+from pgl_ray.convert import finish
 from pgl_ray.data import kernels, render_costs, rendering, scan_files, store, stream
 from pgl_ray.data.array_reader import UnreadableScan
-from pgl_ray.data.batch_views import finish
 from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.patch_renderer import PatchRenderer
 from pgl_ray.data.render_cache import region_of
 from pgl_ray.data.rendering import normalise, resize_and_flip
+from pgl_ray.train import skipped
 
 VIEWS = ViewsConfig(size=(8, 24, 16))
 
@@ -397,13 +397,13 @@ def test_a_disk_that_fails_while_reading_is_named(small_store, monkeypatch):
 def test_skipped_pairs_are_counted_and_bounded(tmp_path):
     plan = make_plan()
     assert (plan.global_batch_size, plan.rows_per_epoch) == (4, 10)
-    counter = pretrain.Skipped(plan, StreamConfig(on_error="skip", max_skipped_share=0.2), {})
+    counter = skipped.Skipped(plan, StreamConfig(on_error="skip", max_skipped_share=0.2), {})
     counter.add(torch.tensor([-1, -1, 3, -1]))
     assert counter.share(1, str(tmp_path)) == (1 / 4, None)  # a quarter so far, but a tenth of an epoch
     counter.add(torch.tensor([-1, -1, -1, -1]))
     assert counter.share(2, str(tmp_path)) == (1 / 8, None)
     assert json.loads((tmp_path / "skipped.json").read_text()) == {"scan_3": 1}
-    counter = pretrain.Skipped(plan, counter.config, dict(counter.rows))  # another start of the workers
+    counter = skipped.Skipped(plan, counter.config, dict(counter.rows))  # another start of the workers
     counter.add(torch.tensor([3, 1, -1, -1]))
     share, why = counter.share(3, str(tmp_path))
     assert share == 3 / 12
@@ -412,7 +412,7 @@ def test_skipped_pairs_are_counted_and_bounded(tmp_path):
 
 def test_what_counts_skipped_pairs_keeps_no_batch():
     """A column of a batch that came through Ray is a part of its block in the object store."""
-    counter = pretrain.Skipped(make_plan(), StreamConfig(), {})
+    counter = skipped.Skipped(make_plan(), StreamConfig(), {})
     missed = torch.full((4,), -1)
     kept = weakref.ref(missed)
     counter.add(missed)

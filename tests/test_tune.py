@@ -21,8 +21,9 @@ from pgl_ray import config as c
 from pgl_ray import report, tune
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
-from pgl_ray.pages import arms, pictures, sweep_report
-from pgl_ray.sweep import checks, population, search, stages, stores, sweeps, trial
+from pgl_ray.judge.search import search
+from pgl_ray.pages import arms, sweep_plots, sweep_report
+from pgl_ray.sweep import checks, population, stages, stores, sweeps, trial
 from pgl_ray.sweep.points import name_of, values_of
 from pgl_ray.sweep.room import room_for
 from pgl_ray.train import capacity, checkpoint, nodes, optim
@@ -725,7 +726,7 @@ def test_settings_that_matter_and_their_intervals(tmp_path):
     assert sweep_report.importance(config, trials[:7]) == []
     low, high = stats.t.interval(0.95, 3, np.mean(scores[:4]), stats.sem(scores[:4]))
     assert sweep_report.reach(list(scores[:4])) == pytest.approx((high - low) / 2)
-    axis = pictures.Axis("seed", list(map(float, seeds)), [str(k) for k in seeds])
+    axis = sweep_plots.Axis("seed", list(map(float, seeds)), [str(k) for k in seeds])
     found = sweep_report.means(axis, list(scores), [k > 0 for k in range(24)])
     assert found[0][1] == pytest.approx(scores[2::2].mean()) and found[1][1] == pytest.approx(scores[1::2].mean())
 

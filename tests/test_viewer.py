@@ -15,7 +15,7 @@ import pytest
 from browser import CHROMIUM, faults
 from matplotlib.image import imread
 
-from pgl_ray.pages import pictures, viewer
+from pgl_ray.pages import label_pictures, viewer
 from pgl_ray.pages.viewer import Organ
 
 AFFINE = np.array([[0.1, 0.0, -1.5, 40], [0.05, 1.2, 0.02, -30], [3.0, 0, 0, 7], [0, 0, 0, 1]])  # d, h, w -> RAS+ mm
@@ -190,7 +190,7 @@ def test_a_montage_has_one_scale_and_a_bounded_size():
     for shape, spacing in [((24, 64, 64), (5, 2, 2)), ((600, 128, 128), (3, 4, 4)), ((6, 512, 512), (5, 0.7, 0.7))]:
         numbers = np.zeros(shape, np.uint8)
         numbers[shape[0] // 3, 10:40, 10:40] = 1
-        figure = pictures.montage(np.zeros(shape, np.int16), numbers, np.array(spacing), ["liver"])
+        figure = label_pictures.montage(np.zeros(shape, np.int16), numbers, np.array(spacing), ["liver"])
         size, scales = figure.get_size_inches(), []
         for ax in figure.axes:
             rows, columns = ax.images[0].get_array().shape[:2]
@@ -208,7 +208,7 @@ def test_numbers_of_small_organs_are_not_piled_up():
     numbers[:, 50:90, 50:90] = 1
     for k in range(40):
         numbers[:, 10 + k % 8 * 4 : 14 + k % 8 * 4, 10 + k // 8 * 4 : 14 + k // 8 * 4] = k + 2
-    figure = pictures.montage(np.zeros_like(numbers, np.int16), numbers, np.array([5.0, 3, 3]), ["a"] * 41)
+    figure = label_pictures.montage(np.zeros_like(numbers, np.int16), numbers, np.array([5.0, 3, 3]), ["a"] * 41)
     axial = figure.axes[1]
     texts = [text for text in axial.texts if text.get_text().isdigit()]
     places = np.array([text.get_position() for text in texts])

@@ -7,14 +7,14 @@ import pytest
 import torch
 from monai.networks.nets.resnet import ResNet
 
-from pgl_ray import export, finetune
+from pgl_ray import export
 from pgl_ray.config import ExportConfig, FinetuneConfig, load
 from pgl_ray.data.store import Index
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import weights
+from pgl_ray.train import networks, weights
 
 WINDOW = (-1024.0, 325.0)
 TINY = {"depths": [1, 2, 1, 1], "width": 4, "stage_strides": "late"}
@@ -34,7 +34,7 @@ def monai_resnet(**changes) -> ResNet:
 
 def finetuning(init, *args):
     config = load(FinetuneConfig, ["index=s", "run=r", f"init={init}", *args])
-    return finetune.build_model(config, Index(store="s", scans=(), labels={"a": 1, "b": 2}, hu_window=WINDOW))
+    return networks.build_finetuning(config, Index(store="s", scans=(), labels={"a": 1, "b": 2}, hu_window=WINDOW))
 
 
 ENCODER = ["encoder.depths=[1,2,1,1]", "encoder.width=4", "encoder.stage_strides=late"]

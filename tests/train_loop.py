@@ -21,11 +21,10 @@ from omegaconf import OmegaConf
 
 from pgl_ray import config as c
 from pgl_ray import finetune, pretrain
-from pgl_ray.data import scan_files, store, stream
+from pgl_ray.data import patch_renderer, scan_files, store, stream, trainings
 from pgl_ray.data.facts import training_facts
-from pgl_ray.data.patch_renderer import PatchRenderer
 from pgl_ray.model import device as on
-from pgl_ray.train import checkpoint, optim, runs, watch
+from pgl_ray.train import checkpoint, networks, optim, runs, watch
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.quiet import QUIET
 from pgl_ray.train.run_files import STATE
@@ -72,17 +71,17 @@ def train(
     index = store.read_index(config.index)
     kind = finetune if isinstance(config, c.FinetuneConfig) else pretrain
     if kind is pretrain:
-        plan = pretrain.make_plan(config, index)
-        render = pretrain.make_renderer(config, index, plan)
+        plan = trainings.make_plan(config, index)
+        render = trainings.make_renderer(config, index, plan)
         given = {"hu_window": list(index.hu_window), "data": training_facts(index, plan.scan_ids)}
     else:
-        train_ids, val_ids = finetune.split_scans(config, index)
+        train_ids, val_ids = trainings.split_scans(config, index)
         plan = stream.Plan.make(
             train_ids, config.patches_per_scan, config.global_batch_size, config.epochs, config.max_steps, config.seed
         )
         own = config.patch, config.intensity, config.foreground_share
-        render = PatchRenderer(index.store, plan.scan_ids, config.seed, *own)
-        given = {"meta": finetune.build_model(config, index, finetune.begun(config))[1], "val_ids": val_ids}
+        render = patch_renderer.PatchRenderer(index.store, plan.scan_ids, config.seed, *own)
+        given = {"meta": networks.build_finetuning(config, index, finetune.begun(config))[1], "val_ids": val_ids}
     folder = runs.open_run(config, kind.__name__.split(".")[1], {"plan": plan.identity, "num_steps": plan.num_steps})
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgl_ray.files import dicom_series, identity, structure_header
-from pgl_ray.files.dicom_headers import SUFFIXES, Header, Kept, read_header, unreadable
+from pgl_ray.files.dicom_headers import SUFFIXES, Header, read_header, unreadable
+from pgl_ray.files.kept_headers import Kept
 from pgl_ray.files.structure_header import Contours
 from pgl_ray.files.walk import LOST, Tree, walk
 

@@ -14,7 +14,8 @@ from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index
 from pgl_ray.files import ct, dicom
 from pgl_ray.files.accounts import unused
-from pgl_ray.files.layout import find_by_folders, refuse_empty, with_ids
+from pgl_ray.files.folders import find_by_folders
+from pgl_ray.files.layout import refuse_empty, with_ids
 from pgl_ray.files.source import Fault, files_of
 from pgl_ray.files.walk import walk
 

@@ -15,8 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import pgl_ray
+from pgl_ray.config import EmbedConfig
 from pgl_ray.data.columns import parquet_table
 from pgl_ray.data.durable import write_aside
+from pgl_ray.judge.features import ScanEncoder
 
 TABLE, PARTS = "embeddings.parquet", "parts"
 SAME = ("encoder_hash", "maps", "spacing")  # of what a table says, without which vectors cannot be compared
@@ -114,3 +117,26 @@ def write_table(folder: Path, rows: list[dict], told: dict[str, Any], asked: set
         if not any((folder / name).glob("*")):
             shutil.rmtree(folder / name, ignore_errors=True)
     return replaced, gone
+
+
+def about(config: EmbedConfig, encoder: ScanEncoder, names: tuple[str, ...], reading: str) -> dict[str, Any]:
+    """What the table says of its vectors, beside each row.
+
+    Args:
+        config: of embed.
+        encoder: whose maps they are means of.
+        names: of the maps.
+        reading: state of BatchNorm in words.
+    """
+    maps, start = [], 0
+    for name in names:
+        level = encoder.names.index(name)
+        stop = start + encoder.network.channels[level]
+        stride = list(encoder.network.strides[level])
+        center = list(encoder.network.centers[level])
+        maps.append({"name": name, "columns": [start, stop], "stride": stride, "center": center})
+        start = stop
+    said: dict[str, Any] = {"init": config.init, "encoder_hash": encoder.hash, "maps": maps, "reading": reading}
+    said |= {"hu_window": list(encoder.hu_window), "size": list(encoder.size), "spacing": config.spacing}
+    said |= {"pooled_over": "body", "made_by": f"pgl_ray {pgl_ray.__version__}"}
+    return said

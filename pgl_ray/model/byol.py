@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pgl_ray.model.losses import local_consistency_loss
 from pgl_ray.model.pgl import Output, Pair, follow, mlp
+from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 
 
@@ -16,7 +17,7 @@ class Byol(nn.Module):
     Where the views come from plays no part: priors are not read. BatchNorm and target behave as PGL's.
     """
 
-    def __init__(self, encoder: Encoder, hidden: int, out: int):
+    def __init__(self, encoder: Encoder | ResEncoder, hidden: int, out: int):
         """
         Args:
             encoder: owned from now on.

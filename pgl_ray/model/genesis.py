@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pgl_ray.model.pgl import Output, Pair
+from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 
@@ -15,7 +16,7 @@ class Genesis(nn.Module):
         online: the `Segmenter`; the name is that of the other methods' encoder path. There is no target.
     """
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: Encoder | ResEncoder):
         super().__init__()
         self.online = Segmenter(encoder, 1)
 

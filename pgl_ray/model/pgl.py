@@ -165,7 +165,13 @@ class Pgl(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, hidden: int, out: int, level: int, geometry: Geometry, mask_clamped: bool = False
+        self,
+        encoder: Encoder | ResEncoder,
+        hidden: int,
+        out: int,
+        level: int,
+        geometry: Geometry,
+        mask_clamped: bool = False,
     ):
         """
         Args:

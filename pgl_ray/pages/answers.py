@@ -11,9 +11,9 @@ import numpy as np
 
 from pgl_ray.judge.judges import Standing, answer
 from pgl_ray.model.metrics import reach
-from pgl_ray.pages import arms, next_steps, speeds, tables
+from pgl_ray.pages import arms, next_steps, run_folders, speeds, tables
 from pgl_ray.pages.pages import NO, OPEN, YES, Answer, Line, percent, plural
-from pgl_ray.pages.tables import Run
+from pgl_ray.pages.run_folders import Run
 from pgl_ray.train.bucket import shown
 from pgl_ray.train.health import FEW, MANY, verdict
 
@@ -193,6 +193,6 @@ def _tuned(mine: list[Run], random: list[Run]) -> Line:
         text += f", ahead with {found.ahead} of {len(pairs)} seeds ({over} over these)"
     else:
         text += ", one training each: another seed may move it by more"
-    others = [key for key, _ in tables.differing_settings(list(pairs[0])) if key not in ("init", "run", "seed")]
+    others = [key for key, _ in run_folders.differing_settings(list(pairs[0])) if key not in ("init", "run", "seed")]
     text += f"; they differ in {', '.join(others)}, too" if others else ""
     return Line({True: YES, False: NO, None: OPEN}[found.is_better], text)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgl_ray.model.metrics import reach
-from pgl_ray.pages import tables
-from pgl_ray.pages.tables import Run
+from pgl_ray.pages import run_folders, tables
+from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.sweeps import Trial
 
@@ -187,7 +187,7 @@ def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
                 if key != "arm":
                     (seed if sweeps.short(key) == "seed" else point)[key] = value
             rows = points.setdefault(sweeps.settings(point) or "all trials", {})
-            arm, found = trial.values["arm"], tables.read_json(path)
+            arm, found = trial.values["arm"], run_folders.read_json(path)
             random = found["init"] == "random"
             control = random or bool(config["arms"].get(arm, {}).get("pretrain.align.wrong_priors"))
             for number, (reading, scores) in enumerate(found["readings"].items()):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from pgl_ray.outlook import MAX_CLAMPED
-from pgl_ray.pages import pictures, tables
-from pgl_ray.pages.pictures import Mark
-from pgl_ray.pages.tables import Run
+from pgl_ray.pages import figures, plots, run_folders, tables
+from pgl_ray.pages.plots import Mark
+from pgl_ray.pages.run_folders import Run
 from pgl_ray.train.health import COLLAPSED, directions
 
 LOWER, HIGHER, NEITHER = "lower is better", "higher is better", ""
@@ -18,22 +18,22 @@ UNRELATED = 4.0  # squared distance of unrelated unit vectors, both directions s
 
 def color(one: Run) -> str:
     """A run's colour in every figure and table."""
-    return pictures.RUN_COLORS[one.number % len(pictures.RUN_COLORS)]
+    return plots.RUN_COLORS[one.number % len(plots.RUN_COLORS)]
 
 
-def _series(one: Run, points: Iterable[tuple[float, float]], dashed: bool = False) -> pictures.Series:
+def _series(one: Run, points: Iterable[tuple[float, float]], dashed: bool = False) -> plots.Series:
     x, y = zip(*points) if (points := list(points)) else ((), ())
-    return pictures.Series(x, y, color(one), dashed)
+    return plots.Series(x, y, color(one), dashed)
 
 
-def _metric(one: Run, key: str, dashed: bool = False) -> pictures.Series:
+def _metric(one: Run, key: str, dashed: bool = False) -> plots.Series:
     return _series(one, ((row["step"], row[key]) for row in one.rows if key in row), dashed)
 
 
 def _plot(
     title: str,
     good: str,
-    lines: list[pictures.Series],
+    lines: list[plots.Series],
     *bounds: float | None,
     log: bool = False,
     marks: Sequence[Mark] = (),
@@ -41,7 +41,7 @@ def _plot(
     """A data URI, or "" where no run has the metric."""
     drawn = [line for line in lines if line.x]
     title = f"{title}, {good}" if good else title
-    return pictures.to_svg(pictures.curves(drawn, title, bounds, log, marks)) if drawn else ""
+    return figures.to_svg(plots.curves(drawn, title, bounds, log, marks)) if drawn else ""
 
 
 def _mean(runs: list[Run], key: str, text: str) -> list[Mark]:
@@ -53,79 +53,74 @@ def _mean(runs: list[Run], key: str, text: str) -> list[Mark]:
 def pretrain_curves(runs: list[Run]) -> dict[str, str]:
     """Data URIs by the name that the template knows the figure by. What two figures tell has one scale in both."""
 
-    def both(*keys: str) -> tuple[list[pictures.Series], list[pictures.Series]]:
-        """Lines of what the loss compares, places or BYOL's views, and of the encoder's map; later keys dashed."""
-        compared = [
-            next((p for p in ("", "view_") if any(f"health/{p}{keys[0]}" in r for r in one.rows)), "") for one in runs
-        ]
-        parts = [*zip(runs, compared)], [(one, "encoder_") for one in runs]
-        first, second = (
-            [
-                _metric(one, f"health/{part}{key}", dashed=number > 0)
-                for one, part in pairs
-                for number, key in enumerate(keys)
-            ]
-            for pairs in parts
-        )
-        return first, second
+    def metrics(key: str, of: list[Run] = runs) -> list[plots.Series]:
+        return [_metric(one, key) for one in of]
 
-    def reach(*groups: list[pictures.Series]) -> tuple[float, float]:
+    comparing = [one for one in runs if one.config.get("method") != "genesis"]
+    restoring = [one for one in runs if one.config.get("method") == "genesis"]
+    weights = metrics("weight/encoder_norm") + [_metric(one, "weight/heads_norm", dashed=True) for one in runs]
+    squared = [Mark(UNRELATED, "unrelated")] if {_loss_kind(one) for one in comparing} == {"consistency"} else []
+    spread, many = [_series(one, _spread(one)) for one in runs], [Mark(MAX_CLAMPED, "many")]
+    return {
+        "loss": _plot("loss", LOWER, metrics("train/loss", comparing), 0, None, marks=squared),
+        "restoration": _plot("restoration loss", LOWER, metrics("train/loss", restoring), 0, None),
+        "lr": _plot("learning rate", NEITHER, metrics("train/lr"), 0, None),
+        "decay": _plot("EMA decay", NEITHER, metrics("ema/decay", comparing), None, None),
+        "grad": _plot("gradient norm", NEITHER, metrics("train/grad_norm"), 0, None),
+        "weights": _plot("weight norms", NEITHER, weights, 0, None),
+        "directions": _plot("directions", "not below the line", spread, 0, None, marks=[Mark(COLLAPSED, "collapse")]),
+        **_health_curves(runs),
+        "probe": _plot("voxel probe", HIGHER, metrics("probe/balanced_accuracy"), 0, 1, marks=_guess(runs)),
+        "clamped": _plot("share of clamped bins", LOWER, metrics("align/clamped_share"), 0, 1, marks=many),
+        "speed": _plot("view pairs per second", HIGHER, metrics("train/pairs_per_s"), 0, None),
+        "wait": _wait_curves(runs),
+    }
+
+
+def _health_curves(runs: list[Run]) -> dict[str, str]:
+    """As `pretrain_curves`: the health figures of what the loss compares, and of the encoder's map."""
+
+    def reach(groups: tuple[list[plots.Series], ...]) -> tuple[float, float]:
         known = [y for group in groups for line in group for y in line.y if y > 0] or [1.0]
         return min(known), max(known)
 
-    def pairs_of(solid: str, dashed: str) -> list[pictures.Series]:
-        return [_metric(r, solid) for r in runs] + [_metric(r, dashed, dashed=True) for r in runs]
-
-    comparing = [r for r in runs if r.config.get("method") != "genesis"]
-    restoring = [r for r in runs if r.config.get("method") == "genesis"]
-    kinds = {_loss_kind(r) for r in comparing}
-    std, rank, found = both("feature_std"), both("effective_rank"), both("retrieval")
-    cosine = both("cosine_aligned", "cosine_shuffled")
+    std, rank, found = (_compared_and_map(runs, key) for key in ("feature_std", "effective_rank", "retrieval"))
+    cosine = _compared_and_map(runs, "cosine_aligned", "cosine_shuffled")
     lowest = min([0.0, *(y for group in cosine for line in group for y in line.y)])
-    most, (least, _) = 1.1 * reach(*rank)[1], reach(*found)
+    most, (least, _) = 1.1 * reach(rank)[1], reach(found)
     chances = [_mean(runs, f"health/{part}retrieval_chance", "by the scan alone") for part in ("", "encoder_")]
     least = 0.7 * min([least, *(mark.y for marks in chances for mark in marks if mark.y > 0)])
-    one, none = Mark(1, "even"), Mark(0, "unrelated")
-    squared = [Mark(UNRELATED, "unrelated")] if kinds == {"consistency"} else []
-    return {
-        "loss": _plot("loss", LOWER, [_metric(r, "train/loss") for r in comparing], 0, None, marks=squared),
-        "restoration": _plot("restoration loss", LOWER, [_metric(r, "train/loss") for r in restoring], 0, None),
-        "lr": _plot("learning rate", NEITHER, [_metric(r, "train/lr") for r in runs], 0, None),
-        "decay": _plot("EMA decay", NEITHER, [_metric(r, "ema/decay") for r in comparing], None, None),
-        "grad": _plot("gradient norm", NEITHER, [_metric(r, "train/grad_norm") for r in runs], 0, None),
-        "weights": _plot("weight norms", NEITHER, pairs_of("weight/encoder_norm", "weight/heads_norm"), 0, None),
-        "directions": _plot(
-            "directions",
-            "not below the line",
-            [_series(r, _spread(r)) for r in runs],
-            0,
-            None,
-            marks=[Mark(COLLAPSED, "collapse")],
-        ),
-        "std": _plot("feature_std", HIGHER, std[0], 0, 1.15, marks=[one]),
-        "rank": _plot("effective rank", "not 1", rank[0], 0, most, marks=[Mark(1, "collapse")]),
-        "cosine": _plot("cosine of query and key", "a wide gap is good", cosine[0], lowest, 1, marks=[none]),
-        "retrieval": _plot("retrieval@1", HIGHER, found[0], least, 1.2, log=True, marks=chances[0]),
-        "encoder_std": _plot("encoder: feature_std", HIGHER, std[1], 0, 1.15, marks=[one]),
-        "encoder_rank": _plot("encoder: effective rank", "not 1", rank[1], 0, most, marks=[Mark(1, "collapse")]),
-        "encoder_cosine": _plot(
-            "encoder: cosine of both views", "a wide gap is good", cosine[1], lowest, 1, marks=[none]
-        ),
-        "encoder_retrieval": _plot("encoder: retrieval@1", HIGHER, found[1], least, 1.2, log=True, marks=chances[1]),
-        "probe": _plot(
-            "voxel probe", HIGHER, [_metric(r, "probe/balanced_accuracy") for r in runs], 0, 1, marks=_guess(runs)
-        ),
-        "clamped": _plot(
-            "share of clamped bins",
-            LOWER,
-            [_metric(r, "align/clamped_share") for r in runs],
-            0,
-            1,
-            marks=[Mark(MAX_CLAMPED, "many")],
-        ),
-        "speed": _plot("view pairs per second", HIGHER, [_metric(r, "train/pairs_per_s") for r in runs], 0, None),
-        "wait": _plot("share of time spent waiting", LOWER, [_series(r, tables.waits(r)) for r in runs], 0, 1),
-    }
+    even, one, unrelated = [Mark(1, "even")], [Mark(1, "collapse")], [Mark(0, "unrelated")]
+    drawn = {}
+    for k, (name, title, both) in enumerate((("", "", "query and key"), ("encoder_", "encoder: ", "both views"))):
+        gap = f"{title}cosine of {both}", "a wide gap is good"
+        drawn |= {
+            f"{name}std": _plot(f"{title}feature_std", HIGHER, std[k], 0, 1.15, marks=even),
+            f"{name}rank": _plot(f"{title}effective rank", "not 1", rank[k], 0, most, marks=one),
+            f"{name}cosine": _plot(*gap, cosine[k], lowest, 1, marks=unrelated),
+            f"{name}retrieval": _plot(f"{title}retrieval@1", HIGHER, found[k], least, 1.2, log=True, marks=chances[k]),
+        }
+    return drawn
+
+
+def _compared_and_map(runs: list[Run], *keys: str) -> tuple[list[plots.Series], list[plots.Series]]:
+    """Lines of what the loss compares, places or BYOL's views, and of the encoder's map; later keys dashed."""
+
+    def lines(one: Run, part: str) -> list[plots.Series]:
+        return [_metric(one, f"health/{part}{key}", dashed=number > 0) for number, key in enumerate(keys)]
+
+    def compared(one: Run) -> str:
+        return next((p for p in ("", "view_") if any(f"health/{p}{keys[0]}" in row for row in one.rows)), "")
+
+    return (
+        [line for one in runs for line in lines(one, compared(one))],
+        [line for one in runs for line in lines(one, "encoder_")],
+    )
+
+
+def _wait_curves(runs: list[Run]) -> str:
+    shares = [_series(one, run_folders.waits(one)) for one in runs]
+    return _plot("share of time spent waiting", LOWER, shares, 0, 1)
 
 
 def _loss_kind(one: Run) -> str:
@@ -167,7 +162,7 @@ def finetune_curves(runs: list[Run]) -> dict[str, str]:
     return {
         "loss": _plot("training loss", LOWER, [_metric(r, "train/loss") for r in runs], None, None),
         "dice": _plot("validation Dice", f"{HIGHER}, 1 is all", [_metric(r, "val/dice") for r in runs], 0, None),
-        "wait": _plot("share of time spent waiting", LOWER, [_series(r, tables.waits(r)) for r in runs], 0, 1),
+        "wait": _wait_curves(runs),
     }
 
 
@@ -182,4 +177,4 @@ def organ_bars(runs: list[Run]) -> str:
     for r in runs:
         dice = heights(lambda organ, r=r: tables.mean_score(r, "dice", organ))
         bars.append((color(r), dice, heights(lambda organ, r=r: tables.standard_error(r.scores, "dice", organ))))
-    return pictures.to_svg(pictures.organ_bars(organs, bars))
+    return figures.to_svg(plots.organ_bars(organs, bars))

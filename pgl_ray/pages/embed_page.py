@@ -13,8 +13,8 @@ from pgl_ray.judge.components import axial_colors, slice_step
 from pgl_ray.judge.features import ScanEncoder, at_spacing, views_of
 from pgl_ray.judge.readings import StandardisedMaps
 from pgl_ray.pages import feature_pictures, pages
+from pgl_ray.pages.figures import to_png
 from pgl_ray.pages.pages import OPEN, YES, Answer, Line, percent, plural
-from pgl_ray.pages.pictures import to_png
 
 NUM_NEIGHBOURS = 4
 NUM_COLORED = 3  # scans whose features are shown as colours

@@ -17,17 +17,10 @@ from pgl_ray.data.voxel_statistics import BODY_HU
 from pgl_ray.judge import components, matching
 from pgl_ray.judge.decoder import LabelledScan
 from pgl_ray.judge.readings import StandardisedMaps
-from pgl_ray.pages.pictures import (
-    AXIAL,
-    CORONAL,
-    DISPLAY_HU,
-    Plane,
-    draw_letters,
-    draw_slice,
-    organ_color,
-    style,
-)
-from pgl_ray.pages.pictures import slice_of as cut
+from pgl_ray.pages.figures import style
+from pgl_ray.pages.label_pictures import organ_color
+from pgl_ray.pages.slices import AXIAL, CORONAL, DISPLAY_HU, Plane, draw_letters, draw_slice
+from pgl_ray.pages.slices import slice_of as cut
 
 MATCHING, FEATURES = "matching.png", "features.png"
 NUM_ORGANS = 8  # that are searched in the picture, the largest of the first scan

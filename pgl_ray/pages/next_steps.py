@@ -10,7 +10,7 @@ from pgl_ray.outlook import MAX_CLAMPED, MIN_TURNOVER
 from pgl_ray.pages import arms, speeds, tables
 from pgl_ray.pages.arms import Gain
 from pgl_ray.pages.pages import Line, command, percent, plural
-from pgl_ray.pages.tables import Run
+from pgl_ray.pages.run_folders import Run
 from pgl_ray.train.bucket import shown
 
 MOST_SCANS = 2000  # that anybody would label to tell two runs apart

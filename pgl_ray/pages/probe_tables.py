@@ -7,7 +7,8 @@ from typing import Any
 
 from pgl_ray.judge.judges import HIGHER_IS_BETTER, IN_FULL
 from pgl_ray.judge.readings import in_words
-from pgl_ray.pages.tables import JUDGED, Run, counted, gathered, number
+from pgl_ray.pages.run_folders import Run
+from pgl_ray.pages.tables import JUDGED, counted, gathered, number
 from pgl_ray.train.bucket import shown
 
 MORE = {  # a judge's second figure: its key, the head of its column, and how it is written

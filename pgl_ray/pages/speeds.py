@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from pgl_ray.model.metrics import reach
-from pgl_ray.pages import tables
+from pgl_ray.pages import run_folders
 from pgl_ray.pages.pages import OPEN, Line, percent, plural
-from pgl_ray.pages.tables import Run
+from pgl_ray.pages.run_folders import Run
 
 STARVED, HUNGRY = 0.5, 0.1  # shares of waiting: the data sets the pace; it slows the run
 DEAR = 0.05  # share of the time that goes into checkpoints and is worth a word
@@ -62,7 +62,7 @@ def wait_of(run: Run) -> Wait | None:
     starts = {k for k, row in enumerate(run.rows) if not k or row["time_s"] < run.rows[k - 1]["time_s"]}
     steady = [row for k, row in enumerate(run.rows) if k not in starts and speed in row]
     steps = {row["step"] for row in steady}
-    shares = [share for step, share in tables.waits(run) if step in steps]
+    shares = [share for step, share in run_folders.waits(run) if step in steps]
     if not shares:
         return None
     kept = [row["checkpoint/share"] for row in steady if "checkpoint/share" in row]

@@ -11,10 +11,10 @@ import numpy as np
 
 from pgl_ray.judge.judges import Standing, answer
 from pgl_ray.model.metrics import reach
-from pgl_ray.pages import speeds, tables
+from pgl_ray.pages import run_folders, speeds, tables
 from pgl_ray.pages.arms import Gain
 from pgl_ray.pages.pages import NO, OPEN, YES, Answer, Line, command, plural
-from pgl_ray.pages.tables import Run
+from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.sweeps import Trial
 from pgl_ray.train.metrics import read_metrics
@@ -146,7 +146,7 @@ def _best_probed(trials: list[Trial]) -> Line:
     done = [trial for trial in trials if trial.state == "done" and trial.score is not None]
     top = max(done, key=lambda trial: trial.merit, default=None)
     path = top and top.folder / "probe.json"
-    found = tables.read_json(path) if path and path.is_file() else {}
+    found = run_folders.read_json(path) if path and path.is_file() else {}
     standing = {judge: Standing(**one) for judge, one in found.get("standing", {}).items()}
     if not standing:
         return Line(OPEN, "this sweep has no arm of random weights, and no judge set a trial beside them")
@@ -164,7 +164,7 @@ def _runs(trials: list[Trial]) -> list[Run]:
     folders = dict.fromkeys(run for trial in trials for stage in speeds.DOORS if (run := trial.run(stage)))
     runs = []
     for number, folder in enumerate(folder for folder in folders if Path(folder, "run.json").is_file()):
-        record, rows = tables.read_json(folder / "run.json"), read_metrics(folder)
+        record, rows = run_folders.read_json(folder / "run.json"), read_metrics(folder)
         runs.append(Run(folder.name, folder, number, record, rows, None, []))
     return runs
 

@@ -12,7 +12,8 @@ from scipy import stats
 
 from pgl_ray import shipped
 from pgl_ray.model.metrics import reach
-from pgl_ray.pages import arms, pictures, sweep_answers, tables
+from pgl_ray.pages import arms, figures, plots, sweep_answers, sweep_plots, tables
+from pgl_ray.pages.run_folders import Run, read_json
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.sweeps import Trial
 
@@ -25,20 +26,20 @@ def is_sweep(folders: list[str]) -> bool:
     return len(folders) == 1 and Path(folders[0], sweeps.SWEEP).is_file()
 
 
-def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[str, Any]:
+def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any]:
     """What sweep.html prints.
 
     Args:
         folder: of the sweep.
         overlays: draws the labels of several evaluated runs.
     """
-    config, trials = tables.read_json(folder / sweeps.SWEEP), sweeps.read_trials(folder)
+    config, trials = read_json(folder / sweeps.SWEEP), sweeps.read_trials(folder)
     scored = [trial for trial in trials if trial.score is not None and trial.state in sweeps.ENDED]
     best = max((t for t in scored if t.state == "done"), key=lambda t: t.merit, default=None)
     judges = [judge for judge in tables.JUDGED if any(judge in sweeps.probed(trial.folder) for trial in trials)]
-    figures = {"parallel": "", "settings": [], "curves": ""}
+    drawn = {"parallel": "", "settings": [], "curves": ""}
     if len(scored) > 1:
-        figures = _figures(config, scored)
+        drawn = _figures(config, scored)
     found_grid = grid(config, trials, overlays) if config["arms"] else None
     found_judged = arms.judged(config, trials) if config["arms"] else []
     return {
@@ -52,7 +53,7 @@ def content(folder: Path, overlays: Callable[[list[tables.Run]], Any]) -> dict[s
         "trials": [_row(trial, judges) for trial in sorted(trials, key=lambda t: (t.state != "done", -t.merit))],
         "notes_of_scans": tables.gathered(_notes(trials)),
         "totals": _totals(trials),
-        **figures,
+        **drawn,
         "importance": importance(config, [trial for trial in scored if trial.state == "done"]),
         "min_trials": MIN_TRIALS,
         "grid": found_grid,
@@ -69,7 +70,7 @@ def _notes(trials: list[Trial]) -> list[tuple[str, str]]:
     for trial in trials:
         run = trial.run("finetune")
         paths = [trial.folder / "probe.json", *([run / "evaluation" / "summary.json"] if run else [])]
-        notes = [note for path in paths if path.is_file() for note in tables.read_json(path).get("notes", [])]
+        notes = [note for path in paths if path.is_file() for note in read_json(path).get("notes", [])]
         found += [(str(trial.values.get("arm", trial.title)), note) for note in notes]
     return found
 
@@ -117,7 +118,7 @@ def _totals(trials: list[Trial]) -> str:
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
-def _axes(config: dict[str, Any], trials: list[Trial]) -> list[pictures.Axis]:
+def _axes(config: dict[str, Any], trials: list[Trial]) -> list[sweep_plots.Axis]:
     """The settings that differ between trials; lists, texts and arms are categories, in the order of the space."""
     found = []
     for key in (["arm"] if config["arms"] else []) + list(config["space"]):
@@ -128,13 +129,13 @@ def _axes(config: dict[str, Any], trials: list[Trial]) -> list[pictures.Axis]:
         verb, args = next(iter(config["space"].get(key, {"choice": list(config["arms"])}).items()))
         name = "arm" if key == "arm" else sweeps.short(key)
         if numeric and verb not in ("choice", "grid_search"):
-            found.append(pictures.Axis(name, values, None, verb == "loguniform"))
+            found.append(sweep_plots.Axis(name, values, None, verb == "loguniform"))
             continue
         order = [str(arg) for arg in args] + sorted({str(value) for value in values} - {str(arg) for arg in args})
         labels = {str(value): sweeps.number(value) for value in values}
         order = [text for text in order if text in labels]
         places = [float(order.index(str(value))) for value in values]
-        found.append(pictures.Axis(name, places, [labels[str(value)] for value in values]))
+        found.append(sweep_plots.Axis(name, places, [labels[str(value)] for value in values]))
     return found
 
 
@@ -142,7 +143,7 @@ def _figures(config: dict[str, Any], trials: list[Trial]) -> dict[str, Any]:
     axes, judge, merits = _axes(config, trials), config["judge"], [trial.merit for trial in trials]
     scores, ended = [trial.score for trial in trials], [trial.state == "done" for trial in trials]
     good = f"{judge}, {'lower' if sweeps.merit(judge, 1.0) < 0 else 'higher'} is better"
-    parallel = pictures.to_svg(pictures.parallel_coordinates(axes, scores, ended, judge, merits)) if axes else ""
+    parallel = figures.to_svg(sweep_plots.parallel_coordinates(axes, scores, ended, judge, merits)) if axes else ""
     lines = []
     for trial in trials:
         reports = [point for point in trial.reports if point[0] > trial.record.get("judged_from", 0)]
@@ -153,13 +154,13 @@ def _figures(config: dict[str, Any], trials: list[Trial]) -> dict[str, Any]:
     low, high = min(scores + ends), max(scores + ends)
     limits = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)  # one scale for all settings
     plots = [
-        pictures.to_svg(pictures.setting_scores(axis, scores, ended, found, good, limits))
+        figures.to_svg(sweep_plots.setting_scores(axis, scores, ended, found, good, limits))
         for axis, found in zip(axes, middles)
     ]
     return {
         "parallel": parallel,
         "settings": plots,
-        "curves": pictures.to_svg(pictures.trial_curves(lines, merits, good)),
+        "curves": figures.to_svg(sweep_plots.trial_curves(lines, merits, good)),
     }
 
 
@@ -167,7 +168,7 @@ def _end(config: dict[str, Any]) -> int:
     return 200 if config["first_judge"] and config["base_finetune"] is not None else 100
 
 
-def means(axis: pictures.Axis, scores: list[float], ended: list[bool]) -> list[tuple[float, float, float | None]]:
+def means(axis: sweep_plots.Axis, scores: list[float], ended: list[bool]) -> list[tuple[float, float, float | None]]:
     """Mean score at each category, or in each third of the numbers, over trials that ended.
 
     Returns:
@@ -211,7 +212,7 @@ def importance(config: dict[str, Any], trials: list[Trial]) -> list[tuple[str, s
 def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dict[str, Any] | None:
     """Tables of evaluated arms per point of the space, seeds taken together, beside the published figures; the arms'
     Dice over the number of labelled scans; labels of one cell per arm. None without an evaluated trial."""
-    cells: dict[str, dict[str, list[tables.Run]]] = {}
+    cells: dict[str, dict[str, list[Run]]] = {}
     for trial in trials:
         run = trial.run("finetune")
         if trial.state == "done" and run and (run / "evaluation" / "summary.json").is_file() and "arm" in trial.values:
@@ -221,7 +222,7 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
     if not cells:
         return None
     names = list(config["arms"])
-    colors = {arm: pictures.RUN_COLORS[k % len(pictures.RUN_COLORS)] for k, arm in enumerate(names)}
+    colors = {arm: plots.RUN_COLORS[k % len(plots.RUN_COLORS)] for k, arm in enumerate(names)}
     cells = {point: {arm: found[arm] for arm in names if arm in found} for point, found in cells.items()}
     points, published = sorted(cells, key=lambda point: _num_scans(cells[point])), _published(config)
     blocks = [_block(point, cells[point], published if _of_all(cells[point]) else {}, colors) for point in points]
@@ -239,30 +240,30 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
     }
 
 
-def _num_scans(cells: dict[str, list[tables.Run]]) -> int:
+def _num_scans(cells: dict[str, list[Run]]) -> int:
     """Labelled scans of a point's trials, validation included."""
     scans = next(iter(cells.values()))[0].record["scans"]
     return len(scans["train"]) + len(scans["val"])
 
 
-def _one_seed(cells: dict[str, list[tables.Run]]) -> list[tables.Run]:
+def _one_seed(cells: dict[str, list[Run]]) -> list[Run]:
     """One run per arm, of the first seed that most arms have; an arm without it is left out."""
     seeds = [run.config["seed"] for runs in cells.values() for run in runs]
     chosen = max(sorted(set(seeds)), key=seeds.count)
     return [run for runs in cells.values() for run in runs if run.config["seed"] == chosen]
 
 
-def _of_all(cells: dict[str, list[tables.Run]]) -> bool:
+def _of_all(cells: dict[str, list[Run]]) -> bool:
     """Whether a point's trials had all labelled scans, as those that the paper's tables are of."""
     configs = [run.config for runs in cells.values() for run in runs]
     of_all = (1.0, None)  # none and a scan_share of 1 in earlier versions
     return all(config["num_scans"] in of_all and config.get("scan_share", 1) == 1 for config in configs)
 
 
-def _evaluated(run: Path, arm: str) -> tables.Run:
-    summary = tables.read_json(run / "evaluation" / "summary.json")
+def _evaluated(run: Path, arm: str) -> Run:
+    summary = read_json(run / "evaluation" / "summary.json")
     scores = pq.read_table(run / "evaluation" / "metrics.parquet").to_pylist()
-    return tables.Run(arm, run, 0, tables.read_json(run / "run.json"), [], summary, scores)
+    return Run(arm, run, 0, read_json(run / "run.json"), [], summary, scores)
 
 
 def _published(config: dict[str, Any]) -> dict[str, Any]:
@@ -274,12 +275,12 @@ def _published(config: dict[str, Any]) -> dict[str, Any]:
     for table, scores in known["tables"].items():
         for score, rows in scores.items():
             for arm, values in rows.items():
-                figures = dict(zip(known["columns"], values, strict=True))
-                found.setdefault(score, {}).setdefault(arm, []).append((table, figures))
+                by_organ = dict(zip(known["columns"], values, strict=True))
+                found.setdefault(score, {}).setdefault(arm, []).append((table, by_organ))
     return found
 
 
-def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, Any], colors: dict[str, str]) -> dict:
+def _block(point: str, cells: dict[str, list[Run]], published: dict[str, Any], colors: dict[str, str]) -> dict:
     """The tables of one point of the space."""
     organs = list(dict.fromkeys(row["organ"] for runs in cells.values() for run in runs for row in run.scores))
     columns = [None, *organs] if len(organs) > 1 else [None]
@@ -291,8 +292,8 @@ def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, 
             texts = [arms.cell([v * factor for v in column if v is not None]) for column in values]
             texts += [arms.cell([tables.unscored(run) for run in runs], 1)] if distance else []
             rows.append({"name": arm, "color": colors[arm], "seeds": len(runs), "cells": texts, "paper": False})
-            for table, figures in published.get(score, {}).get(arm, []):
-                texts = [tables.number(figures.get(organ or "mean"), ".2f") for organ in columns] + [""] * distance
+            for table, by_organ in published.get(score, {}).get(arm, []):
+                texts = [tables.number(by_organ.get(organ or "mean"), ".2f") for organ in columns] + [""] * distance
                 rows.append({"name": f"paper, Table {table}", "seeds": "", "cells": texts, "paper": True})
         heads = [(organ or "mean").replace("_", " ") for organ in columns] + ["left out"] * distance
         found.append({"head": head, "heads": heads, "rows": rows})
@@ -308,11 +309,11 @@ def _block(point: str, cells: dict[str, list[tables.Run]], published: dict[str, 
         "tables": found,
         "sentences": _differences(cells),
         "gains": {arm: arms.dice_gain(_against_first(cells, runs)[1]) for arm, runs in list(cells.items())[1:]},
-        "bars": pictures.to_svg(pictures.organ_bars(organs, bars)),
+        "bars": figures.to_svg(plots.organ_bars(organs, bars)),
     }
 
 
-def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
+def _differences(cells: dict[str, list[Run]]) -> list[str]:
     """Each arm against the first one, in words."""
     lines = []
     for arm, runs in list(cells.items())[1:]:
@@ -323,7 +324,7 @@ def _differences(cells: dict[str, list[tables.Run]]) -> list[str]:
     return lines
 
 
-def _against_first(cells: dict[str, list[tables.Run]], runs: list[tables.Run]) -> tuple[str, list[tuple]]:
+def _against_first(cells: dict[str, list[Run]], runs: list[Run]) -> tuple[str, list[tuple]]:
     """The first arm, and its runs beside those of another, in pairs of a seed."""
     first, others = next(iter(cells.items()))
     theirs = {run.config["seed"]: run for run in others}
@@ -345,4 +346,4 @@ def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:
         points = sorted(found[arm].items())
         spread = [float(np.std(v, ddof=1)) if len(v) > 1 else math.nan for _, v in points]
         lines.append((arm, colors[arm], [num for num, _ in points], [float(np.mean(v)) for _, v in points], spread))
-    return pictures.to_svg(pictures.arms_over("labelled scans, validation included", lines, "mean over organs"))
+    return figures.to_svg(sweep_plots.arms_over("labelled scans, validation included", lines, "mean over organs"))

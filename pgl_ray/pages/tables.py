@@ -1,169 +1,18 @@
 """What the numbers of run folders say: tables, paired differences, verdicts. The report prints them."""
 
-import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pgl_ray.model.metrics import paired_by_scan, reach
-from pgl_ray.train.bucket import is_url, shelf, shown
+from pgl_ray.pages.run_folders import Run
 from pgl_ray.train.health import collapse, newest_verdict, rise
-from pgl_ray.train.metrics import read_metrics
 
 SCORES = {"dice": "Dice", "iou": "IoU", "hd_mm": "HD, mm", "hd95_mm": "HD95, mm"}
 LOWER_IS_BETTER = ("hd_mm", "hd95_mm")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder as read.
-
-    Attributes:
-        name: short, unique among the runs that were read together.
-        path: absolute; of a run in a bucket this machine's copy.
-        number: its place among them, from 0 on.
-        record: run.json.
-        rows: metrics.jsonl.
-        summary, scores: evaluation/summary.json and the rows of metrics.parquet; none and [] without an evaluation.
-    """
-
-    name: str
-    path: Path
-    number: int
-    record: dict[str, Any]
-    rows: list[dict[str, float]]
-    summary: dict[str, Any] | None
-    scores: list[dict[str, Any]]
-
-    @property
-    def door(self) -> str:
-        """The door that made the run."""
-        return self.record["door"]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Its config as it was written."""
-        return self.record["config"]
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_runs(folders: list[str]) -> list[Run]:
-    """Reads run folders; a name is the folder's, or as much of its path as tells the runs apart.
-
-    Raises:
-        ValueError: no run folder, or one given twice.
-    """
-    places = [folder.rstrip("/") if is_url(folder) else str(Path(folder).resolve()) for folder in folders]
-    if len(set(places)) < len(places):
-        raise ValueError(f"run={folders} names a run twice: give each once")
-    names = [os.path.basename(place) for place in places]
-    if len(set(names)) < len(names):
-        paths = ["/" + place.replace("://", "/").lstrip("/") for place in places]
-        names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
-    return [_read_run(*one) for one in zip(folders, names, places, range(len(places)))]
-
-
-def _read_run(folder: str, name: str, place: str, number: int) -> Run:
-    path = shelf(place)
-    if not (path / "run.json").is_file():
-        raise ValueError(f"run={folder} is no run (no run.json there): give a folder that pretrain or finetune wrote")
-    record = read_json(path / "run.json")
-    if record.get("door") not in ("pretrain", "finetune"):
-        raise ValueError(f"run={folder} is a run of {record.get('door')}: give one of pretrain or finetune")
-    evaluation, summary, scores = path / "evaluation", None, []
-    if (evaluation / "summary.json").is_file() and (evaluation / "metrics.parquet").is_file():
-        summary = read_json(evaluation / "summary.json")
-        scores = pq.read_table(evaluation / "metrics.parquet").to_pylist()
-    return Run(name, path, number, record, read_metrics(path), summary, scores)
-
-
-def read_json(path: Path) -> Any:
-    """Reads JSON.
-
-    Raises:
-        ValueError: damaged; names the file.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-
-
-# -- what was run -----------------------------------------------------------------------------------------------------
-
-
-def overview(run: Run) -> dict[str, str]:
-    """One row of the table of runs: text by column."""
-    record = run.record
-    scans = record.get("scans")
-    split = f"{len(scans['train'])} train, {len(scans['val'])} val, of " if scans else ""
-    steps = int(run.rows[-1]["step"]) if run.rows else 0
-    planned = record.get("num_steps", steps)
-    return {
-        "door": run.door,
-        "init": os.path.basename(run.config.get("init", "")),
-        "started": record["started"][:16].replace("T", " "),
-        "took": _duration(run.rows),
-        "steps": f"{steps:,}" if steps == planned else f"{steps:,} of {planned:,}",
-        "parameters": f"{record['num_parameters'] / 1e6:.2f} M" + (" (encoder)" if run.door == "pretrain" else ""),
-        "scans": split + str(record["store"]["num_scans"]),
-        "versions": ", ".join(f"{name} {value}" for name, value in record["versions"].items()),
-        "path": shown(run.path),
-    }
-
-
-def duration_s(rows: list[dict[str, float]]) -> float:
-    """Training time in seconds; the clock of metrics.jsonl starts again when a run is continued."""
-    times = [row["time_s"] for row in rows]
-    return sum(now for now, after in zip(times, [*times[1:], -1]) if after < now)
-
-
-def _duration(rows: list[dict[str, float]]) -> str:
-    seconds = duration_s(rows)
-    hours, rest = divmod(seconds, 3600)
-    return f"{hours:.0f} h {rest // 60:.0f} min" if hours else f"{seconds / 60:.1f} min"
-
-
-def waits(run: Run) -> list[tuple[float, float]]:
-    """(step, share of the time since the row before that was spent waiting for data), of rows that say it."""
-    found = []
-    for row in run.rows:
-        share = row.get("data/wait_share")
-        rate = row.get("train/pairs_per_s", row.get("train/patches_per_s"))
-        if share is None and rate and "data/wait_s" in row:  # of an earlier version
-            share = row["data/wait_s"] * rate / run.config["global_batch_size"]
-        if share is not None:
-            found.append((row["step"], share))
-    return found
-
-
-def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
-    """Dotted keys whose values differ between runs, with each run's value."""
-    flat = [_flatten(run.config) for run in runs]
-    keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key != "run"]
-    rows = [(key, [str(values.get(key, "-")) for values in flat]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def _flatten(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {path: value}
-    return {k: v for key, part in value.items() for k, v in _flatten(part, f"{path}.{key}" if path else key).items()}
-
-
-def settings(run: Run) -> str:
-    """The resolved config as text."""
-    path = run.path / "config.yaml"
-    return path.read_text() if path.is_file() else json.dumps(run.config, indent=1)
-
 
 # -- comparison of evaluated runs -------------------------------------------------------------------------------------
 

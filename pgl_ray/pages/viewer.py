@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -13,8 +13,10 @@ from isal import igzip
 from matplotlib.colors import to_rgb
 
 from pgl_ray.pages import pages
+from pgl_ray.pages.figures import to_png
+from pgl_ray.pages.label_pictures import montage, organ_color
 from pgl_ray.pages.pages import OPEN, Answer, Line, plural
-from pgl_ray.pages.pictures import DISPLAY_HU, montage, organ_color, to_png
+from pgl_ray.pages.slices import DISPLAY_HU
 
 MAX_VOXELS = 32_000_000  # that a page holds; a larger scan is shown at every second, third, ... voxel
 GREY_HU = 8.0  # step of the 256 greys that a page holds, from -1024 HU on
@@ -58,16 +60,39 @@ def make_page(
     Returns:
         HTML and PNG.
     """
-    values = [organ.value for organ in organs]
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
-    numbers = _numbers(label, values)
+    numbers = _numbers(label, [organ.value for organ in organs])
     picture = to_png(montage(voxels, numbers, spacing_mm, [organ.name for organ in organs]), dpi=110)
     step = _step(voxels.shape, spacing_mm)
-    cut = tuple(slice(None, None, n) for n in step)
-    small = affine @ np.diag([*step, 1.0])
+    rows = [
+        {**organ._asdict(), "number": number, "color": organ_color(number)} for number, organ in enumerate(organs, 1)
+    ]
+    page = pages.render(
+        "viewer.html",
+        answers=answers(organs, notes),
+        **texts,
+        notes=notes,
+        organs=rows,
+        windows=WINDOWS,
+        shrunk=f"One voxel of {' x '.join(map(str, step))} (D, H, W) is shown." if max(step) > 1 else "",
+        montage=picture,
+        display_hu=DISPLAY_HU,
+        grey_hu=GREY_HU,
+        niivue=(HERE / "niivue.umd.js").read_text().replace("</script", r"<\/script"),
+        licence=(HERE / "niivue.license.txt").read_text().replace("--", "- -"),
+        data=json.dumps(_shown(voxels, numbers, affine, organs, step)).replace("<", r"\u003c"),
+    )
+    return page, base64.b64decode(picture.split(",", 1)[1])
+
+
+def _shown(
+    voxels: np.ndarray, numbers: np.ndarray, affine: np.ndarray, organs: list[Organ], step: list[int]
+) -> dict[str, Any]:
+    """What niivue shows: scan and labels as NIfTI at every `step`-th voxel, and how."""
+    cut, small = tuple(slice(None, None, n) for n in step), affine @ np.diag([*step, 1.0])
     colors = [(0.0, 0.0, 0.0), *(to_rgb(organ_color(number)) for number in range(1, len(organs) + 1))]
     channels = np.rint(np.array(colors).T * 255).astype(int).tolist()
-    data = {
+    return {
         "scan": _nifti(_greys(voxels[cut]), small, (GREY_HU, -1024.0)),
         "labels": _nifti(numbers[cut], small, (1.0, 0.0)),
         "window": WINDOWS["soft tissue"],
@@ -80,26 +105,6 @@ def make_page(
             "labels": ["", *(organ.name for organ in organs)],
         },
     }
-    rows = [
-        {**organ._asdict(), "number": number, "color": organ_color(number)} for number, organ in enumerate(organs, 1)
-    ]
-    shrunk = f"One voxel of {' x '.join(map(str, step))} (D, H, W) is shown." if max(step) > 1 else ""
-    page = pages.render(
-        "viewer.html",
-        answers=answers(organs, notes),
-        **texts,
-        notes=notes,
-        organs=rows,
-        windows=WINDOWS,
-        shrunk=shrunk,
-        montage=picture,
-        display_hu=DISPLAY_HU,
-        grey_hu=GREY_HU,
-        niivue=(HERE / "niivue.umd.js").read_text().replace("</script", r"<\/script"),
-        licence=(HERE / "niivue.license.txt").read_text().replace("--", "- -"),
-        data=json.dumps(data).replace("<", r"\u003c"),
-    )
-    return page, base64.b64decode(picture.split(",", 1)[1])
 
 
 def answers(organs: Sequence[Organ], notes: Sequence[str]) -> list[Answer]:

@@ -21,7 +21,8 @@ from pgl_ray.config import TuneConfig
 from pgl_ray.data.durable import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.judge.judges import HIGHER_IS_BETTER
-from pgl_ray.pages.tables import duration_s, probe_values, read_json
+from pgl_ray.pages.run_folders import duration_s, read_json
+from pgl_ray.pages.tables import probe_values
 from pgl_ray.train.health import verdict
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.progress import clock

@@ -19,11 +19,12 @@ import scale_model
 import torch
 from torch import nn
 
-from pgl_ray import bench, pretrain
+from pgl_ray import bench
 from pgl_ray import config as c
 from pgl_ray.data import stream
 from pgl_ray.model.pgl import Pair
-from pgl_ray.train import launch, optim
+from pgl_ray.train import launch, networks, optim
+from pgl_ray.train.one_step import train_step
 from pgl_ray.train.writer import num_bytes
 
 WORKERS = (1, 4, 8, 16, 64)
@@ -31,7 +32,7 @@ WORKERS = (1, 4, 8, 16, 64)
 
 def costs(config: c.PretrainConfig) -> dict[str, float]:
     """Bytes, whatever the number of workers: gradient, BatchNorm statistics, a pair's views, a checkpoint."""
-    net, _ = pretrain.build_model(config)
+    net, _ = networks.build_pretraining(config)
     trained = [p for p in net.parameters() if p.requires_grad]
     norms = [part for part in net.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     learnt = sum(part.num_features for part in norms if part.weight.requires_grad)
@@ -86,7 +87,7 @@ def work(rank: int, world: int, port: int, seconds: float, answers) -> None:
         torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     values = {"index": "none", "run": "none", "encoder": {"width": 16, "depths": (1, 1, 1, 1)}}
     config = c.build(c.PretrainConfig, values | {"heads": {"hidden": 256, "out": 64}})
-    net, _ = pretrain.build_model(config)
+    net, _ = networks.build_pretraining(config)
     model = net
     if world > 1:
         model = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -101,9 +102,9 @@ def work(rank: int, world: int, port: int, seconds: float, answers) -> None:
     while wall < seconds or steps < 2:
         if steps == 0:  # the second one lays out DDP's buckets
             for _ in range(2):
-                pretrain.train_step(model, net, lars, schedule, pair, 0.99, autocast)
+                train_step(model, net, lars, schedule, pair, 0.99, autocast)
         began, used = time.perf_counter(), time.process_time()
-        pretrain.train_step(model, net, lars, schedule, pair, 0.99, autocast)
+        train_step(model, net, lars, schedule, pair, 0.99, autocast)
         enough = torch.tensor(float(wall + time.perf_counter() - began))
         if world > 1:
             torch.distributed.broadcast(enough, 0)  # all of them end at the same step

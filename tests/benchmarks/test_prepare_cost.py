@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pgl_ray import prepare
+from pgl_ray.convert import one_scan
 from pgl_ray.data import store
 from pgl_ray.data.place import open_place
 from pgl_ray.files.layout import Source
@@ -55,7 +55,7 @@ def test_cpu_time_against_nibabel(tmp_path, real_data):
                 read += cpu_s(lambda path=path: np.asanyarray(nib.load(path).dataobj))
                 row = {"task": i, "item": pickle.dumps(tasks[i])}
                 args = (row, str(tmp_path / "s"), token, {}, OPTIONS)
-                convert += cpu_s(lambda args=args: rows.append(prepare.convert(*args)))
+                convert += cpu_s(lambda args=args: rows.append(one_scan.convert(*args)))
         seconds["nibabel"].append(read)
         seconds["prepare"].append(convert)
     assert {row["status"] for row in rows} == {"converted"}, rows
@@ -75,7 +75,7 @@ options = {"hu_window": (-1024.0, 325.0), "chunk": (8, 64, 64), "encoding": sys.
 options["compression"] = "lz4"
 with store.open_place(folder).locked() as token:
     task = (Source("a", path, label or None, ""), None)
-    row = prepare.convert({"task": 0, "item": pickle.dumps(task)}, folder, token, {}, options)
+    row = one_scan.convert({"task": 0, "item": pickle.dumps(task)}, folder, token, {}, options)
 assert row["status"] == "converted", row
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024)
@@ -106,10 +106,10 @@ def test_the_thousandth_scan_is_as_fast_as_the_first(tmp_path):
     grown, young = str(tmp_path / "grown"), str(tmp_path / "young")
     with open_place(grown).locked() as first, open_place(young).locked() as second:
         for i in range(900):
-            prepare.convert(rows[i], grown, first, {}, OPTIONS)
+            one_scan.convert(rows[i], grown, first, {}, OPTIONS)
         seconds = {grown: [], young: []}  # the last hundred against a new store's first hundred, in turn
         for i, (folder, token) in itertools.product(range(900, 1000), [(grown, first), (young, second)]):
-            seconds[folder].append(cpu_s(lambda: prepare.convert(rows[i], folder, token, {}, OPTIONS)))  # noqa: B023
+            seconds[folder].append(cpu_s(lambda: one_scan.convert(rows[i], folder, token, {}, OPTIONS)))  # noqa: B023
     assert len(store.read_records(grown)) == 1000
     ratio = statistics.median(seconds[grown]) / statistics.median(seconds[young])
     print(f"scans 901-1000 against 1-100 of a store, CPU time: {ratio:.2f}")

@@ -1,0 +1,75 @@
+"""Whether a source folder and the store that it goes into agree on names, HU window, encoding and voxel size."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from pgl_ray.config import PrepareConfig
+from pgl_ray.data import store, store_settings
+from pgl_ray.files.layout import Layout
+from pgl_ray.files.source import some
+
+
+def check_labels(config: PrepareConfig, layout: Layout) -> None:
+    """Refuses a source without any label where labels are named.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if config.recipe.parts or layout.faults or any(scan.label for scan in layout.scans):
+        return
+    if config.labels.names:
+        given = f"labels.names names {some(list(config.labels.names))}"
+    elif layout.label_folders:
+        given = f"there is {some(layout.label_folders)}"
+    else:
+        return
+    raise ValueError(
+        f"source={config.source}: {given}, and no scan has a label: name label maps as their scans, or "
+        "leave the labels out"
+    )
+
+
+def settings_of(config: PrepareConfig) -> store_settings.Settings | None:
+    """Settings of a store that is there already.
+
+    Raises:
+        ValueError: it has another HU window, encoding or spacing, or store.json is damaged.
+    """
+    if "store.json" not in store.open_place(config.store).names(""):
+        return None
+    known = store.read_settings(config.store)
+    for key in ("hu_window", "encoding", "spacing_mm"):
+        ours, theirs = getattr(config, key), getattr(known, key)
+        if ours != theirs:
+            raise ValueError(f"{key}={ours}: store {config.store} has {theirs}: use that or another store")
+    return known
+
+
+def agreed_names(config: PrepareConfig, layout: Layout) -> dict[str, int] | None:
+    """Organ names of source and store; none: nobody names them, so they will be called by the values found.
+
+    Raises:
+        ValueError: the store has other names.
+    """
+    settings = settings_of(config)
+    known = settings.labels if settings else {}
+    if layout.names and known and layout.names != known:
+        raise ValueError(
+            f"labels of {config.source} are {layout.names}, those of store {config.store} {known}: use another"
+        )
+    names = layout.names or known
+    unnamed = any(scan.label for scan in layout.scans) and names == names_of_values(names.values())
+    return None if unnamed else names
+
+
+def preparations(config: PrepareConfig, known: store_settings.Settings | None) -> tuple[dict[str, Any], ...]:
+    """What the store was made with so far, one config per source folder, the newest of each."""
+    ours, earlier = config.model_dump(mode="json", exclude={"store", "ray"}), known.preparations if known else ()
+    if any(said["source"] == config.source for said in earlier):
+        return tuple(ours if said["source"] == config.source else said for said in earlier)
+    return (*earlier, ours)
+
+
+def names_of_values(values: Iterable[int]) -> dict[str, int]:
+    """What organs are called that nobody names."""
+    return {f"label_{value}": value for value in sorted(values)}

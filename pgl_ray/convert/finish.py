@@ -1,0 +1,41 @@
+"""The records of a store's scans, once all are converted: what needs no new conversion, and scans that are the same."""
+
+from collections import defaultdict
+from dataclasses import replace
+
+from pgl_ray.convert.agreement import names_of_values
+from pgl_ray.data import store
+from pgl_ray.files.source import Source
+
+
+def same_content(records: dict[str, store.ScanRecord], here: set[str]) -> list[list[store.ScanRecord]]:
+    """Groups of scans that hold the same voxels, where one of each was looked at now; first those in two splits."""
+    same = defaultdict(list)
+    for record in records.values():
+        same[record.content_hash].append(record)
+    groups = [group for group in same.values() if len(group) > 1 and here & {record.scan_id for record in group}]
+    return sorted(groups, key=lambda group: len({record.split for record in group}) == 1)
+
+
+def finish_store(
+    folder: str, records: dict[str, store.ScanRecord], sources: list[Source], names: dict[str, int] | None
+) -> dict[str, int]:
+    """Updates what needs no new conversion in the records: path, split, labelled organs; returns the organ names."""
+    by_id = {source.scan_id: source for source in sources}
+    unnamed = names is None
+    if unnamed:
+        names = names_of_values({value for record in records.values() for value in record.label_voxels})
+    for record in list(records.values()):
+        source, new = by_id.get(record.scan_id), record
+        if source:
+            new = replace(new, source=source.image, split=source.split)
+        if record.label_metadata and (source or unnamed):
+            stated = source.labelled if source else None
+            if source and source.structures:  # no more than what was filled, whatever a table says
+                filled = {*record.labelled, *record.label_voxels}
+                stated = record.labelled if stated is None else tuple(value for value in stated if value in filled)
+            new = replace(new, labelled=tuple(sorted(names.values())) if stated is None else stated)
+        if new != record:
+            store.update_record(folder, new)
+            records[new.scan_id] = new
+    return names

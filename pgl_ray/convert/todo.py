@@ -1,0 +1,120 @@
+"""What of a source folder is new or changed since it went into the store; what was renamed, and what is gone."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from pgl_ray.config import PrepareConfig
+from pgl_ray.data import store
+from pgl_ray.files import identity
+from pgl_ray.files.layout import Layout
+from pgl_ray.files.source import Source
+
+# A scan to convert, unless its files have the hash of what the store has under its scan_id.
+Task = tuple[Source, store.ScanRecord | None]
+
+
+def known_sources(place: store.Place) -> set[str]:
+    """What the scans of a store were made from, as its index says it; nothing where that cannot be read."""
+    try:
+        return {scan.source for scan in store.read_index(place.url).scans}
+    except ValueError:
+        return set()
+
+
+class Todo(NamedTuple):
+    """What a run has to do.
+
+    Attributes:
+        tasks: scans to convert.
+        stored: sources whose scans lie in the store unchanged.
+        renamed: id -> ids that the store has the same source under.
+    """
+
+    tasks: list[Task]
+    stored: list[Source]
+    renamed: dict[str, list[str]]
+
+
+def what_to_do(layout: Layout, records: dict[str, store.ScanRecord], only: dict[str, str] | None) -> Todo:
+    """What of a source folder is new or changed.
+
+    Args:
+        layout: of the folder.
+        records: of the store's scans.
+        only: scans to convert whatever the store has of them, and no others, each with what it is made from.
+    """
+    if only is not None:
+        return Todo([(source, None) for source in _own_sources(layout, only)], [], {})
+    renamed = _renamed(layout.scans, records)
+    moving = {old for olds in renamed.values() for old in olds}
+    pairs = [(one, None if one.scan_id in moving else records.get(one.scan_id)) for one in layout.scans]
+    stored = [source for source, record in pairs if record and _unchanged(source, record)]
+    whole = {source.scan_id for source in stored}
+    return Todo([(source, record) for source, record in pairs if source.scan_id not in whole], stored, renamed)
+
+
+def _own_sources(layout: Layout, only: dict[str, str]) -> list[Source]:
+    """The sources of scans that the store has under these ids; a scan's own or none."""
+    found = []
+    for scan_id, path in only.items():
+        own = [source for source in layout.scans if source.image == path]
+        named = [source for source in own if source.scan_id == scan_id]
+        found += named or [replace(source, scan_id=scan_id) for source in own if len(own) == 1 and not source.slices]
+    return found
+
+
+def _renamed(sources: list[Source], records: dict[str, store.ScanRecord]) -> dict[str, list[str]]:
+    """id -> ids of other scans of the store that were made from the same source."""
+    by_path, by_mark = defaultdict(list), defaultdict(list)
+    for record in records.values():
+        by_path[record.source].append(record)
+        if mark := identity.series_mark(record.scan_id):
+            by_mark[mark].append(record)
+    found = {}
+    for source in sources:
+        mark = identity.series_mark(source.scan_id) if source.slices else ""
+        near = {record.scan_id: record for record in (*by_path[source.image], *by_mark.get(mark, ()))}
+        near.pop(source.scan_id, None)
+        olds = [scan_id for scan_id, record in near.items() if _is_same_source(source, mark, record)]
+        if olds:
+            found[source.scan_id] = olds
+    return found
+
+
+def _is_same_source(source: Source, mark: str, record: store.ScanRecord) -> bool:
+    if not source.slices:
+        return record.source == source.image
+    theirs = identity.series_mark(record.scan_id)
+    if theirs:  # slices that came or went may have moved the folder that holds all of them
+        one, other = Path(source.image), Path(record.source)
+        return theirs == mark and (one.is_relative_to(other) or other.is_relative_to(one))
+    return record.source == source.image and _unchanged(source, record)
+
+
+def vanished(config: PrepareConfig, layout: Layout, records: Iterable[store.ScanRecord]) -> Iterator[str]:
+    """Scans that were made from this source folder and whose files are gone. Of DICOM, whose folder may stay, the
+    series that is not found any more, unless it was not looked for or cannot be used."""
+    root, found = Path(config.source).resolve(), {source.scan_id for source in layout.scans}
+    faulty = {fault.source for fault in layout.faults}
+    for record in records:
+        path = Path(record.source)
+        if record.scan_id in found or not path.is_relative_to(root):
+            continue
+        if not path.exists() or (path.is_dir() and not config.series and record.source not in faulty):
+            yield record.scan_id
+
+
+def beside_another(source: Source, scans: Sequence[Source]) -> bool:
+    """Whether another volume lies in a scan's folder: then what is no CT was only taken along."""
+    folder = Path(source.image).parent
+    return any(one is not source and folder in (Path(one.image), Path(one.image).parent) for one in scans)
+
+
+def _unchanged(source: Source, record: store.ScanRecord) -> bool:
+    try:
+        return (record.source, record.source_size, record.source_mtime_ns) == (source.image, *source.stamp())
+    except OSError:  # the task will say what is wrong
+        return False
