@@ -17,9 +17,9 @@ import torch
 import zarr
 
 from pgl_ray.config import IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
-from pgl_ray.convert import finish
 from pgl_ray.data import kernels, render_costs, rendering, scan_files, store, stream
 from pgl_ray.data.array_reader import UnreadableScan
+from pgl_ray.data.batch_views import finish
 from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.patch_renderer import PatchRenderer
 from pgl_ray.data.render_cache import region_of

@@ -21,9 +21,8 @@ from pgl_ray import config as c
 from pgl_ray import report, tune
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
-from pgl_ray.judge.search import search
 from pgl_ray.pages import arms, sweep_plots, sweep_report
-from pgl_ray.sweep import checks, population, stages, stores, sweeps, trial
+from pgl_ray.sweep import checks, population, search, stages, stores, sweeps, trial
 from pgl_ray.sweep.points import name_of, values_of
 from pgl_ray.sweep.room import room_for
 from pgl_ray.train import capacity, checkpoint, nodes, optim
