@@ -67,13 +67,13 @@ def test_cpu_time_against_nibabel(tmp_path, real_data):
 PEAK = """
 import pickle, sys
 from pathlib import Path
-from pgl_ray import prepare
-from pgl_ray.data import store
+from pgl_ray.convert import one_scan
+from pgl_ray.data.place import open_place
 from pgl_ray.files.layout import Source
 path, label, folder = sys.argv[1:4]
 options = {"hu_window": (-1024.0, 325.0), "chunk": (8, 64, 64), "encoding": sys.argv[4], "spacing_mm": None}
 options["compression"] = "lz4"
-with store.open_place(folder).locked() as token:
+with open_place(folder).locked() as token:
     task = (Source("a", path, label or None, ""), None)
     row = one_scan.convert({"task": 0, "item": pickle.dumps(task)}, folder, token, {}, options)
 assert row["status"] == "converted", row
