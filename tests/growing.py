@@ -10,9 +10,11 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import hosts
 import psutil
+import ray._private.node
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 
 COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
@@ -20,13 +22,23 @@ OWN_ID = "RAY_OVERRIDE_NODE_ID_FOR_TESTING"  # in the environment of each of the
 
 
 class Quota(FakeMultiNodeProvider):
-    """Ray's fake nodes, of which no more than `quota` are given at a time."""
+    """Ray's fake nodes, of which no more than `quota` are given at a time, each with a folder of its own.
+
+    In the head's folder, where Ray would have them, a node's agent unpacks a job's files over those that the job's
+    command stands in, and the command loses its working directory.
+    """
 
     def create_node_with_resources_and_labels(self, node_config, tags, count, resources, labels):
         quota = self.provider_config.get("quota")
         if quota is not None and len(self._nodes) - 1 + count > quota:
             raise RuntimeError(f"VcpuLimitExceeded: you have requested more than your current limit of {quota}")
-        super().create_node_with_resources_and_labels(node_config, tags, count, resources, labels)
+
+        def with_own_folder(params, node=ray._private.node.Node, **kwargs):
+            params.temp_dir = f"{self.provider_config['folder']}/node{self._next_node_id}"
+            return node(params, **kwargs)
+
+        with mock.patch.object(ray._private.node, "Node", with_own_folder):
+            super().create_node_with_resources_and_labels(node_config, tags, count, resources, labels)
 
 
 def free_port() -> int:
@@ -72,6 +84,7 @@ class Growing:
                 "gcs_address": self.address,
                 "launch_multiple": True,
                 "quota": quota,
+                "folder": str(folder),
                 "disable_node_updaters": True,
             },
             "available_node_types": types,

@@ -50,7 +50,9 @@ def _on_head(function: Any, otherwise: Any, timeout_s: float) -> Any:
     or takes long."""
     import ray
 
+    # DEFAULT: a trial of a sweep has a placement group, in which there is no head
     options = {"num_cpus": 0, "resources": {ray_internals.HEAD: 0.001}, "max_retries": 1}
+    options["scheduling_strategy"] = "DEFAULT"
     asked = ray.remote(function).options(**options).remote(ray.get_runtime_context().gcs_address)
     try:
         return ray.get(asked, timeout=timeout_s)
