@@ -1,6 +1,8 @@
 """The index by columns: of 100,000 scans, against pyarrow's own rows; small, quick, and never a mixture of two."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import pickle
 import subprocess
@@ -155,6 +157,16 @@ def test_rows_out_of_order_are_refused(tmp_path):
             store.read_index(tmp_path)
 
 
+@pytest.mark.parametrize("at", [0, 15, 1022, 1023, 1024, 2048])
+def test_names_out_of_order_are_seen_wherever_they_are(at):
+    texts = [f"{i:06}" for i in range(2050)]
+    for wrong in (texts[at], "", texts[at + 1] + "x"):  # twice, too early, too late
+        changed = [*texts[: at + 1], wrong, *texts[at + 2 :]]
+        in_order = all(a < b for a, b in itertools.pairwise(changed))
+        with contextlib.nullcontext() if in_order else pytest.raises(ValueError, match="out of order"):
+            Names(changed).in_order()
+
+
 @pytest.mark.parametrize("group", [1, 3, 10])
 def test_row_groups_of_any_size_are_read_alike(tmp_path, group):
     """Lists of one length and of several, texts with gaps: as pyarrow has them."""
@@ -194,9 +206,9 @@ def test_names_are_like_a_tuple_of_them(texts):
         assert names.index(text) == texts.index(text)
 
 
-@pytest.mark.parametrize("num", [1, 2, 15, 16, 17, 100])
+@pytest.mark.parametrize("num", [1, 2, 15, 16, 17, 100, 1023, 1024, 1025, 3000])
 def test_a_name_is_found_where_it_stands(num):
-    texts = sorted(f"{i * 7 % 101}é" for i in range(num))
+    texts = sorted(f"{i * 7 % 10007}é" for i in range(num))
     names = Names(texts).in_order()
     assert [names.place(text) for text in texts] == list(range(num))
     for wrong in ("", "5", "zz", texts[0] + "x"):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 LONGEST_BLOCK, MOST_OF_BLOCK = 2**15, 32  # bytes and texts of a compressed block; opening one takes 20 us
-ROWS_AT_ONCE = 1024  # of a column of texts, while it is read
+ROWS_AT_ONCE = 1024  # of a column of texts, while it is read; STRIDE divides it
 BYTES_AT_ONCE = 2**20  # of a file
 STRIDE = 16  # one of so many names is at hand for a search
 
@@ -269,10 +269,13 @@ class Names(Sequence):
         Raises:
             ValueError: they are not.
         """
-        names = self._array.to_pylist()
-        if not all(map(operator.lt, names, names[1:])):
-            raise ValueError("its rows are out of order")
-        self._some = names[::STRIDE]  # to search in: a list answers ten times as fast as Arrow's array
+        self._some, last = [], []  # some to search in: a list answers ten times as fast as Arrow's array
+        for start in range(0, len(self), ROWS_AT_ONCE):  # the next ones' texts take the room of these
+            names = self._array[start : start + ROWS_AT_ONCE].to_pylist()
+            if not all(map(operator.lt, [*last, *names], names[1 - len(last) :])):
+                raise ValueError("its rows are out of order")
+            self._some += names[::STRIDE]
+            last = names[-1:]
         return self
 
     def place(self, name: str) -> int:

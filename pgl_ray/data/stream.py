@@ -167,7 +167,7 @@ def dataset(
 
 
 def _start(_: Callable[[dict], dict]) -> None:
-    """A rendering task's imports: Ray keeps the process for the first of them, seconds before the stream asks for it."""
+    """A rendering task's imports, seconds before the stream asks for one: Ray keeps the process."""
     import ray.data  # noqa: F401
 
 
@@ -176,8 +176,7 @@ def _num_tasks() -> int:
     than CPUs would cost a fifth."""
     import ray
 
-    import os
-    return int(os.environ.get("HACK_T", "0")) or max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
 
 
 def too_large(block_bytes: int, num_workers: int) -> str | None:
