@@ -358,6 +358,21 @@ def test_an_unknown_error_is_shown_by_its_last_line(monkeypatch):
 
 
 @pytest.mark.cluster
+def test_the_head_answers_a_trial_in_a_placement_group(ray_cluster):
+    """A trial's group holds what it trains on, and the head is elsewhere: what asks the head leaves the group."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = ray.util.placement_group([{"CPU": 0.01}])
+    inside = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    try:
+        trial = ray.remote(autoscaler.config).options(num_cpus=0.01, scheduling_strategy=inside)
+        assert ray.get(trial.remote()) is None  # the cluster does not grow, says its head
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+@pytest.mark.cluster
 def test_a_stream_under_rays_own_bounds_is_the_same(ray_cluster, monkeypatch):
     from ray.data._internal.logical.operators import map_operator
 
