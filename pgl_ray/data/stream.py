@@ -147,7 +147,8 @@ def dataset(
     """
     import ray.data
 
-    starting = ray.remote(_start).options(num_cpus=num_cpus, max_retries=0)
+    # SPREAD, as Ray Data's own tasks: over all nodes, and outside a trial's placement group
+    starting = ray.remote(_start).options(num_cpus=num_cpus, max_retries=0, scheduling_strategy="SPREAD")
     for _ in range(max(1, _num_tasks() // 2)):  # of all of them, they would take the cores from workers that start, too
         starting.remote(render)
     context = ray.data.DataContext.get_current()
