@@ -24,7 +24,7 @@ from pgl_ray.model.inference import pick_device
 from pgl_ray.prior import Geometry, Prior, interpolation_matrices, overlap_box
 from pgl_ray.train import weights
 
-__all__ = [
+__all__ = (
     "FeatureMap",
     "Match",
     "Prior",
@@ -37,7 +37,7 @@ __all__ = [
     "pooled",
     "read_scan",
     "sample_prior",
-]
+)
 
 
 class Match(NamedTuple):

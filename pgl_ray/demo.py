@@ -28,7 +28,7 @@ from pgl_ray.pages import run_folders, tables
 from pgl_ray.phantom.phantom import write_phantoms
 
 SHAPE, SPACING_MM = (40, 96, 96), (6.0, 3.5, 3.5)
-VIEW = [24, 48, 48]
+VIEW = (24, 48, 48)
 ENCODER = {"width": 8, "depths": [1, 1, 2, 1]}  # 0.26 M parameters instead of 46 M, as in conf/pretrain_small.yaml
 TRAIN = {"num_workers": 1, "log_every": 10, "checkpoint_every": 1000}
 INITS = ("random", "pgl")

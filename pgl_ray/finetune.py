@@ -26,12 +26,13 @@ from pgl_ray.model import device as on
 from pgl_ray.model.inference import TooLittleMemory
 from pgl_ray.model.metrics import summarise
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
-from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, runs, watch, weights
+from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, runs, weights
 from pgl_ray.train.networks import build_finetuning
 from pgl_ray.train.one_step import backward, train_mode
 from pgl_ray.train.run_files import STATE
 from pgl_ray.train.session import Session
 from pgl_ray.train.stops import BEST, fault_of_losses, lower, memory_fault, smaller_batch
+from pgl_ray.train.watch import JUDGE
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def run(config: FinetuneConfig) -> Result:
         "weights": dataclasses.asdict(loaded) if loaded else None,
     }
     folder = runs.open_run(config, "finetune", facts)
-    with runs.alone(folder) as done:
+    with runs.alone(folder) as held:
+        done = held.found
         finished = done is not None and _is_over(done[0], plan.num_steps)
         if not finished:
             launch.connect(config.ray)
@@ -87,7 +89,7 @@ def run(config: FinetuneConfig) -> Result:
             numbers = f"{len(train_ids)} scans to train on, {len(val_ids)} to validate, steps {done[1] if done else 0}"
             _say_what_begins(config, index, model, meta, loaded, f"{numbers} to {plan.num_steps}, {folder}")
             worker_config = {"config": config.model_dump_json(), "run": folder, "plan": plan, "meta": meta}
-            _fit(config, plan, feed, worker_config | {"val_ids": set(val_ids)}, folder)
+            _fit(config, plan, feed, worker_config | {"val_ids": set(val_ids)}, held)
     best, steps = checkpoint.state_of(folder), checkpoint.committed_step(folder)
     overfitted = None
     if steps < plan.num_steps:
@@ -108,14 +110,14 @@ def _feed(config: FinetuneConfig, index: store.Index, plan: stream.Plan) -> Call
     return partial(stream.dataset, plan, renderer, num_cpus=launch.RENDER_CPUS)
 
 
-def _fit(config: FinetuneConfig, plan: stream.Plan, feed: Callable, worker_config: dict, folder: str) -> None:
+def _fit(config: FinetuneConfig, plan: stream.Plan, feed: Callable, worker_config: dict, held: runs.Held) -> None:
     """Trains to the end of the plan.
 
     Raises:
         FailedRun: it does not come there; where memory was too short, with the batch to take.
     """
     try:
-        stopped = launch.fit(worker, worker_config, feed, config.train, folder, plan.num_steps, plan.global_batch_size)
+        stopped = launch.fit(worker, worker_config, feed, config.train, held, plan.num_steps, plan.global_batch_size)
     except FailedRun as error:
         if launch.NO_MEMORY not in str(error):
             raise
@@ -199,7 +201,7 @@ def _segmenter(session: Session, config: FinetuneConfig, index: store.Index, met
     begun = bool(session.state)
     segmenter = build_finetuning(config, index, meta if begun else None)[0]
     if config.freeze and not begun:
-        prepare_frozen(on.lay_out(segmenter, session.device).encoder, config, index)
+        _prepare_frozen(session, on.lay_out(segmenter, session.device).encoder, config, index)
     segmenter = session.lay_out(segmenter)
     if config.train.recompute and not config.freeze:
         on.recompute(segmenter.encoder)
@@ -245,54 +247,40 @@ def _validate(
     index: store.Index,
     records: list[ScanRecord],
 ) -> dict[str, float]:
-    """`validate` between two steps; the network is left in training mode."""
+    """Dice per organ over the validation scans, which the ranks share; the network is left in training mode.
+
+    Returns:
+        The same on every rank: val/dice, the mean over organs that occur, and val/dice_<organ>.
+    """
+    inference = InferenceConfig(precision=config.train.precision)
+    mine, rows = records[session.rank :: session.world], []
     with session.paused():
-        watch.at(session.step - 1, watch.JUDGE)
-        inference = InferenceConfig(precision=config.train.precision)
-        scores = validate(segmenter, meta, index, records, inference, session.rank, session.world)
+        session.at(JUDGE, session.step - 1)
+        segmenter.eval()
+        with session.beating(segmenter):
+            try:
+                for scored in scoring.score_scans(segmenter, meta, index, mine, inference, distances=False):
+                    rows += scored.rows
+            except TooLittleMemory as error:
+                mend = "train.device=cpu, or a new run=... with a smaller patch.size"
+                raise FailedRun(f"validation: {error.what}: take {mend}") from None
+        session.meet()
+        summary = summarise([row for part in ranks.of_all_workers(rows) for row in part])
         train_mode(segmenter, config.freeze)
-    return scores
+    scores = {f"val/dice_{organ}": found["dice"] for organ, found in summary["organs"].items()}
+    scores = {key: float(value) for key, value in scores.items() if value is not None}
+    return {"val/dice": summary["dice"] or 0.0, **scores}
 
 
-def prepare_frozen(encoder: torch.nn.Module, config: FinetuneConfig, index: store.Index) -> None:
+def _prepare_frozen(session: Session, encoder: torch.nn.Module, config: FinetuneConfig, index: store.Index) -> None:
     """Gives a frozen encoder's BatchNorm the statistics of unlabelled views, as the judges do, whatever it starts from:
     those of random weights are 0 and 1, and a comparison would be one of states. The same on all workers."""
     if readings.norms(encoder):
         scans = [scan for scan in index.scans if scan.split == config.split]
         views = readings.unlabelled_views(index, scans, config.patch.size, config.seed)
-        with watch.beating(encoder):
+        with session.beating(encoder):
             readings.reestimate(encoder, views)
         ranks.share_buffers(encoder)
-
-
-def validate(
-    model: Segmenter | LightSegmenter,
-    meta: dict,
-    index: store.Index,
-    records: list[ScanRecord],
-    inference: InferenceConfig,
-    rank: int,
-    world: int,
-) -> dict[str, float]:
-    """Dice per organ over the validation scans, which the ranks share.
-
-    Returns:
-        The same on every rank: val/dice, the mean over organs that occur, and val/dice_<organ>.
-    """
-    model.eval()
-    rows = []
-    with watch.beating(model):
-        try:
-            for scored in scoring.score_scans(model, meta, index, records[rank::world], inference, distances=False):
-                rows += scored.rows
-        except TooLittleMemory as error:
-            mend = "train.device=cpu, or a new run=... with a smaller patch.size"
-            raise FailedRun(f"validation: {error.what}: take {mend}") from None
-    watch.meet()
-    summary = summarise([row for part in ranks.of_all_workers(rows) for row in part])
-    scores = {f"val/dice_{organ}": found["dice"] for organ, found in summary["organs"].items()}
-    scores = {key: float(value) for key, value in scores.items() if value is not None}
-    return {"val/dice": summary["dice"] or 0.0, **scores}
 
 
 def _is_over(folder: Path, num_steps: int) -> bool:

@@ -26,7 +26,7 @@ from pgl_ray.judge.readings import READINGS
 from pgl_ray.model import device as on
 from pgl_ray.model.pgl import Pair
 from pgl_ray.prior import Geometry
-from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, runs, watch
+from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, runs
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.networks import build_pretraining
 from pgl_ray.train.one_step import Step, forward_and_back, train_step
@@ -76,11 +76,11 @@ def run(config: PretrainConfig) -> Result:
         for note in [*judges.notes, *seen_notes(trained_on, judges.probe.scans[1])]:
             print(f"pretrain: note: voxel probe: {note}", flush=True)
     folder = runs.open_run(config, "pretrain", facts)
-    with runs.alone(folder) as found:
-        done = found[1] if found else 0
+    with runs.alone(folder) as held:
+        done = held.found[1] if held.found else 0
         if done < plan.num_steps:
             launch.connect(config.ray)
-            renderer = make_renderer(config, index, plan, nodes.await_nodes(config.train, found))
+            renderer = make_renderer(config, index, plan, nodes.await_nodes(config.train, held.found))
             feed = partial(stream.dataset, plan, renderer, num_cpus=launch.RENDER_CPUS)
             num_workers = config.train.num_workers
             if note := stream.too_large(renderer.row_bytes * plan.global_batch_size // num_workers, num_workers):
@@ -94,7 +94,7 @@ def run(config: PretrainConfig) -> Result:
             )
             print(*(f"pretrain: {line}" for line in ahead.lines), sep="\n", flush=True)
             sizes = plan.num_steps, plan.global_batch_size
-            stopped = launch.fit(worker, {**worker_config, "plan": plan}, feed, config.train, folder, *sizes)
+            stopped = launch.fit(worker, {**worker_config, "plan": plan}, feed, config.train, held, *sizes)
             if stopped:
                 raise FailedRun(stopped)
     rows = read_metrics(folder)
@@ -226,14 +226,14 @@ def _health(net: nn.Module, done: Step, geometry: Geometry) -> dict[str, float]:
 def _probe(session: Session, judge: Judges | None, encoder: nn.Module) -> dict[str, float]:
     """What the voxel probe says of the encoder now on the rank that has one, and how long it took."""
     with session.paused():
-        row = _judged(judge, encoder) if judge else {}
-        watch.meet()
+        row = _judged(session, judge, encoder) if judge else {}
+        session.meet()
     return row
 
 
-def _judged(judge: Judges, encoder: nn.Module) -> dict[str, float]:
+def _judged(session: Session, judge: Judges, encoder: nn.Module) -> dict[str, float]:
     began = time.monotonic()
-    with watch.beating(encoder):
+    with session.beating(encoder):
         score = judge.judge(encoder, READINGS[0])["voxels"]
     found = {f"probe/recall_{name}": value for name, value in score.details["recall"].items()}
     return {ACCURACY: score.value, "probe/seconds": time.monotonic() - began, **found}

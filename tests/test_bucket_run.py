@@ -21,7 +21,7 @@ from pgl_ray import evaluate, export, finetune, probe, report
 from pgl_ray.config import FailedRun
 from pgl_ray.data.bucket import Bucket
 from pgl_ray.train import bucket, checkpoint, mirror, retry, runs
-from pgl_ray.train.events import note, read_events
+from pgl_ray.train.events import Notes, read_events
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.run_files import SNAPSHOT
 from pgl_ray.train.writer import Writer
@@ -145,7 +145,7 @@ def test_a_checkpoint_counts_from_its_manifest_on(run, monkeypatch):
     names = ["metrics.jsonl", *(f"checkpoint_0000000{step}/{file}" for step in (6, 8) for file in FILES)]
     assert written[: len(names)] == names
     assert checkpoint.committed_step(run) == 6 and "checkpoint_00000008/state.pt" in keys(run)
-    with runs.alone(run) as found:  # here it is whole, but other machines cannot see that
+    with runs.alone(run) as (_, _, found):  # here it is whole, but other machines cannot see that
         assert found[1] == 6
     assert keys(run) == [f"checkpoint_0000000{step}/{file}" for step in (2, 4, 6) for file in sorted(FILES)]
 
@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_in_a_bucket_gives_way_to_the_last(run, kind, capsy
         place.remove(key)
     else:
         place.write("checkpoint_00000004/checkpoint.json", [b"{"])
-    with runs.alone(run) as found:
+    with runs.alone(run) as (_, _, found):
         assert found[1] == 2 and checkpoint.read_state(found[0] / "state.pt")["step"] == 2
     assert "checkpoint_00000004 is damaged" in capsys.readouterr().out
     assert keys(run) == [f"checkpoint_00000002/{file}" for file in sorted(FILES)]
@@ -177,7 +177,7 @@ def test_damage_of_this_machines_copy_does_no_harm(run):
     start(run)
     (path,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("checkpoint_00000004/state.pt")
     path.write_bytes(path.read_bytes()[:1000])
-    with runs.alone(run) as found:
+    with runs.alone(run) as (_, _, found):
         assert found[1] == 4 and checkpoint.read_state(found[0] / "state.pt")["step"] == 4
 
 
@@ -187,7 +187,7 @@ def test_a_run_that_was_removed_leaves_nothing_on_the_machine(run):
     for name in place.names(""):
         place.remove(name)
     start(run, (1,), {"seed": 1})
-    with runs.alone(run) as found:
+    with runs.alone(run) as (_, _, found):
         assert found[1] == 1
 
 
@@ -209,7 +209,7 @@ def test_a_run_moves_between_a_bucket_and_a_folder(run, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(Bucket(run).read(key))
     config = c.build(c.PretrainConfig, {"index": "/s", "run": str(tmp_path / "run")})
-    with runs.alone(runs.open_run(config, "pretrain", {"plan": "p"})) as found:
+    with runs.alone(runs.open_run(config, "pretrain", {"plan": "p"})) as (_, _, found):
         assert found == (tmp_path / "run/checkpoint_00000004", 4)
     for path in (tmp_path / "run").rglob("*"):
         if path.is_file():
@@ -241,15 +241,15 @@ def test_a_driver_that_lost_its_lock_does_no_harm(run, monkeypatch):
     """It was cut off for so long that another one took over; then it comes back."""
     monkeypatch.setattr("pgl_ray.data.bucket.HEARTBEAT_S", 0.2)
     start(run)
-    with runs.alone(run):
-        mine, place = runs.held(run), Bucket(run)
+    with runs.alone(run) as held:
+        place = Bucket(run)
         place.write(".part/run", [b"another"])
         place.write(".part/start", [b"another's workers"])
         place.write(".lock", [b"process 1 on another"])
         time.sleep(0.6)
         assert place.read(".lock") == b"process 1 on another"
         with pytest.raises(FailedRun, match="is over"):
-            runs.recover(run, mine)
+            runs.recover(run, held.token)
         assert place.read(".part/start") == b"another's workers"
     assert {".lock", ".part/run", ".part/start"} <= set(keys(run, ""))
 
@@ -278,7 +278,7 @@ def test_a_faulty_transfer_costs_no_checkpoint(run, monkeypatch):
             flip_a_bit(path)
 
     monkeypatch.setattr(Bucket, "copy_to", faulty)
-    with runs.alone(run) as found:
+    with runs.alone(run) as (_, _, found):
         assert faults and found[1] == 4
 
 
@@ -293,7 +293,7 @@ def test_a_cut_index_in_the_cache_is_made_anew(run):
     for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("*.json"):
         if path.name in ("work.json", "read.json"):
             path.write_text("")
-    with runs.alone(run) as found:
+    with runs.alone(run) as (_, _, found):
         assert found[1] == 4
 
 
@@ -409,7 +409,7 @@ def test_logs_and_events_of_all_processes_come_together(run, monkeypatch):
         log.write_text("one\ntwo\n")
         with runs.joined(run, 1), log.open("a") as file:
             file.write("three\n")
-            note(folder, "mine")
+            Notes(folder).add("mine")
         assert place.read("logs/rank_1.jsonl") == b"one\ntwo\nthree\n"
         assert keys(run, "logs/") == ["logs/rank_1.jsonl"] and not keys(run, "metrics")
     (own,) = keys(run, "events/")

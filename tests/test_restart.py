@@ -23,7 +23,7 @@ from pgl_ray import finetune
 from pgl_ray.config import FailedRun
 from pgl_ray.data import store, trainings
 from pgl_ray.train import checkpoint, follow, health, progress, retry, runs, skipped
-from pgl_ray.train.events import note, read_events
+from pgl_ray.train.events import Notes, read_events
 from pgl_ray.train.metrics import Metrics, read_metrics
 from pgl_ray.train.run_files import EVENTS, MANIFEST, SNAPSHOT, STATE
 from pgl_ray.train.writer import Writer
@@ -360,7 +360,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, tmp_pa
         loop.train(config)  # does the last two steps again
         check_the_same(trained.run, config.run)
     else:
-        with runs.alone(config.run) as found:
+        with runs.alone(config.run) as (_, _, found):
             assert found == (Path(config.run, "checkpoint_00000004"), 4)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
     assert "checkpoint checkpoint_00000006 is damaged" in line and "continuing from checkpoint_00000004" in line
@@ -439,7 +439,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
         for place, step in checkpoint.checkpoints(tmp_path):
             assert checkpoint.damage_of(place) is None
             assert (checkpoint.read_state(place / STATE)["weights"] == step).all()
-        with runs.alone(str(tmp_path)) as found:
+        with runs.alone(str(tmp_path)) as (_, _, found):
             assert found == checkpoint.committed(tmp_path)
         assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.old"))
         shutil.rmtree(found[0])
@@ -549,7 +549,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_disk):
     metrics.write(200, loss=0.0)
     metrics.close()
     assert [row["step"] for row in read_metrics(tiny_disk)] == list(range(2, 201))
-    with runs.alone(str(tiny_disk)) as found:
+    with runs.alone(str(tiny_disk)) as (_, _, found):
         assert found[1] == 2
 
 
@@ -578,14 +578,14 @@ def test_a_second_driver_is_refused_a_killed_one_has_no_lock(tmp_path):
             pass
         first.kill()
         first.wait()
-        with runs.alone(str(tmp_path)) as found:
+        with runs.alone(str(tmp_path)) as (_, _, found):
             assert found is None
 
 
 def test_what_workers_note_reaches_the_console_once(tmp_path, capsys):
     """Of other processes: what this one notes, it has printed already."""
-    note(tmp_path, "mine")
-    code = f"from pgl_ray.train.events import note; note({str(tmp_path)!r}, 'theirs')"
+    Notes(tmp_path).add("mine")
+    code = f"from pgl_ray.train.events import Notes; Notes({str(tmp_path)!r}).add('theirs')"
     with follow.Progress(str(tmp_path), 10, every_s=0.01):
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
     assert capsys.readouterr().out.splitlines() == ["  mine", "  theirs"]

@@ -100,6 +100,72 @@ def test_names_inside_ray_are_in_one_file():
     assert shipped == {"quiet_data_log.yaml"}  # ray_internals.DATA_LOG
 
 
+WRITES = {"add", "append", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}
+KEPT_BY_PROCESSES = {  # lists, sets and dicts that a cache holds, and why nothing that lasts could have them
+    "data/render_cache.py: _arrays",  # a rendering task is called anew for each batch: its process alone lasts
+    "data/wire.py: _said",  # the same, and whoever reads: a store's failure is said once in a while, not by each thread
+}
+
+
+def written_names(tree: ast.Module) -> set[str]:
+    """Names of a module's top level whose values its functions change, or which they bind anew."""
+    top = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign)]
+    names = {n.id for node in top for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    written = set()
+    for node in [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for n in ast.walk(f)]:
+        if isinstance(node, ast.Global):
+            written |= set(node.names)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WRITES:
+            written.add(ast.unparse(node.func.value).split(".")[0].split("[")[0])
+        elif isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            written.add(ast.unparse(node.value).split(".")[0].split("[")[0])
+    return (written & names) | {n for node in ast.walk(tree) if isinstance(node, ast.Global) for n in node.names}
+
+
+def cached_containers(tree: ast.Module) -> set[str]:
+    """Functions whose cache holds what can be changed."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    cached = [f for f in found if any("cache" in ast.unparse(one) for one in f.decorator_list)]
+    return {f.name for f in cached if re.match(r"(list|dict|set)\b", ast.unparse(f.returns) if f.returns else "list")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_module_keeps_what_changes(name):
+    """What changes belongs to an object, which is passed to whoever needs it: a run, a session, a thread."""
+    tree = ast.parse((PACKAGE / name).read_text())
+    assert written_names(tree) == set()
+    assert {f"{name}: {one}" for one in cached_containers(tree)} <= KEPT_BY_PROCESSES
+    values = [node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
+    if not name.startswith("examples/"):  # scripts
+        loose = ast.List | ast.Set | ast.ListComp | ast.SetComp
+        assert not [ast.unparse(value) for value in values if isinstance(value, loose)], "a tuple or frozenset"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A = {}\ndef f(): A['b'] = 1",
+        "a = []\ndef f(): a.append(1)",
+        "A: dict = dict()\nclass B:\n    def f(self): A.setdefault('b', []).append(1)",
+        "a = None\ndef f():\n    global a\n    a = 1",
+        "def f():\n    global a\n    a = 1",
+        "A, B = {}, 1\nf = lambda: A['b'].update(c=1)",
+        "A = {}\ndef f(): del A['b']",
+        "A = {}\ndef f(): A['b'] += 1",
+        "A = object()\ndef f(): A.b = 1",
+    ],
+)
+def test_what_changes_in_a_module_is_found(text):
+    assert written_names(ast.parse(text))
+
+
+def test_what_a_cache_holds_is_found():
+    text = (
+        "@lru_cache(maxsize=1)\ndef f() -> list[int]: ...\n@cache\ndef g() -> int: ...\n@functools.cache\ndef h(): ..."
+    )
+    assert cached_containers(ast.parse(text)) == {"f", "h"}
+
+
 def test_init_files_are_empty():
     """But config's, which names what its files hold: it is read as one."""
     front = PACKAGE / "config/__init__.py"

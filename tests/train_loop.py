@@ -95,7 +95,7 @@ def train(
     faulthandler.cancel_dump_traceback_later()  # pytest's: a fork of a process that has one can have none of its own
     torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it
     given |= {"config": config.model_dump_json(), "run": folder, "plan": plan}
-    with runs.alone(folder) as found:
+    with runs.alone(folder) as (_, _, found):
         start = found[1] if found else 0
 
         def batches(rank: int) -> Iterator[dict]:
@@ -118,15 +118,15 @@ def train(
                 alike = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
                 return torch.nn.parallel.DistributedDataParallel(net, **alike) if world > 1 else net
 
-            def worker(push: Callable[[], None] | None, given: dict) -> str | None:
+            def worker(push: Callable[[], None] | None, here: str, seen: watch.Watch) -> str | None:
                 cpu = torch.device("cpu")
-                place = Place(rank, world, cpu, lambda _, stay: on.Batches(batches(rank), cpu, stay), wrap, push)
-                return kind.worker(Session(given["run"], plan, config.train, place), given)
+                place = Place(rank, world, cpu, lambda _, stay: on.Batches(batches(rank), cpu, stay), wrap, push, seen)
+                return kind.worker(Session(here, plan, config.train, place), {**given, "run": here})
 
             with warnings.catch_warnings(), runs.joined(folder, rank) as (here, push):
                 warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers
                 timeout_s = config.train.timeout_s
-                return watch.watched(partial(worker, push), {**given, "run": here}, rank, world, timeout_s)
+                return watch.watched(partial(worker, push, here), here, rank, world, timeout_s)
 
         if "://" in folder:  # obstore does not survive a fork
             assert world == 1

@@ -93,13 +93,16 @@ def part_reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool
     return region_of(store, scan_id, tuple(region.ravel().tolist()), codes)
 
 
-_kept: dict[str, list[np.ndarray]] = {}
+@lru_cache(maxsize=16)
+def _arrays(name: str) -> list[np.ndarray]:
+    """Of earlier batches under a name."""
+    return []
 
 
 def recycled(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array that an earlier batch had under this name, as it was left, if nobody holds it any more; else a new one.
     New memory costs a page fault every 4 KB, dear on virtual machines. For one thread: Ray's tasks have one."""
-    kept = _kept.setdefault(name, [])
+    kept = _arrays(name)
     for i in range(len(kept)):
         if kept[i].shape == shape and kept[i].dtype == dtype and sys.getrefcount(kept[i]) == 2:
             return kept[i]

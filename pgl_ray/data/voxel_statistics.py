@@ -9,7 +9,7 @@ from pgl_ray.data.hu_codes import ALL_HU
 
 HISTOGRAM_HU = tuple(range(-1024, 1601, 64))  # inner bounds of the records' bins; the first and last bin are open
 BODY_HU = -500  # voxels above it are body (or couch), below it air and lung
-HISTOGRAM_STARTS = [0, *(hu + 2**15 for hu in HISTOGRAM_HU)]  # of the bins, among all HU in ascending order
+HISTOGRAM_STARTS = (0, *(hu + 2**15 for hu in HISTOGRAM_HU))  # of the bins, among all HU in ascending order
 
 
 def count_values(array: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ NUM_ORGANS = 8  # that are searched in the picture, the largest of the first sca
 NUM_SCANS = 4  # that colours are fitted on
 THIN_MM = 12.0  # what is thinner is no body
 BAR_MM = 100.0  # length of the scale bar
-HALO = [patheffects.withStroke(linewidth=2.2, foreground="black")]
+HALO = (patheffects.withStroke(linewidth=2.2, foreground="black"),)
 
 
 class Places(NamedTuple):

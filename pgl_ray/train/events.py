@@ -4,30 +4,35 @@ import contextlib
 import json
 import os
 import socket
-import threading
 import time
 from pathlib import Path
 
 from pgl_ray.train import bucket
 from pgl_ray.train.run_files import EVENTS
 
-_UNWRITTEN: dict[str, list[str]] = {}
-_UNWRITTEN_LOCK = threading.Lock()
 
+class Notes:
+    """What one thread has to say of a run; the driver shows it.
 
-def note(run: str | Path, text: str) -> None:
-    """Adds a line that the user should read to the run's events; the driver shows it. What cannot be written is written
-    with the next one."""
-    print(f"  {text}", flush=True)  # on the driver's console, or in a worker's log
-    with _UNWRITTEN_LOCK:
-        lines = _UNWRITTEN.setdefault(str(run), [])
-        lines.append(json.dumps({"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "text": text}))
+    Args:
+        run: the run's folder on this machine.
+    """
+
+    def __init__(self, run: str | Path):
+        self.run, self._unwritten = run, list[str]()
+
+    def add(self, text: str) -> None:
+        """Adds a line that the user should read to the run's events. What cannot be written is written with the next
+        one."""
+        print(f"  {text}", flush=True)  # on the driver's console, or in a worker's log
+        line = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "text": text}
+        self._unwritten.append(json.dumps(line) + "\n")
         with contextlib.suppress(OSError):
-            path = bucket.events_file(run)
+            path = bucket.events_file(self.run)
             path.parent.mkdir(exist_ok=True)
             with path.open("ab", buffering=0) as file:
-                file.write("".join(line + "\n" for line in lines).encode())
-            del _UNWRITTEN[str(run)]
+                file.write("".join(self._unwritten).encode())
+            self._unwritten.clear()
 
 
 def read_events(run: str | Path, start: dict[str, int] | None = None) -> tuple[list[str], dict[str, int]]:

@@ -12,9 +12,10 @@ import torch
 from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.model import device as on
-from pgl_ray.train import bucket, logs, nodes, runs, watch
+from pgl_ray.train import bucket, logs, nodes, runs
 from pgl_ray.train.follow import Progress
 from pgl_ray.train.quiet import QUIET, WATCH, quiet_data
+from pgl_ray.train.watch import Watch, watched
 
 if TYPE_CHECKING:  # it imports networks, and processes that feed and control a run do without
     from pgl_ray.train.session import Place, Session
@@ -73,7 +74,7 @@ def fit(
     worker_config: dict,
     stream: Callable[..., Any],
     train: TrainConfig,
-    run: str,
+    held: runs.Held,
     num_steps: int,
     batch_size: int,
 ) -> Any:
@@ -84,7 +85,7 @@ def fit(
         worker_config: plain values; `plan`: the run's.
         stream: builds the Ray Dataset; called at every start of the workers, with num_workers and start (step).
         train: number and kind of workers.
-        run: folder of the run, absolute, or its URL, and held by `runs.alone`.
+        held: the run, by `runs.alone`.
         num_steps: length of the run, for the progress line.
         batch_size: global; an elastic run takes numbers of workers that divide it, alone.
 
@@ -95,11 +96,9 @@ def fit(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    token = runs.held(run)
-
     def start() -> int:
         """Where a start of the workers continues; called in Ray Train's controller, once for all of them."""
-        found = runs.recover(run, token)
+        found = runs.recover(held.run, held.token)
         return found[1] if found else 0
 
     for note in ray_internals.changed():
@@ -113,12 +112,12 @@ def fit(
         train_loop_config=worker_config,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=train.timeout_s),  # type: ignore[arg-type] # parts too
         scaling_config=_scaling(train, use_gpu),
-        run_config=_run_config(run, train.max_failures),
+        run_config=_run_config(held.run, train.max_failures),
         datasets={"train": start},  # type: ignore[dict-item] # the feed makes the stream of it
         dataset_config=_feed(stream),
     )
     missing = partial(nodes.missing, train, use_gpu)
-    with Progress(run, num_steps, missing), ray_internals.whole_parts(batch_size, nodes.FEED_CPUS):
+    with Progress(held.run, num_steps, missing), ray_internals.whole_parts(batch_size, nodes.FEED_CPUS):
         try:
             return trainer.fit().return_value  # type: ignore[attr-defined]
         except ray.train.TrainingFailedError as error:
@@ -173,15 +172,16 @@ def _joined(worker: Callable[["Session", dict], Any], train: TrainConfig, worker
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     with runs.joined(worker_config["run"], rank) as (folder, push):
-        here = {**worker_config, "run": folder}
-        return watch.watched(partial(_logged, worker, train, push), here, rank, world, train.timeout_s)
+        work = partial(_logged, worker, {**worker_config, "run": folder}, train, push)
+        return watched(work, folder, rank, world, train.timeout_s)
 
 
 def _logged(
     worker: Callable[["Session", dict], Any],
+    worker_config: dict,
     train: TrainConfig,
     push: Callable[[], None] | None,
-    worker_config: dict,
+    watch: Watch,
 ) -> Any:
     """Runs on each rank: the worker with a session, its log in the run's folder.
 
@@ -197,7 +197,8 @@ def _logged(
         node = ray.util.get_node_ip_address()
         raise FailedRun(f"node {node} does not see run={run}: store and run must lie on storage that all nodes share")
     with logs.written(run, context.get_world_rank(), context.get_world_size()):
-        return worker(Session(run, worker_config["plan"], train, place_of(train, push)), worker_config)
+        place = place_of(train)._replace(push=push, watch=watch)
+        return worker(Session(run, worker_config["plan"], train, place), worker_config)
 
 
 # -- while it runs ----------------------------------------------------------------------------------------------------
@@ -221,15 +222,15 @@ def first_cause(error: Exception) -> str:
     return text
 
 
-def place_of(train: TrainConfig, push: Callable[[], None] | None) -> "Place":
-    """What Ray Train gives this worker; `push`: see `runs.Joined`."""
+def place_of(train: TrainConfig) -> "Place":
+    """What Ray Train gives this worker."""
     import ray.train
 
     from pgl_ray.train.session import Place
 
     context, device = ray.train.get_context(), setup_worker(train.threads_per_worker)
     feed = partial(_batches, device=device)
-    return Place(context.get_world_rank(), context.get_world_size(), device, feed, _distributed, push)
+    return Place(context.get_world_rank(), context.get_world_size(), device, feed, _distributed)
 
 
 def setup_worker(threads: int) -> torch.device:

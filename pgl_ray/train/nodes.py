@@ -3,7 +3,9 @@
 import functools
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun, TrainConfig
@@ -35,7 +37,7 @@ def cluster() -> capacity.Cluster:
 
 
 @functools.cache
-def _autoscaler(address: str) -> dict | None:
+def _autoscaler(address: str) -> Mapping[str, Any] | None:
     """Of a cluster: a task on its head says it, which is not asked again and again."""
     return autoscaler.config()
 

@@ -20,22 +20,14 @@ from pgl_ray.data.durable import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.train import bucket
 from pgl_ray.train.checkpoint import checkpoints, damage_of, set_aside, versions
-from pgl_ray.train.events import note
+from pgl_ray.train.events import Notes
 from pgl_ray.train.retry import retried
 from pgl_ray.train.run_files import MANIFEST, SNAPSHOT, write_json
 
 # what a continued run may change
-MAY_DIFFER = {
-    "ray",
-    "train",
-    "health",
-    "stream.on_error",
-    "stream.max_skipped_share",
-    "stream.on_gpu",
-    *("stream.augment_on", "stream.resize_on"),  # the same in earlier versions
-    "accumulate",
-    "probe",
-}
+MAY_DIFFER = frozenset({"ray", "train", "health", "accumulate", "probe"})
+MAY_DIFFER |= {"stream.on_error", "stream.max_skipped_share", "stream.on_gpu"}
+MAY_DIFFER |= {"stream.augment_on", "stream.resize_on"}  # the last one's names in earlier versions
 
 
 def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str, Any]) -> str:
@@ -94,9 +86,23 @@ def _differences(wanted: Any, found: Any, path: str = "") -> list[str]:
     return [] if wanted == found else [f"{path} ({found} there, {wanted} here)"]
 
 
+class Held(NamedTuple):
+    """A run that this process has for itself.
+
+    Attributes:
+        run: its folder or URL.
+        token: of the lock on a run in a bucket; none for a folder.
+        found: what `recover` found when the lock was taken.
+    """
+
+    run: str
+    token: str | None
+    found: tuple[Path, int] | None
+
+
 @contextlib.contextmanager
-def alone(run: str) -> Iterator[tuple[Path, int] | None]:
-    """One process at a time trains a run; the kernel frees the lock of a killed one. Gives what `recover` found.
+def alone(run: str) -> Iterator[Held]:
+    """One process at a time trains a run; the kernel frees the lock of a killed one.
 
     In a bucket, a killed one's lock is taken over after half a minute.
 
@@ -106,19 +112,7 @@ def alone(run: str) -> Iterator[tuple[Path, int] | None]:
     """
     mirror = bucket.mirror(run)
     with mirror.locked() if mirror else _locked(run) as token:
-        _HELD[run] = token
-        try:
-            yield recover(run, token)
-        finally:
-            del _HELD[run]
-
-
-_HELD: dict[str, str | None] = {}  # runs that this process has for itself, with the tokens of those in buckets
-
-
-def held(run: str) -> str | None:
-    """Token of the lock that this process has on a run in a bucket; none for a folder."""
-    return _HELD.get(run)
+        yield Held(run, token, recover(run, token))
 
 
 @contextlib.contextmanager
@@ -145,19 +139,20 @@ def recover(run: str | Path, token: str | None = None) -> tuple[Path, int] | Non
 
     Args:
         run: folder or URL.
-        token: see `held`.
+        token: see `Held`.
 
     Raises:
         FailedRun: there are checkpoints, all of them damaged; or another driver has taken the run over.
     """
     mirror = bucket.mirror(run)
+    notes = Notes(mirror.folder if mirror else run)
 
     def work() -> tuple[Path, int] | None:
         if not mirror:
-            return _recover(Path(run))
+            return _recover(Path(run), notes)
         mirror.claim(token)
         mirror.pull(damage_of)
-        found = _recover(mirror.folder)
+        found = _recover(mirror.folder, notes)
         mirror.push()
         return found
 
@@ -198,7 +193,7 @@ def joined(run: str, rank: int) -> Iterator[Joined]:
     retried(mirror.push_files, f"run={run} cannot be written")
 
 
-def _recover(run: Path) -> tuple[Path, int] | None:
+def _recover(run: Path, notes: Notes) -> tuple[Path, int] | None:
     for left in [place for place in run.glob("checkpoint_*") if place.suffix in (".part", ".old")]:
         place = left.with_suffix("")
         if left.suffix == ".old" and not place.exists() and not damage_of(left):
@@ -217,7 +212,7 @@ def _recover(run: Path) -> tuple[Path, int] | None:
         if not fault:
             for bad, why in damaged:
                 set_aside(bad, ".damaged")
-                note(run, f"checkpoint {bad.name} is damaged ({why}): continuing from {place.name}")
+                notes.add(f"checkpoint {bad.name} is damaged ({why}): continuing from {place.name}")
             return place, step
         damaged.append((place, fault))
     if damaged:

@@ -19,10 +19,11 @@ from torch import nn
 
 from pgl_ray.config import FailedRun, TrainConfig
 from pgl_ray.model import device as on
-from pgl_ray.train import capacity, checkpoint, health, logs, watch
+from pgl_ray.train import capacity, checkpoint, health, logs
 from pgl_ray.train.metrics import Metrics
 from pgl_ray.train.quiet import WATCH
 from pgl_ray.train.ranks import of_all_workers
+from pgl_ray.train.watch import BATCH, METRICS, STEP, Watch
 from pgl_ray.train.writer import Writer
 
 NOTICE_S = 5  # between two checkpoints while a node is about to be taken away
@@ -38,6 +39,7 @@ class Place(NamedTuple):
         feed: rows per batch and columns that stay on the host -> this worker's batches, on the device.
         wrap: a network -> the same under DDP, or alone.
         push: brings checkpoints to where the run lies; none: they are written there.
+        watch: tells the other workers how far this one is; none: nobody asks.
     """
 
     rank: int
@@ -46,6 +48,7 @@ class Place(NamedTuple):
     feed: Callable[[int, Set[str]], on.Batches]
     wrap: Callable[[nn.Module], nn.Module]
     push: Callable[[], None] | None = None
+    watch: Watch | None = None
 
 
 class Session:
@@ -116,11 +119,11 @@ class Session:
             if not number:  # processes that start are no waiting for data, and say nothing about the speed
                 self._feed.waited_s()
                 self.since = time.monotonic()
-            watch.at(self.step, watch.STEP)
+            self.at(STEP)
             yield batch
             if self.reason:
                 return
-            watch.at(self.step, watch.BATCH)
+            self.at(BATCH)
 
     def settle(self, model: nn.Module, work: Callable[[], Any]) -> None:
         """At the first step of this start: see `settle`."""
@@ -130,7 +133,7 @@ class Session:
 
     def advance(self) -> None:
         """One step is done."""
-        watch.at(self.step, watch.METRICS)
+        self.at(METRICS)
         self.step += 1
 
     @property
@@ -146,6 +149,22 @@ class Session:
         """Whether a checkpoint is due: by the config, at the end, or, looked at where a row `logs`, because a node is
         about to be taken away."""
         return self.is_last or self.step % self.train.checkpoint_every == 0 or (logs and self.notice.wants_checkpoint())
+
+    # -- what the other workers hear ----------------------------------------------------------------------------------
+
+    def at(self, place: int, step: int | None = None) -> None:
+        """The worker has reached a place of this step, or of another; see `watch.PLACES`."""
+        if self.place.watch:
+            self.place.watch.at(self.step if step is None else step, place)
+
+    def meet(self) -> None:
+        """See `Watch.meet`."""
+        if self.place.watch:
+            self.place.watch.meet()
+
+    def beating(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """See `Watch.beating`."""
+        return self.place.watch.beating(module) if self.place.watch else contextlib.nullcontext()
 
     # -- reasons to stop ----------------------------------------------------------------------------------------------
 

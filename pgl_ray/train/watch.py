@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from pgl_ray.config import FailedRun
-from pgl_ray.train.events import note
+from pgl_ray.train.events import Notes
 
+T = TypeVar("T")
 PLACES = ("waiting for its batch", "in the training step", "in the metrics", "judging")  # of a step, in this order
 BATCH, STEP, METRICS, JUDGE = range(4)
 ENDED = -1  # instead of a sign of life: nobody waits for this worker any more
@@ -36,7 +37,7 @@ class Watch:
     """
 
     def __init__(self, run: str, rank: int, world: int, timeout_s: float):
-        self.run, self.rank, self.world, self.timeout_s = run, rank, world, timeout_s
+        self.notes, self.rank, self.world, self.timeout_s = Notes(run), rank, world, timeout_s
         self.period_s = min(5.0, timeout_s / 20)
         self.progress, self.beats, self.alive, self.moved = 0, 0, 0, time.monotonic()
         self.finding: str | None = None
@@ -59,6 +60,15 @@ class Watch:
     def beat(self) -> None:
         """The worker gets on where it is."""
         self.beats, self.moved = self.beats + 1, time.monotonic()
+
+    @contextlib.contextmanager
+    def beating(self, module: torch.nn.Module) -> Iterator[None]:
+        """While it lasts, every forward pass of a module says that the worker gets on."""
+        hook = module.register_forward_hook(lambda *_: self.beat())
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def meet(self) -> None:
         """Waits for all workers for as long as the slowest one gets on: before a collective that some reach much later.
@@ -116,7 +126,7 @@ class Watch:
             told = told or self._finding()
             if told:
                 self.finding = f"{told}; rank {self.rank} has waited {still_s:.0f} s for it (train.timeout_s)"
-                note(self.run, self.finding)
+                self.notes.add(self.finding)
 
     def _exchange(self) -> None:
         """Tells the others this worker's place, and hears theirs."""
@@ -159,46 +169,19 @@ class Watch:
         return ", ".join(told)
 
 
-_CURRENT: Watch | None = None  # a worker process trains once at a time
-
-
-def watched(worker: Callable[[dict], Any], worker_config: dict, rank: int, world: int, timeout_s: float) -> Any:
-    """Calls a door's worker with a watch beside it.
+def watched(work: Callable[[Watch], T], run: str, rank: int, world: int, timeout_s: float) -> T:
+    """Calls a worker with a watch beside it, see `Watch`.
 
     Raises:
         FailedRun: a collective failed because another worker stands still; it is named.
     """
-    global _CURRENT
-    _CURRENT = Watch(worker_config["run"], rank, world, timeout_s)
+    watch = Watch(run, rank, world, timeout_s)
     try:
-        return worker(worker_config)
+        return work(watch)
     except RuntimeError as error:
-        finding = _CURRENT.last_look()
+        finding = watch.last_look()
         if finding:
             raise FailedRun(finding) from error
         raise
     finally:
-        _CURRENT.close()
-        _CURRENT = None
-
-
-def at(step: int, place: int) -> None:
-    """See `Watch.at`."""
-    if _CURRENT:
-        _CURRENT.at(step, place)
-
-
-def meet() -> None:
-    """See `Watch.meet`."""
-    if _CURRENT:
-        _CURRENT.meet()
-
-
-@contextlib.contextmanager
-def beating(module: torch.nn.Module) -> Iterator[None]:
-    """While it lasts, every forward pass of a module says that the worker gets on."""
-    hook = module.register_forward_hook(lambda *_: _CURRENT.beat() if _CURRENT else None)
-    try:
-        yield
-    finally:
-        hook.remove()
+        watch.close()

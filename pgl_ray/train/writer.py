@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pgl_ray.train import bucket, checkpoint, retry
-from pgl_ray.train.events import note
+from pgl_ray.train.events import Notes
 
 KEPT = 2  # newest checkpoints: where one is damaged, the one before is there
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -53,6 +53,7 @@ class Writer:
         self.waiting: dict[str, _Job] = {}  # by name; files come before checkpoints, which rely on them
         self.written: _Job | None = None  # to the disk; it may wait for the bucket
         self.fault: str | None = None
+        self.notes = Notes(run)
         self.copy_s = self.copied_s = self.write_s = 0.0
         self.began, self.closing = time.monotonic(), False
         self.turn = threading.Condition()
@@ -107,7 +108,7 @@ class Writer:
                 if self.fault:
                     return
                 if tries == 1:
-                    note(self.run, f"{_what(job, name)} cannot be written ({error}): trying again, training goes on")
+                    self.notes.add(f"{_what(job, name)} cannot be written ({error}): trying again, training goes on")
                 with self.turn:
                     self.turn.wait_for(partial(self._is_newer, name, job), pause)
                 pause = min(2 * pause, retry.LONGEST_PAUSE_S)
@@ -117,7 +118,7 @@ class Writer:
                 return
             if failing_since:
                 seconds = time.monotonic() - failing_since
-                note(self.run, f"{_what(job, name)} is written after {tries + 1} tries, {seconds:.0f} s")
+                self.notes.add(f"{_what(job, name)} is written after {tries + 1} tries, {seconds:.0f} s")
             failing_since, pause, tries = None, retry.FIRST_PAUSE_S, 0
             with self.turn:
                 if self.waiting[name] is job:
