@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pgl_ray.config import CheckAlignConfig, FailedRun, build
+from pgl_ray.config import CheckAlignConfig, FailedRun, build, is_url
 from pgl_ray.data import scan_files, store
 from pgl_ray.data.durable import put_in_place
 from pgl_ray.data.rendering import AIR, normalise, read_padded, resize_and_flip
@@ -33,7 +33,7 @@ from pgl_ray.model.resnet import Encoder
 from pgl_ray.pages import pair_pictures, slices
 from pgl_ray.phantom.phantom import make_phantom
 from pgl_ray.prior import Prior, interpolation_matrices, overlap_share
-from pgl_ray.train.bucket import is_url, shelf
+from pgl_ray.train import run_paths
 from pgl_ray.train.run_files import write_json
 
 AXES = ("D", "H", "W")
@@ -134,7 +134,7 @@ def _resolve(config: CheckAlignConfig) -> tuple[CheckAlignConfig, Path]:
     """The config to check, a run's where one is given, and the folder for the results."""
     if not config.run:
         return config, Path(config.output)
-    record = shelf(config.run) / "run.json"
+    record = run_paths.shown(config.run) / "run.json"
     found = json.loads(record.read_text()) if record.is_file() else {}
     if found.get("door") != "pretrain":
         raise ValueError(f"run={config.run} is no pre-training run: give the folder of one, or a config file")

@@ -145,7 +145,7 @@ def _say(text: str) -> None:
 def _refuse_missing(config: Any, stores: tuple[str, ...]) -> None:
     """Refuses a folder that is no store; one in a bucket is left to the door, which asks for it once."""
     for place in filter(None, (getattr(config, key) for key in stores)):
-        if "://" not in place and not Path(place, "store.json").is_file():
+        if not c.is_url(place) and not Path(place, "store.json").is_file():
             from pgl_ray.data import store_settings
 
             store_settings.read_settings(place)  # says it

@@ -26,7 +26,7 @@ from pgl_ray.checkup import doctor_storage as storage
 from pgl_ray.checkup.doctor_checks import Line
 from pgl_ray.checkup.doctor_facts import Gpu, Looker, Machine, machine, rays_folder
 from pgl_ray.checkup.doctor_places import Sight, leave_mark, look_at_run, look_at_store, remove_mark
-from pgl_ray.config import DoctorConfig, FailedRun, RayConfig
+from pgl_ray.config import DoctorConfig, FailedRun, RayConfig, is_url
 
 HERE = "this machine"
 CONNECT_S, ANSWER_S, LOOK_S = 5.0, 35.0, 15.0  # waits for the cluster's port, for facts, for storage
@@ -246,7 +246,7 @@ def names_of(nodes: list[dict[str, Any]]) -> list[str]:
 
 def _of_machines(machines: list[Machine], config: DoctorConfig) -> list[Line]:
     """Of those that have answered, the workers' where there is a cluster."""
-    in_bucket = any("://" in (url or "") for url in (config.index, config.run))
+    in_bucket = any(is_url(url or "") for url in (config.index, config.run))
     all_ = [one for one in machines if not one.fault]
     workers = [one for one in all_ if one.address] or all_
     lines = checks.answers(machines)
@@ -270,7 +270,7 @@ def _of_places(config: DoctorConfig, machines: list[Machine], lookers: _Lookers)
         lines += storage.place("run", config.run, runs)
     workers = [one for one in machines if not one.fault and one.address] or [one for one in machines if not one.fault]
     lines += storage.reading([one for one in (*stores, *runs) if not one.fault])
-    return lines + (storage.disks(workers, runs, "://" in (config.run or "")) if workers else [])
+    return lines + (storage.disks(workers, runs, is_url(config.run or "")) if workers else [])
 
 
 def _seen(look: Callable[[], dict[str, Any]]) -> Sight:

@@ -30,7 +30,7 @@ from pgl_ray.model import device as on
 from pgl_ray.model.inference import out_of_memory, pick_device, time_forward
 from pgl_ray.model.metrics import SCORES, compare, intervals, summarise
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
-from pgl_ray.train import bucket
+from pgl_ray.train import run_paths
 from pgl_ray.train.checkpoint import file_of
 from pgl_ray.train.metrics import whole_lines
 from pgl_ray.train.progress import Stage
@@ -59,7 +59,7 @@ def run(config: EvaluateConfig) -> Result:
         ValueError: run or index cannot be used, or do not belong together, or there is nothing to compare with.
         FailedRun: a scan does not fit into memory.
     """
-    kept = contextlib.nullcontext(Path(config.output)) if config.output else bucket.beside(config.run, "evaluation")
+    kept = contextlib.nullcontext(Path(config.output)) if config.output else run_paths.results(config.run, "evaluation")
     with kept as folder:
         summary = _evaluate(config, folder)
     return Result(config.output or f"{config.run}/evaluation", summary)
@@ -169,7 +169,7 @@ def _read_others(run: str, records: list[ScanRecord]) -> list[dict[str, Any]]:
     Raises:
         ValueError: there is none, or it is one of other scans.
     """
-    place = bucket.shelf(run)
+    place = run_paths.shown(run)
     path = next((p for p in (place / "evaluation" / TABLE, place / TABLE) if p.is_file()), None)
     if path is None:
         raise ValueError(f"compare={run} is not evaluated: python -m pgl_ray.evaluate run={run} on the same scans")

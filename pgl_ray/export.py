@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import pgl_ray
-from pgl_ray.config import ExportConfig, FailedRun, PatchConfig
+from pgl_ray.config import ExportConfig, FailedRun, PatchConfig, is_url
 from pgl_ray.data.durable import check_writable, put_in_place
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.rendering import normalise
@@ -197,7 +197,7 @@ def _licence(meta: dict[str, Any]) -> str:
     """Under what the training data were published; of runs that did not note it, as their store says today."""
     known = (meta.get("data") or {}).get("data_sets")
     store = json.loads(meta["config"]).get("index", "")
-    if known is None and store and "://" not in store:
+    if known is None and store and not is_url(store):
         with contextlib.suppress(ValueError, OSError):
             known = data_sets(read_settings(store))
     named = [f"{one['name'] or 'a data set without a name'}: {one['licence'] or 'not stated'}" for one in known or ()]

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from scipy import ndimage
 
-from pgl_ray.config import InspectConfig
+from pgl_ray.config import InspectConfig, is_url
 from pgl_ray.data import scan_files, store, store_settings
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.place import open_place
@@ -80,7 +80,7 @@ def run(config: InspectConfig) -> str:
     outliers = [record for record in index.scans if notes[record.scan_id]]
     listed = _listed(index, outliers)
     sizes = store_table.sizes(index, listed)
-    path = Path(config.output or ("inspect.html" if "://" in index.store else f"{index.store}/inspect.html")).absolute()
+    path = Path(config.output or ("inspect.html" if is_url(index.store) else f"{index.store}/inspect.html")).absolute()
     all_listed = len(listed) == len(index.scans)
     content = {
         "answers": store_answers.of_store(index, notes, [word for word, _ in unused], epoch),

@@ -31,7 +31,7 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.pages import feature_pictures
 from pgl_ray.pages.figures import to_bytes
-from pgl_ray.train import bucket, weights
+from pgl_ray.train import run_paths, weights
 from pgl_ray.train.run_files import write_json
 
 FIRST = "reestimated"  # the reading that counts for a trained encoder
@@ -234,11 +234,11 @@ def _short(init: str) -> str:
 
 
 def _write(folder: str, name: str, result: ProbeResult, figures: dict[str, Figure]) -> None:
-    with bucket.beside(folder, name) as path:
+    with run_paths.results(folder, name) as path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, dataclasses.asdict(result))
     for picture, figure in figures.items():
-        with bucket.beside(folder, picture_name(name, picture)) as path:
+        with run_paths.results(folder, picture_name(name, picture)) as path:
             write_aside(path, to_bytes(figure, "png", dpi=150))
 
 
@@ -254,7 +254,7 @@ def _place(config: ProbeConfig) -> tuple[str, str] | None:
         return os.path.split(os.path.abspath(config.output))
     if config.init == "random" or config.init.startswith(PRETRAINED):  # the package is no place for results
         return None
-    if not bucket.network(config.init).is_file():
+    if not run_paths.network(config.init).is_file():
         return config.init, "probe.json"
     folder, name = os.path.split(config.init)
     return folder, f"{name}.probe.json"

@@ -15,7 +15,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from pgl_ray.config import ReportConfig
+from pgl_ray.config import ReportConfig, is_url
 from pgl_ray.data.array_reader import ArrayReader
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.rendering import AIR, normalise, read_padded, resize_and_flip
@@ -29,6 +29,7 @@ from pgl_ray.pages import (
     curves,
     figures,
     label_pictures,
+    next_steps,
     pages,
     pair_pictures,
     probe_tables,
@@ -39,7 +40,7 @@ from pgl_ray.pages import (
 )
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.prior import overlap_box
-from pgl_ray.train.bucket import beside, is_url, shown
+from pgl_ray.train import run_paths
 from pgl_ray.train.health import COLLAPSED
 
 NUM_PAIRS, NUM_OVERLAYS = 2, 3
@@ -57,11 +58,7 @@ def run(config: ReportConfig) -> str:
     runs = run_folders.read_runs(config.run)
     pretrained, tuned = ([r for r in runs if r.door == door] for door in ("pretrain", "finetune"))
     evaluated = [r for r in tuned if r.summary]
-    missing = [
-        f"{r.name} is not evaluated: {pages.command('evaluate', f'run={shown(r.path)}', 'index=' + r.config['index'])}"
-        for r in tuned
-        if not r.summary
-    ]
+    missing = [f"{r.name} is not evaluated: {next_steps.evaluation(r)}" for r in tuned if not r.summary]
     missing += [f"{r.name} has no metrics yet" for r in runs if not r.rows]
     probes, old = probe_tables.read(runs)
     missing += old
@@ -111,7 +108,7 @@ def _or_missing(missing: list[str], what: str, draw: Callable[[], Any]) -> Any:
 
 def _write(config: ReportConfig, content: dict[str, Any], template: str = "report.html") -> str:
     page = pages.render(template, **content)
-    kept = nullcontext(Path(config.output)) if config.output else beside(config.run[0], "report.html")
+    kept = nullcontext(Path(config.output)) if config.output else run_paths.results(config.run[0], "report.html")
     with kept as path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_aside(path, page.encode())

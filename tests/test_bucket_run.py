@@ -20,7 +20,7 @@ from pgl_ray import config as c
 from pgl_ray import evaluate, export, finetune, probe, report
 from pgl_ray.config import FailedRun
 from pgl_ray.data.bucket import Bucket
-from pgl_ray.train import bucket, checkpoint, mirror, retry, runs
+from pgl_ray.train import checkpoint, mirror, retry, run_paths, runs
 from pgl_ray.train.events import Notes, read_events
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.run_files import SNAPSHOT
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_in_a_bucket_gives_way_to_the_last(run, kind, capsy
         assert found[1] == 2 and checkpoint.read_state(found[0] / "state.pt")["step"] == 2
     assert "checkpoint_00000004 is damaged" in capsys.readouterr().out
     assert keys(run) == [f"checkpoint_00000002/{file}" for file in sorted(FILES)]
-    assert read_events(bucket.told(run), {})[1]  # what was noted is there for others
+    assert read_events(run_paths.followed(run), {})[1]  # what was noted is there for others
 
 
 def test_damage_of_this_machines_copy_does_no_harm(run):
@@ -299,7 +299,7 @@ def test_a_cut_index_in_the_cache_is_made_anew(run):
 
 def test_a_log_that_another_machine_continued_is_not_overwritten(run):
     start(run)
-    log = bucket.mirror(run).folder / "logs" / "rank_0.jsonl"
+    log = run_paths.mirror(run).folder / "logs" / "rank_0.jsonl"
     with runs.alone(run):
         log.parent.mkdir(exist_ok=True)
         log.write_text("a1\na2\na3\n")  # the last two never got there
@@ -312,8 +312,8 @@ def test_a_log_that_another_machine_continued_is_not_overwritten(run):
 def test_a_copy_is_called_by_its_url(run, tmp_path):
     """Also in a process that has not made it; a folder that only looks like one has its own name."""
     start(run)
-    code = "import sys; from pgl_ray.train.bucket import shown; print(*map(shown, sys.argv[1:]))"
-    copies = [str(bucket.told(run)), str(bucket.mirror(run).folder)]
+    code = "import sys; from pgl_ray.train.run_paths import origin; print(*map(origin, sys.argv[1:]))"
+    copies = [str(run_paths.followed(run)), str(run_paths.mirror(run).folder)]
     own = [str(tmp_path), str(tmp_path / "work"), str(tmp_path / "work" / "run"), "run", "work/run"]
     done = subprocess.run([sys.executable, "-c", code, *copies, *own], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [run, run, *own]
@@ -321,12 +321,12 @@ def test_a_copy_is_called_by_its_url(run, tmp_path):
 
 def test_results_of_another_machine_are_gone_on_with(run):
     start(run)
-    with bucket.beside(run, "evaluation") as folder:
+    with run_paths.results(run, "evaluation") as folder:
         folder.mkdir()
         for name in ("scans.jsonl", "compare_x.json"):
             (folder / name).write_text("1")
     lose_the_machine()
-    with bucket.beside(run, "evaluation") as folder:
+    with run_paths.results(run, "evaluation") as folder:
         assert (folder / "scans.jsonl").read_text() == "1"
     assert keys(run, "evaluation/") == ["evaluation/compare_x.json", "evaluation/scans.jsonl"]
 
@@ -416,8 +416,8 @@ def test_logs_and_events_of_all_processes_come_together(run, monkeypatch):
     theirs = json.loads(place.read(own)) | {"pid": 0, "text": "theirs"}
     place.write("events/other.jsonl", [json.dumps(theirs).encode() + b"\n"])
     assert json.loads(place.read(own))["text"] == "mine"
-    texts, ends = read_events(bucket.told(run))
-    assert texts == ["theirs"] and read_events(bucket.told(run), ends)[0] == []
+    texts, ends = read_events(run_paths.followed(run))
+    assert texts == ["theirs"] and read_events(run_paths.followed(run), ends)[0] == []
 
 
 # -- the real thing ----------------------------------------------------------------------------------------------------

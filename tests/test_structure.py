@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pgl_ray"
 ROOMS = {  # and what of ours each may import besides itself; doors may import every room
-    "checkup": {"data"},
+    "checkup": {"config", "data"},
     "convert": {"config", "data", "files", "train"},
     "data": {"config", "prior"},
     "files": {"config", "data"},

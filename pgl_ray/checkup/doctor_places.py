@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pgl_ray.config import is_url
+
 NUM_LOOKS = 5  # at a small object
 LEAST_READ_BYTES = 2**22  # below it is no speed
 READ_BYTES, READ_S, PIECE = 2**27, 3.0, 2**22  # of scans, whichever is reached first; read at once
@@ -70,7 +72,7 @@ def leave_mark(run: str) -> str:
     """
     from pgl_ray.data.place import open_place
 
-    folder = run if "://" in run else str(nearest(Path(run)))
+    folder = run if is_url(run) else str(nearest(Path(run)))
     key = f".doctor-{uuid.uuid4().hex}"
     open_place(folder).write(key, [key.encode()])
     return f"{folder}/{key}"
@@ -127,7 +129,7 @@ def look_at_store(store: str, scans: list[str]) -> dict[str, Any]:
         place = open_place(store)
         digest = hashlib.sha256(place.read("store.json") + place.read("index.parquet")).hexdigest()[:12]
         facts = {"mark": digest, "read_mb_s": _speed(store, scans), **_room(store), **_latency(place, "store.json")}
-        if "://" not in store:
+        if not is_url(store):
             try:
                 tempfile.TemporaryFile(dir=store).close()
             except OSError as error:
@@ -146,14 +148,14 @@ def _tried(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _room(folder: str) -> dict[str, int]:
-    if "://" in folder:
+    if is_url(folder):
         return {}
     usage = shutil.disk_usage(folder)
     return {"free_bytes": usage.free, "total_bytes": usage.total}
 
 
 def _latency(place: Any, key: str) -> dict[str, float]:
-    if "://" not in place.url:
+    if not is_url(place.url):
         return {}
     took = []
     for _ in range(NUM_LOOKS):
@@ -176,7 +178,7 @@ def _speed(store: str, scans: list[str]) -> float | None:
     for key in scans:
         if enough():
             break
-        if "://" not in store and hasattr(os, "posix_fadvise"):
+        if not is_url(store) and hasattr(os, "posix_fadvise"):
             with open(f"{store}/{key}", "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file = open_place(store).open(key)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pgl_ray.checkup.doctor_checks import Line, gb, grouped, listed
 from pgl_ray.checkup.doctor_facts import Machine
 from pgl_ray.checkup.doctor_places import Sight
+from pgl_ray.config import is_url
 
 SLOW_MB_S, SLOW_S = 30.0, 0.3  # of reading scans, and of a small read from a bucket
 RAYS_FULL = 0.95  # use of the disk from which on Ray writes no objects there (local_fs_capacity_threshold)
@@ -39,7 +40,7 @@ def place(what: str, url: str, sights: Sequence[Sight]) -> list[Line]:
 def _mend(url: str, fault: str) -> str:
     if "obstore" in fault:
         return "there: pip install 'pgl_ray[cloud]', or obstore"
-    if "://" in url:
+    if is_url(url):
         return "make the bucket" if "no such bucket" in fault else CREDENTIALS
     if any(word in fault.lower() for word in ("permission", "read-only")):
         return "let this user write there on every node (owner, mount options, root_squash)"

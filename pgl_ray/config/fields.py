@@ -17,11 +17,16 @@ PRETRAINED = "pretrained:"  # before the name of weights that come with pgl_ray
 JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's working directory
 
 
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a bucket's, where each read takes as long as a request; on this machine's disk none is."""
+    return "://" in os.fspath(path)
+
+
 def _absolute(value: str) -> str:
     """Workers run in other directories, so paths are made absolute where they are read."""
     if not value:
         raise PydanticCustomError("path", "is empty: give a path")
-    if "://" in value:
+    if is_url(value):
         raise PydanticCustomError(
             "path", "only stores and runs of pretrain and finetune may lie in a bucket: give a folder"
         )
@@ -32,7 +37,7 @@ def _absolute(value: str) -> str:
 
 
 def _absolute_or_url(value: str) -> str:
-    return value.rstrip("/") if "://" in value else _absolute(value)
+    return value.rstrip("/") if is_url(value) else _absolute(value)
 
 
 def _absolute_unless_named(value: str) -> str:

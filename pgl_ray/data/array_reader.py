@@ -17,10 +17,10 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
-from pgl_ray.config import FailedRun
+from pgl_ray.config import FailedRun, is_url
 from pgl_ray.data import kernels
 from pgl_ray.data.hu_codes import code_table
-from pgl_ray.data.place import is_far, open_place
+from pgl_ray.data.place import open_place
 from pgl_ray.data.shard import ARRAY_PATHS, MISSING, SHARD, chunk_codecs, chunk_of
 
 
@@ -87,7 +87,7 @@ class ArrayReader:
         self._compressed = any(codec["name"] == "blosc" for codec in chunk_codecs(metadata))
         self._scratch = np.empty(self.chunk, stored)  # the chunk decoded last
         self._place, self._key = open_place(store), f"scans/{scan_id}/{ARRAY_PATHS[kind]}/{SHARD}"
-        self.far = is_far(store)
+        self.far = is_url(store)
         self._told = index is not None
         if index is None:
             self._file, self.chunk_index = self._open()

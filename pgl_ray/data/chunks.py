@@ -13,9 +13,10 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
+from pgl_ray.config import is_url
 from pgl_ray.data.array_reader import ArrayReader, ChunkIndex, UnreadableScan
 from pgl_ray.data.columns import parquet_table
-from pgl_ray.data.place import Place, is_far, open_place
+from pgl_ray.data.place import Place, open_place
 
 FILE = "chunks.parquet"
 METADATA = {"volume": "array_metadata", "label": "label_metadata"}  # kind -> field of the record
@@ -106,7 +107,7 @@ def _read(place: Place, content: bytes) -> Any:
 def lookup(store: str) -> Callable[[str, str], ChunkIndex | None]:
     """What gives the chunk index of a scan's array, by scan and kind, or none where it is not known or not needed: on
     a disk a footer costs a few microseconds."""
-    return _lookup(store) if is_far(store) else lambda scan_id, kind: None
+    return _lookup(store) if is_url(store) else lambda scan_id, kind: None
 
 
 @lru_cache(maxsize=4)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from pgl_ray.data.system import every
+
 LEAVING = b"leaving"
 
 
@@ -71,24 +73,18 @@ class Lease:
         others would wait for a sign of life."""
         import obstore
 
-        ended = threading.Event()
-
-        def follow() -> None:
-            while not ended.wait(self._beat_s):
-                with suppress(OSError):  # the next one may get through
-                    if not self.beat():
-                        return
-
-        thread = threading.Thread(target=follow, daemon=True, name="lock")
-        thread.start()
         try:
-            yield
+            with every(self._beat_s, self._goes_on, "lock"):
+                yield
         finally:
-            ended.set()
-            thread.join()
             with suppress(OSError):
                 if self.beat() and self._put(LEAVING, self._version):
                     self._ask(obstore.delete, self._key)
+
+    def _goes_on(self) -> bool:
+        with suppress(OSError):
+            return self.beat()
+        return True  # the next sign may get through
 
     def beat(self) -> bool:
         """Gives a sign of life; whether the lock is still this one's. To be asked for before each commit.

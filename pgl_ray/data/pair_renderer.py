@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pgl_ray.config import IntensityConfig, ViewsConfig
+from pgl_ray.config import IntensityConfig, ViewsConfig, is_url
 from pgl_ray.data import chunks, rendering, wire
 from pgl_ray.data.array_reader import UnreadableScan
 from pgl_ray.data.intensity_ops import INTENSITY_NUMBERS, Intensity, apply_intensity, sample_intensities
-from pgl_ray.data.place import is_far
 from pgl_ray.data.random_numbers import generator, uniforms
 from pgl_ray.data.regions import sample_pairs_in, sample_regions
 from pgl_ray.data.render_cache import (
@@ -152,7 +151,7 @@ class PairRenderer:
             fetched = ready()
             return fetched if drawn.region is None else part_reader(self.store, *drawn.part(i), codes)
 
-        if not is_far(self.store):
+        if not is_url(self.store):
             yield from (partial(part_reader, self.store, *drawn.part(i), codes) for i in order)
             return
         with closing(self.fetched(order, drawn)) as coming:

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pgl_ray.config import IntensityConfig, PatchConfig
+from pgl_ray.config import IntensityConfig, PatchConfig, is_url
 from pgl_ray.data import chunks, rendering, wire
 from pgl_ray.data.intensity_ops import Intensity, apply_intensity, sample_intensity
-from pgl_ray.data.place import is_far
 from pgl_ray.data.random_numbers import generator
 from pgl_ray.data.render_cache import fetch_boxes, index_of, label_reader, recycled, volume_reader
 from pgl_ray.data.rendering import AIR, read_all_padded, read_padded, resize_and_flip
@@ -76,7 +75,7 @@ class PatchRenderer:
         def fetch(one: tuple[str, Prior, Intensity]) -> Sequence[Any]:
             return [fetch_boxes(reader, [one[1].box]) for reader in readers(one)]
 
-        if not is_far(self.store):
+        if not is_url(self.store):
             return (partial(readers, one) for one in drawn)
         chunks.lookup(self.store)  # once, and not in every thread
         return wire.ahead(fetch, drawn)

@@ -6,6 +6,7 @@ Keys are paths below the place with "/" between the parts.
 import os
 from pathlib import Path
 
+from pgl_ray.config import is_url
 from pgl_ray.data.bucket import Bucket
 from pgl_ray.data.folder import Folder
 
@@ -19,9 +20,4 @@ def open_place(url: str | os.PathLike, synced: bool = True) -> Place:
         synced: see Folder; what a bucket took it keeps.
     """
     text = os.fspath(url)
-    return Bucket(text) if is_far(text) else Folder(Path(os.path.abspath(text)), synced)
-
-
-def is_far(url: str | os.PathLike) -> bool:
-    """Whether each read at a path or URL takes as long as a request."""
-    return "://" in os.fspath(url)
+    return Bucket(text) if is_url(text) else Folder(Path(os.path.abspath(text)), synced)

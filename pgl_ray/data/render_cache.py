@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pgl_ray.config import is_url
 from pgl_ray.data import chunks, wire
 from pgl_ray.data.array_reader import ArrayReader, Chunks
-from pgl_ray.data.place import is_far
 from pgl_ray.data.regions import REGIONS_MIXED, Region
 from pgl_ray.data.scan_files import open_label, open_volume
 from pgl_ray.data.shard import chunk_of
@@ -21,7 +21,7 @@ from pgl_ray.data.store import Index, read_index
 def index_of(store: str) -> Index:
     """A store's index."""
     read = partial(read_index, store)
-    return wire.patiently(read, store) if is_far(store) else read()
+    return wire.patiently(read, store) if is_url(store) else read()
 
 
 @lru_cache(maxsize=256)

@@ -6,9 +6,9 @@ from functools import partial
 
 import numpy as np
 
+from pgl_ray.config import is_url
 from pgl_ray.data import wire
 from pgl_ray.data.pair_renderer import Drawn, PairRenderer
-from pgl_ray.data.place import is_far
 from pgl_ray.data.render_cache import fetch_boxes, part_reader, reader_of_region, region_of, volume_reader
 from pgl_ray.data.rendering import AIR, read_all_padded
 
@@ -49,7 +49,7 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
         seconds[name] = time.process_time() - began
     reader_of_region.cache_clear()
     began = time.perf_counter()
-    fetch_ahead() if is_far(renderer.store) else fetch()
+    fetch_ahead() if is_url(renderer.store) else fetch()
     costs = {"place": time.perf_counter() - began}
     itemsize = volume_reader(renderer.store, drawn.scan_ids[0]).stored_dtype.itemsize
     done, requests = fetch()

@@ -1,9 +1,11 @@
-"""What the operating system has to be asked for, in one place: locks between processes, and cores. Linux and macOS."""
+"""What the operating system has to be asked for, in one place: locks between processes, threads that work now and then,
+and cores. Linux and macOS."""
 
 import errno
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +25,24 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def every(period_s: float, work: Callable[[], bool], name: str) -> Iterator[None]:
+    """While it lasts, a thread of this name calls `work` every so many seconds, as long as it returns true."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(period_s) and work():
+            pass
+
+    thread = threading.Thread(target=follow, daemon=True, name=name)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class Lock:

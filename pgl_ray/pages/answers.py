@@ -14,7 +14,7 @@ from pgl_ray.model.metrics import reach
 from pgl_ray.pages import arms, next_steps, run_folders, speeds, tables
 from pgl_ray.pages.pages import NO, OPEN, YES, Answer, Line, percent, plural
 from pgl_ray.pages.run_folders import Run
-from pgl_ray.train.bucket import shown
+from pgl_ray.train import run_paths
 from pgl_ray.train.health import FEW, MANY, verdict
 
 PLACES, BETTER = "Did pre-training learn places?", "Is it better than random weights?"
@@ -48,7 +48,7 @@ def _named(run: Run, several: bool, line: Line) -> Line:
 
 def _judged(run: Run, probes: list[Judged]) -> dict[str, Any] | None:
     """What the judges say of a run's encoder: of several results that with the most judges, the newest of these."""
-    mine = {str(run.path), shown(run.path)}
+    mine = {str(run.path), run_paths.origin(run.path)}
     found = [(path, one) for path, one in probes if one["init"] in mine or os.path.realpath(one["init"]) in mine]
     best = max(found, key=lambda it: (len(it[1]["standing"]), it[0].stat().st_mtime), default=None)
     return best and best[1]

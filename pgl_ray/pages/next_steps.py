@@ -11,7 +11,7 @@ from pgl_ray.pages import arms, speeds, tables
 from pgl_ray.pages.arms import Gain
 from pgl_ray.pages.pages import Line, command, percent, plural
 from pgl_ray.pages.run_folders import Run
-from pgl_ray.train.bucket import shown
+from pgl_ray.train import run_paths
 
 MOST_SCANS = 2000  # that anybody would label to tell two runs apart
 
@@ -30,7 +30,7 @@ def first(runs: list[Run], judged: dict[str, dict[str, Any] | None]) -> Line:
         if not found or not found["standing"]:
             labels = run.record["store"]["labels"]
             args = "judges=[voxels,decoder,matching]", f"index={index}" if labels else "index=STORE"
-            text = command("probe", f"init={shown(run.path)}", *args)
+            text = command("probe", f"init={run_paths.origin(run.path)}", *args)
             text += "" if labels else ", STORE one of a few labelled scans, for this run's has no labels"
             return Line("Judge it", f"{run.name} was not set beside random weights by all judges: {text}")
         if not any(Standing(**one).is_ahead for one in found["standing"].values()):
@@ -82,18 +82,22 @@ def _no_better(run: Run, judged: dict[str, Any]) -> Line:
     )
 
 
+def evaluation(run: Run) -> str:
+    """The command that evaluates a fine-tuning."""
+    return command("evaluate", f"run={run_paths.origin(run.path)}", f"index={run.config['index']}")
+
+
 def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
     """Once the encoder is above random weights, or where there are fine-tunings alone."""
     waiting = [run for run in tuned if not run.summary]
     if waiting:
-        run = waiting[0]
-        return Line("Evaluate", command("evaluate", f"run={shown(run.path)}", f"index={run.config['index']}"))
+        return Line("Evaluate", evaluation(waiting[0]))
     starts = [run for run in tuned if run.config["init"] != "random"]
     starts = [run for run in starts if run.config["init"] == starts[0].config["init"]]
     random = [run for run in tuned if run.config["init"] == "random"]
     if pretrained and not starts:
         run = pretrained[0]
-        args = "conf/finetune_small.yaml", "index=STORE", "run=RUN", f"init={shown(run.path)}"
+        args = "conf/finetune_small.yaml", "index=STORE", "run=RUN", f"init={run_paths.origin(run.path)}"
         return Line("Fine-tune", f"{command('finetune', *args)}, and once from random weights (without init)")
     if not starts:
         return Line(

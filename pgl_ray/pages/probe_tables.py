@@ -9,7 +9,7 @@ from pgl_ray.judge.judges import HIGHER_IS_BETTER, IN_FULL
 from pgl_ray.judge.readings import in_words
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.pages.tables import JUDGED, counted, gathered, number
-from pgl_ray.train.bucket import shown
+from pgl_ray.train import run_paths
 
 MORE = {  # a judge's second figure: its key, the head of its column, and how it is written
     "voxels": ("last_map", "last map", ".3f"),
@@ -26,7 +26,7 @@ def read(runs: list[Run]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]
         (file, result) each, and a line for each file of an earlier version, which is left out.
     """
     inits = [run.config.get("init", "random") for run in runs]
-    known = {"random", *(shown(run.path) for run in runs), *(os.path.realpath(init) for init in inits)}
+    known = {"random", *(run_paths.origin(run.path) for run in runs), *(os.path.realpath(init) for init in inits)}
     inside = sorted({path for run in runs for path in run.path.glob("*probe*.json")})
     beside = sorted({path for run in runs for path in run.path.parent.glob("*probe*.json")})
     kept, old = [], []

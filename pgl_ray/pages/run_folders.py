@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pgl_ray.train.bucket import is_url, shelf, shown
+from pgl_ray.config import is_url
+from pgl_ray.train import run_paths
 from pgl_ray.train.metrics import read_metrics
 
 
@@ -61,7 +62,7 @@ def read_runs(folders: list[str]) -> list[Run]:
 
 
 def _read_run(folder: str, name: str, place: str, number: int) -> Run:
-    path = shelf(place)
+    path = run_paths.shown(place)
     if not (path / "run.json").is_file():
         raise ValueError(f"run={folder} is no run (no run.json there): give a folder that pretrain or finetune wrote")
     record = read_json(path / "run.json")
@@ -102,7 +103,7 @@ def overview(run: Run) -> dict[str, str]:
         "parameters": f"{record['num_parameters'] / 1e6:.2f} M" + (" (encoder)" if run.door == "pretrain" else ""),
         "scans": split + str(record["store"]["num_scans"]),
         "versions": ", ".join(f"{name} {value}" for name, value in record["versions"].items()),
-        "path": shown(run.path),
+        "path": run_paths.origin(run.path),
     }
 
 

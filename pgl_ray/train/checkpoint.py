@@ -18,7 +18,7 @@ import torch
 
 import pgl_ray
 from pgl_ray.data.durable import put_in_place
-from pgl_ray.train import bucket
+from pgl_ray.train import run_paths
 from pgl_ray.train.retry import retried
 from pgl_ray.train.run_files import MANIFEST, NAME, SNAPSHOT, STATE, write_json
 
@@ -57,7 +57,7 @@ def committed(run: str | Path) -> tuple[Path, int] | None:
 
 def committed_step(run: str | Path) -> int:
     """Step at which the run continues; 0 for a new one. A run may lie in a bucket."""
-    mirror = bucket.mirror(run)
+    mirror = run_paths.mirror(run)
     if mirror:
         return max(mirror.steps(), default=0)
     found = committed(run)
@@ -236,7 +236,7 @@ def file_of(run: str) -> Path:
     Raises:
         ValueError: no run, or no checkpoint in it.
     """
-    path = bucket.network(run)
+    path = run_paths.network(run)
     if not path.exists():
         raise ValueError(f"run {run} does not exist")
     for file in (path, path / "best.pt", path / STATE):

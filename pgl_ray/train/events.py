@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from pgl_ray.train import bucket
+from pgl_ray.train import run_paths
 from pgl_ray.train.run_files import EVENTS
 
 
@@ -28,7 +28,7 @@ class Notes:
         line = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "text": text}
         self._unwritten.append(json.dumps(line) + "\n")
         with contextlib.suppress(OSError):
-            path = bucket.events_file(self.run)
+            path = run_paths.events_file(self.run)
             path.parent.mkdir(exist_ok=True)
             with path.open("ab", buffering=0) as file:
                 file.write("".join(self._unwritten).encode())

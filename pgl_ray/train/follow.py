@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from pgl_ray.train import bucket, checkpoint
+from pgl_ray.config import is_url
+from pgl_ray.train import checkpoint, run_paths
 from pgl_ray.train.events import read_events
 from pgl_ray.train.metrics import metrics_path, read_metrics
 from pgl_ray.train.progress import Stage
@@ -34,10 +35,10 @@ class Progress:
     ):
         self.run, self.missing = run, missing
         self.start = checkpoint.committed_step(run)
-        self.events = read_events(bucket.told(run))[1]
+        self.events = read_events(run_paths.followed(run))[1]
         self.began = time.time()
         self.stage = Stage("  step", "", num_steps, self.start, starts=True)
-        self.every_s = every_s or LOOK_S[self.stage.bar is None or bucket.is_url(run)]
+        self.every_s = every_s or LOOK_S[self.stage.bar is None or is_url(run)]
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -61,7 +62,7 @@ class Progress:
                 if lacking and not before:  # once for each time that nodes are lost
                     print(lacking, flush=True)
                 try:
-                    folder = bucket.told(self.run)
+                    folder = run_paths.followed(self.run)
                     events, self.events = read_events(folder, self.events)
                     rows = [row for row in self._new_rows(folder) if "train/loss" in row or "val/dice" in row]
                 except (OSError, ValueError):  # storage fails; the worker that writes says so

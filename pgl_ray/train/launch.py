@@ -12,7 +12,7 @@ import torch
 from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
 from pgl_ray.model import device as on
-from pgl_ray.train import bucket, logs, nodes, runs
+from pgl_ray.train import logs, nodes, run_paths, runs
 from pgl_ray.train.follow import Progress
 from pgl_ray.train.quiet import QUIET, WATCH, quiet_data
 from pgl_ray.train.watch import Watch, watched
@@ -155,7 +155,7 @@ def _run_config(run: str, max_failures: int) -> Any:
     """Ray Train's folder, log and patience. It makes an empty file in the folder, and needs it on no other node."""
     import ray.train
 
-    mirror = bucket.mirror(run)
+    mirror = run_paths.mirror(run)
     folder = mirror.folder if mirror else Path(run)
     return ray.train.RunConfig(  # type: ignore[call-arg]
         name=folder.name,

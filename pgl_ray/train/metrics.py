@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgl_ray.data.durable import write_aside
-from pgl_ray.train import bucket
+from pgl_ray.train import run_paths
 from pgl_ray.train.retry import retried
 from pgl_ray.train.run_files import METRICS
 from pgl_ray.train.track import Tracker
@@ -88,4 +88,4 @@ def whole_lines(path: Path) -> list[str]:
 
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
     """Rows of a run's metrics.jsonl; none if it is not there yet. The run may lie in a bucket."""
-    return [json.loads(line) for line in whole_lines(metrics_path(bucket.told(run)))]
+    return [json.loads(line) for line in whole_lines(metrics_path(run_paths.followed(run)))]

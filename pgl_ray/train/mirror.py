@@ -20,7 +20,7 @@ from pathlib import Path
 from pgl_ray.config import FailedRun
 from pgl_ray.data.bucket import Bucket
 from pgl_ray.data.durable import write_aside
-from pgl_ray.data.system import lock_file
+from pgl_ray.data.system import every, lock_file
 from pgl_ray.train.run_files import MANIFEST, METRICS, NAME, SNAPSHOT, STATE
 from pgl_ray.train.track import ID as TRACKER
 
@@ -183,23 +183,15 @@ class Mirror:
                 aside.replace(path)
         self.known = {path: _mark(path) for path in self._own() if path not in longer}
 
-    @contextlib.contextmanager
-    def kept_up(self) -> Iterator[None]:
+    def kept_up(self) -> contextlib.AbstractContextManager[None]:
         """While it lasts, a thread brings this process' files to the bucket every PUSH_S."""
-        ended = threading.Event()
 
-        def follow() -> None:
-            while not ended.wait(PUSH_S):
-                with contextlib.suppress(OSError, ValueError, FailedRun):  # the checkpoints' thread says so
-                    self.push_files()
+        def push() -> bool:
+            with contextlib.suppress(OSError, ValueError, FailedRun):  # the checkpoints' thread says so
+                self.push_files()
+            return True
 
-        thread = threading.Thread(target=follow, daemon=True, name="bucket")
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        return every(PUSH_S, push, "bucket")
 
     def push_files(self) -> None:
         """Brings those of this process' files to the bucket that have changed: a worker's log and events; of rank 0 all

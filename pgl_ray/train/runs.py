@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from pgl_ray.config import FailedRun, FinetuneConfig, PretrainConfig, build, to_yaml, without_gone
 from pgl_ray.data.durable import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
-from pgl_ray.train import bucket
+from pgl_ray.train import run_paths
 from pgl_ray.train.checkpoint import checkpoints, damage_of, set_aside, versions
 from pgl_ray.train.events import Notes
 from pgl_ray.train.retry import retried
@@ -44,7 +44,7 @@ def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str
     Raises:
         ValueError: the folder holds another run or other files.
     """
-    mirror = bucket.mirror(config.run)
+    mirror = run_paths.mirror(config.run)
     folder = mirror.folder if mirror else Path(config.run).absolute()
     place = mirror.url if mirror else str(folder)
     taken = mirror.match() if mirror else folder.is_file() or (folder.exists() and any(folder.iterdir()))
@@ -110,7 +110,7 @@ def alone(run: str) -> Iterator[Held]:
         ValueError: another process has the run.
         FailedRun: see `recover`.
     """
-    mirror = bucket.mirror(run)
+    mirror = run_paths.mirror(run)
     with mirror.locked() if mirror else _locked(run) as token:
         yield Held(run, token, recover(run, token))
 
@@ -144,7 +144,7 @@ def recover(run: str | Path, token: str | None = None) -> tuple[Path, int] | Non
     Raises:
         FailedRun: there are checkpoints, all of them damaged; or another driver has taken the run over.
     """
-    mirror = bucket.mirror(run)
+    mirror = run_paths.mirror(run)
     notes = Notes(mirror.folder if mirror else run)
 
     def work() -> tuple[Path, int] | None:
@@ -178,7 +178,7 @@ def joined(run: str, rank: int) -> Iterator[Joined]:
     Raises:
         FailedRun: the bucket fails for RETRY_S, or no driver has the run.
     """
-    mirror = bucket.mirror(run)
+    mirror = run_paths.mirror(run)
     if not mirror:
         yield Joined(run)
         return
@@ -217,5 +217,5 @@ def _recover(run: Path, notes: Notes) -> tuple[Path, int] | None:
         damaged.append((place, fault))
     if damaged:
         told = f"all {len(damaged)} checkpoints are damaged ({damaged[0][1]})"
-        raise FailedRun(f"run={bucket.shown(run)}: {told}: take a new run=...")
+        raise FailedRun(f"run={run_paths.origin(run)}: {told}: take a new run=...")
     return None

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pgl_ray.config import is_url
+
 ID = "tracker.json"  # in the run's folder: under which name the tracker knows the run
 
 
@@ -77,7 +79,7 @@ class MLflow:
             mlflow.start_run(run_id=json.loads(known.read_text())["mlflow"])
             return
         typed = record["config"]["run"]
-        tags = {"door": record["door"], "folder": typed if "://" in typed else str(run)}
+        tags = {"door": record["door"], "folder": typed if is_url(typed) else str(run)}
         started = mlflow.start_run(run_name=run.name, tags=tags)
         mlflow.log_params(_flat(record["config"]))
         known.write_text(json.dumps({"mlflow": started.info.run_id}))

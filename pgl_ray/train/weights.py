@@ -17,7 +17,7 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter, build_segmenter
-from pgl_ray.train import bucket, checkpoint
+from pgl_ray.train import checkpoint, run_paths
 
 SHOWN = 3  # names of a kind that a line shows
 FOLDER = Path(__file__).parents[1] / "pretrained"  # of the weights that come with pgl_ray, each with its card
@@ -220,7 +220,7 @@ def locate(init: str | os.PathLike) -> Path:
     """
     init = os.fspath(init)
     if not init.startswith(PRETRAINED):
-        return bucket.network(init)
+        return run_paths.network(init)
     files = {f"{PRETRAINED}{path.stem}": path for path in sorted(FOLDER.glob("*.safetensors"))}
     if init not in files:
         known = ", ".join(files) or "none; install it again"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pgl_ray.train import bucket, checkpoint, retry
+from pgl_ray.train import checkpoint, retry, run_paths
 from pgl_ray.train.events import Notes
 
 KEPT = 2  # newest checkpoints: where one is damaged, the one before is there
@@ -137,7 +137,7 @@ class Writer:
                 "and type the same command, which continues from the checkpoint before"
             )
         if seconds > retry.RETRY_S:
-            return f"the storage of {bucket.shown(self.run)} fails since {seconds:.0f} s: {error}"
+            return f"the storage of {run_paths.origin(self.run)} fails since {seconds:.0f} s: {error}"
         return None
 
     def _write(self, name: str, job: _Job) -> None:

@@ -1,4 +1,4 @@
-"""Where a run lies, in a folder or in a bucket, and the path on this machine of what is asked of it."""
+"""The path on this machine of what is asked of a run, which lies in a folder or in a bucket."""
 
 import contextlib
 import os
@@ -6,13 +6,9 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from pgl_ray.config import is_url
 from pgl_ray.train.mirror import Mirror, own_events, parts_of, url_of, whole
 from pgl_ray.train.run_files import EVENTS, MANIFEST, METRICS, STATE
-
-
-def is_url(run: str | os.PathLike) -> bool:
-    """Whether a run lies in a bucket; paths of this machine, its copies among them, are none."""
-    return "://" in os.fspath(run)
 
 
 def mirror(run: str | os.PathLike) -> Mirror | None:
@@ -24,7 +20,7 @@ def mirror(run: str | os.PathLike) -> Mirror | None:
     return Mirror(os.fspath(run)) if is_url(run) else None
 
 
-def shown(run: str | os.PathLike) -> str:
+def origin(run: str | os.PathLike) -> str:
     """What the user calls a run: of a copy its URL."""
     return url_of(run) or os.fspath(run)
 
@@ -49,7 +45,7 @@ def _of_network(keys: Collection[str]) -> list[str]:
     return alone[:1] or [f"{name}/{file}" for name in whole(keys)[-1:] for file in (STATE, MANIFEST)]
 
 
-def told(run: str | os.PathLike) -> Path:
+def followed(run: str | os.PathLike) -> Path:
     """Path on this machine where a run's metrics and events are read, wherever it lies."""
     found = mirror(run)
     if not found:
@@ -57,7 +53,7 @@ def told(run: str | os.PathLike) -> Path:
     return found.fetched(lambda keys: [key for key in keys if key in (METRICS, EVENTS) or key.startswith("events/")])
 
 
-def shelf(run: str) -> Path:
+def shown(run: str) -> Path:
     """Path on this machine of a run with all that a report shows, wherever it lies: no weights, no logs."""
     found = mirror(run)
     if not found:
@@ -67,7 +63,7 @@ def shelf(run: str) -> Path:
 
 
 @contextlib.contextmanager
-def beside(run: str, name: str) -> Iterator[Path]:
+def results(run: str, name: str) -> Iterator[Path]:
     """Path of a file or folder of results in a run; of a run in a bucket it is one of this machine, which is brought
     there when the block ends well."""
     found = mirror(run)
