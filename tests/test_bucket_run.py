@@ -23,7 +23,6 @@ from pgl_ray.data.bucket import Bucket
 from pgl_ray.train import checkpoint, mirror, retry, run_paths, runs
 from pgl_ray.train.events import Notes, read_events
 from pgl_ray.train.metrics import read_metrics
-from pgl_ray.train.run_files import SNAPSHOT
 from pgl_ray.train.writer import Writer
 
 ROOT = str(Path(__file__).parents[1])
@@ -252,18 +251,6 @@ def test_a_driver_that_lost_its_lock_does_no_harm(run, monkeypatch):
             runs.recover(run, held.token)
         assert place.read(".part/start") == b"another's workers"
     assert {".lock", ".part/run", ".part/start"} <= set(keys(run, ""))
-
-
-def test_a_run_of_an_earlier_version_loses_nothing(run):
-    start(run)
-    before = keys(run)
-    for key in before:
-        if key.endswith("checkpoint.json"):
-            Bucket(run).remove(key)
-    Bucket(run).write(SNAPSHOT, [b"{}"])
-    with pytest.raises(ValueError, match="of an earlier version: continue it once in a folder"), runs.alone(run):
-        pass
-    assert keys(run, "checkpoint_0") == [key for key in before if key.endswith("state.pt")]
 
 
 def test_a_faulty_transfer_costs_no_checkpoint(run, monkeypatch):

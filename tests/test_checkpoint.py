@@ -13,7 +13,7 @@ from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import checkpoint, networks, runs, weights
 from pgl_ray.train.launch import Progress, first_cause
 from pgl_ray.train.metrics import Metrics, metrics_path, read_metrics
-from pgl_ray.train.run_files import MANIFEST, SNAPSHOT
+from pgl_ray.train.run_files import MANIFEST
 
 
 def config(run, *args) -> PretrainConfig:
@@ -53,14 +53,9 @@ def test_a_folder_with_other_files_is_not_a_run(tmp_path):
         runs.open_run(config(tmp_path), "pretrain", {})
 
 
-def test_only_committed_checkpoints_count(tmp_path):
-    """Of this version those with a manifest, of an earlier one those that Ray Train's snapshot names."""
+def test_only_checkpoints_with_a_manifest_count(tmp_path):
     (tmp_path / "checkpoint_00000008").mkdir()  # on disk, but not whole
-    (tmp_path / "checkpoint_00000004").mkdir()
     assert checkpoint.committed(tmp_path) is None and checkpoint.committed_step(tmp_path) == 0
-    latest = {"checkpoint_dir_name": "checkpoint_00000004", "metrics": {"step": 4}}
-    (tmp_path / SNAPSHOT).write_text(json.dumps({"latest_checkpoint_result": latest}))
-    assert checkpoint.committed(tmp_path) == (tmp_path / "checkpoint_00000004", 4)
     (tmp_path / "checkpoint_00000008" / MANIFEST).write_text("{}")
     assert checkpoint.committed_step(tmp_path) == 8
 

@@ -25,7 +25,7 @@ from pgl_ray.data import store, trainings
 from pgl_ray.train import checkpoint, follow, health, progress, retry, runs, skipped
 from pgl_ray.train.events import Notes, read_events
 from pgl_ray.train.metrics import Metrics, read_metrics
-from pgl_ray.train.run_files import EVENTS, MANIFEST, SNAPSHOT, STATE
+from pgl_ray.train.run_files import EVENTS, MANIFEST, STATE
 from pgl_ray.train.writer import Writer
 
 
@@ -378,23 +378,18 @@ def test_where_all_checkpoints_are_damaged_nothing_starts_anew(trained, tmp_path
     assert len(checkpoint.checkpoints(run)) == 2  # as they were
 
 
-def test_a_run_of_an_earlier_version_is_read_and_continued(trained, tmp_path):
-    """Its checkpoints are those of Ray Train's snapshot, and only those."""
-    config = trained.model_copy(update={"run": str(tmp_path / "run")})
-    run = shutil.copytree(trained.run, config.run)
-    run = Path(run)
+@pytest.mark.parametrize("manifest", [None, "{}", "[]", '{"step": 4}'])
+def test_a_checkpoint_that_nothing_vouches_for_is_damaged(trained, tmp_path, manifest):
+    """Also one of a version that wrote no sha256: nothing starts anew beside it."""
+    run = shutil.copytree(trained.run, tmp_path / "run")
     for place, _ in checkpoint.checkpoints(run):
         (place / MANIFEST).unlink()
-    four = {"checkpoint_dir_name": "checkpoint_00000004", "metrics": {"step": 4}}
-    snapshot = {"checkpoint_results": [four], "latest_checkpoint_result": four}
-    (run / SNAPSHOT).write_text(json.dumps(snapshot))
-    assert checkpoint.checkpoints(run) == [(run / "checkpoint_00000004", 4)]
-    loop.train(config)
-    check_the_same(trained.run, config.run)
-    assert not (run / SNAPSHOT).exists()
-    (run / "checkpoint_00000004" / MANIFEST).unlink()
-    (run / SNAPSHOT).write_text("")  # as a full disk left it
-    assert [step for _, step in checkpoint.checkpoints(run)] == [4, 6]
+        if manifest:
+            (place / MANIFEST).write_text(manifest)
+    why = f"{MANIFEST} (is missing|holds no sha256)"
+    with pytest.raises(FailedRun, match=rf"all 2 checkpoints are damaged \({why}\): take a new"), runs.alone(str(run)):
+        pass
+    assert len(checkpoint.named(run)) == 2  # as they were
 
 
 def endless(run: str) -> None:

@@ -27,7 +27,7 @@ from pgl_ray.sweep.points import name_of, values_of
 from pgl_ray.sweep.room import room_for
 from pgl_ray.train import capacity, checkpoint, nodes, optim
 from pgl_ray.train.metrics import metrics_path, read_metrics
-from pgl_ray.train.run_files import SNAPSHOT, STATE, write_json
+from pgl_ray.train.run_files import STATE, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {"width": 8, "depths": [1, 1, 1, 1]}
@@ -366,12 +366,9 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
         step(sgd, schedule, net)
     state = {"step": 4, "model": net.state_dict(), "optimizer": sgd.state_dict(), "schedule": schedule.state_dict()}
     place = tmp_path / "theirs" / "checkpoint_00000004"
-    place.mkdir(parents=True)
-    torch.save(state, place / STATE)
+    place.parent.mkdir()
+    checkpoint.write_checkpoint(tmp_path / "theirs", 4, state, {})
     torch.save({}, tmp_path / "theirs" / "best.pt")
-    one = {"checkpoint_dir_name": place.name, "metrics": {"step": 4}}
-    snapshot = {"latest_checkpoint_result": one, "checkpoint_results": [one | {"checkpoint_dir_name": "old"}, one]}
-    write_json(place.parent / SNAPSHOT, snapshot | {"checkpoint_report_indices": [0, 1]})
     write_json(place.parent / "run.json", {"config": json.loads(theirs.model_dump_json()), "num_steps": 10})
     metrics_path(place.parent).write_text('{"step": 4, "val/dice": 0.5}\n{"step": 5}\n')
 

@@ -1,8 +1,7 @@
 """Checkpoints of a run: which there are and whether they are whole, writing one, reading one.
 
 A checkpoint is a folder checkpoint_<step> with state.pt and, with its sha256, checkpoint.json. It gets its name when
-all of it is on the disk, so what has the name is whole. Runs of earlier versions have Ray Train's snapshot of which
-checkpoints count instead; they are read, too.
+all of it is on the disk, so what has the name is whole.
 """
 
 import contextlib
@@ -20,33 +19,20 @@ import pgl_ray
 from pgl_ray.data.durable import put_in_place
 from pgl_ray.train import run_paths
 from pgl_ray.train.retry import retried
-from pgl_ray.train.run_files import MANIFEST, NAME, SNAPSHOT, STATE, write_json
+from pgl_ray.train.run_files import MANIFEST, NAME, STATE, write_json
 
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
 
 
+def named(run: str | Path) -> list[tuple[Path, int]]:
+    """All folders with a checkpoint's name, with their steps, the newest last."""
+    found = [(place, NAME.fullmatch(place.name)) for place in Path(run).glob("checkpoint_*")]
+    return sorted(((place, int(name[1])) for place, name in found if name), key=lambda one: one[1])
+
+
 def checkpoints(run: str | Path) -> list[tuple[Path, int]]:
     """All checkpoints that were written to their end, with their steps, the newest last."""
-    run = Path(run)
-    named = {int(found[1]): place for place in run.glob("checkpoint_*") if (found := NAME.fullmatch(place.name))}
-    old = _named_by_ray(run)
-    whole = [step for step, place in named.items() if (place / MANIFEST).exists() or place.name in old]
-    return [(named[step], step) for step in sorted(whole)]
-
-
-def _named_by_ray(run: Path) -> set[str]:
-    """Names of a run of an earlier version's checkpoints: of them only those in Ray Train's snapshot were whole.
-
-    Ray does not write it aside: where it was cut off, all folders with a state are named, damaged ones among them.
-    """
-    try:
-        snapshot = json.loads((run / SNAPSHOT).read_text())
-    except FileNotFoundError:
-        return set()
-    except ValueError:
-        return {state.parent.name for state in run.glob(f"checkpoint_*/{STATE}")}
-    results = [*snapshot.get("checkpoint_results", []), snapshot["latest_checkpoint_result"]]
-    return {result["checkpoint_dir_name"] for result in results if result}
+    return [(place, step) for place, step in named(run) if (place / MANIFEST).exists()]
 
 
 def committed(run: str | Path) -> tuple[Path, int] | None:
@@ -66,7 +52,7 @@ def committed_step(run: str | Path) -> int:
 
 def trained_on(run: str | Path) -> list[str]:
     """Kinds of device that the newest checkpoint of a run was trained on last, as `model.device.kind` names them; none:
-    there is none yet, or an earlier version wrote it."""
+    there is none yet."""
     found = committed(run)
     return json.loads((found[0] / MANIFEST).read_text()).get("devices", []) if found else []
 
@@ -79,21 +65,20 @@ def figures_of(place: Path) -> dict[str, float]:
 def damage_of(place: Path) -> str | None:
     """What is wrong with a checkpoint's bytes, or none."""
     try:
-        expected = json.loads((place / MANIFEST).read_text()).get("sha256")
+        expected = json.loads((place / MANIFEST).read_text())["sha256"]
         with (place / STATE).open("rb") as file:
-            if expected and hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                return f"{STATE} has another sha256 than when it was written"
-        return None if expected else _zip_damage(place / STATE)
+            same = hashlib.file_digest(file, "sha256").hexdigest() == expected
+        return None if same else f"{STATE} has another sha256 than when it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except ValueError:
         return f"{MANIFEST} is no JSON"
+    except (KeyError, TypeError):
+        return f"{MANIFEST} holds no sha256"
 
 
 def _zip_damage(path: Path) -> str | None:
     """What the CRC-32 inside a file of torch.save say, which torch writes and does not check; none if all is well."""
-    if not zipfile.is_zipfile(path):
-        return "no zip file, or cut off"
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()

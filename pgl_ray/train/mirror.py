@@ -21,7 +21,7 @@ from pgl_ray.config import FailedRun
 from pgl_ray.data.bucket import Bucket
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.system import every, lock_file
-from pgl_ray.train.run_files import MANIFEST, METRICS, NAME, SNAPSHOT, STATE
+from pgl_ray.train.run_files import MANIFEST, METRICS, NAME, STATE
 from pgl_ray.train.track import ID as TRACKER
 
 OWNER = ".part/start"  # token of the start whose workers may write; goes with the driver's lock
@@ -131,8 +131,6 @@ class Mirror:
             self.match()
             there, have = self.place.versions(), _read_index(self.index)
             names = whole(there)
-            if not names and SNAPSHOT in there:
-                raise ValueError(f"run={self.url} is of an earlier version: continue it once in a folder, then here")
             for path in self.folder.glob("checkpoint_*"):
                 if NAME.fullmatch(path.name) and path.name not in names:
                     shutil.rmtree(path)

@@ -15,7 +15,6 @@ STATE = "state.pt"
 MANIFEST = "checkpoint.json"
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # of runs of earlier versions
 NAME = re.compile(r"checkpoint_(\d{8,})")  # of a checkpoint's folder
 
 

@@ -1,8 +1,7 @@
 """Run folders: a run is opened, or found to be the same; one driver at a time has it; its workers join it.
 
-Runs of earlier versions have Ray Train's snapshot of which checkpoints count; they are continued, too. A run in a
-bucket is worked on in copies of its folder (see mirror.py): what is asked of the run as a whole takes its URL, all else
-a folder.
+A run in a bucket is worked on in copies of its folder (see mirror.py): what is asked of the run as a whole takes its
+URL, all else a folder.
 """
 
 import contextlib
@@ -19,10 +18,10 @@ from pgl_ray.config import FailedRun, FinetuneConfig, PretrainConfig, build, to_
 from pgl_ray.data.durable import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.train import run_paths
-from pgl_ray.train.checkpoint import checkpoints, damage_of, set_aside, versions
+from pgl_ray.train.checkpoint import damage_of, named, set_aside, versions
 from pgl_ray.train.events import Notes
 from pgl_ray.train.retry import retried
-from pgl_ray.train.run_files import MANIFEST, SNAPSHOT, write_json
+from pgl_ray.train.run_files import write_json
 
 # what a continued run may change
 MAY_DIFFER = frozenset({"ray", "train", "health", "accumulate", "probe"})
@@ -132,8 +131,8 @@ def _locked(run: str) -> Iterator[None]:
 def recover(run: str | Path, token: str | None = None) -> tuple[Path, int] | None:
     """The newest checkpoint whose bytes are those that were written, and its step; to be called before training.
 
-    Damaged ones that are newer are renamed to *.damaged and noted, what a killed writer left is removed, and the
-    checkpoints of an earlier version become ones of this version. Storage that fails is tried again for RETRY_S.
+    Damaged ones that are newer are renamed to *.damaged and noted, and what a killed writer left is removed. Storage
+    that fails is tried again for RETRY_S.
 
     Of a run in a bucket this is done to the working copy, and then in the bucket, where earlier workers write no more.
 
@@ -201,11 +200,7 @@ def _recover(run: Path, notes: Notes) -> tuple[Path, int] | None:
         else:
             shutil.rmtree(left)
     damaged: list[tuple[Path, str]] = []
-    found = checkpoints(run)
-    for place, step in found:
-        if not (place / MANIFEST).exists():
-            write_json(place / MANIFEST, {"step": step})
-    (run / SNAPSHOT).unlink(missing_ok=True)  # or Ray Train would miss what is deleted from now on
+    found = named(run)
     while found:
         place, step = found.pop()
         fault = damage_of(place)
