@@ -1,22 +1,82 @@
 """Dead channels: the figure by hand, no method that makes any, and Models Genesis' weights as a start."""
 
 import copy
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
 from pgl_ray.data import scan_files, store, stream, trainings
 from pgl_ray.data.patch_renderer import PatchRenderer
 from pgl_ray.model.pgl import Pair
 from pgl_ray.phantom.phantom import ORGANS, make_phantom
-from pgl_ray.train import health, networks, one_step, optim
+from pgl_ray.train import networks, one_step, optim
 
 FLOAT32 = torch.autocast("cpu", enabled=False)
+
+
+class Fired(TorchFunctionMode):
+    """Notes which channels of each ReLU are above 0 anywhere; `number`: of the next ReLU of a forward pass."""
+
+    RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+    CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
+
+    def __init__(self) -> None:
+        self.fired: list[Tensor] = []
+        self.convolved: Any = None  # what the last convolution gave
+        self.number = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        bare = func in self.RELUS and args[0] is self.convolved
+        out = func(*args, **(kwargs or {}))
+        if func in self.CONVOLUTIONS:
+            self.convolved = out
+        elif func in self.RELUS and not bare:
+            alive = (out > 0).transpose(0, 1).flatten(1).any(1)
+            if self.number == len(self.fired):
+                self.fired.append(alive)
+            self.fired[self.number] |= alive
+            self.number += 1
+        return out
+
+
+@torch.no_grad()
+def dead_channels(module: nn.Module, inputs: Iterable[Any]) -> float:
+    """Share of a network's ReLU channels that are dead: 0 at every place of every input, so no gradient passes.
+
+    A channel is one of one ReLU's output, the ReLU being named by its number in the forward pass (blocks share modules,
+    and some call the function). A ReLU directly on a convolution does not count: nothing centres its channels, and of
+    those of ASPP's image pooling, one value per input, about half are 0 from the start.
+
+    Args:
+        module: any network; it is judged in the mode it is in (in training mode BatchNorm takes each input's own
+            statistics) and left as it is.
+        inputs: what `module` is called with, one after the other: batches of views for an encoder or a segmenter, a
+            `Pair` for a method.
+
+    Returns:
+        In [0, 1]; 0 for a network without such ReLUs.
+    """
+    network, found = copy.deepcopy(module), Fired()  # a copy: a pass in training mode moves running statistics
+    for given in inputs:
+        found.number = 0
+        with found:
+            network(given)
+    num = sum(len(fired) for fired in found.fired)
+    return 1 - sum(int(fired.sum()) for fired in found.fired) / num if num else 0.0
 
 
 class Net(nn.Module):
@@ -43,12 +103,12 @@ def test_dead_channels_are_counted_over_all_relus_behind_a_norm():
     torch.manual_seed(0)
     net = Net()
     net.pool[1].bias.data.fill_(-100)  # no norm in front: not counted
-    assert health.dead_channels(net, inputs()) == 0
+    assert dead_channels(net, inputs()) == 0
     net.norm.bias.data[:3] = -100  # their branch lives on in the sum
-    assert health.dead_channels(net, inputs()) == 3 / 16
+    assert dead_channels(net, inputs()) == 3 / 16
     net.branch_norm.bias.data[:] = -100
-    assert health.dead_channels(net, inputs()) == 11 / 16
-    assert health.dead_channels(nn.Conv3d(1, 2, 1), inputs()) == 0
+    assert dead_channels(net, inputs()) == 11 / 16
+    assert dead_channels(nn.Conv3d(1, 2, 1), inputs()) == 0
 
 
 def test_a_channel_that_fires_once_is_alive_and_nothing_changes():
@@ -56,11 +116,11 @@ def test_a_channel_that_fires_once_is_alive_and_nothing_changes():
     net = Net().eval()
     net.norm.bias.data[:] = -3.5  # three and a half deviations: hardly a voxel of few inputs
     net.norm.running_var.fill_(1 / 3)
-    counts = [health.dead_channels(net, inputs(num)) for num in (1, 4, 64)]
+    counts = [dead_channels(net, inputs(num)) for num in (1, 4, 64)]
     assert counts[0] > counts[-1] and counts == sorted(counts, reverse=True)
     net.train()
     before = copy.deepcopy(net.state_dict())
-    health.dead_channels(net, inputs())
+    dead_channels(net, inputs())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()) and net.training
 
 
@@ -116,16 +176,16 @@ def genesis(phantoms):
 @pytest.mark.parametrize("method", ["pgl", "byol"])
 def test_hardly_a_channel_of_an_encoder_is_dead_after_lars(phantoms, method):
     net, pairs = pretrained(phantoms, method)
-    assert health.dead_channels(net.online["encoder"], [pair.views for pair in pairs]) <= 0.02
+    assert dead_channels(net.online["encoder"], [pair.views for pair in pairs]) <= 0.02
 
 
 def test_no_channel_of_models_genesis_is_dead(genesis):
-    assert health.dead_channels(*genesis) == 0
+    assert dead_channels(*genesis) == 0
 
 
 def test_lars_would_kill_channels_of_models_genesis(phantoms):
     """What the figure is for: with LARS, whose biases and norms move at the raw rate, they die."""
-    assert health.dead_channels(*pretrained(phantoms, "genesis", kind="lars", lr=1.5)) > 0
+    assert dead_channels(*pretrained(phantoms, "genesis", kind="lars", lr=1.5)) > 0
 
 
 # -- Models Genesis as a start -----------------------------------------------------------------------------------------

@@ -1,14 +1,11 @@
 """The health panel: figures that tell whether features mean something, and what they say in plain words."""
 
-import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.pgl import Output, Pair, align, valid_bins
@@ -127,66 +124,6 @@ def feature_health(query: Tensor, key: Tensor) -> dict[str, float]:
         "retrieval": found / len(asked),
         "retrieval_chance": max(own_pair / len(asked) / num_places, 1 / len(keys)),
     }
-
-
-# -- channels that died -----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def dead_channels(module: nn.Module, inputs: Iterable[Any]) -> float:
-    """Share of a network's ReLU channels that are dead: 0 at every place of every input, so no gradient passes.
-
-    A channel is one of one ReLU's output, the ReLU being named by its number in the forward pass (blocks share modules,
-    and some call the function). A ReLU directly on a convolution does not count: nothing centres its channels, and of
-    those of ASPP's image pooling, one value per input, about half are 0 from the start.
-
-    Args:
-        module: any network; it is judged in the mode it is in (in training mode BatchNorm takes each input's own
-            statistics) and left as it is.
-        inputs: what `module` is called with, one after the other: batches of views for an encoder or a segmenter, a
-            `Pair` for a method.
-
-    Returns:
-        In [0, 1]; 0 for a network without such ReLUs.
-    """
-    network, found = copy.deepcopy(module), _Fired()  # a copy: a pass in training mode moves running statistics
-    for given in inputs:
-        found.number = 0
-        with found:
-            network(given)
-    num = sum(len(fired) for fired in found.fired)
-    return 1 - sum(int(fired.sum()) for fired in found.fired) / num if num else 0.0
-
-
-class _Fired(TorchFunctionMode):
-    """Notes which channels of each ReLU are above 0 anywhere; `number`: of the next ReLU of a forward pass."""
-
-    RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
-    CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, F.linear)
-
-    def __init__(self) -> None:
-        self.fired: list[Tensor] = []
-        self.convolved: Any = None  # what the last convolution gave
-        self.number = 0
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        bare = func in self.RELUS and args[0] is self.convolved
-        out = func(*args, **(kwargs or {}))
-        if func in self.CONVOLUTIONS:
-            self.convolved = out
-        elif func in self.RELUS and not bare:
-            alive = (out > 0).transpose(0, 1).flatten(1).any(1)
-            if self.number == len(self.fired):
-                self.fired.append(alive)
-            self.fired[self.number] |= alive
-            self.number += 1
-        return out
 
 
 # -- in words ---------------------------------------------------------------------------------------------------------
