@@ -21,14 +21,13 @@ from pgl_ray.data.durable import check_writable, put_in_place, write_aside
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.rendering import AIR, normalise
 from pgl_ray.data.voxel_statistics import statistics
-from pgl_ray.files import ct, dicom, identity
-from pgl_ray.files.accounts import json_lines, skipped, unused
-from pgl_ray.files.folders import find_by_folders
-from pgl_ray.files.layout import refuse_empty, with_ids
+from pgl_ray.files import ct, identity
+from pgl_ray.files.accounts import json_lines, skipped
 from pgl_ray.files.plausible import LabelMap
 from pgl_ray.files.resample import onto_grid, resample
-from pgl_ray.files.source import Fault, Found, Source, files_of
-from pgl_ray.files.walk import Tree, walk
+from pgl_ray.files.scans import ScanFile, scan_files
+from pgl_ray.files.source import Fault
+from pgl_ray.files.walk import Tree
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device, segment
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
@@ -47,10 +46,9 @@ class Result(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A CT (a file, or a folder and the slices of a DICOM series in it) and its label map."""
+    """A CT and its label map."""
 
-    source: Path
-    slices: tuple[str, ...]
+    scan: ScanFile
     target: Path
 
     def beside(self, suffix: str) -> Path:
@@ -87,7 +85,7 @@ def run(config: PredictConfig) -> Result:
     finished = {job for job in jobs if _is_finished(job, maker, config.viewer)}
     done_before = f", {len(finished)} of them done before" if finished else ""
     print(f"predict: {len(jobs)} scan{'s' * (len(jobs) != 1)} on {device}{done_before}", flush=True)
-    names = {job: job.target.name.removesuffix(".nii.gz") if job.slices else job.source.name for job in jobs}
+    names = {job: job.target.name.removesuffix(".nii.gz") if job.scan.slices else job.scan.path.name for job in jobs}
     failed = {_plain(fault): Path(fault.source).name for fault in work.faults}
     maps, todo = {}, [job for job in jobs if job not in finished]
     with Stage("predict:", "scan", len(todo)) as stage:
@@ -100,9 +98,9 @@ def run(config: PredictConfig) -> Result:
                 if not many:
                     if isinstance(error, OSError):
                         raise
-                    reason = reason if str(job.source) in reason else f"{job.source}: {reason}"
+                    reason = reason if job.scan.source in reason else f"{job.scan.source}: {reason}"
                     raise (FailedRun if isinstance(error, MemoryError) else ValueError)(reason) from None
-                (maps if isinstance(error, LabelMap) else failed)[_plain(Fault(str(job.source), reason))] = names[job]
+                (maps if isinstance(error, LabelMap) else failed)[_plain(Fault(job.scan.source, reason))] = names[job]
             stage.advance(", ".join(filter(None, (names[job], num_of(failed | maps, "left out")))))
     total = len(jobs) + len(work.faults)
     if len(maps) == total:  # beside CTs they are none of predict's business
@@ -146,18 +144,11 @@ def _maker(model: Segmenter | LightSegmenter, meta: dict[str, Any], config: Pred
     return digest.hexdigest()
 
 
-def _stamp(job: Job) -> str:
-    """Hash of names, sizes and times of a CT's files."""
-    files = [job.source / name for name in job.slices] if job.source.is_dir() else files_of(job.source)
-    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
-
-
 def _is_finished(job: Job, maker: str, viewer: bool) -> bool:
     """Whether the label map was made by the same network from the same files; the facts are written last."""
     try:
         facts = json.loads(job.beside(".json").read_text())
-        made = facts["maker"] == maker and facts["stamp"] == _stamp(job)
+        made = facts["maker"] == maker and facts["stamp"] == job.scan.stamp()
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return made and all(job.beside(end).is_file() for end in (".nii.gz", *((".html", ".png") if viewer else ())))
@@ -172,46 +163,30 @@ def _work(source: Path, output: Path) -> Work:
     if not source.exists():
         raise ValueError(f"input={source} does not exist")
     to_file = output.name.endswith(".nii.gz") and not output.is_dir()
-    if not source.is_dir():
-        if not to_file:
-            raise ValueError(f"output={output} must be a file that ends in .nii.gz, for input is one CT")
-        work = Work([Job(source, (), output)], [], [])
-        if not ct.is_volume(source) and dicom.is_dicom(source):
-            work = Work([_series_of(source, output)], [], [])
-    else:
-        if output.resolve() == source.resolve():
-            raise ValueError(f"output={output} is the input's folder: its label maps would be taken for CTs next time")
-        if output.exists() and not output.is_dir() and not to_file:
-            raise ValueError(f"output={output} is a file: give a folder, for input is one")
-        found = _found_in(source.resolve(), output)
-        scans = with_ids(found)
-        if to_file and len(scans) + len(found.faults) > 1:
-            num = len(scans) + len(found.faults)
-            raise ValueError(f"output={output} is one file, and input={source} holds {num} CTs: name a folder")
-        targets = [output] if to_file else [output / f"{_name_of(one, source)}.nii.gz" for one in scans]
-        jobs = [Job(Path(one.image), one.slices, target) for one, target in zip(scans, targets)]
-        work = Work(jobs, sorted(found.faults), sorted(found.left_out))
-    for path, _, target in work.jobs:
-        if target.resolve() == path.resolve():
-            raise ValueError(f"output={output} would replace the CT {path}: choose another")
-    return work
+    if not source.is_dir() and not to_file:
+        raise ValueError(f"output={output} must be a file that ends in .nii.gz, for input is one CT")
+    if output.resolve() == source.resolve() and source.is_dir():
+        raise ValueError(f"output={output} is the input's folder: its label maps would be taken for CTs next time")
+    if source.is_dir() and output.exists() and not output.is_dir() and not to_file:
+        raise ValueError(f"output={output} is a file: give a folder, for input is one")
+    scans, faults, left_out = scan_files(source, "input", [output], _without_made)
+    if to_file and len(scans) + len(faults) > 1:
+        raise ValueError(
+            f"output={output} is one file, and input={source} holds {len(scans) + len(faults)} CTs: name a folder"
+        )
+    targets = [output] if to_file else [output / f"{_name_of(one, source)}.nii.gz" for one in scans]
+    for one, target in zip(scans, targets):
+        if target.resolve() == one.path.resolve():
+            raise ValueError(f"output={output} would replace the CT {one.path}: choose another")
+    return Work([Job(one, target) for one, target in zip(scans, targets)], faults, left_out)
 
 
-def _found_in(folder: Path, output: Path) -> Found:
-    """The CTs below a folder, but for what an earlier run wrote.
-
-    Raises:
-        ValueError: there is none.
-    """
-    tree = walk(folder, without=[output.resolve()])
+def _without_made(tree: Tree) -> tuple[Tree, list[Fault]]:
+    """A folder's files but for what an earlier call wrote."""
     made = [path for path in tree.paths if path.endswith(".nii.gz") and _is_label_map(path, tree)]
     ends = (".nii.gz", ".json", ".html", ".png")
     tree = tree.without(path.removesuffix(".nii.gz") + end for path in made for end in ends)
-    found = find_by_folders(folder, tree, {})
-    found.left_out.extend(unused(tree, found))
-    found.left_out.extend(Fault(path, "a label map that predict has written") for path in made)
-    refuse_empty(found, f"input={folder}")
-    return found
+    return tree, [Fault(path, "a label map that predict has written") for path in made]
 
 
 def _is_label_map(path: str, tree: Tree) -> bool:
@@ -223,27 +198,10 @@ def _is_label_map(path: str, tree: Tree) -> bool:
         return False
 
 
-def _name_of(scan: Source, source: Path) -> str:
+def _name_of(scan: ScanFile, source: Path) -> str:
     """A scan's id; that of a series that lies in the input's folder itself tells this folder's name, too."""
-    alone = scan.slices and Path(scan.image) == source.resolve()
+    alone = scan.slices and scan.path == source.resolve()
     return f"{identity.plain(source.resolve().name)}{identity.JOIN}{scan.scan_id}" if alone else scan.scan_id
-
-
-def _series_of(path: Path, output: Path) -> Job:
-    """The series that a DICOM file belongs to, from the file's folder.
-
-    Raises:
-        ValueError: it belongs to none, or a file beside it cannot be read.
-    """
-    path = path.absolute()
-    found = dicom.find(path.parent)
-    for one in found.series:
-        if str(path) in one.paths():
-            if doubt := found.doubt(one):
-                raise ValueError(doubt)
-            return Job(Path(one.folder), one.slices, output)
-    why = dict((*found.left_out, *found.unreadable)).get(str(path), "no slice of a CT series")
-    raise ValueError(f"input={path}: {why.removeprefix(f'{path}: ')}")
 
 
 def predict_one(
@@ -254,8 +212,8 @@ def predict_one(
     Returns:
         In what the CT is unlike the training scans.
     """
-    stamp = _stamp(job)
-    scan = ct.read_scan(job.source, job.slices)
+    stamp = job.scan.stamp()
+    scan = job.scan.read()
     notes = list(scan.notes)
     if "data" in meta:
         notes += disagreements(meta["data"], meta["hu_window"], scan.voxels, scan.affine)
@@ -283,7 +241,7 @@ def predict_one(
     organs = viewer.legend(label, meta["labels"], scan.affine, nested=meta["task"] == "binary")
     aside = job.target.with_name(f".part{os.getpid()}.{job.target.name}")
     try:
-        ct.write_label(aside, label, job.source, job.slices)
+        ct.write_label(aside, label, job.scan.path, job.scan.slices)
         put_in_place(aside, job.target)
     finally:
         aside.unlink(missing_ok=True)
@@ -293,13 +251,13 @@ def predict_one(
         spacing = f"{' x '.join(f'{length:.3g}' for length in scan.spacing_mm)} mm (D, H, W)"
         texts = {
             "title": job.target.name.removesuffix(".nii.gz"),
-            "subtitle": f"{job.source}: {size} of {spacing}; labels by {config.run}",
+            "subtitle": f"{job.scan.source}: {size} of {spacing}; labels by {config.run}",
             "made_by": made_by,
         }
         page, picture = viewer.make_page(scan.voxels, label, scan.affine, organs, texts, notes)
         write_aside(job.beside(".html"), page.encode())
         write_aside(job.beside(".png"), picture)
-    facts = {"input": str(job.source), "run": config.run, "organs": [organ._asdict() for organ in organs]}
+    facts = {"input": job.scan.source, "run": config.run, "organs": [organ._asdict() for organ in organs]}
     facts |= {"notes": notes, "made_by": made_by, "maker": maker, "stamp": stamp}
     write_json(job.beside(".json"), facts)
     return notes

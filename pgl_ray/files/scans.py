@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from pgl_ray.files.accounts import unused
 from pgl_ray.files.folders import find_by_folders
 from pgl_ray.files.layout import refuse_empty, with_ids
 from pgl_ray.files.source import Fault, files_of
-from pgl_ray.files.walk import walk
+from pgl_ray.files.walk import Tree, walk
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,19 @@ class Listed(NamedTuple):
     left_out: list[Fault]
 
 
-def scan_files(source: Path, key: str = "input", without: Iterable[Path] = ()) -> Listed:
+def scan_files(
+    source: Path,
+    key: str = "input",
+    without: Iterable[Path] = (),
+    trim: Callable[[Tree], tuple[Tree, list[Fault]]] = lambda tree: (tree, []),
+) -> Listed:
     """The CTs of a file or folder, found and named as prepare and predict do it.
 
     Args:
         source: file or folder.
         key: what the user gave it as, for messages.
         without: folders that are not looked into, as that of results.
+        trim: what is looked at of a folder's files, and what to say of the others.
 
     Raises:
         ValueError: nothing there, or no CT.
@@ -141,9 +147,9 @@ def scan_files(source: Path, key: str = "input", without: Iterable[Path] = ()) -
             return Listed([_series_of(source.absolute(), key)], [], [])
         raise ValueError(f"{key}={source}: not a supported format ({', '.join(ct.SUFFIXES)}, DICOM): convert it")
     folder = source.resolve()
-    tree = walk(folder, without=[path.resolve() for path in without])
+    tree, others = trim(walk(folder, without=[path.resolve() for path in without]))
     found = find_by_folders(folder, tree, {})
-    found.left_out.extend(unused(tree, found))
+    found.left_out.extend([*unused(tree, found), *others])
     refuse_empty(found, f"{key}={source}")
     scans = [ScanFile(one.scan_id, Path(one.image), tuple(one.slices)) for one in with_ids(found)]
     return Listed(scans, sorted(found.faults), sorted(found.left_out))
