@@ -32,7 +32,7 @@ from pgl_ray.files.scans import ScanFile, StoredScan, scan_files, stored_scans
 from pgl_ray.files.source import Fault
 from pgl_ray.judge import vectors
 from pgl_ray.judge.embedding import NO_MEMORY, Embedder, dense_hashes
-from pgl_ray.judge.features import ScanEncoder
+from pgl_ray.judge.features import ScanEncoder, spacing_of
 from pgl_ray.judge.readings import NUM_VIEWS
 from pgl_ray.model.inference import pick_device
 from pgl_ray.pages import embed_page
@@ -81,7 +81,7 @@ def run(config: EmbedConfig) -> Result:
         scans, faults, left_out = stored_scans(index), [], []
     check_writable(f"output={config.output}", output.absolute())
     encoder, reading = _encoder(config, index, output)
-    spacing = _spacing(config, encoder)
+    spacing = spacing_of(config, encoder)
     names = tuple(encoder.names[level] for level in encoder.levels(config.maps))
     told = vectors.about(config, encoder, names, reading)
     before = _finished(config, output, scans, told)
@@ -148,15 +148,6 @@ def _encoder(config: EmbedConfig, index: Index | None, output: Path) -> tuple[Sc
     finally:
         aside.unlink(missing_ok=True)
     return encoder, reading
-
-
-def _spacing(config: EmbedConfig, encoder: ScanEncoder) -> tuple[float, float, float] | None:
-    """What scans are resampled to; none: nothing."""
-    if config.spacing == "own":
-        return None
-    if encoder.spacing_mm is None:
-        raise ValueError(f"spacing=weights: init={config.init} does not say its voxel size: take spacing=own")
-    return encoder.spacing_mm
 
 
 # -- embedding --------------------------------------------------------------------------------------------------------

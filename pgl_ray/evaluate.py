@@ -24,7 +24,7 @@ import torch
 from pgl_ray.config import EvaluateConfig, FailedRun
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.facts import seen_notes
-from pgl_ray.data.store import Index, ScanRecord, read_index
+from pgl_ray.data.store import Index, ScanRecord, check_labelled, read_index
 from pgl_ray.judge.scoring import Scored, score_scans
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import out_of_memory, pick_device, time_forward
@@ -147,8 +147,7 @@ def _choose(config: EvaluateConfig, meta: dict[str, Any], index: Index) -> list[
     Raises:
         ValueError: none, or the store's labels, HU window or voxel size are not the run's.
     """
-    if not index.labels:
-        raise ValueError(f"index={config.index} holds no labels: prepare it from a source with label maps")
+    check_labelled(index, config.index)
     for name, ours, theirs in (
         ("labels", meta["labels"], index.labels),
         ("hu_window", list(meta["hu_window"]), list(index.hu_window)),

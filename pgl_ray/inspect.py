@@ -9,7 +9,6 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
 
     cli.main("inspect")
 
-import base64
 import io
 import json
 import math
@@ -32,6 +31,7 @@ from pgl_ray.data.voxel_statistics import BODY_HU, HISTOGRAM_HU
 from pgl_ray.files.geometry import MOST_SHEAR, shear_notes
 from pgl_ray.files.notes import read_notes
 from pgl_ray.pages import pages, store_answers, store_table
+from pgl_ray.pages.figures import data_uri
 from pgl_ray.pages.label_pictures import organ_color
 
 DISPLAY_HU = (-1000.0, 600.0)  # wide, for scans that are no soft tissue at all must be seen as such
@@ -249,7 +249,7 @@ def _png(image: np.ndarray, label: np.ndarray | None, values: list[int]) -> str:
             colors[edge & (label == value)] = to_rgb(organ_color(number))
     sink = io.BytesIO()
     matplotlib.image.imsave(sink, colors, format="png")
-    return f"data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}"
+    return data_uri(sink.getvalue(), "image/png")
 
 
 def describe(path: str) -> str:

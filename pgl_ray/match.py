@@ -30,7 +30,7 @@ from pgl_ray.files.resample import onto_grid
 from pgl_ray.files.scans import ScanFile, one_scan
 from pgl_ray.files.source import some
 from pgl_ray.judge import search
-from pgl_ray.judge.features import ScanEncoder, at_spacing
+from pgl_ray.judge.features import ScanEncoder, at_spacing, spacing_of
 from pgl_ray.pages import match_page
 
 STORED_AXES = {"S": (0, 1), "I": (0, -1), "P": (1, 1), "A": (1, -1), "L": (2, 1), "R": (2, -1)}
@@ -236,10 +236,8 @@ def _voxel(scan: ct.Scan, place_mm: np.ndarray) -> np.ndarray:
 
 def _prepared(encoder: ScanEncoder, scan: ct.Scan, key: str, config: MatchConfig) -> ct.Scan:
     """A scan as the encoder sees it; prints in what it is unlike the training's."""
-    if config.spacing == "weights":
-        if encoder.spacing_mm is None:
-            raise ValueError(f"spacing=weights: init={config.init} does not say its voxel size: take spacing=own")
-        scan = at_spacing(scan, encoder.spacing_mm)
+    if spacing := spacing_of(config, encoder):
+        scan = at_spacing(scan, spacing)
     notes = list(scan.notes)
     notes += disagreements(encoder.facts, encoder.hu_window, scan.voxels, scan.affine) if encoder.facts else []
     for note in notes:

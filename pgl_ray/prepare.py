@@ -25,10 +25,11 @@ from typing import Any
 from pgl_ray.config import FailedRun, PrepareConfig, StoreConfig, build
 from pgl_ray.convert import finish
 from pgl_ray.convert.agreement import agreed_names, check_labels, preparations, settings_of
-from pgl_ray.convert.one_scan import DISK_FULL, outcomes
+from pgl_ray.convert.one_scan import outcomes
 from pgl_ray.convert.todo import Todo, beside_another, known_sources, vanished, what_to_do
 from pgl_ray.convert.whole import Verified, is_whole, look_through, read_index
 from pgl_ray.data import store, store_settings
+from pgl_ray.data.durable import DISK_FULL
 from pgl_ray.data.place import Place
 from pgl_ray.files.accounts import grouped, json_lines
 from pgl_ray.files.kept_headers import Kept

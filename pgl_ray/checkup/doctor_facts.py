@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ray.checkup.doctor_places import look_at_run, look_at_store, nearest
+from pgl_ray.data.system import cache_folder
 
 # What pyproject.toml asks for, which is not there on a node; tests/test_doctor.py compares the two.
 NEEDED = {
@@ -231,8 +232,7 @@ def rays_folder() -> str:
 
 def _disks(tmp_dir: str | None) -> dict[str, tuple[str, int, int]]:
     """Where Ray keeps sockets, logs and what finds no room in the object store, and where copies of runs lie."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folders = {"ray": Path(tmp_dir or rays_folder()), "cache": cache}
+    folders = {"ray": Path(tmp_dir or rays_folder()), "cache": cache_folder()}
     found = {}
     for what, folder in folders.items():
         usage = shutil.disk_usage(nearest(folder))

@@ -32,6 +32,7 @@ from pgl_ray.config.fields import without_null as without_null
 from pgl_ray.config.load import KEPT as KEPT
 from pgl_ray.config.load import Model as Model
 from pgl_ray.config.load import build as build
+from pgl_ray.config.load import flattened as flattened
 from pgl_ray.config.load import keys as keys
 from pgl_ray.config.load import load as load
 from pgl_ray.config.load import to_yaml as to_yaml

@@ -237,3 +237,10 @@ def keys(model: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
         default = "required" if field.is_required() else str(field.default)
         rows.append((prefix + name, default, " ".join((field.description or "").split())))
     return rows
+
+
+def flattened(value: Any, name: str = "") -> dict[str, Any]:
+    """Dotted keys of nested dicts."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {k: v for key, part in value.items() for k, v in flattened(part, f"{name}.{key}" if name else key).items()}

@@ -1,6 +1,5 @@
 """One scan: files -> store, in a Ray task; and the memory that it takes."""
 
-import errno
 import heapq
 import json
 import math
@@ -17,6 +16,7 @@ from pgl_ray.config import PrepareConfig
 from pgl_ray.convert import parallel
 from pgl_ray.convert.todo import Task
 from pgl_ray.data import scan_files, store, voxel_statistics
+from pgl_ray.data.durable import DISK_FULL
 from pgl_ray.files.plausible import LabelMap
 from pgl_ray.files.resample import resample
 from pgl_ray.files.source import Source
@@ -25,7 +25,6 @@ PEAK_BYTES_PER_VOXEL = 8  # of a conversion, label map included (tests/benchmark
 PEAK_BYTES_PER_RESAMPLED = 10  # voxel of the result, beside the source's own
 NUM_LARGEST = 8  # files whose headers say how much memory a conversion takes
 MAX_TRIES = 3
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def outcomes(

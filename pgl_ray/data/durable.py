@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP)  # some network file systems know no fsync of a folder
 
 

@@ -94,6 +94,16 @@ class Index:
         return tuple(sorted(self.labels.values()))
 
 
+def check_labelled(index: Index, given: str | None) -> None:
+    """Refuses a store without labels, by what the user gave it as.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not index.labels:
+        raise ValueError(f"index={given} holds no labels: prepare it from a source with label maps")
+
+
 def read_index(store: str | Path) -> Index:
     """Reads a store's index.
 

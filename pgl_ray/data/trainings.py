@@ -5,6 +5,7 @@ import numpy as np
 from pgl_ray.config import FinetuneConfig, PretrainConfig
 from pgl_ray.data import pair_renderer, store, stream
 from pgl_ray.data.sampling import ablated
+from pgl_ray.data.store import check_labelled
 
 
 def make_renderer(
@@ -50,8 +51,7 @@ def split_scans(config: FinetuneConfig, index: store.Index) -> tuple[list[str], 
     Raises:
         ValueError: no labels, or too few labelled scans.
     """
-    if not index.labels:
-        raise ValueError(f"index={config.index} holds no labels: prepare it from a source with label maps")
+    check_labelled(index, config.index)
     ids = [scan.scan_id for scan in index.labelled(config.split)]
     num = config.num_scans if isinstance(config.num_scans, int) else round(config.num_scans * len(ids))
     if num > len(ids) or num < 2:

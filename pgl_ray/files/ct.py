@@ -18,7 +18,7 @@ from nibabel import orientations
 from pgl_ray.files import detached, dicom, dicom_grid, dicom_masks, grids, itk, nifti, plausible
 from pgl_ray.files.dicom import AIR
 from pgl_ray.files.dicom_values import PADDING
-from pgl_ray.files.geometry import shear_notes
+from pgl_ray.files.geometry import shear_notes, shift
 from pgl_ray.files.nifti import is_nifti
 from pgl_ray.files.raw import Geometry, Raw
 
@@ -269,7 +269,7 @@ def _pasted(label: np.ndarray, affine: np.ndarray, like: Scan) -> tuple[np.ndarr
     first = np.rint(step[:3, 3]).astype(int)
     step[:3, 3] -= first
     fits = (first >= 0).all() and (first + label.shape <= like.voxels.shape).all()
-    if not fits or grids.shift(step, np.eye(4), label.shape) > grids.TOLERANCE:
+    if not fits or shift(step, np.eye(4), label.shape) > grids.TOLERANCE:
         return label, affine
     whole = np.zeros(like.voxels.shape, label.dtype)
     whole[tuple(slice(start, start + size) for start, size in zip(first, label.shape))] = label

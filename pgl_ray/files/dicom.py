@@ -9,8 +9,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pgl_ray.files import dicom_series, identity, structure_header
 from pgl_ray.files.dicom_headers import SUFFIXES, Header, read_header, unreadable
 from pgl_ray.files.kept_headers import Kept
@@ -18,7 +16,6 @@ from pgl_ray.files.structure_header import Contours
 from pgl_ray.files.walk import LOST, Tree, walk
 
 AIR = -1024  # HU of voxels outside the reconstruction
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr")  # files that are never DICOM
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from pgl_ray.files import dicom, dicom_pixels
 from pgl_ray.files import dicom_values as values
 from pgl_ray.files.dicom_values import Refused, Tagged
+from pgl_ray.files.geometry import LPS_TO_RAS
 from pgl_ray.files.structure_header import whole
 
 if TYPE_CHECKING:  # comes with pgl_ray[dicom]
@@ -29,7 +30,6 @@ GROUPS = {  # of an enhanced file's functional groups: what of them stands in a 
     "PixelMeasuresSequence": ("PixelSpacing",),
     "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept", "RescaleType"),
 }
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 class Grid(NamedTuple):

@@ -7,14 +7,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from pgl_ray.files import identity
+from pgl_ray.files import identity, structure_header
 
 if TYPE_CHECKING:  # comes with pgl_ray[dicom]
     from pydicom import FileDataset
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 CT_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
-STRUCTURE_CLASSES = ("1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.5.1.4.1.1.66.4")  # RTSTRUCT, SEG
 DIRECTORY = "1.2.840.10008.1.3.10"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 DEFLATED = "1.2.840.10008.1.2.1.99"
@@ -120,7 +119,7 @@ def _class_of(header: "FileDataset") -> str:
 def _described(path: str, header: "FileDataset", whole: bool) -> Header:
     kind, text = _class_of(header), {tag: _text(header, tag) for tag in TAGS}
     series = text["SeriesInstanceUID"]
-    if kind in STRUCTURE_CLASSES:
+    if kind in structure_header.KINDS:
         return Header("structures", series=series)
     if reason := _no_ct(text, kind):
         return Header("other", reason, series=series)
@@ -189,7 +188,7 @@ def _by_meta(path: str, error: Any) -> Header:
         kind = str(pydicom.filereader.read_file_meta_info(path).get("MediaStorageSOPClassUID") or "")
     except Exception:  # no meta header, or a damaged one
         kind = ""
-    if kind in STRUCTURE_CLASSES:
+    if kind in structure_header.KINDS:
         return Header("structures")
     if kind and kind not in CT_CLASSES:
         return Header("other", "an index of DICOM files" if kind == DIRECTORY else "a DICOM object that is no CT image")

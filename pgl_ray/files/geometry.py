@@ -1,8 +1,21 @@
-"""What is worth saying of where a scan's voxels lie."""
+"""Where a scan's voxels lie, and what is worth saying of it."""
+
+from itertools import product
 
 import numpy as np
 
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MOST_SHEAR = 2.0  # degrees; what rounding in headers makes of right angles is far less
+
+
+def corners(shape: tuple[int, ...]) -> np.ndarray:
+    """The corner voxels of a grid as affines take them, [8, 4]."""
+    return np.array([(*corner, 1) for corner in product(*((0, size - 1) for size in shape))])
+
+
+def shift(affine_1: np.ndarray, affine_2: np.ndarray, shape: tuple[int, ...]) -> float:
+    """How far apart two affines put a corner voxel of a grid, in their unit."""
+    return float(np.linalg.norm(corners(shape) @ (affine_1 - affine_2)[:3].T, axis=1).max())
 
 
 def shear_degrees(affine: np.ndarray) -> float:

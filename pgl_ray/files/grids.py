@@ -1,10 +1,10 @@
 """Whether a label map lies on its CT's grid, and what to do where it does not."""
 
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from pgl_ray.files.geometry import corners, shift
 from pgl_ray.files.plausible import text_of
 
 TOLERANCE = 0.1  # how far a label's corner may lie from its CT's, in voxels
@@ -12,12 +12,6 @@ COPY = "a=s.ReadImage('{path}'); a.CopyInformation(s.ReadImage('CT')); s.WriteIm
 SAMPLE = (
     "s.WriteImage(s.Resample(s.ReadImage('{path}'), s.ReadImage('CT'), s.Transform(), s.sitkNearestNeighbor), 'NEW')"
 )
-
-
-def shift(affine_1: np.ndarray, affine_2: np.ndarray, shape: tuple[int, ...]) -> float:
-    """How far apart two affines put a corner voxel of the grid, in their unit."""
-    corners = np.array([(*corner, 1) for corner in product(*((0, size - 1) for size in shape))])
-    return float(np.linalg.norm(corners @ (affine_1 - affine_2).T, axis=1).max())
 
 
 def difference(
@@ -46,6 +40,5 @@ def mend(path: Path, label_shape: tuple[int, ...], label_affine: np.ndarray, sha
 
 def _begins_at_zero(affine: np.ndarray, shape: tuple[int, ...]) -> bool:
     """Whether the origin lies at a corner voxel, whichever the file's first voxel was, or in the middle."""
-    corners = [(*corner, 1) for corner in product(*((0, size - 1) for size in shape))]
     middle = (*((size - 1) / 2 for size in shape), 1)
-    return any(np.allclose(affine @ place, (0, 0, 0, 1), atol=1e-3) for place in [*corners, middle])
+    return any(np.allclose(affine @ place, (0, 0, 0, 1), atol=1e-3) for place in [*corners(shape), middle])

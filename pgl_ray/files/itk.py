@@ -11,12 +11,12 @@ import numpy as np
 
 from pgl_ray.files import detached
 from pgl_ray.files.detached import TextHeader, files_of
+from pgl_ray.files.geometry import LPS_TO_RAS
 from pgl_ray.files.raw import Geometry, Raw
 
 if TYPE_CHECKING:
     from SimpleITK import ImageFileReader
 
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 DEFLATE_RATIO = 1032  # zlib cannot compress better
 KNOWN_SPACES = ("right-anterior-superior", "left-anterior-superior", "left-posterior-superior", "ras", "las", "lps")
 READ_ENCODINGS = ("raw", "gzip", "gz", "ascii", "text", "txt")  # of NRRD

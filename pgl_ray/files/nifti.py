@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +15,7 @@ from nibabel.arrayproxy import ArrayProxy
 from nibabel.imageglobals import logger as nibabel_logger
 
 from pgl_ray.files import itk
+from pgl_ray.files.geometry import shift
 from pgl_ray.files.raw import Geometry, Raw
 
 UNITS = {0: ("mm", 1.0), 1: ("m", 1e3), 2: ("mm", 1.0), 3: ("um", 1e-3)}  # code -> unit of length, mm
@@ -123,7 +123,7 @@ def geometry(image: nib.Nifti1Pair) -> Geometry:
     stated = int(header["sform_code"]) > 0
     if sform is not None:
         affine = sform
-        if qform is not None and (apart := _apart(sform, qform, image.shape[:3])) > ELSEWHERE * _finest(sform):
+        if qform is not None and (apart := shift(sform, qform, image.shape[:3])) > ELSEWHERE * _finest(sform):
             notes.append(
                 f"its sform and qform lie up to {apart * scale:.3g} mm apart, other programs may take the qform: the "
                 "sform is taken"
@@ -167,12 +167,6 @@ def _unstated_qform(header: nib.Nifti1Header) -> np.ndarray | None:
 
 def _finest(affine: np.ndarray) -> float:
     return float(np.linalg.norm(affine[:3, :3], axis=0).min())
-
-
-def _apart(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    """How far apart two affines put a corner voxel of a grid."""
-    corners = np.array([(*corner, 1) for corner in product(*((0, size - 1) for size in shape))])
-    return float(np.linalg.norm((corners @ (one - other).T)[:, :3], axis=1).max())
 
 
 def write_label(path: Path, label: np.ndarray, like: Path) -> None:

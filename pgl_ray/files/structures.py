@@ -12,6 +12,7 @@ import numpy as np
 
 from pgl_ray.files import contours, dicom, segments
 from pgl_ray.files.dicom_values import Refused
+from pgl_ray.files.geometry import LPS_TO_RAS
 from pgl_ray.files.structure_header import SEGMENTATION, Contours, key_of, near
 
 NUM_NAMED = 8  # of structures that a message names
@@ -56,7 +57,7 @@ def read_structures(
         for one in inside:
             by_key[key_of(one.name)].append((path, one))
         _note_unasked(path, [one.name or one.title for one in inside], names, found)
-    to_index, values = np.linalg.inv(affine) @ dicom.LPS_TO_RAS, set()
+    to_index, values = np.linalg.inv(affine) @ LPS_TO_RAS, set()
     for value, name in sorted((value, name) for name, value in names.items()):
         pieces, refused, alike = [], False, [other for other in names if key_of(other) == key_of(name)]
         for path, one in by_key[key_of(name)]:

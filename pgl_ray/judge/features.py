@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgl_ray.config import CropConfig
+from pgl_ray.config import CropConfig, FeaturesConfig
 from pgl_ray.data.random_numbers import generator
 from pgl_ray.data.rendering import AIR, normalise, read_padded, render
 from pgl_ray.data.sampling import sample_prior
@@ -211,6 +211,19 @@ def pooled(scan: Scan, maps: Sequence[FeatureMap]) -> np.ndarray:
         inside = share.nonzero().flatten()  # channels of a wide map times all cells would not fit
         means.append(one.values.flatten(1)[:, inside].double() @ share[inside])
     return torch.cat(means).float().cpu().numpy()
+
+
+def spacing_of(config: FeaturesConfig, encoder: ScanEncoder) -> tuple[float, float, float] | None:
+    """What scans are resampled to, in mm; none: nothing.
+
+    Raises:
+        ValueError: the training's is asked for, and not known.
+    """
+    if config.spacing == "own":
+        return None
+    if encoder.spacing_mm is None:
+        raise ValueError(f"spacing=weights: init={config.init} does not say its voxel size: take spacing=own")
+    return encoder.spacing_mm
 
 
 def at_spacing(scan: Scan, spacing_mm: tuple[float, float, float]) -> Scan:

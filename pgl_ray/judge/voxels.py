@@ -17,7 +17,7 @@ from pgl_ray.data.random_numbers import generator
 from pgl_ray.data.rendering import normalise
 from pgl_ray.data.scan_files import open_label, open_volume
 from pgl_ray.data.scan_record import ScanRecord
-from pgl_ray.data.store import Index, class_lookup
+from pgl_ray.data.store import Index, check_labelled, class_lookup
 from pgl_ray.data.voxel_statistics import BODY_HU
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
@@ -133,8 +133,7 @@ def choose_scans(index: Index, config: ProbeSettings) -> tuple[list[ScanRecord],
     Raises:
         ValueError: a split without labelled scans.
     """
-    if not index.labels:
-        raise ValueError(f"index={config.index} holds no labels: prepare it from a source with label maps")
+    check_labelled(index, config.index)
     pool = index.labelled(config.split)
     order = np.random.default_rng((config.seed, 1)).permutation(len(pool))
     train = [pool[i] for i in order[: config.num_scans]]

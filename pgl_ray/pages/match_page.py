@@ -19,11 +19,12 @@ from pgl_ray.judge import search
 from pgl_ray.judge.features import ScanEncoder
 from pgl_ray.model.metrics import reach
 from pgl_ray.pages import pages
+from pgl_ray.pages.figures import data_uri
 from pgl_ray.pages.pages import NO, OPEN, YES, Answer, Line, plural
+from pgl_ray.pages.slices import WINDOWS, even_step
 
 SHOWN_VOXELS = 4_000_000  # of a scan; a larger one is shown at every second, third, ... voxel
 GREY_HU = 8.0  # step of the 256 greys, from -1024 HU on
-WINDOWS = {"soft tissue": (-200, 300), "lung": (-1000, 200), "bone": (-200, 1000), "all": (-1024, 1000)}
 MARGIN = 0.04  # that is shown beside the body, as a share of its size
 TEXT_BYTES = 60_000  # of page and script
 MOST_PICTURES = 12
@@ -63,7 +64,7 @@ def _megabytes(encoder: ScanEncoder, scans: Sequence[Scan], levels: list[int], n
     num = 4 * len(levels) * num_points
     for scan in scans:
         shape = np.array(scan.voxels.shape)
-        num += math.prod(-(-shape // _step(scan)))
+        num += math.prod(-(-shape // even_step(scan.voxels.shape, scan.spacing_mm, SHOWN_VOXELS)))
         for level in levels:
             num += encoder.network.channels[level] * math.prod(-(-shape // np.array(encoder.network.strides[level])))
     return (num * 4 / 3 + TEXT_BYTES) / 1e6
@@ -151,7 +152,7 @@ def answers(rows: Sequence[Any]) -> list[Answer]:
 
 
 def _side(scan: Scan, codes: search.Codes) -> dict[str, Any]:
-    step = _step(scan)
+    step = even_step(scan.voxels.shape, scan.spacing_mm, SHOWN_VOXELS)
     shown = scan.voxels[tuple(slice(by // 2, None, by) for by in step)]
     greys = np.clip((shown.astype(np.float32) + 1024) / GREY_HU + 0.5, 0, 255).astype(np.uint8)
     maps = [
@@ -174,14 +175,6 @@ def _box(scan: Scan, step: Sequence[int]) -> np.ndarray:
     first, last = np.floor(box[:, 0] / step), np.ceil(box[:, 1] / step)
     size = -(-np.array(scan.voxels.shape) // step)
     return np.stack([first.clip(0), np.minimum(last, size)], 1).astype(np.int64)
-
-
-def _step(scan: Scan) -> list[int]:
-    """Which voxels are shown, so that there are few enough of them and their spacing gets as even as can be."""
-    step, spacing = [1, 1, 1], np.array(scan.spacing_mm)
-    while math.prod(-(-n // by) for n, by in zip(scan.voxels.shape, step)) > SHOWN_VOXELS:
-        step[int(np.argmin(spacing * step))] += 1
-    return step
 
 
 def _text(array: np.ndarray) -> str:
@@ -208,7 +201,7 @@ def _picture(scans: Sequence[Scan], voxel: np.ndarray, found: search.Found, amon
     padded = [np.pad(panel, ((0, 0), (0, 4), (0, 0)), constant_values=128) for panel in padded]  # between panels
     sink = io.BytesIO()
     Image.fromarray(np.concatenate(padded, 1)[:, :-4]).save(sink, "PNG", compress_level=6)
-    return f"data:image/png;base64,{base64.b64encode(sink.getvalue()).decode()}"
+    return data_uri(sink.getvalue(), "image/png")
 
 
 def _panel(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pgl_ray.config import is_url
+from pgl_ray.config import flattened, is_url
 from pgl_ray.train import run_paths
 from pgl_ray.train.metrics import read_metrics
 
@@ -134,16 +134,10 @@ def waits(run: Run) -> list[tuple[float, float]]:
 
 def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """Dotted keys whose values differ between runs, with each run's value."""
-    flat = [_flatten(run.config) for run in runs]
+    flat = [flattened(run.config) for run in runs]
     keys = [key for key in dict.fromkeys(key for values in flat for key in values) if key != "run"]
     rows = [(key, [str(values.get(key, "-")) for values in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def _flatten(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {path: value}
-    return {k: v for key, part in value.items() for k, v in _flatten(part, f"{path}.{key}" if path else key).items()}
 
 
 def settings(run: Run) -> str:

@@ -4,6 +4,8 @@ Stored volumes run along S, P, L (files/ct.py): rows = H, columns = W is the axi
 rows = D upwards is the coronal one with the head up.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from matplotlib.patches import Rectangle
 from pgl_ray.prior import scan_to_view
 
 VIEW_COLORS, OVERLAP_COLOR = ("#56B4E9", "#E69F00"), "#F0E442"
+WINDOWS = {"soft tissue": (-200, 300), "lung": (-1000, 200), "bone": (-200, 1000), "all": (-1024, 1000)}
 DISPLAY_HU = (-200.0, 300.0)  # soft tissue; for the eye alone
 AXIS_ENDS = (("I", "S"), ("A", "P"), ("R", "L"))  # what lies at the low and high end of D, H, W
 
@@ -52,6 +55,14 @@ def draw_slice(ax: Axes, image: np.ndarray, plane: Plane, unit_mm: np.ndarray, *
     aspect = unit_mm[plane.row] / unit_mm[plane.column]
     ax.imshow(image, origin=plane.origin, extent=extent, aspect=aspect, **options)
     ax.set_axis_off()
+
+
+def even_step(shape: Sequence[int], spacing_mm: Sequence[float] | np.ndarray, most: int) -> list[int]:
+    """Which voxels are shown, so that there are at most so many and their spacing gets as even as can be."""
+    step = [1, 1, 1]
+    while math.prod(-(-length // by) for length, by in zip(shape, step)) > most:
+        step[int(np.argmin(np.asarray(spacing_mm) * step))] += 1
+    return step
 
 
 def draw_letters(ax: Axes, plane: Plane, flip: np.ndarray) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +15,10 @@ from pgl_ray.pages import pages
 from pgl_ray.pages.figures import to_png
 from pgl_ray.pages.label_pictures import montage, organ_color
 from pgl_ray.pages.pages import OPEN, Answer, Line, plural
-from pgl_ray.pages.slices import DISPLAY_HU
+from pgl_ray.pages.slices import DISPLAY_HU, WINDOWS, even_step
 
 MAX_VOXELS = 32_000_000  # that a page holds; a larger scan is shown at every second, third, ... voxel
 GREY_HU = 8.0  # step of the 256 greys that a page holds, from -1024 HU on
-WINDOWS = {"soft tissue": (-200, 300), "lung": (-1000, 200), "bone": (-200, 1000), "all": (-1024, 1000)}
 HERE = Path(__file__).parent
 
 
@@ -63,7 +61,7 @@ def make_page(
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
     numbers = _numbers(label, [organ.value for organ in organs])
     picture = to_png(montage(voxels, numbers, spacing_mm, [organ.name for organ in organs]), dpi=110)
-    step = _step(voxels.shape, spacing_mm)
+    step = even_step(voxels.shape, spacing_mm, MAX_VOXELS)
     rows = [
         {**organ._asdict(), "number": number, "color": organ_color(number)} for number, organ in enumerate(organs, 1)
     ]
@@ -131,14 +129,6 @@ def answers(organs: Sequence[Organ], notes: Sequence[str]) -> list[Answer]:
         Answer("What to look at first?", [first]),
         Answer("How sure is it?", [Line(OPEN, sure)]),
     ]
-
-
-def _step(shape: tuple[int, ...], spacing_mm: np.ndarray) -> list[int]:
-    """Which voxels are shown, so that there are few enough of them and their spacing gets as even as can be."""
-    step = [1, 1, 1]
-    while math.prod(-(-n // s) for n, s in zip(shape, step)) > MAX_VOXELS:
-        step[int(np.argmin(spacing_mm * step))] += 1
-    return step
 
 
 def _numbers(label: np.ndarray, values: list[int]) -> np.ndarray:

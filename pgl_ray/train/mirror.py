@@ -20,7 +20,7 @@ from pathlib import Path
 from pgl_ray.config import FailedRun
 from pgl_ray.data.bucket import Bucket
 from pgl_ray.data.durable import write_aside
-from pgl_ray.data.system import every, lock_file
+from pgl_ray.data.system import cache_folder, every, lock_file
 from pgl_ray.train.run_files import MANIFEST, METRICS, NAME, STATE
 from pgl_ray.train.track import ID as TRACKER
 
@@ -58,8 +58,7 @@ class Mirror:
 
     def __init__(self, url: str):
         self.url, self.place = url, Bucket(url)
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.home = cache / "pgl_ray" / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
+        self.home = cache_folder() / "pgl_ray" / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
         self.name = url.rsplit("/", 1)[-1]
         self.folder = self.home / WORK / self.name
         self.copy = self.home / READ / self.name
@@ -146,12 +145,12 @@ class Mirror:
                 aside = path.with_suffix(".part")
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir()
-                with contextlib.suppress(FileNotFoundError):  # a damage like any other
-                    self.place.copy_to(state, aside / STATE)
                 (aside / MANIFEST).write_bytes(manifest)
-                if damage(aside):  # once more: it may have been the transfer
-                    with contextlib.suppress(FileNotFoundError):
+                for _ in range(2):  # once more where it is damaged: it may have been the transfer
+                    with contextlib.suppress(FileNotFoundError):  # a damage like any other
                         self.place.copy_to(state, aside / STATE)
+                    if not damage(aside):
+                        break
                 aside.rename(path)
             write_aside(self.index, json.dumps(have).encode())
 

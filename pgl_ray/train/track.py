@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pgl_ray.config import is_url
+from pgl_ray.config import flattened, is_url
 
 ID = "tracker.json"  # in the run's folder: under which name the tracker knows the run
 
@@ -57,13 +57,6 @@ class Tracker:
             self._try(self.record.close)
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Dotted keys of nested dicts."""
-    if not isinstance(value, dict):
-        return {name: value}
-    return {k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}" if name else key).items()}
-
-
 class MLflow:
     """One run of the experiment `pgl_ray` (or MLFLOW_EXPERIMENT_NAME)."""
 
@@ -81,7 +74,7 @@ class MLflow:
         typed = record["config"]["run"]
         tags = {"door": record["door"], "folder": typed if is_url(typed) else str(run)}
         started = mlflow.start_run(run_name=run.name, tags=tags)
-        mlflow.log_params(_flat(record["config"]))
+        mlflow.log_params(flattened(record["config"]))
         known.write_text(json.dumps({"mlflow": started.info.run_id}))
 
     def write(self, step: int, row: dict[str, float]) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints written by a thread of rank 0 while training goes on."""
 
 import contextlib
-import errno
 import shutil
 import threading
 import time
@@ -12,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pgl_ray.data.durable import DISK_FULL
 from pgl_ray.train import checkpoint, retry, run_paths
 from pgl_ray.train.events import Notes
 
 KEPT = 2  # newest checkpoints: where one is damaged, the one before is there
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Job(NamedTuple):
@@ -129,7 +128,7 @@ class Writer:
 
     def _hopeless(self, job: _Job, error: OSError, seconds: float) -> str | None:
         """Why it is not tried again, or none."""
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             shutil.rmtree(checkpoint.folder_of(self.run, job.step or 0).with_suffix(".part"), ignore_errors=True)
             free, needed = shutil.disk_usage(self.run).free, num_bytes(job.state)
             return (
