@@ -182,7 +182,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
         if validates or keeps:
             optim.average_buffers(segmenter)
         if validates:
-            scores = _validate(session, segmenter, config, meta, index, val_records)
+            scores = validate(session, segmenter, config, meta, index, val_records)
             stale = 0 if scores["val/dice"] > best or not best else stale + 1
             if stale == 0:
                 best = scores["val/dice"]
@@ -239,7 +239,7 @@ def _check_rows(batch: dict[str, torch.Tensor], step: int) -> None:
         raise FailedRun(f"the stream is out of step: {batch['step'].tolist()} at step {step}")
 
 
-def _validate(
+def validate(
     session: Session,
     segmenter: Segmenter | LightSegmenter,
     config: FinetuneConfig,

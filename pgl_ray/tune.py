@@ -85,11 +85,11 @@ def collect(config: TuneConfig, folder: Path) -> Result:
     """Writes the table of all trials, the best settings and the report."""
     found = sweeps.read_trials(folder)
     sweeps.write_table(folder)
-    scored = [trial for trial in found if trial.score is not None and trial.state == "done"]
-    if not scored:
+    done = sweeps.judged(found)
+    if not done:
         failed = next((trial.error for trial in found if trial.error), "no result")
         raise FailedRun(f"no trial of {len(found)} came to a score; the first: {failed}")
-    best = max(scored, key=lambda trial: trial.merit)
+    best = done[0]
     configs = stage_configs(config, best.values, folder / "trials" / best.name)
     left_out = {"index", "run", "ray"} | ({"init"} if "pretrain" in configs else set())
     sections = {

@@ -90,8 +90,7 @@ def _lead(first: str, second: str, text: str, lead: float, titles: dict[str, dic
 
 
 def _states(trials: list[Trial]) -> str:
-    found = {state: sum(trial.state == state for trial in trials) for state in (*sweeps.ENDED, "failed", "running")}
-    return ", ".join(f"{num} {state}" for state, num in found.items() if num) or "none has begun"
+    return ", ".join(f"{num} {state}" for state, num in sweeps.num_by_state(trials).items() if num) or "none has begun"
 
 
 # -- is pre-training better than random weights? ----------------------------------------------------------------------
@@ -143,8 +142,7 @@ def _words(one: Gain) -> str:
 
 def _best_probed(trials: list[Trial]) -> Line:
     """Without arms: what the probe of the best trial says of random weights."""
-    done = [trial for trial in trials if trial.state == "done" and trial.score is not None]
-    top = max(done, key=lambda trial: trial.merit, default=None)
+    top = next(iter(sweeps.judged(trials)), None)
     path = top and top.folder / "probe.json"
     found = run_folders.read_json(path) if path and path.is_file() else {}
     standing = {judge: Standing(**one) for judge, one in found.get("standing", {}).items()}
@@ -172,7 +170,7 @@ def _runs(trials: list[Trial]) -> list[Run]:
 def next_step(config: dict[str, Any], trials: list[Trial]) -> Line:
     """The first of what is open."""
     failed = [trial for trial in trials if trial.state == "failed"]
-    done = [trial for trial in trials if trial.state == "done" and trial.score is not None]
+    done = sweeps.judged(trials)
     if any(trial.state == "running" for trial in trials) or not trials:
         return Line("Let it end", f"{_states(trials)}; where it runs no more, the same command goes on from there")
     if failed:
@@ -182,7 +180,7 @@ def next_step(config: dict[str, Any], trials: list[Trial]) -> Line:
         )
     if not done:
         return Line("Widen the space", f"no trial came to its end: {_states(trials)}")
-    top = max(done, key=lambda trial: trial.merit)
+    top = done[0]
     edges = [text for key in config["space"] if (text := at_edge(key, config["space"][key], top.values.get(key)))]
     if edges and len(done) > 2:
         return Line("Widen the space", f"the best trial lies at its edge: {'; '.join(edges)}")

@@ -35,7 +35,8 @@ def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any
     """
     config, trials = read_json(folder / sweeps.SWEEP), sweeps.read_trials(folder)
     scored = [trial for trial in trials if trial.score is not None and trial.state in sweeps.ENDED]
-    best = max((t for t in scored if t.state == "done"), key=lambda t: t.merit, default=None)
+    done = sweeps.judged(trials)
+    best = done[0] if done else None
     judges = [judge for judge in tables.JUDGED if any(judge in sweeps.probed(trial.folder) for trial in trials)]
     drawn = {"parallel": "", "settings": [], "curves": ""}
     if len(scored) > 1:
@@ -47,14 +48,14 @@ def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any
         "config": config,
         "judge": config["judge"],
         "lower": sweeps.merit(config["judge"], 1.0) < 0,
-        "num": {state: sum(trial.state == state for trial in trials) for state in (*sweeps.ENDED, "failed", "running")},
+        "num": sweeps.num_by_state(trials),
         "best": best and {"title": best.title, "score": best.score, "name": best.name},
         "judges": [tables.JUDGED[judge][0] for judge in judges],
         "trials": [_row(trial, judges) for trial in sorted(trials, key=lambda t: (t.state != "done", -t.merit))],
         "notes_of_scans": tables.gathered(_notes(trials)),
         "totals": _totals(trials),
         **drawn,
-        "importance": importance(config, [trial for trial in scored if trial.state == "done"]),
+        "importance": importance(config, done),
         "min_trials": MIN_TRIALS,
         "grid": found_grid,
         "judged": found_judged,
@@ -80,7 +81,7 @@ def _row(trial: Trial, judges: list[str]) -> dict[str, Any]:
     return {
         "name": trial.name,
         "title": trial.title,
-        "state": trial.state if trial.state in ("done", "failed") else f"{trial.state} in {trial.stage}",
+        "state": trial.ending,
         "first": tables.number(_first(trial), ".4f"),
         "score": tables.number(trial.score, ".4f"),
         "judged": [tables.number(said.get(judge), tables.JUDGED[judge][1]) for judge in judges],

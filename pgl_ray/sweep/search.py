@@ -1,6 +1,5 @@
 """Ray Tune chooses, stops and places a sweep's trials, and prints their table meanwhile."""
 
-import json
 import logging
 import math
 import os
@@ -79,8 +78,7 @@ def make_optuna(config: TuneConfig, begun: list[sweeps.Trial], again: int = 0) -
     space = OptunaSearch.convert_search_space({"trial": {"values": space}})
     ended, interrupted = [], []
     for trial in begun:
-        point = {key: json.dumps(v) if isinstance(v, list) else v for key, v in trial.values.items()}
-        point = {f"trial/values/{key}": value for key, value in point.items()}
+        point = {f"trial/values/{key}": value for key, value in sweeps.plain_values(trial).items()}
         if set(point) == set(space):  # of the space as it is now
             (ended if trial.state in sweeps.ENDED else interrupted).append((point, trial.score))
     seed, first = config.seed + len(begun) + 1000 * again, [point for point, _ in interrupted] or None

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,26 @@ class Trial:
         """Its score as something to maximise."""
         return merit(self.record.get("judge"), self.score)
 
+    @property
+    def ending(self) -> str:
+        """How it ended, or where it stands."""
+        return self.state if self.state in ("done", "failed") else f"{self.state} in {self.stage}"
+
     def run(self, stage: str) -> Path | None:
         """Folder of its pre-training or fine-tuning, as far as it began."""
         return Path(self.record[stage]) if self.record.get(stage) else None
+
+
+def judged(trials: Iterable[Trial]) -> list[Trial]:
+    """Those that came to their end with a score, the best one first."""
+    done = [trial for trial in trials if trial.state == "done" and trial.score is not None]
+    return sorted(done, key=lambda trial: -trial.merit)
+
+
+def num_by_state(trials: Iterable[Trial]) -> dict[str, int]:
+    """State -> how many trials are in it, of all states."""
+    found = Counter(trial.state for trial in trials)
+    return {state: found[state] for state in (*ENDED, "failed", "running")}
 
 
 def merit(figure: str | None, value: float | None) -> float:
@@ -254,13 +272,17 @@ def write_table(folder: Path) -> None:
         others = {figure.split("/")[1]: judge for figure, judge in FIGURES.items() if judge != "voxels"}
         row |= {name: said[judge] for name, judge in others.items() if judge in said}
         row |= {"pretrain": trial.record.get("pretrain"), "finetune": trial.record.get("finetune")}
-        values = {key: json.dumps(v) if isinstance(v, list) else v for key, v in trial.values.items()}
-        rows.append(row | {"error": trial.error, **values, "values": json.dumps(trial.values)})
+        rows.append(row | {"error": trial.error, **plain_values(trial), "values": json.dumps(trial.values)})
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     path = folder / "trials.parquet"
     aside = path.with_name(f"{path.name}.part{os.getpid()}")
     pq.write_table(pa.table({key: _column(values) for key, values in columns.items()}), aside)
     put_in_place(aside, path)
+
+
+def plain_values(trial: Trial) -> dict[str, Any]:
+    """A trial's point, lists as texts."""
+    return {key: json.dumps(v) if isinstance(v, list) else v for key, v in trial.values.items()}
 
 
 def _column(values: list[Any]) -> pa.Array:
@@ -289,7 +311,7 @@ def table(shown: list[Trial], head: bool = True) -> str:
 
 def counts(found: list[Trial], num: int, room: int = 1) -> str:
     """A line about the whole sweep: how the trials of `num` ended, and how long the rest takes, `room` at a time."""
-    ended = {state: sum(trial.state == state for trial in found) for state in (*ENDED, "failed")}
+    ended = {state: num for state, num in num_by_state(found).items() if state != "running"}
     text = ", ".join(f"{count} {state}" for state, count in ended.items() if count) or "0 done"
     took = [trial.record["took_s"] for trial in found if trial.state in ENDED]
     rest = num - sum(ended.values())
@@ -302,7 +324,7 @@ def counts(found: list[Trial], num: int, room: int = 1) -> str:
 def _where(trial: Trial) -> tuple[str, str]:
     """Stage and step, and the time left in this stage."""
     if trial.state != "running":
-        return trial.state if trial.state in ("done", "failed") else f"{trial.state} in {trial.stage}", ""
+        return trial.ending, ""
     run = trial.run(trial.stage) if trial.stage in ("pretrain", "finetune") else None
     rows = read_metrics(run) if run else []
     if not rows:
