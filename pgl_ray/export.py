@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
 
     cli.main("export")
 
-import contextlib
 import json
 import os
 import warnings
@@ -27,11 +26,10 @@ import torch
 from torch import Tensor, nn
 
 import pgl_ray
-from pgl_ray.config import ExportConfig, FailedRun, PatchConfig, is_url
+from pgl_ray.config import ExportConfig, FailedRun, PatchConfig
 from pgl_ray.data.durable import check_writable, put_in_place
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.rendering import normalise
-from pgl_ray.data.store import data_sets, read_settings
 from pgl_ray.data.voxel_statistics import statistics
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.train import formats
@@ -183,7 +181,7 @@ def _metadata(network: nn.Module, part: str, meta: dict[str, Any]) -> dict[str, 
         found |= {key: meta[key] for key in ("labels", "task", "patch_size")}
     else:
         maps = [{"output_stride": stride, "center": center} for stride, center in zip(encoder.strides, encoder.centers)]
-        method = meta.get("method", "pgl" if meta["door"] == "pretrain" else "fine-tuned")  # old runs were all PGL
+        method = meta.get("method", "fine-tuned")
         found |= {"maps": maps, "last_trained_map": encoder.last, "method": method}
     found |= {"architecture": architecture, "training_scans": facts or {}, "data_licence": _licence(meta)}
     found["steps"] = "not recorded" if meta["steps"] is None else meta["steps"]
@@ -194,13 +192,9 @@ def _metadata(network: nn.Module, part: str, meta: dict[str, Any]) -> dict[str, 
 
 
 def _licence(meta: dict[str, Any]) -> str:
-    """Under what the training data were published; of runs that did not note it, as their store says today."""
-    known = (meta.get("data") or {}).get("data_sets")
-    store = json.loads(meta["config"]).get("index", "")
-    if known is None and store and not is_url(store):
-        with contextlib.suppress(ValueError, OSError):
-            known = data_sets(read_settings(store))
-    named = [f"{one['name'] or 'a data set without a name'}: {one['licence'] or 'not stated'}" for one in known or ()]
+    """Under what the training data were published."""
+    known = (meta.get("data") or {}).get("data_sets") or ()
+    named = [f"{one['name'] or 'a data set without a name'}: {one['licence'] or 'not stated'}" for one in known]
     return "; ".join(named) or "not stated"
 
 

@@ -254,14 +254,6 @@ def test_the_start_after_an_interruption_does_not_count():
     assert found.num == 4 and found.mean == pytest.approx(0.02)
 
 
-def test_older_rows_say_the_seconds_alone():
-    rows = waited(0.0, 0.0)
-    for row in rows:
-        del row["data/wait_share"]
-        row["data/wait_s"] = 0.6
-    assert speeds.wait_of(run_of("pretrain", rows, global_batch_size=8)).mean == pytest.approx(0.6 * 20 / 8)
-
-
 def test_runs_that_one_thing_limited_share_a_sentence():
     runs = [run_of("finetune", waited(share, share + 0.01, unit="patches"), name=f"f{share}") for share in (0.01, 0.03)]
     runs += [run_of("pretrain", waited(0.9, 0.91)), run_of("finetune", waited(0.7, 0.71, unit="patches"), name="slow")]

@@ -105,8 +105,8 @@ def difference(
 def same_seed(runs: list[Run], others: list[Run]) -> list[tuple[Run, Run]]:
     """Fine-tuning runs in pairs of one seed and as many labelled scans."""
 
-    def point(run: Run) -> tuple[Any, Any]:  # earlier versions have a scan_share where num_scans is none
-        return run.config.get("seed"), run.config.get("num_scans") or run.config.get("scan_share")
+    def point(run: Run) -> tuple[Any, Any]:
+        return run.config.get("seed"), run.config.get("num_scans")
 
     known = {point(run): run for run in others}
     found = [(run, known.get(point(run))) for run in runs]

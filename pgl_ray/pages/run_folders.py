@@ -121,15 +121,7 @@ def _duration(rows: list[dict[str, float]]) -> str:
 
 def waits(run: Run) -> list[tuple[float, float]]:
     """(step, share of the time since the row before that was spent waiting for data), of rows that say it."""
-    found = []
-    for row in run.rows:
-        share = row.get("data/wait_share")
-        rate = row.get("train/pairs_per_s", row.get("train/patches_per_s"))
-        if share is None and rate and "data/wait_s" in row:  # of an earlier version
-            share = row["data/wait_s"] * rate / run.config["global_batch_size"]
-        if share is not None:
-            found.append((row["step"], share))
-    return found
+    return [(row["step"], row["data/wait_share"]) for row in run.rows if "data/wait_share" in row]
 
 
 def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:

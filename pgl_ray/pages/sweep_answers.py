@@ -22,7 +22,6 @@ from pgl_ray.train.metrics import read_metrics
 BEST, BETTER = "Which is best, and how sure is that?", "Is pre-training better than random weights?"
 SPEED, NEXT = "What limited speed?", "What to do next?"
 EDGE = 0.1  # share of a range at either end
-LABELS = ("num_scans", "scan_share")  # more of them is better, whatever the rest; the second in earlier versions
 Blocks = list[dict[str, Any]]
 
 
@@ -197,7 +196,7 @@ def at_edge(key: str, entry: dict[str, list], value: Any) -> str | None:
     ((verb, args),) = entry.items()
     listed = verb in ("choice", "grid_search")
     numeric = all(isinstance(one, int | float) and not isinstance(one, bool) for one in [*args, value])
-    if not numeric or sweeps.short(key) in ("seed", *LABELS) or len(set(args)) < (3 if listed else 2):
+    if not numeric or sweeps.short(key) in ("seed", "num_scans") or len(set(args)) < (3 if listed else 2):
         return None
     if listed:
         low, high = min(args), max(args)

@@ -256,9 +256,7 @@ def _one_seed(cells: dict[str, list[Run]]) -> list[Run]:
 
 def _of_all(cells: dict[str, list[Run]]) -> bool:
     """Whether a point's trials had all labelled scans, as those that the paper's tables are of."""
-    configs = [run.config for runs in cells.values() for run in runs]
-    of_all = (1.0, None)  # none and a scan_share of 1 in earlier versions
-    return all(config["num_scans"] in of_all and config.get("scan_share", 1) == 1 for config in configs)
+    return all(run.config["num_scans"] == 1.0 for runs in cells.values() for run in runs)
 
 
 def _evaluated(run: Path, arm: str) -> Run:

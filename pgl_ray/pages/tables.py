@@ -154,15 +154,13 @@ JUDGED = {  # judge -> head of its column, and how its figures are written
 
 
 def counted(found: dict[str, Any]) -> dict[str, Any]:
-    """Judge -> score of the reading that counts, which is a probe's first; {} of an earlier version."""
+    """Judge -> score of the reading that counts, which is a probe's first; {} where there is none."""
     return next(iter(found.get("readings", {}).values()), {})
 
 
 def probe_values(found: dict[str, Any]) -> dict[str, float]:
     """Judge -> what it says of the reading that counts."""
-    first = counted(found)
-    old = {} if found.get("balanced_accuracy") is None else {"voxels": found["balanced_accuracy"]}
-    return old | {judge: score["value"] for judge, score in first.items()}
+    return {judge: score["value"] for judge, score in counted(found).items()}
 
 
 def verdict(run: Run) -> str:
