@@ -104,10 +104,7 @@ def _feed(config: FinetuneConfig, index: store.Index, plan: stream.Plan) -> Call
     renderer = patch_renderer.PatchRenderer(
         index.store, plan.scan_ids, config.seed, config.patch, config.intensity, config.foreground_share
     )
-    num_workers = config.train.num_workers
-    if note := stream.too_large(renderer.row_bytes * plan.global_batch_size // num_workers, num_workers):
-        print(f"finetune: note: {note}", flush=True)
-    return partial(stream.dataset, plan, renderer, num_cpus=launch.RENDER_CPUS)
+    return stream.feed("finetune", plan, renderer, config.train.num_workers, launch.RENDER_CPUS)
 
 
 def _fit(config: FinetuneConfig, plan: stream.Plan, feed: Callable, worker_config: dict, held: runs.Held) -> None:

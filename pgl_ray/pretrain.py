@@ -10,7 +10,6 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -81,10 +80,7 @@ def run(config: PretrainConfig) -> Result:
         if done < plan.num_steps:
             launch.connect(config.ray)
             renderer = make_renderer(config, index, plan, nodes.await_nodes(config.train, held.found))
-            feed = partial(stream.dataset, plan, renderer, num_cpus=launch.RENDER_CPUS)
-            num_workers = config.train.num_workers
-            if note := stream.too_large(renderer.row_bytes * plan.global_batch_size // num_workers, num_workers):
-                print(f"pretrain: note: {note}", flush=True)
+            feed = stream.feed("pretrain", plan, renderer, config.train.num_workers, launch.RENDER_CPUS)
             worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
             worker_config["data"] = trained_on
             print(

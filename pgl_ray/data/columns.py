@@ -106,7 +106,7 @@ class Columns:
             return _numbers(self._whole(name))
         if types.is_list(kind):
             lists = self._whole(name)
-            return _lists(_numbers(lists.values), _buffer(lists, 1, np.int32, len(lists) + 1))
+            return _lists(_numbers(lists.values), _buffer(lists, np.int32, len(lists) + 1))
         batches = file.iter_batches(ROWS_AT_ONCE, columns=[name], use_threads=False)
         return self._all(_Texts(batch.column(0).to_pylist() for batch in batches))
 
@@ -134,14 +134,14 @@ def _numbers(array: Any) -> np.ndarray:
     """As `array.to_numpy()`, which would import pandas."""
     if array.null_count:
         raise ValueError("a number is missing in it")
-    return _buffer(array, 1, array.type.to_pandas_dtype(), len(array))
+    return _buffer(array, array.type.to_pandas_dtype(), len(array))
 
 
-def _buffer(array: Any, which: int, dtype: type, num: int) -> np.ndarray:
-    """One of an Arrow array's buffers, where the array begins in it."""
+def _buffer(array: Any, dtype: type, num: int) -> np.ndarray:
+    """An Arrow array's values, or of lists their offsets, where the array begins in the buffer."""
     if not num:
         return np.empty(0, dtype)
-    return np.frombuffer(array.buffers()[which], dtype)[array.offset :][:num]
+    return np.frombuffer(array.buffers()[1], dtype)[array.offset :][:num]
 
 
 def _lists(values: np.ndarray, ends: np.ndarray) -> "np.ndarray | _Lists":

@@ -7,8 +7,8 @@ on (seed, epoch, scan, draw) alone, never on the number of workers, on arrival o
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -178,6 +178,19 @@ def _num_tasks() -> int:
     import ray
 
     return max(1, int(ray.cluster_resources().get("CPU", 1)) - 1)
+
+
+def feed(door: str, plan: Plan, render: Any, num_workers: int, num_cpus: float) -> Callable[..., "Dataset"]:
+    """`dataset` of a plan, for the starts of the workers; prints where the cluster's memory is short for it.
+
+    Args:
+        door: whose line it is.
+        plan, render, num_cpus: as for `dataset`; of the renderer counts how large its rows are.
+        num_workers: of the run.
+    """
+    if note := too_large(render.row_bytes * plan.global_batch_size // num_workers, num_workers):
+        print(f"{door}: note: {note}", flush=True)
+    return partial(dataset, plan, render, num_cpus=num_cpus)
 
 
 def too_large(block_bytes: int, num_workers: int) -> str | None:

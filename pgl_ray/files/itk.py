@@ -185,7 +185,7 @@ def _voxel_bytes(path: Path, start: int, header: TextHeader) -> int:
         file.seek(start)
         if header.fields.get("compresseddata", "").lower() == "true":
             size, deflated = _inflated_size(file)
-            _check_deflated(path, header, deflated, path.stat().st_size - start)
+            _check_deflated(header, deflated, path.stat().st_size - start)
             return size
         if header.fields.get("encoding", "raw").lower() == "raw":
             return path.stat().st_size - start
@@ -208,7 +208,7 @@ def _inflated_size(file: IO[bytes]) -> tuple[int, int]:
     return size, deflated - len(inflate.unused_data)
 
 
-def _check_deflated(path: Path, header: TextHeader, deflated: int, held: int) -> None:
+def _check_deflated(header: TextHeader, deflated: int, held: int) -> None:
     """Refuses a MetaImage whose compressed size is stated wrongly: ITK would read zeros."""
     stated = header.fields.get("compresseddatasize", "")
     right = deflated <= int(stated) <= held if stated.isdecimal() else not stated and bool(header.files)

@@ -76,7 +76,7 @@ class Judges:
         self.probe = voxels.VoxelProbe(index, config)
         train, test = self.probe.scans
         check_number(test, config, judges)
-        self.notes = voxels.shortcomings(self.probe, index, config)
+        self.notes = voxels.shortcomings(self.probe, config)
         unlabelled = [scan for scan in index.scans if scan.split == config.split]
         self.size = voxels.window_size(config)
         self.views = readings.unlabelled_views(index, unlabelled, self.size, config.seed)

@@ -325,7 +325,7 @@ def fit_linear(features: Tensor, classes: Tensor, num_classes: int) -> tuple[Ten
 # -- what is not as asked ---------------------------------------------------------------------------------------------
 
 
-def shortcomings(probe: VoxelProbe, index: Index, config: ProbeSettings) -> list[str]:
+def shortcomings(probe: VoxelProbe, config: ProbeSettings) -> list[str]:
     """What of a probe's scans is not as asked, a sentence each."""
     train, test = probe.scans
     found = []

@@ -114,16 +114,15 @@ def trial_curves(lines: list[tuple[list[float], list[float], bool]], merits: lis
 
 
 @style
-def arms_over(x_name: str, lines: list[tuple[str, str, list[float], list[float], list[float]]], title: str) -> Figure:
-    """Mean Dice per arm over a setting, with error bars.
+def arms_over_labels(lines: list[tuple[str, str, list[float], list[float], list[float]]]) -> Figure:
+    """Mean Dice per arm over the number of labelled scans, with error bars.
 
     Args:
-        x_name: name of the setting.
-        lines: (arm, colour, values of the setting, means, errors).
-        title: of the figure.
+        lines: (arm, colour, labelled scans, means, errors).
     """
     figure = Figure(figsize=(4.4, 2.8))
-    ax = figure.add_subplot(title=title, xlabel=x_name, ylabel="Dice in %, higher is better")
+    names = {"title": "mean over organs", "xlabel": "labelled scans, validation included"}
+    ax = figure.add_subplot(**names, ylabel="Dice in %, higher is better")
     values = sorted({x for line in lines for x in line[2]})
     place = {x: k for k, x in enumerate(values)}
     for k, (arm, color, x, mean, error) in enumerate(lines):

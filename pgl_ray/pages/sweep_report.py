@@ -345,4 +345,4 @@ def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:
         points = sorted(found[arm].items())
         spread = [float(np.std(v, ddof=1)) if len(v) > 1 else math.nan for _, v in points]
         lines.append((arm, colors[arm], [num for num, _ in points], [float(np.mean(v)) for _, v in points], spread))
-    return figures.to_svg(sweep_plots.arms_over("labelled scans, validation included", lines, "mean over organs"))
+    return figures.to_svg(sweep_plots.arms_over_labels(lines))

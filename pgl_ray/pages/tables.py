@@ -73,11 +73,11 @@ def number(value: float | None, spec: str) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:{spec}}"
 
 
-def scan_means(scores: list[dict], key: str, only: set[tuple[str, str]] | None = None) -> dict[str, float]:
-    """Per scan the mean over its organs that have the score; `only` limits it to (scan_id, organ) pairs."""
+def scan_means(scores: list[dict], key: str) -> dict[str, float]:
+    """Per scan the mean over its organs that have the score."""
     values: dict[str, list[float]] = {}
     for row in scores:
-        if not math.isnan(row[key]) and (only is None or (row["scan_id"], row["organ"]) in only):
+        if not math.isnan(row[key]):
             values.setdefault(row["scan_id"], []).append(row[key])
     return {scan_id: sum(found) / len(found) for scan_id, found in values.items()}
 

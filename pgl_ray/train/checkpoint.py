@@ -188,7 +188,7 @@ def resumed(run: str) -> dict[str, Any] | None:
     return retried(read, f"run={run} cannot be read")
 
 
-def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     """Reads a file written by torch.save; never unpickles code.
 
     Raises:
@@ -200,7 +200,7 @@ def read_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
     if damage:
         raise ValueError(f"checkpoint {path} is damaged or no pgl_ray checkpoint: {damage}")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged zip file
         raise ValueError(f"checkpoint {path} is damaged or no pgl_ray checkpoint: {str(error)[:120]}") from error
 
