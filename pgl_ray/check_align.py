@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pgl_ray.config import CheckAlignConfig, FailedRun, build, is_url
+from pgl_ray.config import CheckAlignConfig, FailedRun, build
 from pgl_ray.data import scan_files, store
 from pgl_ray.data.durable import put_in_place
 from pgl_ray.data.rendering import AIR, normalise, read_padded, resize_and_flip
@@ -31,6 +31,7 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import align, feature_geometry
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.pages import pair_pictures, slices
+from pgl_ray.paths import is_url
 from pgl_ray.phantom.phantom import make_phantom
 from pgl_ray.prior import Prior, interpolation_matrices, overlap_share
 from pgl_ray.train import run_paths

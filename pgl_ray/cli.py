@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pgl_ray import config as c
 from pgl_ray import knobs, shipped
+from pgl_ray.paths import is_url
 
 WRONG_USE = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -145,7 +146,7 @@ def _say(text: str) -> None:
 def _refuse_missing(config: Any, stores: tuple[str, ...]) -> None:
     """Refuses a folder that is no store; one in a bucket is left to the door, which asks for it once."""
     for place in filter(None, (getattr(config, key) for key in stores)):
-        if not c.is_url(place) and not Path(place, "store.json").is_file():
+        if not is_url(place) and not Path(place, "store.json").is_file():
             from pgl_ray.data import store_settings
 
             store_settings.read_settings(place)  # says it

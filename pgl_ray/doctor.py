@@ -26,7 +26,8 @@ from pgl_ray.checkup import doctor_storage as storage
 from pgl_ray.checkup.doctor_checks import Line
 from pgl_ray.checkup.doctor_facts import Gpu, Looker, Machine, machine, rays_folder
 from pgl_ray.checkup.doctor_places import Sight, leave_mark, look_at_run, look_at_store, remove_mark
-from pgl_ray.config import DoctorConfig, FailedRun, RayConfig, is_url
+from pgl_ray.config import DoctorConfig, FailedRun, RayConfig
+from pgl_ray.paths import is_url
 
 HERE = "this machine"
 CONNECT_S, ANSWER_S, LOOK_S = 5.0, 35.0, 15.0  # waits for the cluster's port, for facts, for storage

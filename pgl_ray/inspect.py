@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from scipy import ndimage
 
-from pgl_ray.config import InspectConfig, is_url
+from pgl_ray.config import InspectConfig
 from pgl_ray.data import scan_files, store, store_settings
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.place import open_place
@@ -33,6 +33,7 @@ from pgl_ray.files.notes import read_notes
 from pgl_ray.pages import pages, store_answers, store_table
 from pgl_ray.pages.figures import data_uri
 from pgl_ray.pages.label_pictures import organ_color
+from pgl_ray.paths import is_url
 
 DISPLAY_HU = (-1000.0, 600.0)  # wide, for scans that are no soft tissue at all must be seen as such
 PICTURE_PX = 192

@@ -15,7 +15,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from pgl_ray.config import ReportConfig, is_url
+from pgl_ray.config import ReportConfig
 from pgl_ray.data.array_reader import ArrayReader
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.rendering import AIR, normalise, read_padded, resize_and_flip
@@ -39,6 +39,7 @@ from pgl_ray.pages import (
     tables,
 )
 from pgl_ray.pages.run_folders import Run
+from pgl_ray.paths import is_url
 from pgl_ray.prior import overlap_box
 from pgl_ray.train import run_paths
 from pgl_ray.train.health import COLLAPSED

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pgl_ray.checkup.doctor_places import look_at_run, look_at_store, nearest
-from pgl_ray.data.system import cache_folder
+from pgl_ray.paths import cache_folder
 
 # What pyproject.toml asks for, which is not there on a node; tests/test_doctor.py compares the two.
 NEEDED = {

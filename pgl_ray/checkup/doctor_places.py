@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pgl_ray.config import is_url
+from pgl_ray.paths import is_url
 
 NUM_LOOKS = 5  # at a small object
 LEAST_READ_BYTES = 2**22  # below it is no speed

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pgl_ray.checkup.doctor_checks import Line, gb, grouped, listed
 from pgl_ray.checkup.doctor_facts import Machine
 from pgl_ray.checkup.doctor_places import Sight
-from pgl_ray.config import is_url
+from pgl_ray.paths import is_url
 
 SLOW_MB_S, SLOW_S = 30.0, 0.3  # of reading scans, and of a small read from a bucket
 RAYS_FULL = 0.95  # use of the disk from which on Ray writes no objects there (local_fs_capacity_threshold)

@@ -26,7 +26,6 @@ from pgl_ray.config.fields import Triple as Triple
 from pgl_ray.config.fields import Verb as Verb
 from pgl_ray.config.fields import WrittenPath as WrittenPath
 from pgl_ray.config.fields import check_range as check_range
-from pgl_ray.config.fields import is_url as is_url
 from pgl_ray.config.fields import listed as listed
 from pgl_ray.config.fields import without_null as without_null
 from pgl_ray.config.load import KEPT as KEPT

@@ -13,13 +13,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pgl_ray.paths import is_url
+
 PRETRAINED = "pretrained:"  # before the name of weights that come with pgl_ray
 JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's working directory
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a bucket's, where each read takes as long as a request; on this machine's disk none is."""
-    return "://" in os.fspath(path)
 
 
 def _absolute(value: str) -> str:

@@ -17,11 +17,12 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
-from pgl_ray.config import FailedRun, is_url
+from pgl_ray.config import FailedRun
 from pgl_ray.data import kernels
 from pgl_ray.data.hu_codes import code_table
 from pgl_ray.data.place import open_place
 from pgl_ray.data.shard import ARRAY_PATHS, MISSING, SHARD, chunk_codecs, chunk_of
+from pgl_ray.paths import is_url
 
 
 class UnreadableScan(RuntimeError):

@@ -13,10 +13,10 @@ import google_crc32c
 import numpy as np
 from numcodecs import blosc
 
-from pgl_ray.config import is_url
 from pgl_ray.data.array_reader import ArrayReader, ChunkIndex, UnreadableScan
 from pgl_ray.data.columns import parquet_table
 from pgl_ray.data.place import Place, open_place
+from pgl_ray.paths import is_url
 
 FILE = "chunks.parquet"
 METADATA = {"volume": "array_metadata", "label": "label_metadata"}  # kind -> field of the record

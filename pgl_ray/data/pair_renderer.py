@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pgl_ray.config import IntensityConfig, ViewsConfig, is_url
+from pgl_ray.config import IntensityConfig, ViewsConfig
 from pgl_ray.data import chunks, rendering, wire
 from pgl_ray.data.array_reader import UnreadableScan
 from pgl_ray.data.intensity_ops import INTENSITY_NUMBERS, Intensity, apply_intensity, sample_intensities
@@ -31,6 +31,7 @@ from pgl_ray.data.render_cache import (
 from pgl_ray.data.rendering import AIR, read_all_padded
 from pgl_ray.data.sampling import PAIR_NUMBERS, largest_crop, sample_pairs
 from pgl_ray.data.store import Index
+from pgl_ray.paths import is_url
 
 SUBSTITUTES = 32  # scans that are tried in the place of one that cannot be read
 

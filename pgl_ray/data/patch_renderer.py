@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pgl_ray.config import IntensityConfig, PatchConfig, is_url
+from pgl_ray.config import IntensityConfig, PatchConfig
 from pgl_ray.data import chunks, rendering, wire
 from pgl_ray.data.intensity_ops import Intensity, apply_intensity, sample_intensity
 from pgl_ray.data.random_numbers import generator
@@ -19,6 +19,7 @@ from pgl_ray.data.rendering import AIR, read_all_padded, read_padded, resize_and
 from pgl_ray.data.sampling import centred_start, sample_prior
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import class_lookup
+from pgl_ray.paths import is_url
 from pgl_ray.prior import Prior
 
 

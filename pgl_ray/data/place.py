@@ -6,9 +6,9 @@ Keys are paths below the place with "/" between the parts.
 import os
 from pathlib import Path
 
-from pgl_ray.config import is_url
 from pgl_ray.data.bucket import Bucket
 from pgl_ray.data.folder import Folder
+from pgl_ray.paths import is_url
 
 Place = Folder | Bucket
 

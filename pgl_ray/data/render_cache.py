@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pgl_ray.config import is_url
 from pgl_ray.data import chunks, wire
 from pgl_ray.data.array_reader import ArrayReader, Chunks
 from pgl_ray.data.regions import REGIONS_MIXED, Region
 from pgl_ray.data.scan_files import open_label, open_volume
 from pgl_ray.data.shard import chunk_of
 from pgl_ray.data.store import Index, read_index
+from pgl_ray.paths import is_url
 
 
 @lru_cache(maxsize=4)

@@ -6,11 +6,11 @@ from functools import partial
 
 import numpy as np
 
-from pgl_ray.config import is_url
 from pgl_ray.data import wire
 from pgl_ray.data.pair_renderer import Drawn, PairRenderer
 from pgl_ray.data.render_cache import fetch_boxes, part_reader, reader_of_region, region_of, volume_reader
 from pgl_ray.data.rendering import AIR, read_all_padded
+from pgl_ray.paths import is_url
 
 
 def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, float]:

@@ -27,11 +27,6 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def cache_folder() -> Path:
-    """The user's, for what can be fetched or made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
 @contextmanager
 def every(period_s: float, work: Callable[[], bool], name: str) -> Iterator[None]:
     """While it lasts, a thread of this name calls `work` every so many seconds, as long as it returns true."""

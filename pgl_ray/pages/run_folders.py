@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pgl_ray.config import flattened, is_url
+from pgl_ray.config import flattened
+from pgl_ray.paths import is_url
 from pgl_ray.train import run_paths
 from pgl_ray.train.metrics import read_metrics
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
-from pgl_ray.config import is_url
+from pgl_ray.paths import is_url
 from pgl_ray.train import checkpoint, run_paths
 from pgl_ray.train.events import read_events
 from pgl_ray.train.metrics import metrics_path, read_metrics

@@ -20,7 +20,8 @@ from pathlib import Path
 from pgl_ray.config import FailedRun
 from pgl_ray.data.bucket import Bucket
 from pgl_ray.data.durable import write_aside
-from pgl_ray.data.system import cache_folder, every, lock_file
+from pgl_ray.data.system import every, lock_file
+from pgl_ray.paths import cache_folder
 from pgl_ray.train.run_files import MANIFEST, METRICS, NAME, STATE
 from pgl_ray.train.track import ID as TRACKER
 

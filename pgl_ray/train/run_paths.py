@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pgl_ray.config import is_url
+from pgl_ray.paths import is_url
 from pgl_ray.train.mirror import Mirror, own_events, parts_of, url_of, whole
 from pgl_ray.train.run_files import EVENTS, MANIFEST, METRICS, STATE
 

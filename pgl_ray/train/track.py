@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pgl_ray.config import flattened, is_url
+from pgl_ray.config import flattened
+from pgl_ray.paths import is_url
 
 ID = "tracker.json"  # in the run's folder: under which name the tracker knows the run
 
