@@ -187,6 +187,15 @@ def test_processes_that_feed_or_control_a_run_need_no_networks():
     assert done.stdout == "set()\n"
 
 
+def test_facts_of_a_node_need_the_standard_library_alone():
+    """The doctor asks nodes on which anything may be missing."""
+    text = "import sys; before = {*sys.modules}; import pgl_ray.checkup.doctor_facts, pgl_ray.checkup.doctor_places; "
+    text += "names = {name.partition('.')[0] for name in sys.modules.keys() - before}; "
+    text += "print(names - {'pgl_ray'} - sys.stdlib_module_names)"
+    done = subprocess.run([sys.executable, "-c", text], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 # -- tests ------------------------------------------------------------------------------------------------------------
 
 
