@@ -56,14 +56,6 @@ class Job(NamedTuple):
         return self.target.with_name(self.target.name.removesuffix(".nii.gz") + suffix)
 
 
-class Work(NamedTuple):
-    """What is to be done, files that should be done and cannot be, and files that are no CT."""
-
-    jobs: list[Job]
-    faults: list[Fault]
-    left_out: list[Fault]
-
-
 def run(config: PredictConfig) -> Result:
     """Writes one label map (.nii.gz) per CT: the label values of the run's store on exactly the CT's grid.
 
@@ -75,8 +67,7 @@ def run(config: PredictConfig) -> Result:
         ValueError: run, input or output cannot be used.
         FailedRun: some files of the folder failed, or the memory does not suffice.
     """
-    work = _work(Path(config.input), Path(config.output))
-    jobs = work.jobs
+    jobs, faults, left_out = _work(Path(config.input), Path(config.output))
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
     check_writable(f"output={config.output}", _folder_of(config.output))
@@ -86,7 +77,7 @@ def run(config: PredictConfig) -> Result:
     done_before = f", {len(finished)} of them done before" if finished else ""
     print(f"predict: {len(jobs)} scan{'s' * (len(jobs) != 1)} on {device}{done_before}", flush=True)
     names = {job: job.target.name.removesuffix(".nii.gz") if job.scan.slices else job.scan.path.name for job in jobs}
-    failed = {_plain(fault): Path(fault.source).name for fault in work.faults}
+    failed = {_plain(fault): Path(fault.source).name for fault in faults}
     maps, todo = {}, [job for job in jobs if job not in finished]
     with Stage("predict:", "scan", len(todo)) as stage:
         for job in todo:
@@ -102,10 +93,10 @@ def run(config: PredictConfig) -> Result:
                     raise (FailedRun if isinstance(error, MemoryError) else ValueError)(reason) from None
                 (maps if isinstance(error, LabelMap) else failed)[_plain(Fault(job.scan.source, reason))] = names[job]
             stage.advance(", ".join(filter(None, (names[job], num_of(failed | maps, "left out")))))
-    total = len(jobs) + len(work.faults)
+    total = len(jobs) + len(faults)
     if len(maps) == total:  # beside CTs they are none of predict's business
         failed, maps = maps, {}
-    _tell_skipped(failed, [*work.left_out, *maps], Path(config.output))
+    _tell_skipped(failed, [*left_out, *maps], Path(config.output))
     if failed:
         listed = ", ".join(list(failed.values())[:5]) + (f" and {len(failed) - 5} more" if len(failed) > 5 else "")
         others = f"; the others are in {config.output}" if len(failed) < total else ""
@@ -154,8 +145,8 @@ def _is_finished(job: Job, maker: str, viewer: bool) -> bool:
     return made and all(job.beside(end).is_file() for end in (".nii.gz", *((".html", ".png") if viewer else ())))
 
 
-def _work(source: Path, output: Path) -> Work:
-    """What is to be done.
+def _work(source: Path, output: Path) -> tuple[list[Job], list[Fault], list[Fault]]:
+    """What is to be done, files that should be done and cannot be, and files that are no CT.
 
     Raises:
         ValueError: no CT there, or an output that would replace a CT.
@@ -178,7 +169,7 @@ def _work(source: Path, output: Path) -> Work:
     for one, target in zip(scans, targets):
         if target.resolve() == one.path.resolve():
             raise ValueError(f"output={output} would replace the CT {one.path}: choose another")
-    return Work([Job(one, target) for one, target in zip(scans, targets)], faults, left_out)
+    return [Job(one, target) for one, target in zip(scans, targets)], faults, left_out
 
 
 def _without_made(tree: Tree) -> tuple[Tree, list[Fault]]:

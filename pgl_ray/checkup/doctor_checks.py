@@ -245,7 +245,7 @@ def shared_memory(machines: Sequence[Machine]) -> list[Line]:
     mend += "object store: ray start --object-store-memory=BYTES, here ray.object_store_mb=N"
     small = grouped(machines, _too_small)
     lines = [Line("shared memory", "note", f"{listed(names)}: {what}", mend) for what, names in small.items()]
-    tight = grouped(machines, lambda one: gb(one.object_store_bytes) if _is_tight(one) else "")
+    tight = grouped(machines, lambda one: gb(one.object_store_bytes) * (0 < one.object_store_bytes < 2 * BATCH_BYTES))
     why = f"a batch of 128 pairs takes {gb(BATCH_BYTES)}, and what finds no room goes over the disk"
     more = "ray start --object-store-memory=BYTES with more, here ray.object_store_mb=N"
     lines += [Line("object store", "note", f"{listed(names)}: {size}: {why}", more) for size, names in tight.items()]
@@ -261,10 +261,6 @@ def _too_small(one: Machine) -> str:
         return ""
     room = f"/dev/shm has {gb(one.shm_bytes)}, the object store {gb(one.object_store_bytes)}"
     return f"{room}: Ray keeps it on the disk, which is slow"
-
-
-def _is_tight(one: Machine) -> bool:
-    return 0 < one.object_store_bytes < 2 * BATCH_BYTES
 
 
 def gpus(machines: Sequence[Machine]) -> list[Line]:

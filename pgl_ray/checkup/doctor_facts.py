@@ -182,12 +182,9 @@ def _interfaces() -> dict[str, list[str]]:
     import psutil
 
     families = (socket.AF_INET, socket.AF_INET6)
-    found = {name: [one.address for one in all_ if one.family in families] for name, all_ in _sorted(psutil)}
+    known = sorted(psutil.net_if_addrs().items())
+    found = {name: [one.address for one in all_ if one.family in families] for name, all_ in known}
     return {name: addresses for name, addresses in found.items() if addresses}
-
-
-def _sorted(psutil: Any) -> list[tuple[str, list]]:
-    return sorted(psutil.net_if_addrs().items())
 
 
 def gpus_here() -> tuple[list[dict[str, Any]], str]:
