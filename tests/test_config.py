@@ -1,7 +1,5 @@
 """Every shipped YAML loads; every fault is named by its dotted path; the set of knobs is frozen on purpose."""
 
-import json
-import re
 from pathlib import Path
 
 import pytest
@@ -90,45 +88,6 @@ def test_files_then_overrides(tmp_path):
 @pytest.mark.parametrize("door", MODELS)
 def test_every_knob_is_described(door):
     assert [key for key, _, text in c.keys(MODELS[door]) if not text] == []
-
-
-# Settings of earlier versions: the value that each always has now, another one, and what is said to that.
-GONE = [
-    ("pretrain", "optim.trust_coefficient", 1e-3, 0.01, "this is always 0.001 now, leave it out"),
-    ("pretrain", "stream.augment_on", "auto", "gpu", "stream.on_gpu=intensity (gpu) or nothing (cpu) says it now"),
-    ("pretrain", "stream.resize_on", "cpu", "gpu", "stream.on_gpu=all says it now"),
-    ("finetune", "scan_share", 1.0, 0.2, "give the share as num_scans"),
-    ("pretrain", "ray.tmp_dir", None, "/tmp/r", "set RAY_TMPDIR in the environment, which Ray reads"),
-    ("pretrain", "ema_schedule", "cosine", "constant", "this is always cosine now, leave it out"),
-    ("pretrain", "views.overlap_of", "smaller", "union", "this is always smaller now, leave it out"),
-    ("pretrain", "train.keep_checkpoints", 2, 5, "this is always 2 now, leave it out"),
-    ("pretrain", "align.sampling_ratio", 1, 2, "this is always 1 now, leave it out"),
-    ("pretrain", "deform.inner_share", 0.2, 0.5, "this is always 0.2 now, leave it out"),
-    ("pretrain", "deform.shuffle_prob", 0.5, 0, "this is always 0.5 now, leave it out"),
-    ("finetune", "optim.power", 0.9, 0, "this is always 0.9 now, leave it out"),
-]
-
-
-@pytest.mark.parametrize(("door", "key", "always", "other", "message"), GONE)
-def test_settings_of_earlier_versions(door, key, always, other, message):
-    """A saved config that has them is read where they say what is always so now, and refused by name elsewhere."""
-    model = MODELS[door]
-    plain = c.load(model, minimal(model))
-
-    def saved(value):
-        values, *parts = json.loads(plain.model_dump_json()), *key.split(".")
-        section = values
-        for part in parts[:-1]:
-            section = section.setdefault(part, {})
-        section[parts[-1]] = value
-        return values
-
-    assert c.build(model, saved(always)) == plain
-    assert c.load(model, [*minimal(model), f"{key}={always}".replace("None", "null")]) == plain
-    with pytest.raises(ValueError, match=re.escape(f"{key}={other}: {message}")):
-        c.build(model, saved(other))
-    with pytest.raises(ValueError, match=rf"unknown key '{key}_'|{key}_=.*no version has this setting"):
-        c.load(model, [*minimal(model), f"{key}_={always}"])
 
 
 def test_elastic_runs_name_both_ends():

@@ -11,7 +11,6 @@ from pgl_ray.config.fields import LEAST_VOXEL_MM as LEAST_VOXEL_MM
 from pgl_ray.config.fields import PRETRAINED as PRETRAINED
 from pgl_ray.config.fields import FailedRun as FailedRun
 from pgl_ray.config.fields import FilePath as FilePath
-from pgl_ray.config.fields import Gone as Gone
 from pgl_ray.config.fields import Init as Init
 from pgl_ray.config.fields import LabelledScans as LabelledScans
 from pgl_ray.config.fields import Length as Length
@@ -35,7 +34,6 @@ from pgl_ray.config.load import flattened as flattened
 from pgl_ray.config.load import keys as keys
 from pgl_ray.config.load import load as load
 from pgl_ray.config.load import to_yaml as to_yaml
-from pgl_ray.config.load import without_gone as without_gone
 from pgl_ray.config.stores import InspectConfig as InspectConfig
 from pgl_ray.config.stores import LabelsConfig as LabelsConfig
 from pgl_ray.config.stores import PartConfig as PartConfig

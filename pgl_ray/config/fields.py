@@ -2,7 +2,7 @@
 
 import math
 import os
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -77,20 +77,10 @@ Triple = tuple[Positive, Positive, Positive]
 Verb = Literal["choice", "grid_search", "uniform", "loguniform", "quniform", "randint"]
 
 
-class Gone(NamedTuple):
-    """A setting of earlier versions: the one value that it has now, and what to write in place of another one."""
-
-    value: Any
-    instead: str = ""
-
-
 class Section(BaseModel):
     """A frozen group of knobs: unknown keys are refused, attribute docstrings are the descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    gone: ClassVar[dict[str, Gone]] = {}
-    """Settings of earlier versions, by their names; saved runs have them."""
 
 
 def listed(value: Any) -> Any:

@@ -12,7 +12,7 @@ from pydantic import (
     ValidationError,
 )
 
-from pgl_ray.config.fields import Gone, Section
+from pgl_ray.config.fields import Section
 from pgl_ray.config.trainings import CheckAlignConfig, FinetuneConfig, PretrainConfig
 
 Model = TypeVar("Model", bound=Section)
@@ -144,54 +144,11 @@ def _own_section(model: type[Section], file: Any, name: str) -> Any:
 
 
 def build(model: type[Model], values: dict[str, Any]) -> Model:
-    """Validates a nested dict; faults come as one ValueError that names each dotted path.
-
-    Settings of earlier versions may stand in it with the value that they always have now.
-    """
-    values, other = without_gone(model, values)
-    faults = [f"{path}={value}: {gone.instead}" for path, (value, gone) in other.items()]
+    """Validates a nested dict; faults come as one ValueError that names each dotted path."""
     try:
-        built = model.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        faults += [_describe(model, item) for item in error.errors()]
-    if faults:
-        raise ValueError("; ".join(faults)) from None
-    return built
-
-
-def without_gone(model: type[Section], values: Any, prefix: str = "") -> tuple[Any, dict[str, tuple[Any, Gone]]]:
-    """Splits a nested dict into what today's settings are read from, and settings of earlier versions.
-
-    Returns:
-        The dict without the settings of earlier versions, and those of another value than today's: dotted path ->
-        (value, what it is today).
-    """
-    if not isinstance(values, dict):
-        return values, {}
-    rest: dict[str, Any] = {}
-    other: dict[str, tuple[Any, Any]] = {}
-    for key, value in values.items():
-        field, gone = model.model_fields.get(key), model.gone.get(key)
-        section = _section_of(field.annotation) if field else None
-        if section:
-            rest[key], below = without_gone(section, value, f"{prefix}{key}.")
-            other |= below
-        elif gone is None:
-            rest[key] = value
-        else:
-            other |= _others(f"{prefix}{key}", value, gone)
-    return rest, other
-
-
-def _others(path: str, value: Any, gone: Gone) -> dict[str, tuple[Any, Gone]]:
-    """A setting of earlier versions, or a section of them, as far as its value is not today's."""
-    if isinstance(value, dict) and isinstance(gone.value, dict):
-        never = Gone(..., "no version has this setting")
-        known = {key: Gone(one) for key, one in gone.value.items()}
-        parts = [_others(f"{path}.{key}", part, known.get(key, never)) for key, part in value.items()]
-        return {key: item for part in parts for key, item in part.items()}
-    gone = gone._replace(instead=gone.instead or f"this is always {gone.value} now, leave it out")
-    return {} if value == gone.value else {path: (value, gone)}
+        raise ValueError("; ".join(_describe(model, item) for item in error.errors())) from None
 
 
 def _describe(model: type[Section], item: Any) -> str:

@@ -7,7 +7,7 @@ from pydantic import (
     model_validator,
 )
 
-from pgl_ray.config.fields import Gone, NonNegative, Positive, Section, Seed, Share, StorePath, Triple
+from pgl_ray.config.fields import NonNegative, Positive, Section, Seed, Share, StorePath, Triple
 
 
 class PretrainLossConfig(Section):
@@ -72,8 +72,6 @@ class ProbeCurveConfig(ProbeSettings):
 class PretrainOptimConfig(Section):
     """Optimizer of pre-training, with linear warm-up and a cosine to zero, without restart (paper, Sec. 5.1; BYOL)."""
 
-    gone = {"trust_coefficient": Gone(1e-3)}
-
     kind: Literal["auto", "lars", "sgd", "adamw"] = "auto"
     """auto: the method's own, LARS for pgl and byol (paper, Sec. 5.1), SGD for genesis as in its authors' code (without
     Nesterov's momentum; their steps of the rate are replaced by the warm-up and the cosine of all methods)."""
@@ -119,8 +117,6 @@ def resolved_optim(method: str, given: dict[str, Any]) -> dict[str, Any]:
 class FinetuneOptimConfig(Section):
     """Optimizer of fine-tuning, its rate times (1 - step / steps) ** 0.9 (paper, Sec. 5.1: SGD, 0.01, and no more)."""
 
-    gone = {"power": Gone(0.9)}
-
     kind: Literal["sgd", "adamw"] = "sgd"
     """sgd: the paper's, with Nesterov's momentum; adamw: reaches more in a few hundred steps."""
     lr: Annotated[float, Field(gt=0)] = 0.01
@@ -150,8 +146,6 @@ class LossConfig(Section):
 
 class TrainConfig(Section):
     """How Ray Train runs the loop."""
-
-    gone = {"keep_checkpoints": Gone(2)}
 
     num_workers: Positive = 1
     """Workers (processes) under DDP; with GPUs one each."""
@@ -221,8 +215,6 @@ class TrainConfig(Section):
 
 class RayConfig(Section):
     """Which Ray cluster to use; a new one on this machine keeps its sockets and logs below RAY_TMPDIR, a short path."""
-
-    gone = {"tmp_dir": Gone(None, "set RAY_TMPDIR in the environment, which Ray reads")}
 
     address: str | None = None
     """Address of a running cluster; none: the one in RAY_ADDRESS, else a new one on this machine."""

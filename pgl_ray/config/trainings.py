@@ -10,7 +10,6 @@ from pydantic import (
 
 from pgl_ray.config.fields import (
     FilePath,
-    Gone,
     Init,
     LabelledScans,
     Positive,
@@ -52,11 +51,6 @@ from pgl_ray.config.views import (
 
 class PretrainConfig(Section):
     """Self-supervised pre-training (paper, Sec. 3 and 5.1)."""
-
-    gone = {
-        "ema_schedule": Gone("cosine"),
-        "deform": Gone({"nonlinear_prob": 0.9, "shuffle_prob": 0.5, "cutout_prob": 0.9, "inner_share": 0.2}),
-    }
 
     method: Literal["pgl", "byol", "genesis"] = "pgl"
     """pgl: local consistency of aligned features; byol: global consistency of pooled features; genesis: Models Genesis,
@@ -171,8 +165,6 @@ class CheckAlignConfig(Section):
 
 class FinetuneConfig(Section):
     """Supervised training of the segmentation network (paper, Sec. 5.1 and Appendix B)."""
-
-    gone = {"scan_share": Gone(1.0, "give the share as num_scans")}
 
     index: StorePath
     """Store written by prepare, with labels."""

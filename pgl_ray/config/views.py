@@ -7,7 +7,7 @@ from pydantic import (
     model_validator,
 )
 
-from pgl_ray.config.fields import Gone, NonNegative, Positive, Section, Share, Triple, check_range
+from pgl_ray.config.fields import NonNegative, Positive, Section, Share, Triple, check_range
 
 
 class CropConfig(Section):
@@ -30,8 +30,6 @@ class CropConfig(Section):
 
 class ViewsConfig(CropConfig):
     """Pairs of views; their size is the paper's P."""
-
-    gone = {"overlap_of": Gone("smaller")}
 
     min_overlap: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Least overlap of two views of a scan, as a share of the smaller crop's volume (the paper does not say of which
@@ -116,8 +114,6 @@ class HeadsConfig(Section):
 class AlignConfig(Section):
     """The prior-guided aligner (paper, Eq. 4 to 7; method=pgl alone) and its ablations (Tables 5 to 8; any method)."""
 
-    gone = {"sampling_ratio": Gone(1)}
-
     output_stride: Triple = (8, 16, 16)
     """View voxels per feature cell (D, H, W): which of the encoder's maps is compared, the deepest one of that stride.
     Stages behind it are neither run nor trained; (4,8,8) is one stage earlier than the paper's."""
@@ -145,11 +141,6 @@ class AlignConfig(Section):
 
 class StreamConfig(Section):
     """How pairs of views are read and made, and how they reach the workers."""
-
-    gone = {
-        "augment_on": Gone("auto", "stream.on_gpu=intensity (gpu) or nothing (cpu) says it now"),
-        "resize_on": Gone("cpu", "stream.on_gpu=all says it now"),
-    }
 
     pairs_per_region: Positive = 1
     """Pairs drawn inside one region of a scan, twice the view size per axis, which is read once; it divides

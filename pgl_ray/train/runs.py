@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pgl_ray.config import FailedRun, FinetuneConfig, PretrainConfig, build, to_yaml, without_gone
+from pgl_ray.config import FailedRun, FinetuneConfig, PretrainConfig, build, to_yaml
 from pgl_ray.data.durable import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.train import run_paths
@@ -26,7 +26,6 @@ from pgl_ray.train.run_files import write_json
 # what a continued run may change
 MAY_DIFFER = frozenset({"ray", "train", "health", "accumulate", "probe"})
 MAY_DIFFER |= {"stream.on_error", "stream.max_skipped_share", "stream.on_gpu"}
-MAY_DIFFER |= {"stream.augment_on", "stream.resize_on"}  # the last one's names in earlier versions
 
 
 def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str, Any]) -> str:
@@ -53,11 +52,12 @@ def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str
         if found["door"] != door:
             raise ValueError(f"run={config.run} is a {found['door']} run: choose another run=...")
         skip = MAY_DIFFER | {"run", "index"}
-        stored, gone = without_gone(type(config), found["config"])
-        with contextlib.suppress(ValueError):  # a setting that no version has known
-            stored = json.loads(build(type(config), stored).model_dump_json())  # with the defaults of later settings
+        try:  # with the defaults of later settings
+            stored = json.loads(build(type(config), found["config"]).model_dump_json())
+        except ValueError as error:
+            why = f"run={config.run} has settings that this version has not"
+            raise ValueError(f"{why}: {error}: choose another run=...") from None
         names = _differences({k: v for k, v in wanted.items() if k not in skip}, stored)
-        names += [f"{path} ({value} there, {was.value} here)" for path, (value, was) in gone.items()]
         changed = sorted(name for name in names if not {name.split(" ")[0], name.split(".")[0]} & MAY_DIFFER)
         if changed:
             raise ValueError(f"run={config.run} was started with another {', '.join(changed)}: choose another run=...")
