@@ -9,7 +9,7 @@ Boxes are arrays [..., 3, 2] of (start, stop); flips are booleans [..., 3].
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -41,13 +41,11 @@ class Geometry(NamedTuple):
         output_stride: s per axis, in view voxels per feature cell.
         center: per axis, the view edge coordinate of feature cell 0's centre: 0.5 for a ResNet's symmetric kernels
             (its cells sit at s * j + 0.5), s / 2 for the paper's RoIAlign reading (the middle of the cell).
-        sampling_ratio: points per bin and axis that are read and averaged; 1 = the bin's centre.
     """
 
     view_size: tuple[int, int, int]
     output_stride: tuple[int, int, int]
     center: tuple[float, float, float]
-    sampling_ratio: int = 1
 
 
 def triple(values: Iterable[Number]) -> tuple[Number, Number, Number]:
@@ -76,17 +74,17 @@ def volume_of(box: Array) -> Array:
     return (box[..., 1] - box[..., 0]).clip(0).prod(-1)
 
 
-def overlap_share(box_1: np.ndarray, box_2: np.ndarray, of: str) -> np.ndarray:
-    """Overlap of two boxes as a share of the smaller or larger box's volume, or of the union.
+def overlap_share(box_1: np.ndarray, box_2: np.ndarray, of: Literal["smaller", "union"]) -> np.ndarray:
+    """Overlap of two boxes as a share of the smaller one's volume, or of the union.
 
     Args:
         box_1, box_2: [..., 3, 2] in the scan frame.
-        of: "smaller", "larger" or "union".
+        of: see above.
     """
     common, first, second = volume_of(overlap_box(box_1, box_2)), volume_of(box_1), volume_of(box_2)
     if of == "union":
         return common / (first + second - common)
-    return common / (np.minimum if of == "smaller" else np.maximum)(first, second)
+    return common / np.minimum(first, second)
 
 
 def scan_to_view(point: Array, box: Array, flip: Array, view_size: Array) -> Array:
@@ -111,9 +109,8 @@ def interpolation_matrices(box: Tensor, flip: Tensor, region: Tensor, geometry: 
     """FlipAlign and CSAlign of one view's features as one matrix per axis (Eq. 4 to 7).
 
     Row k of an axis' matrix holds the linear weights that read the feature map in bin k. The region has as many bins
-    as the feature map has cells, so RoIAlign followed by the resize is this one interpolation. Points beyond the
-    outermost feature centres are clamped to them. An average over a bin's points on three axes is the product of the
-    axes' averages, so a sampling ratio above 1 costs nothing.
+    as the feature map has cells, so RoIAlign (of sampling ratio 1) followed by the resize is this one interpolation.
+    Bins beyond the outermost feature centres are clamped to them.
 
     Args:
         box: [N, 3, 2] the views' boxes, scan frame.
@@ -128,14 +125,13 @@ def interpolation_matrices(box: Tensor, flip: Tensor, region: Tensor, geometry: 
     def matrix(index: Tensor) -> Tensor:
         num = index.shape[1]
         cells = torch.arange(num, device=index.device, dtype=index.dtype)
-        hats = (1 - (index.clamp(0, num - 1).unsqueeze(-1) - cells).abs()).clamp_min(0)  # linear interpolation
-        return hats.mean(2)
+        return (1 - (index.clamp(0, num - 1).unsqueeze(-1) - cells).abs()).clamp_min(0)  # linear interpolation
 
     return triple(map(matrix, feature_coordinates(box, flip, region, geometry)))
 
 
 def clamped_bins(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> Axes:
-    """Whether a bin, or one of its points, lies beyond the outermost feature centres of a view.
+    """Whether a bin's middle lies beyond the outermost feature centres of a view.
 
     Args:
         box, flip, region, geometry: as in `interpolation_matrices`.
@@ -144,7 +140,7 @@ def clamped_bins(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) 
         Three bool tensors [N, n], axes D, H, W.
     """
     axes = feature_coordinates(box, flip, region, geometry)
-    return triple(((index < 0) | (index > index.shape[1] - 1)).any(2) for index in axes)
+    return triple((index < 0) | (index > index.shape[1] - 1) for index in axes)
 
 
 def clamped_shares(box: Tensor, flip: Tensor, geometry: Geometry) -> tuple[float, float, float]:
@@ -161,21 +157,21 @@ def clamped_shares(box: Tensor, flip: Tensor, geometry: Geometry) -> tuple[float
 
 
 def feature_coordinates(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> Axes:
-    """Continuous feature index of every point of every bin of a region, flips undone, not clamped.
+    """Continuous feature index of the middle of every bin of a region, flips undone, not clamped.
 
     Returns:
-        Three float32 tensors [N, n, sampling_ratio], axes D, H, W; cell j's centre has index j.
+        Three float32 tensors [N, n], axes D, H, W; cell j's centre has index j.
     """
 
     def along(axis: int) -> Tensor:
         size, stride, center = geometry.view_size[axis], geometry.output_stride[axis], geometry.center[axis]
-        num, ratio = size // stride, geometry.sampling_ratio
+        num = size // stride
         start, stop = region[:, axis, 0].float(), region[:, axis, 1].float()
-        bins = (torch.arange(num * ratio, device=box.device) + 0.5) / (num * ratio)
+        bins = (torch.arange(num, device=box.device) + 0.5) / num
         point = start[:, None] + bins * (stop - start)[:, None]  # scan frame
         first, length = box[:, axis, 0].float()[:, None], (box[:, axis, 1] - box[:, axis, 0]).float()[:, None]
         view = (point - first) * (size / length)  # Eq. 5, and Eq. 6's factor P / S
         view = torch.where(flip[:, axis, None], size - view, view)  # the flipped view's own coordinates
-        return ((view - center) / stride).unflatten(1, (num, ratio))
+        return (view - center) / stride
 
     return triple(map(along, range(3)))

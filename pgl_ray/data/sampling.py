@@ -1,14 +1,14 @@
 """Crop boxes and flips, drawn and recorded before anything is done (paper, Sec. 3.2)."""
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from pgl_ray.config import AlignConfig, CropConfig, ViewsConfig
 from pgl_ray.prior import Prior, overlap_share
 
-OVERLAP_OF = "smaller"  # box: the paper asks for 10 % and does not say of what
+OVERLAP_OF: Literal["smaller"] = "smaller"  # box: the paper asks for 10 % and does not say of what
 TRIES, FURTHER_TRIES = 16, 512
 
 

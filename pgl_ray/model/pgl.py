@@ -147,7 +147,7 @@ def align(features: Tensor, matrices: Axes) -> Tensor:
 
 
 def valid_bins(pair: Pair, geometry: Geometry) -> Tensor:
-    """Which bins of the overlap are clamped in neither view (with a sampling ratio above 1, none of their points).
+    """Which bins of the overlap are clamped in neither view.
 
     Returns:
         bool [N, bins_d, bins_h, bins_w].

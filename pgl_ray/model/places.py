@@ -146,7 +146,7 @@ def bin_coordinates(pair: Pair, geometry: Geometry, bins: Tensor) -> Tensor:
     axes = feature_coordinates(pair.boxes, pair.flips, pair.regions, geometry)
     cells = [axis.shape[1] for axis in axes]
     index = torch.unravel_index(bins.repeat(2, 1), cells)
-    found = [axis[..., 0].gather(1, at).clamp(0, num - 1) for axis, at, num in zip(axes, index, cells)]
+    found = [axis.gather(1, at).clamp(0, num - 1) for axis, at, num in zip(axes, index, cells)]
     return torch.stack(found, -1)
 
 
