@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STEP = -0x61C8864680B583EB  # of splitmix64's counter, modulo 2**64
+from pgl_ray.splitmix import STEP, mix
 
 
 @lru_cache(maxsize=2**12)
@@ -40,10 +40,10 @@ def uniforms(
         float64 [N, num], in [0, 1).
     """
     scan = np.array([_scan_key(each) for each in scan_ids], np.uint64).view(np.int64)
-    state = torch.full((len(scan),), seed) ^ _mix(torch.tensor(of + 1))
+    state = torch.full((len(scan),), seed) ^ mix(torch.tensor(of + 1))
     for part in (scan, epoch, draw):
-        state = _mix(state + _STEP) ^ torch.from_numpy(part.copy())
-    bits = _mix(_mix(state + _STEP)[:, None] + torch.arange(1, num + 1) * _STEP)
+        state = mix(state + STEP) ^ torch.from_numpy(part.copy())
+    bits = mix(mix(state + STEP)[:, None] + torch.arange(1, num + 1) * STEP)
     return ((bits >> 11) & (2**53 - 1)).numpy() * 2.0**-53
 
 
@@ -60,7 +60,7 @@ def noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
         float32 [N, *shape].
     """
     num = math.prod(shape)
-    bits = _mix(_mix(seeds)[:, None] + torch.arange(-(-num // 2), device=seeds.device) * _STEP)
+    bits = mix(mix(seeds)[:, None] + torch.arange(-(-num // 2), device=seeds.device) * STEP)
     length = ((bits >> 40) & 0xFFFFFF).float().add_(1).div_(2**24).log_().mul_(-2).sqrt_()
     angle = ((bits >> 12) & 0xFFFFFF).float().mul_(2 * math.pi / 2**24)
     drawn = torch.stack([length * torch.cos(angle), length * torch.sin(angle)], 1)
@@ -68,15 +68,8 @@ def noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def noise_state(seed: int) -> np.uint64:
-    """`_mix` of one number."""
+    """`mix` of one number."""
     state = seed & (2**64 - 1)
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
     return np.uint64(state ^ (state >> 31))
-
-
-def _mix(state: Tensor) -> Tensor:
-    """splitmix64's output function on int64, which torch multiplies modulo 2**64."""
-    state = (state ^ ((state >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
-    state = (state ^ ((state >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
-    return state ^ ((state >> 31) & (2**33 - 1))

@@ -17,8 +17,7 @@ from pgl_ray.model.pgl import Output, Pair, follow, mlp, valid_bins
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.prior import Geometry, feature_coordinates, view_to_scan
-
-_STEP = -0x61C8864680B583EB  # of splitmix64's counter, modulo 2**64
+from pgl_ray.splitmix import STEP, mix
 
 
 class Objective(NamedTuple):
@@ -203,16 +202,9 @@ def _drawn(boxes: Tensor, num_places: int, num: int, first: Tensor | None = None
     """
     state = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
     for part in boxes.long().flatten(1).unbind(1):
-        state = _mix(state + _STEP) ^ part
+        state = mix(state + STEP) ^ part
     places = torch.arange(1, num_places + 1, device=boxes.device)
-    key = (_mix(_mix(state)[:, None] + places * _STEP) >> 40).float()  # [N, places], in +-2**23
+    key = (mix(mix(state)[:, None] + places * STEP) >> 40).float()  # [N, places], in +-2**23
     if first is not None:
         key = key + first * 2.0**25
     return key.topk(min(num, num_places), 1).indices
-
-
-def _mix(state: Tensor) -> Tensor:
-    """splitmix64's output function on int64 (Steele et al. 2014)."""
-    state = (state ^ ((state >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
-    state = (state ^ ((state >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
-    return state ^ ((state >> 31) & (2**33 - 1))
