@@ -3,7 +3,11 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads spin where the cores are busy, for minutes
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers fill the cores already
 
+import gc
+import pickle
 import signal
 import socket
 import subprocess
@@ -25,6 +29,15 @@ if not os.environ.get("PGL_RAY_LONG"):
 # A shell has its background jobs ignore SIGINT; tests that interrupt a run need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+gc.disable()  # until all is imported: of what the modules make nothing is garbage
+
+
+def pytest_collection_finish():
+    """Takes what was imported out of later collections: a look at all of it takes a quarter of a second each time."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
@@ -93,3 +106,18 @@ def s3(tmp_path_factory):
         server.terminate()
         server.wait()
         log.close()
+
+
+@pytest.fixture
+def serial(monkeypatch):
+    """prepare converts in this process, without Ray, in the given or the reverse order."""
+    from pgl_ray.convert import parallel
+
+    backwards = []
+
+    def in_parallel(work, items, config, peak=None):
+        for i in sorted(range(len(items)), reverse=bool(backwards)):
+            yield work({"task": i, "item": pickle.dumps(items[i])})
+
+    monkeypatch.setattr(parallel, "in_parallel", in_parallel)
+    return backwards
