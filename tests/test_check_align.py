@@ -61,7 +61,7 @@ def test_nothing_to_check_is_no_pass(tmp_path):
 def test_of_a_store_only_the_drawn_scans_are_opened(tmp_path, monkeypatch):
     """A hundred thousand open files are more than a process may have."""
     rng, opened = np.random.default_rng(0), []
-    for i in range(90):
+    for i in range(30):
         volume = rng.integers(-900, 300, (20, 60, 44)).astype(np.int16)
         scan_files.write_scan(tmp_path / "s", f"s{i:02}", volume, np.diag([2.0, 1.0, 1.0, 1.0]), split="train")
     store.write_index(tmp_path / "s", {}, (-1024.0, 325.0))

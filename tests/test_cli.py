@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,30 +12,44 @@ from pgl_ray import cli, knobs
 from pgl_ray import config as c
 
 HEAVY = ("torch", "monai", "matplotlib", "ray", "zarr", "numba", "nibabel")
-# Runs `python -m MODULE` with each list of arguments in one process; its last line: codes, and what was imported.
+# Runs `python -m MODULE` with each list of arguments, every module in a fork of a process that has the command line
+# alone; each one's last line: codes, and what was imported.
 LIGHT = """
-import json, runpy, sys
-codes = []
-for arguments in CALLS:
-    sys.argv = [MODULE, *arguments]
-    try:
-        codes.append(runpy.run_module(MODULE, run_name="__main__") and 0)
-    except SystemExit as stop:
-        codes.append(stop.code)
-print(json.dumps([codes, [name for name in HEAVY if name in sys.modules]]))
+import json, os, runpy, sys
+from pgl_ray import cli
+def run(module, calls):
+    codes = []
+    for arguments in calls:
+        sys.argv = [module, *arguments]
+        try:
+            codes.append(runpy.run_module(module, run_name="__main__") and 0)
+        except SystemExit as stop:
+            codes.append(stop.code)
+    print(json.dumps([codes, [name for name in HEAVY if name in sys.modules]]), flush=True)
+for module, calls in JOBS.items():
+    if not os.fork():
+        for stream, end in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{FOLDER}/{module}.{end}", os.O_CREAT | os.O_WRONLY), stream)
+        run(module, calls)
+        os._exit(0)
+    os.wait()
 """
 REQUIRED = {"index": "s", "run": "r", "source": "s", "store": "s", "input": "i", "output": "o"}
 REQUIRED |= {"init": "w", "a": "a", "b": "b"}
 ONE_OF = {c.EmbedConfig: ["input=i"]}  # of several keys one must be given
+NOWHERE = "/no/such/store"
 MODULES = sorted({door.split()[0] for door in cli.DOORS})
 
 
-def started(module: str, *calls: list[str]) -> tuple[list[int], list[str], str, list[str]]:
-    """Exit codes, heavy modules that were imported, output, and lines of errors of calls in a process of their own."""
-    code = f"MODULE, CALLS, HEAVY = {module!r}, {calls!r}, {HEAVY!r}\n{LIGHT}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *out, last = done.stdout.splitlines()
-    return *json.loads(last), "\n".join(out), done.stderr.splitlines()
+def started(folder: Path, jobs: dict[str, list[list[str]]]) -> dict[str, tuple[list[int], list[str], str, list[str]]]:
+    """Per module: codes of its calls, heavy modules that were imported, output, and lines of errors."""
+    code = f"JOBS, HEAVY, FOLDER = {jobs!r}, {HEAVY!r}, {str(folder)!r}\n{LIGHT}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    found = {}
+    for module in jobs:
+        *out, last = (folder / f"{module}.out").read_text().splitlines()
+        found[module] = (*json.loads(last), "\n".join(out), (folder / f"{module}.err").read_text().splitlines())
+    return found
 
 
 def minimal(model: type[c.Section]) -> list[str]:
@@ -45,19 +60,34 @@ def minimal(model: type[c.Section]) -> list[str]:
 # -- light -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_texts_and_refusals_take_nothing_heavy(module, tmp_path):
-    """Help of both kinds, a wrong key, and a store that is missing."""
-    verbs = [door for door in cli.DOORS if door.split()[0] == module]
-    calls, said = [["--help"], ["--help-all"]], []
-    for door in verbs:
+def wrong_uses(module: str) -> list[tuple[list[str], str]]:
+    """A wrong key, and a store that is missing, and what is said of them."""
+    found = []
+    for door in (door for door in cli.DOORS if door.split()[0] == module):
         verb, needed = door.split()[1:], minimal(cli.DOORS[door].model)
-        calls.append([*verb, *needed, "no_such_key=1"])
-        said.append(f"pgl_ray.{door}: unknown key 'no_such_key'; known here: ")
+        said = f"pgl_ray.{door}: unknown key 'no_such_key'; known here: "
+        found.append(([*verb, *needed, "no_such_key=1"], said))
         for key in cli.DOORS[door].stores:
-            calls.append([*verb, *(arg for arg in needed if arg.split("=")[0] != key), f"{key}={tmp_path}/nowhere"])
-            said.append(f"pgl_ray.{door}: '{tmp_path}/nowhere' is not a store (no store.json): make one with")
-    codes, heavy, out, errors = started(f"pgl_ray.{module}", *calls)
+            others = [arg for arg in needed if arg.split("=")[0] != key]
+            said = f"pgl_ray.{door}: '{NOWHERE}' is not a store (no store.json): make one with"
+            found.append(([*verb, *others, f"{key}={NOWHERE}"], said))
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Of help of both kinds and wrong use of every module, and of the package's own name."""
+    jobs = {
+        f"pgl_ray.{module}": [["--help"], ["--help-all"], *(use for use, _ in wrong_uses(module))] for module in MODULES
+    }
+    return started(tmp_path_factory.mktemp("answers"), jobs | {"pgl_ray": [[]]})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_texts_and_refusals_take_nothing_heavy(module, answers):
+    """Help of both kinds, a wrong key, and a store that is missing."""
+    codes, heavy, out, errors = answers[f"pgl_ray.{module}"]
+    said = [text for _, text in wrong_uses(module)]
     assert heavy == [] and codes == [0, 0] + [2] * len(said)
     assert out.startswith(f"python -m pgl_ray.{module} [file.yaml ...]")
     assert len(errors) == len(said) and all(map(str.startswith, errors, said)), errors
@@ -73,8 +103,8 @@ def test_every_door_that_reads_a_store_says_so():
 # -- the list of doors -------------------------------------------------------------------------------------------------
 
 
-def test_the_package_lists_its_doors():
-    codes, heavy, out, _ = started("pgl_ray", [])
+def test_the_package_lists_its_doors(answers):
+    codes, heavy, out, _ = answers["pgl_ray"]
     assert (codes, heavy) == ([0], [])
     for door, known in cli.DOORS.items():
         assert re.search(rf"^  {door} +\S", out, re.M)

@@ -1,6 +1,7 @@
 """The judges of frozen encoders: one state for all, whole-scan maps, the decoder and point matching, and their ends."""
 
 import copy
+import functools
 import itertools
 import json
 
@@ -33,6 +34,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Decoders that learn next to nothing, where it does not matter what they learn."""
+    monkeypatch.setattr(decoder, "train_decoder", functools.partial(decoder.train_decoder, steps=20))
 
 
 def paint(number: int, shape=(24, 40, 72)) -> tuple[np.ndarray, np.ndarray]:
@@ -369,6 +376,7 @@ def test_judges_are_told_the_window_that_an_encoder_sees(store):
         judges.Judges(store, config(store).model_copy(update={"size": None}))
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_an_encoder_is_not_ahead_of_itself(store):
     """The draws of all judges are the same for every encoder: a difference to itself has no width."""
     found = judges.Judges(store, config(store), judges.JUDGES)
@@ -382,6 +390,7 @@ def test_an_encoder_is_not_ahead_of_itself(store):
         assert one[judge].ci95 == [low, high] and low < high and "drawn" not in one[judge].plain()
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):
     torch.manual_seed(3)
     meta = {"door": "pretrain", "encoder": {**TINY, "depths": [1, 1, 1, 1], "stage_strides": "early"}}
@@ -409,6 +418,7 @@ def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):
     assert "BatchNorm off" in text and "trained with all labels" in text and "body's box" in text
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_shortcomings_of_the_scans_are_said(tmp_path):
     for number, split in ((0, "train"), (1, "train"), (0, "test")):
         volume, label = paint(number)
@@ -495,6 +505,7 @@ def test_features_that_are_not_finite_are_no_score(store, judge):
         judges.Judges(store, config(store), (judge,)).judge(broken, "off")
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_an_encoder_that_was_trained_in_part_is_judged_by_all(store):
     """As PGL at a finer output stride leaves it: the stages behind are not there."""
     torch.manual_seed(0)

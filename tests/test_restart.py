@@ -283,11 +283,11 @@ def test_weights_that_blow_up_on_one_worker_end_the_run_on_both(scans, tmp_path,
 
 def test_a_worker_that_stands_still_is_named(scans, tmp_path, capfd):
     """Rank 1 waits for a batch that does not come: rank 0 says so before its collective ends, and rank 1 its stack."""
-    config = loop.pretraining(scans, tmp_path / "run", train={"num_workers": 2, "timeout_s": 10})
+    config = loop.pretraining(scans, tmp_path / "run", train={"num_workers": 2, "timeout_s": 5})
 
     def seen(rank: int, batch: dict) -> None:
         if rank == 1 and batch["step"][0] == 2:
-            time.sleep(20)
+            time.sleep(8)
 
     with pytest.raises(
         RuntimeError, match=r"rank 1 \(process \d+ on .*\) stands still at step 2, waiting for its batch"
@@ -304,7 +304,7 @@ def test_a_worker_that_is_stopped_is_named(scans, tmp_path):
 
     def seen(rank: int, batch: dict) -> None:
         if rank == 1 and batch["step"][0] == 2:
-            subprocess.Popen(["sh", "-c", f"sleep 10; kill -CONT {os.getpid()}"])
+            subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
             os.kill(os.getpid(), signal.SIGSTOP)
 
     with pytest.raises(RuntimeError, match=r"rank 1 \(process \d+ on .*\) does not answer, last heard of at step \d"):
