@@ -53,17 +53,16 @@ FAINT = """(() => {
 def faults(path: Path) -> list[str]:
     """What is wrong with a page at 1,300 and 400 pixels, by light and in the dark, and on paper."""
     found = []
-    for width in (1300, 400):
-        with Page(path.as_uri(), width) as page:
-            page.wait_for_width(width)
+    with Page(path.as_uri(), 1300) as page:
+        for width in (1300, 400):
+            page.load_as_wide_as(width)
             for scheme in ("light", "dark"):
                 page.look(prefers_color_scheme=scheme)
                 found += [f"{width}, {scheme}: {one}" for one in page.value(STICKING_OUT)]
                 found += [f"{width}, {scheme}, faint: {one}" for one in page.value(FAINT)]
                 paper = page.value("getComputedStyle(document.body).backgroundColor")
                 assert (paper == "rgb(255, 255, 255)") == (scheme == "light"), paper
-    with Page(path.as_uri(), 718) as page:  # of A4, less the margins
-        page.wait_for_width(718)
+        page.load_as_wide_as(718)  # of A4, less the margins
         page.look("print", prefers_color_scheme="dark")
         assert page.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         found += [f"on paper: {one}" for one in page.value(STICKING_OUT)]
@@ -115,6 +114,9 @@ class Page:
         async with self.session.get(f"http://127.0.0.1:{port}/json") as answer:
             (target, *_) = [one for one in await answer.json() if one["type"] == "page"]
         self.socket = await self.session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0)
+        await self._load()
+
+    async def _load(self) -> None:
         width, height = self.size
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         await self._call("Emulation.setDeviceMetricsOverride", metrics)
@@ -151,6 +153,14 @@ class Page:
         """Until the file is there, as wide as that, without scrollbars."""
         self.wait("location.protocol === 'file:' && document.readyState === 'complete'")  # not the blank page before it
         self.wait(f"document.documentElement.clientWidth === {width}")
+
+    def load_as_wide_as(self, width: int) -> None:
+        """The page anew, at another width."""
+        self.value("window.before = true")
+        self.size = width, self.size[1]
+        self.loop.run_until_complete(self._load())
+        self.wait("!window.before")
+        self.wait_for_width(width)
 
     def click(self, x: float, y: float) -> None:
         """With the left button, at a place in the window."""
