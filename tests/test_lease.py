@@ -72,8 +72,10 @@ def crowd(bucket: Bucket, num: int) -> tuple[int, list[str]]:
             refused.append(str(error))
             return
         got.append(one)
-        with one.kept():
-            time.sleep(1.5)
+        with one.kept():  # until all the others have been told
+            until = time.monotonic() + 10
+            while len(got) + len(refused) < num and time.monotonic() < until:
+                time.sleep(0.02)
 
     threads = [threading.Thread(target=want) for _ in range(num)]
     for thread in threads:
