@@ -1,10 +1,13 @@
 """The command line: texts and refusals come without torch, help says what the models say, every door is found."""
 
+import contextlib
+import gc
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -135,6 +138,22 @@ def test_debug_adds_the_traceback(capsys):
         with pytest.raises(SystemExit):
             cli.call("report", args)
         assert ("Traceback" in capsys.readouterr().err) == shown
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_door_is_imported_without_looks_for_garbage(fails, monkeypatch, capsys):
+    seen = []
+
+    def imported(name):
+        seen.append((name, gc.isenabled()))
+        if fails:
+            raise ImportError("no torch")
+        return SimpleNamespace(run=lambda config: seen.append(gc.isenabled()), describe=lambda result: "done")
+
+    monkeypatch.setattr(cli.importlib, "import_module", imported)
+    with pytest.raises(SystemExit) if fails else contextlib.nullcontext():
+        cli.call("report", ["run=r"])
+    assert seen == [("pgl_ray.report", False), True][: 1 if fails else 2] and gc.isenabled()
 
 
 # -- help --------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from pgl_ray.config import PretrainConfig, load
@@ -252,7 +254,7 @@ def trained(rank: int, world: int, frozen_norms: bool) -> dict:
 
 
 def two_workers(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for frozen in (False, True):
@@ -263,7 +265,10 @@ def two_workers(rank: int, folder: str) -> None:
 def test_two_workers_stay_identical_and_equal_one(tmp_path):
     """Parameters, EMA, buffers and rates are the same on all ranks; and with BatchNorm aside, two workers make the
     steps that one worker makes with the whole batch."""
-    torch.multiprocessing.spawn(two_workers, (str(tmp_path),), nprocs=2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it
+    start_processes(two_workers, (str(tmp_path),), nprocs=2, start_method="fork")
+    torch.set_num_threads(threads)
     ends = {(frozen, rank): torch.load(tmp_path / f"{frozen}_{rank}.pt") for frozen in (False, True) for rank in (0, 1)}
     for frozen in (False, True):
         first, second = ends[frozen, 0], ends[frozen, 1]
