@@ -7,6 +7,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers fill the cores already
 
 import gc
+import pickle
 import signal
 import socket
 import subprocess
@@ -105,3 +106,18 @@ def s3(tmp_path_factory):
         server.terminate()
         server.wait()
         log.close()
+
+
+@pytest.fixture
+def serial(monkeypatch):
+    """prepare converts in this process, without Ray, in the given or the reverse order."""
+    from pgl_ray.convert import parallel
+
+    backwards = []
+
+    def in_parallel(work, items, config, peak=None):
+        for i in sorted(range(len(items)), reverse=bool(backwards)):
+            yield work({"task": i, "item": pickle.dumps(items[i])})
+
+    monkeypatch.setattr(parallel, "in_parallel", in_parallel)
+    return backwards

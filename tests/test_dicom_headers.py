@@ -7,7 +7,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_files import ct_series, save
-from test_prepare import ct_array, go, put, records, serial  # noqa: F401 (a fixture)
+from preparing import ct_array, go, put, records
 
 from pgl_ray import prepare
 from pgl_ray.convert import one_scan
@@ -96,7 +96,7 @@ def test_many_files_are_read_by_several_processes(tmp_path, monkeypatch):
     assert Kept().headers(files_of(tmp_path)) == one and len(one) == 24
 
 
-def test_a_store_keeps_the_headers(tmp_path, serial, monkeypatch):  # noqa: F811
+def test_a_store_keeps_the_headers(tmp_path, serial, monkeypatch):
     save(series(), tmp_path / "raw/p")
     put(tmp_path / "other/a.nii.gz")
     go(tmp_path / "raw", tmp_path / "s")
@@ -107,7 +107,7 @@ def test_a_store_keeps_the_headers(tmp_path, serial, monkeypatch):  # noqa: F811
     assert not (tmp_path / "t" / prepare.HEADERS).exists()
 
 
-def test_records_are_read_once_per_run(tmp_path, serial, monkeypatch):  # noqa: F811
+def test_records_are_read_once_per_run(tmp_path, serial, monkeypatch):
     for k in range(3):
         put(tmp_path / f"raw/{k}.nii.gz", seed=k)
     calls = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_files import ct_series, save
-from test_prepare import ct_array, flip, go, label_array, put, records, serial  # noqa: F401 (a fixture)
+from preparing import ct_array, flip, go, label_array, put, records
 
 from pgl_ray import prepare
 from pgl_ray.config import LabelsConfig, StoreConfig
@@ -142,7 +142,7 @@ def renamed_ids(monkeypatch):
     monkeypatch.setattr(identity, "scan_id", lambda parts: parts[-1])
 
 
-def test_a_scan_whose_id_changes_is_renamed(tmp_path, serial, monkeypatch, capsys):  # noqa: F811
+def test_a_scan_whose_id_changes_is_renamed(tmp_path, serial, monkeypatch, capsys):
     put(tmp_path / "raw/p1/ct.nii.gz")
     with monkeypatch.context() as patch:
         renamed_ids(patch)
@@ -162,7 +162,7 @@ def test_a_scan_whose_id_changes_is_renamed(tmp_path, serial, monkeypatch, capsy
     assert "renamed" not in capsys.readouterr().out
 
 
-def test_a_series_of_an_older_store_is_renamed(tmp_path, serial, monkeypatch, capsys):  # noqa: F811
+def test_a_series_of_an_older_store_is_renamed(tmp_path, serial, monkeypatch, capsys):
     save(series(SeriesNumber=3), tmp_path / "raw/p")
     with monkeypatch.context() as patch:
         patch.setattr(identity, "series_part", lambda *_: "old")
@@ -173,7 +173,7 @@ def test_a_series_of_an_older_store_is_renamed(tmp_path, serial, monkeypatch, ca
     assert f"renamed: p__old -> {scan_id}" in capsys.readouterr().out
 
 
-def test_the_same_voxels_in_two_splits_are_said(tmp_path, serial, capsys):  # noqa: F811
+def test_the_same_voxels_in_two_splits_are_said(tmp_path, serial, capsys):
     put(tmp_path / "raw/imagesTr/a.nii.gz")
     put(tmp_path / "raw/imagesTs/b.nrrd.nii.gz")
     put(tmp_path / "raw/imagesTs/c.nii.gz", seed=1)
@@ -182,7 +182,7 @@ def test_the_same_voxels_in_two_splits_are_said(tmp_path, serial, capsys):  # no
     assert said == ["prepare: note: the same voxels, in two splits: a (train), imagesTs__b.nrrd (test)"]
 
 
-def test_another_source_of_the_same_id(tmp_path, serial, capsys):  # noqa: F811
+def test_another_source_of_the_same_id(tmp_path, serial, capsys):
     put(tmp_path / "one/imagesTr/a.nii.gz")
     put(tmp_path / "two/a.nii.gz", seed=1)
     put(tmp_path / "three/a.nii.gz")
@@ -194,7 +194,7 @@ def test_another_source_of_the_same_id(tmp_path, serial, capsys):  # noqa: F811
     assert f"holds the same as scan 'a', which the store has from {tmp_path}/one" in capsys.readouterr().out
 
 
-def test_repair_takes_a_scan_from_its_own_source(tmp_path, serial):  # noqa: F811
+def test_repair_takes_a_scan_from_its_own_source(tmp_path, serial):
     put(tmp_path / "one/a.nii.gz")
     put(tmp_path / "two/b.nii.gz", seed=1)
     go(tmp_path / "one", tmp_path / "s")
@@ -211,7 +211,7 @@ def test_repair_takes_a_scan_from_its_own_source(tmp_path, serial):  # noqa: F81
     assert list(found.damaged) == ["a"]
 
 
-def test_composed_and_decomposed_names_are_one(tmp_path, serial):  # noqa: F811
+def test_composed_and_decomposed_names_are_one(tmp_path, serial):
     put(tmp_path / "raw/images" / unicodedata.normalize("NFD", "Müller.nii.gz"))
     put(tmp_path / "raw/labels" / unicodedata.normalize("NFC", "Müller.nii.gz"), label_array([1]))
     (scan,) = read_layout(str(tmp_path / "raw"), LabelsConfig()).scans

@@ -11,8 +11,8 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_files import ct_series, new_file, save
+from preparing import ct_array, go, put, records
 from test_predict import config, known, volume, write  # noqa: F401 (a fixture)
-from test_prepare import ct_array, go, label_array, put, records, serial  # noqa: F401 (a fixture)
 
 from pgl_ray import predict, prepare
 from pgl_ray.config import FailedRun, LabelsConfig
@@ -69,7 +69,7 @@ def test_links_to_folders_are_followed_once_and_never_in_circles(tmp_path):
     assert "would never end" in reasons["p3/up"] and "looked at as: " in reasons["a_p1"]
 
 
-def test_names_that_are_no_text_cost_their_own_file(tmp_path, serial, capsys):  # noqa: F811
+def test_names_that_are_no_text_cost_their_own_file(tmp_path, serial, capsys):
     put(tmp_path / "raw/good.nii.gz")
     bad = os.fsencode(tmp_path / "raw") + b"/M\xfcller.nii.gz"
     shutil.copy(tmp_path / "raw/good.nii.gz", bad)
@@ -83,13 +83,13 @@ def test_names_that_are_no_text_cost_their_own_file(tmp_path, serial, capsys):  
     assert "M\\xfcller" in capsys.readouterr().err
 
 
-def test_a_very_long_path_is_a_scan(tmp_path, serial):  # noqa: F811
+def test_a_very_long_path_is_a_scan(tmp_path, serial):
     put(tmp_path / "raw" / ("ü" * 100) / ("b" * 120) / "ct.nii.gz")
     assert go(tmp_path / "raw", tmp_path / "s").failed == ()
     assert len(records(tmp_path / "s")) == 1
 
 
-def test_a_store_in_the_source_and_what_a_browser_leaves(tmp_path, serial):  # noqa: F811
+def test_a_store_in_the_source_and_what_a_browser_leaves(tmp_path, serial):
     put(tmp_path / "a.nii.gz")
     go(tmp_path, tmp_path / "s")
     for name in ("s/.DS_Store", "s/scans/.DS_Store", "s/scans/Thumbs.db", "s/scans/a/.DS_Store"):
@@ -161,7 +161,7 @@ def test_gzipped_dicom_and_archives_are_named(tmp_path):
     assert all("an archive: unpack it" in reasons[name] for name in ("all.zip", "x.tar", "y.tar.gz"))
 
 
-def test_header_and_voxels_in_two_files(tmp_path, serial):  # noqa: F811
+def test_header_and_voxels_in_two_files(tmp_path, serial):
     (tmp_path / "raw").mkdir()
     nib.save(nib.Nifti1Pair(ct_array(), np.diag([-1.5, -1.5, 3, 1])), tmp_path / "raw/a.img")
     touch(tmp_path, "raw/alone.img", content=b"x" * 400)
@@ -210,7 +210,7 @@ def test_copies_of_slices_and_of_series_are_left_out(tmp_path):
     assert ids(tmp_path) == [first] and len(said(tmp_path)) == 8
 
 
-def test_a_copy_that_sorts_first_renames_nothing_in_a_store(tmp_path, serial):  # noqa: F811
+def test_a_copy_that_sorts_first_renames_nothing_in_a_store(tmp_path, serial):
     save(series(), tmp_path / "raw/p/original")
     go(tmp_path / "raw", tmp_path / "s")
     before = list(records(tmp_path / "s"))
@@ -289,7 +289,7 @@ def test_a_damaged_slice_of_another_series_disturbs_none(tmp_path):
 
 
 @pytest.mark.parametrize("other", ["nii", "nrrd", "mha"])
-def test_one_ct_in_two_formats_is_one_scan(tmp_path, serial, other):  # noqa: F811
+def test_one_ct_in_two_formats_is_one_scan(tmp_path, serial, other):
     import SimpleITK as sitk
 
     for k in (1, 2, 3):
@@ -344,7 +344,7 @@ def test_another_channel_is_no_scan(tmp_path):
 
 
 @pytest.mark.parametrize("labels, folder", [({"names": {"liver": 1}}, False), ({}, True)])
-def test_labels_that_are_asked_for_and_nowhere(tmp_path, serial, labels, folder):  # noqa: F811
+def test_labels_that_are_asked_for_and_nowhere(tmp_path, serial, labels, folder):
     put(tmp_path / "raw/images/a.nii.gz")
     if folder:
         touch(tmp_path, "raw/labels/a.png")

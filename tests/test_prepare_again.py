@@ -1,0 +1,436 @@
+"""prepare a second time: failures, kills, damage and what is kept; most of it without Ray."""
+
+import csv
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import zarr
+from preparing import counts, ct_array, flip, go, label_array, put, records, tree
+
+from pgl_ray import prepare
+from pgl_ray.config import FailedRun, LabelsConfig, PrepareConfig, StoreConfig, load
+from pgl_ray.convert import finish, one_scan
+from pgl_ray.data import scan_files, store
+from pgl_ray.data.place import open_place
+from pgl_ray.data.shard import encode_shard
+from pgl_ray.files import ct
+from pgl_ray.files.layout import read_layout
+from pgl_ray.files.source import Source
+
+# -- failures and second runs -----------------------------------------------------------------------------------------
+
+
+def with_faults(raw):
+    """Two good scans and one of each fault."""
+    put(raw / "images/good.nii.gz")
+    put(raw / "images/labelled.nii.gz", seed=1)
+    put(raw / "labels/labelled.nii.gz", label_array([1]))
+    put(raw / "images/nan.nii.gz", np.full((4, 4, 4), np.nan, np.float32))
+    (raw / "images/text.nii.gz").write_text("hello")
+    (raw / "images/lost.nii.gz").symlink_to(raw / "nowhere")
+    put(raw / "images/grid.nii.gz")
+    put(raw / "labels/grid.nii.gz", label_array([1], shape=(20, 18, 8)))
+    put(raw / "images/value.nii.gz")
+    put(raw / "labels/value.nii.gz", label_array([1, 9]))
+    put(raw / "labels/alone.nii.gz", label_array([1]))
+
+
+REASONS = {
+    "images/nan.nii.gz": "64 of 64 voxels are NaN",
+    "images/text.nii.gz": "not a readable image",
+    "images/lost.nii.gz": "a link to a file that is not there",
+    "images/grid.nii.gz": "label shape (8, 18, 20) differs from its CT's (9, 18, 20)",
+    "images/value.nii.gz": "label values [9] are not among {'liver': 1}",
+    "labels/alone.nii.gz": "label map without a volume of its name",
+}
+
+
+def check_faults(result, raw, target, capsys):
+    assert counts(result) == (2, 0, len(REASONS)) and list(records(target)) == ["good", "labelled"]
+    written = [json.loads(line) for line in (target / "failed.jsonl").read_text().splitlines()]
+    assert [tuple(row.values()) for row in written] == [tuple(fault) for fault in result.failed]
+    assert {row["source"] for row in written} == {str(raw / name) for name in REASONS}
+    assert list(result.failed) == sorted(result.failed)
+    for row in written:
+        assert REASONS[str(Path(row["source"]).relative_to(raw))] in row["reason"]
+    with pytest.raises(FailedRun, match=r"6 files failed .*failed.jsonl.* 2 converted, 0 already there"):
+        prepare.describe(result)
+    assert capsys.readouterr().err.count("failed: ") == len(REASONS)
+
+
+def test_bad_scans_are_written_down_and_tried_again(tmp_path, serial, capsys):
+    raw, labels = tmp_path / "raw", {"names": {"liver": 1}}
+    with_faults(raw)
+    check_faults(go(raw, tmp_path / "s", labels=labels), raw, tmp_path / "s", capsys)
+    put(raw / "images/nan.nii.gz")  # mended
+    assert counts(go(raw, tmp_path / "s", labels=labels)) == (1, 2, 5)
+    for name in REASONS:
+        (raw / name).unlink()
+    (raw / "labels/grid.nii.gz").unlink()
+    (raw / "labels/value.nii.gz").unlink()
+    result = go(raw, tmp_path / "s", labels=labels)
+    assert counts(result) == (0, 2, 0) and result.num_scans == 3  # a scan whose file is gone stays
+    assert "0 converted, 2 already there, 3 scans in" in prepare.describe(result)
+    assert (tmp_path / "s/failed.jsonl").read_text() == ""
+
+
+def test_a_second_run_changes_nothing_and_only_hashes_a_touch(tmp_path, serial):
+    put(tmp_path / "raw/a.nii.gz")
+    put(tmp_path / "raw/b.nii.gz", seed=1)
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (2, 0, 0)
+    before, inode = tree(tmp_path / "s"), (tmp_path / "s/scans/a/0/c/0/0/0").stat().st_ino
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (0, 2, 0)
+    assert tree(tmp_path / "s") == before
+
+    os.utime(tmp_path / "raw/a.nii.gz")
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (0, 2, 0)
+    assert (tmp_path / "s/scans/a/0/c/0/0/0").stat().st_ino == inode
+    assert records(tmp_path / "s")["a"].source_mtime_ns == (tmp_path / "raw/a.nii.gz").stat().st_mtime_ns
+
+    put(tmp_path / "raw/a.nii.gz", seed=2)
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (1, 1, 0)
+    voxels = ct.read_scan(tmp_path / "raw/a.nii.gz").voxels
+    reader = scan_files.open_volume(tmp_path / "s", records(tmp_path / "s")["a"])
+    np.testing.assert_array_equal(reader.read(np.array([(0, s) for s in voxels.shape])), voxels)
+
+
+def test_a_label_that_comes_later_is_taken(tmp_path, serial):
+    put(tmp_path / "raw/images/a.nii.gz")
+    go(tmp_path / "raw", tmp_path / "s")
+    assert records(tmp_path / "s")["a"].split == ""
+    put(tmp_path / "raw/labels/a.nii.gz", label_array([1]))
+    assert counts(go(tmp_path / "raw", tmp_path / "s", labels={"names": {"liver": 1}})) == (1, 0, 0)
+    index = store.read_index(tmp_path / "s")
+    assert index.labels == {"liver": 1} and index.labelled("train")[0].labelled == (1,)
+
+
+def test_adding_a_folder(tmp_path, serial):
+    put(tmp_path / "one/images/a.nii.gz")
+    put(tmp_path / "one/labels/a.nii.gz", label_array([1]))
+    put(tmp_path / "two/images/b.nii.gz", seed=1)
+    names = {"names": {"liver": 1}}
+    go(tmp_path / "one", tmp_path / "s", labels=names)
+    assert go(tmp_path / "two", tmp_path / "s").num_scans == 2  # without labels there is nothing to name
+    assert {i: r.split for i, r in records(tmp_path / "s").items()} == {"a": "train", "b": ""}
+    before = tree(tmp_path / "s")
+    with pytest.raises(ValueError, match=r"'spleen': 1.*'liver': 1.*use another"):
+        go(tmp_path / "two", tmp_path / "s", labels={"names": {"spleen": 1}})
+    with pytest.raises(ValueError, match=r"hu_window=\(-100.0, 100.0\): store .* has \(-1024.0, 325.0\)"):
+        go(tmp_path / "two", tmp_path / "s", hu_window=(-100, 100))
+    assert tree(tmp_path / "s") == before
+
+    put(tmp_path / "three/a.nii.gz", seed=5)
+    result = go(tmp_path / "three", tmp_path / "s")
+    assert counts(result) == (0, 0, 1) and "the store has another 'a', from" in result.failed[0].reason
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert counts(go(tmp_path / "moved", tmp_path / "s")) == (0, 1, 0)
+    assert records(tmp_path / "s")["a"].source == str(tmp_path / "moved/images/a.nii.gz")
+
+
+def test_the_store_does_not_depend_on_the_order(tmp_path, serial):
+    for place, scan_id in enumerate("abc"):
+        put(tmp_path / f"raw/images/{scan_id}.nii.gz", seed=place)
+        put(tmp_path / f"raw/labels/{scan_id}.nii.gz", label_array([place + 1]))
+    go(tmp_path / "raw", tmp_path / "one")
+    serial.append("backwards")
+    go(tmp_path / "raw", tmp_path / "two")
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path, serial, monkeypatch):
+    for place, scan_id in enumerate("abc"):
+        put(tmp_path / f"raw/{scan_id}.nii.gz", seed=place)
+    real = encode_shard
+
+    def full(array, chunk, compression):
+        if len(list((tmp_path / "s/scans").glob("*"))) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(array, chunk, compression)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan_files, "encode_shard", full)
+        with pytest.raises(FailedRun, match=r"disk full at .*/s: free some space, then the same"):
+            go(tmp_path / "raw", tmp_path / "s")
+    assert list(store.read_records(tmp_path / "s")) == ["a"]
+    assert not (tmp_path / "s/.part").exists()
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (2, 1, 0)
+
+
+def test_a_scan_that_kills_its_worker_is_given_up(tmp_path):
+    put(tmp_path / "raw/a.nii.gz")
+    task = (Source("a", str(tmp_path / "raw/a.nii.gz"), None, ""), None)
+    with store.open_place(tmp_path / "s").locked() as token:
+        for start in "123":  # Ray has started it three times
+            store.open_place(tmp_path / "s").write(f".part/tries/0/{start}", [])
+        row = one_scan.convert({"task": 0, "item": pickle.dumps(task)}, str(tmp_path / "s"), token, {}, {})
+    assert row["status"] == "failed" and "its worker died 3 times" in row["reason"]
+
+
+def test_unforeseen_errors_are_the_scans_alone(tmp_path, serial, monkeypatch):
+    put(tmp_path / "raw/a.nii.gz")
+    put(tmp_path / "raw/b.nii.gz")
+    real = ct.read_scan
+    monkeypatch.setattr(ct, "read_scan", lambda path, slices: real(path) if "b.nii" in path else [][0])
+    result = go(tmp_path / "raw", tmp_path / "s")
+    assert counts(result) == (1, 0, 1) and result.failed[0].reason == "IndexError: list index out of range"
+
+
+# -- verify and repair ------------------------------------------------------------------------------------------------
+
+
+def two_folders(tmp_path, target="s"):
+    """A store from two folders, each under its own config."""
+    for scan_id, seed in (("a", 0), ("b", 1)):
+        put(tmp_path / f"one/images/{scan_id}.nii.gz", seed=seed)
+        put(tmp_path / f"one/labels/{scan_id}.nii.gz", label_array([1]))
+    put(tmp_path / "two/c d ü.nii.gz", seed=2)
+    go(tmp_path / "one", tmp_path / target, labels={"names": {"liver": 1}})
+    go(tmp_path / "two", tmp_path / target)
+    return tmp_path / target
+
+
+def checked(target):
+    return prepare.verify(StoreConfig(store=str(target)))
+
+
+@pytest.mark.parametrize(
+    "file, damage",
+    [
+        ("scans/a/0/c/0/0/0", lambda path: flip(path, 700)),
+        ("scans/c d ü/0/c/0/0/0", lambda path: path.write_bytes(path.read_bytes()[:900])),
+        ("scans/b/labels/organs/0/c/0/0/0", lambda path: flip(path, 99)),
+        ("scans/a/zarr.json", lambda path: flip(path, 1234)),
+        ("scans/b/zarr.json", lambda path: path.unlink()),
+        ("scans/b", shutil.rmtree),
+        ("scans/b/labels/organs/0/c/0/0/0", lambda path: path.unlink()),
+        ("index.parquet", lambda path: flip(path, 2000)),
+        ("index.parquet", lambda path: path.unlink()),
+        ("chunks.parquet", lambda path: flip(path, 100)),
+        ("chunks.parquet", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    ],
+)
+def test_damage_is_found_and_just_that_is_converted_again(tmp_path, serial, capsys, file, damage):
+    target = two_folders(tmp_path)
+    whole = tree(target)
+    assert "3 scans in" in prepare.describe_verified(checked(target))
+    damage(target / file)
+    found, scan_id = checked(target), file.split("/")[1] if "/" in file else None
+    assert list(found.damaged) == ([scan_id] if scan_id else []) and (scan_id or found.index)
+    with pytest.raises(FailedRun, match=r"[01] of 3 scans are damaged.*prepare repair store="):
+        prepare.describe_verified(found)
+    assert (f"damaged: scan '{scan_id}'" if scan_id else f"{file} ") in capsys.readouterr().err
+    inodes = {name: (target / f"scans/{name}/zarr.json").stat().st_ino for name in {"a", "b", "c d ü"} - {scan_id}}
+    found, left = prepare.repair(StoreConfig(store=str(target)))
+    assert not left and tree(target) == whole
+    assert inodes == {name: (target / f"scans/{name}/zarr.json").stat().st_ino for name in inodes}
+    assert not checked(target).damaged and not checked(target).index
+    assert prepare.describe_repaired((found, left)).startswith("prepare repair: ")
+
+
+def test_a_damaged_scan_whose_file_is_gone_is_named(tmp_path, serial, capsys):
+    target = two_folders(tmp_path)
+    flip(target / "scans/c d ü/0/c/0/0/0", 700)
+    flip(target / "scans/a/0/c/0/0/0", 700)
+    shutil.rmtree(tmp_path / "two")
+    with pytest.raises(FailedRun, match="1 of 2 damaged scans could not be converted again"):
+        prepare.describe_repaired(prepare.repair(StoreConfig(store=str(target))))
+    err = capsys.readouterr().err
+    assert "not mended: scan 'c d ü'" in err and "no such folder" in err
+    assert list(checked(target).damaged) == ["c d ü"]  # it stays, the other is whole
+
+
+def test_a_run_that_did_not_end_is_no_damage(tmp_path, serial):
+    target = two_folders(tmp_path)
+    put(tmp_path / "two/e.nii.gz", seed=9)
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "finish_store", lambda *_: signal.raise_signal(signal.SIGINT))
+        go(tmp_path / "two", target)
+    found = checked(target)
+    assert not found.damaged and "prepare did not come to its end" in found.index
+    assert counts(go(tmp_path / "two", target)) == (0, 2, 0) and not checked(target).index
+
+
+def test_a_scan_that_prepare_finds_damaged_is_not_dropped(tmp_path, serial):
+    target = two_folders(tmp_path)
+    flip(target / "scans/a/zarr.json", 1500)
+    failed = go(tmp_path / "two", target).failed
+    assert [fault.source for fault in failed] == [f"{target}/scans/a"] and "prepare repair" in failed[0].reason
+    assert (target / "scans/a/0/c/0/0/0").exists()
+    assert counts(go(tmp_path / "one", target, labels={"names": {"liver": 1}})) == (1, 1, 0)
+
+
+def test_what_vanished_is_told_and_stays(tmp_path, serial, capsys):
+    target = two_folders(tmp_path)
+    (tmp_path / "one/images/a.nii.gz").unlink()
+    (tmp_path / "one/labels/a.nii.gz").unlink()
+    result = go(tmp_path / "one", target, labels={"names": {"liver": 1}})
+    assert result.vanished == ("a",) and result.num_scans == 3 and counts(result) == (0, 1, 0)
+    prepare.describe(result)
+    assert "1 scan stays in the store while its files are gone: a" in capsys.readouterr().out
+
+
+def test_the_store_says_how_it_was_made(tmp_path, serial):
+    target = two_folders(tmp_path)
+    said = json.loads((target / "store.json").read_text())
+    assert [Path(one["source"]).name for one in said["preparations"]] == ["one", "two"]
+    assert said["preparations"][0]["labels"]["names"] == {"liver": 1} and said["encoding"] == "int16"
+    assert said["versions"]["zarr"] == zarr.__version__ and said["versions"]["numpy"] == np.__version__
+    go(tmp_path / "one", target, recipe={"licence": "CC BY 4.0"}, labels={"names": {"liver": 1}})
+    said = json.loads((target / "store.json").read_text())
+    assert [one["recipe"]["licence"] for one in said["preparations"]] == ["CC BY 4.0", ""]
+
+
+@pytest.mark.parametrize("key, value", [("encoding", "uint8"), ("spacing_mm", (3.0, 1.5, 1.5))])
+def test_a_store_has_one_encoding_and_one_spacing(tmp_path, serial, key, value):
+    put(tmp_path / "raw/a.nii.gz")
+    go(tmp_path / "raw", tmp_path / "s")
+    with pytest.raises(ValueError, match=f"{key}=.*store .* has .*: use that or another store"):
+        go(tmp_path / "raw", tmp_path / "s", **{key: value})
+    assert counts(go(tmp_path / "raw", tmp_path / "t", **{key: value})) == (1, 0, 0)
+    before = tree(tmp_path / "t")
+    assert counts(go(tmp_path / "raw", tmp_path / "t", **{key: value})) == (0, 1, 0) and tree(tmp_path / "t") == before
+    flip(tmp_path / "t/scans/a/0/c/0/0/0", 40)
+    prepare.repair(StoreConfig(store=str(tmp_path / "t")))
+    assert tree(tmp_path / "t") == before
+
+
+def test_resampled_scans_have_the_spacing_asked_for(tmp_path, serial):
+    put(tmp_path / "raw/images/a.nii.gz")
+    put(tmp_path / "raw/labels/a.nii.gz", label_array([1, 2]))
+    go(tmp_path / "raw", tmp_path / "s", spacing_mm=(6, 3, 3))
+    record = records(tmp_path / "s")["a"]
+    assert record.spacing_mm == (6, 3, 3) and record.shape == (4, 9, 10)
+    assert set(record.label_voxels) == {1, 2}
+    own = scan_files.open_source_label(tmp_path / "s", record)
+    values = own.read(np.array([(0, size) for size in own.shape]))
+    again = nib.Nifti1Image(values, np.array(record.source_affine).reshape(4, 4))
+    same = nib.as_closest_canonical(again), nib.as_closest_canonical(nib.load(tmp_path / "raw/labels/a.nii.gz"))
+    assert np.array_equal(*(image.dataobj for image in same)) and np.allclose(*(image.affine for image in same))
+
+    whole = tree(tmp_path / "s")
+    flip(tmp_path / "s/scans/a/source_label/c/0/0/0", 40)
+    assert list(checked(tmp_path / "s").damaged) == ["a"]
+    prepare.repair(StoreConfig(store=str(tmp_path / "s")))
+    assert tree(tmp_path / "s") == whole
+
+
+def test_a_disk_that_fills_at_the_index_is_one_clear_line(tmp_path, serial, monkeypatch):
+    put(tmp_path / "raw/a.nii.gz")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(FailedRun, match=r"disk full at .*/s: free some space"):
+        patch.setattr(store, "table_of", full)
+        go(tmp_path / "raw", tmp_path / "s")
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (0, 1, 0)
+
+
+def test_two_runs_at_once(tmp_path, serial, monkeypatch):
+    put(tmp_path / "raw/a.nii.gz")
+    monkeypatch.setattr("pgl_ray.data.folder.STRAGGLERS_S", 0.1)
+    with (
+        open_place(tmp_path / "s").locked(),
+        pytest.raises(FailedRun, match="another prepare is writing into it"),
+    ):
+        go(tmp_path / "raw", tmp_path / "s")
+
+
+# -- the command line and Ray -----------------------------------------------------------------------------------------
+
+
+def test_wrong_use_is_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "pgl_ray.prepare", f"source={tmp_path}/none", f"store={tmp_path}/s"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"pgl_ray.prepare: source={tmp_path}/none: no such folder\n"
+
+
+@pytest.mark.cluster
+def test_ray_gives_the_same_store(tmp_path, serial, monkeypatch, ray_cluster, capfd):
+    raw, labels = tmp_path / "raw", {"names": {"liver": 1}}
+    with_faults(raw)
+    go(raw, tmp_path / "one", labels=labels)
+    monkeypatch.undo()
+    check_faults(go(raw, tmp_path / "two", labels=labels), raw, tmp_path / "two", capfd)
+    ours, theirs = tree(tmp_path / "two"), tree(tmp_path / "one")
+    assert ours == theirs
+    assert counts(go(raw, tmp_path / "two", labels=labels)) == (0, 2, len(REASONS))
+
+
+@pytest.mark.cluster
+def test_a_killed_run_is_continued(tmp_path):
+    for place in range(24):
+        put(tmp_path / f"raw/scan_{place:02}.nii.gz", ct_array(place, (192, 192, 100)))
+    command = [sys.executable, "-m", "pgl_ray.prepare", f"source={tmp_path}/raw", f"store={tmp_path}/s"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE)
+    until = time.monotonic() + 240
+    while len(done := store.read_records(tmp_path / "s")) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    time.sleep(3)  # Ray's processes follow their driver
+    done = store.read_records(tmp_path / "s")
+    assert 3 <= len(done) < 24
+    shards = {scan_id: (tmp_path / f"s/scans/{scan_id}/0/c/0/0/0").stat().st_ino for scan_id in done}
+    second = subprocess.run([*command], capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert f"{24 - len(done)} converted, {len(done)} already there, 24 scans in" in second.stdout
+    for scan_id, inode in shards.items():
+        assert (tmp_path / f"s/scans/{scan_id}/0/c/0/0/0").stat().st_ino == inode
+    assert len(store.read_index(tmp_path / "s").scans) == 24 and not (tmp_path / "s/.part").exists()
+
+
+@pytest.mark.cluster
+def test_real_scans(tmp_path, real_data, ray_cluster):
+    head, body = tmp_path / "openkbp", tmp_path / "body"
+    for target, scan_ids in ((head, ["pt_2", "pt_3", "pt_200"]), (body, ["ts_example_ct", "lung1", "CRLM-CT-1004"])):
+        for scan_id in scan_ids:
+            for kind in ("images", "labels"):
+                file = real_data / target.name / kind / f"{scan_id}.nii.gz"
+                (target / kind).mkdir(parents=True, exist_ok=True)
+                if file.exists():
+                    shutil.copy(file, target / kind)
+    shutil.copy(real_data / "openkbp/patients.csv", head)
+    recipe = Path(__file__).parents[1] / "data_prep/openkbp.yaml"
+    config = load(PrepareConfig, [str(recipe), f"source={head}", f"store={tmp_path}/s"])
+    assert counts(prepare.run(config)) == (3, 0, 0)
+    index = store.read_index(tmp_path / "s")
+    table = {row["patient"]: row for row in csv.DictReader((head / "patients.csv").open())}
+    for record in index.scans:
+        row = table[record.scan_id]
+        assert record.split == row["split"]
+        assert {index.labels[organ] for organ in row["labelled_organs"].split()} == set(record.labelled)
+        assert set(record.label_voxels) <= set(record.labelled)
+        source = nib.load(head / f"labels/{record.scan_id}.nii.gz")
+        values, sizes = np.unique(np.asanyarray(source.dataobj), return_counts=True)
+        assert record.label_voxels == {int(v): int(n) for v, n in zip(values, sizes) if v}
+
+    assert counts(go(body, tmp_path / "b")) == (3, 0, 0)
+    assert {r.scan_id: r.split for r in store.read_index(tmp_path / "b").scans} == dict.fromkeys(
+        ["CRLM-CT-1004", "lung1", "ts_example_ct"], "train"
+    )
+
+
+def test_a_folder_of_data_sets_gives_volumes_not_labels(tmp_path):
+    for path in ("a/images/x", "a/labels/x", "b/imagesTr/x_0000", "b/labelsTr/x", "c/deep/images/y", "loose"):
+        file = tmp_path / f"{path}.nii.gz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    layout = read_layout(str(tmp_path), LabelsConfig())
+    assert [scan.scan_id for scan in layout.scans] == ["a__images__x", "b__imagesTr__x", "c__deep__images__y", "loose"]
+    assert all(scan.label is None for scan in layout.scans) and not layout.faults
+    assert [fault.source.split("/")[-3:] for fault in layout.left_out] == [
+        ["a", "labels", "x.nii.gz"],
+        ["b", "labelsTr", "x.nii.gz"],
+    ]
