@@ -68,7 +68,8 @@ def store(tmp_path_factory):
 
 
 def config(index, **changes) -> ProbeConfig:
-    values = {"index": index.store, "size": SIZE, "num_scans": 3, "num_test_scans": 3, "encoder": EncoderConfig(**TINY)}
+    values = {"index": index.store, "size": SIZE, "num_scans": 3, "num_test_scans": 3, "voxels_per_class": 40}
+    values["encoder"] = EncoderConfig(**TINY)
     return ProbeConfig(**(values | changes))
 
 

@@ -1,6 +1,7 @@
 """Sweeps without Ray jobs: what is refused, which trials there are, what they share, what is read back and reported."""
 
 import base64
+import functools
 import itertools
 import json
 import math
@@ -103,28 +104,31 @@ def fine_tunes(path: Path) -> bool:
     return OmegaConf.load(path).get("base_finetune", {}) is not None
 
 
+@functools.cache
+def trials_of(path: Path, small: bool) -> tuple[str, list[dict]]:
+    """How a shipped space is searched, and the configs of each of its trials' stages."""
+    files = [str(path), *([str(ROOT / "conf/tune_small.yaml")] if small else [])]
+    config = c.load(c.TuneConfig, [*files, "index=s", "run=/no/such/sweep"])
+    return config.search, [stages.stage_configs(config, each.values, Path("/no/such")) for each in checks.check(config)]
+
+
 @pytest.mark.parametrize(
     "path, small", [(path, small) for path in SPACES for small in (False, True) if not small or fine_tunes(path)]
 )
-def test_fine_tuning_takes_the_encoder_that_was_pretrained(tmp_path, path, small):
+def test_fine_tuning_takes_the_encoder_that_was_pretrained(path, small):
     """In every trial of every shipped space, at a laptop's size, too."""
-    files = [str(path), *([str(ROOT / "conf/tune_small.yaml")] if small else [])]
-    config = c.load(c.TuneConfig, [*files, "index=s", f"run={tmp_path}/sweep"])
-    trials = checks.check(config)
-    assert trials or config.search == "optuna"
-    for each in trials:
-        configs = stages.stage_configs(config, each.values, tmp_path)
+    search, trials = trials_of(path, small)
+    assert trials or search == "optuna"
+    for configs in trials:
         if "pretrain" in configs and "finetune" in configs:
             assert configs["finetune"].encoder == configs["pretrain"].encoder
             assert configs["finetune"].init == configs["pretrain"].run
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
-def test_no_shipped_space_pretrains_on_what_it_tests_on(tmp_path, path):
+def test_no_shipped_space_pretrains_on_what_it_tests_on(path):
     """Where pool and tested scans lie in one store, they are of different splits; else the file says what to add."""
-    config = c.load(c.TuneConfig, [str(path), "index=s", f"run={tmp_path}/sweep"])
-    for each in checks.check(config):
-        configs = stages.stage_configs(config, each.values, tmp_path)
+    for configs in trials_of(path, False)[1]:
         tested = {configs[stage].split for stage in ("evaluate",) if stage in configs}
         tested |= {configs["probe"].test_split} if "probe" in configs else set()
         pool = configs.get("pretrain")
