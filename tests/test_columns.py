@@ -65,6 +65,7 @@ def test_rows_of_a_large_index_are_those_in_the_file(many):
 READY = """
 import sys, time, numpy as np, pyarrow.parquet
 from pathlib import Path
+from pgl_ray.config import IntensityConfig, ViewsConfig
 from pgl_ray.data import stream
 from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.render_cache import index_of

@@ -114,9 +114,12 @@ KEPT_BY_PROCESSES = {  # lists, sets and dicts that a cache holds, and why nothi
 
 
 def written_names(tree: ast.Module) -> set[str]:
-    """Names of a module's top level whose values its functions change, or which they bind anew."""
+    """Names of a module's top level, or of another module of ours, whose values its functions change, or bind anew."""
     top = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign)]
     names = {n.id for node in top for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    names |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    ours = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("pgl_ray")]
+    names |= {alias.asname or alias.name for node in ours for alias in node.names}
     written = set()
     for node in [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for n in ast.walk(f)]:
         if isinstance(node, ast.Global):
@@ -159,6 +162,9 @@ def test_no_module_keeps_what_changes(name):
         "A = {}\ndef f(): del A['b']",
         "A = {}\ndef f(): A['b'] += 1",
         "A = object()\ndef f(): A.b = 1",
+        "class A: b = []\ndef f(): A.b.append(1)",
+        "def f(): f.num = 1",
+        "from pgl_ray.train import runs\ndef f(): runs.A['b'] = 1",
     ],
 )
 def test_what_changes_in_a_module_is_found(text):

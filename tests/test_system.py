@@ -84,6 +84,7 @@ from pgl_ray.phantom import phantom
 from pgl_ray.data import store, system
 from pgl_ray.data.place import open_place
 from pgl_ray.model import device
+from pgl_ray.train import runs
 folder = pathlib.Path(sys.argv[1])
 assert system.num_cores() >= 1
 device.keep_freed_memory()
@@ -218,6 +219,7 @@ def test_a_busy_lock_is_no_missing_one(number, tmp_path, monkeypatch):
 
 SECOND = """
 import sys
+from pgl_ray.train import runs
 try:
     runs.alone(sys.argv[1]).__enter__()
 except ValueError as error:

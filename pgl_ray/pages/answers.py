@@ -54,8 +54,13 @@ def _judged(run: Run, probes: list[Judged]) -> dict[str, Any] | None:
     return best and best[1]
 
 
+def _inits(tuned: list[Run]) -> list[str]:
+    """What weights the fine-tunings began with, random ones aside."""
+    return list(dict.fromkeys(run.config["init"] for run in tuned if run.config["init"] != "random"))
+
+
 def _not_here(tuned: list[Run]) -> Line:
-    inits = list(dict.fromkeys(run.config["init"] for run in tuned if run.config["init"] != "random"))
+    inits = _inits(tuned)
     where = f": run=[{inits[0]},...] puts it here" if inits else ", all began from random weights"
     return Line(OPEN, f"no pre-training run is on this page{where}")
 
@@ -157,7 +162,7 @@ def better_frozen(run: Run, judged: dict[str, Any] | None) -> Line:
 def better_tuned(tuned: list[Run]) -> list[Line]:
     """Fine-tuned networks by what they were initialised with, against those from random weights, in pairs of a seed."""
     evaluated = [run for run in tuned if run.summary]
-    starts = list(dict.fromkeys(run.config["init"] for run in tuned if run.config["init"] != "random"))
+    starts = _inits(tuned)
     random = [run for run in evaluated if run.config["init"] == "random"]
     if not tuned:
         return [Line(OPEN, "no fine-tuning is on this page", "fine-tuned")]

@@ -170,8 +170,12 @@ def verdict(run: Run) -> str:
 
 def collapsed(run: Run) -> dict[str, float] | None:
     """The last row with health figures, where these say that the features collapsed."""
-    last = next((row for row in reversed(run.rows) if "health/collapsed" in row), None)
+    last = _newest_health(run)
     return last if last and collapse(last) else None
+
+
+def _newest_health(run: Run) -> dict[str, float] | None:
+    return next((row for row in reversed(run.rows) if "health/collapsed" in row), None)
 
 
 def rises(runs: list[Run]) -> str:
@@ -188,8 +192,7 @@ def health(runs: list[Run]) -> list[dict[str, Any]]:
     """The last health figures of each pre-training run as text: of what the loss compares, then of the map."""
     rows = []
     for run in runs:
-        last = next((row for row in reversed(run.rows) if "health/collapsed" in row), None)
-        if last:
+        if last := _newest_health(run):
             compared = "" if "health/feature_std" in last else "view_"
             parts = [[last.get(f"health/{part}{key}") for key in HEALTH] for part in (compared, "encoder_")]
             figures = [number(value, ".2f") for part in parts for value in part]
