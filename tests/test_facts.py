@@ -130,10 +130,8 @@ def test_the_doors_keep_it_in_their_checkpoints(pool, other, untrained, tmp_path
     ]
     # a continued run reads its init no more
     (tmp_path / "init.pt").unlink()
-    place = tmp_path / "fine" / "checkpoint_00000001"
-    place.mkdir()
-    write_json(place / "checkpoint.json", {"step": 0})
-    torch.save({"meta": meta, "model": {}, "step": 0, "stopped": False}, place / "state.pt")
+    state = {"meta": meta, "model": {}, "step": 0, "stopped": False}
+    checkpoint.write_checkpoint(tmp_path / "fine", 1, state, {})
     again = given(finetune, c.build(c.FinetuneConfig, values | settings))["meta"]
     assert again["data"]["seen"] == meta["data"]["seen"]
 

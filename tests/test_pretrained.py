@@ -323,7 +323,7 @@ def test_a_report_names_them(tmp_path):
     (tmp_path / "probe_other.json").write_text(json.dumps(found | {"init": "pretrained:other"}))
     runs = run_folders.read_runs([str(run)])
     assert run_folders.overview(runs[0])["init"] == INIT
-    assert [given["init"] for _, given in probe_tables.read(runs)[0]] == [INIT]
+    assert [given["init"] for _, given in probe_tables.read(runs)] == [INIT]
 
 
 # -- what is wrong ----------------------------------------------------------------------------------------------------
@@ -435,9 +435,9 @@ def made(tmp_path_factory):
     meta = {"door": "pretrain", "method": "byol", "encoder": settings, "level": 3, "hu_window": list(WINDOW)}
     meta |= {"config": config.model_dump_json(), "data": training_facts(index, ["s0", "s1"])}
     torch.save({"model": online | heads | target, "meta": meta, "step": 77}, folder / "run.pt")
-    old = meta | {"data": {key: value for key, value in meta["data"].items() if key != "data_sets"}}
-    torch.save({"model": online, "meta": old}, folder / "old.pt")
-    for name in ("run", "old"):
+    bare = meta | {"data": {key: value for key, value in meta["data"].items() if key != "data_sets"}}
+    torch.save({"model": online, "meta": bare}, folder / "bare.pt")
+    for name in ("run", "bare"):
         export.run(c.ExportConfig(run=str(folder / f"{name}.pt"), output=str(folder / f"{name}.safetensors")))
     return encoder, folder
 
@@ -455,8 +455,8 @@ def test_one_command_makes_a_file_as_it_has_to_be(made):
     assert said["median_spacing_mm"] == pytest.approx([2.5, 4.5, 4.5], abs=1e-3)
     assert said["config"]["index"] == "store" and said["config"]["run"] == "run" and "ray" not in said["config"]
     assert str(folder) not in str(said) and "/a/b" not in str(said) and "10.0.0.1" not in str(said)
-    old = metadata(folder / "old.safetensors")  # of a run before that was noted, from its store
-    assert old["data_licence"] == said["data_licence"] and old["steps"] == "not recorded"
+    bare = metadata(folder / "bare.safetensors")  # of a file that does not say it
+    assert bare["data_licence"] == "not stated" and bare["steps"] == "not recorded"
 
 
 def test_stages_that_were_not_trained_start_at_random(made, index, monkeypatch):
