@@ -23,7 +23,7 @@ from pgl_ray.train.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 # every step's pairs are compared with the plan where its metrics are written
-TINY = ["max_steps=120", "views.size=[16,32,32]", "global_batch_size=8", "encoder.width=8", "heads.hidden=16"]
+TINY = ["max_steps=60", "views.size=[16,32,32]", "global_batch_size=8", "encoder.width=8", "heads.hidden=16"]
 TINY += ["train.log_every=1", "train.checkpoint_every=5", "train.num_workers=2", "train.cpus_per_worker=1.5"]
 TINY += ["train.threads_per_worker=1", "health.every=100"]
 
@@ -121,9 +121,9 @@ def test_a_job_outlives_a_node(nodes, tmp_path):
     killed_at = read_metrics(run)[-1]["step"]
     nodes.add()
     log = ray("job", "logs", "--follow", "right")[1]
-    assert 10 <= killed_at < 120 and re.search(rf"^pretrain: done after 120 steps, .*{run}$", log, re.M), log
+    assert 10 <= killed_at < 60 and re.search(rf"^pretrain: done after 60 steps, .*{run}$", log, re.M), log
     assert "Job 'right' succeeded" in ray("job", "status", "right")[1]
-    assert [row["step"] for row in read_metrics(run)] == list(range(1, 121))
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, 61))
     assert json.loads((run / "run.json").read_text())["versions"]["pgl_ray"] == "of the job"
 
     # each worker's own log: two starts, the second behind the kill
@@ -131,4 +131,4 @@ def test_a_job_outlives_a_node(nodes, tmp_path):
         rows = [json.loads(line) for line in (run / "logs" / f"rank_{rank}.jsonl").read_text().splitlines()]
         assert {row["rank"] for row in rows} == {rank} and {row["run"] for row in rows} == {"run"}
         assert [row["message"] for row in rows].count("start") == 2 and rows[-1]["message"] == "end"
-        assert rows[-1]["step"] == 120 and rows[-1]["level"] == "INFO"
+        assert rows[-1]["step"] == 60 and rows[-1]["level"] == "INFO"
