@@ -1,13 +1,12 @@
 """LARS, schedules and the EMA against their formulas; which optimizer a method has."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from pgl_ray.config import PretrainConfig, PretrainOptimConfig, build, load, to_yaml
+from pgl_ray.config import PretrainConfig, PretrainOptimConfig, load, to_yaml
 from pgl_ray.train.optim import build_lars, build_pretraining, describe, ema_decay, polynomial, warmup_cosine
 
 
@@ -74,20 +73,6 @@ def test_a_rate_for_lars_is_not_taken_for_sgd():
     for args in (["method=nonsense"], ["optim.kind=adam"], ["optim=3"], ["optim.lr=-1"], ["method=[pgl]"]):
         with pytest.raises(ValueError, match=args[0].split("=")[0]):
             config(*args)
-
-
-def test_a_run_of_before_is_still_the_same_config():
-    """Its record holds no kind, and rate and decay in numbers."""
-    wanted = config()
-    record = json.loads(wanted.model_dump_json())
-    record["optim"] = {
-        "lr": 0.2,
-        "momentum": 0.9,
-        "weight_decay": 1.5e-6,
-        "trust_coefficient": 1e-3,
-        "warmup_epochs": 2,
-    }
-    assert build(PretrainConfig, record) == wanted
 
 
 def test_each_kind_is_built_as_its_authors_have_it():
