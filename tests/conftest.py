@@ -6,7 +6,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads spin wher
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers fill the cores already
 
-import gc
 import pickle
 import signal
 import socket
@@ -29,15 +28,6 @@ if not os.environ.get("PGL_RAY_LONG"):
 # A shell has its background jobs ignore SIGINT; tests that interrupt a run need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-gc.disable()  # until all is imported: of what the modules make nothing is garbage
-
-
-def pytest_collection_finish():
-    """Takes what was imported out of later collections: a look at all of it takes a quarter of a second each time."""
-    gc.freeze()
-    gc.enable()
 
 
 def pytest_collection_modifyitems(items):
