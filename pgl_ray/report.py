@@ -61,7 +61,8 @@ def run(config: ReportConfig) -> str:
     evaluated = [r for r in tuned if r.summary]
     missing = [f"{r.name} is not evaluated: {next_steps.evaluation(r)}" for r in tuned if not r.summary]
     missing += [f"{r.name} has no metrics yet" for r in runs if not r.rows]
-    probes = probe_tables.read(runs)
+    probes, old = probe_tables.read(runs)
+    missing += old
     num_pairs = NUM_PAIRS if len(pretrained) == 1 else 1
     content = {
         "title": config.title,

@@ -253,6 +253,18 @@ def test_a_driver_that_lost_its_lock_does_no_harm(run, monkeypatch):
     assert {".lock", ".part/run", ".part/start"} <= set(keys(run, ""))
 
 
+def test_a_run_of_an_earlier_version_loses_nothing(run):
+    start(run)
+    before = keys(run)
+    for key in before:
+        if key.endswith("checkpoint.json"):
+            Bucket(run).remove(key)
+    Bucket(run).write("checkpoint_manager_snapshot.json", [b"{}"])
+    with pytest.raises(ValueError, match=r"of an earlier version, .* take a new run"), runs.alone(run):
+        pass
+    assert keys(run, "checkpoint_0") == [key for key in before if key.endswith("state.pt")]
+
+
 def test_a_faulty_transfer_costs_no_checkpoint(run, monkeypatch):
     start(run)
     lose_the_machine()

@@ -323,7 +323,7 @@ def test_a_report_names_them(tmp_path):
     (tmp_path / "probe_other.json").write_text(json.dumps(found | {"init": "pretrained:other"}))
     runs = run_folders.read_runs([str(run)])
     assert run_folders.overview(runs[0])["init"] == INIT
-    assert [given["init"] for _, given in probe_tables.read(runs)] == [INIT]
+    assert [given["init"] for _, given in probe_tables.read(runs)[0]] == [INIT]
 
 
 # -- what is wrong ----------------------------------------------------------------------------------------------------

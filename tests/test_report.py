@@ -336,9 +336,10 @@ def test_organs_stand_beside_those_of_the_strongest_control(page):
 def test_a_ceiling_and_a_judge_that_was_not_asked(scans, tmp_path):
     one = write_run(tmp_path / "pgl", "pretrain", scans, [])
     (one / "probe.json").write_text(json.dumps(judged(one, (0.5, 0.3, 20.0), ["matching"], ceiling=True)))
-    (one / "other_probe.json").write_text(json.dumps({"balanced_accuracy": 0.987, "init": "random"}))  # not a door's
+    old = {"balanced_accuracy": 0.987, "recall": {"liver": 0.987}, "init": "random", "num_test_scans": 4}
+    (one / "old_probe.json").write_text(json.dumps(old))
     html = write_page(one)
-    assert "0.987" not in html
+    assert "old_probe.json is of an earlier version and left out" in html and "0.987" not in html
     rows = table_rows(html, "matching, mm")
     assert rows["trained with all labels"][:2] == ["26.0 18.0 to 22.0", "7.7"]
     assert rows["pgl, BatchNorm re-estimated"][:2] == ["20.0 18.0 to 22.0", "7.7"]

@@ -19,19 +19,26 @@ MORE = {  # a judge's second figure: its key, the head of its column, and how it
 ORGAN_SPECS = {"voxels": ".2f", "decoder": ".2f", "matching": ".0f"}
 
 
-def read(runs: list[Run]) -> list[tuple[Path, dict[str, Any]]]:
-    """Results of `probe` in the runs' folders; beside these, those of random encoders and of encoders that they use."""
+def read(runs: list[Run]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
+    """Results of `probe` in the runs' folders; beside these, those of random encoders and of encoders that they use.
+
+    Returns:
+        (file, result) each, and a line for each file of an earlier version, which is left out.
+    """
     inits = [run.config.get("init", "random") for run in runs]
     known = {"random", *(run_paths.origin(run.path) for run in runs), *(os.path.realpath(init) for init in inits)}
     inside = sorted({path for run in runs for path in run.path.glob("*probe*.json")})
     beside = sorted({path for run in runs for path in run.path.parent.glob("*probe*.json")})
-    kept = []
+    kept, old = [], []
     for path in dict.fromkeys([*inside, *beside]):
         found = _result(path)
         if not found or not (path in inside or found["init"] in known or os.path.realpath(found["init"]) in known):
             continue
-        kept.append((path, found))
-    return kept
+        if {"readings", "controls", "ceiling", "sentences", "pictures"} <= set(found):
+            kept.append((path, found))
+        else:
+            old.append(f"{path} is of an earlier version and left out: python -m pgl_ray.probe judges again")
+    return kept, old
 
 
 def _result(path: Path) -> dict[str, Any] | None:
@@ -40,7 +47,7 @@ def _result(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text())
     except ValueError:
         return None
-    return found if isinstance(found, dict) and {"init", "readings", "controls"} <= set(found) else None
+    return found if isinstance(found, dict) and {"init", "recall", "balanced_accuracy"} <= set(found) else None
 
 
 def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from pgl_ray.paths import cache_folder
 from pgl_ray.train.run_files import MANIFEST, METRICS, NAME, STATE
 from pgl_ray.train.track import ID as TRACKER
 
+OLD = "checkpoint_manager_snapshot.json"  # Ray Train's, of runs whose checkpoints had no manifest
 OWNER = ".part/start"  # token of the start whose workers may write; goes with the driver's lock
 PUSH_S = 15.0  # between two looks at what is to be brought to the bucket
 PART_BYTES = 2**23  # of a file that is read to be brought there
@@ -131,6 +132,10 @@ class Mirror:
             self.match()
             there, have = self.place.versions(), _read_index(self.index)
             names = whole(there)
+            if not names and OLD in there:  # what has no manifest would be removed, as what a killed writer left
+                raise ValueError(
+                    f"run={self.url} is of an earlier version, whose checkpoints count no more: take a new run=..."
+                )
             for path in self.folder.glob("checkpoint_*"):
                 if NAME.fullmatch(path.name) and path.name not in names:
                     shutil.rmtree(path)
