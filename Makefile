@@ -14,8 +14,8 @@ demo: .venv/.ready
 	$(BIN)/python -m pgl_ray.demo
 
 test: .venv/.ready
-	$(BIN)/python -m pytest --durations=8 -n 2 --dist loadfile -m "not cluster"
-	$(BIN)/python -m pytest --durations=8 -m cluster
+	$(BIN)/python -m pytest --durations=4 -n 2 --dist loadfile -m "not (slow or cluster)"
+	$(BIN)/python -m pytest --durations=8 -n 2 --dist loadgroup --no-loadscope-reorder -m "slow or cluster"
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -55,6 +55,7 @@ def test_the_readme_has_three_examples():
     assert len(EXAMPLES) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(3))
 def test_the_readmes_examples_run(here, capsys, number):
     names = {}

@@ -43,6 +43,7 @@ def put_store(tmp_path, s3) -> str:
     return url
 
 
+@pytest.mark.slow
 def test_prepare_verify_and_repair_in_a_bucket(tmp_path, s3, serial, capsys):
     url = put_store(tmp_path, s3)
     assert prepare.describe(prepare.run(PrepareConfig(source=f"{tmp_path}/raw", store=url))).startswith(

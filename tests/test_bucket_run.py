@@ -65,6 +65,7 @@ def state_in(run: str) -> dict:
     return torch.load(path, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [loop.pretraining, loop.finetuning], ids=["pretrain", "finetune"])
 def test_a_run_whose_machine_is_lost_ends_as_the_undisturbed_one(scans, run, tmp_path, make, monkeypatch):
     whole, killed = (make(scans, place) for place in (tmp_path / "whole", run))
@@ -236,6 +237,7 @@ def test_one_driver_at_a_time(run, monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_a_driver_that_lost_its_lock_does_no_harm(run, monkeypatch):
     """It was cut off for so long that another one took over; then it comes back."""
     monkeypatch.setattr("pgl_ray.data.bucket.HEARTBEAT_S", 0.2)

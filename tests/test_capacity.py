@@ -57,6 +57,7 @@ def packed(nodes: list[dict], cpus: int, gpus: int, spare: int) -> int:
     return best
 
 
+@pytest.mark.slow
 @given(NODE, st.lists(NODE, max_size=3), st.lists(st.tuples(NODE, st.integers(0, 2)), max_size=2), st.integers(0, 4),
        st.integers(1, 2), st.integers(0, 1), st.integers(1, 2))  # fmt: skip
 def test_room_is_that_of_packing_node_by_node(head, others, kinds, most, cpus, gpus, spare):

@@ -16,6 +16,7 @@ def check(tmp_path, *args):
     return check_align.run(load(CheckAlignConfig, [*SMALL, f"output={tmp_path}/out", *args]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [[], ["encoder.stage_strides=late"], ["align.output_stride=[4,8,8]"], ["align.flip=false", "align.crop=false"]],
@@ -34,12 +35,14 @@ def test_the_aligner_is_exact_for_its_geometry(args, tmp_path):
     assert "the aligner is right" in check_align.describe(result)
 
 
+@pytest.mark.slow
 def test_wrong_priors_fail(tmp_path, capsys):
     with pytest.raises(FailedRun, match=r"exceeds what the geometry allows by \d+.*align.wrong_priors=True"):
         check(tmp_path, "align.wrong_priors=true")
     assert "centers=receptive_field *" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_wrong_centre_fails(tmp_path, monkeypatch):
     """An encoder whose layers centre their cells half a voxel off what the aligner believes."""
     right = check_align.feature_geometry
@@ -71,6 +74,7 @@ def test_of_a_store_only_the_drawn_scans_are_opened(tmp_path, monkeypatch):
     assert facts["passed"] and len(opened) == facts["num_pairs"] == 64 and len(set(opened)) > 20
 
 
+@pytest.mark.slow
 def test_a_runs_config_is_checked_with_what_is_typed_beside_it(tmp_path):
     config = load(PretrainConfig, ["index=s", "run=r", "views.size=[16,32,48]", "align.output_stride=[4,8,8]"])
     values = json.loads(config.model_dump_json()) | {"index": None}

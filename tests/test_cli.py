@@ -86,6 +86,7 @@ def answers(tmp_path_factory):
     return started(tmp_path_factory.mktemp("answers"), jobs | {"pgl_ray": [[]]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_texts_and_refusals_take_nothing_heavy(module, answers):
     """Help of both kinds, a wrong key, and a store that is missing."""

@@ -39,6 +39,7 @@ def as_read(row: dict) -> dict:
     return row | {"label_boxes": boxes, "label_voxels": voxels}
 
 
+@pytest.mark.slow
 def test_rows_of_a_large_index_are_those_in_the_file(many):
     index, table = store.read_index(many), pq.read_table(many / "index.parquet")
     assert len(index.scans) == len(index.by_id) == NUM
@@ -83,6 +84,7 @@ print(time.process_time() - began, (rss() - before) / 1024)
 """
 
 
+@pytest.mark.slow
 def test_a_rendering_process_is_small_and_ready_at_once(many):
     """CPU seconds and MiB over the imports: all that a renderer needs of 128 scans of 100,000."""
     done = subprocess.run([sys.executable, "-c", READY, str(many), str(NUM)], capture_output=True, text=True)
@@ -91,6 +93,7 @@ def test_a_rendering_process_is_small_and_ready_at_once(many):
     assert seconds < 1 and mebibytes < 60, done.stdout
 
 
+@pytest.mark.slow
 def test_the_page_of_a_large_store_stays_small(tmp_path):
     """1,000 scans of 5,000 on the page, all of them in the CSV, the figures of all of them in the sums."""
     num, shapes = 5000, many_scans.random_shapes(5000)
@@ -102,6 +105,7 @@ def test_the_page_of_a_large_store_stays_small(tmp_path):
     assert f"{shapes.prod(1).sum():,}" in text and f"{np.median(shapes[:, 0]):.4g}</td>" in text
 
 
+@pytest.mark.slow
 def test_figures_of_training_scans_are_made_of_columns(many):
     index = store.read_index(many)
     ids = [f"imagesTr__case_{i:07}" for i in range(0, NUM, 2)]

@@ -93,6 +93,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("door", "args", "message"), WRONG, ids=[f"{d}-{m}" for d, _, m in WRONG])
 def test_wrong_use(capsys, tmp_path, unlabelled, labelled, checkpoints, door, args, message):
     names = {"tmp": tmp_path, "unlabelled": unlabelled, "labelled": labelled, **checkpoints}

@@ -42,6 +42,7 @@ def test_shipped_yaml_loads(path):
     assert isinstance(c.load(model, args), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "tune_spaces").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_spaces_load_and_every_dotted_key_exists(path, tmp_path):
     config = c.load(c.TuneConfig, [str(path), "index=s", f"run={tmp_path}"])

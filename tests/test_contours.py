@@ -86,6 +86,7 @@ def test_holes_keyholes_and_several_contours(tmp_path):
     assert notes == [(str(path), "structure 'dot' (ROI 4): 1 contour is POINT, which bounds no area")]
 
 
+@pytest.mark.slow
 def test_the_larger_value_stands_where_structures_overlap(tmp_path):
     scan, path = make(tmp_path, {"tumour": [circle(4, on([3])[0])], "liver": [circle(9, on([3])[0])]})
     label, values, *_ = fill(path, {"liver": 1, "tumour": 2}, scan)

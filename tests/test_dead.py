@@ -173,16 +173,19 @@ def genesis(phantoms):
     return pretrained(phantoms, "genesis")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pgl", "byol"])
 def test_hardly_a_channel_of_an_encoder_is_dead_after_lars(phantoms, method):
     net, pairs = pretrained(phantoms, method)
     assert dead_channels(net.online["encoder"], [pair.views for pair in pairs]) <= 0.02
 
 
+@pytest.mark.slow
 def test_no_channel_of_models_genesis_is_dead(genesis):
     assert dead_channels(*genesis) == 0
 
 
+@pytest.mark.slow
 def test_lars_would_kill_channels_of_models_genesis(phantoms):
     """What the figure is for: with LARS, whose biases and norms move at the raw rate, they die."""
     assert dead_channels(*pretrained(phantoms, "genesis", kind="lars", lr=1.5)) > 0
@@ -214,6 +217,7 @@ def tuning_losses(phantoms, decoder, init, seed, num_steps=40):
     return losses
 
 
+@pytest.mark.slow
 def test_from_models_genesis_it_learns_no_slower_than_random(phantoms, genesis, tmp_path):
     """By the light decoder; by the paper's, whose ASPP and decoder come along, it is slower here: judge/README.md."""
     net, _ = genesis

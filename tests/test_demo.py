@@ -57,6 +57,7 @@ def test_pretraining_learns_by_place_on_maps_that_views_hold(settings):
     assert geometry.view_size == tuple(demo.VIEW)
 
 
+@pytest.mark.slow
 def test_pre_training_begins_without_a_note(tmp_path):
     """The target turns over and few bins are clamped, on phantoms of the demo's kind and other seeds."""
     config = demo.pretraining(c.DemoConfig(), "store", str(tmp_path / "run"), {})

@@ -91,6 +91,7 @@ def test_what_was_not_compiled_is_counted():
     torch._dynamo.utils.counters.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, mode, expected", [(1, "auto", True), (2, "auto", False), (2, "on", True)])
 def test_several_gpus_compile_where_asked_alone(monkeypatch, world, mode, expected):
     monkeypatch.setattr(on, "has_triton", lambda: True)

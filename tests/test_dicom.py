@@ -169,6 +169,7 @@ LOSSLESS = ["1.2", "1.2.1", "1.2.2", "1.2.1.99", "1.2.4.57", "1.2.4.70", "1.2.4.
 LOSSY = {"1.2.4.51": 36, "1.2.4.53": 36, "1.2.4.55": 36, "1.2.4.81": 1, "1.2.4.91": 5}  # HU that the encoder lost
 
 
+@pytest.mark.slow
 def test_the_real_slice_in_sixteen_encodings(real_data, tmp_path, capfd):
     source = real_data / "odd/transfer_syntaxes/testImages"
     plain = pydicom.dcmread(source / "CTImage.dcm")

@@ -420,6 +420,7 @@ def test_stores_are_told_apart(tmp_path, monkeypatch):
     assert "No such file" in doctor_places.look_at_store(str(tmp_path / "b"), keys)["fault"]
 
 
+@pytest.mark.slow
 def test_a_bucket_is_looked_at_and_left_as_it_was(s3, monkeypatch):
     monkeypatch.setattr(doctor_places, "LEAST_READ_BYTES", 1)
     url = make_store(f"{s3}/doctor/store")

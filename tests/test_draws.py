@@ -79,6 +79,7 @@ def check_law(shape, views, seed=0, num=NUM):
     return boxes, flips
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SCANS)
 def test_pairs_have_the_law_of_plain_rejection(shape):
     boxes, flips = check_law(shape, ViewsConfig(size=(16, 96, 96)))
@@ -89,6 +90,7 @@ def test_pairs_have_the_law_of_plain_rejection(shape):
         assert stats.pearsonr(flip, overlap).pvalue > CHANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [

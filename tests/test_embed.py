@@ -220,6 +220,7 @@ def counted(monkeypatch) -> list[str]:
     return done
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(tmp_path, cts, monkeypatch, capsys):
     given = {"input": str(cts)}
     embed.run(config(tmp_path / "o", **given))
@@ -244,6 +245,7 @@ def test_what_is_finished_is_not_done_again(tmp_path, cts, monkeypatch, capsys):
     assert "no longer in the table, for they are not asked for: s9" in said and "s9.zarr" in said and len(done) == 13
 
 
+@pytest.mark.slow
 def test_an_interrupted_call_goes_on(tmp_path, cts, monkeypatch):
     whole = tmp_path / "whole"
     embed.run(config(whole, input=str(cts)))
@@ -268,6 +270,7 @@ def test_an_interrupted_call_goes_on(tmp_path, cts, monkeypatch):
     assert not (tmp_path / "o/parts").exists()
 
 
+@pytest.mark.slow
 def test_statistics_stay_where_the_store_grows(tmp_path, index, monkeypatch, capsys):
     embed.run(config(tmp_path / "o", index=str(index)))
     before, done = table(tmp_path / "o"), counted(monkeypatch)
@@ -283,6 +286,7 @@ def test_statistics_stay_where_the_store_grows(tmp_path, index, monkeypatch, cap
     assert sorted(done[1:]) == ["s0", "s1", "s2", "s3", "t"]
 
 
+@pytest.mark.slow
 def test_files_are_prepared_as_a_store_says(tmp_path, cts, index):
     embed.run(config(tmp_path / "both", index=str(index), input=str(cts)))
     embed.run(config(tmp_path / "store", index=str(index)))
@@ -291,6 +295,7 @@ def test_files_are_prepared_as_a_store_says(tmp_path, cts, index):
         np.testing.assert_allclose(row["vector"], stored[name]["vector"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_bad_file_does_not_stop_the_others(tmp_path, cts, capsys):
     (cts / "bad.nii.gz").write_bytes(b"no image")
     (cts / "gone.nii.gz").symlink_to(cts / "nowhere.nii.gz")
@@ -328,6 +333,7 @@ def test_a_label_map_beside_cts_is_left_out(tmp_path, cts, capsys):
         embed.run(config(tmp_path / "one", input=str(cts / "mask.nii.gz")))
 
 
+@pytest.mark.slow
 def test_other_spacing_is_said_once_and_resampled_on_request(tmp_path, cts, capsys):
     for path in cts.iterdir():
         image = nib.load(path)
@@ -370,6 +376,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("args", "message"), WRONG, ids=[f"{k}-{m[:24]}" for k, (_, m) in enumerate(WRONG)])
 def test_wrong_use_is_one_line(tmp_path, cts, capsys, args, message):
     from pgl_ray.model.resnet import Encoder
@@ -391,6 +398,7 @@ def test_wrong_use_is_one_line(tmp_path, cts, capsys, args, message):
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(tmp_path, cts):
     (cts / "s1.nii.gz").rename(cts / "a<b>&c.nii.gz")
     embed.run(config(tmp_path / "o", input=str(cts)))

@@ -102,6 +102,7 @@ def test_an_example_says_what_it_reads_of_the_environment(name):
     assert read == set(re.findall(r"`(PGL_RAY_[A-Z]+)(?:=1)?`", text))
 
 
+@pytest.mark.slow
 def test_what_the_encoder_sees(out):
     names = run("what_it_sees")
     first, second = names["scans"]
@@ -116,6 +117,7 @@ def test_what_the_encoder_sees(out):
         check_picture(out / f"{name}.png")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*nvImageCodec:UserWarning")  # MONAI asks for every reader that there may be
 @pytest.mark.filterwarnings("ignore:unlike the scans:UserWarning")  # phantoms for weights of heads and necks
 @pytest.mark.parametrize("size", ["shipped", "paper"])
@@ -151,6 +153,7 @@ def test_the_training_script_has_40_lines():
     assert sum(bool(line.strip()) for line in text.splitlines()) <= 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "SAL"])
 def test_nnunet_sees_scans_as_in_pre_training(tmp_path_factory, out, monkeypatch, capsys, codes):
     """SimpleITK's array, standardised as its ZScoreNormalization does, beside what a store's scan would be."""

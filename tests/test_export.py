@@ -94,6 +94,7 @@ def test_the_papers_encoder_is_monais_resnet50(runs, tmp_path):
     assert torch.equal(theirs.conv1.weight, state(runs, "tuned")["encoder.conv1.weight"])
 
 
+@pytest.mark.slow
 def test_torch_export_runs_without_the_classes(runs, tmp_path):
     result = export.run(config(runs, "tuned", tmp_path / "m.pt2"))
     assert result.max_difference <= 1e-4 * result.largest
@@ -109,6 +110,7 @@ def test_torch_export_runs_without_the_classes(runs, tmp_path):
         torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=atol)
 
 
+@pytest.mark.slow
 def test_onnx_runs_without_torch(runs, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'pgl_ray[onnx]'")
     pytest.importorskip("onnxscript", reason="pip install 'pgl_ray[onnx]'")

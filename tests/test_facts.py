@@ -71,6 +71,7 @@ def test_scans_are_known_by_voxels_and_by_what_came_before(pool, other):
     assert facts.training_facts(other, ids(other, "train"), True, third)["seen"] == third["seen"]  # continued
 
 
+@pytest.mark.slow
 def test_what_is_kept_stays_small(pool, monkeypatch):
     """100,000 scans are about a megabyte of text, and no two of them are taken for one another."""
     rng = np.random.default_rng(0)
@@ -136,6 +137,7 @@ def test_the_doors_keep_it_in_their_checkpoints(pool, other, untrained, tmp_path
     assert again["data"]["seen"] == meta["data"]["seen"]
 
 
+@pytest.mark.slow
 def test_a_probe_says_it_of_every_encoder(pool, other, tmp_path, capsys):
     init, ceiling = (
         saved(tmp_path / "a" / "pre.pt", pool, "train"),

@@ -85,6 +85,7 @@ def table(folder: Path) -> list[dict]:
     return pq.read_table(folder / chunks.FILE).to_pylist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hu", "codes"])
 @pytest.mark.parametrize("how", [{}, {"pairs_per_region": 4}, {"resize": False, "augment": False}], ids=str)
 def test_views_from_far_are_those_of_a_folder(here, far, name, how):
@@ -118,6 +119,7 @@ def test_a_visit_takes_one_request_and_they_overlap(here, far):
     assert far.counts()["GET"] == 12  # 96 pairs of 12 regions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_region", [1, 4])
 def test_what_the_place_costs_is_measured(here, far, per_region):
     rows = rows_of(32, per_region)
@@ -135,6 +137,7 @@ def test_what_the_place_costs_is_measured(here, far, per_region):
     assert costs["place"] > LATENCY_S * 1000 / 32 > near["place"]
 
 
+@pytest.mark.slow
 def test_without_a_table_each_scan_takes_one_more(here, far, tmp_path):
     """As stores of earlier versions: the footer, once per scan and process, without asking for the shard's size."""
     old = shutil.copytree(here / "hu", here / "old", dirs_exist_ok=True)
@@ -179,6 +182,7 @@ def test_known_shards_are_not_opened_for_the_table(here, tmp_path, monkeypatch):
     assert index.scans == store.read_index(here / "hu").scans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["longer", "shorter", "torn", "missing"])
 def test_a_table_out_of_date_costs_a_second_look(here, far, how):
     """A scan is converted again, and the run is killed before it writes the table; or the table is damaged."""
@@ -198,6 +202,7 @@ def test_a_table_out_of_date_costs_a_second_look(here, far, how):
     assert_same(pairs(f"s3://far/new {how}", pairs_per_region=4)(rows), pairs(new, pairs_per_region=4)(rows))
 
 
+@pytest.mark.slow
 def test_damage_far_away_is_skipped_as_damage_here(here, far):
     bad = shutil.copytree(here / "hu", here / "bad")
     shard = bad / "scans/scan 2/0/c/0/0/0"
@@ -213,6 +218,7 @@ def test_damage_far_away_is_skipped_as_damage_here(here, far):
     assert {2, 7} >= set(got["missed"][got["missed"] >= 0]) and (got["missed"] >= 0).sum() > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("started", [True, False])
 def test_a_bucket_that_fails_for_a_while_is_waited_for(here, far, monkeypatch, capsys, started):
     """By processes that render, and by those that start just then."""
@@ -231,6 +237,7 @@ def test_a_bucket_that_fails_for_a_while_is_waited_for(here, far, monkeypatch, c
     )
 
 
+@pytest.mark.slow
 def test_a_bucket_that_stays_away_ends_the_run_in_one_line(far, monkeypatch):
     """It is no scan's fault, so none is skipped."""
     monkeypatch.setattr(wire, "PATIENCE_S", 1.0)

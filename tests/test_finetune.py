@@ -149,6 +149,7 @@ def statistics(state: dict) -> dict[str, torch.Tensor]:
     return {name: value for name, value in found.items() if "running_" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["random", "trained"])
 def test_a_frozen_encoder_is_prepared_as_the_judges_prepare_it(scans, tmp_path, monkeypatch, init):
     """On any number of workers, whatever it starts from; once, so a continued run has what its checkpoint has."""

@@ -218,6 +218,7 @@ def answer(door: str, args: list[str], capsys) -> str:
     return f"{code}: {(said.err or said.out).splitlines()[-1]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", cli.DOORS)
 def test_mistakes(door, places, capsys, monkeypatch):
     monkeypatch.chdir(places["tmp"])

@@ -82,6 +82,7 @@ def pair(device, num=4) -> Pair:
     return Pair(*(value.to(device) for value in (view, view, box, box, flip, flip, view, view)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("method", ["method=pgl", "align.mask_clamped=true", "method=byol", "method=genesis"])
 def test_no_pretraining_step_waits_for_the_device(meta, method, parts):
@@ -95,6 +96,7 @@ def test_no_pretraining_step_waits_for_the_device(meta, method, parts):
     assert done.grad_norm.device == meta and sum(seen.ops.values()) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, outputs", [("multiclass", 3), ("binary", 2)])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_no_finetuning_step_waits_for_the_device(meta, task, outputs, parts):
@@ -284,6 +286,7 @@ def trained_network() -> tuple[Segmenter, np.ndarray, np.ndarray]:
     return model.eval(), scan, classes
 
 
+@pytest.mark.slow
 def test_inference_in_bfloat16_gives_float32s_masks():
     """Tolerance: Dice of the two masks above 0.99 per organ, probabilities within 0.05, on average within 0.002."""
     model, scan, classes = trained_network()

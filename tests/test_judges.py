@@ -182,6 +182,7 @@ def test_parts_of_maps_and_labels_lie_together(store):
             assert torch.equal(part[0][inside] - 1, torch.from_numpy(target[::d, ::h, ::w].astype(np.float32))[inside])
 
 
+@pytest.mark.slow
 def test_a_decoder_learns_where_the_features_tell(store):
     """The maps are the voxels: the two organs differ in HU, so a few steps find them."""
     torch.manual_seed(0)
@@ -377,6 +378,7 @@ def test_judges_are_told_the_window_that_an_encoder_sees(store):
         judges.Judges(store, config(store).model_copy(update={"size": None}))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 def test_an_encoder_is_not_ahead_of_itself(store):
     """The draws of all judges are the same for every encoder: a difference to itself has no width."""
@@ -391,6 +393,7 @@ def test_an_encoder_is_not_ahead_of_itself(store):
         assert one[judge].ci95 == [low, high] and low < high and "drawn" not in one[judge].plain()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):
     torch.manual_seed(3)
@@ -444,6 +447,7 @@ def test_shortcomings_of_the_scans_are_said(tmp_path):
 # -- encoders and stores that are not as usual ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_encoder_without_batchnorm_has_one_reading(store, tmp_path, capsys):
     settings = {"kind": "resenc", "depths": [1, 1, 1, 1, 1], "width": 4, "stage_strides": "early"}
     torch.manual_seed(0)

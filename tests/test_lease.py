@@ -47,6 +47,7 @@ def take(one: lease.Lease) -> lease.Lease:
     return one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [DEAD, lease.LEAVING, None], ids=["dead", "left", "none"])
 def test_of_many_waiters_one_gets_the_lock(bucket, there):
     """Of a killed holder above all: they see it silent at the same moment."""

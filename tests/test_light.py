@@ -54,6 +54,7 @@ def index() -> Index:
 # -- the decoder -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.parametrize("size", [(16, 32, 48), (13, 37, 50), (9, 17, 33), (1, 16, 1), (8, 1, 23)])
 def test_any_encoder_and_any_size(kind, size):
@@ -73,6 +74,7 @@ def test_its_maps_have_the_same_strides_whatever_the_encoder():
         assert [encoder.strides[i] for i in levels[:2]] == [(2, 4, 4), (4, 8, 8)]
 
 
+@pytest.mark.slow
 def test_a_line_one_voxel_wide_can_be_drawn():
     """As a spinal cord on 4 mm voxels: the decoder's finest map is the encoder's."""
     torch.manual_seed(0)
@@ -120,6 +122,7 @@ def test_output_stays_with_its_voxel(axis):
     assert change[:50].max() < 1e-12 < change[-1]
 
 
+@pytest.mark.slow
 def test_learns_where_a_ball_is():
     torch.manual_seed(0)
     model = light(num_outputs=1)
@@ -139,6 +142,7 @@ def test_learns_where_a_ball_is():
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder, kind", [("paper", Segmenter), ("light", LightSegmenter)])
 def test_what_was_trained_is_rebuilt(tmp_path, decoder, kind):
     """By its checkpoint alone, and by the file that export makes of it."""
@@ -259,6 +263,7 @@ def test_a_frozen_encoder_has_no_rate():
 SMALL = {"decoder": "light", "optim": {"kind": "adamw", "encoder_lr_factor": 0.5}, "loss": {"ce_weight": 1.0}}
 
 
+@pytest.mark.slow
 def test_an_interrupted_adamw_is_bit_for_bit_the_undisturbed_one(tmp_path):
     scans = loop.scans(tmp_path / "store")
     whole, killed = (loop.finetuning(scans, tmp_path / name, **SMALL) for name in ("whole", "killed"))

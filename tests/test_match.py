@@ -178,6 +178,7 @@ def test_a_similarity_map_repeats_each_cell():
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_moved_body_is_found_where_it_moved_to(tmp_path, files, capsys):
     voxels = np.array([[8, 24, 32], [6, 20, 40], [10, 30, 24], [5, 28, 30]])
     stored_a = np.array([[0, 0, -4.0, 0], [0, -4.0, 0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])  # d, h, w -> mm, directions
@@ -237,6 +238,7 @@ def test_labels_are_asked_for_at_their_centroids(files, tmp_path):
         np.testing.assert_allclose(one.place_mm, (image.affine @ [*middle, 1])[:3], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_spacing_is_said_and_resampled_on_request(tmp_path, files, capsys):
     fine = ndimage.zoom(body(), (2, 3, 3), order=0)[:, :, :]
     affine = affine_of("LPS") @ np.diag([1 / 3, 1 / 3, 1 / 2, 1])
@@ -332,6 +334,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("args", "message"), WRONG, ids=[f"{k}-{m[:24]}" for k, (_, m) in enumerate(WRONG)])
 def test_wrong_use_is_one_line(tmp_path, files, capsys, args, message):
     from pgl_ray.model.resnet import Encoder
@@ -354,6 +357,7 @@ def test_wrong_use_is_one_line(tmp_path, files, capsys, args, message):
     assert not (tmp_path / "o/matches.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_weights_file_without_metadata_needs_the_window(tmp_path, files):
     from pgl_ray.model.resnet import Encoder
 
@@ -388,6 +392,7 @@ def test_the_page_needs_nothing_else(page):
     assert all(row["name"] in text for row in rows) and f"{float(rows[0]['b_x_mm']):.1f}" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page cannot be opened")
 def test_nothing_sticks_out_in_a_browser(page):
     assert faults(page) == []
@@ -475,6 +480,7 @@ def test_the_pages_script_gives_the_commands_answer(page, files, tmp_path):
         assert answer["otherSimilarity"] == pytest.approx(found.other_similarity, abs=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page cannot be opened")
 def test_a_click_in_a_browser_gives_the_commands_answer(page, files, tmp_path):
     def asked_and_found(browser) -> tuple[list[int], list[int], float]:

@@ -69,6 +69,7 @@ def test_byol_equals_its_closed_form():
     assert all(p.grad is None for p in model.target.parameters())
 
 
+@pytest.mark.slow
 def test_genesis_restores_views_with_the_segmentation_network():
     model, _ = model_of("method=genesis")
     batch = pair()
@@ -100,6 +101,7 @@ def test_methods_start_from_one_encoder():
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [["optim.lr=4"], ["optim.kind=adamw", "optim.lr=null"]])
 @pytest.mark.parametrize("method", ["pgl", "byol", "genesis"])
 def test_a_few_steps_lower_the_loss_of_one_batch(method, args):
@@ -262,6 +264,7 @@ def two_workers(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_stay_identical_and_equal_one(tmp_path):
     """Parameters, EMA, buffers and rates are the same on all ranks; and with BatchNorm aside, two workers make the
     steps that one worker makes with the whole batch."""

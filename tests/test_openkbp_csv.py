@@ -96,6 +96,7 @@ def _change(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -118,6 +119,7 @@ def test_a_bad_patient_is_left_out_by_name(tmp_path, spoil, message):
     assert not (tmp_path / "out/images/pt_2.nii.gz").exists()
 
 
+@pytest.mark.slow
 def test_wrong_use_is_one_line(tmp_path):
     for args in ((), (tmp_path, tmp_path / "out")):
         done = run(*args)

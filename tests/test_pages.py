@@ -12,6 +12,7 @@ from pgl_ray.pages import figures, pages, plots
 STYLE = (pages.HERE / "style.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page cannot be opened")
 def test_the_check_sees_what_is_wrong(tmp_path):
     """Planted: a table that nothing scrolls, one cut off, a faint text; a table that scrolls is fine."""

@@ -11,6 +11,8 @@ from scipy import ndimage
 from pgl_ray.phantom.canvas import COAT_MM, WARP_MM, Canvas, Pose
 from pgl_ray.phantom.phantom import ORGANS, make_phantom, write_phantoms
 
+pytestmark = pytest.mark.slow  # twelve phantoms of full size
+
 SEEDS = range(12)
 SMALL = {"shape": (12, 40, 36), "spacing_mm": (18.0, 8.0, 9.0)}
 

@@ -117,22 +117,6 @@ def test_a_collapse_stops_the_run_on_all_workers(ray_cluster, tmp_path, capfd):
     assert "features COLLAPSED" in capfd.readouterr().out
 
 
-def test_weights_that_blow_up_end_fine_tuning_at_once(ray_cluster, tmp_path):
-    """Named step, no restart, and nothing is kept of them, though loss and gradient before the update were finite."""
-    label = (np.arange(64) > 40).astype(np.uint8) * np.ones((24, 64, 1), np.uint8)
-    for name in ("a", "b"):
-        volume = np.random.default_rng(0).integers(-900, 300, label.shape).astype(np.int16)
-        write_scan(tmp_path / "store", name, volume, np.eye(4), label=label, labelled=(1,), split="train")
-    write_index(tmp_path / "store", {"half": 1}, (-1024.0, 325.0))
-    changes = {"optim": {"lr": 1e30}, "encoder": ENCODER, "max_steps": 8, "validate_every": 100}
-    changes |= {"train": {"log_every": 8, "checkpoint_every": 1}}
-    with pytest.raises(
-        c.FailedRun, match=r"weights have blown up by step 1: .*lower optim.lr than 1e\+30; nothing was kept"
-    ):
-        finetune.run(finetuning(tmp_path / "store", tmp_path / "run", "random", 1, **changes))
-    assert not checkpoint.committed_step(tmp_path / "run") and not list((tmp_path / "run").glob("**/*.pt"))
-
-
 def test_a_sweep_runs_the_doors(ray_cluster, tmp_path, capfd):
     """tune_spaces/smoke.yaml with a learning rate that cannot work: its trial fails, the other one is the best."""
     write_phantoms(tmp_path / "raw", 0, 3, 0, seed=0, shape=(24, 64, 64), spacing_mm=(10.0, 5.0, 5.0))
@@ -173,7 +157,7 @@ def test_real_scans_end_to_end(ray_cluster, real_data, tmp_path):
     assert prepared.converted == 4
     pretrained = pretrain.run(pretraining(store, tmp_path / "genesis", 1, method="genesis"))
     check_pretraining(pretrained, store)
-    tuned = finetune.run(finetuning(store, tmp_path / "tuned", pretrained.run, 1, num_scans=2))
+    tuned = finetune.run(finetuning(store, tmp_path / "tuned", pretrained.run, 1, num_scans=2, validate_every=6))
     splits = {scan.scan_id: scan.split for scan in read_index(str(store)).scans}
     summary = evaluate.run(c.EvaluateConfig(run=tuned.run, index=str(store), split=splits["pt_201"])).summary
     assert set(summary["organs"]) <= set(read_index(str(store)).labels)

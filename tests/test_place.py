@@ -148,6 +148,7 @@ with place.open_place(sys.argv[1]).locked() as token:
 """
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_run_is_taken_over(where, monkeypatch):
     monkeypatch.setattr(bucket, "HEARTBEAT_S", 0.2)
     monkeypatch.setattr(bucket, "SILENCE_S", 1)

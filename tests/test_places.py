@@ -192,6 +192,7 @@ def test_consistency_on_more_maps_is_eq_8_on_drawn_bins():
     assert net(pair).loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_by_place_is_the_undisturbed_one(tmp_path):
     where = train_loop.scans(tmp_path / "store")
     more = {**PLACES, "loss": {"kind": "contrast", "displacement": 1.0, "num_bins": 8}}

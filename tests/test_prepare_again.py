@@ -204,6 +204,7 @@ def checked(target):
     return prepare.verify(StoreConfig(store=str(target)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file, damage",
     [
@@ -350,6 +351,7 @@ def test_two_runs_at_once(tmp_path, serial, monkeypatch):
 # -- the command line and Ray -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_wrong_use_is_exit_code_2(tmp_path):
     command = [sys.executable, "-m", "pgl_ray.prepare", f"source={tmp_path}/none", f"store={tmp_path}/s"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -280,6 +280,7 @@ def test_a_run_that_has_begun_needs_the_name_no_more(index):
     assert report is None and again["encoder"] == meta["encoder"] and model.encoder.channels[0] > 0
 
 
+@pytest.mark.slow
 def test_a_probe_leaves_nothing_in_the_package(index, tmp_path):
     before = sorted(path.name for path in weights.FOLDER.rglob("*"))
     result = probe.run(probing(index))

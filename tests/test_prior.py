@@ -39,6 +39,7 @@ def random_boxes(rng, num):
     return boxes
 
 
+@pytest.mark.slow
 def test_equations_5_and_6_by_hand():
     # axis D: crops [10, 30) and [20, 42); the overlap [20, 30) lies at 10..20 of crop 1, that is, with P / S = 16 / 20
     # at 8..16 of view 1 and at cells 2..4 of stride 4; of crop 2 at 0..10, 16 / 22 * 10 = 7.27, cells 0..1.818.

@@ -90,6 +90,7 @@ def planted(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("planted"), lambda label, rng: 40 * label.astype(int) - 200)
 
 
+@pytest.mark.slow
 def test_planted_features_are_read_perfectly(planted):
     encoder = OneMap(bins, 33, ((1, 1, 1),) * 5)
     result = score(encoder, planted, config(planted.store))
@@ -141,6 +142,7 @@ def test_recall_is_of_standardised_features_and_tested_classes(noisy):
     assert 0.3 < result.balanced_accuracy < 0.9
 
 
+@pytest.mark.slow
 def test_labels_without_relation_to_the_voxels_give_chance(tmp_path):
     index = write_store(tmp_path, lambda label, rng: rng.integers(-400, 300, label.shape))
     encoder = OneMap(bins, 33, ((1, 1, 1),) * 5)
@@ -148,6 +150,7 @@ def test_labels_without_relation_to_the_voxels_give_chance(tmp_path):
     assert result.balanced_accuracy == pytest.approx(1 / 4, abs=0.05)
 
 
+@pytest.mark.slow
 def test_an_organ_absent_from_training_scans_counts_as_missed(tmp_path):
     def paint(label, rng):
         return 40 * label.astype(int) - 200
@@ -262,6 +265,7 @@ def test_classifier_minimises_its_objective():
     assert set(predicted.tolist()) <= {0, 2, 3}
 
 
+@pytest.mark.slow
 def test_a_live_encoder_comes_back_as_it_was(planted):
     encoder = Encoder(**TINY).train()
     encoder.layer1.eval()  # a part of it may be frozen
@@ -275,6 +279,7 @@ def test_a_live_encoder_comes_back_as_it_was(planted):
         assert judge.judge(encoder, "reestimated")["voxels"].details == first.details
 
 
+@pytest.mark.slow
 def test_scans_are_read_once_for_many_encoders(planted, monkeypatch):
     settings = config(planted.store)
     reads, read = [], voxel_judge.open_volume
@@ -296,6 +301,7 @@ def test_scans_are_never_in_both_sets(planted):
     assert [s.scan_id for s in voxel_judge.choose_scans(planted, config(planted.store))[1]] == ["s3", "s4"]
 
 
+@pytest.mark.slow
 def test_run_writes_its_result(planted, tmp_path):
     encoder = EncoderConfig(**TINY)
     output = tmp_path / "new" / "probe.json"
@@ -309,6 +315,7 @@ def test_run_writes_its_result(planted, tmp_path):
     assert "balanced accuracy" in probe.describe(result)
 
 
+@pytest.mark.slow
 def test_run_reads_a_checkpoint(planted, tmp_path):
     encoder = Encoder(**TINY)
     settings = {"depths": [1, 1, 1, 1], "width": 4, "stage_strides": "early"}
@@ -360,6 +367,7 @@ def told(run):
     return {step: {key: row[key] for key in row if key.startswith("probe/")} for step, row in rows.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_curve_is_what_the_checkpoints_weights_are_worth(tmp_path, world):
     """Whatever the workers' own BatchNorm has seen: a judge that starts from the checkpoint says the same."""
@@ -376,6 +384,7 @@ def test_the_curve_is_what_the_checkpoints_weights_are_worth(tmp_path, world):
     assert step == 2
 
 
+@pytest.mark.slow
 def test_the_curve_does_not_depend_on_the_number_of_workers(tmp_path):
     """At a rate that moves no weight: statistics differ between one worker and two, the figures do not."""
     scans, found = loop.scans(tmp_path / "store"), {}

@@ -119,6 +119,7 @@ print("door: done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("starts", [False, True])
 @pytest.mark.parametrize("size", [(80, 24), (0, 0)])
 def test_a_terminal_has_one_bar_and_whole_lines_above_it(starts, size):
@@ -132,6 +133,7 @@ def test_a_terminal_has_one_bar_and_whole_lines_above_it(starts, size):
     assert any(re.fullmatch(r" *\d\.\d\d(scan/s|s/scan), 00:0\d left, [abcd]", text.rstrip()) for _, text in bars)
 
 
+@pytest.mark.slow
 def test_a_bar_fits_into_a_narrow_terminal():
     command = [sys.executable, "-c", SCRIPT.replace("STARTS", "True").replace("a is small", "a")]
     written = in_terminal(command, 0, 40, 24)

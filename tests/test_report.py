@@ -246,6 +246,7 @@ def table_rows(html, head_says, head=0):
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_page_stands_alone(page):
     read = Reader(page)
     assert len(read.links) > 15 and all(link.startswith("data:image/") for link in read.links)
@@ -253,6 +254,7 @@ def test_page_stands_alone(page):
     assert not re.search(r"url\(|@import|https?://", page)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page cannot be opened")
 def test_nothing_sticks_out_in_a_browser(page, tmp_path):
     (tmp_path / "page.html").write_text(page)
@@ -668,6 +670,7 @@ def test_overlay_shows_the_slice_with_most_organs_and_its_errors(scans, tmp_path
     np.testing.assert_allclose(colors[shown.true == 4][0, :3], matplotlib.colors.to_rgb(label_pictures.organ_color(2)))
 
 
+@pytest.mark.slow
 def test_a_curve_of_zeros_alone_is_drawn():
     for y, scale in (([0.0, 0.0], "linear"), ([0.0, 0.5], "log")):
         figure = plots.curves([plots.Series([1, 3], y, "#000000", False)], "retrieval@1", (None, 1.2), log=True)

@@ -131,6 +131,7 @@ def test_a_training_step_reaches_all_trained_stages(method, stride):
         assert (value.grad is not None) == (stage <= last), name
 
 
+@pytest.mark.slow
 def test_aligned_features_look_at_the_same_places(tmp_path):
     args = ["encoder.kind=resenc", "encoder.depths=[1,1,2,1,1]", "views.size=[16,48,32]", "num_pairs=64"]
     result = check_align.run(load(CheckAlignConfig, [*args, f"output={tmp_path}"]))

@@ -46,6 +46,7 @@ def make_positive(net):
     return net.double().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage_strides", ["early", "late"])
 def test_centers_are_the_gradients_centre_of_mass(stage_strides):
     check_centers(make_positive(Encoder(depths=(1, 1, 1, 1), width=2, stage_strides=stage_strides)), (48, 96, 112))

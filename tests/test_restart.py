@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -67,6 +68,7 @@ def test_a_scan_that_is_cut_off_ends_the_training_by_name(broken, tmp_path):
         loop.train(loop.pretraining(broken, tmp_path / "run", train={"num_workers": 2}), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_scan_that_is_cut_off_is_skipped_and_counted(broken, tmp_path, world):
     """Over an interruption, too; the same on any number of workers."""
@@ -132,6 +134,7 @@ def test_too_little_memory_in_fine_tuning_says_what_to_take(scans, tmp_path, mon
 # -- exact resume ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("make", [loop.pretraining, loop.finetuning], ids=["pretrain", "finetune"])
 def test_an_interrupted_run_is_bit_for_bit_the_undisturbed_one(scans, tmp_path, make, world):
@@ -151,6 +154,7 @@ def test_an_interrupted_run_is_bit_for_bit_the_undisturbed_one(scans, tmp_path, 
         assert best[0]["val_dice"] == best[1]["val_dice"] and loop.equal(best[0]["model"], best[1]["model"])
 
 
+@pytest.mark.slow
 def test_fine_tuning_stops_when_it_overfits(scans, tmp_path, monkeypatch):
     """Three validations without a better Dice; not before the first above 0, and counted over an interruption. The best
     network is that of its step, and the run is over."""
@@ -181,6 +185,7 @@ def test_fine_tuning_stops_when_it_overfits(scans, tmp_path, monkeypatch):
     check_the_same(whole.run, killed.run)
 
 
+@pytest.mark.slow
 def test_a_begun_fine_tuning_needs_no_initial_weights(scans, tmp_path):
     """Interrupted, continued and asked for again without the pre-training's folder: the same to the last bit."""
     pretrained = loop.pretraining(scans, tmp_path / "pre")
@@ -197,6 +202,7 @@ def test_a_begun_fine_tuning_needs_no_initial_weights(scans, tmp_path):
         finetune.run(loop.finetuning(scans, tmp_path / "new", init=pretrained.run))
 
 
+@pytest.mark.slow
 def test_with_other_workers_no_pair_is_repeated_or_lost(scans, tmp_path):
     """Two workers, killed, then one, killed, then two: the pairs of the steps that count are those of the plan."""
     config = loop.pretraining(scans, tmp_path / "run")
@@ -225,6 +231,7 @@ def test_with_other_workers_no_pair_is_repeated_or_lost(scans, tmp_path):
     assert [row["step"] for row in loop.rows_of(config.run)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [loop.pretraining, loop.finetuning])
 def test_with_fewer_workers_the_same_batch_goes_through_in_parts(scans, tmp_path, make):
     """One worker of an elastic run of two: per step the loss and, up to rounding, the gradient of two workers."""
@@ -267,6 +274,7 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before(scans, tmp_path, 
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [loop.pretraining, loop.finetuning])
 def test_weights_that_blow_up_on_one_worker_end_the_run_on_both(scans, tmp_path, make):
     config = make(scans, tmp_path / "run")
@@ -281,6 +289,16 @@ def test_weights_that_blow_up_on_one_worker_end_the_run_on_both(scans, tmp_path,
     assert checkpoint.committed_step(config.run) == 2
 
 
+def test_weights_that_blow_up_at_once_leave_nothing(scans, tmp_path):
+    """Though loss and gradient before the update were finite."""
+    config = loop.finetuning(scans, tmp_path / "run", optim={"lr": 1e30}, train={"checkpoint_every": 1})
+    assert re.match(
+        r"the weights have blown up by step 1: .*lower optim.lr than 1e\+30; nothing was kept", loop.train(config)
+    )
+    assert not checkpoint.committed_step(config.run) and not list(Path(config.run).glob("**/*.pt"))
+
+
+@pytest.mark.slow
 def test_a_worker_that_stands_still_is_named(scans, tmp_path, capfd):
     """Rank 1 waits for a batch that does not come: rank 0 says so before its collective ends, and rank 1 its stack."""
     config = loop.pretraining(scans, tmp_path / "run", train={"num_workers": 2, "timeout_s": 5})
@@ -299,6 +317,7 @@ def test_a_worker_that_stands_still_is_named(scans, tmp_path, capfd):
     assert "Timeout (" in stack and "in seen" in stack
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stopped_is_named(scans, tmp_path):
     config = loop.pretraining(scans, tmp_path / "run", train={"num_workers": 2, "timeout_s": 5})
 
@@ -311,6 +330,7 @@ def test_a_worker_that_is_stopped_is_named(scans, tmp_path):
         loop.train(config, 2, seen=seen)
 
 
+@pytest.mark.slow
 def test_no_step_draws_from_a_global_generator(scans, tmp_path):
     """So that there is no random state to keep: all that is random comes from (seed, epoch, scan, draw)."""
 
@@ -548,6 +568,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_disk):
         assert found[1] == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_line(scans, tiny_disk):
     """On two workers: both stop, and rank 0 says why."""
     config = loop.pretraining(scans, tiny_disk / "run", train={"num_workers": 2}, max_steps=4)
@@ -563,6 +584,7 @@ def test_a_full_disk_ends_the_run_with_one_line(scans, tiny_disk):
 # -- one driver --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused_a_killed_one_has_no_lock(tmp_path):
     code = "import sys, time; from pgl_ray.train import runs\n"
     code += f"with runs.alone({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"

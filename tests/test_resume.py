@@ -33,6 +33,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_kills_of_a_run_without_ray(tmp_path, monkeypatch):
     """The same in a forked child that converts one scan after the other: many kills in little time."""
     rng = random.Random(0)

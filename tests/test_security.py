@@ -96,6 +96,7 @@ def test_a_bomb_in_a_store(tmp_path, harm):
 CONVERTING = ("parallel.py", "one_scan.py", "whole.py")  # what hands scans to Ray tasks
 
 
+@pytest.mark.slow
 def test_nothing_unpickles_but_what_this_process_made():
     """pickle is imported for what a process hands to its own workers alone; every torch.load says weights_only."""
     for path in PACKAGE.rglob("*.py"):

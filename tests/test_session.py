@@ -102,6 +102,7 @@ def test_a_checkpoint_brings_everything_back_and_is_let_go(tmp_path):
     assert not any(isinstance(value, dict) and "weight" in value for value in again.state.values())  # no tensors stay
 
 
+@pytest.mark.slow
 def test_the_start_is_no_waiting_for_data(tmp_path):
     """The first batch comes after the processes that make it have started; later ones are waited for."""
     one = session(tmp_path, num_steps=6)

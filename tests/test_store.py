@@ -56,6 +56,7 @@ def test_metadata_is_what_zarr_writes(dtype, compression, attributes):
         assert text.encode() == written["zarr.json"].to_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [(8, 64, 64), (4, 16, 24)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_random_boxes_equal_zarrs(tmp_path, shape, chunk):
@@ -375,6 +376,7 @@ def test_whatever_byte_of_a_scan_flips_is_found(tmp_path):
         scan_files.check_scan(tmp_path, "b")
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_of_the_index_is_one_clear_line(tmp_path):
     for scan_id in "abc":
         scan_files.write_scan(tmp_path, scan_id, make_volume((4, 20, 20)), AFFINE)

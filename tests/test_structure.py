@@ -94,6 +94,7 @@ def test_files_and_functions_are_short(name):
 INSIDE = re.compile(r"\bray(\.\w+)*\.(_\w+|v2)\b")
 
 
+@pytest.mark.slow
 def test_names_inside_ray_are_in_one_file():
     """Imports, attributes and texts with an underscore name of Ray's, or one of its second Train, whose public names
     are ray.train's."""
@@ -186,6 +187,7 @@ def test_init_files_are_empty():
     assert isinstance(about, ast.Expr) and all(isinstance(node, ast.ImportFrom) for node in names)
 
 
+@pytest.mark.slow
 def test_processes_that_feed_or_control_a_run_need_no_networks():
     """Eight or more per run import these; MONAI alone would cost each of them five seconds of CPU time."""
     names = [f"pgl_ray.{name}" for name in ("data.stream", "data.pair_renderer", "data.patch_renderer", "train.launch")]
@@ -210,11 +212,13 @@ def functions(path: Path) -> list[str]:
     return [n.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
 
 
+@pytest.mark.slow
 def test_names_of_tests_have_at_most_60_characters():
     long = [name for path in TESTS for name in functions(path) if name.startswith("test_") and len(name) > 60]
     assert not long
 
 
+@pytest.mark.slow
 def test_tests_call_no_private_function():
     """They hold what the package promises; what a test replaces by its name, as text, is no call."""
     private = {name for file in FILES for name in functions(PACKAGE / file) if re.match(r"_[a-z]", name)}

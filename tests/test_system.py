@@ -64,6 +64,7 @@ def without(hidden: str) -> list[str]:
         return python(hidden + USE + ALL_DOORS, folder).splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [MACOS, NO_FCNTL])
 def test_every_module_loads_without_what_linux_has(hidden):
     assert without(hidden)[-1] == "all loaded"
@@ -227,6 +228,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_is_told_who_trains(tmp_path):
     (tmp_path / "run").mkdir()
     with runs.alone(str(tmp_path / "run")):

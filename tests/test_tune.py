@@ -42,6 +42,7 @@ def sweep(tmp_path, **changes) -> c.TuneConfig:
     return c.build(c.TuneConfig, {"index": "s", "run": str(tmp_path / "sweep"), **BASE, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -112,6 +113,7 @@ def trials_of(path: Path, small: bool) -> tuple[str, list[dict]]:
     return config.search, [stages.stage_configs(config, each.values, Path("/no/such")) for each in checks.check(config)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path, small", [(path, small) for path in SPACES for small in (False, True) if not small or fine_tunes(path)]
 )
@@ -769,6 +771,7 @@ def tuned_run(folder: Path, seed: int, dice: dict[str, dict[str, float]], share:
     write_json(folder / "evaluation" / "summary.json", summary)
 
 
+@pytest.mark.slow
 def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     """Two shares of the labels; the paper's figures stand under all of them alone. One cell of the second share failed,
     so that Figure 8 takes the other seed."""

@@ -98,6 +98,7 @@ def test_no_organ_found():
     assert held(page)[2]["centre"] is None and page.count(">not found<") == 2 and len(png) > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page cannot be opened")
 def test_nothing_sticks_out_in_a_browser(tmp_path):
     page, _ = page_of(*scan(), names={"an_organ_with_a_name_that_goes_on_and_on_" * 3: 4, "liver": 300})
@@ -129,6 +130,7 @@ def test_the_answers_say_what_to_look_at_first(voxels, notes, told):
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium that would show the page")
 @pytest.mark.parametrize("webgl", [True, False])
 def test_a_browser_shows_the_organ_where_it_lies(tmp_path, webgl):
@@ -169,6 +171,7 @@ def test_notes_and_their_signs_are_shown():
     assert "<li>" not in viewer.make_page(voxels, label, AFFINE, organs, TEXTS)[0].split("<script>")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium that would show the page")
 def test_a_browser_says_where_the_cross_stands(tmp_path):
     """Organ, mm and HU of the labels' middle, as the affine has it."""

@@ -99,6 +99,7 @@ def runs(tmp_path_factory):
     return folder, {"pgl": online, "tuned": segmenter.state_dict()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, prefix", [("pgl", "online.encoder."), ("tuned", "encoder.")])
 @pytest.mark.parametrize("exported", [False, True])
 def test_a_run_and_its_exported_file_give_the_same_encoder(runs, tmp_path, name, prefix, exported):

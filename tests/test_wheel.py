@@ -79,6 +79,7 @@ def test_the_image_is_built_from_all_that_is_packed():
     assert set(SOURCES) <= {name for names in copied for name in names.split()}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = files_of(ROOT / "pgl_ray")
@@ -101,6 +102,7 @@ def test_the_wheel_says_its_version_and_what_it_needs(wheel):
     assert "Programming Language :: Python :: 3.13" in said.get_all("Classifier")
 
 
+@pytest.mark.slow
 def test_the_package_away_from_the_checkout_is_the_wheels(home, tmp_path):
     code = "import pgl_ray, sys; print(pgl_ray.__file__); from pgl_ray import shipped; "
     code += "print(shipped.path_of('conf/published.yaml'), shipped.path_of('conf/nothing.yaml'))"
@@ -108,17 +110,20 @@ def test_the_package_away_from_the_checkout_is_the_wheels(home, tmp_path):
     assert Path(out[0]).is_relative_to(home) and Path(out[1]).is_relative_to(home) and out[2] == "None"
 
 
+@pytest.mark.slow
 def test_its_command_lists_doors_and_shows_help(home, tmp_path):
     assert "prepare verify" in call(home, tmp_path, "pgl-ray").stdout
     done = call(home, tmp_path, "pgl-ray", "prepare", "--help")
     assert done.returncode == 0 and done.stdout.startswith("python -m pgl_ray.prepare ")
 
 
+@pytest.mark.slow
 def test_its_recipes_are_found_by_their_names(home, tmp_path):
     done = call(home, tmp_path, "pgl-ray", "prepare", "data_prep/bcv.yaml", "source=nowhere", "store=s")
     assert done.returncode == 2 and "nowhere: no such folder" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_its_examples_run(home, tmp_path):
     done = call(home, tmp_path, "python", "-m", "pgl_ray.examples.what_it_sees")
     assert done.returncode == 0, done.stderr
@@ -137,6 +142,7 @@ def test_a_file_here_comes_before_the_one_of_that_name(tmp_path, monkeypatch):
     assert shipped.found("conf/pretrain.yaml") == "conf/pretrain.yaml"
 
 
+@pytest.mark.slow
 def test_it_writes_a_report(home, tmp_path):
     config = loop.pretraining(loop.scans(tmp_path / "store"), tmp_path / "run")
     assert loop.train(config) is None

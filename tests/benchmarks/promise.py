@@ -1,7 +1,11 @@
 """Does PGL help? Arms that are pre-trained alike, judged alike, on real CT: the tables of tune_spaces/README.md.
 
-python tests/benchmarks/promise.py train STORE RUNS [steps=600] [seeds=0,1,2] [arms=0,4,...] [scans=1,5,10]
+python tests/benchmarks/promise.py search STORE RUNS [steps=300] [arms=0,4,...]
+    the same small search for every arm: three rates, then the target's decay (of an arm without target two more rates),
+    one training each, chosen by the frozen decoder's Dice on scans of the training split
+python tests/benchmarks/promise.py train STORE RUNS [steps=600] [seeds=0,1,2] [arms=0,...] [scans=1,5,10] [search=RUNS]
     pre-trains and judges what is not there yet, in this process, one thread; typed again, it goes on where it was ended
+    search: the folder of a search, whose choices each arm takes
 python tests/benchmarks/promise.py finetune STORE RUNS [seeds=0,1,2] [arms=0,4,...] [init=FILE]
     end-to-end fine-tuning on 5 labelled scans, from random weights and from each arm: the encoder's rate is chosen per
     arm and seed by the Dice on 8 other scans of the training split; that network is evaluated on the validation split
@@ -64,15 +68,27 @@ CEILING, CEILING_STEPS = "all labels", 1200
 # every arm (Genesis keeps its authors'), and an upper end that is trained longer, too
 LONG_STEPS, LONG, LONG_CEILING_STEPS = 1500, {"ema_decay": 0.99, "optim": {"lr": 1.5}}, 4800
 RANDOM = "random"
+# of a search, relative to BASE: factors of the rate, then of 1 - decay of the target
+RATES, TURNOVERS, MORE_RATES, SEARCH_SEED, DECODERS = (0.3, 1.0, 3.0), (0.33, 1.67), (0.1, 10.0), 100, 3
 FACTORS, TUNE_STEPS = (0.3, 1.0), 450  # of the encoder's rate beside the decoder's 0.003
 NUM_LABELLED, FOLDS = 5, 8  # scans to learn from, and to choose the rate by
 
 
-def pretraining(store: str, run: Path, arm: str, seed: int, steps: int) -> PretrainConfig:
-    """The config of one arm and seed."""
+def pretraining(
+    store: str, run: Path, arm: str, seed: int, steps: int, rate: float = 1.0, turnover: float = 1.0
+) -> PretrainConfig:
+    """The config of one arm and seed, its rate and 1 - decay of its target multiplied."""
     own = {"index": store, "run": str(run), "seed": seed, "split": "train", "max_steps": steps}
     length = LONG if steps >= LONG_STEPS else {}
+    config = build(PretrainConfig, OmegaConf.to_container(OmegaConf.merge(BASE, length, ARMS[arm], own)))
+    own |= {"optim": {"kind": config.optim.kind, "lr": config.optim.lr * rate}}
+    own |= {"ema_decay": 1 - (1 - config.ema_decay) * turnover} if has_target(arm) else {}
     return build(PretrainConfig, OmegaConf.to_container(OmegaConf.merge(BASE, length, ARMS[arm], own)))
+
+
+def has_target(arm: str) -> bool:
+    """Whether a slowly moving target is part of the method."""
+    return ARMS[arm].get("method") != "genesis"
 
 
 def with_labels(store: str, run: Path, seed: int, steps: int) -> FinetuneConfig:
@@ -99,7 +115,9 @@ def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
     print(f"{arm}, seed {seed}, {num_scans} scans:\n{probe.table(result)}", flush=True)
 
 
-def train(store: str, runs: Path, steps: int, seeds: list[int], arms: list[str], numbers: list[int]) -> None:
+def train(
+    store: str, runs: Path, steps: int, seeds: list[int], arms: list[str], numbers: list[int], searched: Path | None
+) -> None:
     """Everything that is not there yet, seed by seed."""
     torch.set_num_threads(1)
     for seed in seeds:
@@ -109,12 +127,56 @@ def train(store: str, runs: Path, steps: int, seeds: list[int], arms: list[str],
                 ceiling_steps = LONG_CEILING_STEPS if steps >= LONG_STEPS else CEILING_STEPS
                 train_loop.train(with_labels(store, run, seed, ceiling_steps))
             elif arm != RANDOM:
-                stopped = train_loop.train(pretraining(store, run, arm, seed, steps))
+                stopped = own = best_of(searched, arm) if searched else (1.0, 1.0)
+                stopped = train_loop.train(pretraining(store, run, arm, seed, steps, *own))
                 if stopped:
                     print(f"{arm}, seed {seed}: {stopped}", flush=True)
             print(f"{arm}, seed {seed}: trained in {time.monotonic() - began:.0f} s", flush=True)
             for num_scans in numbers:
                 judged(store, run, arm, seed, num_scans)
+
+
+# -- the same search for every arm -----------------------------------------------------------------------------------
+
+
+def search(store: str, runs: Path, steps: int, arms: list[str]) -> None:
+    """Trains and judges each arm's candidates, where it is not done, and prints the choices."""
+    torch.set_num_threads(1)
+    for arm in arms:
+        for rate in RATES:
+            candidate(store, runs, arm, steps, rate, 1.0)
+        best = best_of(runs, arm)[0]
+        more = [(best, turnover) for turnover in TURNOVERS] if has_target(arm) else [(rate, 1.0) for rate in MORE_RATES]
+        for rate, turnover in more:
+            candidate(store, runs, arm, steps, rate, turnover)
+        rate, turnover = best_of(runs, arm)
+        print(f"{arm}: rate x {rate:g}, 1 - decay x {turnover:g}", flush=True)
+
+
+def candidate(store: str, runs: Path, arm: str, steps: int, rate: float, turnover: float) -> None:
+    """One training of a search, judged on 15 scans of the training split with the labels of 5 others."""
+    run = runs / "search" / f"{arm}, x {rate:g}, x {turnover:g}"
+    output = run.with_name(run.name + ".json")
+    if output.exists():
+        return
+    why = train_loop.train(pretraining(store, run, arm, SEARCH_SEED, steps, rate, turnover))
+    settings = {"index": store, "seed": SEARCH_SEED, "init": str(run), "output": str(output), "ends": False}
+    settings |= {"split": "train", "test_split": "train", "num_scans": NUM_LABELLED, "num_test_scans": 15}
+    settings |= {"size": BASE["views"]["size"], "judges": JUDGES, "decoder_seeds": DECODERS}
+    result = probe.run(build(ProbeConfig, settings))
+    values = ", ".join(f"{judge} {result.value(judge):.3f}" for judge in JUDGES)
+    print(f"{arm}, rate x {rate:g}, 1 - decay x {turnover:g}: {values}{f'; {why}' if why else ''}", flush=True)
+
+
+def best_of(runs: Path, arm: str) -> tuple[float, float]:
+    """Factors of the rate and of 1 - decay with the best Dice so far."""
+    found = {}
+    for path in (runs / "search").glob(f"{arm}, x *.json"):
+        factors = path.stem.removeprefix(f"{arm}, x ").split(", x ")
+        found[tuple(map(float, factors))] = json.loads(path.read_text())["readings"]["reestimated"]["decoder"]["value"]
+    if not found:
+        raise SystemExit(f"{runs}: no search of {arm!r}; run promise.py search first")
+    return max(found, key=found.get)
 
 
 # -- end to end -------------------------------------------------------------------------------------------------------
@@ -286,11 +348,16 @@ def main() -> None:
     verb, *rest = sys.argv[1:]
     options = dict(part.split("=", 1) for part in rest if "=" in part)
     places = [part for part in rest if "=" not in part]
+    if verb in ("train", "search"):
+        arms = [list(ARMS)[int(i)] for i in options["arms"].split(",")] if "arms" in options else list(ARMS)
     if verb == "train":
         seeds = [int(seed) for seed in options.get("seeds", "0,1,2").split(",")]
-        arms = [list(ARMS)[int(i)] for i in options["arms"].split(",")] if "arms" in options else list(ARMS)
         numbers = [int(num) for num in options.get("scans", "1,5,10").split(",")]
-        train(places[0], Path(places[1]).absolute(), int(options.get("steps", 600)), seeds, arms, numbers)
+        searched = Path(options["search"]).absolute() if "search" in options else None
+        train(places[0], Path(places[1]).absolute(), int(options.get("steps", 600)), seeds, arms, numbers, searched)
+        return
+    if verb == "search":
+        search(places[0], Path(places[1]).absolute(), int(options.get("steps", 300)), arms)
         return
     if verb == "finetune":
         torch.set_num_threads(1)

@@ -7,6 +7,7 @@ import os
 import statistics
 import time
 
+import pytest
 import torch
 
 from pgl_ray.model.pgl import Pair, align, feature_geometry
@@ -23,6 +24,7 @@ def seconds(work) -> float:
     return time.perf_counter() - began
 
 
+@pytest.mark.slow
 def test_aligner_against_encoder():
     """Matrices of both views and the alignment of both paths' 256 channels, against the online encoder's forward."""
     encoder = Encoder().eval()

@@ -7,6 +7,7 @@ import gpu_step
 import pytest
 
 
+@pytest.mark.slow
 def test_the_script_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     out = tmp_path / "figures.json"
     wanted = ["--device", "cpu", "--tiny", "--batches", "2", "--strides", "early", "--repeats", "2"]

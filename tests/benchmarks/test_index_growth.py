@@ -2,6 +2,7 @@
 
 import index_growth
 import numpy as np
+import pytest
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
 from pgl_ray.data import store, stream
@@ -19,6 +20,7 @@ def test_every_scan_of_the_made_up_store_can_be_rendered(tmp_path):
     assert {len(scan.label_boxes) for scan in index.scans} == {13}
 
 
+@pytest.mark.slow
 def test_a_process_is_measured(tmp_path):
     folder = index_growth.make_store(tmp_path, 20)
     found = index_growth.measure(index_growth.HERE, folder, 20, seconds=0.2)
