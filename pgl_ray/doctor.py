@@ -58,8 +58,8 @@ def run(config: DoctorConfig) -> Result:
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     lines, nodes = _joined(config.ray, address) if address else (storage.socket_path(rays_folder()), [])
     others = f"{len(nodes)} node{'s' * (len(nodes) != 1)} of the cluster at {address} and " if nodes else ""
-    alone = "" if address else " alone (a cluster's nodes: ray.address=auto)"
-    print(f"doctor: {others}{HERE}{alone}", flush=True)
+    hint = "" if address else " alone (a cluster's nodes: ray.address=auto)"
+    print(f"doctor: {others}{HERE}{hint}", flush=True)
 
     lookers = _Lookers(nodes)
     here = _in_time(lambda: _here(config.ray, bool(nodes)), ANSWER_S, lambda why: Machine(HERE, why))
@@ -117,18 +117,18 @@ def _unreachable(address: str) -> str:
 
 def _in_time(look: Callable[[], Any], seconds: float, otherwise: Callable[[str], Any]) -> Any:
     """What a look gives, or what `otherwise` makes of why it gives nothing: a dead network disk never answers."""
-    found = []
+    results = []
 
     def tried() -> None:
         try:
-            found.append(look())
+            results.append(look())
         except Exception as error:  # whatever a check runs into is a finding
-            found.append(otherwise(" ".join(str(error).split()) or type(error).__name__))
+            results.append(otherwise(" ".join(str(error).split()) or type(error).__name__))
 
     thread = threading.Thread(target=tried, daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else otherwise(_silent(seconds))
+    return results[0] if results else otherwise(_silent(seconds))
 
 
 def _silent(seconds: float) -> str:
@@ -137,12 +137,12 @@ def _silent(seconds: float) -> str:
 
 def _here(config: RayConfig, in_cluster: bool) -> Machine:
     """This machine; where no cluster is named, with the object store that Ray would make."""
-    found = parse_facts(HERE, machine())
+    this_machine = parse_facts(HERE, machine())
     if in_cluster:
-        return found
+        return this_machine
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     size = (config.object_store_mb or 0) * 2**20 or RAYS_SHARE * memory
-    return Machine(**{**vars(found), "object_store_bytes": size})
+    return Machine(**{**vars(this_machine), "object_store_bytes": size})
 
 
 def parse_facts(name: str, facts: dict[str, Any], **others: Any) -> Machine:
@@ -166,22 +166,22 @@ class _Lookers:
 
     def machines(self) -> list[Machine]:
         """What each node says of itself."""
-        found = []
-        told = self._ask("machine", ANSWER_S)
+        machines = []
+        answers = self._ask("machine", ANSWER_S)
         for name, node in zip(self.names, self.nodes):
-            facts = told[name]
+            facts = answers[name]
             if isinstance(facts, str):
-                found.append(Machine(name, facts))
+                machines.append(Machine(name, facts))
                 del self.actors[name]
                 continue
             have = node["Resources"]
             rays = {"object_store_bytes": have.get("object_store_memory", 0), "ray_gpus": have.get("GPU", 0)}
             rays |= {"address": node["NodeManagerAddress"], **self._skew(name)}
             try:
-                found.append(parse_facts(name, facts, **rays))
+                machines.append(parse_facts(name, facts, **rays))
             except (TypeError, KeyError):  # other facts: another pgl_ray is there
-                found.append(Machine(name, f"runs another pgl_ray, from {facts.get('code_path')}: remove it there"))
-        return found
+                machines.append(Machine(name, f"runs another pgl_ray, from {facts.get('code_path')}: remove it there"))
+        return machines
 
     def _skew(self, name: str) -> dict[str, Any]:
         """By how much a node's clock is ahead, and how exactly that is known: by the quickest of some answers."""
@@ -201,8 +201,8 @@ class _Lookers:
 
     def sights(self, method: str, *args: Any) -> list[Sight]:
         """What each node that has answered sees of a place."""
-        told = self._ask(method, LOOK_S, *args)
-        return [Sight(name, **(facts if isinstance(facts, dict) else {"fault": facts})) for name, facts in told.items()]
+        answers = self._ask(method, LOOK_S, *args)
+        return [Sight(name, **(seen if isinstance(seen, dict) else {"fault": seen})) for name, seen in answers.items()]
 
     def _ask(self, method: str, seconds: float, *args: Any) -> dict[str, Any]:
         """Name of a node -> its answer, or why there is none."""
@@ -212,15 +212,15 @@ class _Lookers:
 
         asked = {name: getattr(actor, method).remote(*args) for name, actor in self.actors.items()}
         ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
-        found = {}
+        answers = {}
         for name, answer in asked.items():
             try:
-                found[name] = ray.get(answer) if answer in ready else _silent(seconds)
+                answers[name] = ray.get(answer) if answer in ready else _silent(seconds)
             except ray.exceptions.RayTaskError as error:  # its last line is the node's own error
-                found[name] = str(error).strip().splitlines()[-1].strip()
+                answers[name] = str(error).strip().splitlines()[-1].strip()
             except ray.exceptions.RayError as error:
-                found[name] = _first_line(error)
-        return found
+                answers[name] = _first_line(error)
+        return answers
 
 
 def tmp_dir_of(node: dict[str, Any]) -> str | None:
@@ -235,11 +235,11 @@ def _first_line(error: Exception) -> str:
 
 def names_of(nodes: list[dict[str, Any]]) -> list[str]:
     """What lines call the nodes: their addresses, with a number where several are on one machine."""
-    addresses, found = [node["NodeManagerAddress"] for node in nodes], []
+    addresses, names = [node["NodeManagerAddress"] for node in nodes], []
     for address in addresses:
-        same = f" ({sum(name.split()[0] == address for name in found) + 1})" * (addresses.count(address) > 1)
-        found.append(f"{address}{same}")
-    return found
+        same = f" ({sum(name.split()[0] == address for name in names) + 1})" * (addresses.count(address) > 1)
+        names.append(f"{address}{same}")
+    return names
 
 
 # -- checking ---------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def run(config: InspectConfig) -> str:
         "bounds": HISTOGRAM_HU,
         "outliers": [(record.scan_id, notes[record.scan_id]) for record in outliers[:NUM_OUTLIERS]],
         "num_outliers": len(outliers),
-        "pictures": [picture_of(index, one, notes[one.scan_id]) for one in _shown(config, index, notes, outliers)],
+        "pictures": [picture_of(index, one, notes[one.scan_id]) for one in _choose(config, index, notes, outliers)],
         "unused": unused[:NUM_UNUSED],
         "num_unused": {word: sum(kind == word for kind, _ in unused) for word in UNUSED.values()},
         "organs": list(index.labels),
@@ -127,25 +127,25 @@ def warnings(record: ScanRecord) -> list[str]:
     counts = np.array(record.histogram) / sum(record.histogram)
     low = counts[: _bin(-128)].sum()
     soft = counts[_bin(-128) : _bin(192)].sum()
-    found = []
+    texts = []
     if low < LEAST_BELOW_FAT:
-        found.append(f"not like HU: {low:.1%} of the voxels are air, lung or fat (an offset of 1024 missing?)")
+        texts.append(f"not like HU: {low:.1%} of the voxels are air, lung or fat (an offset of 1024 missing?)")
     if soft < LEAST_SOFT:
-        found.append(f"not like HU: {soft:.1%} of the voxels are soft tissue (-128 to 192 HU)")
+        texts.append(f"not like HU: {soft:.1%} of the voxels are soft tissue (-128 to 192 HU)")
     if counts[-1] > MOST_ABOVE_BONE:
-        found.append(f"not like HU: {counts[-1]:.0%} of the voxels are above {HISTOGRAM_HU[-1]} HU")
+        texts.append(f"not like HU: {counts[-1]:.0%} of the voxels are above {HISTOGRAM_HU[-1]} HU")
     if counts.max() > MOST_IN_ONE_BIN:
-        found.append(f"nearly constant: {counts.max():.1%} of the voxels within 64 HU")
+        texts.append(f"nearly constant: {counts.max():.1%} of the voxels within 64 HU")
     if record.foreground_share < LEAST_BODY:
-        found.append(f"hardly any body: {record.foreground_share:.1%} of the voxels are above {BODY_HU} HU")
+        texts.append(f"hardly any body: {record.foreground_share:.1%} of the voxels are above {BODY_HU} HU")
     if record.border_share > MOST_AT_BORDER:
-        found.append(f"field of view cuts the body: it covers {record.border_share:.0%} of the side faces")
+        texts.append(f"field of view cuts the body: it covers {record.border_share:.0%} of the side faces")
     if record.shape[0] < FEWEST_SLICES:
-        found.append(f"{record.shape[0]} slices")
-    found += shear_notes(np.reshape(record.affine, (4, 4)))
+        texts.append(f"{record.shape[0]} slices")
+    texts += shear_notes(np.reshape(record.affine, (4, 4)))
     if record.label_metadata is not None and not record.label_voxels:
-        found.append("its label map is empty")
-    return found
+        texts.append("its label map is empty")
+    return texts
 
 
 def _bin(hu: int) -> int:
@@ -178,7 +178,7 @@ def _preparation(said: dict[str, Any]) -> dict[str, str]:
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _shown(
+def _choose(
     config: InspectConfig, index: Index, notes: dict[str, list[str]], outliers: list[ScanRecord]
 ) -> list[ScanRecord]:
     """Scans that stand out first, then evenly spread ones, as many as asked for."""
@@ -206,7 +206,7 @@ def planes(shape: tuple[int, ...], spacing_mm: tuple[float, ...]) -> list[tuple[
 def picture_of(index: Index, record: ScanRecord, notes: list[str]) -> dict[str, Any]:
     """Slices through the middle of the labels or else of the body, upright, at the anatomy's proportions and all at
     one scale, with the labels' outlines."""
-    spacing, shown = record.spacing_mm, {"scan_id": record.scan_id, "notes": notes, "slices": [], "error": ""}
+    spacing, picture = record.spacing_mm, {"scan_id": record.scan_id, "notes": notes, "slices": [], "error": ""}
     chosen = planes(record.shape, spacing)
     try:
         reader = scan_files.open_volume(index.store, record)
@@ -220,12 +220,12 @@ def picture_of(index: Index, record: ScanRecord, notes: list[str]) -> dict[str, 
             wide_mm, tall_mm = image.shape[1] * spacing[column], image.shape[0] * spacing[row]
             if row == 0:  # head up
                 image, label = image[::-1], None if label is None else label[::-1]
-            picture = _png(image, label, list(index.labels.values()))
+            png = _png(image, label, list(index.labels.values()))
             size = {"wide": f"{wide_mm:.1f}", "ratio": f"{wide_mm / tall_mm:.3f}"}
-            shown["slices"].append({"name": name, "src": picture, **size})
+            picture["slices"].append({"name": name, "src": png, **size})
     except RuntimeError as error:  # damaged; the others can be shown
-        shown["error"] = str(error)
-    return shown
+        picture["error"] = str(error)
+    return picture
 
 
 def _middle(record: ScanRecord) -> list[int]:

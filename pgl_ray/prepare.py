@@ -26,20 +26,20 @@ from pgl_ray.config import FailedRun, PrepareConfig, StoreConfig, build
 from pgl_ray.convert import finish
 from pgl_ray.convert.agreement import agreed_names, check_labels, preparations, settings_of
 from pgl_ray.convert.one_scan import outcomes
-from pgl_ray.convert.todo import Todo, beside_another, known_sources, vanished, what_to_do
+from pgl_ray.convert.todo import Todo, known_sources, shares_folder, vanished, what_to_do
 from pgl_ray.convert.whole import Verified, is_whole, look_through, read_index
 from pgl_ray.data import store, store_settings
 from pgl_ray.data.durable import DISK_FULL
 from pgl_ray.data.place import Place
 from pgl_ray.files.accounts import grouped, json_lines
-from pgl_ray.files.kept_headers import Kept
+from pgl_ray.files.header_cache import HeaderCache
 from pgl_ray.files.layout import Layout, read_layout
 from pgl_ray.files.notes import NOTES_FILE, keep_notes
 from pgl_ray.files.source import Fault, counted
 from pgl_ray.train.progress import Stage, num_of
 
 HEADERS = "dicom_headers.parquet"  # in the store: what is known of DICOM files
-NUM_SHOWN = 10  # failures that the closing lines name; failed.jsonl has all
+NUM_NAMED = 10  # failures that the closing lines name; failed.jsonl has all
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
     began = time.monotonic()
     place = store.open_place(config.store)
     settings_of(config)  # looking through a large source takes minutes: what does not agree is said before
-    kept = _kept_headers(place)
+    cache = _read_header_cache(place)
     known = known_sources(place)
-    layout = read_layout(config.source, config.labels, config.recipe, config.series, kept, known)
+    layout = read_layout(config.source, config.labels, config.recipe, config.series, cache, known)
     try:
         with place.locked() as token:
-            if kept.changed:
-                place.write(HEADERS, [kept.packed()])
+            if cache.changed:
+                place.write(HEADERS, [cache.packed()])
             return _run(config, place, layout, token, only, began)
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -97,11 +97,11 @@ def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
         raise _disk_full(place.url) from error
 
 
-def _kept_headers(place: store.Place) -> Kept:
+def _read_header_cache(place: store.Place) -> HeaderCache:
     try:
-        return Kept(place.read(HEADERS))
+        return HeaderCache(place.read(HEADERS))
     except (FileNotFoundError, NotADirectoryError):
-        return Kept()
+        return HeaderCache()
 
 
 def _disk_full(folder: str) -> FailedRun:
@@ -172,17 +172,17 @@ def _convert(
     converted, failed, notes = 0, list(layout.faults), {}
     stage = Stage("prepare:", "scan", len(todo.tasks), starts=True)
     with closing(outcomes(config, place.url, token, todo.tasks, names)) as done, stage:
-        for source, status, reason, said, record in stage.each(done, lambda: num_of(failed, "failed")):
+        for source, status, reason, scan_notes, record in stage.each(done, lambda: num_of(failed, "failed")):
             if status == "disk full":
                 raise _disk_full(place.url)
-            if status == "label map" and beside_another(source, layout.scans):
+            if status == "label map" and shares_folder(source, layout.scans):
                 layout.left_out.append(Fault(source.image, reason.removeprefix(f"{source.image}: ")))
                 continue
             if status in ("failed", "label map"):
                 failed.append(Fault(source.image, reason))
                 continue
             converted += status == "converted"
-            notes |= {source.scan_id: said} if status == "converted" else {}
+            notes |= {source.scan_id: scan_notes} if status == "converted" else {}
             records[source.scan_id] = record
             if record.source != source.image and os.path.exists(record.source):  # it stays what it is
                 text = f"holds the same as scan {record.scan_id!r}, which the store has from {record.source}: "
@@ -194,11 +194,11 @@ def _convert(
 
 def _rename(place: store.Place, todo: Todo, records: dict[str, store.ScanRecord]) -> None:
     """Removes what lies in the store under another name by now."""
-    there = {source.scan_id for source in todo.stored}
+    stored = {source.scan_id for source in todo.stored}
     for new, olds in todo.renamed.items():
-        for old in olds if new in there else ():
+        for old in olds if new in stored else ():
             print(f"prepare: renamed: {old} -> {new}", flush=True)
-            if old not in there:
+            if old not in stored:
                 place.remove(f"scans/{old}")
                 del records[old]
 
@@ -229,19 +229,19 @@ def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
     Raises:
         ValueError, FailedRun: as verify and run.
     """
-    found = verify(config)
-    if not (found.damaged or found.index):
-        return found, {}
+    verified = verify(config)
+    if not (verified.damaged or verified.index):
+        return verified, {}
     place, reasons = store.open_place(config.store), {}
     known = read_index(place)[0] | store.read_records(place.url)
-    wanted = {name: known[name].source for name in found.damaged if name in known}
-    left = dict.fromkeys(found.damaged, "nothing is left that says where it was made from: prepare its folder again")
-    for said in store_settings.read_settings(config.store).preparations:
-        values = said | {"store": config.store, "ray": config.ray.model_dump()}
+    wanted = {name: known[name].source for name in verified.damaged if name in known}
+    left = dict.fromkeys(verified.damaged, "nothing is left that says where it was made from: prepare its folder again")
+    for preparation in store_settings.read_settings(config.store).preparations:
+        values = preparation | {"store": config.store, "ray": config.ray.model_dump()}
         try:
             result = run(build(PrepareConfig, values), only={name: wanted[name] for name in left if name in wanted})
         except ValueError as error:  # its source folder is gone
-            reasons[said["source"]] = str(error)
+            reasons[preparation["source"]] = str(error)
         else:
             reasons |= {fault.source: fault.reason for fault in result.failed}
         for name in list(left):
@@ -251,7 +251,7 @@ def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
         mine = [why for path, why in reasons.items() if Path(wanted[name]).is_relative_to(path)]
         why = "; ".join(mine) or ("prepare its folder again" if os.path.exists(wanted[name]) else "it is gone")
         left[name] = f"{wanted[name]}, which it was made from, cannot be used: {why}"
-    return found, left
+    return verified, left
 
 
 # -- what is said ----------------------------------------------------------------------------------------------------
@@ -259,21 +259,21 @@ def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
 
 def _note(place: Place, notes: dict[str, list[dict[str, Any]]]) -> None:
     """Prints what was said of scans as they were converted, but for matters of course, and keeps it."""
-    shown = [line for said in notes.values() for line in said if line["shown"]]
-    for line in shown[:NUM_SHOWN]:
+    printed = [line for scan_notes in notes.values() for line in scan_notes if line["shown"]]
+    for line in printed[:NUM_NAMED]:
         print(f"prepare: note: {line['source']}: {line['reason']}")
-    if len(shown) > NUM_SHOWN:
-        print(f"prepare: {len(shown)} notes in all, see {place.url}/{NOTES_FILE}", flush=True)
+    if len(printed) > NUM_NAMED:
+        print(f"prepare: {len(printed)} notes in all, see {place.url}/{NOTES_FILE}", flush=True)
     keep_notes(place, notes)
 
 
 def _tell_same_content(groups: list[list[store.ScanRecord]]) -> None:
     """Prints which scans hold the same voxels."""
-    for group in groups[:NUM_SHOWN]:
-        listed = ", ".join(f"{one.scan_id} ({one.split or 'no split'})" for one in group[:NUM_SHOWN])
+    for group in groups[:NUM_NAMED]:
+        listed = ", ".join(f"{one.scan_id} ({one.split or 'no split'})" for one in group[:NUM_NAMED])
         split = ", in two splits" if len({record.split for record in group}) > 1 else ""
-        print(f"prepare: note: the same voxels{split}: {listed}{' ...' * (len(group) > NUM_SHOWN)}", flush=True)
-    if len(groups) > NUM_SHOWN:
+        print(f"prepare: note: the same voxels{split}: {listed}{' ...' * (len(group) > NUM_NAMED)}", flush=True)
+    if len(groups) > NUM_NAMED:
         print(f"prepare: {counted(len(groups), 'group')} of scans with the same voxels in all", flush=True)
 
 
@@ -285,7 +285,7 @@ def describe(result: Result) -> str:
     """
     done = f"{result.converted} converted, {result.skipped} already there"
     if result.vanished:
-        names = f"{', '.join(result.vanished[:NUM_SHOWN])}{' ...' * (len(result.vanished) > NUM_SHOWN)}"
+        names = f"{', '.join(result.vanished[:NUM_NAMED])}{' ...' * (len(result.vanished) > NUM_NAMED)}"
         which, verb = ("its", "stays") if len(result.vanished) == 1 else ("their", "stay")
         gone = f"{counted(len(result.vanished), 'scan')} {verb} in the store while {which} files are gone"
         print(f"prepare: {gone}: {names}")
@@ -295,33 +295,34 @@ def describe(result: Result) -> str:
         print(f"prepare: all of them in {result.store}/left_out.jsonl", flush=True)
     if not result.failed:
         return f"prepare: {done}, {counted(result.num_scans, 'scan')} in {result.index}, {result.seconds:.0f} s"
-    for fault in result.failed[:NUM_SHOWN]:
+    for fault in result.failed[:NUM_NAMED]:
         print(f"  failed: {fault.source}: {fault.reason.removeprefix(fault.source + ': ')}", file=sys.stderr)
     raise FailedRun(f"{counted(len(result.failed), 'file')} failed (all in {result.store}/failed.jsonl), {done}")
 
 
-def describe_verified(found: Verified) -> str:
+def describe_verified(verified: Verified) -> str:
     """The closing line; FailedRun, after a line on stderr for each, where something is damaged."""
-    for name, reason in found.damaged.items():
+    for name, reason in verified.damaged.items():
         print(f"  damaged: scan {name!r}: {reason.split(': python -m')[0]}", file=sys.stderr)
-    if found.index:
-        print(f"  index.parquet {found.index}", file=sys.stderr)
-    if found.damaged or found.index:
+    if verified.index:
+        print(f"  index.parquet {verified.index}", file=sys.stderr)
+    if verified.damaged or verified.index:
+        also = ", and the index" * bool(verified.index)
         raise FailedRun(
-            f"{len(found.damaged)} of {found.num_scans} scans are damaged{', and the index' * bool(found.index)}: "
-            f"python -m pgl_ray.prepare repair store={found.store}"
+            f"{len(verified.damaged)} of {verified.num_scans} scans are damaged{also}: "
+            f"python -m pgl_ray.prepare repair store={verified.store}"
         )
-    verb = "is" if found.num_scans == 1 else "are"
-    scans = f"{counted(found.num_scans, 'scan')} in {found.store}"
-    return f"prepare verify: {scans} {verb} whole, {found.seconds:.0f} s"
+    verb = "is" if verified.num_scans == 1 else "are"
+    scans = f"{counted(verified.num_scans, 'scan')} in {verified.store}"
+    return f"prepare verify: {scans} {verb} whole, {verified.seconds:.0f} s"
 
 
 def describe_repaired(done: tuple[Verified, dict[str, str]]) -> str:
     """The closing line; FailedRun, after a line on stderr for each, where scans could not be mended."""
-    found, left = done
+    verified, left = done
     for name, reason in left.items():
         print(f"  not mended: scan {name!r}: {reason}", file=sys.stderr)
     if left:
-        raise FailedRun(f"{len(left)} of {len(found.damaged)} damaged scans could not be converted again")
-    names = f" ({', '.join(sorted(found.damaged))})" if found.damaged else ""
-    return f"prepare repair: {len(found.damaged)} of {counted(found.num_scans, 'scan')} converted again{names}"
+        raise FailedRun(f"{len(left)} of {len(verified.damaged)} damaged scans could not be converted again")
+    names = f" ({', '.join(sorted(verified.damaged))})" if verified.damaged else ""
+    return f"prepare repair: {len(verified.damaged)} of {counted(verified.num_scans, 'scan')} converted again{names}"

@@ -11,8 +11,8 @@ from preparing import ct_array, go, put, records
 
 from pgl_ray import prepare
 from pgl_ray.convert import one_scan
-from pgl_ray.files import dicom, kept_headers
-from pgl_ray.files.kept_headers import Kept
+from pgl_ray.files import dicom, header_cache
+from pgl_ray.files.header_cache import HeaderCache
 from pgl_ray.files.source import Source
 from pgl_ray.files.walk import walk
 
@@ -28,7 +28,7 @@ def files_of(root):
 def test_what_is_kept_agrees_with_pydicom(tmp_path):
     tags = {"PatientID": "Q 7", "StudyInstanceUID": "1.4", "FrameOfReferenceUID": "1.5", "SeriesDescription": "thin"}
     save(series(**tags), tmp_path)
-    for path, header in Kept().headers(files_of(tmp_path)).items():
+    for path, header in HeaderCache().headers(files_of(tmp_path)).items():
         file = pydicom.dcmread(path)
         assert (header.kind, header.series, header.instance) == ("slice", file.SeriesInstanceUID, file.SOPInstanceUID)
         assert (header.study, header.frame, header.description) == ("1.4", "1.5", "thin")
@@ -39,22 +39,22 @@ def test_what_is_kept_agrees_with_pydicom(tmp_path):
 
 def test_a_patients_name_is_not_kept(tmp_path):
     save(series(PatientID="MRN123456", PatientName="Doe^Jane", PatientBirthDate="19700101"), tmp_path)
-    kept = Kept()
+    kept = HeaderCache()
     kept.headers(files_of(tmp_path))
-    text = pickle.dumps(list(Kept(kept.packed())._known.items()))
+    text = pickle.dumps(list(HeaderCache(kept.packed())._known.items()))
     assert all(word not in text for word in (b"MRN123456", b"Doe", b"Jane", b"19700101"))
 
 
 def test_headers_are_read_once(tmp_path, monkeypatch):
     save(series(), tmp_path, "{}")
     (tmp_path / "text").write_text("no DICOM")
-    kept = Kept()
+    kept = HeaderCache()
     first = kept.headers(files_of(tmp_path))
     assert kept.changed
     read = []
-    real = kept_headers.read_header
-    monkeypatch.setattr(kept_headers, "read_header", lambda path: read.append(path) or real(path))
-    again = Kept(kept.packed())
+    real = header_cache.read_header
+    monkeypatch.setattr(header_cache, "read_header", lambda path: read.append(path) or real(path))
+    again = HeaderCache(kept.packed())
     assert again.headers(files_of(tmp_path)) == first and not read and not again.changed
     assert again.packed() == kept.packed()
     os.utime(tmp_path / "3", ns=(1, 1))
@@ -68,15 +68,15 @@ def test_headers_are_read_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"no parquet", None])
 def test_damage_to_what_is_kept_costs_time_alone(tmp_path, content):
     save(series(), tmp_path)
-    kept = Kept()
+    kept = HeaderCache()
     kept.headers(files_of(tmp_path))
     content = kept.packed()[:-30] if content is None else content
-    assert len(dicom.find(tmp_path, kept=Kept(content)).series) == 1
+    assert len(dicom.find(tmp_path, kept=HeaderCache(content)).series) == 1
 
 
 def test_what_cannot_be_opened_is_asked_again(tmp_path, monkeypatch):
     save(series(), tmp_path)
-    kept = Kept()
+    kept = HeaderCache()
     with monkeypatch.context() as patch:
 
         def locked(*_):
@@ -90,10 +90,10 @@ def test_what_cannot_be_opened_is_asked_again(tmp_path, monkeypatch):
 def test_many_files_are_read_by_several_processes(tmp_path, monkeypatch):
     for k in range(4):
         save(series(k), tmp_path / f"p{k}")
-    one = Kept().headers(files_of(tmp_path))
-    monkeypatch.setattr(kept_headers, "FEW", 0)
-    monkeypatch.setattr(kept_headers, "AT_ONCE", 5)
-    assert Kept().headers(files_of(tmp_path)) == one and len(one) == 24
+    one = HeaderCache().headers(files_of(tmp_path))
+    monkeypatch.setattr(header_cache, "FEW", 0)
+    monkeypatch.setattr(header_cache, "AT_ONCE", 5)
+    assert HeaderCache().headers(files_of(tmp_path)) == one and len(one) == 24
 
 
 def test_a_store_keeps_the_headers(tmp_path, serial, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_store_keeps_the_headers(tmp_path, serial, monkeypatch):
     put(tmp_path / "other/a.nii.gz")
     go(tmp_path / "raw", tmp_path / "s")
     assert (tmp_path / "s" / prepare.HEADERS).is_file()
-    monkeypatch.setattr(kept_headers, "read_header", lambda path: pytest.fail(f"{path} is read again"))
+    monkeypatch.setattr(header_cache, "read_header", lambda path: pytest.fail(f"{path} is read again"))
     assert go(tmp_path / "raw", tmp_path / "s").skipped == 1
     go(tmp_path / "other", tmp_path / "t")
     assert not (tmp_path / "t" / prepare.HEADERS).exists()

@@ -73,7 +73,7 @@ def crowd(bucket: Bucket, num: int) -> tuple[int, list[str]]:
             refused.append(str(error))
             return
         got.append(one)
-        with one.kept():  # until all the others have been told
+        with one.hold():  # until all the others have been told
             until = time.monotonic() + 10
             while len(got) + len(refused) < num and time.monotonic() < until:
                 time.sleep(0.02)
@@ -118,7 +118,7 @@ def test_a_lock_that_somebody_removes_is_made_again(bucket):
 
 
 def test_a_living_holder_keeps_the_lock(bucket):
-    with take(wish(bucket)).kept():
+    with take(wish(bucket)).hold():
         for _ in range(3):
             with pytest.raises(HeldError, match="process"):
                 take(wish(bucket))
@@ -126,7 +126,7 @@ def test_a_living_holder_keeps_the_lock(bucket):
 
 def test_who_lost_the_lock_never_touches_it_again(bucket):
     one = take(wish(bucket, silence_s=9))
-    with one.kept():
+    with one.hold():
         assert one.beat()
         put(bucket, DEAD)  # while this process was stopped, say
         assert not one.beat() and not one.beat()

@@ -10,7 +10,7 @@ from packaging.version import InvalidVersion, Version
 from pgl_ray.checkup.doctor_facts import EXTRAS, NEEDED, Machine
 from pgl_ray.checkup.doctor_places import Sight
 
-SHOWN = 3  # names in a line
+NUM_NAMED = 3  # names in a line
 SAID = ("torch", "ray", "zarr", "monai")  # packages that the line of versions names
 ALIKE = ("torch", "ray")  # packages that must be the same on all nodes
 SKEW_S, SKEW_OF_BUCKETS_S = 2.0, 600.0  # from when on it is said; buckets refuse requests from 15 minutes on
@@ -29,17 +29,17 @@ class Line(NamedTuple):
 
 def listed(names: Sequence[str]) -> str:
     """The first names, and how many there are more."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(names[:NUM_NAMED]) + more
 
 
 def grouped(machines: Iterable[Machine | Sight], text: Callable) -> dict[str, list[str]]:
     """What `text` says of machines -> names of those of which it says so; "" is nothing."""
-    found = defaultdict(list)
+    names = defaultdict(list)
     for one in machines:
         if said := text(one):
-            found[said].append(one.name)
-    return dict(found)
+            names[said].append(one.name)
+    return dict(names)
 
 
 def gb(num: float) -> str:
@@ -111,12 +111,12 @@ def _python(one: Machine, first: Machine) -> str:
 
 def _differences(one: Machine, first: Machine, must: bool) -> str:
     """In what packages a machine differs from the first, of those that must be alike or of the others."""
-    told = []
+    differences = []
     for name in NEEDED:
         ours, theirs = first.versions.get(name), one.versions.get(name)
         if (name in ALIKE) == must and ours and theirs and _public(ours) != _public(theirs):
-            told.append(f"{name} {theirs} where {first.name} has {ours}")
-    return ", ".join(told)
+            differences.append(f"{name} {theirs} where {first.name} has {ours}")
+    return ", ".join(differences)
 
 
 def extras(machines: Sequence[Machine], in_bucket: bool) -> list[Line]:
@@ -124,7 +124,7 @@ def extras(machines: Sequence[Machine], in_bucket: bool) -> list[Line]:
     first, lines = machines[0], []
     have = {one.name: {extra for extra, names in EXTRAS.items() if one.versions.keys() >= {*names}} for one in machines}
     if in_bucket:
-        lacking = [name for name, found in have.items() if "cloud" not in found]
+        lacking = [name for name, installed in have.items() if "cloud" not in installed]
         mend = "there: pip install 'pgl_ray[cloud]', or obstore"
         lines += [Line("extras", "wrong", f"{listed(lacking)}: no obstore, for buckets", mend)] if lacking else []
     ours = have[first.name]
@@ -207,14 +207,14 @@ def _interface(one: Machine) -> str:
 
 def interfaces(machines: Sequence[Machine]) -> list[Line]:
     """Whether the interfaces that variables name are there, and reach other machines."""
-    alone, lines = len({one.address for one in machines}) == 1, []
+    one_machine, lines = len({one.address for one in machines}) == 1, []
     for one in machines:
         for variable, value in one.chosen.items():
-            found = _matching(value, one.interfaces) if one.interfaces else ["unknown"]
+            matched = _matching(value, one.interfaces) if one.interfaces else ["unknown"]
             there = f"there are {', '.join(one.interfaces)}"
-            if not found:
+            if not matched:
                 text = f"{one.name}: {variable}={value} is none of its interfaces; {there}"
-            elif not alone and found == ["lo"]:
+            elif not one_machine and matched == ["lo"]:
                 text = f"{one.name}: {variable}={value} reaches no other machine"
             else:
                 continue

@@ -159,13 +159,13 @@ def code_hash(package: Path) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in [*NEEDED, *(one for names in EXTRAS.values() for one in names)]:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _address_of(host: str) -> str:
@@ -183,8 +183,8 @@ def _interfaces() -> dict[str, list[str]]:
 
     families = (socket.AF_INET, socket.AF_INET6)
     known = sorted(psutil.net_if_addrs().items())
-    found = {name: [one.address for one in all_ if one.family in families] for name, all_ in known}
-    return {name: addresses for name, addresses in found.items() if addresses}
+    by_name = {name: [one.address for one in all_ if one.family in families] for name, all_ in known}
+    return {name: addresses for name, addresses in by_name.items() if addresses}
 
 
 def gpus_here() -> tuple[list[dict[str, Any]], str]:
@@ -230,11 +230,11 @@ def rays_folder() -> str:
 def _disks(tmp_dir: str | None) -> dict[str, tuple[str, int, int]]:
     """Where Ray keeps sockets, logs and what finds no room in the object store, and where copies of runs lie."""
     folders = {"ray": Path(tmp_dir or rays_folder()), "cache": cache_folder()}
-    found = {}
+    disks = {}
     for what, folder in folders.items():
         usage = shutil.disk_usage(nearest(folder))
-        found[what] = (str(folder), usage.free, usage.total)
-    return found
+        disks[what] = (str(folder), usage.free, usage.total)
+    return disks
 
 
 # -- on a cluster ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from pgl_ray.config.fields import WrittenPath as WrittenPath
 from pgl_ray.config.fields import check_range as check_range
 from pgl_ray.config.fields import listed as listed
 from pgl_ray.config.fields import without_null as without_null
-from pgl_ray.config.load import KEPT as KEPT
+from pgl_ray.config.load import PLACEHOLDER as PLACEHOLDER
 from pgl_ray.config.load import Model as Model
 from pgl_ray.config.load import build as build
 from pgl_ray.config.load import flattened as flattened

@@ -25,15 +25,15 @@ def load(model: type[Model], args: list[str]) -> Model:
         ValueError: one message with every fault: dotted path, given value, accepted values.
     """
     merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create({})
-    kept: list[Any] = []
+    texts: list[Any] = []
     for arg in args:
         key, eq, value = arg.partition("=")
         try:
             if eq and not key.endswith((".yaml", ".yml")):
                 annotation = _annotation_at(model, key)
                 if _is_text(annotation) or _is_texts(annotation):
-                    kept.append(_typed(annotation, value))
-                    arg = f"{key}={KEPT}{len(kept) - 1}"
+                    texts.append(_typed(annotation, value))
+                    arg = f"{key}={PLACEHOLDER}{len(texts) - 1}"
                 part = OmegaConf.from_dotlist([arg])
             elif arg.endswith((".yaml", ".yml")):
                 part = _load_file(model, arg)
@@ -44,12 +44,12 @@ def load(model: type[Model], args: list[str]) -> Model:
             raise ValueError(f"config file {arg!r} does not exist") from None
         except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError, TypeError) as error:
             raise ValueError(f"{arg!r}: {' '.join(str(error).split())}") from None
-    return build(model, _put_back(OmegaConf.to_container(merged, resolve=False), kept))
+    return build(model, _put_back(OmegaConf.to_container(merged, resolve=False), texts))
 
 
 # Paths and other texts mean what was typed: YAML would read 007 as 7, 1e5 and 2_000 as numbers, yes as true.
 
-KEPT = "\ue000text "  # stands for a text of the command line, with its number, until all is merged
+PLACEHOLDER = "\ue000text "  # stands for a text of the command line, with its number, until all is merged
 
 
 def _annotation_at(model: Any, key: str) -> Any:
@@ -92,11 +92,11 @@ def _typed(annotation: Any, value: str) -> Any:
     return None if value == "null" and NoneType in _kinds(annotation) else value
 
 
-def _put_back(values: Any, kept: list[Any]) -> Any:
+def _put_back(values: Any, texts: list[Any]) -> Any:
     if isinstance(values, dict):
-        return {key: _put_back(value, kept) for key, value in values.items()}
-    if isinstance(values, str) and values.startswith(KEPT):
-        return kept[int(values.removeprefix(KEPT))]
+        return {key: _put_back(value, texts) for key, value in values.items()}
+    if isinstance(values, str) and values.startswith(PLACEHOLDER):
+        return texts[int(values.removeprefix(PLACEHOLDER))]
     return values
 
 

@@ -58,12 +58,12 @@ def what_to_do(layout: Layout, records: dict[str, store.ScanRecord], only: dict[
 
 def _own_sources(layout: Layout, only: dict[str, str]) -> list[Source]:
     """The sources of scans that the store has under these ids; a scan's own or none."""
-    found = []
+    sources = []
     for scan_id, path in only.items():
         own = [source for source in layout.scans if source.image == path]
         named = [source for source in own if source.scan_id == scan_id]
-        found += named or [replace(source, scan_id=scan_id) for source in own if len(own) == 1 and not source.slices]
-    return found
+        sources += named or [replace(source, scan_id=scan_id) for source in own if len(own) == 1 and not source.slices]
+    return sources
 
 
 def _renamed(sources: list[Source], records: dict[str, store.ScanRecord]) -> dict[str, list[str]]:
@@ -73,41 +73,41 @@ def _renamed(sources: list[Source], records: dict[str, store.ScanRecord]) -> dic
         by_path[record.source].append(record)
         if mark := identity.series_mark(record.scan_id):
             by_mark[mark].append(record)
-    found = {}
+    renamed = {}
     for source in sources:
         mark = identity.series_mark(source.scan_id) if source.slices else ""
         near = {record.scan_id: record for record in (*by_path[source.image], *by_mark.get(mark, ()))}
         near.pop(source.scan_id, None)
         olds = [scan_id for scan_id, record in near.items() if _is_same_source(source, mark, record)]
         if olds:
-            found[source.scan_id] = olds
-    return found
+            renamed[source.scan_id] = olds
+    return renamed
 
 
 def _is_same_source(source: Source, mark: str, record: store.ScanRecord) -> bool:
     if not source.slices:
         return record.source == source.image
-    theirs = identity.series_mark(record.scan_id)
-    if theirs:  # slices that came or went may have moved the folder that holds all of them
+    stored_mark = identity.series_mark(record.scan_id)
+    if stored_mark:  # slices that came or went may have moved the folder that holds all of them
         one, other = Path(source.image), Path(record.source)
-        return theirs == mark and (one.is_relative_to(other) or other.is_relative_to(one))
+        return stored_mark == mark and (one.is_relative_to(other) or other.is_relative_to(one))
     return record.source == source.image and _unchanged(source, record)
 
 
 def vanished(config: PrepareConfig, layout: Layout, records: Iterable[store.ScanRecord]) -> Iterator[str]:
     """Scans that were made from this source folder and whose files are gone. Of DICOM, whose folder may stay, the
     series that is not found any more, unless it was not looked for or cannot be used."""
-    root, found = Path(config.source).resolve(), {source.scan_id for source in layout.scans}
+    root, present = Path(config.source).resolve(), {source.scan_id for source in layout.scans}
     faulty = {fault.source for fault in layout.faults}
     for record in records:
         path = Path(record.source)
-        if record.scan_id in found or not path.is_relative_to(root):
+        if record.scan_id in present or not path.is_relative_to(root):
             continue
         if not path.exists() or (path.is_dir() and not config.series and record.source not in faulty):
             yield record.scan_id
 
 
-def beside_another(source: Source, scans: Sequence[Source]) -> bool:
+def shares_folder(source: Source, scans: Sequence[Source]) -> bool:
     """Whether another volume lies in a scan's folder: then what is no CT was only taken along."""
     folder = Path(source.image).parent
     return any(one is not source and folder in (Path(one.image), Path(one.image).parent) for one in scans)

@@ -89,7 +89,7 @@ class ArrayReader:
         self._scratch = np.empty(self.chunk, stored)  # the chunk decoded last
         self._place, self._key = open_place(store), f"scans/{scan_id}/{ARRAY_PATHS[kind]}/{SHARD}"
         self.far = is_url(store)
-        self._told = index is not None
+        self._index_given = index is not None
         if index is None:
             self._file, self.chunk_index = self._open()
         else:
@@ -141,16 +141,16 @@ class ArrayReader:
         try:
             return self._read_boxes(boxes, outs, chunks)
         except UnreadableScan:
-            if self._told:
+            if self._index_given:
                 self._look_again()
             elif chunks is None:
                 raise
-            return self._read_boxes(boxes, outs, None)  # chunks may be those of an index that was told
+            return self._read_boxes(boxes, outs, None)  # chunks may be those of an index that was given
 
     def _look_again(self) -> None:
-        """The index that was told does not agree with the shard, which may be a newer one."""
+        """The index that was given does not agree with the shard, which may be a newer one."""
         self._file, self.chunk_index = self._open()
-        self._told = False
+        self._index_given = False
 
     def _read_boxes(
         self, boxes: Sequence[np.ndarray], outs: Sequence[np.ndarray] | None, chunks: Chunks | None
@@ -169,10 +169,10 @@ class ArrayReader:
                 copies = touched.setdefault((d, h, w), [])
                 copies.append((codes[i], (to_d, to_h, to_w), (from_d, from_h, from_w)))
         spans = [self._span(place) for place in touched]
-        found = iter(()) if chunks is not None else self._file.ranges([span for span in spans if span])
+        contents = iter(()) if chunks is not None else self._file.ranges([span for span in spans if span])
         for (place, copies), span in zip(touched.items(), spans):
             if span is not None:
-                data = chunks[place] if chunks is not None else self._next(found, place)
+                data = chunks[place] if chunks is not None else self._next(contents, place)
                 self._decode(data, span[1], place)
             for target, to, origin in copies:
                 target[to] = self._fill_code if span is None else self._scratch[origin]
@@ -192,7 +192,7 @@ class ArrayReader:
         try:
             return self._fetch(boxes)
         except UnreadableScan:
-            if not self._told:
+            if not self._index_given:
                 raise
             self._look_again()
             return self._fetch(boxes)
@@ -203,8 +203,8 @@ class ArrayReader:
             axes = [_parts(start, stop, step) for (start, stop), step in zip(np.asarray(box).tolist(), self.chunk)]
             places |= {(d, h, w) for (d, *_), (h, *_), (w, *_) in product(*axes)}
         spans = {place: span for place in sorted(places) if (span := self._span(place))}
-        found = self._file.ranges(list(spans.values()))
-        return {place: self._next(found, place) for place in spans}
+        contents = self._file.ranges(list(spans.values()))
+        return {place: self._next(contents, place) for place in spans}
 
     def spans(self, chunks: Chunks) -> list[tuple[int, int]]:
         """(offset, bytes) of chunks in the shard, in ascending order."""
@@ -222,9 +222,9 @@ class ArrayReader:
         offset, length = self.chunk_index[place].tolist()
         return None if offset == MISSING else (offset, length)
 
-    def _next(self, found: Iterator[memoryview], place: tuple[int, int, int]) -> memoryview:
+    def _next(self, contents: Iterator[memoryview], place: tuple[int, int, int]) -> memoryview:
         try:
-            return next(found)
+            return next(contents)
         except (OSError, EOFError) as error:
             raise self._failed(f"cannot be read at chunk {place}", error) from None
 

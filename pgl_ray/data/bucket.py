@@ -73,12 +73,12 @@ class Bucket:
         import obstore
 
         def get(store: "ObjectStore", key: str) -> None:  # in pieces, for a request may take half a minute
-            found = obstore.head(store, key)
+            meta = obstore.head(store, key)
             with path.open("wb") as file:
-                for start in range(0, found["size"], PIECE):
+                for start in range(0, meta["size"], PIECE):
                     options: GetOptions = {
-                        "range": (start, min(start + PIECE, found["size"])),
-                        "if_match": found["e_tag"],
+                        "range": (start, min(start + PIECE, meta["size"])),
+                        "if_match": meta["e_tag"],
                     }
                     file.write(obstore.get(store, key, options=options).bytes())
 
@@ -89,8 +89,8 @@ class Bucket:
         import obstore
 
         def all_of(store: "ObjectStore") -> dict[str, str]:
-            found = [item for batch in obstore.list(store) for item in batch]
-            return {item["path"]: f"{item['e_tag']} {item['size']} {item['last_modified']}" for item in found}
+            objects = [item for batch in obstore.list(store) for item in batch]
+            return {item["path"]: f"{item['e_tag']} {item['size']} {item['last_modified']}" for item in objects}
 
         return self.ask(all_of)
 
@@ -98,8 +98,8 @@ class Bucket:
         """As Folder's."""
         import obstore
 
-        found = self.ask(obstore.list_with_delimiter, f"{key}/" if key else None)
-        paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
+        listing = self.ask(obstore.list_with_delimiter, f"{key}/" if key else None)
+        paths = [*listing["common_prefixes"], *(item["path"] for item in listing["objects"])]
         return sorted(path.rsplit("/", 1)[-1] for path in paths)
 
     def remove(self, key: str) -> None:
@@ -147,7 +147,7 @@ class Bucket:
 
         lease = Lease(self.ask, ".lock", HEARTBEAT_S, SILENCE_S)
         lease.take(refuse or (lambda owner: in_use(self.url)), wait)
-        with lease.kept(), part_folder(self) as token:
+        with lease.hold(), part_folder(self) as token:
             self._lease = lease
             try:
                 yield token

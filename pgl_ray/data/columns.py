@@ -72,8 +72,8 @@ class Columns:
 
     def value(self, name: str, row: int) -> Any:
         """What stands in a row: a number, a text, bytes, a list of numbers, or none."""
-        found = self.column(name)[row]
-        return found.tolist() if isinstance(found, np.ndarray | np.generic) else found
+        value = self.column(name)[row]
+        return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
     def column(self, name: str) -> "np.ndarray | _Lists | _Texts | Names":
         """A column: an array of numbers [num_rows], or of lists of one length [num_rows, length], to be left as it is;
@@ -114,10 +114,10 @@ class Columns:
         """A column as one Arrow array."""
         return self._all(self._open().read([name], use_threads=False).column(0).combine_chunks())
 
-    def _all(self, found: Any) -> Any:
-        if len(found) != self.num_rows:
-            raise ValueError(f"{len(found)} of {self.num_rows} rows in a column")
-        return found
+    def _all(self, values: Any) -> Any:
+        if len(values) != self.num_rows:
+            raise ValueError(f"{len(values)} of {self.num_rows} rows in a column")
+        return values
 
     def _open(self) -> "pyarrow.parquet.ParquetFile":
         """The file from its footer on; where it is another one than before, rows of the two would be mixed."""

@@ -59,9 +59,9 @@ def training_facts(
 
 
 def _seen(scans: list[ScanRecord], with_labels: bool, before: dict[str, Any]) -> dict[str, str]:
-    found = {kind: _hashes(before, kind) for kind in KINDS}
-    found["with_labels" if with_labels else "without_labels"] |= {_short(scan) for scan in scans}
-    return {kind: base64.b64encode(b"".join(sorted(own))).decode() for kind, own in found.items()}
+    hashes = {kind: _hashes(before, kind) for kind in KINDS}
+    hashes["with_labels" if with_labels else "without_labels"] |= {_short(scan) for scan in scans}
+    return {kind: base64.b64encode(b"".join(sorted(own))).decode() for kind, own in hashes.items()}
 
 
 def _hashes(facts: dict[str, Any], kind: str) -> set[bytes]:
@@ -80,13 +80,13 @@ def seen_notes(facts: dict[str, Any], scans: Iterable[ScanRecord]) -> list[str]:
         facts: of the network, from `training_facts`; {} where nothing is known of it, which says nothing.
         scans: that it is evaluated on, of any store.
     """
-    evaluated, found = [_short(scan) for scan in scans], []
+    evaluated, notes = [_short(scan) for scan in scans], []
     for kind, what in KINDS.items():
         known = _hashes(facts, kind)
         num = sum(one in known for one in evaluated)
         if num:
-            found.append(f"{num} of the {len(evaluated)} evaluated scans {'was' if num == 1 else 'were'} {what}")
-    return found
+            notes.append(f"{num} of the {len(evaluated)} evaluated scans {'was' if num == 1 else 'were'} {what}")
+    return notes
 
 
 def disagreements(
@@ -100,10 +100,10 @@ def disagreements(
         voxels: int16 [D, H, W], HU.
         affine: [4, 4], voxel index (d, h, w, 1) -> RAS+ mm.
     """
-    found = []
+    notes = []
     codes = "".join(nib.aff2axcodes(affine))
     if codes != "SPL":
-        found.append(f"its axes run towards {', '.join(codes)}, the training scans' (D, H, W) towards S, P, L")
+        notes.append(f"its axes run towards {', '.join(codes)}, the training scans' (D, H, W) towards S, P, L")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     low, _, high = np.array(facts["spacing_mm"])
     margin = SPACING_MARGIN
@@ -112,17 +112,17 @@ def disagreements(
         margin = RESAMPLED_MARGIN
     if ((spacing < low / margin) | (spacing > high * margin)).any():
         seen = _text(low) if np.array_equal(low, high) else f"{_text(low)} to {_text(high)}"
-        found.append(f"its voxels are {_text(spacing)} mm (D, H, W), the training scans' {seen} mm")
+        notes.append(f"its voxels are {_text(spacing)} mm (D, H, W), the training scans' {seen} mm")
     mean, std = statistics(np.ascontiguousarray(voxels, np.int16), hu_window)
     for name, value in (("mean", mean), ("standard deviation", std)):
         low, high = facts["mean_hu" if name == "mean" else "std_hu"]
         slack = max(LEAST_MARGIN_HU, high - low)
         if not low - slack <= value <= high + slack:
-            found.append(
+            notes.append(
                 f"the {name} of its voxels inside the HU window is {value:.0f}, the training scans' {low:.0f} to "
                 f"{high:.0f}: is it in HU, and a CT?"
             )
-    return found
+    return notes
 
 
 def spacing_note(facts: dict[str, Any], index: Index) -> str | None:

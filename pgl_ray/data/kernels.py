@@ -75,11 +75,11 @@ def _resize(crop, planes, rows, height, width, low, high, scale, shift, z, y, x,
             line_2, line_3 = out[i, min(j + 2, last)], out[i, min(j + 3, last)]
             for k in range(out.shape[2]):
                 at, share = x_0[k], x_w[k]
-                beside = at + np.uint64(1)
-                line_0[k] = row_0[at] + share * (row_0[beside] - row_0[at])
-                line_1[k] = row_1[at] + share * (row_1[beside] - row_1[at])
-                line_2[k] = row_2[at] + share * (row_2[beside] - row_2[at])
-                line_3[k] = row_3[at] + share * (row_3[beside] - row_3[at])
+                after = at + np.uint64(1)
+                line_0[k] = row_0[at] + share * (row_0[after] - row_0[at])
+                line_1[k] = row_1[at] + share * (row_1[after] - row_1[at])
+                line_2[k] = row_2[at] + share * (row_2[after] - row_2[at])
+                line_3[k] = row_3[at] + share * (row_3[after] - row_3[at])
 
 
 def _blur(view, taps, out):

@@ -68,7 +68,7 @@ class Lease:
                 return
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Gives signs of life from a thread of its own while it lasts, then frees the lock, if it is still this one's;
         others would wait for a sign of life."""
         import obstore
@@ -108,8 +108,8 @@ class Lease:
         import obstore
 
         def get(store: Any, key: str) -> tuple[bytes, dict[str, Any]]:
-            found = obstore.get(store, key)
-            return bytes(found.bytes()), _version(found.meta)
+            result = obstore.get(store, key)
+            return bytes(result.bytes()), _version(result.meta)
 
         try:
             return self._ask(get, self._key)

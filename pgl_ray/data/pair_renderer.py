@@ -131,9 +131,9 @@ class PairRenderer:
             out |= {name: column.copy() for name, column in rows.items()}  # the caller's are left as they are
             volume_reader.cache_clear()  # an open file may be what fails
         for i in unread:
-            shown = self._instead({name: column[i : i + 1] for name, column in rows.items()})
+            instead = self._instead({name: column[i : i + 1] for name, column in rows.items()})
             for name in out.keys() - {"step", "missed"}:
-                out[name][i] = shown[name][0]
+                out[name][i] = instead[name][0]
             out["missed"][i] = rows["scan"][i]
         return out
 
@@ -236,13 +236,13 @@ class PairRenderer:
             if self.augment:
                 (std, *others), seed = drawn.intensity[i, k].tolist(), int(drawn.noise_seed[i, k])
                 view = apply_intensity(view, Intensity(std, seed, *others))
-            shown = out[f"view_{k + 1}"][i, 0]
-            torch.from_numpy(shown).copy_(view)  # numpy's cast is slow
+            target = out[f"view_{k + 1}"][i, 0]
+            torch.from_numpy(target).copy_(view)  # numpy's cast is slow
             if self.deform:
                 from pgl_ray.data.deform import deform  # takes MONAI, whose import costs every process five seconds
 
                 rng = rng or generator(self.seed, int(drawn.rows["epoch"][i]), scan.scan_id, int(drawn.rows["draw"][i]))
-                out[f"deformed_{k + 1}"][i, 0] = deform(torch.from_numpy(shown.astype(np.float32)), rng)
+                out[f"deformed_{k + 1}"][i, 0] = deform(torch.from_numpy(target.astype(np.float32)), rng)
 
     def _cut(self, i: int, drawn: Drawn, out: dict[str, np.ndarray], reader: Any) -> None:
         """Crops of row i, as they are stored."""

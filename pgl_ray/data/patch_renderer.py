@@ -50,13 +50,13 @@ class PatchRenderer:
         out["patch"] = recycled("patch", (num, 1, *size), np.float16)
         out["target"] = recycled("target", (num, 1, *size), np.uint8)
         out["labelled"] = np.empty((num, len(values) + 1), np.uint8)
-        found = [index.by_id[self.scan_ids[scan]] for scan in rows["scan"].tolist()]
+        records = [index.by_id[self.scan_ids[scan]] for scan in rows["scan"].tolist()]
         drawn = []
-        for i, record in enumerate(found):
+        for i, record in enumerate(records):
             rng = generator(self.seed, int(rows["epoch"][i]), record.scan_id, int(rows["draw"][i]))
             drawn.append((record.scan_id, self._prior(rng, record), sample_intensity(rng, self.intensity)))
         with closing(self._readers(drawn)) as readers:
-            for i, (record, (_, prior, params), ready) in enumerate(zip(found, drawn, readers, strict=True)):
+            for i, (record, (_, prior, params), ready) in enumerate(zip(records, drawn, readers, strict=True)):
                 volume, labels = ready()
                 (crop,) = read_all_padded(volume, [prior.box], AIR)
                 crop = rendering.render(crop, size, prior.flip, index.hu_window, record.mean_hu, record.std_hu)

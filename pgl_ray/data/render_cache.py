@@ -27,15 +27,15 @@ def index_of(store: str) -> Index:
 @lru_cache(maxsize=256)
 def volume_reader(store: str, scan_id: str, codes: bool = False) -> ArrayReader:
     """A scan's volume [D, H, W], opened; `codes`: as it is stored, not in HU."""
-    found = chunks.lookup(store)(scan_id, "volume")
-    return open_volume(store, index_of(store).by_id[scan_id], codes, found)
+    chunk_index = chunks.lookup(store)(scan_id, "volume")
+    return open_volume(store, index_of(store).by_id[scan_id], codes, chunk_index)
 
 
 @lru_cache(maxsize=256)
 def label_reader(store: str, scan_id: str) -> ArrayReader:
     """A scan's label map [D, H, W], opened."""
-    found = chunks.lookup(store)(scan_id, "label")
-    return open_label(store, index_of(store).by_id[scan_id], found)
+    chunk_index = chunks.lookup(store)(scan_id, "label")
+    return open_label(store, index_of(store).by_id[scan_id], chunk_index)
 
 
 @lru_cache(maxsize=4096)
@@ -102,9 +102,9 @@ def _arrays(name: str) -> list[np.ndarray]:
 def recycled(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array that an earlier batch had under this name, as it was left, if nobody holds it any more; else a new one.
     New memory costs a page fault every 4 KB, dear on virtual machines. For one thread: Ray's tasks have one."""
-    kept = _arrays(name)
-    for i in range(len(kept)):
-        if kept[i].shape == shape and kept[i].dtype == dtype and sys.getrefcount(kept[i]) == 2:
-            return kept[i]
-    kept[:] = [np.empty(shape, dtype), *kept[:1]]
-    return kept[0]
+    arrays = _arrays(name)
+    for i in range(len(arrays)):
+        if arrays[i].shape == shape and arrays[i].dtype == dtype and sys.getrefcount(arrays[i]) == 2:
+            return arrays[i]
+    arrays[:] = [np.empty(shape, dtype), *arrays[:1]]
+    return arrays[0]

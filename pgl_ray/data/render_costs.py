@@ -78,7 +78,7 @@ def _fetched(store: str, drawn: Drawn) -> tuple[int, list[tuple[int, int]]]:
             key = scan_id, region.tobytes()
             boxes = [] if key in seen else [region]
             seen.add(key)
-        found = fetch_boxes(reader, boxes).chunks
-        done += sum(map(len, found.values()))
-        requests += wire.joined(reader.spans(found)) if reader.far else []
+        fetched = fetch_boxes(reader, boxes).chunks
+        done += sum(map(len, fetched.values()))
+        requests += wire.joined(reader.spans(fetched)) if reader.far else []
     return done, requests

@@ -59,8 +59,8 @@ def read_all_padded(reader: Stored, boxes: Sequence[np.ndarray], fill: int) -> l
         [[min(max(edge, 0), size) for edge in axis] for axis, size in zip(box, reader.shape, strict=True)]
         for box in boxes
     ]
-    found = reader.read_boxes(insides)
-    return [_padded(*each, fill) for each in zip(found, insides, boxes, strict=True)]
+    voxels = reader.read_boxes(insides)
+    return [_padded(*each, fill) for each in zip(voxels, insides, boxes, strict=True)]
 
 
 def _padded(voxels: np.ndarray, inside: list[list[int]], box: list[list[int]], fill: int) -> np.ndarray:

@@ -58,16 +58,16 @@ class Index:
         Raises:
             ValueError: a map holds a value without a name: it would pass for background.
         """
-        found = [scan for scan in self.scans if scan.split == split and scan.label_metadata is not None]
+        scans = [scan for scan in self.scans if scan.split == split and scan.label_metadata is not None]
         known = set(self.label_values)
-        for scan in found:
+        for scan in scans:
             unknown = sorted(set(scan.label_voxels) - known)
             if unknown:
                 raise ValueError(
                     f"scan {scan.scan_id!r} of {self.store} has label values {unknown} that have no name; known: "
                     f"{self.labels}; prepare the store again with all of them in labels.names"
                 )
-        return found
+        return scans
 
     @property
     def by_id(self) -> Mapping[str, ScanRecord]:
@@ -162,16 +162,16 @@ def read_records(store: str | Path) -> dict[str, ScanRecord]:
     place = open_place(store)
 
     def read(names: Sequence[str]) -> dict[str, ScanRecord]:
-        found = {}
+        records = {}
         for name in names:
             with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # prepare writes it again
-                found[name] = parse_record(place.read(f"scans/{name}/zarr.json"))
-        return found
+                records[name] = parse_record(place.read(f"scans/{name}/zarr.json"))
+        return records
 
     names = scan_names(place)  # in turns of some, for a thread's turn costs as much as reading a file
     turns = [names[start : start + READS_IN_TURN] for start in range(0, len(names), READS_IN_TURN)]
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        return {name: record for found in pool.map(read, turns) for name, record in found.items()}
+        return {name: record for records in pool.map(read, turns) for name, record in records.items()}
 
 
 def scan_names(place: Place) -> list[str]:

@@ -44,9 +44,9 @@ class Settings:
 
 def data_sets(settings: Settings) -> tuple[dict[str, str], ...]:
     """What `Index.data_sets` holds."""
-    recipes = [said.get("recipe", {}) for said in settings.preparations]
-    found = [{key: recipe.get(key, "") for key in ("name", "licence", "origin")} for recipe in recipes]
-    return tuple(one for number, one in enumerate(found) if one not in found[:number])
+    recipes = [preparation.get("recipe", {}) for preparation in settings.preparations]
+    sets = [{key: recipe.get(key, "") for key in ("name", "licence", "origin")} for recipe in recipes]
+    return tuple(one for number, one in enumerate(sets) if one not in sets[:number])
 
 
 def read_settings(store: str | Path) -> Settings:
@@ -63,14 +63,14 @@ def read_settings(store: str | Path) -> Settings:
             f"{str(store)!r} is not a store (no store.json): make one with python -m pgl_ray.prepare"
         ) from None
     try:
-        said = json.loads(content)
-        known = said["format"]
+        stored = json.loads(content)
+        known = stored["format"]
         if known == FORMAT:
-            spacing, (low, high) = said["spacing_mm"], said["hu_window"]
+            spacing, (low, high) = stored["spacing_mm"], stored["hu_window"]
             if spacing:
                 d, h, w = spacing
                 spacing = d, h, w
-            return Settings(said["labels"], (low, high), said["encoding"], spacing, tuple(said["preparations"]))
+            return Settings(stored["labels"], (low, high), stored["encoding"], spacing, tuple(stored["preparations"]))
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"store.json of {str(store)!r} is damaged: delete it, then prepare the same folders again; scans that are "
@@ -86,18 +86,18 @@ def write_settings(store: str | Path, labels: dict[str, int], hu_window: tuple[f
     low, high = hu_window
     settings = Settings(labels, (low, high), **others)
     ordered = dict(sorted(labels.items(), key=lambda item: item[1]))
-    said = {"format": FORMAT, **dataclasses.asdict(settings), "labels": ordered, "versions": _versions()}
-    open_place(store).write("store.json", [json.dumps(said, indent=2, ensure_ascii=False).encode()])
+    values = {"format": FORMAT, **dataclasses.asdict(settings), "labels": ordered, "versions": _versions()}
+    open_place(store).write("store.json", [json.dumps(values, indent=2, ensure_ascii=False).encode()])
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in WRITERS:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:  # pgl_ray run from a checkout, pydicom not installed
             continue
-    return found
+    return versions
 
 
 def made_here(store: str | Path) -> bool:

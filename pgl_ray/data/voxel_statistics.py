@@ -62,8 +62,8 @@ def foreground_box(volume: np.ndarray) -> tuple[int, ...]:
 
 def label_boxes(label: np.ndarray) -> dict[int, tuple[int, ...]]:
     """Box (d0, d1, h0, h1, w0, w1) of every label value that occurs."""
-    found = ndimage.find_objects(label)
-    return {value: tuple(b for s in box for b in (s.start, s.stop)) for value, box in enumerate(found, 1) if box}
+    boxes = ndimage.find_objects(label)
+    return {value: tuple(b for s in box for b in (s.start, s.stop)) for value, box in enumerate(boxes, 1) if box}
 
 
 def count_labels(label: np.ndarray) -> dict[int, int]:

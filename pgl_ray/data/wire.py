@@ -122,15 +122,15 @@ class FarFile:
         file = cls(ask, url, key, 0)
 
         def tail(store: Any, key: str) -> tuple[int, memoryview]:
-            found = obstore.get(store, key, options={"range": {"suffix": length}})
-            return found.meta["size"], memoryview(found.bytes())
+            result = obstore.get(store, key, options={"range": {"suffix": length}})
+            return result.meta["size"], memoryview(result.bytes())
 
         try:
-            file.size, found = file._patiently(tail)
+            file.size, last = file._patiently(tail)
         except (EOFError, NotImplementedError):  # it is empty, or the store knows no such ranges, as Azure
             file = cls(ask, url, key)
-            (found,) = file.ranges([(max(0, file.size - length), length)])
-        return file, found
+            (last,) = file.ranges([(max(0, file.size - length), length)])
+        return file, last
 
     def ranges(self, spans: list[tuple[int, int]]) -> Iterator[memoryview]:
         """The bytes of each (offset, length); fewer where the file ends before. They are asked for at once, a large
@@ -142,8 +142,8 @@ class FarFile:
             bounds = [(min(offset, self.size), min(offset + length, self.size)) for offset, length in part]
             asked = [bound for bound in bounds if bound[0] < bound[1]]
             starts, ends = [start for start, _ in asked], [end for _, end in asked]
-            found = iter(self._patiently(obstore.get_ranges, starts=starts, ends=ends) if asked else ())
-            yield from [memoryview(next(found)) if start < end else memoryview(b"") for start, end in bounds]
+            contents = iter(self._patiently(obstore.get_ranges, starts=starts, ends=ends) if asked else ())
+            yield from [memoryview(next(contents)) if start < end else memoryview(b"") for start, end in bounds]
 
     def _patiently(self, function: Callable, **options: Any) -> Any:
         return patiently(lambda: self._ask(function, self._key, **options), self._url)

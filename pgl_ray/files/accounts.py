@@ -10,7 +10,7 @@ import numpy as np
 from isal import igzip
 
 from pgl_ray.files import ct
-from pgl_ray.files.source import Fault, Found, files_of
+from pgl_ray.files.source import Fault, Inventory, files_of
 from pgl_ray.files.walk import Tree
 
 NUM_REASONS = 10  # that are printed
@@ -18,7 +18,7 @@ NUM_NAMES = 3  # of files, for each
 NIFTI = (".nii", ".nii.gz")
 
 
-def one_of(paths: list[Path], known: Collection[str], found: Found) -> Path | None:
+def one_of(paths: list[Path], known: Collection[str], inventory: Inventory) -> Path | None:
     """Of files that one name fits, such as ct.nii and ct.nii.gz: the one that counts where they hold the same, none
     where they do not."""
     if len(paths) == 1:
@@ -27,11 +27,11 @@ def one_of(paths: list[Path], known: Collection[str], found: Found) -> Path | No
     others = [path for path in paths[1:] if not _same(paths[0], path)]
     if others:
         names = ", ".join(path.name for path in paths[1:])
-        found.faults.append(Fault(str(paths[0]), f"of one name with {names}, and they differ: keep one of them"))
-        found.seen.update(str(file) for path in paths for file in files_of(path))
+        inventory.faults.append(Fault(str(paths[0]), f"of one name with {names}, and they differ: keep one of them"))
+        inventory.seen.update(str(file) for path in paths for file in files_of(path))
         return None
-    found.left_out.extend(Fault(str(path), f"holds the same as: {paths[0]}") for path in paths[1:])
-    found.seen.update(str(file) for path in paths[1:] for file in files_of(path))
+    inventory.left_out.extend(Fault(str(path), f"holds the same as: {paths[0]}") for path in paths[1:])
+    inventory.seen.update(str(file) for path in paths[1:] for file in files_of(path))
     return paths[0]
 
 
@@ -53,10 +53,10 @@ def _inflated(path: Path) -> bytes:
         return stream.read()
 
 
-def unused(tree: Tree, found: Found) -> list[Fault]:
+def unused(tree: Tree, inventory: Inventory) -> list[Fault]:
     """Files that nothing has been said of."""
-    told = {fault.source for fault in (*found.faults, *found.left_out)} | found.seen
-    left = [path for path in tree.paths if path not in told]
+    accounted = {fault.source for fault in (*inventory.faults, *inventory.left_out)} | inventory.seen
+    left = [path for path in tree.paths if path not in accounted]
     return [Fault(path, _reason(path, tree)) for path in left]
 
 

@@ -1,7 +1,7 @@
 """Contours of a DICOM structure set (RTSTRUCT) on a CT's grid, one ROI at a time.
 
 A voxel belongs to a ROI where its centre lies inside an odd number of the ROI's contours on its slice, so that inner
-contours and keyholes are holes (DICOM PS3.3, C.8.8.6). Own code, because no kept library fits: rt-utils needs OpenCV
+contours and keyholes are holes (DICOM PS3.3, C.8.8.6). Own code, for no library fits: rt-utils needs OpenCV
 and rounds the points to pixels, platipy holds pydicom below 3, dcmrtstruct2nii takes one series in one folder.
 """
 
@@ -58,18 +58,20 @@ class Roi:
         points, seen, copies = [], set(), 0
         for number, contour in enumerate(closed, 1):
             try:
-                found = _points(contour)
+                points_mm = _points(contour)
             except ValueError as error:
                 placed.refused = f"its contour {number} is broken ({error})"
                 return placed
-            if len(found) < 3:
-                placed.notes.append(f"its contour {number} has {len(found)} point{'s' * (len(found) != 1)}, no area")
+            if len(points_mm) < 3:
+                placed.notes.append(
+                    f"its contour {number} has {len(points_mm)} point{'s' * (len(points_mm) != 1)}, no area"
+                )
                 continue
-            if found.tobytes() in seen:  # it would undo itself, for what lies in two contours is a hole
+            if points_mm.tobytes() in seen:  # it would undo itself, for what lies in two contours is a hole
                 copies += 1
                 continue
-            seen.add(found.tobytes())
-            points.append(np.c_[found, np.ones(len(found))] @ to_index.T[:, :3])
+            seen.add(points_mm.tobytes())
+            points.append(np.c_[points_mm, np.ones(len(points_mm))] @ to_index.T[:, :3])
         if copies:
             placed.notes.append(f"{_contours(copies)} {_verb(copies, 'stands', 'stand')} there twice, taken once")
         if points:
@@ -94,10 +96,10 @@ def rois(structures: "Dataset") -> list[Roi]:
     for roi in structures.get("ROIContourSequence") or []:
         contours[whole(roi.get("ReferencedROINumber"))].extend(roi.get("ContourSequence") or [])
     unnamed = [number for number in contours if not names.get(number)]
-    found = [
+    named = [
         Roi(name, f"structure {name!r} (ROI {number})", contours[number]) for number, name in names.items() if name
     ]
-    return found + [Roi("", f"ROI {number}", contours[number]) for number in unnamed]
+    return named + [Roi("", f"ROI {number}", contours[number]) for number in unnamed]
 
 
 def _points(contour: "Dataset") -> np.ndarray:

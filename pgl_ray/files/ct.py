@@ -168,7 +168,7 @@ def smallest(label: np.ndarray) -> np.ndarray:
 
 
 def extent(path: str | Path, slices: tuple[str, ...] = ()) -> tuple[int, float]:
-    """Number of voxels of a volume, and the size of one in mm^3, by its header alone.
+    """Number of voxels of a volume, and the size of one in mm^3, from its header only.
 
     Raises:
         ValueError: as read_scan.
@@ -264,7 +264,7 @@ def _to_stored(array: np.ndarray, affine: np.ndarray, axes: np.ndarray) -> tuple
 
 
 def _pasted(label: np.ndarray, affine: np.ndarray, like: Scan) -> tuple[np.ndarray, np.ndarray]:
-    """A segmentation that was saved for its segments' extent alone, on its CT's whole grid; any other as it is."""
+    """A segmentation that was saved only for its segments' extent, on its CT's whole grid; any other as it is."""
     step = np.linalg.inv(like.affine) @ affine
     first = np.rint(step[:3, 3]).astype(int)
     step[:3, 3] -= first

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pgl_ray.files import dicom_series, identity, structure_header
 from pgl_ray.files.dicom_headers import SUFFIXES, Header, read_header, unreadable
-from pgl_ray.files.kept_headers import Kept
+from pgl_ray.files.header_cache import HeaderCache
 from pgl_ray.files.structure_header import Contours
 from pgl_ray.files.walk import LOST, Tree, walk
 
@@ -38,7 +38,7 @@ class Series(NamedTuple):
         return [os.path.join(self.folder, name) for name in self.slices]
 
 
-class Found(NamedTuple):
+class Objects(NamedTuple):
     """What lies below a folder: CT series, structure sets, (path, reason) of other DICOM objects that are no CT volume
     and of copies and scouts, (path, reason) of DICOM files that cannot be read, and the series that those belong to, as
     far as it is known."""
@@ -50,7 +50,7 @@ class Found(NamedTuple):
     belongs: dict[str, str]
 
     def doubt(self, series: Series) -> str:
-        """The reason of a file that cannot be read and lies beside a series' slices, of which it may be one, or ""."""
+        """The reason of a file that cannot be read and lies next to a series' slices, of which it may be one, or ""."""
         if not self.unreadable:
             return ""
         folders = {os.path.dirname(path) for path in series.paths()}
@@ -62,12 +62,14 @@ class Found(NamedTuple):
         return ""
 
 
-def find(folder: Path, tree: Tree | None = None, kept: Kept | None = None, known: Collection[str] = ()) -> Found:
+def find(
+    folder: Path, tree: Tree | None = None, cache: HeaderCache | None = None, known: Collection[str] = ()
+) -> Objects:
     """Groups the DICOM files below a folder, with or without extension, by series.
 
     Args:
         tree: what lies below the folder; none: it is looked at.
-        kept: headers that are known already.
+        cache: headers that are known already.
         known: folders of the series that the store holds.
 
     Raises:
@@ -76,60 +78,62 @@ def find(folder: Path, tree: Tree | None = None, kept: Kept | None = None, known
     tree = tree or walk(os.path.abspath(folder))
     files = [(path, tree.files[path]) for path in tree.below(folder) if not path.lower().endswith(VOLUMES)]
     try:
-        headers = (kept or Kept()).headers(files)
+        headers = (cache or HeaderCache()).headers(files)
     except ImportError:
         raise ValueError(f"{folder}: DICOM needs pydicom: pip install 'pgl_ray[dicom]'") from None
-    found, slices = Found([], [], [], [], {}), {}
+    objects, slices = Objects([], [], [], [], {}), {}
     for path, header in headers.items():
         if header.kind == "slice":
             slices[path] = header
         elif header.kind == "structures":
-            found.contours.append(_structures(path))
+            objects.contours.append(_structures(path))
         else:
-            _note(found, path, header, tree.files[path])
+            _note(objects, path, header, tree.files[path])
     groups, left_out = dicom_series.group(slices, {path: tree.files[path][0] for path in slices}, known)
-    found.left_out.extend(left_out)
-    found.series.extend(_series(one) for one in groups)
-    _note_gzipped([path for path, header in headers.items() if header.kind == "gzip"], found)
-    _note_blank([path for path, header in headers.items() if header.kind == "blank"], slices, found)
-    found.left_out.sort()
-    found.unreadable.sort()
-    return found
+    objects.left_out.extend(left_out)
+    objects.series.extend(_series(one) for one in groups)
+    _note_gzipped([path for path, header in headers.items() if header.kind == "gzip"], objects)
+    _note_blank([path for path, header in headers.items() if header.kind == "blank"], slices, objects)
+    objects.left_out.sort()
+    objects.unreadable.sort()
+    return objects
 
 
-def _note(found: Found, path: str, header: Header, stamp: tuple[int, int]) -> None:
+def _note(objects: Objects, path: str, header: Header, stamp: tuple[int, int]) -> None:
     """Says what a file is that is no slice."""
     if header.kind == "damaged" or (header.kind == "unopened" and (stamp != LOST or path.lower().endswith(SUFFIXES))):
-        found.unreadable.append((path, header.reason))
-        found.belongs[path] = header.series
+        objects.unreadable.append((path, header.reason))
+        objects.belongs[path] = header.series
     elif header.kind == "unopened":
-        found.left_out.append((path, "a link to a file that is not there"))
+        objects.left_out.append((path, "a link to a file that is not there"))
     elif header.kind == "other":
-        found.left_out.append((path, header.reason))
+        objects.left_out.append((path, header.reason))
     elif header.kind == "archive":
-        found.left_out.append((path, "an archive: unpack it, if there are scans in it"))
+        objects.left_out.append((path, "an archive: unpack it, if there are scans in it"))
 
 
-def _note_gzipped(paths: list[str], found: Found) -> None:
+def _note_gzipped(paths: list[str], objects: Objects) -> None:
     """Gzipped DICOM, in a line per folder."""
     folders = defaultdict(list)
     for path in paths:
         folders[os.path.dirname(path)].append(path)
     for folder, files in folders.items():
         count = "1 file is" if len(files) == 1 else f"{len(files)} files are"
-        found.unreadable.append((files[0], f"{folder}: {count} gzipped DICOM: unzip with gunzip, then type this again"))
+        objects.unreadable.append(
+            (files[0], f"{folder}: {count} gzipped DICOM: unzip with gunzip, then type this again")
+        )
 
 
-def _note_blank(paths: list[str], slices: dict[str, Header], found: Found) -> None:
-    """A file of nothing may be a slice where it lies beside slices that are named alike."""
-    beside = defaultdict(set)
+def _note_blank(paths: list[str], slices: dict[str, Header], objects: Objects) -> None:
+    """A file of nothing may be a slice where it lies next to slices that are named alike."""
+    suffixes = defaultdict(set)
     for path in slices if paths else ():
-        beside[os.path.dirname(path)].add(os.path.splitext(path)[1].lower())
+        suffixes[os.path.dirname(path)].add(os.path.splitext(path)[1].lower())
     for path in paths:
-        if os.path.splitext(path)[1].lower() in beside[os.path.dirname(path)]:
-            found.unreadable.append((path, unreadable(path, "nothing in it")))
+        if os.path.splitext(path)[1].lower() in suffixes[os.path.dirname(path)]:
+            objects.unreadable.append((path, unreadable(path, "nothing in it")))
         else:
-            found.left_out.append((path, "nothing in it"))
+            objects.left_out.append((path, "nothing in it"))
 
 
 def _structures(path: str) -> Contours:
@@ -137,8 +141,8 @@ def _structures(path: str) -> Contours:
         header = read(path, stop_before_pixels=True, specific_tags=["SOPClassUID", *structure_header.HEADER])
     except Exception as error:  # pydicom has no common base for what a damaged header can cause
         return structure_header.broken(Path(path), str(error))
-    found = structure_header.summarise(Path(path), header)
-    return found._replace(patient=found.patient and identity.digest(found.patient.strip())[:16])
+    contours = structure_header.summarise(Path(path), header)
+    return contours._replace(patient=contours.patient and identity.digest(contours.patient.strip())[:16])
 
 
 def _series(one: dicom_series.Group) -> Series:
@@ -162,7 +166,7 @@ def is_dicom(path: Path) -> bool:
     """Whether a file has a DICOM suffix, DICOM's mark at byte 128, or begins as DICOM without a preamble does; a file
     that cannot be opened may be DICOM."""
     if path.name.lower().endswith(SUFFIXES):
-        return not path.is_dir()  # a link that leads nowhere is told of as unreadable
+        return not path.is_dir()  # a link that leads nowhere is reported as unreadable
     return path.is_file() and read_header(str(path)).kind not in ("", "blank", "archive", "gzip")
 
 
@@ -170,17 +174,17 @@ def only_series(folder: str | Path) -> tuple[str, ...]:
     """The slices of the one CT series below a folder.
 
     Raises:
-        ValueError: none or several, or a file beside it that cannot be read.
+        ValueError: none or several, or a file next to it that cannot be read.
     """
-    found = find(Path(folder))
-    if len(found.series) != 1:
-        other = "; ".join(f"{path}: {reason}" for path, reason in found.left_out) or "no DICOM file"
-        listed = ", ".join(f"{one.number} in {one.folder}" for one in found.series) or f"none ({other})"
+    objects = find(Path(folder))
+    if len(objects.series) != 1:
+        other = "; ".join(f"{path}: {reason}" for path, reason in objects.left_out) or "no DICOM file"
+        listed = ", ".join(f"{one.number} in {one.folder}" for one in objects.series) or f"none ({other})"
         raise ValueError(f"{folder}: expected one CT series, found {listed}: name the folder of one series")
-    if doubt := found.doubt(found.series[0]):
+    if doubt := objects.doubt(objects.series[0]):
         raise ValueError(doubt)
-    below = found.series[0].folder
-    return tuple(os.path.relpath(os.path.join(below, name), folder) for name in found.series[0].slices)
+    below = objects.series[0].folder
+    return tuple(os.path.relpath(os.path.join(below, name), folder) for name in objects.series[0].slices)
 
 
 def read(path: str | Path, **options: Any) -> Any:

@@ -125,14 +125,14 @@ def frames(header: "Dataset") -> list[Tagged]:
 
 
 def _of_groups(groups: Iterable["Dataset"]) -> dict[str, Any]:
-    found = {}
+    elements = {}
     for group in groups:
         for name, tags in GROUPS.items():
             for item in group.get(name) or []:
-                found |= {tag: item.get(tag) for tag in tags if item.get(tag) is not None}
+                elements |= {tag: item.get(tag) for tag in tags if item.get(tag) is not None}
         if group.get("RealWorldValueMappingSequence"):
-            found["RealWorldValueMappingSequence"] = group.get("RealWorldValueMappingSequence")
-    return found
+            elements["RealWorldValueMappingSequence"] = group.get("RealWorldValueMappingSequence")
+    return elements
 
 
 class Geometry(NamedTuple):
@@ -145,7 +145,7 @@ class Geometry(NamedTuple):
 
 
 def _slice_geometry(header: Tagged) -> Geometry:
-    found = []
+    vectors = []
     for tag, count in (("PixelSpacing", 2), ("ImageOrientationPatient", 6), ("ImagePositionPatient", 3)):
         try:
             value = np.array([float(number) for number in header.get(tag) or ()])
@@ -153,16 +153,16 @@ def _slice_geometry(header: Tagged) -> Geometry:
             value = np.zeros(0)
         if value.shape != (count,) or not np.isfinite(value).all():
             raise Refused(f"has no valid {tag}, so its place is unknown: take the original series")
-        found.append(value)
-    spacing, directions = found[0], found[1].reshape(2, 3)
+        vectors.append(value)
+    spacing, directions = vectors[0], vectors[1].reshape(2, 3)
     if not (spacing > 0).all() or not np.allclose(directions @ directions.T, np.eye(2), atol=1e-3):
-        raise Refused(f"PixelSpacing {spacing} or ImageOrientationPatient {found[1]} is impossible: mend the header")
+        raise Refused(f"PixelSpacing {spacing} or ImageOrientationPatient {vectors[1]} is impossible: mend the header")
     if spacing.min() < SPACING_MM[0] or spacing.max() > SPACING_MM[1]:
         low, high = SPACING_MM
         raise Refused(
             f"PixelSpacing {spacing} mm lies outside {low:g} to {high:g}, is it in another unit? mend the header"
         )
-    return Geometry((int(header.get("Rows")), int(header.get("Columns"))), spacing, directions, found[2])
+    return Geometry((int(header.get("Rows")), int(header.get("Columns"))), spacing, directions, vectors[2])
 
 
 def _ordered(slices: list[tuple[str, Geometry]]) -> tuple[list[int], np.ndarray, list[str]]:
@@ -277,8 +277,8 @@ def _read_file(path: str, as_hu: bool) -> list[np.ndarray]:
     dataset = dicom.read(path)  # with its pixels, so that a file that is cut off is noticed
     headers = frames(dataset)
     kinds = [(values.encoding if as_hu else values.stored_encoding)(one) for one in headers]
-    found = []
+    pixels = []
     for bits, header, of in zip(dicom_pixels.frames_bits(dataset, kinds[0], len(kinds)), headers, kinds):
         of = dicom_pixels.with_own_sign(dataset, header, of)
-        found.append(values.to_hu(bits, of) if as_hu else values.stored_values(bits, of)[0])
-    return found
+        pixels.append(values.to_hu(bits, of) if as_hu else values.stored_values(bits, of)[0])
+    return pixels

@@ -1,6 +1,6 @@
 """What the header of a DICOM file says of what the file is.
 
-Patients' names and numbers are kept as hashes alone.
+Patients' names and numbers are kept only as hashes.
 """
 
 import os

@@ -25,7 +25,7 @@ def find(folder: Path) -> tuple[dict[tuple[str, ...], MaskSeries], list[tuple[st
     Returns:
         Path of their folder in `folder` -> label map; and (folder, reason) of those that cannot be one.
     """
-    found, faults, by_folder = {}, [], defaultdict(lambda: defaultdict(list))
+    masks, faults, by_folder = {}, [], defaultdict(lambda: defaultdict(list))
     for path, header in _images(folder):
         by_folder[path.parent][str(header.get("SeriesInstanceUID", ""))].append(path.name)
     for below, series in sorted(by_folder.items()):
@@ -34,8 +34,8 @@ def find(folder: Path) -> tuple[dict[tuple[str, ...], MaskSeries], list[tuple[st
             faults.append((str(below), reason))
             continue
         (names,) = series.values()
-        found[below.relative_to(folder).parts] = MaskSeries(below, tuple(sorted(names)))
-    return found, faults
+        masks[below.relative_to(folder).parts] = MaskSeries(below, tuple(sorted(names)))
+    return masks, faults
 
 
 def _images(folder: Path) -> Iterator[tuple[Path, object]]:

@@ -1,7 +1,7 @@
 """The bits of a DICOM file's pixels, as they are stored, whatever they mean.
 
 Uncompressed pixels are taken as they stand in the file. Compressed ones are decoded by SimpleITK's GDCM, whose header
-is a copy that says nothing of rescaling, sign or MONOCHROME1, so that it gives the stored bits alone: ITK would invert
+is a copy that says nothing of rescaling, sign or MONOCHROME1, so that it gives only the stored bits: ITK would invert
 MONOCHROME1 and cut values to the bits stored.
 """
 
@@ -152,7 +152,7 @@ def with_own_sign(dataset: "Dataset", header: Tagged, of: Encoding) -> Encoding:
 def _decoders_words() -> Iterator[Callable[[], bytes]]:
     """Catches what GDCM's JPEG decoders write to the process's stderr: chatter at every 12-bit slice, and that a stream
     is corrupt, where they nevertheless give a picture."""
-    kept = os.dup(2)
+    stderr_copy = os.dup(2)
     with tempfile.TemporaryFile() as file:
 
         def words() -> bytes:
@@ -163,5 +163,5 @@ def _decoders_words() -> Iterator[Callable[[], bytes]]:
             os.dup2(file.fileno(), 2)
             yield words
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr_copy, 2)
+            os.close(stderr_copy)

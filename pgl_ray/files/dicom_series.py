@@ -69,7 +69,7 @@ def _with_frames(headers: dict[str, Header]) -> dict[str, Header]:
     for one in headers.values():
         frames[one.person, one.study, one.series].add(one.frame)
         counts[one.person, one.study, one.series] += 1
-    loose = {key for key, found in frames.items() if len(found) > max(2, counts[key] / 2)}
+    loose = {key for key, uids in frames.items() if len(uids) > max(2, counts[key] / 2)}
     if not loose:
         return headers
     return {

@@ -8,7 +8,7 @@ import numpy as np
 PADDING = -(2**15)  # HU of what a file declares as padding, below every measured one
 HIGHEST_TISSUE = 3071  # HU of 12-bit CT
 AIR = -1024
-HOUNSFIELD = re.compile(r"(hou?n[ds]*fields?(units?)?)?(hus?)?")  # as people spell it, its letters alone
+HOUNSFIELD = re.compile(r"(hou?n[ds]*fields?(units?)?)?(hus?)?")  # as people spell it, only its letters
 HOUNSFIELD_CODES = ("[hnsf'u]", "hu", "hnsf'u")  # UCUM's, and what is written in its place
 
 
@@ -70,8 +70,8 @@ def encoding(header: Tagged) -> Encoding:
     if slope <= 0:
         what = "makes all voxels alike" if slope == 0 else "turns dense into thin"
         raise Refused(f"RescaleSlope is {slope:g}, which {what}: mend the header, or take the original series")
-    found = plain._replace(slope=slope, intercept=intercept)
-    return found._replace(padding=padding_of(header, found))
+    scaled = plain._replace(slope=slope, intercept=intercept)
+    return scaled._replace(padding=padding_of(header, scaled))
 
 
 def stored_encoding(header: Tagged) -> Encoding:
@@ -128,15 +128,15 @@ def _check_unit(header: Tagged) -> None:
 
 def _bits(header: Tagged) -> tuple[int, int, int, bool]:
     """BitsAllocated, BitsStored, HighBit and whether signed."""
-    found = []
+    fields = []
     for tag in ("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"):
         value = header.get(tag)
-        if tag == "HighBit" and value is None and found[1]:
-            value = found[1] - 1
+        if tag == "HighBit" and value is None and fields[1]:
+            value = fields[1] - 1
         if not isinstance(value, int):
             raise Refused(f"has no valid {tag}, so its values are unknown: mend the header or take the original series")
-        found.append(value)
-    allocated, stored, high, signed = found
+        fields.append(value)
+    allocated, stored, high, signed = fields
     if allocated not in (8, 16, 32) or not 0 < stored <= high + 1 <= allocated or signed not in (0, 1):
         raise Refused(
             f"BitsAllocated {allocated}, BitsStored {stored}, HighBit {high} and PixelRepresentation {signed} do not "
@@ -234,20 +234,20 @@ def _check_upper_bits(bits: np.ndarray, values: np.ndarray, padding: np.ndarray 
     of the value, or a declared overlay."""
     mask = (2**of.allocated - 1) & ~(2 ** (of.high + 1) - 1) & ~of.overlay
     upper = bits & bits.dtype.type(mask)
-    told = np.zeros(bits.shape, bool) if padding is None else padding
-    alike = upper == upper.flat[int(np.argmin(told))]
+    ignored = np.zeros(bits.shape, bool) if padding is None else padding
+    alike = upper == upper.flat[int(np.argmin(ignored))]
     if of.signed:
-        if ((upper == bits.dtype.type(mask) * (values < 0)) | told).all():
+        if ((upper == bits.dtype.type(mask) * (values < 0)) | ignored).all():
             return
-        if (alike | told).all():  # no sign in the upper bits: then a large value looks like one below air
-            lost = (values < 0) & (values * of.slope + of.intercept < AIR) & ~told
+        if (alike | ignored).all():  # no sign in the upper bits: then a large value looks like one below air
+            lost = (values < 0) & (values * of.slope + of.intercept < AIR) & ~ignored
             if not lost.any():
                 return
             raise Refused(
                 f"{of.stored} bits are stored as signed, and {int(lost.sum())} pixels may be below air or above "
                 f"{2 ** (of.stored - 1)}: take the original series"
             )
-    elif (alike | told).all():
+    elif (alike | ignored).all():
         return
     raise Refused(
         f"pixels use bits beyond the {of.stored} that its header says are stored (HighBit {of.high}): mend BitsStored "

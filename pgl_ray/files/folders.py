@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from pgl_ray.files import ct, dicom, dicom_masks, identity, structures
 from pgl_ray.files.accounts import one_of
-from pgl_ray.files.kept_headers import Kept
-from pgl_ray.files.source import Fault, Found, Source, volume_files
+from pgl_ray.files.header_cache import HeaderCache
+from pgl_ray.files.source import Fault, Inventory, Source, volume_files
 from pgl_ray.files.stated import CHANNEL
 from pgl_ray.files.walk import LOST, Tree
 
@@ -31,41 +31,41 @@ def find_by_folders(
     tree: Tree,
     names: dict[str, int],
     series: tuple[str, ...] = (),
-    kept: Kept | None = None,
+    cache: HeaderCache | None = None,
     known: Collection[str] = (),
-) -> Found:
+) -> Inventory:
     """Finds the scans of a folder that no recipe describes; arguments as of read_layout.
 
     Raises:
         ValueError: a series that is not there.
     """
-    objects = dicom.find(root, tree, kept, known)
-    found, parts = Found({}, [], [], [], set()), _parts(root, tree, objects)
+    objects = dicom.find(root, tree, cache, known)
+    inventory, parts = Inventory({}, [], [], [], set()), _parts(root, tree, objects)
     chosen, assigned = _chosen(objects.series, series, root), structures.assign(objects.contours, objects.series, names)
     faults = (*tree.faults, *objects.unreadable, *assigned.faults)
-    found.faults.extend(Fault(path, reason) for path, reason in faults)
+    inventory.faults.extend(Fault(path, reason) for path, reason in faults)
     left_out = (*tree.left_out, *objects.left_out, *assigned.left_out)
-    found.left_out.extend(Fault(path, reason) for path, reason in left_out)
+    inventory.left_out.extend(Fault(path, reason) for path, reason in left_out)
     inner = [folder for part in parts for folder in (part.images, part.labels) if folder and part.images != root]
     sets = {id(one): assigned.sets.get(k, []) for k, one in enumerate(objects.series)}
     for part in parts:
         without = [*([part.labels] if part.labels else []), *(inner if part.images == root else [])]
         if part.labels and part.above and len(parts) > 1 and not _is_known(root, part.images):
             reason = "labels of one of several data sets, whose values differ: prepare it alone to keep them"
-            found.left_out.extend(Fault(path, reason) for path in tree.below(part.labels))
+            inventory.left_out.extend(Fault(path, reason) for path in tree.below(part.labels))
             part = part._replace(labels=None, split="")
-        maps = _label_maps(tree, part.labels, known, found) if part.labels else {}
-        masks = _masks(part.labels, maps, found) if part.labels else {}
-        _take_volumes(_volumes(tree, part.images, without, known, found), part, maps, masks, found)
-        here = [one for one in chosen if _below(Path(one.folder), part.images, without)]
-        for one, scan, place in _scans_of_series(here, objects, part, maps, masks, found):
-            _add(found, place, scan, sets[id(one)], assigned.notes, names)
-        found.faults.extend(Fault(str(path), "label map without a volume of its name") for path in maps.values())
-    labels = {scan.label for scan in found.scans.values() if scan.label_slices}
-    found.left_out[:] = [fault for fault in found.left_out if str(Path(fault.source).parent) not in labels]
-    found.seen.update(path for one in found.scans.values() for path in one.paths())
-    _tell_rest(root, tree, parts, objects, chosen, found)
-    return found
+        maps = _label_maps(tree, part.labels, known, inventory) if part.labels else {}
+        masks = _masks(part.labels, maps, inventory) if part.labels else {}
+        _take_volumes(_volumes(tree, part.images, without, known, inventory), part, maps, masks, inventory)
+        part_series = [one for one in chosen if _below(Path(one.folder), part.images, without)]
+        for one, scan, place in _scans_of_series(part_series, objects, part, maps, masks, inventory):
+            _add(inventory, place, scan, sets[id(one)], assigned.notes, names)
+        inventory.faults.extend(Fault(str(path), "label map without a volume of its name") for path in maps.values())
+    labels = {scan.label for scan in inventory.scans.values() if scan.label_slices}
+    inventory.left_out[:] = [fault for fault in inventory.left_out if str(Path(fault.source).parent) not in labels]
+    inventory.seen.update(path for one in inventory.scans.values() for path in one.paths())
+    _note_rest(root, tree, parts, objects, chosen, inventory)
+    return inventory
 
 
 def _take_volumes(
@@ -73,36 +73,36 @@ def _take_volumes(
     part: Part,
     maps: dict[tuple[str, ...], Path],
     masks: dict[Path | None, tuple[str, ...]],
-    found: Found,
+    inventory: Inventory,
 ) -> None:
     """Adds the volumes that are files, with their label maps."""
-    volumes = _without_channels(part.images, volumes, maps, found)
+    volumes = _without_channels(part.images, volumes, maps, inventory)
     counts = Counter(place[-1] for place in volumes)
     for place, path in volumes.items():
         label = _label_of(maps, place, counts[place[-1]] == 1)
-        found.scans[(*part.above, *place)] = Source(
+        inventory.scans[(*part.above, *place)] = Source(
             "", str(path), label and str(label), part.split, label_slices=masks.get(label, ())
         )
 
 
 def _scans_of_series(
-    here: list[dicom.Series],
-    objects: dicom.Found,
+    series: list[dicom.Series],
+    objects: dicom.Objects,
     part: Part,
     maps: dict[tuple[str, ...], Path],
     masks: dict[Path | None, tuple[str, ...]],
-    found: Found,
+    inventory: Inventory,
 ) -> Iterator[tuple[dicom.Series, Source, tuple[str, ...]]]:
     """The DICOM series of a part that can be used, each with its scan and the scan's key."""
-    alone = Counter(one.folder for one in here)
-    for one in here:
+    num_series = Counter(one.folder for one in series)
+    for one in series:
         place = Path(one.folder).relative_to(part.images).parts
         label = _label_of(maps, (*place, one.id_part), False)
-        if not label and alone[one.folder] == 1:
+        if not label and num_series[one.folder] == 1:
             label = _label_of(maps, place or (part.images.name,), True)
-        found.seen.update(one.paths())
+        inventory.seen.update(one.paths())
         if doubt := objects.doubt(one):
-            found.faults.append(Fault(one.folder, doubt))
+            inventory.faults.append(Fault(one.folder, doubt))
             continue
         notes, masked = tuple((one.folder, note) for note in one.notes), masks.get(label, ())
         scan = Source(
@@ -111,33 +111,33 @@ def _scans_of_series(
         yield one, scan, (*part.above, *place, one.id_part)
 
 
-def _tell_rest(
-    root: Path, tree: Tree, parts: list[Part], objects: dicom.Found, chosen: list[dicom.Series], found: Found
+def _note_rest(
+    root: Path, tree: Tree, parts: list[Part], objects: dicom.Objects, chosen: list[dicom.Series], inventory: Inventory
 ) -> None:
     """Says of all that is neither used nor spoken of yet why it is left out."""
-    told = found.seen | {fault.source for fault in (*found.left_out, *found.faults)}
+    accounted = inventory.seen | {fault.source for fault in (*inventory.left_out, *inventory.faults)}
 
-    def tell(path: str, reason: str) -> None:
-        if path not in told:
-            found.left_out.append(Fault(path, reason))
+    def leave_out(path: str, reason: str) -> None:
+        if path not in accounted:
+            inventory.left_out.append(Fault(path, reason))
 
     for part in parts:
         for path in tree.below(part.labels) if part.labels else ():
             if not ct.is_volume(Path(path)):
-                tell(path, "in labels/, but no label map (NIfTI, NRRD, MHA, DICOM)")
-    told.update(fault.source for fault in found.left_out)
+                leave_out(path, "in labels/, but no label map (NIfTI, NRRD, MHA, DICOM)")
+    accounted.update(fault.source for fault in inventory.left_out)
     for one in objects.contours:
-        tell(one.path, "structures of a series that is not used")
+        leave_out(one.path, "structures of a series that is not used")
     asked = set(map(id, chosen))
     for one in objects.series:
         for path in one.paths():
-            tell(path, _beside(parts) if id(one) in asked else "of a series that was not asked for")
-    told.update(fault.source for fault in found.left_out)
+            leave_out(path, _outside_reason(parts) if id(one) in asked else "of a series that was not asked for")
+    accounted.update(fault.source for fault in inventory.left_out)
     for path in volume_files(tree, root):
-        tell(str(path), _beside(parts))
+        leave_out(str(path), _outside_reason(parts))
 
 
-def _beside(parts: list[Part]) -> str:
+def _outside_reason(parts: list[Part]) -> str:
     names = " and ".join(part.images.name + "/" for part in parts)
     return f"beside {names}, where the data set lies: prepare its folder by itself"
 
@@ -151,19 +151,21 @@ def _label_of(maps: dict[tuple[str, ...], Path], place: tuple[str, ...], by_name
     return None
 
 
-def _masks(label_folder: Path, maps: dict[tuple[str, ...], Path], found: Found) -> dict[Path | None, tuple[str, ...]]:
+def _masks(
+    label_folder: Path, maps: dict[tuple[str, ...], Path], inventory: Inventory
+) -> dict[Path | None, tuple[str, ...]]:
     """Adds the DICOM label maps below a folder of labels to its label maps; their slices by their folders."""
     masks, faults = dicom_masks.find(label_folder)
-    found.faults.extend(Fault(*fault) for fault in faults)
+    inventory.faults.extend(Fault(*fault) for fault in faults)
     for parts, mask in masks.items():
         if parts in maps:
-            found.faults.append(Fault(str(mask.folder), f"a label map beside {maps[parts].name}: keep one of them"))
+            inventory.faults.append(Fault(str(mask.folder), f"a label map beside {maps[parts].name}: keep one of them"))
         else:
             maps[parts] = mask.folder
     return {mask.folder: mask.slices for mask in masks.values()}
 
 
-def _parts(root: Path, tree: Tree, objects: dicom.Found) -> list[Part]:
+def _parts(root: Path, tree: Tree, objects: dicom.Objects) -> list[Part]:
     """The folders of images and labels. Folders called so without a scan in them, as a viewer's, are none."""
     scans = [str(path) for path in volume_files(tree, root)] + [path for one in objects.series for path in one.paths()]
     holding: set[str] = set()
@@ -182,17 +184,17 @@ def _parts(root: Path, tree: Tree, objects: dicom.Found) -> list[Part]:
 def _known_parts(root: Path, tree: Tree, holding: set[str]) -> list[Part]:
     """The parts of a folder that is one data set, else none. Scans for training, and those of images/, are called by
     their path in the folder of images, others also by that folder's name."""
-    found = []
+    parts = []
     for suffix, split in (("Tr", "train"), ("Va", "validation"), ("Ts", "test")):
         images, labels = root / f"images{suffix}", root / f"labels{suffix}"
         if suffix == "Va" and str(labels) not in tree.folders:
             split = ""
         if str(images) in holding:
-            found.append(Part(images, labels, split, () if suffix == "Tr" else (images.name,)))
-    if not found and str(root / "images") in holding:
+            parts.append(Part(images, labels, split, () if suffix == "Tr" else (images.name,)))
+    if not parts and str(root / "images") in holding:
         split = "train" if str(root / "labels") in tree.folders else ""
-        found.append(Part(root / "images", root / "labels", split))
-    return found
+        parts.append(Part(root / "images", root / "labels", split))
+    return parts
 
 
 def _is_known(root: Path, images: Path) -> bool:
@@ -204,25 +206,25 @@ def _below(path: Path, folder: Path, without: Sequence[Path]) -> bool:
 
 
 def _volumes(
-    tree: Tree, folder: Path, without: Sequence[Path], known: Collection[str], found: Found
+    tree: Tree, folder: Path, without: Sequence[Path], known: Collection[str], inventory: Inventory
 ) -> dict[tuple[str, ...], Path]:
     """Volumes below a folder by their path in it, the last part without suffix; of files of one name the one that
     counts, where they hold the same."""
     volumes: dict[tuple[str, ...], list[Path]] = defaultdict(list)
     for path in volume_files(tree, folder, without):
         if tree.files[str(path)] == LOST:
-            found.faults.append(Fault(str(path), "a link to a file that is not there"))
+            inventory.faults.append(Fault(str(path), "a link to a file that is not there"))
             continue
         parts = (*path.relative_to(folder).parts[:-1], ct.bare_name(path))
         volumes[tuple(map(identity.plain, parts))].append(path)
-    return {parts: path for parts, paths in volumes.items() if (path := one_of(paths, known, found))}
+    return {parts: path for parts, paths in volumes.items() if (path := one_of(paths, known, inventory))}
 
 
 def _without_channels(
-    images: Path, volumes: dict[tuple[str, ...], Path], maps: dict[tuple[str, ...], Path], found: Found
+    images: Path, volumes: dict[tuple[str, ...], Path], maps: dict[tuple[str, ...], Path], inventory: Inventory
 ) -> dict[tuple[str, ...], Path]:
     """Volumes in nnU-Net's folders without its suffix of the channel. Case numbers, as in MSD, look like it: they are
-    those that a label map has too, or that follow one name alone.
+    those that a label map has too, or that follow a single name.
 
     Raises:
         ValueError: a scan of several channels.
@@ -232,7 +234,7 @@ def _without_channels(
         match = re.fullmatch(r"(.+)_(\d{4})", parts[-1])
         if match and parts not in maps:
             numbers[*parts[:-1], match[1]][match[2]] = path
-    alike = len(numbers) > 1 and len({tuple(sorted(found)) for found in numbers.values()}) == 1
+    alike = len(numbers) > 1 and len({tuple(sorted(inventory)) for inventory in numbers.values()}) == 1
     short = dict(volumes)
     for bare, channels in numbers.items():
         if CHANNEL[1:] not in channels:
@@ -245,15 +247,15 @@ def _without_channels(
         if len(channels) == 1 and images.name in NNUNET:
             path = short.pop((*bare[:-1], f"{bare[-1]}{CHANNEL}"))
             if bare in short:
-                found.faults.append(Fault(str(path), f"of one name with {short[bare]}: rename one"))
+                inventory.faults.append(Fault(str(path), f"of one name with {short[bare]}: rename one"))
             else:
                 short[bare] = path
     return short
 
 
-def _label_maps(tree: Tree, folder: Path, known: Collection[str], found: Found) -> dict[tuple[str, ...], Path]:
+def _label_maps(tree: Tree, folder: Path, known: Collection[str], inventory: Inventory) -> dict[tuple[str, ...], Path]:
     """Label maps by their path in a folder; of 3D Slicer's segmentations without ".seg"."""
-    maps = _volumes(tree, folder, (), known, found)
+    maps = _volumes(tree, folder, (), known, inventory)
     return {_short(parts, ".seg", maps): path for parts, path in maps.items()}
 
 
@@ -263,27 +265,32 @@ def _short(parts: tuple[str, ...], end: str, others: Container[tuple[str, ...]])
     return parts if short in others else short
 
 
-def _chosen(found: list[dicom.Series], wanted: tuple[str, ...], root: Path) -> list[dicom.Series]:
+def _chosen(series: list[dicom.Series], wanted: tuple[str, ...], root: Path) -> list[dicom.Series]:
     """The series that the user names.
 
     Raises:
         ValueError: a name that no series has.
     """
     for name in wanted:
-        if not any(name in (one.uid, one.description) for one in found):
-            known = ", ".join(sorted({repr(one.description or one.uid) for one in found})) or "no CT series"
+        if not any(name in (one.uid, one.description) for one in series):
+            known = ", ".join(sorted({repr(one.description or one.uid) for one in series})) or "no CT series"
             raise ValueError(f"series={name!r}: none of that UID or description in {root}; there: {known}")
-    return [one for one in found if not wanted or one.uid in wanted or one.description in wanted]
+    return [one for one in series if not wanted or one.uid in wanted or one.description in wanted]
 
 
 def _add(
-    found: Found, key: tuple[str, ...], scan: Source, sets: list[dicom.Contours], said: dict[str, str], names: dict
+    inventory: Inventory,
+    key: tuple[str, ...],
+    scan: Source,
+    sets: list[dicom.Contours],
+    set_notes: dict[str, str],
+    names: dict,
 ) -> None:
     """Adds a DICOM scan with the structure sets that label it.
 
     Args:
         sets: that belong to its series and have structures which are asked for, drawn or not.
-        said: path of a set -> what to say of its use.
+        set_notes: path of a set -> what to say of its use.
         names: organ name -> label value.
     """
     asked = {structures.key_of(name) for name in names}
@@ -292,15 +299,15 @@ def _add(
     if clash or (scan.label and drawn):
         paths = ", ".join(filter(None, [scan.label, *(one.path for one in drawn)]))
         what = f" of {clash!r}" if clash else ""
-        found.faults.append(Fault(scan.image, f"has several labels{what} ({paths}): keep one of them"))
+        inventory.faults.append(Fault(scan.image, f"has several labels{what} ({paths}): keep one of them"))
         return
     if scan.label:
-        found.left_out.extend(Fault(one.path, "draws nothing of what is asked for") for one in sets)
+        inventory.left_out.extend(Fault(one.path, "draws nothing of what is asked for") for one in sets)
     elif sets:
         paths, notes = (
             tuple(one.path for one in sets),
-            tuple((one.path, said[one.path]) for one in sets if one.path in said),
+            tuple((one.path, set_notes[one.path]) for one in sets if one.path in set_notes),
         )
         split = scan.split or ("train" if drawn else "")
         scan = replace(scan, label=paths[0], structures=paths, split=split, notes=(*scan.notes, *notes))
-    found.scans[key] = scan
+    inventory.scans[key] = scan

@@ -30,9 +30,9 @@ def mend(path: Path, label_shape: tuple[int, ...], label_affine: np.ndarray, sha
     spacing = np.linalg.norm(label_affine[:3, :3], axis=0)
     lost = np.allclose(spacing, 1) or _begins_at_zero(label_affine, label_shape)
     if sorted(label_shape) == sorted(shape) and lost:
-        found = "spacing 1" if np.allclose(spacing, 1) else "origin 0"
+        symptom = "spacing 1" if np.allclose(spacing, 1) else "origin 0"
         return (
-            f"its shape is the CT's, and {found} looks like a lost header: copy the CT's onto it, python -c \"import "
+            f"its shape is the CT's, and {symptom} looks like a lost header: copy the CT's onto it, python -c \"import "
             f'SimpleITK as s; {COPY.format(path=path)}"'
         )
     return f'resample it onto the CT\'s grid, python -c "import SimpleITK as s; {SAMPLE.format(path=path)}"'

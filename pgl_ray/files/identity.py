@@ -33,7 +33,7 @@ def scan_id(parts: Sequence[str]) -> str:
 
 
 def _escaped(part: str, follows: bool, goes_on: bool) -> str:
-    """A part of a path so written that a double underscore, or one at an end that is joined, is a join's alone."""
+    """A part of a path so written that a double underscore, or one at an end that is joined, is only ever a join's."""
     part = re.sub("_(=*)(?=_)", r"_=\1", part)
     if follows:
         part = re.sub("^(=*)_", r"=\1_", part)
@@ -50,8 +50,8 @@ def series_part(number: str, patient: str, study: str, series: str, frame: str) 
 
 def series_mark(scan_id: str) -> str:
     """What a DICOM series' id says of patient, study, series and frame of reference; "" where it is no such id."""
-    found = MARK.search(scan_id)
-    return found[1] if found else ""
+    match = MARK.search(scan_id)
+    return match[1] if match else ""
 
 
 def digest(*texts: str) -> str:

@@ -19,9 +19,9 @@ from pgl_ray.config import LabelsConfig, RecipeConfig
 from pgl_ray.files import ct, identity, stated
 from pgl_ray.files.accounts import unused
 from pgl_ray.files.folders import NNUNET, find_by_folders
-from pgl_ray.files.kept_headers import Kept
+from pgl_ray.files.header_cache import HeaderCache
 from pgl_ray.files.recipe import draw_split, find_scans
-from pgl_ray.files.source import Fault, Found, Source, volume_files
+from pgl_ray.files.source import Fault, Inventory, Source, volume_files
 from pgl_ray.files.splits import with_table
 from pgl_ray.files.walk import walk
 
@@ -53,14 +53,14 @@ def read_layout(
     labels: LabelsConfig,
     recipe: RecipeConfig | None = None,
     series: tuple[str, ...] = (),
-    kept: Kept | None = None,
+    cache: HeaderCache | None = None,
     known: Collection[str] = (),
 ) -> Layout:
     """Finds the scans of a source folder.
 
     Args:
         series: UIDs or descriptions of the DICOM series to take; none: all.
-        kept: headers of DICOM files that are known already.
+        cache: headers of DICOM files that are known already.
         known: files and folders that the store's scans were made from; of copies, these stay.
 
     Raises:
@@ -77,45 +77,47 @@ def read_layout(
         raise ValueError(f"labels.names={names}: two organs have one value")
     tree = walk(root)
     if recipe.parts:
-        found = find_scans(root, tree, recipe, names)
+        inventory = find_scans(root, tree, recipe, names)
     else:
-        found = find_by_folders(root, tree, names, series, kept, known)
-        refuse_empty(found, f"source={root}")
-        there = {name: {ct.bare_name(path) for path in volume_files(tree, root / name)} for name in NNUNET}
-        if any(there.values()):
-            found.missing.extend(stated.absent(root / "dataset.json", there))
-    scans, faults = [replace(scan, ignored=ignored) for scan in with_ids(found)], found.faults
+        inventory = find_by_folders(root, tree, names, series, cache, known)
+        refuse_empty(inventory, f"source={root}")
+        volume_names = {name: {ct.bare_name(path) for path in volume_files(tree, root / name)} for name in NNUNET}
+        if any(volume_names.values()):
+            inventory.missing.extend(stated.absent(root / "dataset.json", volume_names))
+    scans, faults = [replace(scan, ignored=ignored) for scan in with_ids(inventory)], inventory.faults
     if recipe.split_sizes:
         scans = draw_split(scans, recipe)
     if labels.table:
-        scans, untold, said = with_table(scans, root / labels.table, names)
-        faults += untold
-        found.left_out.extend(said)
+        scans, table_faults, table_notes = with_table(scans, root / labels.table, names)
+        faults += table_faults
+        inventory.left_out.extend(table_notes)
     scans.sort(key=lambda scan: scan.scan_id)
-    found.seen.update((str(root / "dataset.json"), str(root / (labels.table or "dataset.json"))))
-    left_out = [*found.left_out, *unused(tree, found)]
+    inventory.seen.update((str(root / "dataset.json"), str(root / (labels.table or "dataset.json"))))
+    left_out = [*inventory.left_out, *unused(tree, inventory)]
     folders = [str(root / name) for name in LABEL_FOLDERS if str(root / name) in tree.folders]
-    return Layout(scans, names, sorted(faults), sorted(left_out), found.missing, folders)
+    return Layout(scans, names, sorted(faults), sorted(left_out), inventory.missing, folders)
 
 
-def refuse_empty(found: Found, given: str) -> None:
+def refuse_empty(inventory: Inventory, given: str) -> None:
     """Refuses a folder without anything to use.
 
     Raises:
         ValueError: there is neither a scan nor a file that should be one.
     """
-    if not found.scans and not found.faults:
-        others = "; ".join(f"{path}: {reason}" for path, reason in sorted(found.left_out)[:5])
-        found_too = f"; found {others}" if others else ""
-        raise ValueError(f"{given}: no volume in it ({', '.join(ct.SUFFIXES)}, DICOM){found_too}")
+    if not inventory.scans and not inventory.faults:
+        others = "; ".join(f"{path}: {reason}" for path, reason in sorted(inventory.left_out)[:5])
+        hint = f"; found {others}" if others else ""
+        raise ValueError(f"{given}: no volume in it ({', '.join(ct.SUFFIXES)}, DICOM){hint}")
 
 
-def with_ids(found: Found) -> list[Source]:
+def with_ids(inventory: Inventory) -> list[Source]:
     """Names the scans that have no name yet, by the parts of their ids; two of one id cannot be used."""
     named: dict[str, Source] = {}
-    for parts, scan in found.scans.items():
+    for parts, scan in inventory.scans.items():
         scan = scan if scan.scan_id else replace(scan, scan_id=identity.scan_id(parts))
         other = named.setdefault(scan.scan_id, scan)
         if other is not scan:
-            found.faults.append(Fault(scan.image, f"its id is {scan.scan_id!r}, as that of {other.image}: rename one"))
+            inventory.faults.append(
+                Fault(scan.image, f"its id is {scan.scan_id!r}, as that of {other.image}: rename one")
+            )
     return list(named.values())

@@ -68,7 +68,7 @@ def open_image(path: Path) -> nib.Nifti1Pair:
 
 
 def _voxels_of(image: nib.Nifti1Pair, path: Path) -> Path:
-    """The file that holds the voxels: its own, or the one beside a header (.hdr).
+    """The file that holds the voxels: its own, or the one next to a header (.hdr).
 
     Raises:
         ValueError: it is not there.

@@ -22,14 +22,14 @@ def read_notes(place: Place) -> list[dict[str, Any]]:
 
 
 def keep_notes(place: Place, new: dict[str, list[dict[str, Any]]]) -> None:
-    """Keeps new notes beside those of the scans that were converted before and are still there.
+    """Adds new notes to those of the scans that were converted before and are still there.
 
     Args:
         new: scan_id -> notes of those that were converted now.
     """
-    earlier, there = read_notes(place), set(place.names("scans"))
-    lines = [line for line in earlier if line["scan_id"] in there and line["scan_id"] not in new]
-    lines += [{"scan_id": scan_id, **line} for scan_id, said in new.items() for line in said]
+    earlier, stored = read_notes(place), set(place.names("scans"))
+    lines = [line for line in earlier if line["scan_id"] in stored and line["scan_id"] not in new]
+    lines += [{"scan_id": scan_id, **line} for scan_id, scan_notes in new.items() for line in scan_notes]
     if lines or earlier:
         content = "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["scan_id"]))
         place.write(NOTES_FILE, [content.encode()])

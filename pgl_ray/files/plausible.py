@@ -18,7 +18,7 @@ PLANES = 64  # that are looked at for patches
 SAMPLED = 2**15  # voxels whose values are looked at
 AIR = -1024  # what lies below has been raised to it (see ct)
 ROUNDED = 1e-3  # fractions below are the scale factor's own error
-LEAST_RANGE = 100  # between the extremes of values with fractions; air, fat and muscle alone are 1000 HU apart
+LEAST_RANGE = 100  # between the extremes of values with fractions; air, fat and muscle are already 1000 HU apart
 HIGHEST_WITHOUT_FAT = -50  # fat lies at -100 HU, lung at -800, air at -1000
 SHARE = 0.005  # of voxels that may lie beyond; interpolation makes some
 

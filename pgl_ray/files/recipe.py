@@ -8,32 +8,32 @@ from pathlib import Path
 
 from pgl_ray.config import PartConfig, RecipeConfig
 from pgl_ray.files import identity
-from pgl_ray.files.source import Fault, Found, Source, some, volume_files
+from pgl_ray.files.source import Fault, Inventory, Source, some, volume_files
 from pgl_ray.files.walk import Tree
 
 
-def find_scans(root: Path, tree: Tree, recipe: RecipeConfig, names: dict[str, int]) -> Found:
+def find_scans(root: Path, tree: Tree, recipe: RecipeConfig, names: dict[str, int]) -> Inventory:
     """Finds what the recipe's parts describe below a folder.
 
     Raises:
         ValueError: nothing of it there, or two files of one name.
     """
-    found, used = Found({}, [], [], [], set()), set()
+    inventory, used = Inventory({}, [], [], [], set()), set()
     files = {path.relative_to(root).as_posix(): path for path in volume_files(tree, root)}
     for part in recipe.parts:
-        scans = _part(found, part, recipe.prefix, files, names, used)
-        _note_missing(found, part, recipe, scans)
-    if not found.scans:
+        scans = _part(inventory, part, recipe.prefix, files, names, used)
+        _note_missing(inventory, part, recipe, scans)
+    if not inventory.scans:
         where = " or ".join(part.images for part in recipe.parts)
         raise ValueError(f"source={root}: no scan of {recipe.name} in it, expected {where}; get it: {recipe.origin}")
-    found.seen.update(path for scan in found.scans.values() for path in scan.paths())
+    inventory.seen.update(path for scan in inventory.scans.values() for path in scan.paths())
     unused = sorted(files.keys() - used)
-    found.left_out.extend(Fault(str(files[name]), "a volume that the recipe has no use for") for name in unused)
-    return found
+    inventory.left_out.extend(Fault(str(files[name]), "a volume that the recipe has no use for") for name in unused)
+    return inventory
 
 
 def _part(
-    found: Found, part: PartConfig, prefix: str, files: dict[str, Path], names: dict[str, int], used: set[str]
+    inventory: Inventory, part: PartConfig, prefix: str, files: dict[str, Path], names: dict[str, int], used: set[str]
 ) -> dict[str, Source]:
     """The scans of a part by {id}; `used` takes the files that belong to it."""
     scans, wanted, pattern = {}, set(_ids(part)), _regex(part.images)
@@ -45,24 +45,24 @@ def _part(
             raise ValueError(f"{scans[match['id']].image} and {path} are of one name: keep one of them")
         used.add(name)
         if not path.is_file():
-            found.faults.append(Fault(str(path), "a link to a file that is not there"))
+            inventory.faults.append(Fault(str(path), "a link to a file that is not there"))
             continue
         label, labelled, masks = None, None, ()
         if part.labels:
             label_name = part.labels.replace("**/", match.groupdict().get("above") or "").replace("{id}", match["id"])
             organs = {label_name.replace("{organ}", organ): value for organ, value in names.items()}
-            there = {file: value for file, value in organs.items() if file in files and files[file].is_file()}
-            used.update(there)
-            if there and "{organ}" in part.labels:
-                label = str(files[next(iter(there))].parent)
-                masks = tuple((os.path.basename(file), value) for file, value in there.items())
-                labelled = tuple(sorted(there.values()))
-            elif there or label_name in files:
+            present = {file: value for file, value in organs.items() if file in files and files[file].is_file()}
+            used.update(present)
+            if present and "{organ}" in part.labels:
+                label = str(files[next(iter(present))].parent)
+                masks = tuple((os.path.basename(file), value) for file, value in present.items())
+                labelled = tuple(sorted(present.values()))
+            elif present or label_name in files:
                 label = str(files[label_name])
                 used.add(label_name)
         scans[match["id"]] = Source("", str(path), label, part.split, labelled, masks=masks)
     ids = {one: identity.plain(prefix + one) for one in scans}
-    found.scans.update({(ids[one],): replace(scan, scan_id=ids[one]) for one, scan in scans.items()})
+    inventory.scans.update({(ids[one],): replace(scan, scan_id=ids[one]) for one, scan in scans.items()})
     return scans
 
 
@@ -86,20 +86,20 @@ def _ids(part: PartConfig) -> list[str]:
     return ids
 
 
-def _note_missing(found: Found, part: PartConfig, recipe: RecipeConfig, scans: dict[str, Source]) -> None:
+def _note_missing(inventory: Inventory, part: PartConfig, recipe: RecipeConfig, scans: dict[str, Source]) -> None:
     """Says what of a part is not there, by name where the recipe names its scans."""
     ids = _ids(part)
     if part.num_scans and len(scans) < part.num_scans:
         absent = sorted(set(ids) - scans.keys()) if len(ids) == part.num_scans else []
         listed = f" ({some(absent)} not there)" if absent else ""
-        found.missing.append(
+        inventory.missing.append(
             f"{len(scans)} of {part.num_scans} scans {part.images} found{listed}; get the others: {recipe.origin}"
         )
     bare = [one for one, scan in scans.items() if part.labels and not scan.label]
     if bare:
-        found.missing.append(f"{len(bare)} label maps {part.labels} ({some(bare)}); get them: {recipe.origin}")
+        inventory.missing.append(f"{len(bare)} label maps {part.labels} ({some(bare)}); get them: {recipe.origin}")
     if recipe.split_sizes and part.num_scans and len(scans) - len(bare) != part.num_scans and part.labels:
-        found.missing.append("the split is drawn from the labelled scans that are there, it is not the whole set's")
+        inventory.missing.append("the split is drawn from the labelled scans that are there, it is not the whole set's")
 
 
 def draw_split(scans: list[Source], recipe: RecipeConfig) -> list[Source]:

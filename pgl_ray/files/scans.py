@@ -44,8 +44,8 @@ class StoredScan:
 
     def stamp(self) -> str:
         """Changes where voxels or geometry do."""
-        said = [self.record.content_hash, self.record.affine, self.record.spacing_mm]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        fields = [self.record.content_hash, self.record.affine, self.record.spacing_mm]
+        return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
     def num_voxels(self) -> int:
         """Of the stored array."""
@@ -89,8 +89,8 @@ class ScanFile:
 
     def stamp(self) -> str:
         """Changes where a file's name, size or time does."""
-        found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._files()]
-        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self._files()]
+        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
     def _files(self) -> list[Path]:
         return [self.path / name for name in self.slices] if self.path.is_dir() else files_of(self.path)
@@ -148,22 +148,22 @@ def scan_files(
         raise ValueError(f"{key}={source}: not a supported format ({', '.join(ct.SUFFIXES)}, DICOM): convert it")
     folder = source.resolve()
     tree, others = trim(walk(folder, without=[path.resolve() for path in without]))
-    found = find_by_folders(folder, tree, {})
-    found.left_out.extend([*unused(tree, found), *others])
-    refuse_empty(found, f"{key}={source}")
-    scans = [ScanFile(one.scan_id, Path(one.image), tuple(one.slices)) for one in with_ids(found)]
-    return Listed(scans, sorted(found.faults), sorted(found.left_out))
+    inventory = find_by_folders(folder, tree, {})
+    inventory.left_out.extend([*unused(tree, inventory), *others])
+    refuse_empty(inventory, f"{key}={source}")
+    scans = [ScanFile(one.scan_id, Path(one.image), tuple(one.slices)) for one in with_ids(inventory)]
+    return Listed(scans, sorted(inventory.faults), sorted(inventory.left_out))
 
 
 def _series_of(path: Path, key: str) -> ScanFile:
     """The series that a DICOM file belongs to."""
-    found = dicom.find(path.parent)
-    for one in found.series:
+    objects = dicom.find(path.parent)
+    for one in objects.series:
         if str(path) in one.paths():
-            if doubt := found.doubt(one):
+            if doubt := objects.doubt(one):
                 raise ValueError(doubt)
             return ScanFile(path.parent.name, Path(one.folder), tuple(one.slices))
-    why = dict((*found.left_out, *found.unreadable)).get(str(path), "no slice of a CT series")
+    why = dict((*objects.left_out, *objects.unreadable)).get(str(path), "no slice of a CT series")
     raise ValueError(f"{key}={path}: {why.removeprefix(f'{path}: ')}")
 
 

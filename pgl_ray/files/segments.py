@@ -31,7 +31,7 @@ class Segment:
             to_index: [4, 4], LPS mm -> voxel index of the grid (three axes in any order).
             shape: of the grid.
         """
-        placed, outside, found = Placed(), 0, np.zeros((0, 3), np.int64)
+        placed, outside, filled = Placed(), 0, np.zeros((0, 3), np.int64)
         for mask, to_mm in self._frames:
             if not mask.any():
                 continue
@@ -48,17 +48,17 @@ class Segment:
             voxels = np.rint(to_voxel @ np.stack([columns, rows, np.ones_like(rows)]))[:3].astype(np.int64).T
             inside = ((voxels >= 0) & (voxels < shape)).all(1)
             outside += int((~inside).sum())
-            found = np.r_[found, voxels[inside]]
-        if not self._frames or not (len(found) or outside):
+            filled = np.r_[filled, voxels[inside]]
+        if not self._frames or not (len(filled) or outside):
             placed.notes.append("is empty")
-        elif not len(found):
+        elif not len(filled):
             placed.refused = "it lies outside its CT: is it another's?"
         else:
             if outside:
                 placed.notes.append(f"{outside} voxels lie outside the CT and are not used")
-            for place in np.unique(found[:, 0]):
-                here, mask = found[found[:, 0] == place], np.zeros(shape[1:], bool)
-                mask[here[:, 1], here[:, 2]] = True
+            for place in np.unique(filled[:, 0]):
+                in_slice, mask = filled[filled[:, 0] == place], np.zeros(shape[1:], bool)
+                mask[in_slice[:, 1], in_slice[:, 2]] = True
                 placed.pieces.append((0, int(place), mask))
         return placed
 

@@ -75,9 +75,9 @@ class Source:
         scan = ct.read_scan(self.image, self.slices)
         notes = (*self.notes, *((self.image, note) for note in scan.notes))
         if self.structures:
-            found = structures.read_structures(self.structures, names or {}, scan.affine, scan.voxels.shape)
-            label = ct.smallest(found.label) if found.values else None
-            return Reading(scan, label, found.values, (*notes, *found.notes), tuple(found.unasked))
+            filled = structures.read_structures(self.structures, names or {}, scan.affine, scan.voxels.shape)
+            label = ct.smallest(filled.label) if filled.values else None
+            return Reading(scan, label, filled.values, (*notes, *filled.notes), tuple(filled.unasked))
         if not self.label:
             return Reading(scan, None, notes=notes)
         if self.masks:
@@ -91,7 +91,7 @@ class Source:
         return Reading(scan, label, notes=notes)
 
     def extent(self) -> tuple[int, float]:
-        """Number of voxels, and the size of one in mm^3, by the headers alone.
+        """Number of voxels, and the size of one in mm^3, from the headers only.
 
         Raises:
             ValueError: see ct.extent.
@@ -130,7 +130,7 @@ class Fault(NamedTuple):
     reason: str
 
 
-class Found(NamedTuple):
+class Inventory(NamedTuple):
     """Scans by the parts of their ids, what goes into Layout, and paths of other files that are accounted for."""
 
     scans: dict[tuple[str, ...], Source]

@@ -51,7 +51,7 @@ def with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[
         names: organ name -> label value.
 
     Returns:
-        The scans; labelled ones that cannot be used, because the table tells organs and not theirs; what else is to be
+        The scans; labelled ones that cannot be used, because the table names organs and not theirs; what else is to be
         said of the table.
 
     Raises:
@@ -59,11 +59,11 @@ def with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[
             labelled scan that would get no split, or one of a test folder that would be trained on.
     """
     table, where = _read(path, scans), f"labels.table={path}"
-    told, untold, said = [], [], []
+    updated, faults, notes = [], [], []
     for scan in scans:
         row = table.rows.get(scan.scan_id)
         if row is None and scan.label and "labelled_organs" in table.columns:
-            untold.append(Fault(scan.image, f"has a label map but no row {scan.scan_id!r} in {path.name}"))
+            faults.append(Fault(scan.image, f"has a label map but no row {scan.scan_id!r} in {path.name}"))
             continue
         if row and "split" in table.columns:
             split = row["split"].lower() if row["split"].lower() in SPLITS else row["split"]
@@ -73,20 +73,20 @@ def with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[
         if row and "labelled_organs" in table.columns:
             organs = _organs(row["labelled_organs"], names, f"{where}: {scan.scan_id}")
             scan = replace(scan, labelled=tuple(sorted(names[organ] for organ in organs)))
-        told.append(scan)
+        updated.append(scan)
     unused = f"; rows that fit no scan: {some(table.unused)}" if table.unused else ""
-    labelled = [scan for scan in told if scan.label and scan.labelled != ()]
+    labelled = [scan for scan in updated if scan.label and scan.labelled != ()]
     lost = [scan.scan_id for scan in labelled if scan.scan_id not in table.rows or not scan.split]
     if lost and "split" in table.columns:
         raise ValueError(f"{where}: gives no split to {_count(lost, 'labelled scan')}{unused}: mend the table")
-    without = [scan.scan_id for scan in told if scan.scan_id not in table.rows]
+    without = [scan.scan_id for scan in updated if scan.scan_id not in table.rows]
     if without:
-        said.append(Fault(str(path), f"has no row for {_count(without, 'scan')}, which are used without"))
+        notes.append(Fault(str(path), f"has no row for {_count(without, 'scan')}, which are used without"))
     if table.unused:
-        said.append(Fault(str(path), f"has {_count(table.unused, 'row')} of no scan that is here"))
+        notes.append(Fault(str(path), f"has {_count(table.unused, 'row')} of no scan that is here"))
     if table.id_column not in (*ID_COLUMNS, table.columns[0]):
-        said.append(Fault(str(path), f"its column {table.id_column!r} is taken for the scans' ids"))
-    return told, untold, said
+        notes.append(Fault(str(path), f"its column {table.id_column!r} is taken for the scans' ids"))
+    return updated, faults, notes
 
 
 def _count(names: list[str], what: str) -> str:
@@ -113,19 +113,19 @@ def _read(path: Path, scans: list[Source]) -> Table:
     fits = {name: sum(_scan_of(row[name], keys) is not None for row in rows) for name in columns}
     by_name = [name for name in ID_COLUMNS if name in columns]
     id_column = max([*by_name, *columns], key=lambda name: fits[name])
-    found, unused = {}, []
+    by_id, unused = {}, []
     for row in rows:
         scan_id = _scan_of(row[id_column], keys)
         if scan_id is None:
             unused.append(row[id_column])
-        elif scan_id in found and found[scan_id] != row:
+        elif scan_id in by_id and by_id[scan_id] != row:
             raise ValueError(f"labels.table={path}: two rows for {scan_id!r}, which differ: keep one of them")
         else:
-            found[scan_id] = row
-    if not found and scans:
-        theirs, ours = some(unused) or "none", some(sorted(scan.scan_id for scan in scans))
-        raise ValueError(f"labels.table={path}: no row fits a scan: its ids are {theirs}, the scans' are {ours}")
-    return Table(columns, found, unused, id_column)
+            by_id[scan_id] = row
+    if not by_id and scans:
+        row_ids, scan_ids = some(unused) or "none", some(sorted(scan.scan_id for scan in scans))
+        raise ValueError(f"labels.table={path}: no row fits a scan: its ids are {row_ids}, the scans' are {scan_ids}")
+    return Table(columns, by_id, unused, id_column)
 
 
 def _keys(scans: list[Source]) -> dict[str, str]:
@@ -134,9 +134,9 @@ def _keys(scans: list[Source]) -> dict[str, str]:
     for scan in scans:
         path = Path(scan.image)
         bare = _bare(path.name)
-        own = [path.name, *([] if scan.slices else [bare, bare.removesuffix("_0000"), path.parent.name])]
-        own += [scan.scan_id.rpartition(JOIN)[0]] if series_mark(scan.scan_id) else []  # nobody types a series' mark
-        for key in own:
+        aliases = [path.name, *([] if scan.slices else [bare, bare.removesuffix("_0000"), path.parent.name])]
+        aliases += [scan.scan_id.rpartition(JOIN)[0]] if series_mark(scan.scan_id) else []  # nobody types the mark
+        for key in aliases:
             keys.setdefault(_plain(key), set()).add(scan.scan_id)
     unique = {key: next(iter(ids)) for key, ids in keys.items() if len(ids) == 1}
     return unique | {_plain(scan.scan_id): scan.scan_id for scan in scans}
@@ -147,8 +147,8 @@ def _scan_of(cell: str, keys: dict[str, str]) -> str | None:
     parts = cell.replace("\\", "/").strip("/").split("/")
     last = _bare(parts[-1])
     for name in (cell, last, "__".join([*parts[:-1], last]), last.removesuffix("_0000"), parts[-1]):
-        if (found := keys.get(_plain(name))) is not None:
-            return found
+        if (scan_id := keys.get(_plain(name))) is not None:
+            return scan_id
     return None
 
 
@@ -167,7 +167,7 @@ def _organs(text: str, names: dict[str, int], where: str) -> list[str]:
         ValueError: an organ that has no value.
     """
     known = {name.casefold(): name for name in names}
-    found = []
+    organs = []
     for part in re.split(r"[;|,]", text.strip(" []")):
         words = part.strip(" '\"").split()
         while words:
@@ -176,6 +176,6 @@ def _organs(text: str, names: dict[str, int], where: str) -> list[str]:
                     break
             else:
                 raise ValueError(f"{where}: organ {words[0]!r} is none of {list(names)}")
-            found.append(name)
+            organs.append(name)
             words = words[end:]
-    return found
+    return organs

@@ -68,16 +68,16 @@ def _mend_of_regions(labels: dict[str, Any]) -> str:
     return f"labels.names='{{{', '.join(f'{name}: {value}' for value, name in sorted(names.items()))}}}'"
 
 
-def absent(path: Path, there: dict[str, set[str]]) -> list[str]:
+def absent(path: Path, volume_names: dict[str, set[str]]) -> list[str]:
     """Training and test volumes that a dataset.json lists (MSD) or counts (nnU-Net) and that are not there.
 
     Args:
-        there: imagesTr and imagesTs -> names of the volumes in them, without suffix.
+        volume_names: imagesTr and imagesTs -> names of the volumes in them, without suffix.
 
     Raises:
         ValueError: its volumes are not CT.
     """
-    stated, found = read(path), []
+    stated, missing = read(path), []
     channels = stated.get("channel_names") or stated.get("modality") or {}
     channels = [str(name) for name in (channels.values() if isinstance(channels, dict) else [channels])]
     if len(channels) > 1 or any(name.upper().startswith(OTHER_MODALITIES) for name in channels):
@@ -87,9 +87,11 @@ def absent(path: Path, there: dict[str, set[str]]) -> list[str]:
         if isinstance(listed, list):
             paths = [str(one["image"] if isinstance(one, dict) and "image" in one else one) for one in listed]
             ids = {one.rsplit("/", 1)[-1].split(".nii")[0].removesuffix(CHANNEL) for one in paths}
-            gone = sorted(ids - {name.removesuffix(CHANNEL) for name in there[folder]})
+            gone = sorted(ids - {name.removesuffix(CHANNEL) for name in volume_names[folder]})
             if gone:
-                found.append(f"{len(gone)} of {len(ids)} volumes of {folder} that dataset.json lists: {some(gone)}")
-        elif isinstance(number, int) and len(there[folder]) < number:
-            found.append(f"{number - len(there[folder])} of {number} volumes of {folder} that dataset.json counts")
-    return found
+                missing.append(f"{len(gone)} of {len(ids)} volumes of {folder} that dataset.json lists: {some(gone)}")
+        elif isinstance(number, int) and len(volume_names[folder]) < number:
+            missing.append(
+                f"{number - len(volume_names[folder])} of {number} volumes of {folder} that dataset.json counts"
+            )
+    return missing

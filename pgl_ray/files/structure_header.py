@@ -91,17 +91,17 @@ def _drawn(header: "Dataset") -> tuple[tuple[str, ...], tuple[str, ...]]:
         for roi in header.get("ROIContourSequence") or []
         if any(str(contour.get("ContourGeometricType")) in CLOSED for contour in roi.get("ContourSequence") or [])
     ]
-    found = tuple(dict.fromkeys(name for name in drawn if name))
-    return found, tuple(dict.fromkeys(name for name in names.values() if name and name not in found))
+    closed = tuple(dict.fromkeys(name for name in drawn if name))
+    return closed, tuple(dict.fromkeys(name for name in names.values() if name and name not in closed))
 
 
 def roi_names(header: "Dataset") -> dict[int | None, str]:
     """ROI number -> name; "" where several ROIs of different names have one number."""
-    found: dict[int | None, str] = {}
+    names: dict[int | None, str] = {}
     for roi in header.get("StructureSetROISequence") or []:
         number, name = whole(roi.get("ROINumber")), str(roi.get("ROIName") or "").strip()
-        found[number] = name if found.get(number, name) == name else ""
-    return found
+        names[number] = name if names.get(number, name) == name else ""
+    return names
 
 
 def whole(value: Any) -> int | None:

@@ -46,32 +46,32 @@ def read_structures(
         affine: [4, 4], voxel index (three axes in any order, 1) -> RAS+ mm.
         shape: of the grid.
     """
-    found = Labelled(np.zeros(shape, np.uint16), (), [], [])
+    labelled = Labelled(np.zeros(shape, np.uint16), (), [], [])
     by_key = defaultdict(list)
     for path in paths:
         try:
             inside = _open(path)
         except ValueError as error:
-            found.notes.append((path, str(error).removeprefix(f"{path}: ")))
+            labelled.notes.append((path, str(error).removeprefix(f"{path}: ")))
             continue
         for one in inside:
             by_key[key_of(one.name)].append((path, one))
-        _note_unasked(path, [one.name or one.title for one in inside], names, found)
+        _note_unasked(path, [one.name or one.title for one in inside], names, labelled)
     to_index, values = np.linalg.inv(affine) @ LPS_TO_RAS, set()
     for value, name in sorted((value, name) for name, value in names.items()):
         pieces, refused, alike = [], False, [other for other in names if key_of(other) == key_of(name)]
         for path, one in by_key[key_of(name)]:
             if len(alike) > 1 and one.name in alike and one.name != name:
-                continue  # names that differ in capitals alone, and ROIs that do
+                continue  # names that differ only in capitals, and ROIs that do
             placed = one.place(to_index, shape)
-            found.notes.extend((path, f"{one.title}: {note}") for note in placed.notes)
+            labelled.notes.extend((path, f"{one.title}: {note}") for note in placed.notes)
             if placed.refused:
                 refused = True
-                found.notes.append((path, f"{one.title}: {placed.refused}; {name!r} is unlabelled in this scan"))
+                labelled.notes.append((path, f"{one.title}: {placed.refused}; {name!r} is unlabelled in this scan"))
             pieces += placed.pieces
-        if not refused and _write(found.label, value, pieces):
+        if not refused and _write(labelled.label, value, pieces):
             values.add(value)
-    return found._replace(values=tuple(sorted(values)))
+    return labelled._replace(values=tuple(sorted(values)))
 
 
 def _open(path: str) -> list[Any]:
@@ -102,15 +102,15 @@ def _write(label: np.ndarray, value: int, pieces: list[tuple[int, int, np.ndarra
     return filled
 
 
-def _note_unasked(path: str, there: list[str], names: dict[str, int], found: Labelled) -> None:
+def _note_unasked(path: str, present: list[str], names: dict[str, int], labelled: Labelled) -> None:
     asked = {key_of(name) for name in names}
-    others = list(dict.fromkeys(name for name in there if key_of(name) not in asked))
+    others = list(dict.fromkeys(name for name in present if key_of(name) not in asked))
     if others:
-        found.unasked.append((path, f"not asked for: {_some(others)}"))
-    have = {key_of(name) for name in there}
+        labelled.unasked.append((path, f"not asked for: {_some(others)}"))
+    have = {key_of(name) for name in present}
     for name in names:
         if key_of(name) not in have and (alike := near(name, others)):
-            found.notes.append(
+            labelled.notes.append(
                 (path, f"{name!r} is not in it, but {_some(alike)}: is it meant? name it as it stands there")
             )
 
@@ -146,28 +146,28 @@ def assign(sets: Sequence[Contours], series: Sequence[dicom.Series], names: dict
     Args:
         names: organ name -> label value.
     """
-    found, asked = Assigned(defaultdict(list), {}, [], []), {key_of(name) for name in names}
+    assigned, asked = Assigned(defaultdict(list), {}, [], []), {key_of(name) for name in names}
     for one in sets:
         if one.broken:
             reason = f"its structures cannot be read ({one.broken}), so it labels no scan: copy it again"
-            (found.faults if names else found.left_out).append((one.path, reason))
+            (assigned.faults if names else assigned.left_out).append((one.path, reason))
             continue
-        own, note = _series_of(one, series)
-        if isinstance(own, str):
-            found.left_out.append((one.path, own))
+        matched, note = _series_of(one, series)
+        if isinstance(matched, str):
+            assigned.left_out.append((one.path, matched))
         elif not asked & {key_of(organ) for organ in one.organs + one.undrawn}:
             hints = [f"{_some(alike)} for {name!r}" for name in names if (alike := near(name, one.organs))]
             hint = f" (is {hints[0]} meant?)" if hints else ""
             what = f"structures {_some(one.organs)}" if one.organs else "no closed contours or segments in it"
-            found.left_out.append(
+            assigned.left_out.append(
                 (one.path, what + f"{hint}: name those to use, labels.names={{NAME: 1}}" * bool(one.organs))
             )
         else:
-            for number in own:
-                found.sets[number].append(one)
+            for number in matched:
+                assigned.sets[number].append(one)
             if note:
-                found.notes[one.path] = note
-    return found
+                assigned.notes[one.path] = note
+    return assigned
 
 
 def _series_of(one: Contours, series: Sequence[dicom.Series]) -> tuple[list[int] | str, str]:

@@ -32,12 +32,12 @@ class Tree(NamedTuple):
     def below(self, folder: str | Path, without: Iterable[str | Path] = ()) -> list[str]:
         """Paths of the files below a folder, but not below others."""
         start, end = _bounds(self.paths, folder)
-        found = self.paths[start:end]
+        paths = self.paths[start:end]
         for other in without:
             if os.fspath(other) != os.fspath(folder):
-                first, last = _bounds(found, other)
-                found = found[:first] + found[last:]
-        return found
+                first, last = _bounds(paths, other)
+                paths = paths[:first] + paths[last:]
+        return paths
 
     def without(self, paths: Iterable[str]) -> "Tree":
         """The tree without some of its files."""
@@ -78,12 +78,12 @@ def walk(root: str | Path, without: Iterable[str | Path] = ()) -> Tree:
             folders.add(path)
             for entry in entries:
                 if entry.name.startswith("."):
-                    what = entry.name.lower().endswith(IMAGES) or entry.is_dir()
-                    if what and not entry.name.startswith("._"):  # macOS' shadows
-                        left_out.append((shown(entry.path), "hidden, for its name begins with a dot"))
+                    notable = entry.name.lower().endswith(IMAGES) or entry.is_dir()
+                    if notable and not entry.name.startswith("._"):  # macOS' shadows
+                        left_out.append((printable(entry.path), "hidden, for its name begins with a dot"))
                 elif not _is_text(entry.name):
                     fate = left_out if entry.name.lower().endswith(DOCUMENTS) else faults
-                    fate.append((shown(entry.path), "its name is not UTF-8: rename it, as convmv does"))
+                    fate.append((printable(entry.path), "its name is not UTF-8: rename it, as convmv does"))
                 elif entry.is_dir(follow_symlinks=False):
                     todo.append((entry.path, f"{real.rstrip('/')}/{entry.name}"))
                 elif entry.is_symlink() and os.path.isdir(entry.path):
@@ -109,8 +109,8 @@ def walk(root: str | Path, without: Iterable[str | Path] = ()) -> Tree:
 
 def _entries(path: str, faults: list[tuple[str, str]]) -> list[os.DirEntry]:
     try:
-        with os.scandir(path) as found:
-            return sorted(found, key=lambda entry: entry.name)
+        with os.scandir(path) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         faults.append((path, f"the folder cannot be looked at: {error.strerror or error}"))
         return []
@@ -133,6 +133,6 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def shown(path: str) -> str:
+def printable(path: str) -> str:
     """A path as it can be printed and written, whatever its bytes."""
     return os.fsencode(path).decode(errors="backslashreplace")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # comes with pgl_ray[dicom]
     pass
 
 
-VERSION = 1  # of what is kept; another one is read anew
+VERSION = 1  # of the cache; one of another version is read anew
 AT_ONCE = 250  # files that a process is given at a time
 FEW = 1000  # files that are read faster than processes start
 MAX_PROCESSES = 8
@@ -32,18 +32,18 @@ def read_headers(paths: Sequence[str]) -> dict[str, Header]:
     if len(paths) < FEW:
         return {path: read_header(path) for path in paths}
     batches = iter([paths[at : at + AT_ONCE] for at in range(0, len(paths), AT_ONCE)])
-    found, num = {}, min(MAX_PROCESSES, max(2, os.cpu_count() or 1))
+    headers, num = {}, min(MAX_PROCESSES, max(2, os.cpu_count() or 1))
     with ThreadPoolExecutor(num) as pool:
         for part in pool.map(lambda _: _served(batches), range(num)):
-            found |= part
-    return found
+            headers |= part
+    return headers
 
 
 def _served(batches: Iterator[Sequence[str]]) -> dict[str, Header]:
     """Has a process of its own read batches for as long as there are any. No fork, because threads run here, and no
     multiprocessing, because it would run the user's script again."""
-    text = f"import sys; sys.path[:] = {sys.path!r}; from pgl_ray.files.kept_headers import serve; serve()"
-    found = {}
+    text = f"import sys; sys.path[:] = {sys.path!r}; from pgl_ray.files.header_cache import serve; serve()"
+    by_path = {}
     with subprocess.Popen([sys.executable, "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         for batch in batches:
             pickle.dump(list(batch), process.stdin)
@@ -51,9 +51,9 @@ def _served(batches: Iterator[Sequence[str]]) -> dict[str, Header]:
             headers = pickle.load(process.stdout)
             if isinstance(headers, Exception):
                 raise headers
-            found |= dict(zip(batch, (Header(*header) for header in headers)))
+            by_path |= dict(zip(batch, (Header(*header) for header in headers)))
         process.stdin.close()
-    return found
+    return by_path
 
 
 def serve() -> None:
@@ -72,7 +72,7 @@ def serve() -> None:
         answers.flush()
 
 
-class Kept:
+class HeaderCache:
     """Headers by path, size and time.
 
     Args:
@@ -87,12 +87,12 @@ class Kept:
         """Headers of files, each with its size and time; those that are new or changed are read."""
         files = list(files)
         new = [path for path, stamp in files if self._known.get(path, (None,))[0] != stamp]
-        found, stamps = read_headers(new), dict(files)
-        for path, header in found.items():
+        new_headers, stamps = read_headers(new), dict(files)
+        for path, header in new_headers.items():
             if header.kind != "unopened":
                 self._known[path] = (stamps[path], header)
                 self.changed = True
-        return {path: found[path] if path in found else self._known[path][1] for path, _ in files}
+        return {path: new_headers[path] if path in new_headers else self._known[path][1] for path, _ in files}
 
     def packed(self) -> bytes:
         """All that is known, as Parquet."""
