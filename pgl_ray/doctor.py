@@ -62,8 +62,8 @@ def run(config: DoctorConfig) -> Result:
     print(f"doctor: {others}{HERE}{hint}", flush=True)
 
     lookers = _Lookers(nodes)
-    here = _in_time(lambda: _here(config.ray, bool(nodes)), ANSWER_S, lambda why: Machine(HERE, why))
-    machines = [here, *lookers.machines()]
+    this_machine = _in_time(lambda: _here(config.ray, bool(nodes)), ANSWER_S, lambda why: Machine(HERE, why))
+    machines = [this_machine, *lookers.machines()]
     lines += _of_machines(machines, config)
     lines += _of_places(config, machines, lookers)
     _show(lines)
@@ -191,11 +191,11 @@ class _Lookers:
         for _ in range(NUM_TIMES):
             sent = time.time()
             try:
-                theirs = ray.get(self.actors[name].now.remote(), timeout=CONNECT_S)
+                node_time = ray.get(self.actors[name].now.remote(), timeout=CONNECT_S)
             except ray.exceptions.RayError as error:
                 return {"fault": f"has answered once, and no more: {_first_line(error)}"}
             back = time.time()
-            tries.append(((back - sent) / 2, theirs - (sent + back) / 2))
+            tries.append(((back - sent) / 2, node_time - (sent + back) / 2))
         error_s, skew_s = min(tries)
         return {"skew_s": skew_s, "skew_error_s": error_s}
 

@@ -91,7 +91,7 @@ def run(config: InspectConfig) -> str:
         "quantiles": [] if all_listed else store_table.quantiles(index),
         "quantile_names": list(store_table.QUANTILES),
         "csv": "" if all_listed else path.with_suffix(".csv").name,
-        "preparations": [_preparation(said) for said in settings.preparations],
+        "preparations": [_preparation(preparation) for preparation in settings.preparations],
         "histogram": store_table.bars(index.column("histogram").sum(0), 560, 90),
         "bounds": HISTOGRAM_HU,
         "outliers": [(record.scan_id, notes[record.scan_id]) for record in outliers[:NUM_OUTLIERS]],
@@ -170,9 +170,9 @@ def _listed(index: Index, outliers: list[ScanRecord]) -> list[ScanRecord]:
     return [index.by_id[one] for one in sorted(ids | {index.scans[i].scan_id for i in spread})]
 
 
-def _preparation(said: dict[str, Any]) -> dict[str, str]:
-    recipe = said.get("recipe", {})
-    return {"source": said["source"], **{key: recipe.get(key, "") for key in ("name", "licence", "origin")}}
+def _preparation(preparation: dict[str, Any]) -> dict[str, str]:
+    recipe = preparation.get("recipe", {})
+    return {"source": preparation["source"], **{key: recipe.get(key, "") for key in ("name", "licence", "origin")}}
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------

@@ -248,8 +248,8 @@ def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
             if name in wanted and is_whole(config.store, name):
                 del left[name]
     for name in left.keys() & wanted.keys():
-        mine = [why for path, why in reasons.items() if Path(wanted[name]).is_relative_to(path)]
-        why = "; ".join(mine) or ("prepare its folder again" if os.path.exists(wanted[name]) else "it is gone")
+        its_reasons = [why for path, why in reasons.items() if Path(wanted[name]).is_relative_to(path)]
+        why = "; ".join(its_reasons) or ("prepare its folder again" if os.path.exists(wanted[name]) else "it is gone")
         left[name] = f"{wanted[name]}, which it was made from, cannot be used: {why}"
     return verified, left
 

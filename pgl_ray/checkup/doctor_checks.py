@@ -89,8 +89,8 @@ def versions(machines: Sequence[Machine]) -> list[Line]:
         differ = grouped(machines, lambda one, must=must: _differences(one, first, must))
         state = "wrong" if must else "note"
         lines += [Line("versions", state, f"{listed(names)}: {what}", mend) for what, names in differ.items()]
-    said = ", ".join(f"{name} {first.versions[name]}" for name in SAID if name in first.versions)
-    return lines or [Line("versions", "ok", f"python {first.python}, {said}{' everywhere' * (len(machines) > 1)}")]
+    installed = ", ".join(f"{name} {first.versions[name]}" for name in SAID if name in first.versions)
+    return lines or [Line("versions", "ok", f"python {first.python}, {installed}{' everywhere' * (len(machines) > 1)}")]
 
 
 def _install(one: Machine, wanted: Callable[[str | None, str], bool]) -> str:
@@ -105,8 +105,8 @@ def _is_unfit(have: str | None, need: str) -> bool:
         return False
 
 
-def _python(one: Machine, first: Machine) -> str:
-    return f"python {one.python} where {first.name} has {first.python}" if one.python != first.python else ""
+def _python(machine: Machine, first: Machine) -> str:
+    return f"python {machine.python} where {first.name} has {first.python}" if machine.python != first.python else ""
 
 
 def _differences(one: Machine, first: Machine, must: bool) -> str:
@@ -131,8 +131,8 @@ def extras(machines: Sequence[Machine], in_bucket: bool) -> list[Line]:
     text = f"installed: {', '.join(sorted(ours)) or 'none'}"
     if rest := sorted(EXTRAS.keys() - ours):
         text += f"; not: {', '.join(rest)} (pip install 'pgl_ray[{rest[0]}]')"
-    said = {"cloud"} if lines else set()
-    others = grouped(machines, lambda one: _unlike(have[one.name] - said, ours - said))
+    reported = {"cloud"} if lines else set()
+    others = grouped(machines, lambda one: _unlike(have[one.name] - reported, ours - reported))
     lines += [
         Line("extras", "note", f"{listed(names)}: {what}", "install the same everywhere")
         for what, names in others.items()
@@ -161,15 +161,15 @@ def code(machines: Sequence[Machine]) -> list[Line]:
 def clocks(machines: Sequence[Machine], in_bucket: bool) -> list[Line]:
     """Whether the nodes' clocks agree with this machine's."""
     lines, mend = [], "keep the clocks in step there: timedatectl set-ntp true, or chrony"
-    for one in machines:
-        if abs(one.skew_s) - one.skew_error_s <= SKEW_S:
+    for machine in machines:
+        if abs(machine.skew_s) - machine.skew_error_s <= SKEW_S:
             continue
-        wrong = in_bucket and abs(one.skew_s) > SKEW_OF_BUCKETS_S
+        wrong = in_bucket and abs(machine.skew_s) > SKEW_OF_BUCKETS_S
         why = "buckets refuse its requests" if wrong else "logs and events come in the wrong order"
-        way = "ahead of" if one.skew_s > 0 else "behind"
-        text = f"{one.name}: its clock is {abs(one.skew_s):.1f} s {way} this machine's: {why}"
+        way = "ahead of" if machine.skew_s > 0 else "behind"
+        text = f"{machine.name}: its clock is {abs(machine.skew_s):.1f} s {way} this machine's: {why}"
         lines.append(Line("clocks", "wrong" if wrong else "note", text, mend))
-    most = max(abs(one.skew_s) + one.skew_error_s for one in machines)
+    most = max(abs(machine.skew_s) + machine.skew_error_s for machine in machines)
     return lines or _of_several(machines, "clocks", f"within {max(most, 0.001):.3f} s")
 
 
@@ -179,46 +179,46 @@ def clocks(machines: Sequence[Machine], in_bucket: bool) -> list[Line]:
 def host_names(machines: Sequence[Machine]) -> list[Line]:
     """Whether each node's own name leads to an address that the others reach: gloo, which CPU training takes, listens
     there."""
-    state = "note" if any(one.gpus for one in machines) else "wrong"
+    state = "note" if any(machine.gpus for machine in machines) else "wrong"
     lines = []
-    if len({one.address for one in machines}) == 1:  # on one machine gloo takes what there is
+    if len({machine.address for machine in machines}) == 1:  # on one machine gloo takes what there is
         return []
-    for one in machines:
-        known = {address for addresses in one.interfaces.values() for address in addresses}
-        leads = f"its name {one.host} leads to {one.host_address or 'no address'}"
-        if "GLOO_SOCKET_IFNAME" in one.chosen:
+    for machine in machines:
+        known = {address for addresses in machine.interfaces.values() for address in addresses}
+        leads = f"its name {machine.host} leads to {machine.host_address or 'no address'}"
+        if "GLOO_SOCKET_IFNAME" in machine.chosen:
             continue
-        if not one.host_address or one.host_address.startswith("127."):
+        if not machine.host_address or machine.host_address.startswith("127."):
             why = ", where the others cannot reach it"
-        elif known and one.host_address not in known:
+        elif known and machine.host_address not in known:
             why = ", which is none of its own"
         else:
             continue
-        mend = f"GLOO_SOCKET_IFNAME={_interface(one) or 'eth0'} before its `ray start`, or mend its /etc/hosts"
-        lines.append(Line("host names", state, f"{one.name}: {leads}{why}: training on CPUs (gloo) fails", mend))
+        mend = f"GLOO_SOCKET_IFNAME={_interface(machine) or 'eth0'} before its `ray start`, or mend its /etc/hosts"
+        lines.append(Line("host names", state, f"{machine.name}: {leads}{why}: training on CPUs (gloo) fails", mend))
     text = "each leads to an address of its own, or GLOO_SOCKET_IFNAME is set"
     return lines or [Line("host names", "ok", text)]
 
 
-def _interface(one: Machine) -> str:
+def _interface(machine: Machine) -> str:
     """The interface that has the address by which the cluster knows a machine; "": none."""
-    return next((name for name, addresses in one.interfaces.items() if one.address in addresses), "")
+    return next((name for name, addresses in machine.interfaces.items() if machine.address in addresses), "")
 
 
 def interfaces(machines: Sequence[Machine]) -> list[Line]:
     """Whether the interfaces that variables name are there, and reach other machines."""
-    one_machine, lines = len({one.address for one in machines}) == 1, []
-    for one in machines:
-        for variable, value in one.chosen.items():
-            matched = _matching(value, one.interfaces) if one.interfaces else ["unknown"]
-            there = f"there are {', '.join(one.interfaces)}"
+    one_machine, lines = len({machine.address for machine in machines}) == 1, []
+    for machine in machines:
+        for variable, value in machine.chosen.items():
+            matched = _matching(value, machine.interfaces) if machine.interfaces else ["unknown"]
+            known = f"there are {', '.join(machine.interfaces)}"
             if not matched:
-                text = f"{one.name}: {variable}={value} is none of its interfaces; {there}"
+                text = f"{machine.name}: {variable}={value} is none of its interfaces; {known}"
             elif not one_machine and matched == ["lo"]:
-                text = f"{one.name}: {variable}={value} reaches no other machine"
+                text = f"{machine.name}: {variable}={value} reaches no other machine"
             else:
                 continue
-            mend = f"{variable}={_interface(one) or 'NAME'} before its `ray start`"
+            mend = f"{variable}={_interface(machine) or 'NAME'} before its `ray start`"
             lines.append(Line("interfaces", "wrong", text, mend))
     named = Counter(filter(None, map(_interface, machines)))
     text = ", ".join(f"{name} ({num})" if len(named) > 1 else name for name, num in named.items())
@@ -256,10 +256,10 @@ def shared_memory(machines: Sequence[Machine]) -> list[Line]:
     return lines or [Line("shared memory", "ok", f"object store of {gb(least)}, {shm}{at_least}")]
 
 
-def _too_small(one: Machine) -> str:
-    if one.shm_bytes is None or one.object_store_bytes <= one.shm_bytes:
+def _too_small(machine: Machine) -> str:
+    if machine.shm_bytes is None or machine.object_store_bytes <= machine.shm_bytes:
         return ""
-    room = f"/dev/shm has {gb(one.shm_bytes)}, the object store {gb(one.object_store_bytes)}"
+    room = f"/dev/shm has {gb(machine.shm_bytes)}, the object store {gb(machine.object_store_bytes)}"
     return f"{room}: Ray keeps it on the disk, which is slow"
 
 
@@ -286,12 +286,12 @@ def gpus(machines: Sequence[Machine]) -> list[Line]:
     return lines or [Line("gpus", "ok", f"{text}, driver {next(iter(drivers))}" if kinds else "none: training on CPUs")]
 
 
-def _miscounted(one: Machine) -> str:
-    if one.ray_gpus is None or one.gpu_fault or one.ray_gpus == len(one.gpus):
+def _miscounted(machine: Machine) -> str:
+    if machine.ray_gpus is None or machine.gpu_fault or machine.ray_gpus == len(machine.gpus):
         return ""
-    return f"Ray counts {one.ray_gpus:g} GPUs, the driver {len(one.gpus)}"
+    return f"Ray counts {machine.ray_gpus:g} GPUs, the driver {len(machine.gpus)}"
 
 
-def _busy(one: Machine) -> str:
-    used = {i: gpu.used_mb for i, gpu in enumerate(one.gpus) if gpu.used_mb > BUSY_MB}
+def _busy(machine: Machine) -> str:
+    used = {i: gpu.used_mb for i, gpu in enumerate(machine.gpus) if gpu.used_mb > BUSY_MB}
     return ", ".join(f"GPU {i} has {used_mb / 1000:.0f} GB in use" for i, used_mb in used.items())

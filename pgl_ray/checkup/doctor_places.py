@@ -102,15 +102,15 @@ def look_at_run(mark: str) -> dict[str, Any]:
                     return {"fault": f"does not see what is written to {folder}"}
                 time.sleep(0.2)
         facts = {"mark": content.decode(), **_room(folder)}
-        own = f".doctor-{uuid.uuid4().hex}"
+        trial = f".doctor-{uuid.uuid4().hex}"
         try:
-            place.write(own, [content])
-            if place.read(own) != content:
+            place.write(trial, [content])
+            if place.read(trial) != content:
                 return {"fault": f"reads something else than it has written to {folder}"}
         except OSError as error:
             facts["read_only"] = error.strerror or str(error)
         finally:
-            place.remove(own)
+            place.remove(trial)
         return facts | _latency(place, key)
 
     return _tried(look)

@@ -52,20 +52,20 @@ def _mend(url: str, fault: str) -> str:
 def reading(sights: Sequence[Sight]) -> list[Line]:
     """How fast scans and small objects are read."""
     lines = []
-    for one in sights:
-        if one.read_mb_s is not None and one.read_mb_s < SLOW_MB_S:
-            text = f"{one.name}: scans are read at {one.read_mb_s:.0f} MB/s, so training may wait for data"
+    for sight in sights:
+        if sight.read_mb_s is not None and sight.read_mb_s < SLOW_MB_S:
+            text = f"{sight.name}: scans are read at {sight.read_mb_s:.0f} MB/s, so training may wait for data"
             mend = "a faster disk, a copy of the store on it, or a bucket nearby; stream.pairs_per_region=8 reads less"
             lines.append(Line("reading", "note", text, mend))
-        if one.latency_s is not None and one.latency_s > SLOW_S:
-            text = f"{one.name}: a small read from the bucket takes {one.latency_s * 1000:.0f} ms"
+        if sight.latency_s is not None and sight.latency_s > SLOW_S:
+            text = f"{sight.name}: a small read from the bucket takes {sight.latency_s * 1000:.0f} ms"
             mend = "a bucket in the nodes' own region, or a copy of the store on a disk"
             lines.append(Line("reading", "note", text, mend))
-    speeds = [one.read_mb_s for one in sights if one.read_mb_s is not None]
-    waits = [one.latency_s for one in sights if one.latency_s is not None]
-    said = [f"scans at {min(speeds):.0f} MB/s"] if speeds else []
-    said += [f"a small read takes {max(waits) * 1000:.0f} ms"] if waits else []
-    return lines or ([Line("reading", "ok", ", ".join(said))] if said else [])
+    speeds = [sight.read_mb_s for sight in sights if sight.read_mb_s is not None]
+    waits = [sight.latency_s for sight in sights if sight.latency_s is not None]
+    texts = [f"scans at {min(speeds):.0f} MB/s"] if speeds else []
+    texts += [f"a small read takes {max(waits) * 1000:.0f} ms"] if waits else []
+    return lines or ([Line("reading", "ok", ", ".join(texts))] if texts else [])
 
 
 def disks(machines: Sequence[Machine], runs: Sequence[Sight], in_bucket: bool) -> list[Line]:

@@ -109,8 +109,8 @@ def _load_file(model: type[Section], path: str) -> Any:
         written = _own_section(model, yaml.load(file, yaml.BaseLoader), path)
     values = _with_texts(model, OmegaConf.to_container(read, resolve=False), written)
     if model is CheckAlignConfig:
-        own, theirs = model.model_fields, PretrainConfig.model_fields
-        values = {key: value for key, value in values.items() if key in own or key not in theirs}
+        fields, pretrain_fields = model.model_fields, PretrainConfig.model_fields
+        values = {key: value for key, value in values.items() if key in fields or key not in pretrain_fields}
     return OmegaConf.create(values)
 
 
@@ -137,10 +137,10 @@ def _own_section(model: type[Section], file: Any, name: str) -> Any:
     if not file or not set(file) <= set(doors):
         return file
     reader = PretrainConfig if model is CheckAlignConfig else model
-    own = next((part for part, config in doors.items() if issubclass(reader, config)), None)
-    if own not in file:
+    door = next((part for part, config in doors.items() if issubclass(reader, config)), None)
+    if door not in file:
         raise ValueError(f"{name!r} has settings for {', '.join(file)} alone, none for this door")
-    return file[own]
+    return file[door]
 
 
 def build(model: type[Model], values: dict[str, Any]) -> Model:

@@ -39,9 +39,9 @@ def settings_of(config: PrepareConfig) -> store_settings.Settings | None:
         return None
     known = store.read_settings(config.store)
     for key in ("hu_window", "encoding", "spacing_mm"):
-        ours, theirs = getattr(config, key), getattr(known, key)
-        if ours != theirs:
-            raise ValueError(f"{key}={ours}: store {config.store} has {theirs}: use that or another store")
+        given, stored = getattr(config, key), getattr(known, key)
+        if given != stored:
+            raise ValueError(f"{key}={given}: store {config.store} has {stored}: use that or another store")
     return known
 
 
@@ -64,10 +64,10 @@ def agreed_names(config: PrepareConfig, layout: Layout) -> dict[str, int] | None
 
 def preparations(config: PrepareConfig, known: store_settings.Settings | None) -> tuple[dict[str, Any], ...]:
     """What the store was made with so far, one config per source folder, the newest of each."""
-    ours, earlier = config.model_dump(mode="json", exclude={"store", "ray"}), known.preparations if known else ()
-    if any(said["source"] == config.source for said in earlier):
-        return tuple(ours if said["source"] == config.source else said for said in earlier)
-    return (*earlier, ours)
+    new, earlier = config.model_dump(mode="json", exclude={"store", "ray"}), known.preparations if known else ()
+    if any(preparation["source"] == config.source for preparation in earlier):
+        return tuple(new if preparation["source"] == config.source else preparation for preparation in earlier)
+    return (*earlier, new)
 
 
 def names_of_values(values: Iterable[int]) -> dict[str, int]:

@@ -8,12 +8,12 @@ from pgl_ray.data import store
 from pgl_ray.files.source import Source
 
 
-def same_content(records: dict[str, store.ScanRecord], here: set[str]) -> list[list[store.ScanRecord]]:
+def same_content(records: dict[str, store.ScanRecord], scan_ids: set[str]) -> list[list[store.ScanRecord]]:
     """Groups of scans that hold the same voxels, where one of each was looked at now; first those in two splits."""
     same = defaultdict(list)
     for record in records.values():
         same[record.content_hash].append(record)
-    groups = [group for group in same.values() if len(group) > 1 and here & {record.scan_id for record in group}]
+    groups = [group for group in same.values() if len(group) > 1 and scan_ids & {record.scan_id for record in group}]
     return sorted(groups, key=lambda group: len({record.split for record in group}) == 1)
 
 

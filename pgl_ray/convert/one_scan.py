@@ -89,8 +89,8 @@ def convert(row: dict, folder: str, token: str, names: dict[str, int] | None, op
         status, reason = ("label map" if isinstance(error, LabelMap) else "failed"), str(error)
     except Exception as error:  # whatever else a damaged file may cause must not stop the other scans
         reason = f"{type(error).__name__}: {error}"
-    said = {"task": row["task"], "status": status, "reason": reason, "notes": json.dumps(notes)}
-    return said | {"record": pickle.dumps(record)}
+    answer = {"task": row["task"], "status": status, "reason": reason, "notes": json.dumps(notes)}
+    return answer | {"record": pickle.dumps(record)}
 
 
 def _tries(folder: str, task: int) -> int:
@@ -123,7 +123,7 @@ def _convert(
     )
     if unknown:
         raise ValueError(f"{source.label}: label values {unknown} are not among {names}: add them to labels.names")
-    voxels, affine, own = scan.voxels, scan.affine, label
+    voxels, affine, read_label = scan.voxels, scan.affine, label
     if options["spacing_mm"]:
         voxels, label, affine = resample(voxels, label, affine, options["spacing_mm"])
     record = scan_files.write_scan(
@@ -133,7 +133,7 @@ def _convert(
         affine,
         label=label,
         labelled=reading.labelled or (),
-        source_label=None if label is own else own,
+        source_label=None if label is read_label else read_label,
         source_affine=scan.affine,
         split=source.split,
         orientation=scan.orientation,

@@ -25,16 +25,16 @@ def in_parallel(
     launch.connect(config)
     import ray.data
 
-    here = nodes.cluster()
-    own = {"CPU": 1.0, **(here.memory(peak()) if peak else {})}
+    cluster = nodes.cluster()
+    per_task = {"CPU": 1.0, **(cluster.memory(peak()) if peak else {})}
     # a cluster of our own on this machine has at least 4 CPUs by name, for the trainings' sake
-    ours = not (config.address or os.environ.get("RAY_ADDRESS"))
+    local = not (config.address or os.environ.get("RAY_ADDRESS"))
     cores = config.num_cpus or os.cpu_count() or 1
-    if not ours:  # all nodes' that can come; Ray Data asks for as many as it has tasks for
-        cores = len(items) if here.unknown else max(1, here.room(own))
-        nodes.ask_for(own, min(cores, len(items)))
+    if not local:  # all nodes' that can come; Ray Data asks for as many as it has tasks for
+        cores = len(items) if cluster.unknown else max(1, cluster.room(per_task))
+        nodes.ask_for(per_task, min(cores, len(items)))
     rows = [{"task": i, "item": pickle.dumps(item)} for i, item in enumerate(items)]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     yield from dataset.map(
-        work, num_cpus=1, memory=own.get("memory"), compute=ray.data.TaskPoolStrategy(size=min(cores, len(rows)))
+        work, num_cpus=1, memory=per_task.get("memory"), compute=ray.data.TaskPoolStrategy(size=min(cores, len(rows)))
     ).iter_rows()

@@ -108,8 +108,8 @@ def apply_intensities(views: Tensor, intensity: Tensor, noise_seed: Tensor, max_
 def _blur_each(views: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """`intensity_ops.blur`, a sigma per view, [N, 1, 1, 1, 1]; 0: none. The kernel is as long as each sigma's own."""
     at = torch.arange(-radius, radius + 1, device=views.device)
-    own = torch.floor(3 * sigma + 0.5).clamp_min(1)
-    taps = torch.exp(-0.5 * (at / sigma.clamp_min(1e-3)) ** 2) * (at.abs() <= own)
+    reach = torch.floor(3 * sigma + 0.5).clamp_min(1)
+    taps = torch.exp(-0.5 * (at / sigma.clamp_min(1e-3)) ** 2) * (at.abs() <= reach)
     taps = taps / taps.sum(-1, keepdim=True)  # [N, 1, 1, 1, taps]
     for axis in (2, 3, 4):
         pad, size = [0] * 6, views.shape[axis]

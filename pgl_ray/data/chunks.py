@@ -38,10 +38,10 @@ def write(place: Place, records: Iterable[Any]) -> None:
 
     wanted = [(record, kind) for record in records for kind, name in METADATA.items() if getattr(record, name)]
     try:
-        there = _read(place, place.read(FILE))
+        stored = _read(place, place.read(FILE))
     except FileNotFoundError:  # a new store, or one of an earlier version
-        there = None
-    known = {(row["scan_id"], row["kind"]): row for row in (there.to_pylist() if there else ())}
+        stored = None
+    known = {(row["scan_id"], row["kind"]): row for row in (stored.to_pylist() if stored else ())}
 
     rows, new = [], []
     for record, kind in wanted:
@@ -50,7 +50,7 @@ def write(place: Place, records: Iterable[Any]) -> None:
             rows.append(row)
         else:
             new.append((record, kind, mark))
-    if there is not None and not new and len(rows) == len(known):
+    if stored is not None and not new and len(rows) == len(known):
         return
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         rows += [row for row in pool.map(lambda one: _row(place, *one), new) if row]
@@ -64,8 +64,8 @@ def write(place: Place, records: Iterable[Any]) -> None:
 
 def _mark(record: Any) -> int:
     """Another number where a scan was converted again, with other voxels or other labels."""
-    said = (record.source_hash, record.content_hash, record.array_metadata, record.label_metadata, record.label_boxes)
-    return google_crc32c.value(repr((*said, record.label_voxels)).encode())
+    fields = (record.source_hash, record.content_hash, record.array_metadata, record.label_metadata, record.label_boxes)
+    return google_crc32c.value(repr((*fields, record.label_voxels)).encode())
 
 
 def _row(place: Place, record: Any, kind: str, mark: int) -> Row | None:

@@ -61,7 +61,7 @@ def training_facts(
 def _seen(scans: list[ScanRecord], with_labels: bool, before: dict[str, Any]) -> dict[str, str]:
     hashes = {kind: _hashes(before, kind) for kind in KINDS}
     hashes["with_labels" if with_labels else "without_labels"] |= {_short(scan) for scan in scans}
-    return {kind: base64.b64encode(b"".join(sorted(own))).decode() for kind, own in hashes.items()}
+    return {kind: base64.b64encode(b"".join(sorted(of_kind))).decode() for kind, of_kind in hashes.items()}
 
 
 def _hashes(facts: dict[str, Any], kind: str) -> set[bytes]:
@@ -134,14 +134,14 @@ def spacing_note(facts: dict[str, Any], index: Index) -> str | None:
     """
     if not facts or not index.scans:
         return None
-    known = np.array(facts["resampled_mm"] or facts["spacing_mm"][1])
-    own = np.array(index.spacing_mm or np.median([scan.spacing_mm for scan in index.scans], 0))
-    if np.maximum(own / known, known / own).max() <= SPACING_NOTED:
+    trained_mm = np.array(facts["resampled_mm"] or facts["spacing_mm"][1])
+    store_mm = np.array(index.spacing_mm or np.median([scan.spacing_mm for scan in index.scans], 0))
+    if np.maximum(store_mm / trained_mm, trained_mm / store_mm).max() <= SPACING_NOTED:
         return None
-    size = ",".join(f"{length:.3g}" for length in known)
+    size = ",".join(f"{length:.3g}" for length in trained_mm)
     return (
-        f"was trained on voxels of {_text(known)} mm (D, H, W; median), those of {index.store} are {_text(own)} mm, so "
-        f"it may help less; prepare with spacing_mm=[{size}] makes voxels of its size"
+        f"was trained on voxels of {_text(trained_mm)} mm (D, H, W; median), those of {index.store} are "
+        f"{_text(store_mm)} mm, so it may help less; prepare with spacing_mm=[{size}] makes voxels of its size"
     )
 
 

@@ -98,8 +98,8 @@ def _apply_compiled(compiled: kernels.Kernels, view: np.ndarray, params: Intensi
 def _taps(sigma: float, radius: int) -> list[float]:
     """A sampled Gaussian from its middle outwards, as long as `radius`; 0 from three sigmas on. With its mirror image
     it sums to 1."""
-    own = max(1, round(3 * sigma))
-    taps = [math.exp(-0.5 * (at / sigma) ** 2) if at <= own else 0.0 for at in range(radius + 1)]
+    reach = max(1, round(3 * sigma))
+    taps = [math.exp(-0.5 * (at / sigma) ** 2) if at <= reach else 0.0 for at in range(radius + 1)]
     return [tap / (2 * sum(taps) - taps[0]) for tap in taps]
 
 

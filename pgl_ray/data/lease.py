@@ -134,6 +134,6 @@ class Lease:
         return True
 
 
-def _version(said: dict[str, Any]) -> dict[str, Any]:
+def _version(meta: dict[str, Any]) -> dict[str, Any]:
     """What a store knows an object's version by."""
-    return {name: said[name] for name in ("e_tag", "version") if said.get(name)}
+    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}

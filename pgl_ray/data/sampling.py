@@ -163,9 +163,9 @@ def sample_pairs(
     left = np.flatnonzero(~held)  # few pairs of the default bound
     for some in (left[at : at + 64] for at in range(0, len(left), 64)):  # their tries take room
         seeds = (u[some, -1] * 2**53).astype(np.int64).tolist()
-        more = np.stack([np.random.default_rng(seed).random((FURTHER_TRIES, 4, 3)) for seed in seeds])
+        further = np.stack([np.random.default_rng(seed).random((FURTHER_TRIES, 4, 3)) for seed in seeds])
         around = None if body is None else body[some]
-        boxes[some], held[some] = _tried(more, shape[some], views, around)
+        boxes[some], held[some] = _tried(further, shape[some], views, around)
     if not held.all():
         boxes[~held, 1] = _moved(boxes[~held, 0], boxes[~held, 1], shape[~held], views)
     return boxes, flips

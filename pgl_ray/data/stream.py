@@ -94,8 +94,8 @@ class Plan:
         epoch, place = np.divmod(at, self.rows_per_epoch)
         order = np.empty_like(at)
         for e in np.unique(epoch).tolist():
-            here = epoch == e
-            order[here] = self.order(e)[place[here]]
+            in_epoch = epoch == e
+            order[in_epoch] = self.order(e)[place[in_epoch]]
         return np.stack([epoch, *np.divmod(order, self.draws_per_scan)], -1)
 
     def batches(self, start: int) -> Iterator[np.ndarray]:

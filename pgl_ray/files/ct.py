@@ -207,14 +207,14 @@ def write_label(path: str | Path, label: np.ndarray, like: str | Path, slices: t
     else:
         reader = itk.open_header(like)
         shape, affine = itk.shape_of(reader), itk.geometry(like, reader).affine
-    own_order = orientations.ornt_transform(STORED, orientations.io_orientation(affine))
-    own = orientations.apply_orientation(label.transpose(2, 1, 0), own_order)
-    if own.shape != tuple(shape):
+    file_order = orientations.ornt_transform(STORED, orientations.io_orientation(affine))
+    turned = orientations.apply_orientation(label.transpose(2, 1, 0), file_order)
+    if turned.shape != tuple(shape):
         raise ValueError(f"{path}: label shape {label.shape} (D, H, W) does not fit {like}, shape {tuple(shape)}")
     if is_nifti(like):
-        nifti.write_label(path, own, like)
+        nifti.write_label(path, turned, like)
         return
-    written = nib.Nifti1Image(own, affine)
+    written = nib.Nifti1Image(turned, affine)
     written.header.set_xyzt_units("mm")
     nib.save(written, path)
 

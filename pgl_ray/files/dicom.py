@@ -145,10 +145,10 @@ def _structures(path: str) -> Contours:
     return contours._replace(patient=contours.patient and identity.digest(contours.patient.strip())[:16])
 
 
-def _series(one: dicom_series.Group) -> Series:
-    below = os.path.commonpath({os.path.dirname(path) for path in one.paths})
-    names = tuple(sorted(path[len(below) :].lstrip("/") for path in one.paths))
-    head = one.header
+def _series(group: dicom_series.Group) -> Series:
+    below = os.path.commonpath({os.path.dirname(path) for path in group.paths})
+    names = tuple(sorted(path[len(below) :].lstrip("/") for path in group.paths))
+    head = group.header
     return Series(
         head.series,
         head.number,
@@ -158,7 +158,7 @@ def _series(one: dicom_series.Group) -> Series:
         head.frame,
         head.patient,
         identity.series_part(head.number, head.person, head.study, head.series, head.frame),
-        one.notes,
+        group.notes,
     )
 
 

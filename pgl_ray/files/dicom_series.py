@@ -66,15 +66,15 @@ def _with_frames(headers: dict[str, Header]) -> dict[str, Header]:
     """The headers without their frames of reference where about every slice of a series has one of its own, as some
     tools for anonymising leave them."""
     frames, counts = defaultdict(set), Counter()
-    for one in headers.values():
-        frames[one.person, one.study, one.series].add(one.frame)
-        counts[one.person, one.study, one.series] += 1
+    for header in headers.values():
+        frames[header.person, header.study, header.series].add(header.frame)
+        counts[header.person, header.study, header.series] += 1
     loose = {key for key, uids in frames.items() if len(uids) > max(2, counts[key] / 2)}
     if not loose:
         return headers
     return {
-        path: one._replace(frame="") if (one.person, one.study, one.series) in loose else one
-        for path, one in headers.items()
+        path: header._replace(frame="") if (header.person, header.study, header.series) in loose else header
+        for path, header in headers.items()
     }
 
 
@@ -138,10 +138,10 @@ def _without_scouts(paths: list[str], headers: dict[str, Header], left_out: list
     """Leaves out the few slices that have another size, or lie across the others."""
     kinds: list[tuple[Header, list[str]]] = []
     for path in paths:
-        one = headers[path]
-        same = next((files for other, files in kinds if other.size == one.size and _parallel(other, one)), None)
+        header = headers[path]
+        same = next((files for other, files in kinds if other.size == header.size and _parallel(other, header)), None)
         if same is None:
-            kinds.append((one, [path]))
+            kinds.append((header, [path]))
         else:
             same.append(path)
     main = max((files for _, files in kinds), key=len)

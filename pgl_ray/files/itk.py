@@ -213,5 +213,5 @@ def _check_deflated(header: TextHeader, deflated: int, held: int) -> None:
     stated = header.fields.get("compresseddatasize", "")
     right = deflated <= int(stated) <= held if stated.isdecimal() else not stated and bool(header.files)
     if not right:
-        said = f"says CompressedDataSize = {stated}" if stated else "has no CompressedDataSize"
-        raise zlib.error(f"its header {said}, it should be {deflated}")
+        statement = f"says CompressedDataSize = {stated}" if stated else "has no CompressedDataSize"
+        raise zlib.error(f"its header {statement}, it should be {deflated}")

@@ -95,7 +95,7 @@ def _note_missing(inventory: Inventory, part: PartConfig, recipe: RecipeConfig, 
         inventory.missing.append(
             f"{len(scans)} of {part.num_scans} scans {part.images} found{listed}; get the others: {recipe.origin}"
         )
-    bare = [one for one, scan in scans.items() if part.labels and not scan.label]
+    bare = [name for name, scan in scans.items() if part.labels and not scan.label]
     if bare:
         inventory.missing.append(f"{len(bare)} label maps {part.labels} ({some(bare)}); get them: {recipe.origin}")
     if recipe.split_sizes and part.num_scans and len(scans) - len(bare) != part.num_scans and part.labels:
@@ -106,7 +106,7 @@ def draw_split(scans: list[Source], recipe: RecipeConfig) -> list[Source]:
     """Splits the labelled scans. The order comes from a hash of seed and scan_id, so that a scan which is missing or
     added moves hardly any other one to another split."""
     labelled = [scan.scan_id for scan in scans if scan.label]
-    order = sorted(labelled, key=lambda one: hashlib.sha256(f"{recipe.split_seed} {one}".encode()).digest())
+    order = sorted(labelled, key=lambda scan_id: hashlib.sha256(f"{recipe.split_seed} {scan_id}".encode()).digest())
     splits = [split for split, size in recipe.split_sizes.items() for _ in range(size)]
     splits += splits[-1:] * (len(order) - len(splits))
     drawn = dict(zip(order, splits))

@@ -178,5 +178,5 @@ def one_scan(source: Path, key: str) -> ScanFile:
         return scans[0]
     if not scans:
         raise ValueError(f"{key}={source}: {faults[0].source}: {faults[0].reason}")
-    names = ", ".join(one.scan_id for one in scans[:3]) + (", ..." if len(scans) > 3 else "")
+    names = ", ".join(scan.scan_id for scan in scans[:3]) + (", ..." if len(scans) > 3 else "")
     raise ValueError(f"{key}={source} holds {len(scans)} scans ({names}): name one of them")
