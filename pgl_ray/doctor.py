@@ -39,7 +39,7 @@ COLORS = {"ok": "32", "note": "33", "wrong": "31"}
 
 
 class Result(NamedTuple):
-    """What was found.
+    """What the checks say.
 
     Attributes:
         lines: the verdicts.

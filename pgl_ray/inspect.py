@@ -115,7 +115,7 @@ def run(config: InspectConfig) -> str:
 
 
 def _lines(index: Index, name: str) -> list[dict[str, Any]]:
-    """What prepare wrote beside the index; nothing where it didn't, or what is there cannot be read."""
+    """What prepare wrote next to the index; nothing where it didn't, or what is there cannot be read."""
     try:
         return [json.loads(line) for line in open_place(index.store).read(name).splitlines() if line.strip()]
     except (OSError, ValueError):

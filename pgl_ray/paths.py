@@ -1,4 +1,4 @@
-"""What paths and URLs say by themselves. By the standard library alone: nodes that lack the rest run this, too."""
+"""What paths and URLs say by themselves. With the standard library only: nodes that lack the rest run this, too."""
 
 import os
 from pathlib import Path

@@ -125,7 +125,7 @@ class Machine:
 
 
 def machine(tmp_dir: str | None = None) -> dict[str, Any]:
-    """Facts of this machine by their names in Machine, plain values alone: another node may have another pgl_ray.
+    """Facts of this machine by their names in Machine, only plain values: another node may have another pgl_ray.
 
     Args:
         tmp_dir: Ray's temporary folder; none: its own choice.

@@ -87,7 +87,7 @@ def remove_mark(mark: str) -> None:
 
 
 def look_at_run(mark: str) -> dict[str, Any]:
-    """Reads what another machine has left, and writes and removes a file beside it; facts by their names in Sight."""
+    """Reads what another machine has left, and writes and removes a file next to it; facts by their names in Sight."""
     from pgl_ray.data.place import open_place
 
     def look() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pgl_ray.files.resample import resample
 from pgl_ray.files.source import Source
 
 PEAK_BYTES_PER_VOXEL = 8  # of a conversion, label map included (tests/benchmarks/test_prepare_cost.py)
-PEAK_BYTES_PER_RESAMPLED = 10  # voxel of the result, beside the source's own
+PEAK_BYTES_PER_RESAMPLED = 10  # voxel of the result, besides the source's own
 NUM_LARGEST = 8  # files whose headers say how much memory a conversion takes
 MAX_TRIES = 3
 

@@ -15,7 +15,7 @@ def in_parallel(
 ) -> Iterator[dict]:
     """Calls `work` with {"task": number, "item": pickled item} in Ray tasks, one per core; yields the answers.
 
-    Every task gets its own item alone, for a list of DICOM series fills a hundred megabytes. `peak` says the
+    Every task gets only its own item, for a list of DICOM series fills a hundred megabytes. `peak` says the
     memory that one may take, in bytes.
     """
     if not items:

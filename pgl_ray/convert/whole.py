@@ -14,7 +14,7 @@ from pgl_ray.train.progress import Stage, num_of
 
 @dataclass(frozen=True)
 class Verified:
-    """What a look at every byte of a store found.
+    """What reading every byte of a store brought to light.
 
     Attributes:
         store: its folder.

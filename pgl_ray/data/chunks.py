@@ -54,7 +54,7 @@ def write(place: Place, records: Iterable[Any]) -> None:
         return
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         rows += [row for row in pool.map(lambda one: _row(place, *one), new) if row]
-    rows.sort(key=lambda row: (row["scan_id"], row["kind"]))  # to be found by halves
+    rows.sort(key=lambda row: (row["scan_id"], row["kind"]))  # for a search by bisection
     text, number = pa.string(), pa.int64()
     fields = {"scan_id": text, "kind": text, "mark": number, "size": number, "lengths": pa.binary()}
     sink = pa.BufferOutputStream()

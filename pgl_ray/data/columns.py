@@ -38,7 +38,7 @@ class Changed(ValueError):
 
 
 def parquet_table(content: bytes) -> "pyarrow.Table":
-    """A Parquet file's table, its checksums verified, read by this thread alone.
+    """A Parquet file's table, its checksums verified, read by this thread only.
 
     `read_table` leaves the buffer to Arrow's threads, and the process aborts where it ends before they let it go: a
     refusal's exit code 2 becomes 134.

@@ -1,6 +1,6 @@
 """Compiled kernels of the streaming hot path (numba): crop -> view, intensity operations, 8-bit codes -> HU.
 
-They release the GIL. numba keeps their machine code beside this file or in the user's cache folder: the first use
+They release the GIL. numba caches their machine code next to this file or in the user's cache folder: the first use
 on a machine compiles for two seconds of CPU time, the first in a process takes half a second.
 """
 

@@ -1,4 +1,4 @@
-"""A lock that is an object in a bucket: taken, kept and taken over by conditional puts, so of many who want it at once
+"""A lock that is an object in a bucket: taken, held and taken over by conditional puts, so of many who want it at once
 one gets it, and who lost it finds out before he writes.
 
 The holder writes the object anew every few seconds. One that stays the same for too long belongs to a process that was
@@ -42,7 +42,7 @@ class Lease:
 
         Args:
             refuse: makes of the holder's name the error that is raised when he gives a sign of life.
-            wait: is told the holder's name before his silence is waited for.
+            wait: called with the holder's name before his silence is waited for.
 
         Raises:
             OSError: the store fails.

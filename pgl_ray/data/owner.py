@@ -1,4 +1,4 @@
-"""Which run writes into a store: the token in STORE/.part/run, and what the others are told."""
+"""Which run writes into a store: the token in STORE/.part/run, and the error that the others get."""
 
 import uuid
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Random numbers from (seed, epoch, scan, draw) alone, so that a view can be made again anywhere."""
+"""Random numbers only from (seed, epoch, scan, draw), so that a view can be made again anywhere."""
 
 import hashlib
 import math
@@ -25,7 +25,7 @@ def generator(seed: int, epoch: int, scan_id: str, draw: int) -> np.random.Gener
 def uniforms(
     seed: int, epoch: np.ndarray, scan_ids: Sequence[str], draw: np.ndarray, num: int, of: int = 0
 ) -> np.ndarray:
-    """The random numbers of many draws at once; each row depends on its own (seed, epoch, scan, draw) alone.
+    """The random numbers of many draws at once; each row depends only on its own (seed, epoch, scan, draw).
 
     A counter through splitmix64 (Steele et al. 2014), as `noise`.
 

@@ -87,7 +87,7 @@ def reader_of_region(store: str, scan_id: str, box: tuple[int, ...], codes: bool
 
 
 def part_reader(store: str, scan_id: str, region: np.ndarray | None, codes: bool = False) -> ArrayReader | Region:
-    """What reads a scan's voxels, or those of its region alone."""
+    """What reads a scan's voxels, or only those of its region."""
     if region is None:
         return volume_reader(store, scan_id, codes)
     return region_of(store, scan_id, tuple(region.ravel().tolist()), codes)

@@ -24,7 +24,7 @@ def measure(renderer: PairRenderer, rows: dict[str, np.ndarray]) -> dict[str, fl
         CPU ms per pair: draw (priors), read (bytes of the chunks that are touched, from the page cache where they are
         in it), decode, resize (window, z-score, resize, flip; or what it takes to put crops into a batch), intensity;
         bytes_read, crop_bytes per pair (of the stored type); place, the wall ms per pair that one process waits for
-        those bytes alone; and place_requests, place_bytes per pair: where the store is far, with what lies between.
+        those bytes; and place_requests, place_bytes per pair: where the store is far, with what lies between.
     """
     num, codes = len(rows["step"]), not renderer.resize
     drawn = renderer.draw(rows)

@@ -66,7 +66,7 @@ def encode_shard(array: np.ndarray, chunk: tuple[int, int, int], compression: st
     """The one shard of an array [D, H, W], piece by piece, so that it is never whole in memory.
 
     zarr-python reads it, but writes it with four times the CPU time and a second copy of the array. The bytes depend
-    on the arguments alone.
+    only on the arguments.
 
     Args:
         array: integers, little-endian.

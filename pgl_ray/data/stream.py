@@ -1,7 +1,7 @@
 """Ray Data streams of rendered batches: one (step, epoch, scan, draw) plan, streamed once, resumable at any step.
 
 Every block is one worker's batch, so nothing is re-cut on the way; block k of a step goes to worker k. A row depends
-on (seed, epoch, scan, draw) alone, never on the number of workers, on arrival order or on restarts.
+only on (seed, epoch, scan, draw), never on the number of workers, on arrival order or on restarts.
 """
 
 import hashlib

@@ -87,7 +87,7 @@ class Lock:
         return True
 
     def _stand_in_got(self, shared: bool) -> bool:
-        """The stand-in knows exclusive locks alone; a shared one keeps nobody out."""
+        """The stand-in knows only exclusive locks; a shared one keeps nobody out."""
         if shared or self._stand_in.is_locked:
             return True
         try:

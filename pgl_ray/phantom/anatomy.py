@@ -156,7 +156,7 @@ def _paint_chest(c: Canvas, b: Body) -> None:
 
 
 def _paint_bowel(c: Canvas, b: Body) -> None:
-    """Colon, duodenum, small bowel and mesenteric vessels: unlabelled, and as bright as the organs beside them."""
+    """Colon, duodenum, small bowel and mesenteric vessels: unlabelled, and as bright as the organs next to them."""
     c.paint(b.cavity & (b.diaphragm > 5) & c.curves(30, 0.22) & (c.y < 25), b.mean_hu["vein"])
     oral_contrast = c.rng.random() < 0.25
     bowel, ripple, grain = b.tissue("bowel", 10, 10), 1.5 * c.noise(18), c.noise(12)

@@ -78,8 +78,8 @@ def write_phantoms(
 ) -> None:
     """Writes an nnU-Net raw folder: imagesTr, labelsTr, imagesTs, labelsTs (.nii.gz) and dataset.json.
 
-    The unlabelled phantoms come first in imagesTr and have no file in labelsTr. A phantom depends on the seed, its
-    number, shape and spacing alone; a file that already holds the same bytes is left as it is.
+    The unlabelled phantoms come first in imagesTr and have no file in labelsTr. A phantom depends only on the seed, its
+    number, shape and spacing; a file that already holds the same bytes is left as it is.
     """
     folder = Path(folder)
     num_train = num_unlabelled + num_labelled
@@ -111,7 +111,7 @@ def _nifti(array: np.ndarray, spacing_mm: Spacing) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole, or leaves it alone where it already holds the content."""
+    """Writes a file whole, or leaves it as it is where it already holds the content."""
     if path.is_file() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
