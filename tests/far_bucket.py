@@ -75,8 +75,8 @@ class Served:
 # -- the process ------------------------------------------------------------------------------------------------------
 
 
-def _tag(found: os.stat_result) -> str:
-    return f'"{found.st_mtime_ns}-{found.st_size}"'
+def _tag(stat: os.stat_result) -> str:
+    return f'"{stat.st_mtime_ns}-{stat.st_size}"'
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _list(self, prefix: str, delimiter: str) -> None:
         """All in one page."""
-        found, folders = [], set()
+        objects, folders = [], set()
         for path in sorted(self.folder.rglob("*")):
             key = path.relative_to(self.folder).as_posix()
             if not path.is_file() or not key.startswith(prefix):
@@ -176,12 +176,12 @@ class Handler(BaseHTTPRequestHandler):
                 folders.add(prefix + inside.partition(delimiter)[0] + delimiter)
             else:
                 modified = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(path.stat().st_mtime))
-                found.append(
+                objects.append(
                     f"<Contents><Key>{escape(key)}</Key><Size>{path.stat().st_size}</Size>"
                     f"<LastModified>{modified}</LastModified><ETag>x</ETag></Contents>"
                 )
         below = [f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>" for name in sorted(folders)]
-        text = f"<ListBucketResult><IsTruncated>false</IsTruncated>{''.join(found + below)}</ListBucketResult>"
+        text = f"<ListBucketResult><IsTruncated>false</IsTruncated>{''.join(objects + below)}</ListBucketResult>"
         self._answer(200, text.encode())
 
     def _fault(self, status: int, code: str) -> None:

@@ -113,12 +113,12 @@ class Growing:
 
     def nodes(self) -> list[psutil.Process]:
         """Raylets of the nodes that are up, without the head's."""
-        found = []
+        processes = []
         for process in psutil.Process(self.head.process.pid).children(recursive=True):
             with suppress(psutil.Error):
                 if process.name() == "raylet" and process.environ().get(OWN_ID) != FAKE_HEAD_NODE_ID:
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def take_away(self) -> None:
         """SIGKILL of a node's raylet; its workers die with it."""

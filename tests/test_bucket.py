@@ -53,8 +53,8 @@ def test_prepare_verify_and_repair_in_a_bucket(tmp_path, s3, serial, capsys):
     whole = place.read(key)
     place.write(key, [whole[:4321] + bytes([whole[4321] ^ 1]) + whole[4322:]])
     place.write("scans/left/0/c/0/0/0", [b"of a killed run, without zarr.json"])
-    found, left = prepare.repair(StoreConfig(store=url))
-    assert list(found.damaged) == ["ü 2"] and not left
+    verified, left = prepare.repair(StoreConfig(store=url))
+    assert list(verified.damaged) == ["ü 2"] and not left
     assert place.read(key) == whole and place.names("scans") == ["a", "c", "ü 2"]
     assert prepare.verify(StoreConfig(store=url)).damaged == {}
     page = inspect.run(InspectConfig(store=url, output=f"{tmp_path}/page.html"))

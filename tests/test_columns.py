@@ -109,10 +109,12 @@ def test_the_page_of_a_large_store_stays_small(tmp_path):
 def test_figures_of_training_scans_are_made_of_columns(many):
     index = store.read_index(many)
     ids = [f"imagesTr__case_{i:07}" for i in range(0, NUM, 2)]
-    kept = facts.training_facts(index, ids)
+    recorded = facts.training_facts(index, ids)
     spacing = np.array(pq.read_table(many / "index.parquet", columns=["spacing_mm"])["spacing_mm"].to_pylist())[::2]
-    assert kept["num_scans"] == NUM // 2
-    np.testing.assert_allclose(kept["spacing_mm"], [spacing.min(0), np.median(spacing, 0), spacing.max(0)], atol=1e-4)
+    assert recorded["num_scans"] == NUM // 2
+    np.testing.assert_allclose(
+        recorded["spacing_mm"], [spacing.min(0), np.median(spacing, 0), spacing.max(0)], atol=1e-4
+    )
     assert len(index.labelled("test")) == NUM // 5
 
 
@@ -122,10 +124,10 @@ def test_texts_come_back_however_they_arrive(longest):
     rng = np.random.default_rng(longest)
     texts = [None if rng.random() < 0.2 else "ä" * rng.integers(0, longest + 1) for _ in range(157)]
     cuts = np.sort(rng.integers(0, 158, 9))
-    found = columns._Texts(part.tolist() for part in np.split(np.array(texts, object), cuts))
-    assert len(found) == 157
+    column = columns._Texts(part.tolist() for part in np.split(np.array(texts, object), cuts))
+    assert len(column) == 157
     for row in (*range(157), *rng.integers(0, 157, 300).tolist()):
-        assert found[row] == texts[row]
+        assert column[row] == texts[row]
 
 
 # -- few scans --------------------------------------------------------------------------------------------------------
@@ -181,8 +183,8 @@ def test_row_groups_of_any_size_are_read_alike(tmp_path, group):
     for name, column in (("labelled", uneven), ("label_metadata", gaps)):
         table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
     pq.write_table(table, tmp_path / "index.parquet", row_group_size=group, write_page_checksum=True)
-    found = [dataclasses.asdict(scan) for scan in store.read_index(tmp_path).scans]
-    assert found == list(map(as_read, table.to_pylist()))
+    records = [dataclasses.asdict(scan) for scan in store.read_index(tmp_path).scans]
+    assert records == list(map(as_read, table.to_pylist()))
 
 
 def test_records_travel_without_their_index(tmp_path):
@@ -211,7 +213,7 @@ def test_names_are_like_a_tuple_of_them(texts):
 
 
 @pytest.mark.parametrize("num", [1, 2, 15, 16, 17, 100, 1023, 1024, 1025, 3000])
-def test_a_name_is_found_where_it_stands(num):
+def test_a_name_is_looked_up_where_it_stands(num):
     texts = sorted(f"{i * 7 % 10007}é" for i in range(num))
     names = Names(texts).in_order()
     assert [names.place(text) for text in texts] == list(range(num))

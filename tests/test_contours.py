@@ -136,7 +136,7 @@ def test_filling_agrees_with_matplotlib(points, more):
         (lambda: [circle(5, z) for z in on((1, 3, 5, 7))], "only one slice in 2 has contours: interpolate them"),
     ],
 )
-def test_contours_off_the_slices_cost_their_structure_alone(tmp_path, rings, message):
+def test_contours_off_the_slices_cost_only_their_structure(tmp_path, rings, message):
     scan, path = make(tmp_path, {"a": rings(), "b": [circle(5, on([3])[0])]})
     label, values, notes, _ = fill(path, {"a": 1, "b": 2}, scan)
     assert values == (2,) and volume(label, 2) > 0 and not (label == 1).any()

@@ -22,11 +22,11 @@ def deformed(seed=0, view=None, **changes) -> torch.Tensor:
 
 def test_nothing_drawn_is_nothing_done_and_the_view_stays():
     view = smooth()
-    kept = view.clone()
+    before = view.clone()
     assert torch.equal(deformed(view=view), view)
     for seed in range(10):
         deformed(seed, view, nonlinear=1, shuffle=1, cutout=1, inner=0.5)
-    assert torch.equal(view, kept)
+    assert torch.equal(view, before)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -48,26 +48,26 @@ def test_shuffling_permutes_voxels_locally(seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_inner_cutout_changes_windows_alone(seed):
+def test_inner_cutout_changes_only_windows(seed):
     view, out = smooth(), deformed(seed, cutout=1, inner=1)
     changed = (out != view).numpy()
     assert 0 < changed.mean() <= 5 / 27 + 0.01
     assert out[torch.from_numpy(changed)].min() >= view.min() and out.max() <= view.max()
     labels, num = ndimage.label(changed)
     assert 1 <= num <= 5
-    for found in ndimage.find_objects(labels):  # no window is smaller than a sixth of the view per axis
-        assert all(s.stop - s.start >= np.ceil(n / 6) for s, n in zip(found, SIZE, strict=True))
+    for window in ndimage.find_objects(labels):  # no window is smaller than a sixth of the view per axis
+        assert all(s.stop - s.start >= np.ceil(n / 6) for s, n in zip(window, SIZE, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_outer_cutout_keeps_windows_alone(seed):
+def test_outer_cutout_keeps_only_windows(seed):
     view, out = smooth(), deformed(seed, cutout=1, inner=0)
-    kept = (out == view).numpy()
-    assert (3 / 7) ** 3 * 0.9 < kept.mean() < 0.9
-    labels, num = ndimage.label(kept)
+    unchanged = (out == view).numpy()
+    assert (3 / 7) ** 3 * 0.9 < unchanged.mean() < 0.9
+    labels, num = ndimage.label(unchanged)
     sizes = np.bincount(labels.ravel())[1:]
     window = labels == 1 + sizes.argmax()
-    assert sizes.max() > 0.99 * kept.sum() or num <= 5 + (sizes < 3).sum()  # but for noise that hits the value
+    assert sizes.max() > 0.99 * unchanged.sum() or num <= 5 + (sizes < 3).sum()  # but for noise that hits the value
     reach = [s.stop - s.start for s in ndimage.find_objects(window.astype(int))[0]]
     assert all(length >= np.ceil(3 * n / 7) for length, n in zip(reach, SIZE, strict=True))
     assert out.min() >= view.min() and out.max() <= view.max()

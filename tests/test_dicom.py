@@ -341,8 +341,8 @@ def test_a_series_in_many_folders_is_one_scan(tmp_path):
     save(series(), tmp_path / "arch", "{:03}/file")
     save(series(), tmp_path / "other")
     layout = read_layout(str(tmp_path), LabelsConfig())
-    found = [(scan.scan_id[:-7], len(scan.slices)) for scan in layout.scans]
-    assert found == [("arch__series2", 5), ("other__series2", 5)]
+    scans = [(scan.scan_id[:-7], len(scan.slices)) for scan in layout.scans]
+    assert scans == [("arch__series2", 5), ("other__series2", 5)]
     assert ct.read_scan(tmp_path / "arch").voxels.shape == (5, 6, 7)
 
 
@@ -367,7 +367,7 @@ def test_a_damaged_file_may_be_a_slice_so_its_series_waits(tmp_path):
         read_layout(str(save([new_file(MR, "MR")], tmp_path / "mr")), LabelsConfig())
 
 
-def test_slices_that_cannot_be_opened_are_told_of(tmp_path, monkeypatch):
+def test_slices_that_cannot_be_opened_are_reported(tmp_path, monkeypatch):
     folder = save(series(), tmp_path / "a", "IM{}")
     (folder / "lost.dcm").symlink_to(tmp_path / "nowhere")
     assert "No such file" in dict(dicom.find(tmp_path).unreadable)[str(folder / "lost.dcm")]

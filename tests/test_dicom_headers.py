@@ -25,7 +25,7 @@ def files_of(root):
     return list(walk(root).files.items())
 
 
-def test_what_is_kept_agrees_with_pydicom(tmp_path):
+def test_headers_agree_with_pydicom(tmp_path):
     tags = {"PatientID": "Q 7", "StudyInstanceUID": "1.4", "FrameOfReferenceUID": "1.5", "SeriesDescription": "thin"}
     save(series(**tags), tmp_path)
     for path, header in HeaderCache().headers(files_of(tmp_path)).items():
@@ -37,54 +37,54 @@ def test_what_is_kept_agrees_with_pydicom(tmp_path):
         assert "Q 7" not in "".join(header)
 
 
-def test_a_patients_name_is_not_kept(tmp_path):
+def test_a_patients_name_is_not_stored(tmp_path):
     save(series(PatientID="MRN123456", PatientName="Doe^Jane", PatientBirthDate="19700101"), tmp_path)
-    kept = HeaderCache()
-    kept.headers(files_of(tmp_path))
-    text = pickle.dumps(list(HeaderCache(kept.packed())._known.items()))
+    cache = HeaderCache()
+    cache.headers(files_of(tmp_path))
+    text = pickle.dumps(list(HeaderCache(cache.packed())._known.items()))
     assert all(word not in text for word in (b"MRN123456", b"Doe", b"Jane", b"19700101"))
 
 
 def test_headers_are_read_once(tmp_path, monkeypatch):
     save(series(), tmp_path, "{}")
     (tmp_path / "text").write_text("no DICOM")
-    kept = HeaderCache()
-    first = kept.headers(files_of(tmp_path))
-    assert kept.changed
+    cache = HeaderCache()
+    first = cache.headers(files_of(tmp_path))
+    assert cache.changed
     read = []
     real = header_cache.read_header
     monkeypatch.setattr(header_cache, "read_header", lambda path: read.append(path) or real(path))
-    again = HeaderCache(kept.packed())
+    again = HeaderCache(cache.packed())
     assert again.headers(files_of(tmp_path)) == first and not read and not again.changed
-    assert again.packed() == kept.packed()
+    assert again.packed() == cache.packed()
     os.utime(tmp_path / "3", ns=(1, 1))
     (tmp_path / "4").write_bytes((tmp_path / "4").read_bytes()[:-5])
     (tmp_path / "9").write_bytes((tmp_path / "0").read_bytes())
-    found = again.headers(files_of(tmp_path))
+    headers = again.headers(files_of(tmp_path))
     assert sorted(os.path.basename(path) for path in read) == ["3", "4", "9"] and again.changed
-    assert found[str(tmp_path / "4")].kind == "damaged"
+    assert headers[str(tmp_path / "4")].kind == "damaged"
 
 
 @pytest.mark.parametrize("content", [b"", b"no parquet", None])
-def test_damage_to_what_is_kept_costs_time_alone(tmp_path, content):
+def test_damage_to_the_cache_costs_only_time(tmp_path, content):
     save(series(), tmp_path)
-    kept = HeaderCache()
-    kept.headers(files_of(tmp_path))
-    content = kept.packed()[:-30] if content is None else content
-    assert len(dicom.find(tmp_path, kept=HeaderCache(content)).series) == 1
+    cache = HeaderCache()
+    cache.headers(files_of(tmp_path))
+    content = cache.packed()[:-30] if content is None else content
+    assert len(dicom.find(tmp_path, cache=HeaderCache(content)).series) == 1
 
 
 def test_what_cannot_be_opened_is_asked_again(tmp_path, monkeypatch):
     save(series(), tmp_path)
-    kept = HeaderCache()
+    cache = HeaderCache()
     with monkeypatch.context() as patch:
 
         def locked(*_):
             raise PermissionError(13, "Permission denied")
 
         patch.setattr("builtins.open", locked)
-        assert {one.kind for one in kept.headers(files_of(tmp_path)).values()} == {"unopened"}
-    assert {one.kind for one in kept.headers(files_of(tmp_path)).values()} == {"slice"}
+        assert {one.kind for one in cache.headers(files_of(tmp_path)).values()} == {"unopened"}
+    assert {one.kind for one in cache.headers(files_of(tmp_path)).values()} == {"slice"}
 
 
 def test_many_files_are_read_by_several_processes(tmp_path, monkeypatch):

@@ -148,10 +148,10 @@ def test_what_is_well_is_one_green_line(check, facts):
     assert line.state == "ok" and line.text and not line.mend
 
 
-def test_one_machine_is_told_no_more_than_it_needs():
-    alone = [machine(address="", host_address="127.0.1.1", ray_gpus=None)]
+def test_one_machine_gets_no_more_lines_than_it_needs():
+    machines = [machine(address="", host_address="127.0.1.1", ray_gpus=None)]
     for check in (doctor_checks.answers, clocks, doctor_checks.host_names, doctor_checks.interfaces):
-        assert check(alone) == []
+        assert check(machines) == []
     assert not doctor_storage.reading([Sight("here", mark="m")])
 
 
@@ -405,7 +405,7 @@ def test_a_mark_that_is_not_there_is_another_folder(tmp_path, monkeypatch):
     assert facts == {"fault": f"does not see what is written to {tmp_path}"}
 
 
-def test_stores_are_told_apart(tmp_path, monkeypatch):
+def test_different_stores_are_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_places, "LEAST_READ_BYTES", 1)
     first, keys = make_store(tmp_path / "a"), doctor.some_scans(make_store(tmp_path / "b"))
     one = doctor_places.look_at_store(first, keys)

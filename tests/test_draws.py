@@ -47,23 +47,23 @@ def share_of(one, two) -> float:
 
 def plain_rejection(seed: int, shape, views, body, num: int) -> list:
     """Two random crops, both drawn again until they overlap enough."""
-    rng, found = random.Random(seed), []
-    while len(found) < num:
+    rng, accepted = random.Random(seed), []
+    while len(accepted) < num:
         one, two = one_crop(rng, shape, views, body), one_crop(rng, shape, views, body)
         if share_of(one, two) >= views.min_overlap:
-            found.append((one, two))
-    return found
+            accepted.append((one, two))
+    return accepted
 
 
 def seen_in(pairs) -> dict[str, list[float]]:
     """What is compared of pairs: the overlap, and per axis where, how long and how far apart the boxes are."""
-    found = {"overlap": [share_of(one, two) for one, two in pairs]}
+    figures = {"overlap": [share_of(one, two) for one, two in pairs]}
     for axis in range(3):
         for number in (0, 1):
-            found[f"start {number} {axis}"] = [pair[number][axis][0] for pair in pairs]
-            found[f"length {number} {axis}"] = [pair[number][axis][1] - pair[number][axis][0] for pair in pairs]
-        found[f"offset {axis}"] = [two[axis][0] - one[axis][0] for one, two in pairs]
-    return found
+            figures[f"start {number} {axis}"] = [pair[number][axis][0] for pair in pairs]
+            figures[f"length {number} {axis}"] = [pair[number][axis][1] - pair[number][axis][0] for pair in pairs]
+        figures[f"offset {axis}"] = [two[axis][0] - one[axis][0] for one, two in pairs]
+    return figures
 
 
 def check_law(shape, views, seed=0, num=NUM):
@@ -114,7 +114,7 @@ def test_the_share_of_small_overlaps_is_that_of_true_pairs():
     assert stats.binomtest(small, len(u), 0.233).pvalue > CHANCE
 
 
-def test_pairs_depend_on_their_own_numbers_alone():
+def test_pairs_depend_only_on_their_own_numbers():
     """Also those that take further tries; any company, any order."""
     views, shape = ViewsConfig(size=(8, 24, 16), min_overlap=0.5, crop_scale=(0.5, 2)), (100, 300, 200)
     u = np.random.default_rng(0).random((300, PAIR_NUMBERS))

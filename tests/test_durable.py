@@ -128,9 +128,9 @@ def test_one_function_gives_names():
     """The other renamings put away what is to be thrown away, or concern a bucket's copies, which are compared with it
     when they are read."""
     package = Path(durable.__file__).parents[1]
-    found = {str(path.relative_to(package)): renamings(path) for path in package.rglob("*.py")}
-    found.pop("train/mirror.py")
-    assert {name: calls for name, calls in found.items() if calls} == {
+    calls_of = {str(path.relative_to(package)): renamings(path) for path in package.rglob("*.py")}
+    calls_of.pop("train/mirror.py")
+    assert {name: calls for name, calls in calls_of.items() if calls} == {
         "data/durable.py": ["aside.replace(path)"],
         "data/folder.py": ["target.rename(old)"],
         "train/checkpoint.py": ["place.rename(aside)"],

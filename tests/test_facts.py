@@ -72,15 +72,15 @@ def test_scans_are_known_by_voxels_and_by_what_came_before(pool, other):
 
 
 @pytest.mark.slow
-def test_what_is_kept_stays_small(pool, monkeypatch):
+def test_what_is_recorded_stays_small(pool, monkeypatch):
     """100,000 scans are about a megabyte of text, and no two of them are taken for one another."""
     rng = np.random.default_rng(0)
     scans = [dataclasses.replace(pool.scans[0], scan_id=str(i), content_hash=rng.bytes(32).hex()) for i in range(10**5)]
     many = dataclasses.replace(pool, scans=scans[:50_000])
-    kept = facts.training_facts(many, [scan.scan_id for scan in scans[:50_000]])
-    assert len(json.dumps(kept)) < 600_000
-    assert facts.seen_notes(kept, scans[:50_001])[0].startswith("50000 of the 50001 ")
-    assert facts.seen_notes(kept, scans[50_000:]) == []
+    recorded = facts.training_facts(many, [scan.scan_id for scan in scans[:50_000]])
+    assert len(json.dumps(recorded)) < 600_000
+    assert facts.seen_notes(recorded, scans[:50_001])[0].startswith("50000 of the 50001 ")
+    assert facts.seen_notes(recorded, scans[50_000:]) == []
 
 
 def saved(path, index: store.Index, split: str, door: str = "pretrain", **more) -> str:
@@ -106,7 +106,7 @@ def untrained(monkeypatch):
 
     monkeypatch.setattr(launch, "fit", fit)
     monkeypatch.setattr(launch, "connect", lambda ray: None)
-    monkeypatch.setattr(nodes, "await_nodes", lambda train, found: False)
+    monkeypatch.setattr(nodes, "await_nodes", lambda train, newest: False)
     monkeypatch.setattr(stream, "too_large", lambda *sizes: None)
 
 
@@ -144,13 +144,13 @@ def test_a_probe_says_it_of_every_encoder(pool, other, tmp_path, capsys):
         saved(tmp_path / "b" / "all.pt", other, "test", "finetune"),
     )
     values = {"index": str(other.store), "size": [16, 32, 32], "init": init, "ceiling": ceiling, "num_scans": 3}
-    found = probe.run(c.build(c.ProbeConfig, values | {"num_test_scans": 5}))
+    result = probe.run(c.build(c.ProbeConfig, values | {"num_test_scans": 5}))
     expected = [
         "3 of the 5 evaluated scans were pre-trained on (without labels): figures may be optimistic",
         f"ceiling={ceiling}: 5 of the 5 evaluated scans were trained or validated on (with labels): "
         "figures are too good",
     ]
-    assert found.notes == expected
+    assert result.notes == expected
     printed = capsys.readouterr().out
     assert all(f"probe: note: {line}\n" in printed for line in expected)
     assert json.loads((tmp_path / "a" / "pre.pt.probe.json").read_text())["notes"] == expected
@@ -200,10 +200,10 @@ def test_an_evaluation_and_its_report_say_it(pool, other, tmp_path, monkeypatch,
     record |= {"config": {"index": str(other.store), "init": "x", "seed": 0}, "store": {"num_scans": 3}}
     write_json(run / "run.json", record | {"scans": {"train": ["train20"], "val": ["train21"]}})
     metrics_path(run).write_text('{"step": 1, "time_s": 2.0}\n')
-    found = {"init": str(run), "recall": None, "balanced_accuracy": None, "num_train_scans": 1, "num_test_scans": 5}
+    result = {"init": str(run), "recall": None, "balanced_accuracy": None, "num_train_scans": 1, "num_test_scans": 5}
     matching = {"value": 31.25, "ci95": None, "details": {"organs": {}, "deformed_mm": None}}
-    found |= {"readings": {"reestimated": {"matching": matching}}, "notes": [line], "controls": {}, "ceiling": {}}
-    found |= {"sentences": [], "pictures": [], "body_box_mm": None, "standing": {}}
-    write_json(run / "probe.json", found)
+    result |= {"readings": {"reestimated": {"matching": matching}}, "notes": [line], "controls": {}, "ceiling": {}}
+    result |= {"sentences": [], "pictures": [], "body_box_mm": None, "standing": {}}
+    write_json(run / "probe.json", result)
     page = Path(report.run(c.ReportConfig(run=[str(run)]))).read_text()
     assert page.count(f"<p>run: {line}.</p>") == 2 and "31.2" in page  # of the evaluation, and of the probe

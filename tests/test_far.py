@@ -32,8 +32,8 @@ def write_store(folder: Path, encoding: str = "int16") -> str:
         volume = (rng.normal(0, 20, shape) + np.linspace(-800, 300, shape[1])[None, :, None]).astype(np.int16)
         label = np.zeros(shape, np.uint8)
         label[4:8, 10:20, 10:20], label[6:10, 30:44, 20:30] = 2, 7
-        kept = {"label": label, "labelled": (2, 7)} if i < 5 else {}
-        scan_files.write_scan(folder, scan_id, volume, np.eye(4), split="train", encoding=encoding, **kept)
+        options = {"label": label, "labelled": (2, 7)} if i < 5 else {}
+        scan_files.write_scan(folder, scan_id, volume, np.eye(4), split="train", encoding=encoding, **options)
     store.write_index(folder, {"b": 7, "a": 2}, (-1024.0, 325.0), encoding=encoding)
     return str(folder)
 
@@ -61,9 +61,9 @@ def far(here, monkeypatch):
 
 def forget() -> None:
     """As in a process of its own."""
-    for kept in (value for module in (render_cache, chunks, wire) for value in vars(module).values()):
-        if hasattr(kept, "cache_clear"):
-            kept.cache_clear()
+    for cache in (value for module in (render_cache, chunks, wire) for value in vars(module).values()):
+        if hasattr(cache, "cache_clear"):
+            cache.cache_clear()
 
 
 def rows_of(num: int, per_region: int = 1) -> dict[str, np.ndarray]:

@@ -390,7 +390,7 @@ def run_mend(message, ct_path):
 
 
 @pytest.mark.parametrize("affine", LOST.values(), ids=LOST)
-def test_a_lost_header_is_told_from_another_sampling(tmp_path, affine):
+def test_a_lost_header_is_no_other_sampling(tmp_path, affine):
     path = saved(tmp_path / "a.nii.gz", body())
     scan = ct.read_scan(path)
     saved(tmp_path / "l.nii.gz", label_of(), affine)

@@ -53,8 +53,8 @@ def test_ids_are_readable(parts, scan_id):
 
 def test_long_paths_are_shortened_and_stay_apart():
     long = [("ü" * 100, "b" * 100, str(k)) for k in range(50)]
-    found = {identity.scan_id(parts) for parts in long}
-    assert len(found) == 50 and max(len(one.encode()) for one in found) <= identity.LONGEST_ID
+    short = {identity.scan_id(parts) for parts in long}
+    assert len(short) == 50 and max(len(one.encode()) for one in short) <= identity.LONGEST_ID
     marked = identity.scan_id(("a" * 300, "series3-0a2cca"))
     assert identity.series_mark(marked) == "0a2cca" and len(marked) <= identity.LONGEST_ID
 
@@ -67,18 +67,18 @@ def test_an_id_stays_when_the_folder_grows(tmp_path, root):
     known = {}
     for name in GROWING:
         touch(tmp_path, root + name)
-        found = ids(tmp_path)
-        assert known.items() <= found.items() and len(found) == len(known) + 1
-        known = found
+        now = ids(tmp_path)
+        assert known.items() <= now.items() and len(now) == len(known) + 1
+        known = now
 
 
 def test_nnunet_folders_of_training_test_and_validation(tmp_path):
     known = {}
     for folder in ("imagesTs", "imagesTr", "imagesVa"):
         touch(tmp_path, f"{folder}/a_0000", f"{folder}/b_0000")
-        found = ids(tmp_path)
-        assert known.items() <= found.items() and len(found) == len(known) + 2
-        known = found
+        now = ids(tmp_path)
+        assert known.items() <= now.items() and len(now) == len(known) + 2
+        known = now
     assert {"a", "imagesTs__a", "imagesVa__b"} <= known.keys()
 
 
@@ -152,9 +152,9 @@ def test_a_scan_whose_id_changes_is_renamed(tmp_path, serial, monkeypatch, capsy
     put(tmp_path / "raw/ct.nii.gz", seed=2)  # takes the old one's name
     assert go(tmp_path / "raw", tmp_path / "s").failed == ()
     assert "prepare: renamed: ct -> p1__ct" in capsys.readouterr().out
-    found = records(tmp_path / "s")
-    assert list(found) == ["ct", "p1__ct", "p3__ct"] == sorted(os.listdir(tmp_path / "s/scans"))
-    assert {Path(one.source).relative_to(tmp_path / "raw").as_posix() for one in found.values()} == {
+    by_id = records(tmp_path / "s")
+    assert list(by_id) == ["ct", "p1__ct", "p3__ct"] == sorted(os.listdir(tmp_path / "s/scans"))
+    assert {Path(one.source).relative_to(tmp_path / "raw").as_posix() for one in by_id.values()} == {
         "ct.nii.gz",
         "p1/ct.nii.gz",
         "p3/ct.nii.gz",
@@ -202,13 +202,13 @@ def test_repair_takes_a_scan_from_its_own_source(tmp_path, serial):
     put(tmp_path / "two/a.nii.gz", seed=2)  # of the same id, and not what the store has
     whole = records(tmp_path / "s")["a"].content_hash
     flip(tmp_path / "s/scans/a/0/c/0/0/0", 700)
-    found, left = prepare.repair(StoreConfig(store=str(tmp_path / "s")))
+    verified, left = prepare.repair(StoreConfig(store=str(tmp_path / "s")))
     assert not left and records(tmp_path / "s")["a"].content_hash == whole
     flip(tmp_path / "s/scans/a/0/c/0/0/0", 700)
     shutil.rmtree(tmp_path / "one")
-    found, left = prepare.repair(StoreConfig(store=str(tmp_path / "s")))
+    verified, left = prepare.repair(StoreConfig(store=str(tmp_path / "s")))
     assert f"{tmp_path}/one/a.nii.gz, which it was made from, cannot be used: " in left["a"]
-    assert list(found.damaged) == ["a"]
+    assert list(verified.damaged) == ["a"]
 
 
 def test_composed_and_decomposed_names_are_one(tmp_path, serial):

@@ -64,7 +64,7 @@ def test_what_is_wrong_is_said_with_its_figure(odd, name):
     assert any(WRONG[name][1] in note for note in inspect.warnings(record)), inspect.warnings(record)
 
 
-def test_good_scans_do_not_stand_out_and_twins_are_found(odd):
+def test_good_scans_do_not_stand_out_and_twins_do(odd):
     index = store.read_index(odd)
     for record in index.scans:
         if record.scan_id.startswith("good"):
@@ -74,7 +74,7 @@ def test_good_scans_do_not_stand_out_and_twins_are_found(odd):
     assert inspect.warnings(twin) == ["its label map is empty"]
 
 
-def test_the_page_is_whole_and_stands_alone(odd, tmp_path):
+def test_the_page_is_whole_and_needs_no_other_file(odd, tmp_path):
     path = inspect.run(InspectConfig(store=str(odd), output=str(tmp_path / "new/page.html"), num_pictures=9))
     text = Path(path).read_text("utf-8")
     assert text.count("data:image/png") == 17 and text.count("<tr id=") == 11
@@ -106,10 +106,11 @@ def test_the_page_is_whole_and_stands_alone(odd, tmp_path):
 )
 def test_the_answers_of_a_store(odd, notes, unused, verdicts, words):
     index = store.read_index(str(odd))
-    found = store_answers.of_store(index, notes, unused, "an epoch takes 3 s")
-    assert tuple(one.lines[0].verdict for one in found) == verdicts
+    answers = store_answers.of_store(index, notes, unused, "an epoch takes 3 s")
+    assert tuple(one.lines[0].verdict for one in answers) == verdicts
     assert (
-        words in " ".join(one.lines[0].text for one in found) and "1 of 11 scans has labels" in found[1].lines[0].text
+        words in " ".join(one.lines[0].text for one in answers)
+        and "1 of 11 scans has labels" in answers[1].lines[0].text
     )
     assert store_answers.of_store(index, {}, [], "not measured: damaged")[2].lines[0].verdict == "Can't tell"
 
@@ -130,8 +131,8 @@ def test_the_store_of_real_scans(real_data, tmp_path):
     from pgl_ray.files import ct
 
     for name in ("openkbp/images/pt_2", "body/images/LIDC-IDRI-0001", "sts/STS_001"):
-        found = next(real_data.glob(f"**/{name.split('/')[-1]}.nii.gz"))
-        scan = ct.read_scan(found)
+        path = next(real_data.glob(f"**/{name.split('/')[-1]}.nii.gz"))
+        scan = ct.read_scan(path)
         scan_files.write_scan(tmp_path, name.split("/")[-1], scan.voxels, scan.affine)
     index = store.write_index(tmp_path, {}, (-1024.0, 325.0))
     notes = {record.scan_id: inspect.warnings(record) for record in index.scans}
@@ -145,14 +146,14 @@ def test_sheared_grids_and_what_was_said_of_a_scan_stand_out(tmp_path):
     for name, affine in (("tilted", sheared), ("straight", AFFINE)):
         scan_files.write_scan(tmp_path, name, body(), affine)
     store.write_index(tmp_path, {}, (-1024.0, 325.0))
-    told = [
-        {"scan_id": name, "source": "a", "reason": f"told {shown}", "shown": shown}
-        for name, shown in (("straight", True), ("tilted", False), ("gone", True))
+    notes = [
+        {"scan_id": name, "source": "a", "reason": f"told {on_page}", "shown": on_page}
+        for name, on_page in (("straight", True), ("tilted", False), ("gone", True))
     ]
-    (tmp_path / "notes.jsonl").write_text("[]\n{}\n" + "".join(json.dumps(line) + "\n" for line in told))
-    found = {record.scan_id: inspect.warnings(record) for record in store.read_index(tmp_path).scans}
-    (warning,) = found["tilted"]
-    assert warning.startswith("its grid is sheared by 14 degrees (gantry tilt?)") and not found["straight"]
+    (tmp_path / "notes.jsonl").write_text("[]\n{}\n" + "".join(json.dumps(line) + "\n" for line in notes))
+    warnings = {record.scan_id: inspect.warnings(record) for record in store.read_index(tmp_path).scans}
+    (warning,) = warnings["tilted"]
+    assert warning.startswith("its grid is sheared by 14 degrees (gantry tilt?)") and not warnings["straight"]
     page = Path(inspect.run(InspectConfig(store=str(tmp_path)))).read_text()
     assert "told True" in page and "told False" not in page and "sheared by 14 degrees" in page
 
@@ -161,7 +162,7 @@ def test_sheared_grids_and_what_was_said_of_a_scan_stand_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shape", "spacing", "shown"),
+    ("shape", "spacing", "expected"),
     [
         ((150, 512, 512), (2, 0.8, 0.8), ["axial", "coronal"]),
         ((5, 90, 80), (3, 1, 1), ["axial"]),
@@ -174,8 +175,8 @@ def test_sheared_grids_and_what_was_said_of_a_scan_stand_out(tmp_path):
         ((900, 160, 400), (2, 2, 2), ["coronal", "sagittal"]),
     ],
 )
-def test_the_pictured_planes_are_those_with_something_to_see(shape, spacing, shown):
-    assert [name for name, _ in inspect.planes(shape, spacing)] == shown
+def test_the_pictured_planes_are_those_with_something_to_see(shape, spacing, expected):
+    assert [name for name, _ in inspect.planes(shape, spacing)] == expected
 
 
 def picture_of(source: str) -> np.ndarray:
@@ -191,8 +192,8 @@ def test_labels_are_outlined_where_they_lie(tmp_path):
     index = store.write_index(tmp_path, {"spleen": 3, "liver": 7}, (-1024.0, 325.0))
     axial, coronal = inspect.picture_of(index, index.scans[0], [])["slices"]
     middle = (14, 45, 35)
-    for found, plane in ((axial, label[middle[0]]), (coronal, label[::-1, middle[1]])):
-        picture = picture_of(found["src"])
+    for slice_, plane in ((axial, label[middle[0]]), (coronal, label[::-1, middle[1]])):
+        picture = picture_of(slice_["src"])
         assert picture.shape[:2] == plane.shape
         colored = np.ptp(picture, axis=2) > 0.05
         inner = np.zeros_like(colored)

@@ -88,9 +88,9 @@ def crowd(bucket: Bucket, num: int) -> tuple[int, list[str]]:
 
 def test_a_silent_lock_is_not_taken_before_its_time(bucket):
     put(bucket, DEAD)
-    began, told = time.monotonic(), []
-    wish(bucket, 0.6).take(HeldError, told.append)
-    assert 0.6 <= time.monotonic() - began < 3 and told == ["process 1 on gone"]
+    began, owners = time.monotonic(), []
+    wish(bucket, 0.6).take(HeldError, owners.append)
+    assert 0.6 <= time.monotonic() - began < 3 and owners == ["process 1 on gone"]
 
 
 def test_a_lock_that_is_left_is_waited_for(bucket):

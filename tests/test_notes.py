@@ -46,7 +46,7 @@ def run(tmp_path):
     return prepare.run(PrepareConfig(source=str(tmp_path / "in"), store=str(tmp_path / "s"), labels={"names": NAMES}))
 
 
-def kept(tmp_path):
+def stored_notes(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "s/notes.jsonl").read_text().splitlines()]
     return [(place_of(line["scan_id"]), line["reason"], line["shown"]) for line in lines]
 
@@ -60,7 +60,7 @@ def labelled(tmp_path):
     return {place_of(scan.scan_id): scan.labelled for scan in store.read_index(tmp_path / "s").scans}
 
 
-def test_what_was_not_used_is_said_kept_and_stays_unlabelled(tmp_path, capsys):
+def test_what_was_not_used_is_said_and_stays_unlabelled(tmp_path, capsys):
     patient(tmp_path / "in/p1", {"Liver": [square(2)], "Spleen": [], "couch": [square(1)]})
     patient(tmp_path / "in/p2", {"Liver": [square(2)], "cord": [("POINT", square(3))]}, seed=1, jitter=0.2)
     rs = patient(tmp_path / "in/p3", {"Liver": [square(2)]}, seed=2)
@@ -73,13 +73,13 @@ def test_what_was_not_used_is_said_kept_and_stays_unlabelled(tmp_path, capsys):
         ("p2__ct", "distances between slices vary from 2.3 to 2.7 mm and are stored as even ones", True),
         ("p2__ct", "structure 'cord' (ROI 2): 1 contour is POINT, which bounds no area", True),
     ]
-    assert kept(tmp_path) == expected and labelled(tmp_path) == {"p1__ct": (1,), "p2__ct": (1,), "p3__ct": ()}
+    assert stored_notes(tmp_path) == expected and labelled(tmp_path) == {"p1__ct": (1,), "p2__ct": (1,), "p3__ct": ()}
     printed = capsys.readouterr().out
     assert printed.count("prepare: note: ") == 3 and "couch" not in printed
 
     # nothing is new: nothing is said again, and nothing is forgotten
     assert run(tmp_path).converted == 0
-    assert kept(tmp_path) == expected and labelled(tmp_path) == {"p1__ct": (1,), "p2__ct": (1,), "p3__ct": ()}
+    assert stored_notes(tmp_path) == expected and labelled(tmp_path) == {"p1__ct": (1,), "p2__ct": (1,), "p3__ct": ()}
     assert "prepare: note: " not in capsys.readouterr().out
 
     # a set that is drawn anew says what holds now
@@ -87,7 +87,7 @@ def test_what_was_not_used_is_said_kept_and_stays_unlabelled(tmp_path, capsys):
     files = structure_set({"Liver": [square(2)], "Spleen": [square(4)]}, series)
     save([files], tmp_path / "in/p1/rs", "rs.dcm")
     assert run(tmp_path).converted == 1
-    assert kept(tmp_path) == expected[2:] and labelled(tmp_path)["p1__ct"] == (1, 2)
+    assert stored_notes(tmp_path) == expected[2:] and labelled(tmp_path)["p1__ct"] == (1, 2)
 
 
 def test_a_table_makes_no_structure_of_one_that_was_not_filled(tmp_path):

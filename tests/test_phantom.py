@@ -101,7 +101,7 @@ def test_labels_lie_inside_the_body(phantoms):
         assert body[phantom.label > 0].mean() > 0.999
 
 
-def test_brightness_alone_does_not_give_the_labels(phantoms):
+def test_brightness_does_not_give_the_labels(phantoms):
     """Bayes' classifier of a voxel's HU, trained on half of the phantoms: balanced accuracy over organs and body."""
     edges = np.arange(-1030, 3080, 10)
 

@@ -104,7 +104,7 @@ def test_large_objects_come_in_pieces_of_one_version(s3, tmp_path, monkeypatch):
     assert here.versions() != before
 
 
-def test_damage_in_a_bucket_is_found(s3):
+def test_damage_in_a_bucket_is_noticed(s3):
     url = f"{s3}/damage"
     record = scan_files.write_scan(url, "a", volume(), AFFINE)
     here, key = place.open_place(url), "scans/a/0/c/0/0/0"
@@ -190,9 +190,9 @@ def test_a_tables_bytes_are_let_go_when_it_is_read(tmp_path):
     scan_files.write_scan(tmp_path, "a", volume(), AFFINE)
     store.write_index(tmp_path, {}, (-1024.0, 325.0))
     content = (tmp_path / "index.parquet").read_bytes()
-    alone = sys.getrefcount(content)
+    num_before = sys.getrefcount(content)
     for _ in range(100):
         table = columns.parquet_table(content)
         assert table.num_rows == 1
         del table
-        assert sys.getrefcount(content) == alone
+        assert sys.getrefcount(content) == num_before

@@ -70,12 +70,12 @@ def test_flat_folder_of_mha_and_nrrd(tmp_path, serial):
     (raw / "e.nii.gz").rename(raw / "e.NII.GZ")
     (raw / "notes.txt").write_text("no volume")
     assert counts(go(raw, tmp_path / "s")) == (5, 0, 0)
-    found = records(tmp_path / "s")
-    assert list(found) == ["a", "b", "deep__c", "deep__er__d", "e"] and {r.split for r in found.values()} == {""}
+    by_id = records(tmp_path / "s")
+    assert list(by_id) == ["a", "b", "deep__c", "deep__er__d", "e"] and {r.split for r in by_id.values()} == {""}
     with (raw / "deep/c.raw").open("r+b") as file:  # the data beside a detached header count as its source
         file.write(b"\x01\x02")
     assert counts(go(raw, tmp_path / "s")) == (1, 4, 0)
-    assert records(tmp_path / "s")["deep__c"].content_hash != found["deep__c"].content_hash
+    assert records(tmp_path / "s")["deep__c"].content_hash != by_id["deep__c"].content_hash
 
 
 def test_a_label_belongs_by_its_path_or_by_its_name(tmp_path, serial):
@@ -86,8 +86,8 @@ def test_a_label_belongs_by_its_path_or_by_its_name(tmp_path, serial):
     put(raw / "labels/other.nii.gz", label_array([1]))
     put(raw / "labels/ct.nii.gz", label_array([1]))  # of which ct?
     assert [fault.source for fault in go(raw, tmp_path / "s").failed] == [str(raw / "labels/ct.nii.gz")]
-    found = records(tmp_path / "s")
-    assert {i: r.label_metadata is not None for i, r in found.items()} == {
+    by_id = records(tmp_path / "s")
+    assert {i: r.label_metadata is not None for i, r in by_id.items()} == {
         "p1__ct": False,
         "p2__ct": True,
         "p2__other": True,
@@ -103,7 +103,7 @@ def test_nothing_to_convert_is_wrong_use(tmp_path, serial):
     assert not (tmp_path / "s").exists()
 
 
-def test_dicom_beside_nifti(tmp_path, serial, capsys):
+def test_dicom_next_to_nifti(tmp_path, serial, capsys):
     raw = tmp_path / "röntgen 1"
     pixels = ct_array(shape=(9, 20, 18))
     pixels[0, 0, :3] = -2000
@@ -123,17 +123,17 @@ def test_dicom_beside_nifti(tmp_path, serial, capsys):
     nib.save(turned, raw / "labels/case 1.nii.gz")
     result = go(raw, tmp_path / "s", labels={"names": {"liver": 1, "spleen": 2}})
     assert counts(result) == (2, 0, 1) and "gantry tilt" in result.failed[0].reason
-    found = records(tmp_path / "s")
-    series, other = found
+    by_id = records(tmp_path / "s")
+    series, other = by_id
     assert series.startswith("case 1__series2-") and other == "case 2"
-    assert found[series].label_voxels == {1: 72, 2: 72}
-    assert (found[series].num_padding, found[series].orientation) == (3, "LPS")
+    assert by_id[series].label_voxels == {1: 72, 2: 72}
+    assert (by_id[series].num_padding, by_id[series].orientation) == (3, "LPS")
     whole = np.array([(0, size) for size in scan.voxels.shape])
     np.testing.assert_array_equal(
-        scan_files.open_label(tmp_path / "s", found[series]).read(whole), label.transpose(2, 1, 0)
+        scan_files.open_label(tmp_path / "s", by_id[series]).read(whole), label.transpose(2, 1, 0)
     )
     np.testing.assert_array_equal(
-        scan_files.open_volume(tmp_path / "s", found[series]).read(whole), np.maximum(pixels, -1024)
+        scan_files.open_volume(tmp_path / "s", by_id[series]).read(whole), np.maximum(pixels, -1024)
     )
     (left,) = [json.loads(line) for line in (tmp_path / "s/left_out.jsonl").read_text().splitlines()]
     assert left["reason"] == "localiser, not a volume"
@@ -157,7 +157,7 @@ def test_a_series_that_vanished_from_its_folder_is_reported(tmp_path, serial):
     assert go(tmp_path / "raw", tmp_path / "s").vanished == (three,)
 
 
-def test_a_recipes_licence_is_kept_and_the_split_is_in_the_index(tmp_path, serial, capsys):
+def test_a_recipes_licence_and_split_are_stored(tmp_path, serial, capsys):
     for number in range(1, 5):
         put(tmp_path / f"RawData/Training/img/img000{number}.nii.gz", seed=number)
         put(tmp_path / f"RawData/Training/label/label000{number}.nii.gz", label_array([1, 13]))
@@ -165,10 +165,10 @@ def test_a_recipes_licence_is_kept_and_the_split_is_in_the_index(tmp_path, seria
     args = [str(recipe), f"source={tmp_path}", f"store={tmp_path}/s", "recipe.split_sizes={train: 1, test: 3}"]
     assert counts(prepare.run(load(PrepareConfig, args))) == (4, 0, 0)
     assert "prepare: missing: 4 of 30 scans **/img/img{id}.nii.gz found (0005, 0006, " in capsys.readouterr().out
-    found = records(tmp_path / "s")
-    assert list(found) == [f"bcv_000{number}" for number in range(1, 5)]
-    assert sorted(record.split for record in found.values()) == ["test", "test", "test", "train"]
-    assert found["bcv_0001"].labelled == tuple(range(1, 14))
+    by_id = records(tmp_path / "s")
+    assert list(by_id) == [f"bcv_000{number}" for number in range(1, 5)]
+    assert sorted(record.split for record in by_id.values()) == ["test", "test", "test", "train"]
+    assert by_id["bcv_0001"].labelled == tuple(range(1, 14))
     assert "Synapse's terms" in (tmp_path / "s/store.json").read_text()
     put(tmp_path / "RawData/Training/label/label0002.nii.gz", label_array([14]))
     (fault,) = prepare.run(load(PrepareConfig, args)).failed
@@ -222,12 +222,12 @@ def test_table_gives_splits_and_labelled_organs(tmp_path, serial):
     assert [(f.source[-8:], f.reason) for f in result.failed] == [
         ("c.nii.gz", "has a label map but no row 'c' in t.csv")
     ]
-    found = records(tmp_path / "s")
-    assert {i: (r.split, r.labelled) for i, r in found.items()} == {"a": ("train", (1,)), "b": ("test", (2, 3))}
+    by_id = records(tmp_path / "s")
+    assert {i: (r.split, r.labelled) for i, r in by_id.items()} == {"a": ("train", (1,)), "b": ("test", (2, 3))}
 
     with_table(tmp_path, [("a", "", ""), ("b", "test", "spleen"), ("c", "train", "liver")])  # it says otherwise now
     for scan_id in "ab":  # put() wrote the files again: the same bytes at another time
-        os.utime(raw / f"images/{scan_id}.nii.gz", ns=(1, found[scan_id].source_mtime_ns))
+        os.utime(raw / f"images/{scan_id}.nii.gz", ns=(1, by_id[scan_id].source_mtime_ns))
     assert counts(go(raw, tmp_path / "s", labels=labels)) == (1, 2, 0)
     after = records(tmp_path / "s")
     assert {i: (r.split, r.labelled) for i, r in after.items()} == {

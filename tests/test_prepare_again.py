@@ -177,7 +177,7 @@ def test_a_scan_that_kills_its_worker_is_given_up(tmp_path):
     assert row["status"] == "failed" and "its worker died 3 times" in row["reason"]
 
 
-def test_unforeseen_errors_are_the_scans_alone(tmp_path, serial, monkeypatch):
+def test_unforeseen_errors_cost_only_their_scan(tmp_path, serial, monkeypatch):
     put(tmp_path / "raw/a.nii.gz")
     put(tmp_path / "raw/b.nii.gz")
     real = ct.read_scan
@@ -221,22 +221,22 @@ def checked(target):
         ("chunks.parquet", lambda path: path.write_bytes(path.read_bytes()[:-1])),
     ],
 )
-def test_damage_is_found_and_just_that_is_converted_again(tmp_path, serial, capsys, file, damage):
+def test_just_what_is_damaged_is_converted_again(tmp_path, serial, capsys, file, damage):
     target = two_folders(tmp_path)
     whole = tree(target)
     assert "3 scans in" in prepare.describe_verified(checked(target))
     damage(target / file)
-    found, scan_id = checked(target), file.split("/")[1] if "/" in file else None
-    assert list(found.damaged) == ([scan_id] if scan_id else []) and (scan_id or found.index)
+    verified, scan_id = checked(target), file.split("/")[1] if "/" in file else None
+    assert list(verified.damaged) == ([scan_id] if scan_id else []) and (scan_id or verified.index)
     with pytest.raises(FailedRun, match=r"[01] of 3 scans are damaged.*prepare repair store="):
-        prepare.describe_verified(found)
+        prepare.describe_verified(verified)
     assert (f"damaged: scan '{scan_id}'" if scan_id else f"{file} ") in capsys.readouterr().err
     inodes = {name: (target / f"scans/{name}/zarr.json").stat().st_ino for name in {"a", "b", "c d ü"} - {scan_id}}
-    found, left = prepare.repair(StoreConfig(store=str(target)))
+    verified, left = prepare.repair(StoreConfig(store=str(target)))
     assert not left and tree(target) == whole
     assert inodes == {name: (target / f"scans/{name}/zarr.json").stat().st_ino for name in inodes}
     assert not checked(target).damaged and not checked(target).index
-    assert prepare.describe_repaired((found, left)).startswith("prepare repair: ")
+    assert prepare.describe_repaired((verified, left)).startswith("prepare repair: ")
 
 
 def test_a_damaged_scan_whose_file_is_gone_is_named(tmp_path, serial, capsys):
@@ -257,8 +257,8 @@ def test_a_run_that_did_not_end_is_no_damage(tmp_path, serial):
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr(finish, "finish_store", lambda *_: signal.raise_signal(signal.SIGINT))
         go(tmp_path / "two", target)
-    found = checked(target)
-    assert not found.damaged and "prepare did not come to its end" in found.index
+    verified = checked(target)
+    assert not verified.damaged and "prepare did not come to its end" in verified.index
     assert counts(go(tmp_path / "two", target)) == (0, 2, 0) and not checked(target).index
 
 
@@ -271,7 +271,7 @@ def test_a_scan_that_prepare_finds_damaged_is_not_dropped(tmp_path, serial):
     assert counts(go(tmp_path / "one", target, labels={"names": {"liver": 1}})) == (1, 1, 0)
 
 
-def test_what_vanished_is_told_and_stays(tmp_path, serial, capsys):
+def test_what_vanished_is_named_and_stays(tmp_path, serial, capsys):
     target = two_folders(tmp_path)
     (tmp_path / "one/images/a.nii.gz").unlink()
     (tmp_path / "one/labels/a.nii.gz").unlink()

@@ -87,26 +87,26 @@ def layout_of(recipe, root, *args):
 
 
 @pytest.mark.parametrize("recipe", SETS)
-def test_the_whole_set_is_found_with_its_labels_and_split(tmp_path, recipe):
+def test_the_whole_set_comes_with_its_labels_and_split(tmp_path, recipe):
     files, others, splits = SETS[recipe]
     touch(tmp_path, [*files, *filter(None, files.values()), *others])
     layout = layout_of(recipe, tmp_path)
-    found = {str(Path(scan.image).relative_to(tmp_path)): scan for scan in layout.scans}
-    assert found.keys() == {str(Path(name)) for name in files} and not layout.faults and not layout.missing
+    scans = {str(Path(scan.image).relative_to(tmp_path)): scan for scan in layout.scans}
+    assert scans.keys() == {str(Path(name)) for name in files} and not layout.faults and not layout.missing
     for name, label in files.items():
-        assert found[str(Path(name))].label == (label and str(tmp_path / label))
+        assert scans[str(Path(name))].label == (label and str(tmp_path / label))
     assert Counter(scan.split for scan in layout.scans) == splits
     assert len({scan.scan_id for scan in layout.scans}) == len(files)
-    shown = sum(not Path(name).name.startswith(".") for name in others)
-    assert [fault.reason for fault in layout.left_out] == ["a volume that the recipe has no use for"] * shown
+    num_visible = sum(not Path(name).name.startswith(".") for name in others)
+    assert [fault.reason for fault in layout.left_out] == ["a volume that the recipe has no use for"] * num_visible
 
 
 @pytest.mark.parametrize("recipe", [name for name, (files, *_) in SETS.items() if any(files.values())])
 def test_what_is_missing_is_said(tmp_path, recipe):
     files, _, splits = SETS[recipe]
-    kept = {name: label for k, (name, label) in enumerate(files.items()) if k != 3}
-    maps = [label for label in kept.values() if label]
-    touch(tmp_path, [*kept, *maps[1:]])
+    present = {name: label for k, (name, label) in enumerate(files.items()) if k != 3}
+    maps = [label for label in present.values() if label]
+    touch(tmp_path, [*present, *maps[1:]])
     layout = layout_of(recipe, tmp_path)
     number = len(files) if "" not in splits else 200
     lines = "\n".join(layout.missing)

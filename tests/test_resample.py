@@ -35,16 +35,16 @@ def test_a_plane_stays_where_it_is(spacing):
 def test_labels_take_the_nearest_voxel_of_simpleitks_grid():
     rng = np.random.default_rng(0)
     label = rng.integers(0, 5, (20, 30, 40)).astype(np.uint8)
-    _, found, _ = resample(label.astype(np.int16), label, AFFINE, (1.9, 1.3, 0.9))
-    assert found.dtype == np.uint8
+    _, resampled, _ = resample(label.astype(np.int16), label, AFFINE, (1.9, 1.3, 0.9))
+    assert resampled.dtype == np.uint8
     image = sitk.GetImageFromArray(label)
     image.SetSpacing((0.7, 0.8, 2.5))
     origin = [(0.5 * (new - old)) for new, old in zip((0.9, 1.3, 1.9), (0.7, 0.8, 2.5))]
-    size = [int(s) for s in found.shape[::-1]]
+    size = [int(s) for s in resampled.shape[::-1]]
     frame = (size, sitk.Transform(), sitk.sitkNearestNeighbor, origin, (0.9, 1.3, 1.9), image.GetDirection(), 9)
-    theirs = sitk.GetArrayFromImage(sitk.Resample(image, *frame))
-    inside = theirs != 9
-    assert inside.mean() > 0.9 and (found == theirs)[inside].mean() > 0.999
+    expected = sitk.GetArrayFromImage(sitk.Resample(image, *frame))
+    inside = expected != 9
+    assert inside.mean() > 0.9 and (resampled == expected)[inside].mean() > 0.999
 
 
 def test_fine_noise_does_not_alias():
@@ -78,9 +78,9 @@ def test_labels_come_back_to_the_ct_they_were_predicted_for(tmp_path, monkeypatc
     config = PredictConfig(run="r", input=job.scan.source, output=str(job.target), viewer=False)
     predict.predict_one(None, meta | {"spacing_mm": spacing}, job, "maker", config)
     assert seen == [resample(np.zeros((24, 50, 60), np.int16), None, AFFINE, spacing)[0].shape]
-    found, true = nib.load(tmp_path / "out.nii.gz"), volume > 0
-    assert found.shape == volume.shape and np.allclose(found.affine, np.diag([0.7, -0.8, 2.5, 1]))
-    predicted = np.asarray(found.dataobj) > 0
+    written, true = nib.load(tmp_path / "out.nii.gz"), volume > 0
+    assert written.shape == volume.shape and np.allclose(written.affine, np.diag([0.7, -0.8, 2.5, 1]))
+    predicted = np.asarray(written.dataobj) > 0
     assert 2 * (predicted & true).sum() / (predicted.sum() + true.sum()) > 0.85
     centres = [np.argwhere(mask).mean(0) * (0.7, 0.8, 2.5) for mask in (predicted, true)]
     np.testing.assert_allclose(*centres, atol=0.2)  # mm: no shift

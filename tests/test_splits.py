@@ -218,7 +218,7 @@ def test_case_numbers_are_no_channels(tmp_path, folder, labels):
         read_layout(str(tmp_path), LabelsConfig())
 
 
-def test_segmentations_of_slicer_are_found_as_labels(tmp_path):
+def test_segmentations_of_slicer_are_labels(tmp_path):
     touch(tmp_path, "images/a", "images/b")
     for name in ("a.seg.nrrd", "b.nrrd"):
         (tmp_path / "labels").mkdir(exist_ok=True)

@@ -72,12 +72,12 @@ def test_random_boxes_equal_zarrs(tmp_path, shape, chunk):
         for _ in range(40):
             corners = np.sort([rng.integers(0, size + 1, 2) for size in shape], axis=1)
             expected = array[tuple(slice(*corner) for corner in corners)]
-            found = reader.read(corners)
-            assert found.dtype == expected.dtype and found.flags.c_contiguous
-            np.testing.assert_array_equal(found, expected)
+            voxels = reader.read(corners)
+            assert voxels.dtype == expected.dtype and voxels.flags.c_contiguous
+            np.testing.assert_array_equal(voxels, expected)
         boxes = [np.sort([rng.integers(0, size + 1, 2) for size in shape], axis=1) for _ in range(5)]
-        for box, found in zip(boxes, reader.read_boxes(boxes), strict=True):
-            np.testing.assert_array_equal(found, array[tuple(slice(*corner) for corner in box)])
+        for box, voxels in zip(boxes, reader.read_boxes(boxes), strict=True):
+            np.testing.assert_array_equal(voxels, array[tuple(slice(*corner) for corner in box)])
         out = np.full([s + 2 for s in shape], 99, array.dtype)
         reader.read(np.array([(0, s) for s in shape]), out=out[1:-1, 1:-1, 1:-1])
         np.testing.assert_array_equal(out, np.pad(array[:], 1, constant_values=99))
@@ -304,8 +304,8 @@ def test_an_uncompressed_store_is_the_same_but_for_its_bytes(tmp_path):
     chunks = 3 * 2 * 2
     assert shard.stat().st_size == chunks * (8 * 64 * 64 * 2 + 4) + chunks * 16 + 4
     for box in ([(0, 20), (0, 70), (0, 66)], [(3, 9), (60, 70), (1, 66)], [(19, 20), (0, 1), (64, 65)]):
-        found = scan_files.open_volume(tmp_path / "none", plain).read(np.array(box))
-        np.testing.assert_array_equal(found, volume[tuple(slice(*bounds) for bounds in box)])
+        voxels = scan_files.open_volume(tmp_path / "none", plain).read(np.array(box))
+        np.testing.assert_array_equal(voxels, volume[tuple(slice(*bounds) for bounds in box)])
     scan_files.check_scan(tmp_path / "none", "a")
     raw = bytearray(shard.read_bytes())
     raw[5 * (8 * 64 * 64 * 2 + 4) + 77] ^= 1
@@ -322,14 +322,14 @@ def test_eight_bit_codes_cost_what_the_record_says(tmp_path):
     record = scan_files.write_scan(tmp_path, "a", volume, AFFINE, encoding="uint8", hu_window=window)
     array = zarr.open_array(tmp_path / "scans/a/0", mode="r")
     assert array.dtype == np.uint8 and dict(array.attrs) == {"scale_factor": 5.0, "add_offset": -1000.0}
-    found = scan_files.open_volume(tmp_path, record).read(np.array([(0, s) for s in volume.shape]))
-    np.testing.assert_array_equal(found, np.rint(array[:] * 5.0 - 1000).astype(np.int16))
+    voxels = scan_files.open_volume(tmp_path, record).read(np.array([(0, s) for s in volume.shape]))
+    np.testing.assert_array_equal(voxels, np.rint(array[:] * 5.0 - 1000).astype(np.int16))
     clipped, inside = volume.clip(*window), (volume >= window[0]) & (volume <= window[1])
-    errors = (found - clipped).astype(np.float64)
+    errors = (voxels - clipped).astype(np.float64)
     assert np.abs(errors).max() <= 2.5 + 0.5
     assert record.encoding_rms_hu == pytest.approx(np.sqrt((errors[inside] ** 2).mean()))
     assert record.clipped_share == pytest.approx(1 - inside.mean())
-    assert (record.mean_hu, record.std_hu) == pytest.approx((found.mean(), found.std()))
+    assert (record.mean_hu, record.std_hu) == pytest.approx((voxels.mean(), voxels.std()))
     scan_files.check_scan(tmp_path, "a")
     whole = scan_files.write_scan(tmp_path, "b", volume, AFFINE)
     assert (whole.encoding_rms_hu, whole.clipped_share) == (0, 0)
@@ -351,7 +351,7 @@ def test_histogram_and_shares_equal_numpys(tmp_path):
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 
-def test_whatever_byte_of_a_scan_flips_is_found(tmp_path):
+def test_whatever_byte_of_a_scan_flips_is_noticed(tmp_path):
     volume, label = make_volume((9, 65, 33)), make_label((9, 65, 33))
     scan_files.write_scan(tmp_path, "a", volume, AFFINE, label=label, labelled=(1, 2))
     scan_files.check_scan(tmp_path, "a")

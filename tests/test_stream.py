@@ -43,8 +43,10 @@ def write_store(folder: Path, **settings) -> str:
         label = np.zeros(shape, np.uint8)
         label[4:8, 10:20, 10:20], label[6:10, 30:44, 20:30] = 2, 7
         known = (2, 7) if i < 2 else (2,)
-        kept = {"label": label, "labelled": known} if i < 3 else {}
-        scan_files.write_scan(folder, f"scan_{i}", volume, np.diag([3.0, 1, 1, 1]), split="train", **kept, **settings)
+        options = {"label": label, "labelled": known} if i < 3 else {}
+        scan_files.write_scan(
+            folder, f"scan_{i}", volume, np.diag([3.0, 1, 1, 1]), split="train", **options, **settings
+        )
     store.write_index(folder, {"b": 7, "a": 2}, (-1024.0, 325.0), encoding=settings.get("encoding", "int16"))
     return str(folder)
 
@@ -298,10 +300,10 @@ def test_resizing_on_the_training_device_gives_the_same_views(tmp_path, encoding
     """Scans smaller than a crop, whose boxes reach into the air, included."""
     folder, views = write_store(tmp_path, chunk=(4, 8, 6), encoding=encoding), ViewsConfig(size=(14, 24, 16))
     off = IntensityConfig(noise_prob=0, blur_prob=0, gain_prob=0, gamma_prob=0)
-    kept = {"views": views, "intensity": off, "augment": False, "pairs_per_region": per_region}
+    options = {"views": views, "intensity": off, "augment": False, "pairs_per_region": per_region}
     rows = index_rows(np.concatenate(list(make_plan(draws_per_scan=4).batches(0))))
-    there = PairRenderer(folder, tuple(f"scan_{i}" for i in range(5)), 3, **kept)(rows)
-    left = PairRenderer(folder, tuple(f"scan_{i}" for i in range(5)), 3, resize=False, **kept)(rows)
+    there = PairRenderer(folder, tuple(f"scan_{i}" for i in range(5)), 3, **options)(rows)
+    left = PairRenderer(folder, tuple(f"scan_{i}" for i in range(5)), 3, resize=False, **options)(rows)
     assert left["crop_1"].dtype == encoding and left["crop_1"].shape[1:] == (1, 19, 33, 22)
     assert (left["box_1"][:, 0, 0] < 0).any()
     left = {name: torch.from_numpy(value) for name, value in left.items()}
@@ -329,10 +331,10 @@ def test_memory_of_a_batch_is_used_again_once_nobody_holds_it(small_store):
             held.append(hold(batch[name]))
             copies.append({key: value.copy() for key, value in batch.items()})
         del batch
-        for kept, copy in zip(held, copies):
-            whole = copy[name][2] if np.shape(kept) == copy[name].shape[1:] else copy[name]
-            np.testing.assert_array_equal(np.asarray(kept).reshape(-1), whole.reshape(-1))
-        del held, kept
+        for part, copy in zip(held, copies):
+            whole = copy[name][2] if np.shape(part) == copy[name].shape[1:] else copy[name]
+            np.testing.assert_array_equal(np.asarray(part).reshape(-1), whole.reshape(-1))
+        del held, part
         first = render(rows[0])[name].ctypes.data
         again = [render(each) for each in rows[1:2]]
         assert again[0][name].ctypes.data == first
@@ -367,10 +369,10 @@ def test_a_damaged_scan_ends_the_stream_or_is_skipped_counted(small_store, tmp_p
         other = sound.rebuild("scan_3", int(rows["epoch"][i]), int(rows["draw"][i]))
         for name in set(whole) - {"missed", "step"}:
             np.testing.assert_array_equal(got[name][i], other[name][0], err_msg=name)
-        alone = {name: value[i : i + 1] for name, value in rows.items()}
-        alone = PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(alone)
+        single = {name: value[i : i + 1] for name, value in rows.items()}
+        single = PairRenderer(broken, ids, 3, VIEWS, IntensityConfig(), skip=True)(single)
         for name in set(whole):
-            np.testing.assert_array_equal(alone[name][0], got[name][i], err_msg=name)
+            np.testing.assert_array_equal(single[name][0], got[name][i], err_msg=name)
     np.testing.assert_array_equal(rows["scan"], make_plan().rows(0, 5)[:, 1])  # Ray's own columns are left alone
     only = PairRenderer(broken, ("scan_2",), 3, VIEWS, IntensityConfig(), skip=True)
     with pytest.raises(UnreadableScan, match="scan_2"):
@@ -414,10 +416,10 @@ def test_what_counts_skipped_pairs_keeps_no_batch():
     """A column of a batch that came through Ray is a part of its block in the object store."""
     counter = skipped.Skipped(make_plan(), StreamConfig(), {})
     missed = torch.full((4,), -1)
-    kept = weakref.ref(missed)
+    reference = weakref.ref(missed)
     counter.add(missed)
     del missed
-    assert kept() is None and counter.waiting == []
+    assert reference() is None and counter.waiting == []
 
 
 @pytest.mark.parametrize("per_region", [1, 4])

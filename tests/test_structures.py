@@ -39,11 +39,11 @@ def box(rows, columns, place):
 
 def mask(*boxes):
     """bool [slices, rows, columns] of (rows, columns, slice); what lies beyond the grid is left out."""
-    found = np.zeros(SHAPE, bool)
+    voxels = np.zeros(SHAPE, bool)
     for (top, bottom), (left, right), place in boxes:
         if 0 <= place < SHAPE[0]:
-            found[place, max(top, 0) : bottom, max(left, 0) : right] = True
-    return found
+            voxels[place, max(top, 0) : bottom, max(left, 0) : right] = True
+    return voxels
 
 
 def contour(points, kind="CLOSED_PLANAR", data=None):
@@ -183,7 +183,7 @@ def test_where_nothing_else_is_drawn_the_ct_stays(tmp_path, contours, message):
     assert any(message in reason for reason in reasons(reading))
 
 
-def test_contours_off_the_ct_cost_themselves_alone(tmp_path):
+def test_contours_off_the_ct_cost_only_themselves(tmp_path):
     """Beyond its ends, between its slices, and over its edge."""
     over = ((3, 9), (25, 40), 5)
     inside = [(*A[:2], place) for place in (2, 3, 4)]
@@ -223,7 +223,7 @@ def test_near_misses_are_hinted_at(tmp_path, there, asked):
     assert f"(is {there!r} for {asked!r} meant?): name those to use" in layout.left_out[0].reason
 
 
-def test_names_that_differ_in_capitals_alone_are_told_apart(tmp_path):
+def test_names_that_differ_only_in_capitals_stay_apart(tmp_path):
     _, reading = read(tmp_path, [(1, "GTV", [box(*A)]), (2, "gtv", [box(*B)])], {"gtv": 1, "GTV": 2})
     assert_label(reading, {1: mask(B), 2: mask(A)})
 
@@ -256,8 +256,8 @@ def test_any_cut_of_a_structure_set_loses_nothing_silently(tmp_path):
         (scan,) = layout.scans
         reading = scan.read(layout.names)
         assert reading.scan.voxels.shape == SHAPE
-        told = {fault.source for fault in (*layout.faults, *layout.left_out)} | {path for path, _ in reading.notes}
-        assert str(path) in told, size
+        named = {fault.source for fault in (*layout.faults, *layout.left_out)} | {path for path, _ in reading.notes}
+        assert str(path) in named, size
 
 
 # -- which series -----------------------------------------------------------------------------------------------------
@@ -369,9 +369,9 @@ def segmentation(masks, series, places=None, flip=False, kind="BINARY", spacing=
 
 def random_masks(seed=5):
     rng = np.random.default_rng(seed)
-    found = {"liver": rng.random(SHAPE) < 0.3, "tumour": rng.random(SHAPE) < 0.1}
-    found["liver"][[0, 7]] = False
-    return found
+    masks = {"liver": rng.random(SHAPE) < 0.3, "tumour": rng.random(SHAPE) < 0.1}
+    masks["liver"][[0, 7]] = False
+    return masks
 
 
 def read_seg(tmp_path, masks, names, **options):

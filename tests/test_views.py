@@ -305,7 +305,7 @@ def test_a_batch_is_augmented_as_its_views_are(data):
         torch.testing.assert_close(one[0], apply_intensity(view[0], params), atol=1e-4, rtol=1e-4)
 
 
-def test_noise_is_normal_and_of_its_seed_alone():
+def test_noise_is_normal_and_only_of_its_seed():
     seeds = torch.tensor([0, 1, 2**62 - 1])
     drawn = noise(seeds, (16, 48, 48))
     assert drawn.dtype == torch.float32 and drawn.shape == (3, 16, 48, 48)

@@ -96,8 +96,8 @@ def test_a_store_in_the_source_and_what_a_browser_leaves(tmp_path, serial):
         (tmp_path / name).write_bytes(b"x")
     assert go(tmp_path, tmp_path / "s").failed == () and list(records(tmp_path / "s")) == ["a"]
     assert (tmp_path / "s/scans/Thumbs.db").exists() and list(store.read_records(tmp_path / "s")) == ["a"]
-    found = prepare.verify(prepare.StoreConfig(store=str(tmp_path / "s")))
-    assert not found.damaged and not found.index
+    verified = prepare.verify(prepare.StoreConfig(store=str(tmp_path / "s")))
+    assert not verified.damaged and not verified.index
     assert said(tmp_path) == {}
 
 
@@ -131,8 +131,8 @@ def test_dicom_without_preamble_or_suffix(tmp_path, implicit, little):
     assert len(scan.slices) == 6 and said(tmp_path) == {"notes": "no format of CT"}
 
 
-@pytest.mark.parametrize("modality, found", [(None, 6), ("", 6), ("CT", 6), ("PT", 0), ("MR", 0)])
-def test_a_ct_by_its_class_where_the_modality_is_gone(tmp_path, modality, found):
+@pytest.mark.parametrize("modality, num", [(None, 6), ("", 6), ("CT", 6), ("PT", 0), ("MR", 0)])
+def test_a_ct_by_its_class_where_the_modality_is_gone(tmp_path, modality, num):
     files = series()
     for file in files:
         if modality is None:
@@ -141,8 +141,8 @@ def test_a_ct_by_its_class_where_the_modality_is_gone(tmp_path, modality, found)
             file.Modality = modality
     save(files, tmp_path / "a")
     put(tmp_path / "b.nii.gz")
-    assert sum(len(scan.slices) for scan in layout_of(tmp_path).scans) == found
-    assert len(said(tmp_path)) == 6 - found
+    assert sum(len(scan.slices) for scan in layout_of(tmp_path).scans) == num
+    assert len(said(tmp_path)) == 6 - num
 
 
 def test_gzipped_dicom_and_archives_are_named(tmp_path):
@@ -186,7 +186,7 @@ INDEX = "1.2.840.10008.1.3.10"
 
 
 @pytest.mark.parametrize("cut", [None, 5, 7])
-def test_an_index_never_makes_the_slices_beside_it_faulty(tmp_path, cut):
+def test_an_index_never_makes_the_slices_next_to_it_faulty(tmp_path, cut):
     save(series(), tmp_path, "IM{}")
     save([new_file(INDEX, "", DirectoryRecordSequence=[])], tmp_path, "DICOMDIR")
     save([new_file("1.2.840.10008.5.1.4.38.1", "")], tmp_path, "hanging.dcm")
@@ -308,7 +308,7 @@ def test_one_ct_in_two_formats_is_one_scan(tmp_path, serial, other):
 # -- what lies beside -------------------------------------------------------------------------------------------------
 
 
-def test_folders_beside_a_data_set(tmp_path):
+def test_folders_next_to_a_data_set(tmp_path):
     for part, names in (("Tr", "ab"), ("Va", "c"), ("Ts", "d")):
         touch(tmp_path, *(f"imagesVa/{n}.nii" if part == "Va" else f"images{part}/{n}.nii" for n in names))
         touch(tmp_path, *(f"labels{part}/{n}.nii" for n in names))
@@ -322,8 +322,8 @@ def test_folders_beside_a_data_set(tmp_path):
         ("imagesVa__c", "validation", True),
     ]
     reasons = said(tmp_path)
-    beside = "beside imagesTr/ and imagesVa/ and imagesTs/, where the data set lies: prepare its folder by itself"
-    assert {path for path, why in reasons.items() if why == beside} == {
+    outside = "beside imagesTr/ and imagesVa/ and imagesTs/, where the data set lies: prepare its folder by itself"
+    assert {path for path, why in reasons.items() if why == outside} == {
         "unlabelled/e.nii",
         *(f"dicom/{k:03}.dcm" for k in range(6)),
     }

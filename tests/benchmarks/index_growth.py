@@ -49,13 +49,13 @@ before, began, cpu = mebibytes(), time.perf_counter(), time.process_time()
 plan = stream.Plan.make([f"imagesTr__case_{i:07}" for i in range(num)], 1, pairs, 10**6 // num + 1, None, 0)
 renderer = PairRenderer(folder, plan.scan_ids, 0, ViewsConfig(), IntensityConfig())
 renderer(plan.columns(0, 1))
-found = {"first_s": time.perf_counter() - began, "first_cpu_s": time.process_time() - cpu}
-found["memory_mb"] = mebibytes() - before
+figures = {"first_s": time.perf_counter() - began, "first_cpu_s": time.process_time() - cpu}
+figures["memory_mb"] = mebibytes() - before
 step, began = 1, time.process_time()
 while time.process_time() - began < seconds:
     renderer(plan.columns(step, step + 1))
     step += 1
-print(json.dumps(found | {"pairs_per_cpu_s": (step - 1) * pairs / (time.process_time() - began)}))
+print(json.dumps(figures | {"pairs_per_cpu_s": (step - 1) * pairs / (time.process_time() - began)}))
 """
 
 
@@ -91,11 +91,11 @@ def main() -> None:
     print(f"{'scans':>7} {'first batch, s':>15} {'its CPU s':>10} {'MiB':>7} {'pairs/CPU s':>12}  tree", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for num in map(int, args.rows.split(",")):
-            folder, found = make_store(Path(scratch) / str(num), num), {tree: [] for tree in trees}
+            folder, figures = make_store(Path(scratch) / str(num), num), {tree: [] for tree in trees}
             for _ in range(args.rounds):
                 for tree in trees:
-                    found[tree].append(measure(tree, folder, num))
-            for tree, rounds in found.items():
+                    figures[tree].append(measure(tree, folder, num))
+            for tree, rounds in figures.items():
                 middle = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
                 line = f"{num:7} {middle['first_s']:15.2f} {middle['first_cpu_s']:10.2f} {middle['memory_mb']:7.0f}"
                 print(f"{line} {middle['pairs_per_cpu_s']:12.0f}  {tree}", flush=True)

@@ -58,7 +58,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_label_map_beside_a_ct_is_left_out(tmp_path, capsys):
+def test_a_label_map_next_to_a_ct_is_left_out(tmp_path, capsys):
     for case in ("p1", "p2"):
         put(tmp_path / f"raw/{case}/{case}_ct.nii.gz", hu())
     put(tmp_path / "raw/p1/p1_seg.nii.gz", mask())
@@ -78,7 +78,7 @@ def test_a_label_map_beside_a_ct_is_left_out(tmp_path, capsys):
         assert f": {line['reason']}: {line['source']}\n" in said
 
 
-def test_doubts_about_a_file_are_said_and_kept(tmp_path, capsys):
+def test_doubts_about_a_file_are_said_and_stored(tmp_path, capsys):
     put(tmp_path / "raw/plain.nii.gz", hu())
     put(tmp_path / "raw/offset.nii.gz", hu() + np.int16(1024))
     put(tmp_path / "raw/no_codes.nii.gz", hu(), None, pixdim=[1, 0.8, 0.8, 2.5, 1, 1, 1, 1])
@@ -154,7 +154,7 @@ def test_predict_says_notes_and_leaves_label_maps_out(tmp_path, network, capsys)
         label_of(tmp_path / "in/seg.nii.gz", tmp_path / "seg_label.nii.gz")
 
 
-def test_a_folder_of_label_maps_alone_fails(tmp_path, network):
+def test_a_folder_of_only_label_maps_fails(tmp_path, network):
     for name in "ab":
         put(tmp_path / f"in/{name}.nii.gz", mask())
     with pytest.raises(FailedRun, match=r"2 of 2 files failed: a.nii.gz, b.nii.gz"):
