@@ -234,7 +234,7 @@ def _without_channels(
         match = re.fullmatch(r"(.+)_(\d{4})", parts[-1])
         if match and parts not in maps:
             numbers[*parts[:-1], match[1]][match[2]] = path
-    alike = len(numbers) > 1 and len({tuple(sorted(inventory)) for inventory in numbers.values()}) == 1
+    alike = len(numbers) > 1 and len({tuple(sorted(channels)) for channels in numbers.values()}) == 1
     short = dict(volumes)
     for bare, channels in numbers.items():
         if CHANNEL[1:] not in channels:

@@ -8,14 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 from pgl_ray.data.columns import parquet_table
 from pgl_ray.files.dicom_headers import Header, read_header
-
-if TYPE_CHECKING:  # comes with pgl_ray[dicom]
-    pass
-
 
 VERSION = 1  # of the cache; one of another version is read anew
 AT_ONCE = 250  # files that a process is given at a time
