@@ -108,9 +108,9 @@ def test_names_inside_ray_are_in_one_file():
 
 
 WRITES = {"add", "append", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}
-KEPT_BY_PROCESSES = {  # lists, sets and dicts that a cache holds, and why nothing that lasts could have them
+CACHED_BY_PROCESSES = {  # lists, sets and dicts that a cache holds, and why nothing that lasts could have them
     "data/render_cache.py: _arrays",  # a rendering task is called anew for each batch: its process alone lasts
-    "data/wire.py: _said",  # the same, and whoever reads: a store's failure is said once in a while, not by each thread
+    "data/wire.py: _last_warning",  # the same, and whoever reads: not every thread says that a store fails
 }
 
 
@@ -134,8 +134,8 @@ def written_names(tree: ast.Module) -> set[str]:
 
 def cached_containers(tree: ast.Module) -> set[str]:
     """Functions whose cache holds what can be changed."""
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    cached = [f for f in found if any("cache" in ast.unparse(one) for one in f.decorator_list)]
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    cached = [f for f in functions if any("cache" in ast.unparse(one) for one in f.decorator_list)]
     return {f.name for f in cached if re.match(r"(list|dict|set)\b", ast.unparse(f.returns) if f.returns else "list")}
 
 
@@ -144,7 +144,7 @@ def test_no_module_keeps_what_changes(name):
     """What changes belongs to an object, which is passed to whoever needs it: a run, a session, a thread."""
     tree = ast.parse((PACKAGE / name).read_text())
     assert written_names(tree) == set()
-    assert {f"{name}: {one}" for one in cached_containers(tree)} <= KEPT_BY_PROCESSES
+    assert {f"{name}: {one}" for one in cached_containers(tree)} <= CACHED_BY_PROCESSES
     values = [node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
     if not name.startswith("examples/"):  # scripts
         loose = ast.List | ast.Set | ast.ListComp | ast.SetComp
@@ -168,11 +168,11 @@ def test_no_module_keeps_what_changes(name):
         "from pgl_ray.train import runs\ndef f(): runs.A['b'] = 1",
     ],
 )
-def test_what_changes_in_a_module_is_found(text):
+def test_what_changes_in_a_module_is_noticed(text):
     assert written_names(ast.parse(text))
 
 
-def test_what_a_cache_holds_is_found():
+def test_what_a_cache_holds_is_noticed():
     text = (
         "@lru_cache(maxsize=1)\ndef f() -> list[int]: ...\n@cache\ndef g() -> int: ...\n@functools.cache\ndef h(): ..."
     )
@@ -196,7 +196,7 @@ def test_processes_that_feed_or_control_a_run_need_no_networks():
     assert done.stdout == "set()\n"
 
 
-def test_facts_of_a_node_need_the_standard_library_alone():
+def test_facts_of_a_node_need_only_the_standard_library():
     """The doctor asks nodes on which anything may be missing."""
     text = "import sys; before = {*sys.modules}; import pgl_ray.checkup.doctor_facts, pgl_ray.checkup.doctor_places; "
     text += "names = {name.partition('.')[0] for name in sys.modules.keys() - before}; "
@@ -238,6 +238,6 @@ def test_the_top_level_holds_nothing_else():
     listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.split(
         "\n"
     )
-    found = {path.split("/")[0] for path in listed if path and not path.startswith(".")}
+    top_level = {path.split("/")[0] for path in listed if path and not path.startswith(".")}
     folders = {"pgl_ray", "conf", "data_prep", "tune_spaces", "tests"}
-    assert found == folders | {"pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt"}
+    assert top_level == folders | {"pyproject.toml", "README.md", "LICENSE", "Makefile", "constraints.txt"}

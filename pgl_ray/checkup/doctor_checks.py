@@ -11,7 +11,7 @@ from pgl_ray.checkup.doctor_facts import EXTRAS, NEEDED, Machine
 from pgl_ray.checkup.doctor_places import Sight
 
 NUM_NAMED = 3  # names in a line
-SAID = ("torch", "ray", "zarr", "monai")  # packages that the line of versions names
+MAIN_PACKAGES = ("torch", "ray", "zarr", "monai")  # packages that the line of versions names
 ALIKE = ("torch", "ray")  # packages that must be the same on all nodes
 SKEW_S, SKEW_OF_BUCKETS_S = 2.0, 600.0  # from when on it is said; buckets refuse requests from 15 minutes on
 BATCH_BYTES = 75e6  # of 128 pairs of 16x96x96
@@ -89,7 +89,7 @@ def versions(machines: Sequence[Machine]) -> list[Line]:
         differ = grouped(machines, lambda one, must=must: _differences(one, first, must))
         state = "wrong" if must else "note"
         lines += [Line("versions", state, f"{listed(names)}: {what}", mend) for what, names in differ.items()]
-    installed = ", ".join(f"{name} {first.versions[name]}" for name in SAID if name in first.versions)
+    installed = ", ".join(f"{name} {first.versions[name]}" for name in MAIN_PACKAGES if name in first.versions)
     return lines or [Line("versions", "ok", f"python {first.python}, {installed}{' everywhere' * (len(machines) > 1)}")]
 
 

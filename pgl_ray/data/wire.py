@@ -81,16 +81,16 @@ def patiently(work: Callable[[], Result], store: str) -> Result:
         except OSError as error:
             if time.monotonic() - began > PATIENCE_S:
                 raise
-            said = _said(store, os.getpid())
-            if time.monotonic() - said[0] > PATIENCE_S:  # many threads ask the same store
-                said[0] = time.monotonic()
+            last = _last_warning(store, os.getpid())
+            if time.monotonic() - last[0] > PATIENCE_S:  # many threads ask the same store
+                last[0] = time.monotonic()
                 print(f"  {error}: trying again for {PATIENCE_S:.0f} s", flush=True)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
 @lru_cache(maxsize=8)
-def _said(store: str, process: int) -> list[float]:
+def _last_warning(store: str, process: int) -> list[float]:
     """When this process last said that a store fails."""
     return [-math.inf]
 
