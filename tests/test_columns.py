@@ -31,7 +31,7 @@ def many(tmp_path_factory) -> Path:
 
 
 def as_read(row: dict) -> dict:
-    """A row of pyarrow's as the record has it, by the schema alone."""
+    """A row of pyarrow's as the record has it, by nothing but the schema."""
     texts = {name: json.loads(row[name]) for name in ("label_boxes", "label_voxels")}
     boxes = {int(value): tuple(box) for value, box in texts["label_boxes"].items()}
     voxels = {int(value): num for value, num in texts["label_voxels"].items()}

@@ -283,7 +283,7 @@ SECONDARY = "1.2.840.10008.5.1.4.1.1.7"
 
 
 def hospital_folder(root):
-    """Two CT series and what else a hospital's archive puts beside them, all in one folder, without extensions."""
+    """Two CT series and what else a hospital's archive puts next to them, all in one folder, without extensions."""
     thin, thick = ct_series(raw(seed=1), SeriesDescription="thin"), ct_series(raw(seed=2), SeriesDescription="thick")
     for file in thick:
         file.SeriesNumber = 3

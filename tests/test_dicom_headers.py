@@ -1,4 +1,4 @@
-"""Headers of DICOM files: what is kept agrees with pydicom, is read once, and anew where a file has changed."""
+"""Headers of DICOM files: those in the cache agree with pydicom, are read once, and anew where a file has changed."""
 
 import os
 import pickle

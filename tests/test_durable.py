@@ -97,7 +97,7 @@ def test_a_run_is_opened_whole(disk, tmp_path):
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_a_folder_that_cannot_be_synced_is_let_pass(monkeypatch, tmp_path, kind, number):
-    """By a file system that knows no such thing, and folders alone: a disk that fails is an error."""
+    """By a file system that knows no such thing, and only folders: a disk that fails is an error."""
     own = os.fsync
 
     def fsync(handle: int) -> None:

@@ -138,7 +138,7 @@ def test_two_patients_in_one_folder(tmp_path):
 
 
 def renamed_ids(monkeypatch):
-    """Ids as an older version gave them: names alone."""
+    """Ids as an older version gave them: names only."""
     monkeypatch.setattr(identity, "scan_id", lambda parts: parts[-1])
 
 

@@ -61,7 +61,7 @@ def test_of_many_waiters_one_gets_the_lock(bucket, there):
 
 
 def crowd(bucket: Bucket, num: int) -> tuple[int, list[str]]:
-    """So many want the lock at the same moment: how many got it, and what the others were told."""
+    """So many want the lock at the same moment: how many got it, and which error the others got."""
     got, refused, start = [], [], threading.Barrier(num)
 
     def want() -> None:
@@ -73,7 +73,7 @@ def crowd(bucket: Bucket, num: int) -> tuple[int, list[str]]:
             refused.append(str(error))
             return
         got.append(one)
-        with one.hold():  # until all the others have been told
+        with one.hold():  # until all the others have their error
             until = time.monotonic() + 10
             while len(got) + len(refused) < num and time.monotonic() < until:
                 time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Label maps that lie beside CTs, and what is doubtful about a file: what prepare and predict say of them."""
+"""Label maps that lie next to CTs, and what is doubtful about a file: what prepare and predict say of them."""
 
 import json
 import pickle

@@ -72,7 +72,7 @@ def test_flat_folder_of_mha_and_nrrd(tmp_path, serial):
     assert counts(go(raw, tmp_path / "s")) == (5, 0, 0)
     by_id = records(tmp_path / "s")
     assert list(by_id) == ["a", "b", "deep__c", "deep__er__d", "e"] and {r.split for r in by_id.values()} == {""}
-    with (raw / "deep/c.raw").open("r+b") as file:  # the data beside a detached header count as its source
+    with (raw / "deep/c.raw").open("r+b") as file:  # the data of a detached header count as its source
         file.write(b"\x01\x02")
     assert counts(go(raw, tmp_path / "s")) == (1, 4, 0)
     assert records(tmp_path / "s")["deep__c"].content_hash != by_id["deep__c"].content_hash

@@ -51,7 +51,7 @@ RIBFRAC = [
     *(f"ribfrac-val-images/RibFrac{n}-image.nii.gz" for n in range(421, 501)),
     *(f"ribfrac-test-images/RibFrac{n}-image.nii.gz" for n in range(501, 661)),
 ]
-# recipe -> published volumes and their label maps, other files beside them, scans per split
+# recipe -> published volumes and their label maps, other files next to them, scans per split
 SETS = {
     "ribfrac": (only(*RIBFRAC), ["ribfrac-train-labels-1/Part1/RibFrac1-label.nii.gz"], {"": 660}),
     "msd_hepaticvessel": (

@@ -18,7 +18,7 @@ from pgl_ray.files.layout import read_layout
 SHAPE = (10, 24, 30)  # slices, rows, columns
 ORIGIN, SPACING, STEP = np.array((-30.0, 20.0, -400.0)), (0.8, 0.7), 2.5  # x, y, z; between rows, columns
 PATIENT = "P1"
-NO_NUMBER = "7.770777"  # becomes letters in the file, because pydicom writes numbers alone
+NO_NUMBER = "7.770777"  # becomes letters in the file, because pydicom writes nothing but numbers
 
 
 def ct_files(seed=0, **tags):

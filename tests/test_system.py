@@ -1,4 +1,4 @@
-"""Locks between processes, and that no door needs what Linux alone has."""
+"""Locks between processes, and that no door needs what only Linux has."""
 
 import contextlib
 import errno

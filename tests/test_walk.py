@@ -1,4 +1,4 @@
-"""The one walk, and every file accounted for: links, odd names, files that are no CT, what lies beside a data set."""
+"""The one walk, and every file accounted for: links, odd names, files that are no CT, what lies next to a data set."""
 
 import gzip
 import json
@@ -305,7 +305,7 @@ def test_one_ct_in_two_formats_is_one_scan(tmp_path, serial, other):
     assert "keep one of them" in result.failed[0].reason and len(result.failed) == 1
 
 
-# -- what lies beside -------------------------------------------------------------------------------------------------
+# -- what lies next to a data set --------------------------------------------------------------------------------------
 
 
 def test_folders_next_to_a_data_set(tmp_path):

@@ -1,4 +1,4 @@
-"""The benchmark of long indexes, for correctness alone: its stores can be rendered, and every figure is there."""
+"""The benchmark of long indexes, only for correctness: its stores can be rendered, and every figure is there."""
 
 import index_growth
 import numpy as np
