@@ -88,7 +88,7 @@ def test_rows_are_those_of_a_walk_row_by_row():
 
 
 def test_a_long_plan_costs_no_more_than_a_short_one():
-    """10,000 scans x 500 epochs: the last steps come as fast as the first of a small plan, and nothing stays in memory."""
+    """10,000 scans x 500 epochs: the last steps come as fast as the first of a small plan, and nothing accumulates."""
     ids = [f"scan_{i}" for i in range(10_000)]
     plan = stream.Plan.make(ids, 1, 128, epochs=500, max_steps=None, seed=0)
     plan.rows(0, 1), plan.rows(plan.num_steps - 1, plan.num_steps)
