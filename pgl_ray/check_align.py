@@ -23,8 +23,9 @@ import torch
 
 from pgl_ray.config import CheckAlignConfig, FailedRun, build
 from pgl_ray.data import scan_files, store
+from pgl_ray.data.batch_views import resize_and_flip
 from pgl_ray.data.durable import put_in_place
-from pgl_ray.data.rendering import AIR, normalise, read_padded, resize_and_flip
+from pgl_ray.data.rendering import AIR, normalise, read_padded
 from pgl_ray.data.sampling import ablated, sample_pair
 from pgl_ray.judge.alignment import centre_taps, look, pair_of_ramps, residuals_of, summary_of
 from pgl_ray.model.encoder import build_encoder

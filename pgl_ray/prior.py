@@ -9,15 +9,16 @@ Boxes are arrays [..., 3, 2] of (start, stop); flips are booleans [..., 3].
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-Array = TypeVar("Array", np.ndarray, Tensor)  # either library's, the same for all arguments
+if TYPE_CHECKING:  # rendering processes, which need priors but no tensors, start without torch
+    from torch import Tensor
+
+Array = TypeVar("Array", np.ndarray, "Tensor")  # either library's, the same for all arguments
 Number = TypeVar("Number")
-Axes = tuple[Tensor, Tensor, Tensor]  # one per axis: D, H, W
+Axes: TypeAlias = "tuple[Tensor, Tensor, Tensor]"  # one per axis: D, H, W
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,19 @@ def overlap_box(box_1: Array, box_2: Array) -> Array:
     Returns:
         [..., 3, 2] of the same kind; an axis without overlap has stop <= start.
     """
-    lib = torch if isinstance(box_1, Tensor) else np
+    lib = _library(box_1)
     start = lib.maximum(box_1[..., 0], box_2[..., 0])
     stop = lib.minimum(box_1[..., 1], box_2[..., 1])
     return lib.stack([start, stop], -1)
+
+
+def _library(array: Any) -> Any:
+    """numpy, or torch for a tensor."""
+    if isinstance(array, np.ndarray | np.generic):
+        return np
+    import torch
+
+    return torch
 
 
 def volume_of(box: Array) -> Array:
@@ -96,16 +106,16 @@ def scan_to_view(point: Array, box: Array, flip: Array, view_size: Array) -> Arr
         view_size: [3].
     """
     scaled = (point - box[..., 0]) * (view_size / (box[..., 1] - box[..., 0]))
-    return (torch if isinstance(scaled, Tensor) else np).where(flip, view_size - scaled, scaled)
+    return _library(scaled).where(flip, view_size - scaled, scaled)
 
 
 def view_to_scan(point: Array, box: Array, flip: Array, view_size: Array) -> Array:
     """Inverse of `scan_to_view`."""
-    unflipped = (torch if isinstance(point, Tensor) else np).where(flip, view_size - point, point)
+    unflipped = _library(point).where(flip, view_size - point, point)
     return unflipped * ((box[..., 1] - box[..., 0]) / view_size) + box[..., 0]
 
 
-def interpolation_matrices(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> Axes:
+def interpolation_matrices(box: "Tensor", flip: "Tensor", region: "Tensor", geometry: Geometry) -> Axes:
     """FlipAlign and CSAlign of one view's features as one matrix per axis (Eq. 4 to 7).
 
     Row k of an axis' matrix holds the linear weights that read the feature map in bin k. The region has as many bins
@@ -122,15 +132,15 @@ def interpolation_matrices(box: Tensor, flip: Tensor, region: Tensor, geometry: 
         Three float32 tensors [N, n, n], axes D, H, W: bin x feature cell.
     """
 
-    def matrix(index: Tensor) -> Tensor:
+    def matrix(index: "Tensor") -> "Tensor":
         num = index.shape[1]
-        cells = torch.arange(num, device=index.device, dtype=index.dtype)
+        cells = _library(index).arange(num, device=index.device, dtype=index.dtype)
         return (1 - (index.clamp(0, num - 1).unsqueeze(-1) - cells).abs()).clamp_min(0)  # linear interpolation
 
     return triple(map(matrix, feature_coordinates(box, flip, region, geometry)))
 
 
-def clamped_bins(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> Axes:
+def clamped_bins(box: "Tensor", flip: "Tensor", region: "Tensor", geometry: Geometry) -> Axes:
     """Whether a bin's middle lies beyond the outermost feature centres of a view.
 
     Args:
@@ -143,7 +153,7 @@ def clamped_bins(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) 
     return triple((index < 0) | (index > index.shape[1] - 1) for index in axes)
 
 
-def clamped_shares(box: Tensor, flip: Tensor, geometry: Geometry) -> tuple[float, float, float]:
+def clamped_shares(box: "Tensor", flip: "Tensor", geometry: Geometry) -> tuple[float, float, float]:
     """Share of the clamped bins of pairs' overlaps along D, H and W, the mean of pairs, views and bins.
 
     Args:
@@ -156,14 +166,16 @@ def clamped_shares(box: Tensor, flip: Tensor, geometry: Geometry) -> tuple[float
     return triple(axis.float().mean().item() for axis in clamped)
 
 
-def feature_coordinates(box: Tensor, flip: Tensor, region: Tensor, geometry: Geometry) -> Axes:
+def feature_coordinates(box: "Tensor", flip: "Tensor", region: "Tensor", geometry: Geometry) -> Axes:
     """Continuous feature index of the middle of every bin of a region, flips undone, not clamped.
 
     Returns:
         Three float32 tensors [N, n], axes D, H, W; cell j's centre has index j.
     """
 
-    def along(axis: int) -> Tensor:
+    torch = _library(box)
+
+    def along(axis: int) -> "Tensor":
         size, stride, center = geometry.view_size[axis], geometry.output_stride[axis], geometry.center[axis]
         num = size // stride
         start, stop = region[:, axis, 0].float(), region[:, axis, 1].float()

@@ -17,8 +17,9 @@ import numpy as np
 
 from pgl_ray.config import ReportConfig
 from pgl_ray.data.array_reader import ArrayReader
+from pgl_ray.data.batch_views import resize_and_flip
 from pgl_ray.data.durable import write_aside
-from pgl_ray.data.rendering import AIR, normalise, read_padded, resize_and_flip
+from pgl_ray.data.rendering import AIR, normalise, read_padded
 from pgl_ray.data.scan_files import open_label, open_source_label, open_volume
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index, read_index

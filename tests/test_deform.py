@@ -17,7 +17,8 @@ def smooth(seed=0) -> torch.Tensor:
 
 
 def deformed(seed=0, view=None, **changes) -> torch.Tensor:
-    return deform(smooth() if view is None else view, np.random.default_rng(seed), Chances(**OFF | changes))
+    view = smooth() if view is None else view
+    return torch.from_numpy(deform(view.numpy(), np.random.default_rng(seed), Chances(**OFF | changes)))
 
 
 def test_nothing_drawn_is_nothing_done_and_the_view_stays():

@@ -17,13 +17,13 @@ import torch
 import zarr
 
 from pgl_ray.config import IntensityConfig, PatchConfig, PretrainConfig, StreamConfig, ViewsConfig, build
-from pgl_ray.data import kernels, render_costs, rendering, scan_files, store, stream
+from pgl_ray.data import render_costs, rendering, scan_files, store, stream
 from pgl_ray.data.array_reader import UnreadableScan
-from pgl_ray.data.batch_views import finish
+from pgl_ray.data.batch_views import finish, resize_and_flip
 from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.patch_renderer import PatchRenderer
 from pgl_ray.data.render_cache import region_of
-from pgl_ray.data.rendering import normalise, resize_and_flip
+from pgl_ray.data.rendering import normalise
 from pgl_ray.train import skipped
 
 VIEWS = ViewsConfig(size=(8, 24, 16))
@@ -251,18 +251,6 @@ def test_regions_of_scans_smaller_than_a_crop(small_store):
 def test_pairs_per_region_divides_pairs_per_scan():
     with pytest.raises(ValueError, match=r"stream\.pairs_per_region=8 must divide pairs_per_scan=4"):
         build(PretrainConfig, {"index": "i", "run": "r", "pairs_per_scan": 4, "stream": {"pairs_per_region": 8}})
-
-
-def test_without_the_compiled_kernels_the_views_are_the_same(small_store, monkeypatch):
-    """To half a float16 step of either side; priors exactly."""
-    rows = index_rows(np.concatenate(list(make_plan().batches(0)))[:8])
-    renderer = PairRenderer(small_store, tuple(f"scan_{i}" for i in range(5)), 3, VIEWS, IntensityConfig())
-    fast = renderer(rows)
-    monkeypatch.setattr(kernels, "load", lambda: None)
-    plain = renderer(rows)
-    for name in fast:
-        near = 2e-3 if name.startswith("view") else 0
-        np.testing.assert_allclose(fast[name].astype(np.float64), plain[name], atol=near, rtol=near, err_msg=name)
 
 
 def test_patches_carry_classes_and_what_is_labelled(small_store):

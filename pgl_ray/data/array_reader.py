@@ -211,10 +211,9 @@ class ArrayReader:
         return sorted(span for place in chunks if (span := self._span(place)))
 
     def _look_up(self, table: np.ndarray, codes: np.ndarray, out: np.ndarray) -> None:
-        """Writes the HU of codes, in a compiled loop where there is one."""
-        compiled = kernels.load() if out.flags.c_contiguous else None
-        if compiled:
-            compiled.look_up(table, codes.reshape(-1), out.reshape(-1))
+        """Writes the HU of codes, in a compiled loop where it can."""
+        if out.flags.c_contiguous:
+            kernels.load().look_up(table, codes.reshape(-1), out.reshape(-1))
         else:
             out[...] = table[codes]
 

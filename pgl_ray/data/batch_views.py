@@ -1,15 +1,17 @@
-"""Views of a whole batch at once, on any device: what the renderers left to do."""
+"""Views as tensors: what the renderers left to do of a whole batch, on any device."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pgl_ray.config import IntensityConfig
 from pgl_ray.data.hu_codes import hu_of_codes
-from pgl_ray.data.random_numbers import noise
+from pgl_ray.splitmix import STEP, mix
 
 
 def finish(
@@ -105,6 +107,26 @@ def apply_intensities(views: Tensor, intensity: Tensor, noise_seed: Tensor, max_
     return torch.where(gamma == 1, out, ((out - low) / span).clamp(0, 1) ** gamma * span + low)
 
 
+def noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers from seeds, the same on every device to float32's rounding.
+
+    A counter through splitmix64 (Steele et al. 2014), then Box and Muller's transform of two 24-bit halves.
+
+    Args:
+        seeds: int64 [N].
+        shape: of each view.
+
+    Returns:
+        float32 [N, *shape].
+    """
+    num = math.prod(shape)
+    bits = mix(mix(seeds)[:, None] + torch.arange(-(-num // 2), device=seeds.device) * STEP)
+    length = ((bits >> 40) & 0xFFFFFF).float().add_(1).div_(2**24).log_().mul_(-2).sqrt_()
+    angle = ((bits >> 12) & 0xFFFFFF).float().mul_(2 * math.pi / 2**24)
+    drawn = torch.stack([length * torch.cos(angle), length * torch.sin(angle)], 1)
+    return drawn.flatten(1)[:, :num].reshape(len(seeds), *shape)
+
+
 def _blur_each(views: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """`intensity_ops.blur`, a sigma per view, [N, 1, 1, 1, 1]; 0: none. The kernel is as long as each sigma's own."""
     at = torch.arange(-radius, radius + 1, device=views.device)
@@ -117,3 +139,19 @@ def _blur_each(views: Tensor, sigma: Tensor, radius: int) -> Tensor:
         padded = F.pad(views, pad, mode="replicate")
         views = sum(taps[..., i, None] * padded.narrow(axis, i, size) for i in range(2 * radius + 1))
     return views
+
+
+def resize_and_flip(crop: np.ndarray, size: tuple[int, int, int], flip: np.ndarray) -> Tensor:
+    """Resizes a crop to the view size in the half-pixel convention, then flips it, as `rendering.render`.
+
+    Args:
+        crop: float32 [d, h, w].
+        size: P (D, H, W).
+        flip: bool [3].
+
+    Returns:
+        float32 [D, H, W].
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(crop))[None, None]
+    tensor = F.interpolate(tensor, size=size, mode="trilinear", align_corners=False)[0, 0]
+    return tensor.flip([axis for axis in range(3) if flip[axis]])

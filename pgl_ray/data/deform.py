@@ -1,10 +1,10 @@
 """Models Genesis' deformations of a view: what its restoration task must undo (Zhou et al. 2019, Sec. 2)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from monai.transforms import RandCoarseDropout, RandCoarseShuffle, RandHistogramShift
-from torch import Tensor
 
 NUM_SHUFFLED = 1000  # blocks per view; of at most a tenth of the view per axis, they overlap
 
@@ -28,7 +28,7 @@ class Chances(NamedTuple):
 PUBLISHED = Chances()
 
 
-def deform(view: Tensor, rng: np.random.Generator, chances: Chances = PUBLISHED) -> Tensor:
+def deform(view: np.ndarray, rng: np.random.Generator, chances: Chances = PUBLISHED) -> np.ndarray:
     """Applies up to three of the four deformations: local shuffling, a non-linear intensity map, a cut-out.
 
     The transforms are MONAI's (the authors' intensity map may also fall, and they shuffle more blocks). The intensity
@@ -60,7 +60,10 @@ def deform(view: Tensor, rng: np.random.Generator, chances: Chances = PUBLISHED)
         small, large = (np.ceil(size / 6), size // 3) if inner else (np.ceil(3 * size / 7), 4 * size // 7)
         windows = [tuple(np.maximum(part, 1).astype(int).tolist()) for part in (small, np.maximum(small, large))]
         steps.append(RandCoarseDropout(1, windows[0], inner, None, 5, windows[1], prob=1))
-    out = view[None].clone()  # shuffling and cut-outs write into what they are given
+    out: Any = torch.from_numpy(view.copy())[None]  # shuffling and cut-outs write into what they are given
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one process per core already
     for step in steps:
         out = step.set_random_state(int(rng.integers(2**32)))(out)
-    return out.as_tensor()[0] if hasattr(out, "as_tensor") else out[0]
+    torch.set_num_threads(threads)
+    return np.asarray(out)[0]

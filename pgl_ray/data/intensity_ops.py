@@ -4,13 +4,11 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from scipy import ndimage
 
 from pgl_ray.config import IntensityConfig
 from pgl_ray.data import kernels
-from pgl_ray.data.random_numbers import noise, noise_state
+from pgl_ray.data.random_numbers import noise_state
 
 
 class Intensity(NamedTuple):
@@ -49,7 +47,7 @@ def sample_intensity(rng: np.random.Generator, config: IntensityConfig) -> Inten
     return Intensity(float(std), int(seed), *map(float, others))
 
 
-def apply_intensity(view: Tensor, params: Intensity) -> Tensor:
+def apply_intensity(view: np.ndarray, params: Intensity) -> np.ndarray:
     """Operations 3 to 6 of Sec. 3.2 on one view, in the paper's order.
 
     The paper raises voxels to a power after scaling them to [0, 1] and does not say whether they stay there; as the
@@ -57,36 +55,18 @@ def apply_intensity(view: Tensor, params: Intensity) -> Tensor:
     keep one scale.
 
     Args:
-        view: float32 [D, H, W], z-scored.
+        view: float32 [D, H, W], z-scored, C order; left as it is.
         params: what was drawn.
+
+    Returns:
+        The view itself where nothing is to be done, else a new array.
     """
     compiled = kernels.load()
-    if compiled:
-        return torch.from_numpy(_apply_compiled(compiled, view.contiguous().numpy(), params))
-    if params.noise_std > 0:
-        view = torch.add(view, noise(torch.tensor([params.noise_seed]), view.shape)[0], alpha=params.noise_std)
-    if params.blur_sigma > 0:
-        view = blur(view, params.blur_sigma)
-    if params.gain != 1:
-        low, high = view.aminmax()
-        view = (view * params.gain).clamp_(low, high)
-    if params.gamma != 1:
-        low, high = view.aminmax()
-        span = (high - low).clamp_min(1e-6)
-        view = ((view - low) / span).clamp(0, 1) ** params.gamma * span + low
-    return view
-
-
-def _apply_compiled(compiled: kernels.Kernels, view: np.ndarray, params: Intensity) -> np.ndarray:
-    """`apply_intensity`: the view itself where nothing is to be done, else a new array."""
     if params.noise_std > 0:
         view = view.copy()
         compiled.normal(noise_state(params.noise_seed), np.float32(params.noise_std), view.reshape(-1))
-    if 0 < params.blur_sigma < 7 / 6:  # what rounds to a radius of at most 3
-        view, sharp = np.empty_like(view), view
-        compiled.blur(sharp, np.array(_taps(params.blur_sigma, 3), np.float32), view)
-    elif params.blur_sigma > 0:
-        view = blur(torch.from_numpy(view), params.blur_sigma).numpy()
+    if params.blur_sigma > 0:
+        view = blur(view, params.blur_sigma)
     if params.gain != 1 or params.gamma != 1:
         out = np.empty_like(view)
         numbers = view.min(), view.max(), np.float32(params.gain), np.float32(params.gamma)
@@ -95,27 +75,30 @@ def _apply_compiled(compiled: kernels.Kernels, view: np.ndarray, params: Intensi
     return view
 
 
-def _taps(sigma: float, radius: int) -> list[float]:
-    """A sampled Gaussian from its middle outwards, as long as `radius`; 0 from three sigmas on. With its mirror image
-    it sums to 1."""
-    reach = max(1, round(3 * sigma))
-    taps = [math.exp(-0.5 * (at / sigma) ** 2) if at <= reach else 0.0 for at in range(radius + 1)]
-    return [tap / (2 * sum(taps) - taps[0]) for tap in taps]
-
-
-def blur(view: Tensor, sigma: float) -> Tensor:
+def blur(view: np.ndarray, sigma: float) -> np.ndarray:
     """Separable Gaussian blur with a sampled kernel, of radius 3 for a sigma of 1, and replicated borders.
 
     Args:
-        view: float32 [D, H, W].
+        view: float32 [D, H, W], C order.
         sigma: in voxels.
+
+    Returns:
+        float32 [D, H, W], a new array.
     """
     radius = max(1, round(3 * sigma))
-    taps = torch.tensor(_taps(sigma, radius))
-    taps, out = torch.cat([taps[1:].flip(0), taps]), view[None, None]
+    if radius <= 3:
+        out = np.empty_like(view)
+        kernels.load().blur(view, np.array(_taps(sigma, 3), np.float32), out)
+        return out
+    taps = _taps(sigma, radius)
     for axis in range(3):
-        shape, pad = [1, 1, 1, 1, 1], [0] * 6
-        shape[2 + axis] = len(taps)
-        pad[2 * (2 - axis)] = pad[2 * (2 - axis) + 1] = radius
-        out = F.conv3d(F.pad(out, pad, mode="replicate"), taps.view(shape))
-    return out[0, 0]
+        view = ndimage.correlate1d(view, [*taps[:0:-1], *taps], axis, mode="nearest")
+    return view
+
+
+def _taps(sigma: float, radius: int) -> list[float]:
+    """A sampled Gaussian from its middle outwards, as long as `radius`; 0 from three sigmas on. With its mirror image
+    it sums to 1."""
+    own = max(1, round(3 * sigma))
+    taps = [math.exp(-0.5 * (at / sigma) ** 2) if at <= own else 0.0 for at in range(radius + 1)]
+    return [tap / (2 * sum(taps) - taps[0]) for tap in taps]

@@ -10,7 +10,6 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
 from pgl_ray.data import chunks, rendering, wire
@@ -28,7 +27,7 @@ from pgl_ray.data.render_cache import (
     recycled,
     volume_reader,
 )
-from pgl_ray.data.rendering import AIR, read_all_padded
+from pgl_ray.data.rendering import AIR, read_all_padded, to_half
 from pgl_ray.data.sampling import PAIR_NUMBERS, largest_crop, sample_pairs
 from pgl_ray.data.store import Index
 from pgl_ray.paths import is_url
@@ -96,7 +95,6 @@ class PairRenderer:
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rows of (step, epoch, scan, draw) -> the same with their views; see the top of the class."""
-        torch.set_num_threads(1)  # one task per core already
         num, drawn, index = len(rows["step"]), self.draw(rows), index_of(self.store)
         out = dict(rows) | {"missed": np.full(num, -1)}
         if not self.resize:
@@ -237,12 +235,12 @@ class PairRenderer:
                 (std, *others), seed = drawn.intensity[i, k].tolist(), int(drawn.noise_seed[i, k])
                 view = apply_intensity(view, Intensity(std, seed, *others))
             target = out[f"view_{k + 1}"][i, 0]
-            torch.from_numpy(target).copy_(view)  # numpy's cast is slow
+            to_half(view, target)
             if self.deform:
                 from pgl_ray.data.deform import deform  # takes MONAI, whose import costs every process five seconds
 
                 rng = rng or generator(self.seed, int(drawn.rows["epoch"][i]), scan.scan_id, int(drawn.rows["draw"][i]))
-                out[f"deformed_{k + 1}"][i, 0] = deform(torch.from_numpy(target.astype(np.float32)), rng)
+                out[f"deformed_{k + 1}"][i, 0] = deform(target.astype(np.float32), rng)
 
     def _cut(self, i: int, drawn: Drawn, out: dict[str, np.ndarray], reader: Any) -> None:
         """Crops of row i, as they are stored."""
@@ -263,7 +261,4 @@ class PairRenderer:
             epoch, draw: as recorded with the pair.
         """
         row = {"step": 0, "epoch": epoch, "scan": self.scan_ids.index(scan_id), "draw": draw}
-        threads = torch.get_num_threads()
-        batch = self({name: np.array([value]) for name, value in row.items()})
-        torch.set_num_threads(threads)
-        return batch
+        return self({name: np.array([value]) for name, value in row.items()})

@@ -8,14 +8,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from pgl_ray.config import IntensityConfig, PatchConfig
 from pgl_ray.data import chunks, rendering, wire
 from pgl_ray.data.intensity_ops import Intensity, apply_intensity, sample_intensity
 from pgl_ray.data.random_numbers import generator
 from pgl_ray.data.render_cache import fetch_boxes, index_of, label_reader, recycled, volume_reader
-from pgl_ray.data.rendering import AIR, read_all_padded, read_padded, resize_and_flip
+from pgl_ray.data.rendering import AIR, read_all_padded, read_padded, resize_labels, to_half
 from pgl_ray.data.sampling import centred_start, sample_prior
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import class_lookup
@@ -41,7 +40,6 @@ class PatchRenderer:
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rows of (step, epoch, scan, draw) -> the same with their patches; see the top of the class."""
-        torch.set_num_threads(1)
         index = index_of(self.store)
         values = index.label_values
         lookup = class_lookup(values)
@@ -60,9 +58,9 @@ class PatchRenderer:
                 volume, labels = ready()
                 (crop,) = read_all_padded(volume, [prior.box], AIR)
                 crop = rendering.render(crop, size, prior.flip, index.hu_window, record.mean_hu, record.std_hu)
-                classes = lookup[read_padded(labels, prior.box, 0)].astype(np.float32)
-                torch.from_numpy(out["patch"][i, 0]).copy_(apply_intensity(crop, params))
-                out["target"][i, 0] = resize_and_flip(classes, size, prior.flip, "nearest-exact").numpy()
+                classes = lookup[read_padded(labels, prior.box, 0)]
+                to_half(apply_intensity(crop, params), out["patch"][i, 0])
+                out["target"][i, 0] = resize_labels(classes, size, prior.flip)
                 out["labelled"][i] = [1, *(value in record.labelled for value in values)]
         return out
 

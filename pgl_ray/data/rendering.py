@@ -5,10 +5,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.lib.stride_tricks import as_strided
-from torch import Tensor
 
 from pgl_ray.data import kernels
 
@@ -72,53 +69,65 @@ def _padded(voxels: np.ndarray, inside: list[list[int]], box: list[list[int]], f
     return padded
 
 
-def resize_and_flip(crop: np.ndarray, size: tuple[int, int, int], flip: np.ndarray, mode: str = "trilinear") -> Tensor:
-    """Resizes a crop to the view size in the half-pixel convention, then flips it.
-
-    Half-pixel (align_corners=False) keeps box coordinates linear, which Eq. 6 relies on.
-
-    Args:
-        crop: float32 [d, h, w].
-        size: P (D, H, W).
-        flip: bool [3].
-        mode: trilinear, or nearest-exact for labels.
-
-    Returns:
-        float32 [D, H, W].
-    """
-    tensor = torch.from_numpy(np.ascontiguousarray(crop))[None, None]
-    align = False if mode == "trilinear" else None
-    tensor = F.interpolate(tensor, size=size, mode=mode, align_corners=align)[0, 0]
-    return tensor.flip([axis for axis in range(3) if flip[axis]])
-
-
 def render(
     crop: np.ndarray, size: tuple[int, int, int], flip: np.ndarray, window: tuple[float, float], mean: float, std: float
-) -> Tensor:
-    """Window, z-score, resize and flip of a crop: `resize_and_flip(normalise(crop))` to 1e-5, in one compiled pass.
+) -> np.ndarray:
+    """Window, z-score, linear resize and flip of a crop in one compiled pass.
+
+    The resize has the half-pixel convention (align_corners=False), which keeps box coordinates linear, as Eq. 6 needs.
 
     Args:
-        crop: int16 [d, h, w], HU.
+        crop: [d, h, w] of whole or real numbers, HU.
         size: P (D, H, W).
         flip: bool [3].
         window, mean, std: as in `normalise`.
 
     Returns:
-        float32 [D, H, W].
+        float32 [D, H, W]; `batch_views.resize_and_flip(normalise(crop))` to 1e-5.
     """
-    compiled = kernels.load() if crop.dtype == np.int16 else None
-    if compiled is None:
-        return resize_and_flip(normalise(crop, window, mean, std), size, flip)
     tables = [_table(old, new, bool(back)) for old, new, back in zip(crop.shape, size, flip, strict=True)]
     scale = 1 / max(std, 1.0)
     numbers = [np.float32(value) for value in (*window, scale, -mean * scale)]
-    view = torch.empty(tuple(size))
-    if crop.strides[2] != 2 or min(crop.strides) < 2:
+    view, item = np.empty(size, np.float32), crop.itemsize
+    if crop.strides[2] != item or min(crop.strides) < item:
         crop = np.ascontiguousarray(crop)
-    (planes, rows, _), (depth, height, width) = (step // 2 for step in crop.strides), crop.shape
-    line = as_strided(crop, ((depth - 1) * planes + (height - 1) * rows + width,), (2,))
-    compiled.resize(line, planes, rows, height, width, *numbers, *tables, view.numpy())
+    (planes, rows, _), (depth, height, width) = (step // item for step in crop.strides), crop.shape
+    line = as_strided(crop, ((depth - 1) * planes + (height - 1) * rows + width,), (item,))
+    kernels.load().resize(line, planes, rows, height, width, *numbers, *tables, view)
     return view
+
+
+def to_half(view: np.ndarray, out: np.ndarray) -> None:
+    """Writes float32 voxels, none of them nan, as float16.
+
+    Args:
+        view: float32, any shape, C order.
+        out: float16 of the same shape, C order.
+    """
+    kernels.load().to_half(view.reshape(-1).view(np.uint32), out.reshape(-1).view(np.uint16))
+
+
+def resize_labels(crop: np.ndarray, size: tuple[int, int, int], flip: np.ndarray) -> np.ndarray:
+    """Resizes a crop of labels to the nearest voxel, in the same convention, then flips it.
+
+    Args:
+        crop: [d, h, w].
+        size: P (D, H, W).
+        flip: bool [3].
+
+    Returns:
+        [D, H, W] of the crop's type.
+    """
+    axes = [_nearest(old, new, bool(back)) for old, new, back in zip(crop.shape, size, flip, strict=True)]
+    return crop[np.ix_(*axes)]
+
+
+@lru_cache(maxsize=1024)
+def _nearest(old: int, new: int, back: bool) -> np.ndarray:
+    """Voxel that each of a resized axis shows."""
+    at = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * (np.float32(old) / np.float32(new))
+    places = np.minimum(at.astype(np.int64), old - 1)
+    return places[::-1] if back else places
 
 
 @lru_cache(maxsize=1024)

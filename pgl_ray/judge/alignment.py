@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pgl_ray.data.rendering import resize_and_flip
+from pgl_ray.data.batch_views import resize_and_flip
 from pgl_ray.model.pgl import Pair, align, valid_bins
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.prior import Geometry, Prior, clamped_bins, interpolation_matrices

@@ -257,4 +257,4 @@ def views_of(encoder: ScanEncoder, scans: Sequence[Scan], seed: int) -> Tensor:
         reader, body, scaling = facts[which]
         prior = sample_prior(generator(seed, 1, str(which), number), reader.shape, crops, body)
         views.append(render(read_padded(reader, prior.box, AIR), encoder.size, prior.flip, *scaling))
-    return torch.stack(views)[:, None]
+    return torch.from_numpy(np.stack(views))[:, None]

@@ -57,7 +57,7 @@ def unlabelled_views(index: Index, scans: list[ScanRecord], size: tuple[int, int
         prior = sample_prior(generator(seed, 1, scan.scan_id, number), scan.shape, crops, scan.foreground_box)
         crop = read_padded(open_volume(index.store, scan), prior.box, AIR)
         views.append(render(crop, size, prior.flip, index.hu_window, scan.mean_hu, scan.std_hu))
-    return torch.stack(views)[:, None]
+    return torch.from_numpy(np.stack(views))[:, None]
 
 
 def norms(module: nn.Module) -> list[_BatchNorm]:

@@ -264,7 +264,9 @@ def checks(args) -> dict[str, float]:
             crop = batch["crop_" + view][i, 0].cpu().numpy()[tuple(slice(n) for n in box[:, 1] - box[:, 0])]
             shown = render(crop, sizes(args)["views"], flip, WINDOW, *batch["scaling"][i].tolist())
             std, *others = batch["intensity_" + view][i].tolist()
-            shown = apply_intensity(shown, Intensity(std, int(batch["noise_seed_" + view][i]), *others))
+            shown = torch.from_numpy(
+                apply_intensity(shown, Intensity(std, int(batch["noise_seed_" + view][i]), *others))
+            )
             other = getattr(made, "view_" + view)[i, 0].cpu()
             worst = max(worst, ((other - shown).norm() / shown.norm()).item())
     return found | {"views, device against CPU": worst}

@@ -33,11 +33,12 @@ import torch
 import torch.nn.functional as F
 
 from pgl_ray.config import IntensityConfig, ViewsConfig
-from pgl_ray.data import kernels, scan_files, store, stream, voxel_statistics
+from pgl_ray.data import scan_files, store, stream, voxel_statistics
+from pgl_ray.data.batch_views import apply_intensities, resize_and_flip
 from pgl_ray.data.folder import LocalFile
 from pgl_ray.data.intensity_ops import apply_intensity, sample_intensity
 from pgl_ray.data.pair_renderer import PairRenderer
-from pgl_ray.data.rendering import normalise, render, resize_and_flip
+from pgl_ray.data.rendering import normalise, render, to_half
 from pgl_ray.data.sampling import sample_pair
 from pgl_ray.files import ct
 
@@ -172,24 +173,6 @@ def ours(encoding: str, share: int, augment: bool = True, resize: bool = True, c
     return make
 
 
-def without_kernels(make: Callable) -> Callable:
-    """The same with plain torch."""
-
-    def plain(volumes, scratch):
-        inner = make(volumes, scratch)
-
-        def work(pairs: int) -> None:
-            load, kernels.load = kernels.load, lambda: None
-            try:
-                inner(pairs)
-            finally:
-                kernels.load = load
-
-        return work
-
-    return plain
-
-
 # -- peers: each takes boxes from our sampler, so all cut the same kind of pair ---------------------------------------
 
 
@@ -221,9 +204,12 @@ def reading(cut: Callable[[str, tuple], np.ndarray], volumes, compiled: bool) ->
                 crop, scaling = np.asarray(cut(scan_id, slices(prior))), (WINDOW, *statistics_of[scan_id])
                 if compiled:
                     view = render(crop, VIEWS.size, prior.flip, *scaling)
+                    to_half(apply_intensity(view, sample_intensity(rng, INTENSITY)), np.empty_like(view, np.float16))
                 else:
                     view = resize_and_flip(normalise(crop, *scaling), VIEWS.size, prior.flip)
-                apply_intensity(view, sample_intensity(rng, INTENSITY)).half()
+                    std, seed, *others = sample_intensity(rng, INTENSITY)
+                    drawn_here = torch.tensor([[std, *others]]), torch.tensor([seed])
+                    apply_intensities(view[None, None], *drawn_here, INTENSITY.blur_sigma[1]).half()
 
     return work
 
@@ -389,7 +375,6 @@ WAYS = (  # name, pairs per round, what makes the work
     (RATES["raw, K = 8"], 256, ours("int16", 8, compression="none")),
     ("pgl_ray, uint8, K = 1", 256, ours("uint8", 1)),
     ("pgl_ray, uint8, K = 8", 256, ours("uint8", 8)),
-    ("pgl_ray, int16, K = 1, plain torch", 128, without_kernels(ours("int16", 1))),
     ("pgl_ray, intensity on the GPU, int16, K = 8", 256, ours("int16", 8, augment=False)),
     ("pgl_ray, intensity on the GPU, uint8, K = 8", 256, ours("uint8", 8, augment=False)),
     ("pgl_ray, crops only, int16, K = 1", 256, ours("int16", 1, augment=False, resize=False)),
@@ -398,7 +383,7 @@ WAYS = (  # name, pairs per round, what makes the work
     ("pgl_ray, crops only, uint8, K = 8", 512, ours("uint8", 8, augment=False, resize=False)),
     ("pgl_ray, crops only, int16 uncompressed, K = 8", 512, ours("int16", 8, False, False, "none")),
     ("tensorstore + our kernels", 128, tensorstore),
-    ("zarr-python + torch", 48, without_kernels(zarr_python)),
+    ("zarr-python + torch", 48, zarr_python),
     ("MONAI CacheDataset, tuned", 64, monai),
     ("blosc2 + batchgeneratorsv2 (nnssl), tuned", 64, blosc2_batchgenerators),
     ("TorchIO Queue, volumes in RAM", 80, torchio),
