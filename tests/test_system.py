@@ -84,11 +84,10 @@ import os, sys, pathlib
 from pgl_ray.phantom import phantom
 from pgl_ray.data import store, system
 from pgl_ray.data.place import open_place
-from pgl_ray.model import device
 from pgl_ray.train import runs
 folder = pathlib.Path(sys.argv[1])
 assert system.num_cores() >= 1
-device.keep_freed_memory()
+system.keep_freed_memory(2**27)
 with open_place(folder / "store").locked() as token, open_place(folder / "store").joined(token):
     open_place(folder / "store").write("a", [b"b"])
 (folder / "run").mkdir()

@@ -1,6 +1,5 @@
 """How networks compute on a device: precision, memory layout, compilation, recomputation; and batches on it."""
 
-import ctypes
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Set
@@ -18,7 +17,6 @@ if TYPE_CHECKING:  # MONAI's import would cost every process of a run five secon
 Net = TypeVar("Net", bound=nn.Module)
 Moment = float | torch.cuda.Event  # as the host's clock or the device's stream has it
 CPU = "cpu"  # the kind of every CPU
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 def kind(device: torch.device) -> str:
@@ -53,19 +51,6 @@ def check_training_precision(kind: str, precision: str) -> None:
     """
     if kind == "cpu" and precision == "bfloat16":
         raise ValueError("train.precision=bfloat16 computes wrong gradients on a CPU: use float32, or auto, there")
-
-
-def keep_freed_memory() -> bool:
-    """Lets a process that trains on a CPU keep what a step frees for the next one; whether that could be set.
-
-    glibc takes every large tensor from the kernel and gives it back at once, so each step faults in all its pages anew:
-    half of a small encoder's step. Other C libraries are left as they are.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 2**26)])
 
 
 def lay_out(net: Net, device: torch.device) -> Net:

@@ -11,6 +11,7 @@ import torch
 
 from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
+from pgl_ray.data.system import keep_freed_memory
 from pgl_ray.model import device as on
 from pgl_ray.train import logs, nodes, run_paths, runs
 from pgl_ray.train.follow import Progress
@@ -246,7 +247,7 @@ def setup_worker(threads: int) -> torch.device:
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // workers_here))
     device = ray.train.torch.get_device()
     if device.type == "cpu":
-        on.keep_freed_memory()
+        keep_freed_memory(2**31 - 1)
     return device
 
 
