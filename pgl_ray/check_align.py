@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
     cli.main("check_align")
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,8 @@ from pgl_ray.paths import is_url
 from pgl_ray.phantom.phantom import make_phantom
 from pgl_ray.prior import Prior, interpolation_matrices, overlap_share
 from pgl_ray.train import run_paths
-from pgl_ray.train.run_files import write_json
+from pgl_ray.train.records import RunRecord
+from pgl_ray.train.run_files import RECORD, write_json
 
 AXES = ("D", "H", "W")
 CONVENTIONS = ("receptive_field", "cell")
@@ -136,11 +136,11 @@ def _resolve(config: CheckAlignConfig) -> tuple[CheckAlignConfig, Path]:
     """The config to check, a run's where one is given, and the folder for the results."""
     if not config.run:
         return config, Path(config.output)
-    record = run_paths.shown(config.run) / "run.json"
-    found = json.loads(record.read_text()) if record.is_file() else {}
-    if found.get("door") != "pretrain":
+    path = run_paths.shown(config.run)
+    record = RunRecord.read(path) if (path / RECORD).is_file() else None
+    if not record or record.door != "pretrain":
         raise ValueError(f"run={config.run} is no pre-training run: give the folder of one, or a config file")
-    started = {key: value for key, value in found["config"].items() if key in CheckAlignConfig.model_fields}
+    started = {key: value for key, value in record.config.items() if key in CheckAlignConfig.model_fields}
     values = _merged(started, config.model_dump(mode="json", exclude_unset=True))
     folder = config.output if "output" in config.model_fields_set or is_url(config.run) else config.run
     return build(CheckAlignConfig, values), Path(folder)

@@ -44,6 +44,7 @@ from pgl_ray.paths import is_url
 from pgl_ray.prior import overlap_box
 from pgl_ray.train import run_paths
 from pgl_ray.train.health import COLLAPSED
+from pgl_ray.train.records import read_json
 
 NUM_PAIRS, NUM_OVERLAYS = 2, 3
 
@@ -135,7 +136,7 @@ def alignment(one: Run) -> dict[str, Any] | None:
     table, picture = one.path / "check_align.json", one.path / "check_align.png"
     if not (table.is_file() and picture.is_file()):
         return None
-    found = tables.alignment(run_folders.read_json(table))
+    found = tables.alignment(read_json(table))
     return {"name": one.name, **found, "src": figures.data_uri(picture.read_bytes(), "image/png")}
 
 
@@ -165,7 +166,7 @@ def view_pairs(one: Run, num_pairs: int) -> list[dict[str, Any]]:
     Raises:
         ValueError, OSError, KeyError, ...: views.npz, the store or a scan cannot be read.
     """
-    index, records = _open(one.config["index"])
+    index, records = _open(one.record.index)
     with np.load(one.path / "views.npz") as file:
         views = {key: file[key] for key in file.files}
     found = []

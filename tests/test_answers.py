@@ -13,6 +13,7 @@ from pgl_ray import config
 from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
 from pgl_ray.pages import answers, next_steps, run_folders, speeds
 from pgl_ray.pages.pages import NO, OPEN, YES, percent
+from pgl_ray.train.records import RunRecord
 
 PGL = "/runs/pgl"
 
@@ -26,7 +27,7 @@ def run_of(door, rows=(), number=0, name=None, dice=None, torch="2.0+cpu", recor
     said |= {"store": {"num_scans": 6, "labels": {"liver": 1}}, **(record or {})}
     scores = [] if dice is None else score_rows(dice)
     summary = None if dice is None else {"dice": float(np.mean(dice)), "index": "/store"}
-    return run_folders.Run(name, Path(f"/runs/{name}"), number, said, list(rows), summary, scores)
+    return run_folders.Run(name, Path(f"/runs/{name}"), number, RunRecord(**said), list(rows), summary, scores)
 
 
 def health_rows(found, chance=0.002, start=0.004, std=0.8, rank=10.0):

@@ -348,8 +348,8 @@ def test_pbt_without_anything_to_copy_goes_on_as_it_was(tmp_path, monkeypatch):
     config = c.build(c.FinetuneConfig, {"index": "s", "run": str(folder / "finetune"), "optim": {"lr": 0.4}})
     assert population.take_over(folder, {}, config) == config  # it has not begun either
     (folder / "finetune").mkdir(parents=True)
-    record = {"config": config.model_copy(update={"optim": c.FinetuneOptimConfig(lr=0.1)}).model_dump(mode="json")}
-    write_json(folder / "finetune" / "run.json", record)
+    earlier = config.model_copy(update={"optim": c.FinetuneOptimConfig(lr=0.1)})
+    write_json(folder / "finetune" / "run.json", {"door": "finetune", "config": earlier.model_dump(mode="json")})
     assert population.take_over(folder, {}, config).optim == c.FinetuneOptimConfig(lr=0.1)
     assert not (folder / "taken_over.json").exists()
 
@@ -375,7 +375,8 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     place.parent.mkdir()
     checkpoint.write_checkpoint(tmp_path / "theirs", 4, state, {})
     torch.save({}, tmp_path / "theirs" / "best.pt")
-    write_json(place.parent / "run.json", {"config": json.loads(theirs.model_dump_json()), "num_steps": 10})
+    record = {"door": "finetune", "config": json.loads(theirs.model_dump_json()), "num_steps": 10, "later": [1, None]}
+    write_json(place.parent / "run.json", record)
     metrics_path(place.parent).write_text('{"step": 4, "val/dice": 0.5}\n{"step": 5}\n')
 
     (tmp_path / "mine").mkdir()
@@ -383,7 +384,9 @@ def test_a_copied_run_goes_on_with_its_own_learning_rate(tmp_path):
     assert population.fork(tmp_path / "theirs", tmp_path / "mine", config)
     assert checkpoint.committed_step(config.run) == 4 and not (tmp_path / "mine" / "old").exists()
     assert [row["step"] for row in read_metrics(config.run)] == [4]
-    assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["optim"]["lr"] == 0.4
+    assert json.loads((tmp_path / "mine" / "run.json").read_text()) == record | {
+        "config": config.model_dump(mode="json")
+    }
     state = checkpoint.read_state(checkpoint.committed(config.run)[0] / STATE)
     net = torch.nn.Linear(3, 2)
     sgd = optim.build_finetuning(net, config.optim)
@@ -688,11 +691,11 @@ def test_a_collapse_is_told_from_other_ends(tmp_path):
         lines = [{"step": k + 1, "health/collapsed": float(v), **figures} for k, v in enumerate(collapsed)]
         metrics_path(tmp_path).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    goes_on = {"config": {"health": {"stop_on_collapse": False}}}
+    goes_on = {"door": "pretrain", "config": {"health": {"stop_on_collapse": False}}}
     write_json(tmp_path / "run.json", {"num_steps": 4} | goes_on)
     rows(0, 1, 1)
     assert sweeps.collapsed(str(tmp_path)) is None
-    stops = {"config": {"health": {"stop_on_collapse": True}}}
+    stops = {"door": "pretrain", "config": {"health": {"stop_on_collapse": True}}}
     write_json(tmp_path / "run.json", {"num_steps": 4} | stops)
     assert "stopped at step 3: features collapsed" in sweeps.collapsed(str(tmp_path))
     for others in ((1, 0, 1), (1,), (0, 1, 1, 1)):  # the last ran to its end

@@ -56,7 +56,7 @@ def _judged(run: Run, probes: list[Judged]) -> dict[str, Any] | None:
 
 def _inits(tuned: list[Run]) -> list[str]:
     """What weights the fine-tunings began with, random ones aside."""
-    return list(dict.fromkeys(run.config["init"] for run in tuned if run.config["init"] != "random"))
+    return list(dict.fromkeys(run.record.init for run in tuned if run.record.init != "random"))
 
 
 def _not_here(tuned: list[Run]) -> Line:
@@ -163,7 +163,7 @@ def better_tuned(tuned: list[Run]) -> list[Line]:
     """Fine-tuned networks by what they were initialised with, against those from random weights, in pairs of a seed."""
     evaluated = [run for run in tuned if run.summary]
     starts = _inits(tuned)
-    random = [run for run in evaluated if run.config["init"] == "random"]
+    random = [run for run in evaluated if run.record.init == "random"]
     if not tuned:
         return [Line(OPEN, "no fine-tuning is on this page", "fine-tuned")]
     if not starts:
@@ -171,7 +171,7 @@ def better_tuned(tuned: list[Run]) -> list[Line]:
     lines = []
     for start in starts:
         name = f"fine-tuned from {os.path.basename(start.rstrip('/'))}"
-        mine = [run for run in evaluated if run.config["init"] == start]
+        mine = [run for run in evaluated if run.record.init == start]
         lines.append(_tuned(mine, random)._replace(of=name))
     return lines
 

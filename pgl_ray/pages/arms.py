@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgl_ray.model.metrics import reach
-from pgl_ray.pages import run_folders, tables
+from pgl_ray.pages import tables
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.sweeps import Trial
+from pgl_ray.train.records import read_json
 
 
 class Measure(NamedTuple):
@@ -106,7 +107,7 @@ def same_seed(runs: list[Run], others: list[Run]) -> list[tuple[Run, Run]]:
     """Fine-tuning runs in pairs of one seed and as many labelled scans."""
 
     def point(run: Run) -> tuple[Any, Any]:
-        return run.config.get("seed"), run.config.get("num_scans")
+        return run.record.seed, run.config.get("num_scans")
 
     known = {point(run): run for run in others}
     found = [(run, known.get(point(run))) for run in runs]
@@ -187,7 +188,7 @@ def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
                 if key != "arm":
                     (seed if sweeps.short(key) == "seed" else point)[key] = value
             rows = points.setdefault(sweeps.settings(point) or "all trials", {})
-            arm, found = trial.values["arm"], run_folders.read_json(path)
+            arm, found = trial.values["arm"], read_json(path)
             random = found["init"] == "random"
             control = random or bool(config["arms"].get(arm, {}).get("pretrain.align.wrong_priors"))
             for number, (reading, scores) in enumerate(found["readings"].items()):

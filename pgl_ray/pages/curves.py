@@ -56,8 +56,8 @@ def pretrain_curves(runs: list[Run]) -> dict[str, str]:
     def metrics(key: str, of: list[Run] = runs) -> list[plots.Series]:
         return [_metric(one, key) for one in of]
 
-    comparing = [one for one in runs if one.config.get("method") != "genesis"]
-    restoring = [one for one in runs if one.config.get("method") == "genesis"]
+    comparing = [one for one in runs if one.record.method != "genesis"]
+    restoring = [one for one in runs if one.record.method == "genesis"]
     weights = metrics("weight/encoder_norm") + [_metric(one, "weight/heads_norm", dashed=True) for one in runs]
     squared = [Mark(UNRELATED, "unrelated")] if {_loss_kind(one) for one in comparing} == {"consistency"} else []
     spread, many = [_series(one, _spread(one)) for one in runs], [Mark(MAX_CLAMPED, "many")]
@@ -126,7 +126,7 @@ def _wait_curves(runs: list[Run]) -> str:
 def _loss_kind(one: Run) -> str:
     """Which of the losses that compare it is."""
     loss = one.config.get("loss", {})
-    if one.config.get("method") == "byol":
+    if one.record.method == "byol":
         return "consistency"
     beyond = bool(one.config.get("align", {}).get("more_strides") or loss.get("displacement"))
     return "places" if beyond and loss["kind"] == "consistency" else loss.get("kind", "consistency")
@@ -142,7 +142,7 @@ def loss_words(runs: list[Run]) -> str:
         "contrast": "How hard the right place is to tell from others of its pair (cross-entropy, with the "
         "displacement's error where loss.displacement asks for it); the first value is about chance.",
     }
-    kinds = {_loss_kind(r) for r in runs if r.config.get("method") != "genesis"}
+    kinds = {_loss_kind(r) for r in runs if r.record.method != "genesis"}
     return " ".join(text for kind, text in words.items() if kind in kinds)
 
 

@@ -26,9 +26,9 @@ def first(runs: list[Run], judged: dict[str, dict[str, Any] | None]) -> Line:
         if not run.rows:
             return Line("Wait", f"{run.name} has no metrics yet; make this page again when it has")
     for run in pretrained:
-        index, found = run.config["index"], judged[run.name]
+        index, found = run.record.index, judged[run.name]
         if not found or not found["standing"]:
-            labels = run.record["store"]["labels"]
+            labels = run.record.store.labels
             args = "judges=[voxels,decoder,matching]", f"index={index}" if labels else "index=STORE"
             text = command("probe", f"init={run_paths.origin(run.path)}", *args)
             text += "" if labels else ", STORE one of a few labelled scans, for this run's has no labels"
@@ -40,7 +40,7 @@ def first(runs: list[Run], judged: dict[str, dict[str, Any] | None]) -> Line:
 
 def _unfinished(pretrained: list[Run]) -> Line | None:
     for run in pretrained:
-        planned = run.record.get("num_steps")
+        planned = run.record.num_steps
         if run.rows and planned and run.rows[-1]["step"] < planned and not tables.collapsed(run):
             at = f"{run.name} stands at step {run.rows[-1]['step']:,.0f} of {planned:,}"
             return Line("Let it end", f"{at}; where it runs no more, the same command goes on from there")
@@ -51,20 +51,20 @@ def _mends(pretrained: list[Run]) -> Line | None:
     """What is wrong with a training, by its own figures."""
     for run in pretrained:
         if tables.collapsed(run):
-            rate = run.config["optim"]["lr"]
+            rate = run.record.learning_rate
             return Line(
                 "Train again",
                 f"{run.name} collapsed: a new run=... with a lower optim.lr than {rate:g}, or a larger batch",
             )
         if (found := speeds.wait_of(run)) and found.verdict == speeds.DATA:
-            text = command("bench", f"index={run.config['index']}")
+            text = command("bench", f"index={run.record.index}")
             return Line("Feed it", f"{text} says which part of the data's way is dear, and what helps")
     return None
 
 
 def _no_better(run: Run, judged: dict[str, Any]) -> Line:
     """An encoder that no judge sets above random weights: the likeliest reason that its own record tells."""
-    facts, what = run.record.get("outlook") or {}, f"{run.name} is not above random weights"
+    facts, what = run.record.outlook, f"{run.name} is not above random weights"
     if facts.get("target_turnover", math.inf) < MIN_TURNOVER:
         turned = f"its target turned over {facts['target_turnover']:.1f} times, fewer than {MIN_TURNOVER:g}"
         return Line("Train on", f"{what}, and {turned}: more steps (max_steps) or a lower ema_decay")
@@ -84,7 +84,7 @@ def _no_better(run: Run, judged: dict[str, Any]) -> Line:
 
 def evaluation(run: Run) -> str:
     """The command that evaluates a fine-tuning."""
-    return command("evaluate", f"run={run_paths.origin(run.path)}", f"index={run.config['index']}")
+    return command("evaluate", f"run={run_paths.origin(run.path)}", f"index={run.record.index}")
 
 
 def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
@@ -92,9 +92,9 @@ def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
     waiting = [run for run in tuned if not run.summary]
     if waiting:
         return Line("Evaluate", evaluation(waiting[0]))
-    starts = [run for run in tuned if run.config["init"] != "random"]
-    starts = [run for run in starts if run.config["init"] == starts[0].config["init"]]
-    random = [run for run in tuned if run.config["init"] == "random"]
+    starts = [run for run in tuned if run.record.init != "random"]
+    starts = [run for run in starts if run.record.init == starts[0].record.init]
+    random = [run for run in tuned if run.record.init == "random"]
     if pretrained and not starts:
         run = pretrained[0]
         args = "conf/finetune_small.yaml", "index=STORE", "run=RUN", f"init={run_paths.origin(run.path)}"

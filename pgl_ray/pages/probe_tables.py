@@ -25,7 +25,7 @@ def read(runs: list[Run]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]
     Returns:
         (file, result) each, and a line for each file of an earlier version, which is left out.
     """
-    inits = [run.config.get("init", "random") for run in runs]
+    inits = [run.record.init for run in runs]
     known = {"random", *(run_paths.origin(run.path) for run in runs), *(os.path.realpath(init) for init in inits)}
     inside = sorted({path for run in runs for path in run.path.glob("*probe*.json")})
     beside = sorted({path for run in runs for path in run.path.parent.glob("*probe*.json")})

@@ -12,6 +12,8 @@ from pgl_ray.config import flattened
 from pgl_ray.paths import is_url
 from pgl_ray.train import run_paths
 from pgl_ray.train.metrics import read_metrics
+from pgl_ray.train.records import RunRecord, read_json
+from pgl_ray.train.run_files import RECORD
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Run:
     name: str
     path: Path
     number: int
-    record: dict[str, Any]
+    record: RunRecord
     rows: list[dict[str, float]]
     summary: dict[str, Any] | None
     scores: list[dict[str, Any]]
@@ -38,12 +40,12 @@ class Run:
     @property
     def door(self) -> str:
         """The door that made the run."""
-        return self.record["door"]
+        return self.record.door
 
     @property
     def config(self) -> dict[str, Any]:
         """Its config as it was written."""
-        return self.record["config"]
+        return self.record.config
 
 
 def read_runs(folders: list[str]) -> list[Run]:
@@ -64,11 +66,11 @@ def read_runs(folders: list[str]) -> list[Run]:
 
 def _read_run(folder: str, name: str, place: str, number: int) -> Run:
     path = run_paths.shown(place)
-    if not (path / "run.json").is_file():
+    if not (path / RECORD).is_file():
         raise ValueError(f"run={folder} is no run (no run.json there): give a folder that pretrain or finetune wrote")
-    record = read_json(path / "run.json")
-    if record.get("door") not in ("pretrain", "finetune"):
-        raise ValueError(f"run={folder} is a run of {record.get('door')}: give one of pretrain or finetune")
+    record = RunRecord.read(path)
+    if record.door not in ("pretrain", "finetune"):
+        raise ValueError(f"run={folder} is a run of {record.door}: give one of pretrain or finetune")
     evaluation, summary, scores = path / "evaluation", None, []
     if (evaluation / "summary.json").is_file() and (evaluation / "metrics.parquet").is_file():
         summary = read_json(evaluation / "summary.json")
@@ -76,34 +78,22 @@ def _read_run(folder: str, name: str, place: str, number: int) -> Run:
     return Run(name, path, number, record, read_metrics(path), summary, scores)
 
 
-def read_json(path: Path) -> Any:
-    """Reads JSON.
-
-    Raises:
-        ValueError: damaged; names the file.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-
-
 def overview(run: Run) -> dict[str, str]:
     """One row of the table of runs: text by column."""
     record = run.record
-    scans = record.get("scans")
-    split = f"{len(scans['train'])} train, {len(scans['val'])} val, of " if scans else ""
+    scans = record.scans
+    split = f"{len(scans.train)} train, {len(scans.val)} val, of " if scans else ""
     steps = int(run.rows[-1]["step"]) if run.rows else 0
-    planned = record.get("num_steps", steps)
+    planned = record.num_steps or steps
     return {
         "door": run.door,
-        "init": os.path.basename(run.config.get("init", "")),
-        "started": record["started"][:16].replace("T", " "),
+        "init": os.path.basename(record.init) if run.door == "finetune" else "",
+        "started": record.started[:16].replace("T", " "),
         "took": _duration(run.rows),
         "steps": f"{steps:,}" if steps == planned else f"{steps:,} of {planned:,}",
-        "parameters": f"{record['num_parameters'] / 1e6:.2f} M" + (" (encoder)" if run.door == "pretrain" else ""),
-        "scans": split + str(record["store"]["num_scans"]),
-        "versions": ", ".join(f"{name} {value}" for name, value in record["versions"].items()),
+        "parameters": f"{record.num_parameters / 1e6:.2f} M" + (" (encoder)" if run.door == "pretrain" else ""),
+        "scans": split + str(record.store.num_scans),
+        "versions": ", ".join(f"{name} {value}" for name, value in record.versions.items()),
         "path": run_paths.origin(run.path),
     }
 

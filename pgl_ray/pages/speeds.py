@@ -110,7 +110,7 @@ def _rate(*values: float) -> str:
 
 def _faster(run: Run) -> str:
     """What helps where the network sets the pace."""
-    device, torch = run.config["train"]["device"], run.record.get("versions", {}).get("torch", "")
+    device, torch = run.config["train"]["device"], run.record.versions.get("torch", "")
     if device == "cpu" or torch.endswith("+cpu"):
         return "it ran on CPUs, so a GPU or a smaller encoder would help"
     return "faster or more devices for it would help, more cores for the data would not"

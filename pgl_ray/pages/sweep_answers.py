@@ -11,13 +11,15 @@ import numpy as np
 
 from pgl_ray.judge.judges import Standing, answer
 from pgl_ray.model.metrics import reach
-from pgl_ray.pages import run_folders, speeds, tables
+from pgl_ray.pages import speeds, tables
 from pgl_ray.pages.arms import Gain
 from pgl_ray.pages.pages import NO, OPEN, YES, Answer, Line, command, plural
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.sweeps import Trial
 from pgl_ray.train.metrics import read_metrics
+from pgl_ray.train.records import RunRecord, read_json
+from pgl_ray.train.run_files import RECORD
 
 BEST, BETTER = "Which is best, and how sure is that?", "Is pre-training better than random weights?"
 SPEED, NEXT = "What limited speed?", "What to do next?"
@@ -143,7 +145,7 @@ def _best_probed(trials: list[Trial]) -> Line:
     """Without arms: what the probe of the best trial says of random weights."""
     top = next(iter(sweeps.judged(trials)), None)
     path = top and top.folder / "probe.json"
-    found = run_folders.read_json(path) if path and path.is_file() else {}
+    found = read_json(path) if path and path.is_file() else {}
     standing = {judge: Standing(**one) for judge, one in found.get("standing", {}).items()}
     if not standing:
         return Line(OPEN, "this sweep has no arm of random weights, and no judge set a trial beside them")
@@ -160,9 +162,8 @@ def _runs(trials: list[Trial]) -> list[Run]:
     """All trainings of the sweep that have begun, shared ones once."""
     folders = dict.fromkeys(run for trial in trials for stage in speeds.DOORS if (run := trial.run(stage)))
     runs = []
-    for number, folder in enumerate(folder for folder in folders if Path(folder, "run.json").is_file()):
-        record, rows = run_folders.read_json(folder / "run.json"), read_metrics(folder)
-        runs.append(Run(folder.name, folder, number, record, rows, None, []))
+    for number, folder in enumerate(folder for folder in folders if Path(folder, RECORD).is_file()):
+        runs.append(Run(folder.name, folder, number, RunRecord.read(folder), read_metrics(folder), None, []))
     return runs
 
 

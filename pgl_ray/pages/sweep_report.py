@@ -13,9 +13,10 @@ from scipy import stats
 from pgl_ray import shipped
 from pgl_ray.model.metrics import reach
 from pgl_ray.pages import arms, figures, plots, sweep_answers, sweep_plots, tables
-from pgl_ray.pages.run_folders import Run, read_json
+from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.sweeps import Trial
+from pgl_ray.train.records import RunRecord, read_json
 
 SCORES = {"dice": ("Dice, %", 100.0), "iou": ("IoU, %", 100.0), "hd_mm": ("HD, mm", 1.0)}
 MIN_TRIALS = 8  # for the importance of settings
@@ -243,15 +244,15 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
 
 def _num_scans(cells: dict[str, list[Run]]) -> int:
     """Labelled scans of a point's trials, validation included."""
-    scans = next(iter(cells.values()))[0].record["scans"]
-    return len(scans["train"]) + len(scans["val"])
+    scans = next(iter(cells.values()))[0].record.scans
+    return len(scans.train) + len(scans.val)
 
 
 def _one_seed(cells: dict[str, list[Run]]) -> list[Run]:
     """One run per arm, of the first seed that most arms have; an arm without it is left out."""
-    seeds = [run.config["seed"] for runs in cells.values() for run in runs]
+    seeds = [run.record.seed for runs in cells.values() for run in runs]
     chosen = max(sorted(set(seeds)), key=seeds.count)
-    return [run for runs in cells.values() for run in runs if run.config["seed"] == chosen]
+    return [run for runs in cells.values() for run in runs if run.record.seed == chosen]
 
 
 def _of_all(cells: dict[str, list[Run]]) -> bool:
@@ -262,7 +263,7 @@ def _of_all(cells: dict[str, list[Run]]) -> bool:
 def _evaluated(run: Path, arm: str) -> Run:
     summary = read_json(run / "evaluation" / "summary.json")
     scores = pq.read_table(run / "evaluation" / "metrics.parquet").to_pylist()
-    return Run(arm, run, 0, read_json(run / "run.json"), [], summary, scores)
+    return Run(arm, run, 0, RunRecord.read(run), [], summary, scores)
 
 
 def _published(config: dict[str, Any]) -> dict[str, Any]:
@@ -326,8 +327,8 @@ def _differences(cells: dict[str, list[Run]]) -> list[str]:
 def _against_first(cells: dict[str, list[Run]], runs: list[Run]) -> tuple[str, list[tuple]]:
     """The first arm, and its runs beside those of another, in pairs of a seed."""
     first, others = next(iter(cells.items()))
-    theirs = {run.config["seed"]: run for run in others}
-    return first, [(run, theirs[run.config["seed"]]) for run in runs if run.config["seed"] in theirs]
+    theirs = {run.record.seed: run for run in others}
+    return first, [(run, theirs[run.record.seed]) for run in runs if run.record.seed in theirs]
 
 
 def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:

@@ -38,7 +38,7 @@ def comparison(runs: list[Run]) -> dict[str, Any]:
     rows = []
     for run, num in zip(runs, left_out):
         cells = [_cell(run, *column, top) for column, top in zip(columns, best)]
-        rows.append({"run": run, "init": os.path.basename(run.config["init"]), "cells": cells, "unscored": num})
+        rows.append({"run": run, "init": os.path.basename(run.record.init), "cells": cells, "unscored": num})
     heads = [*SCORES.values(), *(organ.replace("_", " ") for organ in organs)]
     return {"heads": heads, "rows": rows, "unscored": any(left_out), "sentences": sentences(runs, alike)}
 
@@ -117,8 +117,8 @@ def sentences(runs: list[Run], alike: bool) -> list[str]:
     if len({run.summary["index"] for run in runs}) > 1:
         lines.append("The runs were scored on different stores: scans are matched by name.")
     for run in runs:
-        seen = set(run.record["scans"]["train"]) & {row["scan_id"] for row in run.scores}
-        if seen and run.summary["index"] == run.config["index"]:
+        seen = set(run.record.scans.train) & {row["scan_id"] for row in run.scores}
+        if seen and run.summary["index"] == run.record.index:
             lines.append(f"{run.name} was trained on {len(seen)} of the scans that it is scored on.")
     lines += gathered((run.name, note) for run in runs for note in run.summary.get("notes", []))
     best, *others = sorted(runs, key=lambda run: -(run.summary["dice"] or 0.0))
@@ -180,7 +180,7 @@ def _newest_health(run: Run) -> dict[str, float] | None:
 
 def rises(runs: list[Run]) -> str:
     """Why the losses of pre-training runs rose, a sentence for each that did."""
-    kinds = [(run.config.get("method", "pgl"), run.config.get("loss", {}).get("kind", "consistency")) for run in runs]
+    kinds = [(run.record.method, run.config.get("loss", {}).get("kind", "consistency")) for run in runs]
     said = [(run.name, rise(run.rows, *kind)) for run, kind in zip(runs, kinds, strict=True)]
     return " ".join(f"{name}: {text}." for name, text in said if text)
 
@@ -197,7 +197,7 @@ def health(runs: list[Run]) -> list[dict[str, Any]]:
             parts = [[last.get(f"health/{part}{key}") for key in HEALTH] for part in (compared, "encoder_")]
             figures = [number(value, ".2f") for part in parts for value in part]
             loss, clamped = last.get("train/loss"), last.get("align/clamped_share")
-            method, share = run.config.get("method", "pgl"), number(clamped, ".0%")
+            method, share = run.record.method, number(clamped, ".0%")
             facts = {"name": run.name, "number": run.number, "method": method, "step": f"{last['step']:.0f}"}
             rows.append(facts | {"loss": number(loss, ".3f"), "figures": figures, "clamped": share})
     return rows

@@ -11,7 +11,8 @@ from pgl_ray.data.durable import put_in_place, write_aside
 from pgl_ray.sweep import sweeps
 from pgl_ray.train import checkpoint
 from pgl_ray.train.metrics import metrics_path, read_metrics
-from pgl_ray.train.run_files import STATE, write_json
+from pgl_ray.train.records import RunRecord
+from pgl_ray.train.run_files import RECORD, STATE, write_json
 
 
 def take_over(folder: Path, values: dict[str, Any], config: FinetuneConfig) -> FinetuneConfig:
@@ -34,10 +35,9 @@ def take_over(folder: Path, values: dict[str, Any], config: FinetuneConfig) -> F
         sweeps.note(folder, values=values)
         write_json(noted, told)
         return config
-    record = Path(config.run) / "run.json"
-    if not record.exists():
+    if not Path(config.run, RECORD).exists():
         return config
-    rate = json.loads(record.read_text())["config"]["optim"]["lr"]
+    rate = RunRecord.read(config.run).learning_rate
     return config.model_copy(update={"optim": config.optim.model_copy(update={"lr": rate})})
 
 
@@ -62,12 +62,10 @@ def fork(source: Path, target: Path, config: FinetuneConfig) -> bool:
     rows = [json.dumps(row) + "\n" for row in read_metrics(source) if row["step"] <= step]
     metrics_path(aside).write_text("".join(rows))
     shutil.copy(source / finetune.BEST, aside / finetune.BEST)
-    record = json.loads((source / "run.json").read_text())
-    old = record["config"]["optim"]["lr"]
-    record["config"] = json.loads(config.model_dump_json())
-    write_json(aside / "run.json", record)
+    record = RunRecord.read(source)
+    record.model_copy(update={"config": json.loads(config.model_dump_json())}).write(aside)
     write_aside(aside / "config.yaml", to_yaml(config).encode())
-    factor = config.optim.lr / old
+    factor = config.optim.lr / record.learning_rate
     for key in ("base_lrs", "_last_lr"):
         state["schedule"][key] = [lr * factor for lr in state["schedule"][key]]
     for group in state["optimizer"]["param_groups"]:

@@ -22,12 +22,13 @@ from pgl_ray.config import TuneConfig
 from pgl_ray.data.durable import put_in_place, write_aside
 from pgl_ray.data.system import lock_file
 from pgl_ray.judge.judges import HIGHER_IS_BETTER
-from pgl_ray.pages.run_folders import duration_s, read_json
+from pgl_ray.pages.run_folders import duration_s
 from pgl_ray.pages.tables import probe_values
 from pgl_ray.train.health import verdict
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.progress import clock
-from pgl_ray.train.run_files import write_json
+from pgl_ray.train.records import RunRecord, read_json
+from pgl_ray.train.run_files import RECORD, write_json
 
 SWEEP = "sweep.json"
 ENDED = ("done", "stopped", "collapsed")  # and not to be run again; "failed" is tried again, "running" was interrupted
@@ -222,13 +223,12 @@ def read_trials(folder: Path) -> list[Trial]:
 
 def collapsed(run: str) -> str | None:
     """Why a pre-training was stopped as collapsed, or none."""
-    record = Path(run, "run.json")
     judged = [row for row in read_metrics(run) if "health/collapsed" in row]
     last = [row["health/collapsed"] >= 0.5 for row in judged[-2:]]
-    if not record.exists() or len(last) < 2 or not all(last):
+    if not Path(run, RECORD).exists() or len(last) < 2 or not all(last):
         return None
-    run_of = read_json(record)
-    if judged[-1]["step"] >= run_of["num_steps"] or not run_of["config"]["health"]["stop_on_collapse"]:
+    record = RunRecord.read(run)
+    if judged[-1]["step"] >= record.num_steps or not record.config["health"]["stop_on_collapse"]:
         return None
     return f"pre-training stopped at step {judged[-1]['step']:.0f}: {verdict(judged[-1])}"
 
@@ -242,7 +242,7 @@ def cost(trial: Trial) -> dict[str, float]:
         run = trial.run(stage)
         rows = read_metrics(run) if run else []
         if rows:
-            batch = read_json(run / "run.json")["config"]["global_batch_size"]
+            batch = RunRecord.read(run).config["global_batch_size"]
             spent |= {unit: int(rows[-1]["step"]) * batch, f"{stage}_s": duration_s(rows)}
             gpu_s[f"{stage}_gpu_s"] = duration_s(rows) * trial.record.get(f"{stage}_gpus", 0.0)
     return spent | gpu_s | {"gpu_hours": sum(gpu_s.values()) / 3600}
@@ -329,7 +329,7 @@ def _where(trial: Trial) -> tuple[str, str]:
     rows = read_metrics(run) if run else []
     if not rows:
         return trial.stage, ""
-    num_steps, step = read_json(run / "run.json")["num_steps"], rows[-1]["step"]
+    num_steps, step = RunRecord.read(run).num_steps, rows[-1]["step"]
     since = next((row for row in reversed(rows) if row["time_s"] > rows[-1]["time_s"]), None)  # before a restart
     steps = step - (since["step"] if since else 0)
     left = (num_steps - step) * rows[-1]["time_s"] / steps if steps else math.nan

@@ -23,7 +23,8 @@ from pgl_ray.sweep.stages import end_of, stage_config, stage_configs
 from pgl_ray.train import nodes
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.quiet import quiet_worker
-from pgl_ray.train.run_files import write_json
+from pgl_ray.train.records import RunRecord
+from pgl_ray.train.run_files import RECORD, write_json
 
 FOLLOW_S = 2.0  # between two looks at a run's metrics
 
@@ -190,9 +191,9 @@ class _Follower:
             self._look()
 
     def _look(self) -> None:
-        if not (self.run / "run.json").exists():
+        if not (self.run / RECORD).exists():
             return
-        num_steps = json.loads((self.run / "run.json").read_text())["num_steps"]
+        num_steps = RunRecord.read(self.run).num_steps
         for row in read_metrics(self.run):
             if row["step"] > self.step and math.isfinite(row.get(self.figure, math.nan)):
                 self.step, value = row["step"], row[self.figure]

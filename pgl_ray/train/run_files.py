@@ -11,6 +11,7 @@ from typing import Any
 
 from pgl_ray.data.durable import write_aside
 
+RECORD = "run.json"
 STATE = "state.pt"
 MANIFEST = "checkpoint.json"
 EVENTS = "events.jsonl"

@@ -20,8 +20,9 @@ from pgl_ray.data.system import lock_file
 from pgl_ray.train import run_paths
 from pgl_ray.train.checkpoint import damage_of, named, set_aside, versions
 from pgl_ray.train.events import Notes
+from pgl_ray.train.records import RunRecord
 from pgl_ray.train.retry import retried
-from pgl_ray.train.run_files import write_json
+from pgl_ray.train.run_files import RECORD
 
 # what a continued run may change
 MAY_DIFFER = frozenset({"ray", "train", "health", "accumulate", "probe"})
@@ -34,7 +35,7 @@ def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str
     Args:
         config: the door's.
         door: its name.
-        facts: what else run.json records; "plan", the identity of the run's plan, must stay the same.
+        facts: the other fields of `RunRecord`; "plan" must stay the same.
 
     Returns:
         The folder's absolute path, or its URL.
@@ -47,13 +48,13 @@ def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str
     place = mirror.url if mirror else str(folder)
     taken = mirror.match() if mirror else folder.is_file() or (folder.exists() and any(folder.iterdir()))
     wanted = json.loads(config.model_dump_json())
-    if (folder / "run.json").exists():
-        found = json.loads((folder / "run.json").read_text())
-        if found["door"] != door:
-            raise ValueError(f"run={config.run} is a {found['door']} run: choose another run=...")
+    if (folder / RECORD).exists():
+        earlier = RunRecord.read(folder)
+        if earlier.door != door:
+            raise ValueError(f"run={config.run} is a {earlier.door} run: choose another run=...")
         skip = MAY_DIFFER | {"run", "index"}
         try:  # with the defaults of later settings
-            stored = json.loads(build(type(config), found["config"]).model_dump_json())
+            stored = json.loads(build(type(config), earlier.config).model_dump_json())
         except ValueError as error:
             why = f"run={config.run} has settings that this version has not"
             raise ValueError(f"{why}: {error}: choose another run=...") from None
@@ -61,7 +62,7 @@ def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str
         changed = sorted(name for name in names if not {name.split(" ")[0], name.split(".")[0]} & MAY_DIFFER)
         if changed:
             raise ValueError(f"run={config.run} was started with another {', '.join(changed)}: choose another run=...")
-        if found["plan"] != facts["plan"]:
+        if earlier.plan != facts["plan"]:
             raise ValueError(
                 f"run={config.run} was started on other scans than index={config.index} has now: choose another run=..."
             )
@@ -70,11 +71,10 @@ def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str
         raise ValueError(f"run={config.run} exists and is not a run of pgl_ray: choose another run=...")
     folder.mkdir(parents=True, exist_ok=True)
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    record = {"door": door, "config": wanted, "versions": versions(), "started": started, **facts}
-    write_json(folder / "run.json", record)
+    RunRecord(door=door, config=wanted, versions=versions(), started=started, **facts).write(folder)
     write_aside(folder / "config.yaml", to_yaml(config).encode())
     if mirror:
-        mirror.put("run.json", "config.yaml")
+        mirror.put(RECORD, "config.yaml")
     return place
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pgl_ray.config import flattened
 from pgl_ray.paths import is_url
+from pgl_ray.train.records import RunRecord
 
 ID = "tracker.json"  # in the run's folder: under which name the tracker knows the run
 
@@ -36,7 +37,7 @@ class Tracker:
                 raise ValueError(f"train.tracker={kind} needs its package: pip install 'pgl_ray[{kind}]'") from None
 
     def _open(self, record: type, run: Path) -> None:
-        self.record = record(run, json.loads((run / "run.json").read_text()))
+        self.record = record(run, RunRecord.read(run))
 
     def _try(self, action: Callable, *args: Any) -> None:
         try:
@@ -61,7 +62,7 @@ class Tracker:
 class MLflow:
     """One run of the experiment `pgl_ray` (or MLFLOW_EXPERIMENT_NAME)."""
 
-    def __init__(self, run: Path, record: dict[str, Any]):
+    def __init__(self, run: Path, record: RunRecord):
         import mlflow
         from mlflow.environment_variables import MLFLOW_EXPERIMENT_NAME
 
@@ -72,10 +73,10 @@ class MLflow:
         if known.exists():
             mlflow.start_run(run_id=json.loads(known.read_text())["mlflow"])
             return
-        typed = record["config"]["run"]
-        tags = {"door": record["door"], "folder": typed if is_url(typed) else str(run)}
+        typed = record.config["run"]
+        tags = {"door": record.door, "folder": typed if is_url(typed) else str(run)}
         started = mlflow.start_run(run_name=run.name, tags=tags)
-        mlflow.log_params(flattened(record["config"]))
+        mlflow.log_params(flattened(record.config))
         known.write_text(json.dumps({"mlflow": started.info.run_id}))
 
     def write(self, step: int, row: dict[str, float]) -> None:
@@ -90,15 +91,15 @@ class MLflow:
 class WandB:
     """One run of the project `pgl_ray` (or WANDB_PROJECT); its files lie in the run's folder."""
 
-    def __init__(self, run: Path, record: dict[str, Any]):
+    def __init__(self, run: Path, record: RunRecord):
         import wandb
 
         known = run / ID
         if not known.exists():
             known.write_text(json.dumps({"wandb": secrets.token_hex(8)}))
         options = {"project": os.environ.get("WANDB_PROJECT", "pgl_ray"), "name": run.name, "dir": str(run)}
-        options |= {"id": json.loads(known.read_text())["wandb"], "resume": "allow", "job_type": record["door"]}
-        self.run = wandb.init(config=record["config"], settings=wandb.Settings(silent=True), **options)
+        options |= {"id": json.loads(known.read_text())["wandb"], "resume": "allow", "job_type": record.door}
+        self.run = wandb.init(config=record.config, settings=wandb.Settings(silent=True), **options)
         self.run.define_metric("*", step_metric="step")  # steps since the last checkpoint are written again
 
     def write(self, step: int, row: dict[str, float]) -> None:

@@ -1,0 +1,140 @@
+"""What the files of a run say, parsed once where they are read: run.json, and what a checkpoint says of its network."""
+
+import json
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pgl_ray.train.run_files import RECORD, write_json
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        ValueError: damaged; names the file.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def parse(model: type[Model], values: Any, name: object) -> Model:
+    """What was read from a file, as a record.
+
+    Args:
+        model: the record's class.
+        values: plain values.
+        name: of what they were read from.
+
+    Raises:
+        ValueError: they are something else; one line.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}".removeprefix(": ") for item in error.errors()]
+        raise ValueError(f"{name} is damaged: {'; '.join(faults)}") from None
+
+
+class RunStore(BaseModel):
+    """Of a run's store, when the run was opened.
+
+    Attributes:
+        num_scans: that a pre-training draws from, or of the whole store.
+        labels: organ -> label value.
+        hu_window: (low, high), HU, that voxels are clipped to.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    num_scans: int = 0
+    labels: dict[str, int] = {}
+    hu_window: tuple[float, float] | None = None
+
+
+class RunScans(BaseModel):
+    """scan_ids that a fine-tuning trains on and validates on."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    train: list[str]
+    val: list[str]
+
+
+class RunRecord(BaseModel):
+    """run.json: what a run is, written when it is opened. What another version adds to it stays in it.
+
+    Attributes:
+        door: that trains it, pretrain or finetune.
+        config: the door's, resolved, as it was written: another version may have other keys.
+        versions: of pgl_ray and torch at the start.
+        started: local time, ISO 8601.
+        num_parameters: of the encoder that is pre-trained, or of the segmentation network.
+        num_trained_parameters: of a fine-tuning, whose encoder may be frozen.
+        num_steps: when it is finished; 0: not recorded.
+        plan: identity of `stream.Plan`, which decides the rows of each step.
+        store: what it was opened on.
+        scans: of a fine-tuning.
+        weights: of a fine-tuning, what became of those of config.init (`weights.Report`); none: random.
+        outlook: of a pre-training, `outlook.Outlook.facts`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    door: str
+    config: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    started: str = ""
+    num_parameters: int = 0
+    num_trained_parameters: int = 0
+    num_steps: int = 0
+    plan: str = ""
+    store: RunStore = RunStore()
+    scans: RunScans | None = None
+    weights: dict[str, Any] | None = None
+    outlook: dict[str, Any] = {}
+
+    @classmethod
+    def read(cls, run: str | Path) -> Self:
+        """The record of a run's folder on this machine.
+
+        Raises:
+            OSError: it has none.
+            ValueError: damaged.
+        """
+        path = Path(run, RECORD)
+        return parse(cls, read_json(path), path)
+
+    def write(self, run: Path) -> None:
+        """Writes run.json in one step."""
+        write_json(run / RECORD, self.model_dump(exclude_unset=True))
+
+    @property
+    def index(self) -> str:
+        """Folder or URL of the store."""
+        return self.config["index"]
+
+    @property
+    def init(self) -> str:
+        """Weights that it began from, as given; "random" of a pre-training, too."""
+        return self.config.get("init", "random")
+
+    @property
+    def seed(self) -> int:
+        """Of all that is drawn."""
+        return self.config["seed"]
+
+    @property
+    def method(self) -> str:
+        """Of a pre-training: pgl, byol or genesis."""
+        return self.config.get("method", "pgl")
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest one."""
+        return self.config["optim"]["lr"]
