@@ -83,7 +83,7 @@ def load_encoder(
     if init == "random":
         raise ValueError("init=random has learnt nothing: give a run, pretrained:NAME or a .safetensors file")
     network, source = weights.read(init, None, store.hu_window if store else None)
-    known = source.meta.get("hu_window")
+    known = source.meta and source.meta.hu_window
     if known and hu_window and tuple(known) != tuple(hu_window):
         raise ValueError(f"hu_window={list(hu_window)}: init={init} was trained with {list(known)}: leave it out")
     window = known or hu_window or (store and store.hu_window)
@@ -97,7 +97,7 @@ def load_encoder(
     except ValueError as error:
         text = str(error).partition("; allow_partial")[0]
         raise ValueError(f"{text}: give a run, or a file that export wrote") from None
-    network.stop_at(source.meta.get("level", network.last))
+    network.stop_at(source.level)
     encoder = ScanEncoder(init, network.to(pick_device("auto")), window, loaded.trained_on, size)
     if store is None or not reestimate:
         return encoder

@@ -34,6 +34,7 @@ from pgl_ray.train import run_paths
 from pgl_ray.train.checkpoint import file_of
 from pgl_ray.train.metrics import whole_lines
 from pgl_ray.train.progress import Stage
+from pgl_ray.train.records import CheckpointMeta
 from pgl_ray.train.run_files import write_json
 from pgl_ray.train.weights import load_segmenter
 
@@ -71,7 +72,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     index = read_index(config.index)
     records = _choose(config, meta, index)
     others = _read_others(config.compare, records) if config.compare else None
-    notes = seen_notes(meta.get("data") or {}, records)
+    notes = seen_notes(meta.data, records)
     folder.mkdir(parents=True, exist_ok=True)
     found = _continue(folder, _identity(config, device), records)
     left = [record for record in records if record.scan_id not in found]
@@ -79,7 +80,9 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     known = f", {len(found)} of them known already" if found else ""
     print(f"evaluate: {len(records)} scans of split={config.split!r} on {device}{known}", flush=True)
     began = time.monotonic()
-    scored_scans = _named(score_scans(model, meta, index, left, config.inference, flips=config.tta, own_grid=True))
+    scored_scans = _named(
+        score_scans(model, meta.task, meta.patch_size, index, left, config.inference, flips=config.tta, own_grid=True)
+    )
     with (folder / SCANS).open("a") as file, Stage("evaluate:", "scan", len(left)) as stage:
         for scored in scored_scans:
             found[scored.record.scan_id] = scored.rows
@@ -141,7 +144,7 @@ def _named(scored: Iterator[Scored]) -> Iterator[Scored]:
         raise FailedRun(str(error) or "not enough memory") from None
 
 
-def _choose(config: EvaluateConfig, meta: dict[str, Any], index: Index) -> list[ScanRecord]:
+def _choose(config: EvaluateConfig, meta: CheckpointMeta, index: Index) -> list[ScanRecord]:
     """The scans to evaluate on.
 
     Raises:
@@ -149,9 +152,9 @@ def _choose(config: EvaluateConfig, meta: dict[str, Any], index: Index) -> list[
     """
     check_labelled(index, config.index)
     for name, ours, theirs in (
-        ("labels", meta["labels"], index.labels),
-        ("hu_window", list(meta["hu_window"]), list(index.hu_window)),
-        ("spacing_mm", *(size and list(size) for size in (meta.get("spacing_mm"), index.spacing_mm))),
+        ("labels", meta.labels, index.labels),
+        ("hu_window", list(meta.hu_window), list(index.hu_window)),
+        ("spacing_mm", *(size and list(size) for size in (meta.spacing_mm, index.spacing_mm))),
     ):
         if ours != theirs:
             raise ValueError(f"run={config.run} was trained with {name} {ours}, index={config.index} has {theirs}")

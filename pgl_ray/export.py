@@ -33,6 +33,7 @@ from pgl_ray.data.rendering import normalise
 from pgl_ray.data.voxel_statistics import statistics
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.train import formats
+from pgl_ray.train.records import CheckpointMeta
 from pgl_ray.train.weights import load_encoder, load_segmenter
 
 INPUT = {
@@ -127,9 +128,9 @@ def run(config: ExportConfig) -> Result:
     check_writable(f"output={config.output}", output.absolute().parent)
     network, part, meta = _network(config, nnunet=output.suffix == ".pth")
     metadata = _metadata(network, part, meta)
-    trained = json.loads(meta["config"])
+    trained = json.loads(meta.config)
     sized = trained.get("views") or trained.get("patch") or {}
-    size = config.size or meta.get("patch_size") or sized.get("size") or PatchConfig().size
+    size = config.size or meta.patch_size or sized.get("size") or PatchConfig().size
     examples = [torch.randn((n, 1, *size), generator=torch.Generator().manual_seed(n)) for n in (1, 2)]
     aside = output.with_name(f".part{os.getpid()}.{output.name}")
     try:
@@ -148,10 +149,10 @@ def run(config: ExportConfig) -> Result:
     return Result(str(output), part, sum(p.numel() for p in network.parameters()), float(difference), float(largest))
 
 
-def _network(config: ExportConfig, nnunet: bool) -> tuple[nn.Module, str, dict[str, Any]]:
-    """The network to export, in eval mode, which part it is, and the checkpoint's meta dict."""
+def _network(config: ExportConfig, nnunet: bool) -> tuple[nn.Module, str, CheckpointMeta]:
+    """The network to export, in eval mode, which part it is, and what the checkpoint says of it."""
     encoder, meta = load_encoder(config.run)
-    own = "encoder" if meta["door"] == "pretrain" or nnunet else "segmenter"
+    own = "encoder" if meta.door == "pretrain" or nnunet else "segmenter"
     part = own if config.part == "auto" else config.part
     if part == "segmenter" and own == "encoder":
         why = "nnU-Net takes an encoder alone" if nnunet else f"run={config.run} is a pretrain run"
@@ -163,37 +164,37 @@ def _network(config: ExportConfig, nnunet: bool) -> tuple[nn.Module, str, dict[s
         )
     if part == "segmenter":
         return load_segmenter(config.run)[0], part, meta
-    encoder.stop_at(meta.get("level", encoder.last))  # what is behind was not trained
+    encoder.stop_at(encoder.last if meta.level is None else meta.level)  # what is behind was not trained
     return encoder.eval(), part, meta
 
 
-def _metadata(network: nn.Module, part: str, meta: dict[str, Any]) -> dict[str, str]:
+def _metadata(network: nn.Module, part: str, meta: CheckpointMeta) -> dict[str, str]:
     """What must be known to use the weights; JSON where it is more than a text."""
     encoder = network if part == "encoder" else network.encoder
-    facts = meta.get("data")
+    facts = meta.data
     spacing = "each scan's own, see training_scans" if facts else "not recorded"
-    spacing = (facts or {}).get("resampled_mm") or meta.get("spacing_mm") or spacing
+    spacing = facts.get("resampled_mm") or meta.spacing_mm or spacing
     architecture = {"encoder": encoder.settings}
-    found: dict[str, Any] = {"part": part, **INPUT, "hu_window": meta["hu_window"], "spacing_mm": spacing}
+    found: dict[str, Any] = {"part": part, **INPUT, "hu_window": meta.hu_window, "spacing_mm": spacing}
     found["median_spacing_mm"] = facts["spacing_mm"][1] if facts else "not recorded"
     if part == "segmenter":
-        architecture |= {"num_outputs": meta["num_outputs"], "decoder": meta.get("decoder", "paper")}
-        found |= {key: meta[key] for key in ("labels", "task", "patch_size")}
+        architecture |= {"num_outputs": meta.num_outputs, "decoder": meta.decoder}
+        found |= meta.model_dump(include={"labels", "task", "patch_size"})
     else:
         maps = [{"output_stride": stride, "center": center} for stride, center in zip(encoder.strides, encoder.centers)]
-        method = meta.get("method", "fine-tuned")
+        method = meta.method or "fine-tuned"
         found |= {"maps": maps, "last_trained_map": encoder.last, "method": method}
-    found |= {"architecture": architecture, "training_scans": facts or {}, "data_licence": _licence(meta)}
-    found["steps"] = "not recorded" if meta["steps"] is None else meta["steps"]
-    found["config"] = _without_places(json.loads(meta["config"]))
-    found |= {"made_by": f"pgl_ray {pgl_ray.__version__} {meta['door']}", "pgl_ray_version": pgl_ray.__version__}
+    found |= {"architecture": architecture, "training_scans": facts, "data_licence": _licence(facts)}
+    found["steps"] = "not recorded" if meta.steps is None else meta.steps
+    found["config"] = _without_places(json.loads(meta.config))
+    found |= {"made_by": f"pgl_ray {pgl_ray.__version__} {meta.door}", "pgl_ray_version": pgl_ray.__version__}
     found["format"] = "pt"
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
 
 
-def _licence(meta: dict[str, Any]) -> str:
+def _licence(facts: dict[str, Any]) -> str:
     """Under what the training data were published."""
-    known = (meta.get("data") or {}).get("data_sets") or ()
+    known = facts.get("data_sets") or ()
     named = [f"{one['name'] or 'a data set without a name'}: {one['licence'] or 'not stated'}" for one in known]
     return "; ".join(named) or "not stated"
 

@@ -29,6 +29,7 @@ from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, runs, weights
 from pgl_ray.train.networks import build_finetuning
 from pgl_ray.train.one_step import backward, train_mode
+from pgl_ray.train.records import CheckpointMeta
 from pgl_ray.train.run_files import STATE
 from pgl_ray.train.session import Session
 from pgl_ray.train.stops import BEST, fault_of_losses, lower, memory_fault, smaller_batch
@@ -65,8 +66,9 @@ def run(config: FinetuneConfig) -> Result:
     train_ids, val_ids = split_scans(config, index)
     earlier = begun(config)
     model, meta, loaded = build_finetuning(config, index, earlier)
-    before = loaded.trained_on if loaded else (earlier or {}).get("data")
-    meta["data"] = training_facts(index, [*train_ids, *val_ids], with_labels=True, before=before)
+    before = loaded.trained_on if loaded else earlier and earlier.data
+    trained_on = training_facts(index, [*train_ids, *val_ids], with_labels=True, before=before)
+    meta = meta.model_copy(update={"data": trained_on})
     limits = (config.epochs, config.max_steps, config.seed)
     plan = stream.Plan.make(train_ids, config.patches_per_scan, config.global_batch_size, *limits)
     facts = {
@@ -123,8 +125,8 @@ def _fit(config: FinetuneConfig, plan: stream.Plan, feed: Callable, worker_confi
         raise FailedRun(stopped)
 
 
-def begun(config: FinetuneConfig) -> dict | None:
-    """Meta dict of the run's own newest checkpoint, from which it continues; none: it starts from `config.init`."""
+def begun(config: FinetuneConfig) -> CheckpointMeta | None:
+    """What the run's own newest checkpoint says, from which it continues; none: it starts from `config.init`."""
     try:
         return checkpoint.state_of(config.run)["meta"] if config.init != "random" else None
     except ValueError:
@@ -147,7 +149,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
     session.resume(segmenter, optimizer, schedule)
     if session.is_last or session.reason or session.state.get("stopped"):
         return session.reason
-    model, overfitted = session.begin(), False
+    model, overfits = session.begin(), False
     steps_per_val = max(1, round(config.validate_every * plan.rows_per_epoch / plan.global_batch_size))
     unseen: list[torch.Tensor] = []  # loss and norm of the gradient of the steps since they were last looked at
     for batch in session.batches(stream.ABOUT_ROWS):
@@ -179,21 +181,23 @@ def worker(session: Session, worker_config: dict) -> str | None:
         if validates or keeps:
             optim.average_buffers(segmenter)
         if validates:
-            scores = validate(session, segmenter, config, meta, index, val_records)
+            scores = validate(session, segmenter, config, index, val_records)
             stale = 0 if scores["val/dice"] > best or not best else stale + 1
             if stale == 0:
                 best = scores["val/dice"]
-                session.save_file(BEST, {"model": segmenter.state_dict(), "meta": meta, "val_dice": best})
+                session.save_file(BEST, {"model": segmenter.state_dict(), "meta": meta.plain(), "val_dice": best})
             session.log(scores)
-        overfitted = stale >= config.patience
-        if keeps or overfitted:
-            session.save({"best": best, "stale": stale, "stopped": overfitted, "meta": meta}, {"val/best": best})
-        if overfitted:
+        overfits = stale >= config.patience
+        if keeps or overfits:
+            session.save({"best": best, "stale": stale, "stopped": overfits, "meta": meta.plain()}, {"val/best": best})
+        if overfits:
             break
-    return session.end(is_over=overfitted)
+    return session.end(is_over=overfits)
 
 
-def _segmenter(session: Session, config: FinetuneConfig, index: store.Index, meta: dict) -> Segmenter | LightSegmenter:
+def _segmenter(
+    session: Session, config: FinetuneConfig, index: store.Index, meta: CheckpointMeta
+) -> Segmenter | LightSegmenter:
     """The network on the device; what was committed needs the initial weights no more."""
     begun = bool(session.state)
     segmenter = build_finetuning(config, index, meta if begun else None)[0]
@@ -240,7 +244,6 @@ def validate(
     session: Session,
     segmenter: Segmenter | LightSegmenter,
     config: FinetuneConfig,
-    meta: dict,
     index: store.Index,
     records: list[ScanRecord],
 ) -> dict[str, float]:
@@ -249,14 +252,14 @@ def validate(
     Returns:
         The same on every rank: val/dice, the mean over organs that occur, and val/dice_<organ>.
     """
-    inference = InferenceConfig(precision=config.train.precision)
+    inference, windows = InferenceConfig(precision=config.train.precision), (config.task, config.patch.size)
     mine, rows = records[session.rank :: session.world], []
     with session.paused():
         session.at(JUDGE, session.step - 1)
         segmenter.eval()
         with session.beating(segmenter):
             try:
-                for scored in scoring.score_scans(segmenter, meta, index, mine, inference, distances=False):
+                for scored in scoring.score_scans(segmenter, *windows, index, mine, inference, distances=False):
                     rows += scored.rows
             except TooLittleMemory as error:
                 mend = "train.device=cpu, or a new run=... with a smaller patch.size"
@@ -289,7 +292,7 @@ def _say_what_begins(
     config: FinetuneConfig,
     index: store.Index,
     model: Segmenter | LightSegmenter,
-    meta: dict,
+    meta: CheckpointMeta,
     loaded: weights.Report | None,
     numbers: str,
 ) -> None:
@@ -303,9 +306,9 @@ def _say_what_begins(
         print(f"  weights: {line}", flush=True)
     if note := loaded and spacing_note(loaded.trained_on, index):
         print(f"finetune: note: init={config.init} {note}", flush=True)
-    if meta["init_level"] < len(model.encoder.channels) - 1:
+    if meta.init_level < len(model.encoder.channels) - 1:
         print(
-            f"finetune: {config.init} was trained up to stage {meta['init_level']} of the encoder "
+            f"finetune: {config.init} was trained up to stage {meta.init_level} of the encoder "
             "(align.output_stride): the stages behind it start at random",
             flush=True,
         )

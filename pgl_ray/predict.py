@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from pgl_ray.model.inference import pick_device, segment
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.pages import viewer
 from pgl_ray.train.progress import Stage, num_of
+from pgl_ray.train.records import CheckpointMeta
 from pgl_ray.train.run_files import write_json
 from pgl_ray.train.weights import load_segmenter
 
@@ -123,13 +124,13 @@ def _tell_skipped(failed: Iterable[Fault], left_out: list[Fault], output: Path) 
         write_aside(output / "left_out.jsonl", json_lines(left_out))
 
 
-def _maker(model: Segmenter | LightSegmenter, meta: dict[str, Any], config: PredictConfig, device: torch.device) -> str:
+def _maker(model: Segmenter | LightSegmenter, meta: CheckpointMeta, config: PredictConfig, device: torch.device) -> str:
     """Hash of all that decides a label map but the scan: weights, what they expect, windows' overlap, precision."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    plain = {key: meta.get(key) for key in ("hu_window", "labels", "task", "patch_size", "spacing_mm")}
-    settings = [plain, config.inference.overlap, config.tta]
+    expected = meta.model_dump(include={"hu_window", "labels", "task", "patch_size", "spacing_mm"})
+    settings = [expected, config.inference.overlap, config.tta]
     settings += ["bfloat16"] if on.in_bfloat16(device, config.inference.precision) else []
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
@@ -196,7 +197,7 @@ def _name_of(scan: ScanFile, source: Path) -> str:
 
 
 def predict_one(
-    model: Segmenter | LightSegmenter, meta: dict[str, Any], job: Job, maker: str, config: PredictConfig
+    model: Segmenter | LightSegmenter, meta: CheckpointMeta, job: Job, maker: str, config: PredictConfig
 ) -> list[str]:
     """Segments one CT, at the voxel size that the network was trained on.
 
@@ -206,20 +207,19 @@ def predict_one(
     stamp = job.scan.stamp()
     scan = job.scan.read()
     notes = list(scan.notes)
-    if "data" in meta:
-        notes += disagreements(meta["data"], meta["hu_window"], scan.voxels, scan.affine)
+    if meta.data:
+        notes += disagreements(meta.data, meta.hu_window, scan.voxels, scan.affine)
     voxels, affine = scan.voxels, scan.affine
-    if meta.get("spacing_mm"):
-        voxels, _, affine = resample(voxels, None, affine, tuple(meta["spacing_mm"]))
+    if meta.spacing_mm:
+        voxels, _, affine = resample(voxels, None, affine, meta.spacing_mm)
         notes = [note for note in notes if not note.startswith("its voxels are")]
-    window = tuple(meta["hu_window"])
-    mean, std = statistics(voxels, window)
+    mean, std = statistics(voxels, meta.hu_window)
     classes = segment(
         model,
-        normalise(voxels, window, mean, std),
-        meta["patch_size"],
-        meta["task"],
-        air=float(normalise(np.array(AIR), window, mean, std)),
+        normalise(voxels, meta.hu_window, mean, std),
+        meta.patch_size,
+        meta.task,
+        air=float(normalise(np.array(AIR), meta.hu_window, mean, std)),
         overlap=config.inference.overlap,
         batch_size=config.inference.batch_size,
         flips=config.tta,
@@ -227,9 +227,9 @@ def predict_one(
     )
     if voxels is not scan.voxels:
         classes = onto_grid(classes, affine, scan.affine, scan.voxels.shape)
-    values = sorted(meta["labels"].values())
+    values = sorted(meta.labels.values())
     label = np.array([0, *values], np.min_scalar_type(values[-1]))[classes]
-    organs = viewer.legend(label, meta["labels"], scan.affine, nested=meta["task"] == "binary")
+    organs = viewer.legend(label, meta.labels, scan.affine, nested=meta.task == "binary")
     aside = job.target.with_name(f".part{os.getpid()}.{job.target.name}")
     try:
         ct.write_label(aside, label, job.scan.path, job.scan.slices)

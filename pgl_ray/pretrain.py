@@ -29,6 +29,7 @@ from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, runs
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.networks import build_pretraining
 from pgl_ray.train.one_step import Step, forward_and_back, train_step
+from pgl_ray.train.records import CheckpointMeta
 from pgl_ray.train.session import Session
 from pgl_ray.train.skipped import Skipped
 from pgl_ray.train.stops import collapsed, not_finite
@@ -203,11 +204,11 @@ def _losses(done: Step) -> dict[str, float]:
 
 
 def _save(
-    session: Session, net: nn.Module, row: dict[str, float], meta: dict, num_collapsed: int, skipped: Skipped
+    session: Session, net: nn.Module, row: dict[str, float], meta: CheckpointMeta, num_collapsed: int, skipped: Skipped
 ) -> None:
     """Takes a checkpoint, whose worth the row says."""
     optim.average_buffers(net)
-    own = {"meta": meta, "num_collapsed": num_collapsed, "skipped": dict(skipped.rows)}
+    own = {"meta": meta.plain(), "num_collapsed": num_collapsed, "skipped": dict(skipped.rows)}
     session.save(own, {key: row[key] for key in ("train/loss", ACCURACY) if key in row})
 
 
@@ -247,12 +248,17 @@ def _check_rows(batch: dict[str, Tensor], session: Session) -> None:
             raise FailedRun(f"the stream is out of step at step {step} of rank {rank}: {name} {got.tolist()}")
 
 
-def _meta(config: PretrainConfig, level: int, worker_config: dict) -> dict:
-    """What must be known to use the weights elsewhere; plain values. Stages behind map `level` were not trained."""
-    encoder = json.loads(config.encoder.model_dump_json())
-    meta = {"door": "pretrain", "method": config.method, "encoder": encoder, "level": level}
-    meta |= {key: worker_config[key] for key in ("hu_window", "data")}
-    return meta | {"config": config.model_dump_json()}
+def _meta(config: PretrainConfig, level: int, worker_config: dict) -> CheckpointMeta:
+    """What its checkpoints say of the network, whose stages behind map `level` were not trained."""
+    return CheckpointMeta(
+        door="pretrain",
+        method=config.method,
+        encoder=config.encoder.model_dump(mode="json"),
+        level=level,
+        hu_window=worker_config["hu_window"],
+        data=worker_config["data"],
+        config=config.model_dump_json(),
+    )
 
 
 def _keep_views(run: str, batch: dict, plan: stream.Plan, num: int = 4) -> None:

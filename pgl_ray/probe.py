@@ -149,7 +149,7 @@ def load(key: str, config: ProbeConfig, index: Index, tested: list[ScanRecord], 
         _note(notes, f"{key}={init} {note}")
     whose = "" if key == "init" else f"{key}={init}: "
     _note(notes, *(f"{whose}{note}" for note in seen_notes(loaded.trained_on, tested)))
-    encoder.stop_at(source.meta.get("level", encoder.last))  # what was trained
+    encoder.stop_at(source.level)  # what was trained
     return to_device(encoder)
 
 

@@ -97,7 +97,7 @@ def test_encoder_and_segmenter_are_read_back_exactly(saved):
     for file in ("pgl.pt", "tuned.pt"):
         encoder, meta = weights.load_encoder(str(folder / file))
         torch.testing.assert_close(encoder.eval()(x)[-1], segmenter.encoder(x)[-1])
-        assert meta["encoder"]["width"] == 8
+        assert meta.encoder["width"] == 8
     model, _ = weights.load_segmenter(str(folder / "tuned.pt"))
     torch.testing.assert_close(model(x), expected)
 

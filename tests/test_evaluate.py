@@ -22,6 +22,7 @@ from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import progress
 from pgl_ray.train.checkpoint import write_state
+from pgl_ray.train.records import CheckpointMeta
 
 WINDOW = (-1000.0, 400.0)
 LABELS = {"spleen": 3, "liver": 7}  # neither contiguous nor from 1
@@ -80,8 +81,8 @@ class Levels(nn.Module):
 def known_run(monkeypatch, folder, labels=LABELS, window=WINDOW, spacing=None):
     monkeypatch.setattr(evaluate, "FORWARD_SIZE", (4, 8, 8))
     records = store.read_index(folder / "s").labelled("test")
-    meta = {"hu_window": list(window), "labels": labels, "task": "multiclass", "patch_size": [64, 64, 64]}
-    meta["spacing_mm"] = spacing
+    values = {"labels": labels, "task": "multiclass", "patch_size": (64, 64, 64), "spacing_mm": spacing}
+    meta = CheckpointMeta(encoder={}, hu_window=window, **values)
     monkeypatch.setattr(evaluate, "load_segmenter", lambda run, device: (Levels(records).eval(), meta))
 
 
@@ -150,8 +151,9 @@ def test_a_resampled_scan_is_scored_on_its_own_grid(tmp_path, monkeypatch):
         return image
 
     model, meta = evaluate.load_segmenter("", "cpu")
+    windows = meta.task, meta.patch_size
     index = store.read_index(tmp_path / "s")
-    ((_, stored, *_),) = scoring.score_scans(model, meta, index, list(index.scans), InferenceConfig())
+    ((_, stored, *_),) = scoring.score_scans(model, *windows, index, list(index.scans), InferenceConfig())
     assert stored.shape == voxels.shape
     values = np.array([0, 3, 7], np.uint8)[stored]
     frame = sitk.Transform(), sitk.sitkNearestNeighbor, 0
@@ -214,8 +216,10 @@ def test_fewer_scans_and_no_predictions(folder, monkeypatch):
 def test_scoring_without_distances_for_validation(folder, monkeypatch):
     known_run(monkeypatch, folder)
     model, meta = evaluate.load_segmenter("", "cpu")
+    windows = meta.task, meta.patch_size
     index = store.read_index(folder / "s")
-    scored = list(scoring.score_scans(model, meta, index, index.labelled("test"), InferenceConfig(), distances=False))
+    records = index.labelled("test")
+    scored = list(scoring.score_scans(model, *windows, index, records, InferenceConfig(), distances=False))
     assert [s.record.scan_id for s in scored] == ["a", "b", "c"]
     assert scored[0].rows[0]["dice"] == 1 and math.isnan(scored[0].rows[0]["hd_mm"])
 
@@ -347,7 +351,7 @@ def test_two_runs_are_compared_on_the_same_scans(folder, monkeypatch, capsys):
     [
         ({"split": "val"}, {}, r"no labelled scan in split='val'.*\['test'\]"),
         ({}, {"labels": {"spleen": 3}}, r"trained with labels \{'spleen': 3\}.*'liver': 7"),
-        ({}, {"window": (-1024, 325)}, r"trained with hu_window \[-1024, 325\].*\[-1000.0, 400.0\]"),
+        ({}, {"window": (-1024, 325)}, r"trained with hu_window \[-1024.0, 325.0\].*\[-1000.0, 400.0\]"),
         ({"index": "nowhere"}, {}, "nowhere"),
     ],
 )

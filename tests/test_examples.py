@@ -124,7 +124,7 @@ def test_what_the_encoder_sees(out):
 def test_monai_takes_the_weights_and_trains(tmp_path_factory, out, monkeypatch, size):
     if size == "paper":
         encoder, file = build_encoder(), tmp_path_factory.mktemp("given") / "encoder.safetensors"
-        meta = {"door": "pretrain", "method": "pgl", "encoder": encoder.settings, "level": 4, "steps": 1, "data": None}
+        meta = {"door": "pretrain", "method": "pgl", "encoder": encoder.settings, "level": 4}
         meta |= {"hu_window": [-1024.0, 325.0], "config": json.dumps({"views": {"size": [8, 32, 32]}})}
         weights = {f"online.encoder.{key}": value for key, value in encoder.state_dict().items()}
         torch.save({"model": weights, "meta": meta}, file.with_name("run.pt"))

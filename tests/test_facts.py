@@ -16,6 +16,7 @@ from pgl_ray.data import facts, scan_files, store, stream
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.train import checkpoint, launch, nodes
 from pgl_ray.train.metrics import metrics_path
+from pgl_ray.train.records import CheckpointMeta
 from pgl_ray.train.run_files import write_json
 
 WINDOW = (-1024.0, 325.0)
@@ -125,16 +126,16 @@ def test_the_doors_keep_it_in_their_checkpoints(pool, other, untrained, tmp_path
     init = saved(tmp_path / "init.pt", pool, "train")
     values = {"index": str(other.store), "run": str(tmp_path / "fine"), "init": init, "patch": {"size": [16, 32, 32]}}
     meta = given(finetune, c.build(c.FinetuneConfig, values | settings))["meta"]
-    assert facts.seen_notes(meta["data"], other.labelled("test"))[0].startswith("3 of the 5 ")
-    assert facts.seen_notes(meta["data"], other.labelled("train")) == [
+    assert facts.seen_notes(meta.data, other.labelled("test"))[0].startswith("3 of the 5 ")
+    assert facts.seen_notes(meta.data, other.labelled("train")) == [
         "3 of the 3 evaluated scans were trained or validated on (with labels): figures are too good"
     ]
     # a continued run reads its init no more
     (tmp_path / "init.pt").unlink()
-    state = {"meta": meta, "model": {}, "step": 0, "stopped": False}
+    state = {"meta": meta.plain(), "model": {}, "step": 0, "stopped": False}
     checkpoint.write_checkpoint(tmp_path / "fine", 1, state, {})
     again = given(finetune, c.build(c.FinetuneConfig, values | settings))["meta"]
-    assert again["data"]["seen"] == meta["data"]["seen"]
+    assert again.data["seen"] == meta.data["seen"]
 
 
 @pytest.mark.slow
@@ -185,13 +186,15 @@ def test_an_evaluation_and_its_report_say_it(pool, other, tmp_path, monkeypatch,
     run = tmp_path / "run"
     run.mkdir()
     (run / "best.pt").write_bytes(b"of the network below")
-    meta = {"hu_window": list(WINDOW), "labels": other.labels, "task": "multiclass", "patch_size": [16, 32, 32]}
+    values = {"labels": other.labels, "task": "multiclass", "patch_size": (16, 32, 32)}
+    meta = CheckpointMeta(encoder={}, hu_window=WINDOW, **values)
     before = facts.training_facts(pool, ids(pool, "train"))
     monkeypatch.setattr(evaluate, "FORWARD_SIZE", (4, 8, 8))
     monkeypatch.setattr(evaluate, "load_segmenter", lambda run, device: (Nothing(), meta))
     settings = c.build(c.EvaluateConfig, {"run": str(run), "index": str(other.store), "save_predictions": False})
     assert evaluate.run(settings).summary["notes"] == []  # nothing is known
-    meta["data"] = facts.training_facts(other, ids(other, "train"), with_labels=True, before=before)
+    data = facts.training_facts(other, ids(other, "train"), with_labels=True, before=before)
+    meta = meta.model_copy(update={"data": data})
     line = "3 of the 5 evaluated scans were pre-trained on (without labels): figures may be optimistic"
     assert evaluate.run(settings).summary["notes"] == [line]  # no scan is evaluated again for it
     assert f"evaluate: note: {line}\n" in capsys.readouterr().out

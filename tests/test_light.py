@@ -147,8 +147,8 @@ def test_learns_where_a_ball_is():
 def test_what_was_trained_is_rebuilt(tmp_path, decoder, kind):
     """By its checkpoint alone, and by the file that export makes of it."""
     model, meta, _ = networks.build_finetuning(config(f"decoder={decoder}"), index())
-    assert type(model) is kind and meta["decoder"] == decoder
-    torch.save({"model": model.state_dict(), "meta": json.loads(json.dumps(meta))}, tmp_path / "tuned.pt")
+    assert type(model) is kind and meta.decoder == decoder
+    torch.save({"model": model.state_dict(), "meta": json.loads(json.dumps(meta.plain()))}, tmp_path / "tuned.pt")
     again, _ = weights.load_segmenter(str(tmp_path / "tuned.pt"))
     x = torch.randn(1, 1, 13, 37, 50, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -165,8 +165,8 @@ def test_what_was_trained_is_rebuilt(tmp_path, decoder, kind):
 
 def test_a_checkpoint_of_before_has_the_papers_decoder(tmp_path):
     model, meta, _ = networks.build_finetuning(config(), index())
-    meta.pop("decoder")
-    torch.save({"model": model.state_dict(), "meta": meta}, tmp_path / "tuned.pt")
+    earlier = {key: value for key, value in meta.plain().items() if key != "decoder"}
+    torch.save({"model": model.state_dict(), "meta": earlier}, tmp_path / "tuned.pt")
     assert type(weights.load_segmenter(str(tmp_path / "tuned.pt"))[0]) is Segmenter
 
 
@@ -280,4 +280,4 @@ def test_an_interrupted_adamw_is_bit_for_bit_the_undisturbed_one(tmp_path):
     assert len(groups) == 2 and states[0]["schedule"]["base_lrs"] == pytest.approx([3e-3, 1.5e-3])
     assert {"exp_avg", "exp_avg_sq", "step"} <= set(states[0]["optimizer"]["state"][0])
     best, meta = weights.load_segmenter(str(Path(whole.run)))
-    assert type(best) is LightSegmenter and meta["decoder"] == "light"
+    assert type(best) is LightSegmenter and meta.decoder == "light"

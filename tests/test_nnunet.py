@@ -17,8 +17,8 @@ def exported(folder, depths, width):
     """A .pth of a run with a ResEnc of random weights, and the encoder."""
     torch.manual_seed(0)
     encoder = build_encoder("resenc", depths, width)
-    meta = {"door": "pretrain", "method": "pgl", "encoder": encoder.settings, "level": encoder.last, "steps": 1}
-    meta |= {"hu_window": WINDOW, "data": None, "config": json.dumps({"views": {"size": [32, 64, 128]}})}
+    meta = {"door": "pretrain", "method": "pgl", "encoder": encoder.settings, "level": encoder.last}
+    meta |= {"hu_window": WINDOW, "config": json.dumps({"views": {"size": [32, 64, 128]}})}
     weights = {f"online.encoder.{key}": value for key, value in encoder.state_dict().items()}
     torch.save({"model": weights, "meta": meta}, folder / "run.pt")
     export.run(ExportConfig(run=str(folder / "run.pt"), output=str(folder / "encoder.pth")))

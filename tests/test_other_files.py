@@ -14,10 +14,11 @@ from pgl_ray import predict, prepare
 from pgl_ray.config import FailedRun, PredictConfig, PrepareConfig, build
 from pgl_ray.convert import parallel
 from pgl_ray.data import store
+from pgl_ray.train.records import CheckpointMeta
 
 AFFINE = np.diag([-0.8, -0.8, 2.5, 1.0])
 SHAPE = (20, 18, 9)
-META = {"hu_window": [-1000.0, 400.0], "labels": {"a": 1, "b": 2}, "task": "multiclass", "patch_size": [8, 16, 24]}
+META = CheckpointMeta(encoder={}, hu_window=(-1000.0, 400.0), labels={"a": 1, "b": 2}, patch_size=(8, 16, 24))
 
 
 @pytest.fixture(autouse=True)

@@ -82,7 +82,7 @@ def test_phantoms_end_to_end(ray_cluster, tmp_path, monkeypatch):
     statistics = ("running_mean", "running_var", "num_batches_tracked")  # estimated anew
     assert all(same[name] for name in same if not name.endswith(statistics)) and not all(same.values())
     meta = weights.load_segmenter(tuned.run)[1]
-    assert meta["labels"] == read_index(str(store)).labels
+    assert meta.labels == read_index(str(store)).labels
     record = json.loads((tmp_path / "tuned" / "run.json").read_text())
     assert len(record["scans"]["train"]) == 2 and len(record["scans"]["val"]) == 1
     assert len(record["weights"]["loaded"]) == len(encoders[0]) and record["weights"]["missing"] == []
@@ -91,7 +91,7 @@ def test_phantoms_end_to_end(ray_cluster, tmp_path, monkeypatch):
     summary = evaluate.run(c.EvaluateConfig(run=tuned.run, index=str(store))).summary
     assert summary["num_scans"] == 2
     table = pq.read_table(tmp_path / "tuned" / "evaluation" / "metrics.parquet").to_pylist()
-    assert {row["organ"] for row in table} <= set(meta["labels"])
+    assert {row["organ"] for row in table} <= set(meta.labels)
     source = sorted((tmp_path / "raw" / "imagesTs").iterdir())[0]
     predict.run(c.PredictConfig(run=tuned.run, input=str(source), output=str(tmp_path / "out.nii.gz")))
     image, label = nib.load(source), nib.load(tmp_path / "out.nii.gz")

@@ -19,10 +19,12 @@ from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import progress
 from pgl_ray.train.checkpoint import write_state
+from pgl_ray.train.records import CheckpointMeta
 
 WINDOW = (-1000.0, 400.0)
 LABELS = {"liver": 300, "spleen": 4}  # class 1 = spleen
-META = {"hu_window": list(WINDOW), "labels": LABELS, "task": "multiclass", "patch_size": [8, 16, 24]}
+VALUES = {"hu_window": list(WINDOW), "labels": LABELS, "task": "multiclass", "patch_size": [8, 16, 24]}
+META = CheckpointMeta(encoder={}, **VALUES)
 SHAPE = (19, 23, 9)
 
 
@@ -91,7 +93,7 @@ def test_nifti_keeps_its_own_grid(tmp_path, known, codes, oblique):
 def test_real_ct(tmp_path, monkeypatch, real_data, name):
     image = nib.load(real_data / name)
     hu = np.asarray(image.dataobj)
-    meta = {**META, "patch_size": [64, 96, 96]}
+    meta = META.model_copy(update={"patch_size": (64, 96, 96)})
     monkeypatch.setattr(predict, "load_segmenter", lambda run, device: (Bands(hu).eval(), meta))
     predict.run(config(real_data / name, tmp_path / "l.nii.gz", inference={"overlap": 0.1, "batch_size": 2}))
     found = nib.load(tmp_path / "l.nii.gz")
@@ -191,7 +193,8 @@ def test_wrong_use_is_one_clear_line(tmp_path, known, source, output, message):
 def test_from_the_command_line_with_a_real_run(tmp_path, monkeypatch, capsys):
     """Random weights from best.pt, a constant CT, one organ; exit codes 0 and 2."""
     settings = {"depths": [1, 1, 1, 1], "width": 4, "stage_strides": "late"}
-    meta = {**META, "door": "finetune", "encoder": settings, "num_outputs": 1, "task": "binary", "labels": {"lung": 2}}
+    meta = {**VALUES, "door": "finetune", "encoder": settings, "num_outputs": 1, "task": "binary"}
+    meta["labels"] = {"lung": 2}
     (tmp_path / "r").mkdir()
     model = Segmenter(Encoder(**settings), 1)
     write_state(tmp_path / "r/best.pt", {"model": model.state_dict(), "meta": meta})
@@ -253,7 +256,8 @@ def test_page_and_facts_beside_the_label_map(tmp_path, known):
 
 def test_a_ct_unlike_the_training_scans_is_noted(tmp_path, monkeypatch, capsys):
     data = {"spacing_mm": [[3, 0.5, 0.5], [3, 1, 1], [5, 2, 2]], "resampled_mm": None}
-    meta = META | {"data": data | {"mean_hu": [-400, -300], "std_hu": [400, 500]}}
+    data |= {"mean_hu": [-400, -300], "std_hu": [400, 500]}
+    meta = META.model_copy(update={"data": data})
     monkeypatch.setattr(predict, "load_segmenter", lambda run, device: (Bands(volume()).eval(), meta))
     write(tmp_path / "a.nii.gz", np.full(SHAPE, 1000, np.int16))
     predict.run(config(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"))

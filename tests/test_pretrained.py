@@ -27,6 +27,7 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.pages import probe_tables, run_folders
 from pgl_ray.sweep import checks, stages, stores
 from pgl_ray.train import formats, networks, weights
+from pgl_ray.train.records import CheckpointMeta
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "pgl_ray" / "pretrained").glob("*.safetensors"))
@@ -257,7 +258,7 @@ def test_probe_and_finetune_start_from_the_files_weights(index, capsys):
     random, _, _ = networks.build_finetuning(
         tuning(index, f"encoder={said['architecture']['encoder']}", init="random"), index
     )
-    assert meta["encoder"] == said["architecture"]["encoder"] and meta["init_level"] == said["last_trained_map"]
+    assert meta.encoder == said["architecture"]["encoder"] and meta.init_level == said["last_trained_map"]
     assert not report.mismatches() and report.init == INIT
     assert report.trained_on["hash"] == said["training_scans"]["hash"]
     assert json.loads(json.dumps(report.trained_on)) == report.trained_on  # run.json keeps it
@@ -275,9 +276,9 @@ def test_probe_and_finetune_start_from_the_files_weights(index, capsys):
 def test_a_run_that_has_begun_needs_the_name_no_more(index):
     _, meta, _ = networks.build_finetuning(tuning(index), index)
     model, again, report = networks.build_finetuning(
-        tuning(index, init="pretrained:gone"), index, json.loads(json.dumps(meta))
+        tuning(index, init="pretrained:gone"), index, CheckpointMeta(**meta.plain())
     )
-    assert report is None and again["encoder"] == meta["encoder"] and model.encoder.channels[0] > 0
+    assert report is None and again.encoder == meta.encoder and model.encoder.channels[0] > 0
 
 
 @pytest.mark.slow
@@ -464,7 +465,7 @@ def test_stages_that_were_not_trained_start_at_random(made, index, monkeypatch):
     encoder, folder = made
     monkeypatch.setattr(weights, "FOLDER", folder)
     model, meta, report = networks.build_finetuning(tuning(index, init="pretrained:run"), index)
-    assert meta["init_level"] == 3 and not report.mismatches()
+    assert meta.init_level == 3 and not report.mismatches()
     assert torch.equal(model.encoder.layer3[0].conv1.weight, encoder.layer3[0].conv1.weight)
     assert not torch.equal(model.encoder.layer4[0].conv1.weight, encoder.layer4[0].conv1.weight)
     assert probe.load("init", probing(index, "pretrained:run"), index, [], []).last == 3

@@ -331,8 +331,8 @@ def test_run_reads_a_checkpoint(planted, tmp_path):
         torch.save({"meta": meta, "model": weights}, tmp_path / name)
         assert probe.run(config(planted.store, init=str(tmp_path / name))).recall == result.recall
     assert {path.name for path in tmp_path.glob("*.json")} == {"one.pt.probe.json", "probe.json", "two.pt.probe.json"}
-    torch.save({"meta": meta | {"hu_window": [-500, 500]}, "model": weights}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match=r"trained with hu_window=\[-500, 500\]"):
+    torch.save({"meta": meta | {"hu_window": [-500.0, 500.0]}, "model": weights}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"trained with hu_window=\[-500.0, 500.0\]"):
         probe.run(config(planted.store, init=str(tmp_path)))
 
 

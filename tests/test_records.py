@@ -1,12 +1,17 @@
 """What the files of a run say: written as they always were, parsed once, refused in one line where they are damaged."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+import train_loop
+from test_weights import TINY, WINDOW
 
 from pgl_ray import config as c
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.pages import run_folders
-from pgl_ray.train import runs
+from pgl_ray.train import networks, runs, weights
 from pgl_ray.train.records import RunRecord
 
 
@@ -49,3 +54,72 @@ def test_a_damaged_run_json_is_one_line(tmp_path, text, message):
         with pytest.raises(ValueError, match=message) as error:
             read(tmp_path)
         assert str(error.value).startswith(f"{tmp_path / 'run.json'} is damaged") and "\n" not in str(error.value)
+
+
+# -- what a checkpoint says of its network ----------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_a_pretraining_says_it_in_plain_values(tmp_path):
+    """The keys are those of checkpoints that users have; torch.load takes plain values without running code."""
+    index = train_loop.scans(tmp_path / "s", num=2)
+    config = train_loop.pretraining(index, tmp_path / "r", max_steps=1, global_batch_size=1)
+    train_loop.train(config)
+    found = train_loop.state_of(config.run)["meta"]
+    assert found.pop("data")["num_scans"] == 2
+    assert found == {
+        "door": "pretrain",
+        "method": "pgl",
+        "encoder": json.loads(config.encoder.model_dump_json()),
+        "level": 4,
+        "hu_window": list(WINDOW),
+        "config": config.model_dump_json(),
+    }
+
+
+@pytest.mark.parametrize("spacing", [None, (3.0, 1.0, 1.5)])
+def test_a_checkpoint_of_a_fine_tuning_says_it_in_plain_values(spacing):
+    config = c.build(c.FinetuneConfig, {"index": "s", "run": "r", "encoder": TINY, "decoder": "light"})
+    index = SimpleNamespace(labels={"liver": 2, "spleen": 7}, hu_window=WINDOW, spacing_mm=spacing)
+    model, meta, _ = networks.build_finetuning(config, index)
+    assert (
+        json.loads(json.dumps(meta.plain()))
+        == meta.plain()
+        == {
+            "door": "finetune",
+            "encoder": model.encoder.settings,
+            "decoder": "light",
+            "hu_window": list(WINDOW),
+            "spacing_mm": spacing and list(spacing),
+            "labels": {"liver": 2, "spleen": 7},
+            "task": "multiclass",
+            "num_outputs": 3,
+            "patch_size": list(config.patch.size),
+            "init_level": 4,
+            "config": config.model_dump_json(),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hu_window": None}, "hu_window: "),
+        ({"hu_window": [1.0]}, "hu_window.1: Field required"),
+        ({"encoder": "resnet"}, "encoder: "),
+        ({"labels": [1]}, "labels: "),
+        ({"level": "deep"}, "level: "),
+    ],
+)
+def test_a_damaged_meta_is_one_line(tmp_path, changed, message):
+    encoder = {key: value for key, value in TINY.items() if key != "kind"}  # as before there were others
+    model = {f"online.encoder.{key}": value for key, value in build_encoder(**encoder).state_dict().items()}
+    meta = {"door": "pretrain", "encoder": encoder, "hu_window": list(WINDOW), "later": 1}
+    path = str(tmp_path / "run.pt")
+    torch.save({"model": model, "meta": meta, "step": 9}, path)
+    known = weights.load_encoder(path)[1]
+    assert (known.encoder, known.steps, known.level) == ({"kind": "resnet", **encoder}, 9, None)
+    torch.save({"model": model, "meta": meta | changed}, path)
+    for read in (weights.load_encoder, lambda path: weights.read(path, None, None)):
+        with pytest.raises(ValueError, match=f"checkpoint .* is damaged: {message}") as error:
+            read(path)
+        assert "\n" not in str(error.value)

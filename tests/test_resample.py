@@ -9,6 +9,7 @@ from pgl_ray import predict
 from pgl_ray.config import PredictConfig
 from pgl_ray.files.resample import onto_grid, resample
 from pgl_ray.files.scans import ScanFile
+from pgl_ray.train.records import CheckpointMeta
 
 AFFINE = np.array([[0, 0, -0.7, 10], [0, -0.8, 0, 20], [2.5, 0, 0, 30], [0, 0, 0, 1]])
 
@@ -73,10 +74,11 @@ def test_labels_come_back_to_the_ct_they_were_predicted_for(tmp_path, monkeypatc
         return (voxels > (voxels.min() + voxels.max()) / 2).astype(np.uint8)
 
     monkeypatch.setattr(predict, "segment", segment)
-    meta = {"hu_window": (-1000.0, 300.0), "labels": {"ball": 1}, "task": "multiclass", "patch_size": [16, 32, 32]}
+    values = {"labels": {"ball": 1}, "task": "multiclass", "patch_size": (16, 32, 32), "spacing_mm": spacing}
+    meta = CheckpointMeta(encoder={}, hu_window=(-1000.0, 300.0), **values)
     job = predict.Job(ScanFile("ct", tmp_path / "ct.nii.gz"), tmp_path / "out.nii.gz")
     config = PredictConfig(run="r", input=job.scan.source, output=str(job.target), viewer=False)
-    predict.predict_one(None, meta | {"spacing_mm": spacing}, job, "maker", config)
+    predict.predict_one(None, meta, job, "maker", config)
     assert seen == [resample(np.zeros((24, 50, 60), np.int16), None, AFFINE, spacing)[0].shape]
     written, true = nib.load(tmp_path / "out.nii.gz"), volume > 0
     assert written.shape == volume.shape and np.allclose(written.affine, np.diag([0.7, -0.8, 2.5, 1]))

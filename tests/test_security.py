@@ -60,7 +60,7 @@ def test_a_bomb_in_a_checkpoint(tmp_path, harm, zipped):
 
 def test_a_bomb_in_a_runs_pictures(tmp_path, harm, monkeypatch):
     monkeypatch.setattr(report, "_open", lambda index: (None, {}))
-    run = SimpleNamespace(path=tmp_path, config={"index": "s"}, name="r")
+    run = SimpleNamespace(path=tmp_path, record=SimpleNamespace(index="s"), name="r")
     np.savez(tmp_path / "views.npz", scan_id=np.array([Bomb(harm)], object))
     with pytest.raises(ValueError, match="allow_pickle"):
         report.view_pairs(run, 1)

@@ -110,7 +110,7 @@ def test_a_run_and_its_exported_file_give_the_same_encoder(runs, tmp_path, name,
         export.run(ExportConfig(run=str(folder / f"{name}.pt"), output=str(init)))
     model, meta, report = finetuning(init)
     random, _, _ = finetuning("random", *ENCODER)
-    assert meta["encoder"] == {"kind": "resnet"} | TINY and meta["init_level"] == (3 if name == "pgl" else 4)
+    assert meta.encoder == {"kind": "resnet"} | TINY and meta.init_level == (3 if name == "pgl" else 4)
     for key, value in model.state_dict().items():
         trained = key.startswith("encoder.") and not (name == "pgl" and "layer4" in key)
         own = given[name][prefix + key.removeprefix("encoder.")] if trained else random.state_dict()[key]
@@ -128,7 +128,7 @@ def test_another_encoder_than_the_papers(tmp_path):
     torch.save({"model": held, "meta": meta}, tmp_path / "pgl.pt")
     model, meta, report = finetuning(tmp_path / "pgl.pt")
     random, _, _ = finetuning("random", "encoder.kind=resenc", "encoder.depths=[1,1,1,1,1,1]", "encoder.width=4")
-    assert meta["encoder"] == settings and meta["init_level"] == 3 and not report.mismatches()
+    assert meta.encoder == settings and meta.init_level == 3 and not report.mismatches()
     for key, value in model.encoder.state_dict().items():
         trained = "stages.4" not in key and "stages.5" not in key
         own = held[f"online.encoder.{key}"] if trained else random.encoder.state_dict()[key]
@@ -141,7 +141,7 @@ def test_other_strides_are_refused_or_taken_on_request(runs):
     with pytest.raises(ValueError, match=r"'stage_strides': 'late'.*asks for.*'early'.*allow_partial=true"):
         finetuning(folder / "pgl.pt", *early)
     model, meta, report = finetuning(folder / "pgl.pt", *early, "allow_partial=true")
-    assert meta["encoder"]["stage_strides"] == "early" and not report.mismatches()
+    assert meta.encoder["stage_strides"] == "early" and not report.mismatches()
     stem = given["pgl"]["online.encoder.conv1.weight"]
     assert torch.equal(model.encoder.conv1.weight, stem)
 

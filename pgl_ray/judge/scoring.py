@@ -1,7 +1,7 @@
 """Segmentations of labelled scans, scored: what evaluation and the validation of a fine-tuning have in common."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,8 @@ class Scored(NamedTuple):
 
 def score_scans(
     model: Segmenter | LightSegmenter,
-    meta: dict[str, Any],
+    task: Literal["multiclass", "binary"],
+    patch_size: tuple[int, int, int],
     index: Index,
     records: list[ScanRecord],
     inference: InferenceConfig,
@@ -45,7 +46,8 @@ def score_scans(
 
     Args:
         model: in eval mode, on the device to compute on.
-        meta: "task", "patch_size" (D, H, W).
+        task: binary or multiclass, see `segment`.
+        patch_size: (D, H, W) of its windows.
         index: the store that the records belong to.
         records: labelled scans.
         inference: overlap and batch size of the windows, and the network's precision.
@@ -66,8 +68,8 @@ def score_scans(
             prediction = segment(
                 model,
                 normalise(volume, *scaling),
-                meta["patch_size"],
-                meta["task"],
+                patch_size,
+                task,
                 air=float(normalise(np.array(AIR), *scaling)),
                 overlap=inference.overlap,
                 batch_size=inference.batch_size,
@@ -83,6 +85,6 @@ def score_scans(
             prediction = onto_grid(prediction, stored, affine, reader.shape)
         target = lookup[reader.read(np.array([(0, size) for size in reader.shape]))]
         organs = {organ: values.index(v) + 1 for organ, v in index.labels.items() if v in record.labelled}
-        scores = organ_metrics(prediction, target, organs, affine[:3, :3], meta["task"], distances)
+        scores = organ_metrics(prediction, target, organs, affine[:3, :3], task, distances)
         rows = [{"scan_id": record.scan_id, "organ": organ, **score} for organ, score in scores.items()]
         yield Scored(record, prediction, affine, rows)

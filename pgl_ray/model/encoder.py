@@ -13,7 +13,7 @@ def build_encoder(
     width: int = 64,
     stage_strides: Literal["early", "late"] = "early",
 ) -> Encoder | ResEncoder:
-    """The network of an `EncoderConfig`'s fields, or of a checkpoint's meta["encoder"].
+    """The network of an `EncoderConfig`'s fields, or of `CheckpointMeta.encoder`.
 
     Args:
         kind: resnet, the paper's; resenc, nnU-Net's, which knows one way of strides.

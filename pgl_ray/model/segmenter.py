@@ -19,7 +19,7 @@ LIGHT_STRIDES = ((2, 4, 4), (4, 8, 8))  # of the maps that the light decoder tak
 def build_segmenter(
     encoder: Encoder | ResEncoder, num_outputs: int, decoder: Literal["paper", "light"] = "paper"
 ) -> "Segmenter | LightSegmenter":
-    """The network of a `FinetuneConfig`'s `decoder`, or of a checkpoint's meta["decoder"].
+    """The network of a `FinetuneConfig`'s `decoder`, or of `CheckpointMeta.decoder`.
 
     Args:
         encoder: owned by the network from now on.

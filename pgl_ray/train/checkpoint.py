@@ -18,6 +18,7 @@ import torch
 import pgl_ray
 from pgl_ray.data.durable import put_in_place
 from pgl_ray.train import run_paths
+from pgl_ray.train.records import CheckpointMeta, parse
 from pgl_ray.train.retry import retried
 from pgl_ray.train.run_files import MANIFEST, NAME, STATE, write_json
 
@@ -206,12 +207,13 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def state_of(run: str) -> dict[str, Any]:
-    """State of a run folder (its best or newest checkpoint), of a checkpoint folder, or of a .pt file."""
+    """State of a run folder (its best or newest checkpoint), of a checkpoint folder, or of a .pt file; its "meta" is a
+    `CheckpointMeta`."""
     state = read_state(file_of(run))
     meta = state.get("meta") if isinstance(state, dict) else None
     if not isinstance(meta, dict) or meta.get("door") not in PREFIX or "model" not in state:
         raise ValueError(f"{run} is no checkpoint of pgl_ray: give the folder of a pretrain or finetune run")
-    return state
+    return state | {"meta": parse(CheckpointMeta, meta | {"steps": state.get("step")}, f"checkpoint {run} is")}
 
 
 def file_of(run: str) -> Path:

@@ -14,6 +14,7 @@ from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter, build_segmenter
 from pgl_ray.prior import Geometry
 from pgl_ray.train import weights
+from pgl_ray.train.records import CheckpointMeta
 
 Net = Pgl | PlacesPgl | Byol | Genesis
 
@@ -68,14 +69,14 @@ def build_pretraining(config: PretrainConfig) -> tuple[Net, Geometry]:
 
 
 def build_finetuning(
-    config: FinetuneConfig, index: Labelled, begun: dict | None = None
-) -> tuple[Segmenter | LightSegmenter, dict, weights.Report | None]:
-    """The network at its initial weights, the meta dict of its checkpoints, and what was loaded, if anything.
+    config: FinetuneConfig, index: Labelled, begun: CheckpointMeta | None = None
+) -> tuple[Segmenter | LightSegmenter, CheckpointMeta, weights.Report | None]:
+    """The network at its initial weights, what its checkpoints say of it, and what was loaded, if anything.
 
     Args:
         config: of the run.
         index: of its scans.
-        begun: the meta dict of a checkpoint of this run: the network is that one's, `config.init` is not read and need
+        begun: what a checkpoint of this run says: the network is that one's, `config.init` is not read and need
             not be there any more, and the weights are to be filled in.
 
     Raises:
@@ -83,15 +84,16 @@ def build_finetuning(
     """
     settings, source = config.encoder.model_dump() if config.encoder else None, None
     if begun or config.init == "random":
-        encoder = build_encoder(**(begun["encoder"] if begun else settings or {}))
+        encoder = build_encoder(**(begun.encoder if begun else settings or {}))
     else:
         encoder, source = weights.read(config.init, settings, index.hu_window, config.allow_partial)
     num_outputs = len(index.labels) + (config.task == "multiclass")
     model = build_segmenter(encoder, num_outputs, config.decoder)
     init_kaiming_uniform(model, config.seed)
     loaded = weights.fill(model, weights.for_segmenter(source, model), config.allow_partial) if source else None
-    level = begun["init_level"] if begun else encoder.last
-    level = source.meta.get("level", level) if source else level
+    level = source.level if source else encoder.last
+    if begun and begun.init_level is not None:
+        level = begun.init_level
     if config.freeze:
         if level < len(encoder.channels) - 1:
             raise ValueError(
@@ -99,17 +101,17 @@ def build_finetuning(
                 f"the network reads stage {len(encoder.channels) - 1}, too, which would stay random: take freeze=false"
             )
         encoder.requires_grad_(False)
-    meta = {
-        "door": "finetune",
-        "encoder": encoder.settings,
-        "decoder": config.decoder,
-        "hu_window": list(index.hu_window),
-        "spacing_mm": index.spacing_mm and list(index.spacing_mm),
-        "labels": dict(index.labels),
-        "task": config.task,
-        "num_outputs": num_outputs,
-        "patch_size": list(config.patch.size),
-        "init_level": level,
-        "config": config.model_dump_json(),
-    }
+    meta = CheckpointMeta(
+        door="finetune",
+        encoder=encoder.settings,
+        decoder=config.decoder,
+        hu_window=index.hu_window,
+        spacing_mm=index.spacing_mm,
+        labels=index.labels,
+        task=config.task,
+        num_outputs=num_outputs,
+        patch_size=config.patch.size,
+        init_level=level,
+        config=config.model_dump_json(),
+    )
     return model, meta, loaded

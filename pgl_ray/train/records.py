@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from pgl_ray.train.run_files import RECORD, write_json
 
@@ -23,22 +23,22 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def parse(model: type[Model], values: Any, name: object) -> Model:
+def parse(model: type[Model], values: Any, subject: str) -> Model:
     """What was read from a file, as a record.
 
     Args:
         model: the record's class.
         values: plain values.
-        name: of what they were read from.
+        subject: of the error's sentence, with its verb: "FILE is".
 
     Raises:
-        ValueError: they are something else; one line.
+        ValueError: damaged; one line.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}".removeprefix(": ") for item in error.errors()]
-        raise ValueError(f"{name} is damaged: {'; '.join(faults)}") from None
+        raise ValueError(f"{subject} damaged: {'; '.join(faults)}") from None
 
 
 class RunStore(BaseModel):
@@ -108,7 +108,7 @@ class RunRecord(BaseModel):
             ValueError: damaged.
         """
         path = Path(run, RECORD)
-        return parse(cls, read_json(path), path)
+        return parse(cls, read_json(path), f"{path} is")
 
     def write(self, run: Path) -> None:
         """Writes run.json in one step."""
@@ -138,3 +138,49 @@ class RunRecord(BaseModel):
     def learning_rate(self) -> float:
         """The highest one."""
         return self.config["optim"]["lr"]
+
+
+def _with_kind(encoder: Any) -> Any:
+    """Before there were other encoders, the paper's was not named."""
+    return {"kind": "resnet", **encoder} if isinstance(encoder, dict) else encoder
+
+
+class CheckpointMeta(BaseModel):
+    """What a checkpoint says of its network: all that is needed to use the weights elsewhere.
+
+    Attributes:
+        door: that trained it, pretrain or finetune; "": an exported file.
+        method: of a pre-training: pgl, byol or genesis; "": not one, or not recorded.
+        encoder: settings, for `build_encoder`.
+        level: of a pre-training, number of the last map that was trained, the stages behind it were not; none: all.
+        hu_window: (low, high), HU, that voxels are clipped to.
+        data: of the training scans, `data.facts.training_facts`; {}: not recorded.
+        config: the door's, JSON.
+        steps: trained so far; none: not recorded. The checkpoint has it beside this.
+        decoder, task, num_outputs, labels, patch_size, spacing_mm: of a segmentation network: paper or light; binary
+            or multiclass; channels of its logits; organ -> label value; (D, H, W) of its windows; voxel size of a
+            resampled store in mm (D, H, W), or none.
+        init_level: of a segmentation network, number of the last map of its encoder that was pre-trained.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    door: str = ""
+    method: str = ""
+    encoder: Annotated[dict[str, Any], BeforeValidator(_with_kind)]
+    level: int | None = None
+    decoder: Literal["paper", "light"] = "paper"
+    hu_window: tuple[float, float]
+    spacing_mm: tuple[float, float, float] | None = None
+    labels: dict[str, int] = {}
+    task: Literal["multiclass", "binary"] = "multiclass"
+    num_outputs: int = 0
+    patch_size: tuple[int, int, int] | None = None
+    init_level: int | None = None
+    config: str = "{}"
+    data: dict[str, Any] = {}
+    steps: int | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As checkpoints hold it, which are read without running code."""
+        return self.model_dump(mode="json", exclude_unset=True)

@@ -18,48 +18,45 @@ from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter, build_segmenter
 from pgl_ray.train import checkpoint, run_paths
+from pgl_ray.train.records import CheckpointMeta, parse
 
 SHOWN = 3  # names of a kind that a line shows
 FOLDER = Path(__file__).parents[1] / "pretrained"  # of the weights that come with pgl_ray, each with its card
 
 
-def load_encoder(run: str) -> tuple[Encoder | ResEncoder, dict[str, Any]]:
+def load_encoder(run: str) -> tuple[Encoder | ResEncoder, CheckpointMeta]:
     """The online encoder of a pre-training run, or the encoder of a fine-tuned one.
 
     Args:
         run: run folder, checkpoint folder or .pt file.
 
     Returns:
-        The encoder on the CPU and the checkpoint's meta dict: "encoder" holds the settings, "steps" those trained, if
-        it is known.
+        The encoder on the CPU, and what the checkpoint says of it.
 
     Raises:
         ValueError: no checkpoint, or one of another architecture.
     """
     state = checkpoint.state_of(run)
-    meta = state["meta"]
-    meta["encoder"] = {"kind": "resnet", **meta["encoder"]}  # before there were others it was not named
-    meta["steps"] = state.get("step")
-    encoder = build_encoder(**meta["encoder"])
-    _fill(encoder, checkpoint.below(checkpoint.PREFIX[meta["door"]], state["model"]), run)
+    meta: CheckpointMeta = state["meta"]
+    encoder = build_encoder(**meta.encoder)
+    _fill(encoder, checkpoint.below(checkpoint.PREFIX[meta.door], state["model"]), run)
     return encoder, meta
 
 
-def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmenter | LightSegmenter, dict[str, Any]]:
+def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmenter | LightSegmenter, CheckpointMeta]:
     """The best segmentation network of a fine-tuning run, in eval mode.
 
     Returns:
-        The network on `device` and the meta dict: "hu_window", "labels" {name: value}, "task", "patch_size", "encoder",
-        "decoder".
+        The network on `device`, and what the checkpoint says of it.
 
     Raises:
         ValueError: not a fine-tuning run.
     """
     state = checkpoint.state_of(run)
-    meta = state["meta"]
-    if meta["door"] != "finetune":
-        raise ValueError(f"{run} is a {meta['door']} run: give a fine-tuning run")
-    model = build_segmenter(build_encoder(**meta["encoder"]), meta["num_outputs"], meta.get("decoder", "paper"))
+    meta: CheckpointMeta = state["meta"]
+    if meta.door != "finetune":
+        raise ValueError(f"{run} is a {meta.door} run: give a fine-tuning run")
+    model = build_segmenter(build_encoder(**meta.encoder), meta.num_outputs, meta.decoder)
     _fill(model, state["model"], run)
     return on.lay_out(model, torch.device(device)).eval(), meta
 
@@ -81,14 +78,16 @@ class Source:
         tensors: by the keys of the network that they are for.
         wanted: keys that the network should find among them.
         left_out: keys of the file that nothing starts from: heads, targets, classifiers, stages that were not trained.
-        meta: what the file says of itself: "encoder", "hu_window", "level", "data", ...; {} where it says nothing.
+        level: number of the encoder's last map that was trained.
+        meta: what the file says of itself; none: nothing.
     """
 
     init: str
     tensors: dict[str, Tensor]
     wanted: list[str]
     left_out: list[str]
-    meta: dict[str, Any]
+    level: int
+    meta: CheckpointMeta | None
 
 
 @dataclass(frozen=True)
@@ -146,19 +145,18 @@ def read(
         init: folder or .pt file of a run; pretrained:NAME; .safetensors as `export` writes it; .pth of plain tensors
             with the keys of MONAI's ResNets (MedicalNet's too), with or without a prefix such as "module.".
         settings: of the encoder; none: the file's own, and where it has none the default.
-        hu_window: of the scans that it will see; none: the file's own, in the tensors' `meta`.
+        hu_window: of the scans that it will see; none: the file's own.
         allow_partial: whether the file's encoder may have other settings.
 
     Raises:
         ValueError: no such file, another HU window, or another architecture.
     """
     file, meta = _read(init)
-    if hu_window is not None and "hu_window" in meta and list(meta["hu_window"]) != list(hu_window):
+    if hu_window is not None and meta and list(meta.hu_window) != list(hu_window):
         raise ValueError(
-            f"init={init} was trained with hu_window={list(meta['hu_window'])}, the index has {list(hu_window)}"
+            f"init={init} was trained with hu_window={list(meta.hu_window)}, the index has {list(hu_window)}"
         )
-    known = {"kind": "resnet", **meta["encoder"]} if "encoder" in meta else None  # runs of old do not name the kind
-    wanted, known = json.loads(json.dumps([settings, known]))
+    wanted, known = json.loads(json.dumps([settings, meta and meta.encoder]))
     if wanted and known and not allow_partial and wanted != known:
         raise ValueError(
             f"init={init} holds an encoder {known}, the config asks for {wanted}: leave encoder.* out, or take what "
@@ -173,13 +171,13 @@ def for_segmenter(source: Source, model: Segmenter | LightSegmenter) -> Source:
     paper's `Segmenter`, all of that but the head."""
     tensors = {f"encoder.{name}": value for name, value in source.tensors.items()}
     wanted, left_out = [f"encoder.{name}" for name in source.wanted], source.left_out
-    if source.meta.get("method") == "genesis" and "door" in source.meta and isinstance(model, Segmenter):
+    if source.meta and source.meta.method == "genesis" and isinstance(model, Segmenter):
         parts = ("aspp.", "ups.")
         restorer = checkpoint.below("online.", checkpoint.state_of(source.init)["model"])
         tensors |= {name: value for name, value in restorer.items() if name.startswith(parts)}
         wanted += [name for name in model.state_dict() if name.startswith(parts)]
         left_out = [name for name in left_out if not name.removeprefix("online.").startswith(parts)]
-    return Source(source.init, tensors, wanted, left_out, source.meta)
+    return Source(source.init, tensors, wanted, left_out, source.level, source.meta)
 
 
 def fill(module: nn.Module, source: Source, allow_partial: bool = False) -> Report:
@@ -198,7 +196,7 @@ def fill(module: nn.Module, source: Source, allow_partial: bool = False) -> Repo
         unexpected=[name for name in given if name not in own],
         other_shape=other_shape,
         left_out=source.left_out,
-        trained_on=source.meta.get("data") or {},
+        trained_on=source.meta.data if source.meta else {},
     )
     wrong = report.mismatches()
     if not report.loaded:
@@ -228,7 +226,7 @@ def locate(init: str | os.PathLike) -> Path:
     return files[init]
 
 
-def _read(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(init: str) -> tuple[dict[str, Tensor], CheckpointMeta | None]:
     """All tensors of a file by its own keys, and what it says of itself."""
     path = locate(init)
     if path.suffix == ".safetensors":
@@ -243,10 +241,10 @@ def _read(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = state.get("state_dict", state) if isinstance(state, dict) else None
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"init={init} is no checkpoint of pgl_ray and holds no tensors by name")
-    return tensors, {}
+    return tensors, None
 
 
-def _read_safetensors(init: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(init: str, path: Path) -> tuple[dict[str, Tensor], CheckpointMeta | None]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -259,32 +257,34 @@ def _read_safetensors(init: str, path: Path) -> tuple[dict[str, Tensor], dict[st
         mend = "; install pgl_ray again" if init.startswith(PRETRAINED) else ""
         raise ValueError(f"init={init} is damaged or no safetensors file: {error}{mend}") from None
     if not texts.get("made_by", "").startswith("pgl_ray "):
-        return tensors, {}
+        return tensors, None
     try:
         names = {"hu_window": "hu_window", "last_trained_map": "level", "architecture": "encoder"}
         names |= {"training_scans": "data"}
-        meta = {ours: json.loads(texts[theirs]) for theirs, ours in names.items() if theirs in texts}
-        meta["encoder"] = meta["encoder"]["encoder"]
-    except (ValueError, KeyError) as error:
+        values = {ours: json.loads(texts[theirs]) for theirs, ours in names.items() if theirs in texts}
+        values["encoder"] = values["encoder"]["encoder"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"init={init}: its metadata are damaged: {error}") from None
-    return tensors, meta
+    return tensors, parse(CheckpointMeta, values, f"init={init}: its metadata are")
 
 
-def _for_encoder(init: str, file: dict[str, Tensor], meta: dict[str, Any], encoder: Encoder | ResEncoder) -> Source:
+def _for_encoder(
+    init: str, file: dict[str, Tensor], meta: CheckpointMeta | None, encoder: Encoder | ResEncoder
+) -> Source:
     """The encoder's tensors of a file, by its names; those of stages that were not trained are left out."""
     own, last = list(encoder.state_dict()), encoder.last
-    encoder.stop_at(meta.get("level", last))
+    level = last if meta is None or meta.level is None else meta.level
+    encoder.stop_at(level)
     # ResEnc registers its layers twice
     named = encoder.named_parameters(remove_duplicate=False)
     frozen = [name for name, weight in named if not weight.requires_grad]
     encoder.stop_at(last)
     encoder.requires_grad_(True)
     out = ("fc.", *{f"{name.rpartition('.')[0]}." for name in frozen})  # MONAI's classifier, and untrained layers
-    door = meta.get("door")
-    prefix = checkpoint.PREFIX[door] if door else _prefix(file, own[0])
+    prefix = checkpoint.PREFIX[meta.door] if meta and meta.door else _prefix(file, own[0])
     tensors = {n: value for n, value in checkpoint.below(prefix, file).items() if not n.startswith(out)}
     left_out = [name for name in file if not name.startswith(prefix) or name.removeprefix(prefix) not in tensors]
-    return Source(init, tensors, [name for name in own if not name.startswith(out)], left_out, meta)
+    return Source(init, tensors, [name for name in own if not name.startswith(out)], left_out, level, meta)
 
 
 def _prefix(names: Iterable[str], first: str) -> str:
