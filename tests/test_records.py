@@ -11,6 +11,7 @@ from test_weights import TINY, WINDOW
 from pgl_ray import config as c
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.pages import run_folders
+from pgl_ray.sweep import sweeps
 from pgl_ray.train import networks, runs, weights
 from pgl_ray.train.records import RunRecord
 
@@ -123,3 +124,30 @@ def test_a_damaged_meta_is_one_line(tmp_path, changed, message):
         with pytest.raises(ValueError, match=f"checkpoint .* is damaged: {message}") as error:
             read(path)
         assert "\n" not in str(error.value)
+
+
+# -- a sweep's trial --------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_of_another_version_is_read(tmp_path):
+    """Of one that had no judge of its own yet, and with a key that this version has not."""
+    values = {"arm": "x", "finetune.optim.lr": 0.1}
+    known = {"values": values, "started": 5, "since": 7.5, "state": "done", "score": 0.5, "later": {}}
+    (tmp_path / "trial.json").write_text(json.dumps(known))
+    trial = sweeps.read_trial(tmp_path)
+    assert (trial.name, trial.folder, trial.values, trial.state) == (tmp_path.name, tmp_path, values, "done")
+    assert (trial.merit, trial.reports, trial.run("pretrain"), trial.started) == (0.5, [], None, 5)
+    sweeps.note(tmp_path, pretrain=str(tmp_path / "p"), took_s=3.5)
+    assert json.loads((tmp_path / "trial.json").read_text()) == known | {"pretrain": f"{tmp_path}/p", "took_s": 3.5}
+    assert sweeps.read_trial(tmp_path).run("pretrain") == tmp_path / "p"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "Expecting"), ('{"values": {}}', "state: Field"), ('{"state": 1, "values": {}}', "state: Input should be")],
+)
+def test_a_damaged_trial_is_one_line(tmp_path, text, message):
+    (tmp_path / "trial.json").write_text(text)
+    with pytest.raises(ValueError, match=f"trial.json is damaged: {message}") as error:
+        sweeps.read_trial(tmp_path)
+    assert "\n" not in str(error.value)

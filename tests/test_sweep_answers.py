@@ -18,8 +18,8 @@ ARMS = {"random": {"finetune.init": "random"}, "pgl": {}}
 
 def trial_of(score, state="done", judge="val/dice", folder=Path("/none"), error=None, **values):
     values = {key.replace("__", "."): value for key, value in values.items()}
-    record = {"judge": judge, "state": state}
-    return sweeps.Trial(f"t{score}", folder, values, state, "pretrain", error, score, [], record)
+    facts = {"values": values, "state": state, "stage": "pretrain", "error": error, "judge": judge, "score": score}
+    return sweeps.Trial(name=f"t{score}", folder=folder, **facts)
 
 
 def config_of(space=None, judge="val/dice", arms=None):
@@ -148,9 +148,8 @@ def test_speed_is_that_of_the_trainings(tmp_path):
     (run / "run.json").write_text(json.dumps({"door": "pretrain", "config": values, "versions": {"torch": "2"}}))
     rows = [{"step": k, "time_s": k, "train/pairs_per_s": 9.0, "data/wait_share": 0.7} for k in range(1, 5)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shared = [trial_of(score, pretrain__optim__lr=score) for score in (0.1, 0.2)]
-    for trial in shared:
-        trial.record["pretrain"] = str(run)
+    trials = [trial_of(score, pretrain__optim__lr=score) for score in (0.1, 0.2)]
+    shared = [trial.model_copy(update={"pretrain": str(run)}) for trial in trials]
     (line,) = sweep_answers.of_sweep(config_of(LR), shared, None, [])[2].lines
     assert line.verdict == speeds.DATA and "3 rows" in line.text  # once, though two trials share it
     (line,) = sweep_answers.of_sweep(config_of(LR), [], None, [])[2].lines

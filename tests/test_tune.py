@@ -677,7 +677,7 @@ def test_a_continued_trial_replaces_what_it_reports_again(tmp_path):
     sweeps.end(tmp_path, "failed", "its process was ended")
     found = sweeps.read_trial(tmp_path)
     assert found.reports == [(10, 0.1), (20, 0.25)] and found.score == 0.25
-    assert found.title == "x, lr 0.01235" and 9 <= found.record["took_s"] < 60
+    assert found.title == "x, lr 0.01235" and 9 <= found.took_s < 60
     assert "stopped in" in sweeps.table([found])
     sweeps.note(tmp_path, judged_from=100)
     assert sweeps.read_trial(tmp_path).score is None  # the first judge's figure is no score

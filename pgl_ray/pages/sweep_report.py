@@ -92,25 +92,25 @@ def _row(trial: Trial, judges: list[str]) -> dict[str, Any]:
         "pretrain_s": f"{cost['pretrain_s']:.0f}",
         "finetune_s": f"{cost['finetune_s']:.0f}",
         "gpu_hours": f"{cost['gpu_hours']:.2f}",
-        "pretrain": Path(trial.record["pretrain"]).name if trial.record.get("pretrain") else "–",
+        "pretrain": Path(trial.pretrain).name if trial.pretrain else "–",
         "error": trial.error or "",
     }
 
 
 def _first(trial: Trial) -> float | None:
     """What the first judge said last, in pre-training."""
-    found = [value for progress, value in trial.reports if progress <= trial.record.get("judged_from", 0)]
+    found = [value for progress, value in trial.reports if progress <= trial.judged_from]
     return found[-1] if found else None
 
 
 def _totals(trials: list[Trial]) -> str:
     """What the sweep cost, each shared pre-training once."""
-    alone = {trial.record.get("pretrain") or trial.name: sweeps.cost(trial) for trial in trials}
+    alone = {trial.pretrain or trial.name: sweeps.cost(trial) for trial in trials}
     pairs, pretrain_s = (sum(cost[key] for cost in alone.values()) for key in ("pairs", "pretrain_s"))
     every = [sweeps.cost(trial) for trial in trials]
     patches, finetune_s = (sum(cost[key] for cost in every) for key in ("patches", "finetune_s"))
     gpu_s = sum(cost["pretrain_gpu_s"] for cost in alone.values()) + sum(cost["finetune_gpu_s"] for cost in every)
-    num = len({trial.record["pretrain"] for trial in trials if trial.record.get("pretrain")})
+    num = len({trial.pretrain for trial in trials if trial.pretrain})
     return (
         f"{num} pre-trainings with {pairs:,} view pairs in {pretrain_s / 60:.1f} min and {len(trials)} trials with "
         f"{patches:,} patches in {finetune_s / 60:.1f} min: {gpu_s / 3600:.2f} GPU-hours."
@@ -148,7 +148,7 @@ def _figures(config: dict[str, Any], trials: list[Trial]) -> dict[str, Any]:
     parallel = figures.to_svg(sweep_plots.parallel_coordinates(axes, scores, ended, judge, merits)) if axes else ""
     lines = []
     for trial in trials:
-        reports = [point for point in trial.reports if point[0] > trial.record.get("judged_from", 0)]
+        reports = [point for point in trial.reports if point[0] > trial.judged_from]
         points = [*reports, *([(_end(config), trial.score)] if trial.state == "done" else [])]
         lines.append((*([list(part) for part in zip(*points)] or [[], []]), trial.state == "done"))
     middles = [means(axis, scores, ended) for axis in axes]

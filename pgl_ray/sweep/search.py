@@ -100,7 +100,7 @@ def make_scheduler(config: TuneConfig, done: list[sweeps.Trial]) -> Any:
             stub = SimpleNamespace(trial_id=trial.name)
             asha.on_trial_add(None, stub)
             for progress, score in trial.reports:
-                figure = config.first_judge if progress <= trial.record.get("judged_from", 0) else config.judge
+                figure = config.first_judge if progress <= trial.judged_from else config.judge
                 asha.on_trial_result(None, stub, {"progress": progress, "score": sweeps.merit(figure, score)})
         return asha
     if chosen.kind == "pbt":

@@ -11,12 +11,12 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
 
 from pgl_ray.config import TuneConfig
 from pgl_ray.data.durable import put_in_place, write_aside
@@ -27,7 +27,7 @@ from pgl_ray.pages.tables import probe_values
 from pgl_ray.train.health import verdict
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.progress import clock
-from pgl_ray.train.records import RunRecord, read_json
+from pgl_ray.train.records import RunRecord, parse, read_json
 from pgl_ray.train.run_files import RECORD, write_json
 
 SWEEP = "sweep.json"
@@ -41,30 +41,44 @@ PROBE = next(iter(FIGURES))
 WORST_MM = 1e4  # stands for the error of what failed
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A trial as its folder says.
+class Trial(BaseModel):
+    """A trial as its folder says: trial.json, and its reports.
 
     Attributes:
         name, folder: of the trial.
         values: its point of the space, and its arm.
         state: running (or interrupted), done, stopped (by the scheduler), collapsed, failed.
+        started, since: when it began first and last, s since 1970.
+        took_s: of its starts that have ended.
         stage: the last that began.
         error: of a failed or collapsed one.
+        judge: names the judged figure.
+        judged_from: percent of the judged stages up to which the first judge reports another figure.
         score: the judged figure; of one that is not done, the best on the way.
-        reports: (percent of the judged stages, score).
-        record: trial.json; its "judge" names the judged figure.
+        reports: (percent of the judged stages, figure).
+        pretrain, finetune: folders of its trainings, as far as they began.
+        pretrain_gpus, finetune_gpus: that these take.
     """
+
+    model_config = ConfigDict(frozen=True)
 
     name: str
     folder: Path
     values: dict[str, Any]
     state: str
-    stage: str
-    error: str | None
-    score: float | None
-    reports: list[tuple[int, float]]
-    record: dict[str, Any]
+    started: float = 0.0
+    since: float = 0.0
+    took_s: float = 0.0
+    stage: str = ""
+    error: str | None = None
+    judge: str | None = None
+    judged_from: int = 0
+    score: float | None = None
+    reports: list[tuple[int, float]] = []
+    pretrain: str | None = None
+    finetune: str | None = None
+    pretrain_gpus: float = 0.0
+    finetune_gpus: float = 0.0
 
     @property
     def title(self) -> str:
@@ -74,7 +88,7 @@ class Trial:
     @property
     def merit(self) -> float:
         """Its score as something to maximise."""
-        return merit(self.record.get("judge"), self.score)
+        return merit(self.judge, self.score)
 
     @property
     def ending(self) -> str:
@@ -83,7 +97,8 @@ class Trial:
 
     def run(self, stage: str) -> Path | None:
         """Folder of its pre-training or fine-tuning, as far as it began."""
-        return Path(self.record[stage]) if self.record.get(stage) else None
+        place = {"pretrain": self.pretrain, "finetune": self.finetune}[stage]
+        return Path(place) if place else None
 
 
 def judged(trials: Iterable[Trial]) -> list[Trial]:
@@ -181,11 +196,9 @@ def note(folder: Path, **facts: Any) -> None:
 def end(folder: Path, state: str, error: str | None, score: float | None = None) -> None:
     """Notes how a trial ended, and how long it ran. The first to say so is right: while the process of a stopped trial
     ends, the trial may fail."""
-    record = read_json(folder / "trial.json")
-    if record["state"] != "running":
-        return
-    took = record.get("took_s", 0.0) + time.time() - record["since"]
-    note(folder, state=state, error=error, score=score, took_s=took)
+    trial = read_trial(folder)
+    if trial and trial.state == "running":
+        note(folder, state=state, error=error, score=score, took_s=trial.took_s + time.time() - trial.since)
 
 
 def add_report(folder: Path, progress: int, score: float) -> None:
@@ -204,21 +217,19 @@ def read_trial(folder: Path) -> Trial | None:
     path = folder / "trial.json"
     if not path.exists():
         return None
-    record = read_json(path)
     lines = (folder / "reports.jsonl").read_text().splitlines() if (folder / "reports.jsonl").exists() else []
-    reports = [tuple(json.loads(line)) for line in lines]
-    score = record.get("score")
-    judged = [value for progress, value in reports if progress > record.get("judged_from", 0)]
-    if score is None and judged and record["state"] != "collapsed":
-        score = judged[-1]  # what the first judge said is another figure
-    facts = (record["state"], record.get("stage", ""), record.get("error"), score, reports, record)
-    return Trial(folder.name, folder, record["values"], *facts)
+    place = {"name": folder.name, "folder": folder, "reports": [json.loads(line) for line in lines]}
+    trial = parse(Trial, read_json(path) | place, f"{path} is")
+    judged = [value for progress, value in trial.reports if progress > trial.judged_from]
+    if trial.score is None and judged and trial.state != "collapsed":
+        return trial.model_copy(update={"score": judged[-1]})  # what the first judge said is another figure
+    return trial
 
 
 def read_trials(folder: Path) -> list[Trial]:
     """All trials of a sweep that began, in the order in which they did."""
     found = [read_trial(path) for path in (folder / "trials").glob("*")]
-    return sorted((trial for trial in found if trial), key=lambda trial: trial.record["started"])
+    return sorted((trial for trial in found if trial), key=lambda trial: trial.started)
 
 
 def collapsed(run: str) -> str | None:
@@ -238,13 +249,14 @@ def cost(trial: Trial) -> dict[str, float]:
     full in each trial that used it."""
     spent = {"pairs": 0, "patches": 0, "pretrain_s": 0.0, "finetune_s": 0.0}
     gpu_s = {"pretrain_gpu_s": 0.0, "finetune_gpu_s": 0.0}
-    for stage, unit in (("pretrain", "pairs"), ("finetune", "patches")):
+    stages = ("pretrain", "pairs", trial.pretrain_gpus), ("finetune", "patches", trial.finetune_gpus)
+    for stage, unit, gpus in stages:
         run = trial.run(stage)
         rows = read_metrics(run) if run else []
         if rows:
             batch = RunRecord.read(run).config["global_batch_size"]
             spent |= {unit: int(rows[-1]["step"]) * batch, f"{stage}_s": duration_s(rows)}
-            gpu_s[f"{stage}_gpu_s"] = duration_s(rows) * trial.record.get(f"{stage}_gpus", 0.0)
+            gpu_s[f"{stage}_gpu_s"] = duration_s(rows) * gpus
     return spent | gpu_s | {"gpu_hours": sum(gpu_s.values()) / 3600}
 
 
@@ -271,7 +283,7 @@ def write_table(folder: Path) -> None:
         row |= {"probe": said.get("voxels"), "test_dice": evaluation(trial).get("dice"), **cost(trial)}
         others = {figure.split("/")[1]: judge for figure, judge in FIGURES.items() if judge != "voxels"}
         row |= {name: said[judge] for name, judge in others.items() if judge in said}
-        row |= {"pretrain": trial.record.get("pretrain"), "finetune": trial.record.get("finetune")}
+        row |= {"pretrain": trial.pretrain, "finetune": trial.finetune}
         rows.append(row | {"error": trial.error, **plain_values(trial), "values": json.dumps(trial.values)})
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     path = folder / "trials.parquet"
@@ -313,9 +325,9 @@ def counts(found: list[Trial], num: int, room: int = 1) -> str:
     """A line about the whole sweep: how the trials of `num` ended, and how long the rest takes, `room` at a time."""
     ended = {state: num for state, num in num_by_state(found).items() if state != "running"}
     text = ", ".join(f"{count} {state}" for state, count in ended.items() if count) or "0 done"
-    took = [trial.record["took_s"] for trial in found if trial.state in ENDED]
+    took = [trial.took_s for trial in found if trial.state in ENDED]
     rest = num - sum(ended.values())
-    now = sum(time.time() - trial.record["since"] for trial in found if trial.state == "running")
+    now = sum(time.time() - trial.since for trial in found if trial.state == "running")
     if took and rest > 0:
         text += f"; about {clock(max(0.0, rest * sum(took) / len(took) - now) / room)} left"
     return f"  {text}, of {num}"
