@@ -176,12 +176,12 @@ def test_the_second_of_two_equal_pretrainings_waits(tmp_path, monkeypatch):
 
     def second():
         inside.wait(10)
-        with trial.alone(str(tmp_path / "pretrain" / "a")):
+        with trial.locked(str(tmp_path / "pretrain" / "a")):
             order.append("second")
 
     thread = threading.Thread(target=second)
     thread.start()
-    with trial.alone(str(tmp_path / "pretrain" / "a")):
+    with trial.locked(str(tmp_path / "pretrain" / "a")):
         inside.set()
         thread.join(0.3)
         order.append("first")

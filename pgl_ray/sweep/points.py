@@ -40,7 +40,7 @@ def draw(config: TuneConfig) -> list[Point]:
     rng = np.random.RandomState(config.seed)
     grids = {key: verbs["grid_search"] for key, verbs in config.space.items() if "grid_search" in verbs}
     axes = [*grids.values(), list(config.arms)] if config.arms else list(grids.values())
-    found = {}
+    points = {}
     for _ in range(config.num_trials):
         for point in itertools.product(*axes):
             values = {"arm": point[-1]} if config.arms else {}
@@ -50,8 +50,8 @@ def draw(config: TuneConfig) -> list[Point]:
                     drawn = domain(verbs).sample(random_state=rng)
                     values[key] = decoded(drawn.item() if isinstance(drawn, np.generic) else drawn)
             trial = Point(name_of(values), values)
-            found.setdefault(trial.name, trial)
-    return list(found.values())
+            points.setdefault(trial.name, trial)
+    return list(points.values())
 
 
 def domain(verbs: dict[str, list[Any]]) -> Any:

@@ -23,17 +23,17 @@ def take_over(folder: Path, values: dict[str, Any], config: FinetuneConfig) -> F
     """
     from ray import tune
 
-    found = tune.get_checkpoint()
-    if not found:
+    handed = tune.get_checkpoint()
+    if not handed:
         return config
-    with found.as_directory() as place:
-        told = {**json.loads(Path(place, "source.json").read_text()), "lr": config.optim.lr}
+    with handed.as_directory() as place:
+        source = {**json.loads(Path(place, "source.json").read_text()), "lr": config.optim.lr}
     noted = folder / "taken_over.json"
-    if told["name"] == folder.name or (noted.exists() and json.loads(noted.read_text()) == told):
+    if source["name"] == folder.name or (noted.exists() and json.loads(noted.read_text()) == source):
         return config
-    if fork(folder.parent / told["name"] / "finetune", Path(config.run), config):
+    if fork(folder.parent / source["name"] / "finetune", Path(config.run), config):
         sweeps.note(folder, values=values)
-        write_json(noted, told)
+        write_json(noted, source)
         return config
     if not Path(config.run, RECORD).exists():
         return config
@@ -47,15 +47,15 @@ def fork(source: Path, target: Path, config: FinetuneConfig) -> bool:
     Returns:
         False where the source has no checkpoint yet; the target stays as it is.
     """
-    found = checkpoint.committed(source)
-    if not found:
+    newest = checkpoint.committed(source)
+    if not newest:
         return False
     try:
-        state = checkpoint.read_state(found[0] / STATE)
+        state = checkpoint.read_state(newest[0] / STATE)
     except ValueError:  # a newer one took its place just now
-        found = checkpoint.committed(source)
-        state = checkpoint.read_state(found[0] / STATE)
-    place, step = found
+        newest = checkpoint.committed(source)
+        state = checkpoint.read_state(newest[0] / STATE)
+    place, step = newest
     aside = target.with_name(target.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

@@ -16,35 +16,37 @@ def room_for(config: TuneConfig, trials: list[Point]) -> int:
     Raises:
         ValueError: the cluster is too small for one, or for max_concurrent of them; says what it has.
     """
-    here = nodes.cluster()
-    cpus, gpus = here.limit("CPU"), here.limit("GPU")
+    cluster = nodes.cluster()
+    cpus, gpus = cluster.limit("CPU"), cluster.limit("GPU")
     points = [trial.values for trial in trials] or [{}]
     configs = [one for values in points for one in stage_configs(config, values, Path(config.run)).values()]
     trains, needs, fit = {one.train for one in configs if hasattr(one, "train")} or {TrainConfig()}, [], []
     for train in trains:
         on_gpu, num = nodes.check_resources(train), nodes.least(train)[1]
         needs.append((_cpus(train), train.num_workers * train.gpus_per_worker if on_gpu else 0))
-        fit.append(here.room(nodes.needs(train, on_gpu)) // num)  # node by node
+        fit.append(cluster.room(nodes.needs(train, on_gpu)) // num)  # node by node
     cpus_each, gpus_each = (max(need) for need in zip(*needs))
     room = int(min(cpus / cpus_each, gpus / gpus_each if gpus_each else math.inf, *fit))
-    if here.unknown:
+    if cluster.unknown:
         room = max(1, room, config.max_concurrent or 0)
     if config.max_concurrent and config.max_concurrent > room:
         raise ValueError(
             f"max_concurrent={config.max_concurrent} trials of {cpus_each:g} CPUs and {gpus_each:g} GPUs each do not "
-            f"fit, {here.in_words()}: at most {room}"
+            f"fit, {cluster.in_words()}: at most {room}"
         )
     if config.scheduler.kind == "pbt":
         if room < len(trials):
             needs = f"{len(trials) * cpus_each:g} CPUs and {len(trials) * gpus_each:g} GPUs"
-            mend = "raise the autoscaler's maximum" if here.grows else "let them share a machine's cores by a higher "
-            mend += "" if here.grows else "ray.num_cpus"
+            mend = (
+                "raise the autoscaler's maximum" if cluster.grows else "let them share a machine's cores by a higher "
+            )
+            mend += "" if cluster.grows else "ray.num_cpus"
             raise ValueError(
-                f"scheduler.kind=pbt runs its {len(trials)} trials together: they need {needs}, {here.in_words()}: "
+                f"scheduler.kind=pbt runs its {len(trials)} trials together: they need {needs}, {cluster.in_words()}: "
                 f"lower num_trials, or {mend}"
             )
         return len(trials)
-    if not here.others and not here.grows:  # a local cluster may count more CPUs than the machine has
+    if not cluster.others and not cluster.grows:  # a local cluster may count more CPUs than the machine has
         room = min(room, int((os.cpu_count() or 1) / cpus_each)) if not gpus_each else room
     return config.max_concurrent or max(1, room)
 

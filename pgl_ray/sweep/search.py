@@ -64,8 +64,8 @@ def fit(
 
 def _as_continued(folder: Path, trial: Point) -> dict[str, Any]:
     """A trial as Tune sees it; one that pbt has changed goes on as it was."""
-    found = sweeps.read_trial(folder / "trials" / trial.name)
-    return {"name": trial.name, "values": found.values if found else trial.values}
+    begun = sweeps.read_trial(folder / "trials" / trial.name)
+    return {"name": trial.name, "values": begun.values if begun else trial.values}
 
 
 def make_optuna(config: TuneConfig, begun: list[sweeps.Trial], again: int = 0) -> Any:
@@ -118,7 +118,7 @@ def _callback(config: TuneConfig, folder: Path, num: int, room: int) -> Any:
 
     class Table(tune.Callback):
         def __init__(self) -> None:
-            self.shown, self.looked, self.before = time.monotonic(), -math.inf, None
+            self.printed, self.looked, self.before = time.monotonic(), -math.inf, None
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             _ended(config, folder, trial, "stopped", None)
@@ -130,15 +130,15 @@ def _callback(config: TuneConfig, folder: Path, num: int, room: int) -> Any:
             if time.monotonic() - self.looked < LOOK_S:
                 return
             self.looked = time.monotonic()
-            found = {trial.name: trial for trial in sweeps.read_trials(folder)}
-            states = {trial.name: trial.state for trial in found.values()}
+            known = {trial.name: trial for trial in sweeps.read_trials(folder)}
+            states = {trial.name: trial.state for trial in known.values()}
             new = {name for name, state in states.items() if (self.before or {}).get(name) != state}
-            due = time.monotonic() - self.shown > SHOW_S
-            shown = [t for t in found.values() if (t.name in new and self.before is not None) or t.state == "running"]
-            if shown and (new or due):
-                print(sweeps.table(shown, head=self.before is None or not any(self.before.values())), flush=True)
-                print(sweeps.counts(list(found.values()), num, room), flush=True)
-                self.shown = time.monotonic()
+            due = time.monotonic() - self.printed > SHOW_S
+            listed = [t for t in known.values() if (t.name in new and self.before is not None) or t.state == "running"]
+            if listed and (new or due):
+                print(sweeps.table(listed, head=self.before is None or not any(self.before.values())), flush=True)
+                print(sweeps.counts(list(known.values()), num, room), flush=True)
+                self.printed = time.monotonic()
             self.before = states
 
     return Table()

@@ -37,24 +37,24 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
     """
     overrides = dict(config.arms.get(values.get("arm"), {}))
     overrides |= {name: value for key, value in values.items() if key != "arm" for name in dotted(key)}
-    found = {stage: stage_config(config, stage, overrides, folder) for stage in STAGES}
-    tuning, shared = found["finetune"], found["pretrain"]
+    configs = {stage: stage_config(config, stage, overrides, folder) for stage in STAGES}
+    tuning, shared = configs["finetune"], configs["pretrain"]
     if tuning and ("init" in (config.base_finetune or {}) or "finetune.init" in overrides):
-        shared = found["pretrain"] = None
+        shared = configs["pretrain"] = None
     if not tuning and "probe.init" in overrides:
-        shared = found["pretrain"] = None
+        shared = configs["pretrain"] = None
     init = tuning.init if tuning else overrides.get("probe.init", "random")
     if shared:
         _check_geometry(shared.method, shared.encoder, shared.views.size, shared.align.output_stride)
         same = shared.model_dump(mode="json", exclude={"run", "ray", "health", "probe"})
         init = str(Path(config.run).absolute() / "pretrain" / hash_of(same)[:12])
-        found["pretrain"] = shared.model_copy(update={"run": init})
-    if found["probe"]:
-        found["probe"] = found["probe"].model_copy(update={"init": init, "output": str(folder / "probe.json")})
+        configs["pretrain"] = shared.model_copy(update={"run": init})
+    if configs["probe"]:
+        configs["probe"] = configs["probe"].model_copy(update={"init": init, "output": str(folder / "probe.json")})
     if tuning:
-        kept = {"encoder": shared.encoder} if shared else {}  # the pre-training's, whatever was swept
-        found["finetune"] = tuning.model_copy(update={"init": init} | kept)
-    return {stage: stage_config for stage, stage_config in found.items() if stage_config}
+        changes = {"encoder": shared.encoder} if shared else {}  # the pre-training's, whatever was swept
+        configs["finetune"] = tuning.model_copy(update={"init": init} | changes)
+    return {stage: stage_config for stage, stage_config in configs.items() if stage_config}
 
 
 def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], folder: Path) -> Section | None:

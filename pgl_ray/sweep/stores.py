@@ -55,10 +55,10 @@ def _evaluated(config: EvaluateConfig, index: Index) -> list[ScanRecord]:
     Raises:
         ValueError: none.
     """
-    found = index.labelled(config.split)[: config.num_scans]
-    if not found:
+    records = index.labelled(config.split)[: config.num_scans]
+    if not records:
         raise ValueError(f"index={config.index} has no labelled scan in split={config.split!r}")
-    return found
+    return records
 
 
 def _overlap(pool: Index, plan: stream.Plan, tested: list[ScanRecord]) -> list[str]:

@@ -109,8 +109,8 @@ def judged(trials: Iterable[Trial]) -> list[Trial]:
 
 def num_by_state(trials: Iterable[Trial]) -> dict[str, int]:
     """State -> how many trials are in it, of all states."""
-    found = Counter(trial.state for trial in trials)
-    return {state: found[state] for state in (*ENDED, "failed", "running")}
+    numbers = Counter(trial.state for trial in trials)
+    return {state: numbers[state] for state in (*ENDED, "failed", "running")}
 
 
 def merit(figure: str | None, value: float | None) -> float:
@@ -166,11 +166,11 @@ def check_same(config: TuneConfig, folder: Path) -> None:
     wanted = json.loads(config.model_dump_json())
     path = folder / SWEEP
     if path.exists():
-        found = json.loads(path.read_text())
+        earlier = json.loads(path.read_text())
         fixed = ["index", "judge", *(key for key in wanted if key.startswith("base_"))]
-        changed = [key for key in fixed if found.get(key) != wanted[key]]
-        both = set(found["arms"]) & set(wanted["arms"])
-        changed += [f"arms.{arm}" for arm in sorted(both) if wanted["arms"][arm] != found["arms"][arm]]
+        changed = [key for key in fixed if earlier.get(key) != wanted[key]]
+        both = set(earlier["arms"]) & set(wanted["arms"])
+        changed += [f"arms.{arm}" for arm in sorted(both) if wanted["arms"][arm] != earlier["arms"][arm]]
         if changed:
             raise ValueError(
                 f"run={config.run} is a sweep with another {', '.join(changed)} (sweep.json there): choose another "
@@ -205,8 +205,8 @@ def add_report(folder: Path, progress: int, score: float) -> None:
     """Adds to a trial's reports.jsonl; what a continued trial reports again replaces what stood there."""
     path = folder / "reports.jsonl"
     lines = path.read_text().splitlines(True) if path.exists() else []
-    kept = [line for line in lines if json.loads(line)[0] < progress]
-    write_aside(path, "".join([*kept, json.dumps([progress, score]) + "\n"]).encode())
+    earlier = [line for line in lines if json.loads(line)[0] < progress]
+    write_aside(path, "".join([*earlier, json.dumps([progress, score]) + "\n"]).encode())
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -228,8 +228,8 @@ def read_trial(folder: Path) -> Trial | None:
 
 def read_trials(folder: Path) -> list[Trial]:
     """All trials of a sweep that began, in the order in which they did."""
-    found = [read_trial(path) for path in (folder / "trials").glob("*")]
-    return sorted((trial for trial in found if trial), key=lambda trial: trial.started)
+    trials = [read_trial(path) for path in (folder / "trials").glob("*")]
+    return sorted((trial for trial in trials if trial), key=lambda trial: trial.started)
 
 
 def collapsed(run: str) -> str | None:
@@ -264,8 +264,8 @@ def evaluation(trial: Trial) -> dict[str, Any]:
     """The evaluation's means over organs; none without one."""
     run = trial.run("finetune")
     path = run / "evaluation" / "summary.json" if run else None
-    found = read_json(path) if path and path.exists() else {}
-    return {key: found[key] for key in ("dice", "iou", "hd_mm", "hd95_mm") if found.get(key) is not None}
+    summary = read_json(path) if path and path.exists() else {}
+    return {key: summary[key] for key in ("dice", "iou", "hd_mm", "hd95_mm") if summary.get(key) is not None}
 
 
 def probed(folder: Path) -> dict[str, float]:
@@ -279,10 +279,10 @@ def write_table(folder: Path) -> None:
     rows = []
     for trial in read_trials(folder):
         row = {"trial": trial.name, "state": trial.state, "stage": trial.stage, "score": trial.score}
-        said = probed(trial.folder)
-        row |= {"probe": said.get("voxels"), "test_dice": evaluation(trial).get("dice"), **cost(trial)}
+        scores = probed(trial.folder)
+        row |= {"probe": scores.get("voxels"), "test_dice": evaluation(trial).get("dice"), **cost(trial)}
         others = {figure.split("/")[1]: judge for figure, judge in FIGURES.items() if judge != "voxels"}
-        row |= {name: said[judge] for name, judge in others.items() if judge in said}
+        row |= {name: scores[judge] for name, judge in others.items() if judge in scores}
         row |= {"pretrain": trial.pretrain, "finetune": trial.finetune}
         rows.append(row | {"error": trial.error, **plain_values(trial), "values": json.dumps(trial.values)})
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
@@ -310,10 +310,10 @@ def _column(values: list[Any]) -> pa.Array:
 # -- the progress table -----------------------------------------------------------------------------------------------
 
 
-def table(shown: list[Trial], head: bool = True) -> str:
+def table(trials: list[Trial], head: bool = True) -> str:
     """Trial, settings, stage, best figure and time left of its stage, a line each, under a head."""
     lines = [f"{'trial':<10}{'stage':<20}{'best':>9}{'left':>9}  settings"] if head else []
-    for trial in shown:
+    for trial in trials:
         stage, left = _where(trial)
         score = "-" if trial.score is None else f"{trial.score:.4f}"
         lines.append(f"{trial.name:<10}{stage:<20}{score:>9}{left:>9}  {trial.title}")
@@ -321,13 +321,13 @@ def table(shown: list[Trial], head: bool = True) -> str:
     return "\n".join(lines)
 
 
-def counts(found: list[Trial], num: int, room: int = 1) -> str:
+def counts(trials: list[Trial], num: int, room: int = 1) -> str:
     """A line about the whole sweep: how the trials of `num` ended, and how long the rest takes, `room` at a time."""
-    ended = {state: num for state, num in num_by_state(found).items() if state != "running"}
+    ended = {state: num for state, num in num_by_state(trials).items() if state != "running"}
     text = ", ".join(f"{count} {state}" for state, count in ended.items() if count) or "0 done"
-    took = [trial.took_s for trial in found if trial.state in ENDED]
+    took = [trial.took_s for trial in trials if trial.state in ENDED]
     rest = num - sum(ended.values())
-    now = sum(time.time() - trial.since for trial in found if trial.state == "running")
+    now = sum(time.time() - trial.since for trial in trials if trial.state == "running")
     if took and rest > 0:
         text += f"; about {clock(max(0.0, rest * sum(took) / len(took) - now) / room)} left"
     return f"  {text}, of {num}"

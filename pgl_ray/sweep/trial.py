@@ -38,7 +38,7 @@ def run(point: dict[str, Any]) -> None:
     values = values_of(point["trial"])
     folder = Path(config.run) / "trials" / own_name(config, tune.get_context().get_trial_id(), point["trial"])
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(str(folder)):
+    with locked(str(folder)):
         run_stages(config, values, folder, point["room"])
 
 
@@ -68,7 +68,7 @@ def _stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: int)
     figure = config.first_judge if tuning else config.judge  # of the encoder
     if pretraining:
         sweeps.note(folder, stage="pretrain", pretrain=pretraining.run, pretrain_gpus=_gpus(pretraining.train))
-        with alone(pretraining.run), _Follower(folder, pretraining.run, figure, 0) as follower:
+        with locked(pretraining.run), _Follower(folder, pretraining.run, figure, 0) as follower:
             collapse = _pretrain(pretraining)
         if collapse:
             return None, collapse
@@ -99,20 +99,20 @@ def _stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: int)
 
 def _pretrain(config: PretrainConfig) -> str | None:
     """Pre-trains, unless an earlier trial did or saw the features collapse; returns how they collapsed, or none."""
-    found = sweeps.collapsed(config.run)
-    if found:
-        return found
+    collapse = sweeps.collapsed(config.run)
+    if collapse:
+        return collapse
     try:
         pretrain.run(config)
     except FailedRun:
-        found = sweeps.collapsed(config.run)
-        if not found:
+        collapse = sweeps.collapsed(config.run)
+        if not collapse:
             raise
-    return found
+    return collapse
 
 
 @contextlib.contextmanager
-def alone(run: str) -> Iterator[None]:
+def locked(run: str) -> Iterator[None]:
     """One process at a time in a trial's folder, and one trial in a shared pre-training; the kernel frees the lock of a
     killed one."""
     with lock_file(Path(f"{run}.lock")) as lock:
@@ -156,8 +156,8 @@ def _report(figure: str, score: float | None, progress: int, name: str, folder: 
     place = Path(tune.get_context().get_trial_dir(), "source")
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "source.json", {"name": name, "progress": progress})
-    said = {"score": sweeps.merit(figure, score), "progress": progress}
-    tune.report(said, checkpoint=tune.Checkpoint.from_directory(place))
+    figures = {"score": sweeps.merit(figure, score), "progress": progress}
+    tune.report(figures, checkpoint=tune.Checkpoint.from_directory(place))
 
 
 class _Follower:
