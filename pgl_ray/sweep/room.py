@@ -37,10 +37,8 @@ def room_for(config: TuneConfig, trials: list[Point]) -> int:
     if config.scheduler.kind == "pbt":
         if room < len(trials):
             needs = f"{len(trials) * cpus_each:g} CPUs and {len(trials) * gpus_each:g} GPUs"
-            mend = (
-                "raise the autoscaler's maximum" if cluster.grows else "let them share a machine's cores by a higher "
-            )
-            mend += "" if cluster.grows else "ray.num_cpus"
+            mend = "let them share a machine's cores by a higher ray.num_cpus"
+            mend = "raise the autoscaler's maximum" if cluster.grows else mend
             raise ValueError(
                 f"scheduler.kind=pbt runs its {len(trials)} trials together: they need {needs}, {cluster.in_words()}: "
                 f"lower num_trials, or {mend}"

@@ -80,11 +80,11 @@ class Cluster:
     def _largest(self, each: Resources) -> list[tuple[Resources, int]]:
         """Head and nodes that can be, with their numbers; where they are bounded together, those that hold most of
         what takes `each`."""
-        found, left = [(self.head, 1)], self.most
+        nodes, left = [(self.head, 1)], self.most
         for kind in sorted(self.kinds, key=lambda kind: -_holds(kind.resources, each)):
-            found.append((kind.resources, min(kind.most, left)))
-            left -= found[-1][1]
-        return found
+            nodes.append((kind.resources, min(kind.most, left)))
+            left -= nodes[-1][1]
+        return nodes
 
 
 def _holds(node: Resources, each: Resources) -> int:

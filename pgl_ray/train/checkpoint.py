@@ -27,8 +27,8 @@ PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encod
 
 def named(run: str | Path) -> list[tuple[Path, int]]:
     """All folders with a checkpoint's name, with their steps, the newest last."""
-    found = [(place, NAME.fullmatch(place.name)) for place in Path(run).glob("checkpoint_*")]
-    return sorted(((place, int(name[1])) for place, name in found if name), key=lambda one: one[1])
+    matches = [(place, NAME.fullmatch(place.name)) for place in Path(run).glob("checkpoint_*")]
+    return sorted(((place, int(name[1])) for place, name in matches if name), key=lambda one: one[1])
 
 
 def checkpoints(run: str | Path) -> list[tuple[Path, int]]:
@@ -38,8 +38,8 @@ def checkpoints(run: str | Path) -> list[tuple[Path, int]]:
 
 def committed(run: str | Path) -> tuple[Path, int] | None:
     """The newest checkpoint that was written to its end, and its step."""
-    found = checkpoints(run)
-    return found[-1] if found else None
+    written = checkpoints(run)
+    return written[-1] if written else None
 
 
 def committed_step(run: str | Path) -> int:
@@ -47,15 +47,15 @@ def committed_step(run: str | Path) -> int:
     mirror = run_paths.mirror(run)
     if mirror:
         return max(mirror.steps(), default=0)
-    found = committed(run)
-    return found[1] if found else 0
+    newest = committed(run)
+    return newest[1] if newest else 0
 
 
 def trained_on(run: str | Path) -> list[str]:
     """Kinds of device that the newest checkpoint of a run was trained on last, as `model.device.kind` names them; none:
     there is none yet."""
-    found = committed(run)
-    return json.loads((found[0] / MANIFEST).read_text()).get("devices", []) if found else []
+    newest = committed(run)
+    return json.loads((newest[0] / MANIFEST).read_text()).get("devices", []) if newest else []
 
 
 def figures_of(place: Path) -> dict[str, float]:
@@ -183,8 +183,8 @@ def resumed(run: str) -> dict[str, Any] | None:
     """
 
     def read() -> dict[str, Any] | None:
-        found = committed(run)
-        return read_state(found[0] / STATE) if found else None
+        newest = committed(run)
+        return read_state(newest[0] / STATE) if newest else None
 
     return retried(read, f"run={run} cannot be read")
 
@@ -229,10 +229,10 @@ def file_of(run: str) -> Path:
     for file in (path, path / "best.pt", path / STATE):
         if file.is_file():
             return file
-    found = committed(path)
-    if not found:
+    newest = committed(path)
+    if not newest:
         raise ValueError(f"{run} holds no checkpoint: is it a run folder, and did the run get as far as its first one?")
-    return found[0] / STATE
+    return newest[0] / STATE
 
 
 def below(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -52,7 +52,7 @@ class Progress:
 
     def _follow(self) -> None:
         with self.stage as stage:
-            finished, shown = False, None
+            finished, last_step = False, None
             lacking: str | None = None
             while not finished:
                 finished = self.done.wait(self.every_s)
@@ -70,9 +70,9 @@ class Progress:
                 for text in events:
                     print(f"  {text}", flush=True)
                 steps = [row for row in rows if "train/loss" in row]
-                if steps and steps[-1]["step"] != shown:
-                    shown = steps[-1]["step"]
-                    stage.show(shown, _figures(steps[-1], rows))
+                if steps and steps[-1]["step"] != last_step:
+                    last_step = steps[-1]["step"]
+                    stage.show(last_step, _figures(steps[-1], rows))
 
     def _new_rows(self, folder: Path) -> list[dict]:
         """Rows of this start; a continuing worker first drops what an interrupted one wrote after its checkpoint."""

@@ -140,8 +140,8 @@ def write_nnunet(network: ResEncoder, metadata: dict[str, str], examples: list[T
     }
     weights = {f"encoder.{key}": value for key, value in network.state_dict().items()}
     citations = [{"type": "Pretraining Method", "name": "PGL", "apa_citations": [CITATION]}]
-    kept = {"network_weights": weights, "nnssl_adaptation_plan": plan, "citations": citations}
-    torch.save({**kept, "trainer_name": "pgl_ray", "metadata": metadata}, path)
+    contents = {"network_weights": weights, "nnssl_adaptation_plan": plan, "citations": citations}
+    torch.save({**contents, "trainer_name": "pgl_ray", "metadata": metadata}, path)
     again = build_encoder(**network.settings).eval()
     read = torch.load(path, weights_only=True)["network_weights"]
     again.load_state_dict({key.removeprefix("encoder."): value for key, value in read.items()})

@@ -108,20 +108,20 @@ def feature_health(query: Tensor, key: Tensor) -> dict[str, float]:
     entropy = -(share * share.clamp_min(1e-30).log()).sum()
     other = k.roll(1, 0) if len(k) > 1 else k.roll(1, 2)
     num_places = k[0, 0].numel()
-    found, own_pair = 0, 0
+    hits, own_pair = 0, 0
     for part in asked.split(max(1, MAX_ELEMENTS // len(keys))):
         similar = queries[part] @ keys.T
         own_pair += int((similar.argmax(1) // num_places == part // num_places).sum())
         rows = torch.arange(len(part), device=keys.device)
         own = similar[rows, part].clone()
         similar[rows, part] = -2.0
-        found += int((own > similar.amax(1)).sum())  # among equal keys there is nothing to find
+        hits += int((own > similar.amax(1)).sum())  # among equal keys there is nothing to find
     return {
         "feature_std": (keys.std(0).mean() * keys.shape[1] ** 0.5).item(),
         "effective_rank": entropy.exp().item(),
         "cosine_aligned": (q * k).sum(1).mean().item(),
         "cosine_shuffled": (q * other).sum(1).mean().item(),
-        "retrieval": found / len(asked),
+        "retrieval": hits / len(asked),
         "retrieval_chance": max(own_pair / len(asked) / num_places, 1 / len(keys)),
     }
 
@@ -139,26 +139,26 @@ def directions(row: dict[str, float]) -> float | None:
     map collapses long after what is compared, or not at all.
     """
     compared = "health/" if "health/feature_std" in row else "health/view_"
-    found = [
+    spreads = [
         row[f"{prefix}feature_std"] ** 2 * row[f"{prefix}effective_rank"]
         for prefix in (compared, "health/encoder_")
         if f"{prefix}feature_std" in row
     ]
-    return math.prod(found) ** (1 / len(found)) if found else None
+    return math.prod(spreads) ** (1 / len(spreads)) if spreads else None
 
 
 def collapse(row: dict[str, float]) -> str | None:
     """Why the features of a row of metrics count as collapsed, or none."""
-    found = directions(row)
-    if found is None or found >= COLLAPSED * ON_A_LINE:
+    num_directions = directions(row)
+    if num_directions is None or num_directions >= COLLAPSED * ON_A_LINE:
         return None
-    return f"features collapsed: they spread over {found:.2f} directions, and {COLLAPSED} is the least"
+    return f"features collapsed: they spread over {num_directions:.2f} directions, and {COLLAPSED} is the least"
 
 
 def verdict(row: dict[str, float]) -> str:
     """What a row of metrics with health figures says, as half a sentence."""
-    found = directions(row)
-    if found is None:
+    num_directions = directions(row)
+    if num_directions is None:
         return "too few features in a batch to judge their health"
     prefix = next(f"health/{part}" for part in ("", "encoder_", "view_") if f"health/{part}feature_std" in row)
     std, rank = (row[f"{prefix}{name}"] for name in ("feature_std", "effective_rank"))
@@ -167,9 +167,9 @@ def verdict(row: dict[str, float]) -> str:
     if reason:
         return f"{reason} ({figures})"
     aligned, shuffled = row[f"{prefix}cosine_aligned"], row[f"{prefix}cosine_shuffled"]
-    told = "do not yet agree more" if aligned <= shuffled else "agree more"
+    agreement = "do not yet agree more" if aligned <= shuffled else "agree more"
     return (
-        f"not collapsed ({found:.1f} directions: {figures}); aligned places {told} than shuffled ones "
+        f"not collapsed ({num_directions:.1f} directions: {figures}); aligned places {agreement} than shuffled ones "
         f"(cosine {aligned:.2f} against {shuffled:.2f})"
     )
 
@@ -184,10 +184,10 @@ def newest_verdict(rows: list[dict[str, float]]) -> str:
         return "no health figures yet"
     text, last = verdict(judged[-1]), judged[-MANY:]
     if all("health/encoder_retrieval_chance" in row for row in last):
-        found = sum(row["health/encoder_retrieval"] for row in last) / len(last)
+        mean = sum(row["health/encoder_retrieval"] for row in last) / len(last)
         chance = sum(row["health/encoder_retrieval_chance"] for row in last) / len(last)
-        text += f"; places are found again in the other view {found / chance:.1f} times as often as by the scan alone"
-        if len(last) >= FEW and found <= chance:
+        text += f"; places are found again in the other view {mean / chance:.1f} times as often as by the scan alone"
+        if len(last) >= FEW and mean <= chance:
             text += " (wrong priors look like this, or a training that has hardly begun)"
     return text
 

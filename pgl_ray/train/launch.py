@@ -66,8 +66,8 @@ def connect(config: RayConfig) -> None:
     try:
         ray.init(**options)
     except Exception as error:  # ray.init has no common error class
-        told = " ".join(str(error).split())  # of another version of Ray or Python, too
-        raise FailedRun(f"no Ray cluster at ray.address={address or 'local'}: {told}") from error
+        reason = " ".join(str(error).split())  # of another version of Ray or Python, too
+        raise FailedRun(f"no Ray cluster at ray.address={address or 'local'}: {reason}") from error
 
 
 def fit(
@@ -99,8 +99,8 @@ def fit(
 
     def start() -> int:
         """Where a start of the workers continues; called in Ray Train's controller, once for all of them."""
-        found = runs.recover(held.run, held.token)
-        return found[1] if found else 0
+        newest = runs.recover(held.run, held.token)
+        return newest[1] if newest else 0
 
     for note in ray_internals.changed():
         print(f"note: {note}", flush=True)

@@ -38,9 +38,9 @@ class Metrics:
 
     def _open(self) -> None:
         path = metrics_path(self.run)
-        kept = "".join(line + "\n" for line in whole_lines(path) if json.loads(line)["step"] <= self.start)
-        write_aside(path, kept.encode())  # what a worker of before may still write goes to the file that had the name
-        self.file, self.size = path.open("r+b", buffering=0), len(kept.encode())
+        text = "".join(line + "\n" for line in whole_lines(path) if json.loads(line)["step"] <= self.start)
+        write_aside(path, text.encode())  # what a worker of before may still write goes to the file that had the name
+        self.file, self.size = path.open("r+b", buffering=0), len(text.encode())
         self.events = self._open_events()
 
     def _open_events(self) -> "SummaryWriter":

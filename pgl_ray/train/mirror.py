@@ -226,10 +226,10 @@ class Mirror:
                     self._check_owner()
                     self._put(self.folder / name / MANIFEST)
                     self.there[name] = manifest
-            found = self.place.versions()
-            states = {f"{name}/{STATE}": found.get(f"{name}/{STATE}") for name in here}
+            versions = self.place.versions()
+            states = {f"{name}/{STATE}": versions.get(f"{name}/{STATE}") for name in here}
             write_aside(self.index, json.dumps(states).encode())
-            for name in filter(NAME.fullmatch, {key.split("/")[0] for key in found} - set(here)):
+            for name in filter(NAME.fullmatch, {key.split("/")[0] for key in versions} - set(here)):
                 self.place.remove(f"{name}/{MANIFEST}")
                 self.place.remove(name)
                 self.there.pop(name, None)
@@ -311,8 +311,8 @@ def _goes_on(path: Path, before: Path) -> bool:
 
 
 def _mark(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 def parts_of(path: Path) -> Iterator[bytes]:

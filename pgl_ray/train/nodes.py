@@ -31,9 +31,9 @@ def cluster() -> capacity.Cluster:
     if os.environ.get(WATCH) != "1":  # it is this process's own
         return capacity.Cluster(head, others)
     config = _autoscaler(ray.get_runtime_context().gcs_address)
-    found = None if config is None else capacity.kinds_of(config)
-    kinds, most = found or ((), 0)
-    return capacity.Cluster(head, others, kinds, most, unknown=config is not None and not found)
+    growth = None if config is None else capacity.kinds_of(config)
+    kinds, most = growth or ((), 0)
+    return capacity.Cluster(head, others, kinds, most, unknown=config is not None and not growth)
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def check_resources(train: TrainConfig) -> bool:
     return use_gpu
 
 
-def await_nodes(train: TrainConfig, found: tuple[Path, int] | None) -> bool:
+def await_nodes(train: TrainConfig, newest: tuple[Path, int] | None) -> bool:
     """Whether the workers get GPUs, as `check_resources`; asks a cluster that grows for the nodes they need, and waits.
 
     Args:
@@ -98,23 +98,23 @@ def await_nodes(train: TrainConfig, found: tuple[Path, int] | None) -> bool:
     import ray
 
     use_gpu = check_resources(train)
-    before = checkpoint.trained_on(found[0].parent) if found else []
+    before = checkpoint.trained_on(newest[0].parent) if newest else []
     if (
-        found and before and (before == [on.CPU]) == use_gpu and train.device == "auto"
+        newest and before and (before == [on.CPU]) == use_gpu and train.device == "auto"
     ):  # the models of GPUs the workers compare
         now = ["a GPU" if use_gpu else on.CPU]
-        raise ValueError(capacity.other_devices(before, now, found[1]))
+        raise ValueError(capacity.other_devices(before, now, newest[1]))
     if not cluster().grows:  # of fixed nodes; Ray Train waits
         return use_gpu
-    if told := missing(train, use_gpu):
-        print(told, flush=True)
+    if lack := missing(train, use_gpu):
+        print(lack, flush=True)
     bundles = [needs(train, use_gpu)] * least(train)[1] + [{"CPU": FEED_CPUS}]
     group, began, failed = ray.util.placement_group(bundles, strategy="PACK"), time.monotonic(), {}
     try:
         while not group.wait(LOOK_S):
-            if not told:
-                told = f"  waiting at most {clock(wait_s())} for nodes, or for other work: {_lacking(train, use_gpu)}"
-                print(told, flush=True)
+            if not lack:
+                lack = f"  waiting at most {clock(wait_s())} for nodes, or for other work: {_lacking(train, use_gpu)}"
+                print(lack, flush=True)
             for name, text in autoscaler.failures().items():
                 if name not in failed:  # once; the cloud's words may hold a time, or a number of its own
                     print(f"  nodes that could not be started: {name}: {text}", flush=True)
@@ -124,7 +124,7 @@ def await_nodes(train: TrainConfig, found: tuple[Path, int] | None) -> bool:
                 raise FailedRun(f"after {clock(wait_s())} {_lacking(train, use_gpu)}{why}")
     finally:
         ray.util.remove_placement_group(group)
-    if told:
+    if lack:
         print(f"  nodes are there after {clock(time.monotonic() - began)}", flush=True)
     return use_gpu
 

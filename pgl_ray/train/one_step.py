@@ -63,7 +63,7 @@ def forward_and_back(
     num, loss = len(pair.view_1), torch.zeros((), device=pair.view_1.device)
     columns = [[None] * parts if value is None else value.tensor_split(parts) for value in pair]
     for number, part in enumerate(map(Pair._make, zip(*columns)), 1):
-        with _alone(model, net, number, parts):
+        with _no_sync(model, net, number, parts):
             with autocast:
                 output = model(part)
             (output.loss * (len(part.view_1) / num)).backward()
@@ -121,13 +121,13 @@ def backward(
     loss = segmentation_loss(logits, target, task, labelled, ce_weight)
     (gradient,) = torch.autograd.grad(loss, logits)
     for number, (patch, share) in enumerate(zip(patches, gradient.tensor_split(parts), strict=True), 1):
-        with _alone(model, net, number, parts):
+        with _no_sync(model, net, number, parts):
             with autocast:
-                found = model(patch.float())
-            found.backward(share.to(found.dtype))
+                output = model(patch.float())
+            output.backward(share.to(output.dtype))
     return loss.detach()
 
 
-def _alone(model: nn.Module, net: nn.Module, number: int, parts: int) -> AbstractContextManager:
+def _no_sync(model: nn.Module, net: nn.Module, number: int, parts: int) -> AbstractContextManager:
     """Where a DDP wrapper adds nothing up over the workers: at every part but the last."""
     return cast(Any, model).no_sync() if model is not net and number < parts else nullcontext()

@@ -26,7 +26,7 @@ class Stage:
 
     def __init__(self, name: str, unit: str, total: int, done: int = 0, starts: bool = False):
         self.name, self.unit, self.total, self.done, self.text = name, unit, total, done, ""
-        self.began = self.shown = time.monotonic()
+        self.began = self.printed = time.monotonic()
         self.mark = None if starts else (done, self.began)  # from where the speed is measured
         self.pending, self.bar, self.redirected = False, None, contextlib.ExitStack()
         if total and sys.stdout.isatty():
@@ -76,9 +76,9 @@ class Stage:
         if self.mark is None or done < self.done:
             self.mark = done, now
         self.done, self.text, self.pending = done, text, True
-        if now - self.shown < (EVERY_S if self.bar is None else REFRESH_S):
+        if now - self.printed < (EVERY_S if self.bar is None else REFRESH_S):
             return
-        self.shown, self.pending = now, False
+        self.printed, self.pending = now, False
         if self.bar is None:
             print(self.line(), flush=True)
             return

@@ -41,44 +41,44 @@ def network(run: str) -> Path:
 
 
 def _of_network(keys: Collection[str]) -> list[str]:
-    alone = [name for name in ("best.pt", STATE) if name in keys]
-    return alone[:1] or [f"{name}/{file}" for name in whole(keys)[-1:] for file in (STATE, MANIFEST)]
+    single = [name for name in ("best.pt", STATE) if name in keys]
+    return single[:1] or [f"{name}/{file}" for name in whole(keys)[-1:] for file in (STATE, MANIFEST)]
 
 
 def followed(run: str | os.PathLike) -> Path:
     """Path on this machine where a run's metrics and events are read, wherever it lies."""
-    found = mirror(run)
-    if not found:
+    copy = mirror(run)
+    if not copy:
         return Path(run)
-    return found.fetched(lambda keys: [key for key in keys if key in (METRICS, EVENTS) or key.startswith("events/")])
+    return copy.fetched(lambda keys: [key for key in keys if key in (METRICS, EVENTS) or key.startswith("events/")])
 
 
 def shown(run: str) -> Path:
     """Path on this machine of a run with all that a report shows, wherever it lies: no weights, no logs."""
-    found = mirror(run)
-    if not found:
+    copy = mirror(run)
+    if not copy:
         return Path(run)
     left_out = ("logs/", ".", "events", "checkpoint_")
-    return found.fetched(lambda keys: [key for key in keys if not key.startswith(left_out) and not key.endswith(".pt")])
+    return copy.fetched(lambda keys: [key for key in keys if not key.startswith(left_out) and not key.endswith(".pt")])
 
 
 @contextlib.contextmanager
 def results(run: str, name: str) -> Iterator[Path]:
     """Path of a file or folder of results in a run; of a run in a bucket it is one of this machine, which is brought
     there when the block ends well."""
-    found = mirror(run)
-    if not found:
+    copy = mirror(run)
+    if not copy:
         yield Path(run, name)
         return
-    path = found.home / "results" / name
+    path = copy.home / "results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():  # what another machine has done is not done again
-        there = found.fetched(lambda keys: [key for key in keys if key == name or key.startswith(f"{name}/")]) / name
+        there = copy.fetched(lambda keys: [key for key in keys if key == name or key.startswith(f"{name}/")]) / name
         if there.is_dir():
             shutil.copytree(there, path)
     yield path
     if path.is_dir():
-        found.place.remove(name)
+        copy.place.remove(name)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
-            found.place.write(file.relative_to(path.parent).as_posix(), parts_of(file))
+            copy.place.write(file.relative_to(path.parent).as_posix(), parts_of(file))

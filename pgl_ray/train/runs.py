@@ -78,11 +78,11 @@ def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str
     return place
 
 
-def _differences(wanted: Any, found: Any, path: str = "") -> list[str]:
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        names = [_differences(wanted[k], found.get(k), f"{path}.{k}" if path else k) for k in wanted]
+def _differences(wanted: Any, stored: Any, path: str = "") -> list[str]:
+    if isinstance(wanted, dict) and isinstance(stored, dict):
+        names = [_differences(wanted[k], stored.get(k), f"{path}.{k}" if path else k) for k in wanted]
         return [name for part in names for name in part]
-    return [] if wanted == found else [f"{path} ({found} there, {wanted} here)"]
+    return [] if wanted == stored else [f"{path} ({stored} there, {wanted} here)"]
 
 
 class Held(NamedTuple):
@@ -151,9 +151,9 @@ def recover(run: str | Path, token: str | None = None) -> tuple[Path, int] | Non
             return _recover(Path(run), notes)
         mirror.claim(token)
         mirror.pull(damage_of)
-        found = _recover(mirror.folder, notes)
+        newest = _recover(mirror.folder, notes)
         mirror.push()
-        return found
+        return newest
 
     return retried(work, f"run={run} cannot be read")
 
@@ -200,9 +200,9 @@ def _recover(run: Path, notes: Notes) -> tuple[Path, int] | None:
         else:
             shutil.rmtree(left)
     damaged: list[tuple[Path, str]] = []
-    found = named(run)
-    while found:
-        place, step = found.pop()
+    checkpoints = named(run)
+    while checkpoints:
+        place, step = checkpoints.pop()
         fault = damage_of(place)
         if not fault:
             for bad, why in damaged:
@@ -211,6 +211,6 @@ def _recover(run: Path, notes: Notes) -> tuple[Path, int] | None:
             return place, step
         damaged.append((place, fault))
     if damaged:
-        told = f"all {len(damaged)} checkpoints are damaged ({damaged[0][1]})"
-        raise FailedRun(f"run={run_paths.origin(run)}: {told}: take a new run=...")
+        reason = f"all {len(damaged)} checkpoints are damaged ({damaged[0][1]})"
+        raise FailedRun(f"run={run_paths.origin(run)}: {reason}: take a new run=...")
     return None

@@ -77,7 +77,7 @@ class Session:
             self.stops(capacity.other_devices(checkpoint.trained_on(run), self.devices, self.step))
         self.metrics: Metrics | None = None
         self.writer: Writer | None = None
-        self.notice, self._settled, self._told = Notice(), False, False
+        self.notice, self._settled, self._noted = Notice(), False, False
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
@@ -90,8 +90,8 @@ class Session:
 
     def resume(self, *parts: Any) -> None:
         """Brings network, optimizer and schedule to where the checkpoint stands; each will be part of the next ones."""
-        self._kept = dict(zip(PARTS, parts, strict=True))
-        for name, part in self._kept.items():
+        self._resumed = dict(zip(PARTS, parts, strict=True))
+        for name, part in self._resumed.items():
             if self.state:
                 part.load_state_dict(self.state.pop(name))
 
@@ -102,7 +102,7 @@ class Session:
         Args:
             best: figure by which the best checkpoint is kept, besides the newest ones.
         """
-        model = on.compiled(self.place.wrap(self._kept["model"]), self.device, self.train.compile, self.world)
+        model = on.compiled(self.place.wrap(self._resumed["model"]), self.device, self.train.compile, self.world)
         if self.rank == 0:
             self.metrics = Metrics(self.run, self.step, self.train.tracker)
             facts = {"world": self.world, "devices": self.devices}
@@ -207,9 +207,9 @@ class Session:
             row[f"train/{unit}_per_s"] = steps * self.plan.global_batch_size / seconds
             row |= {"data/wait_s": waited / steps, "data/wait_share": waited / seconds}
             self._logged, self.since = self.step, time.monotonic()
-            if not self._told and (note := on.uncompiled()):
+            if not self._noted and (note := on.uncompiled()):
                 print(f"note: {note}", flush=True)
-            self._told = True
+            self._noted = True
         publish(self.step, row, {"run": Path(self.run).name, "rank": str(self.rank)})
         if self.metrics:
             self.metrics.write(self.step, **row, **(self.writer.figures() if unit and self.writer else {}))
@@ -222,7 +222,7 @@ class Session:
         """
         if self.writer:
             state = {"step": self.step, "plan": self.plan.identity, "versions": checkpoint.versions()}
-            state |= {name: part.state_dict() for name, part in self._kept.items()}
+            state |= {name: part.state_dict() for name, part in self._resumed.items()}
             self.writer.save(state | own, self.step, figures)
 
     def save_file(self, name: str, state: dict[str, Any]) -> None:
@@ -268,10 +268,10 @@ def settle(model: torch.nn.Module, work: Callable[[], Any]) -> None:
     """
     if not isinstance(model, torch.nn.parallel.DistributedDataParallel):
         return
-    kept = [buffer.clone() for buffer in model.buffers()]
+    buffers = [buffer.clone() for buffer in model.buffers()]
     work()
     with torch.no_grad():
-        for buffer, value in zip(model.buffers(), kept, strict=True):
+        for buffer, value in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(value)
     model.zero_grad(set_to_none=True)
 
@@ -334,7 +334,7 @@ class Notice:
         before, self.known = self.known, ray.train.get_preemption_info()
         if before is None and self.known is not None:
             logs.LOG.warning("nodes of ranks %s are about to be taken away", self.known.preempted_ranks)
-        told = of_all_workers((self.known is not None, time.monotonic() - self.saved >= NOTICE_S))
-        due = any(known for known, _ in told) and told[0][1]  # the notice does not reach all at the same time
+        answers = of_all_workers((self.known is not None, time.monotonic() - self.saved >= NOTICE_S))
+        due = any(known for known, _ in answers) and answers[0][1]  # the notice does not reach all at the same time
         self.saved = time.monotonic() if due else self.saved
         return due

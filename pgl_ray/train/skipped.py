@@ -47,9 +47,9 @@ class Skipped:
         # one bad scan among the first pairs says nothing of the share of bad scans: an epoch's pairs, at least
         if self.rows.total() <= self.config.max_skipped_share * max(pairs, self.plan.rows_per_epoch):
             return share, None
-        shown = ", ".join(list(named)[:5]) + ("" if len(named) <= 5 else f" and {len(named) - 5} more")
+        listed = ", ".join(list(named)[:5]) + ("" if len(named) <= 5 else f" and {len(named) - 5} more")
         return share, (
             f"{share:.1%} of the pairs up to step {step} were skipped, more than stream.max_skipped_share="
-            f"{self.config.max_skipped_share}, because these scans cannot be read: {shown}; python -m pgl_ray.prepare "
+            f"{self.config.max_skipped_share}, because these scans cannot be read: {listed}; python -m pgl_ray.prepare "
             "verify store=... says what is wrong with them"
         )

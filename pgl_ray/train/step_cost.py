@@ -20,16 +20,16 @@ def await_device(device: torch.device) -> None:
 def cost_of(step: Callable[[dict], None], batch: dict, net: nn.Module, worker_batch: int) -> tuple[float, float]:
     """FLOP per pair, and bytes on the device at a worker's batch size: what one step keeps for its backward pass grows
     with the batch, weights, gradients and momentum do not."""
-    num, kept = len(batch["step"]), {}
+    num, stored = len(batch["step"]), {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         step(batch)
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in net.parameters()}
-    activations = sum(size for place, size in kept.items() if place not in weights)
+    activations = sum(size for place, size in stored.items() if place not in weights)
     fixed = sum(weights.values()) + 2 * sum(p.nbytes for p in net.parameters() if p.requires_grad)
     if torch.cuda.is_available() and next(net.parameters()).is_cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -60,5 +60,5 @@ def fault_of_losses(config: FinetuneConfig, values: np.ndarray, step: int, best:
 
 def lower(config: FinetuneConfig, best: float, run: str) -> str:
     """What to do against a loss or weights that are not finite."""
-    kept = f"{run}/{BEST} keeps the best network so far (val/dice {best:.4f})" if best >= 0 else "nothing was kept"
-    return f"start a new run=... with a lower optim.lr than {config.optim.lr}; {kept}"
+    fallback = f"{run}/{BEST} keeps the best network so far (val/dice {best:.4f})" if best >= 0 else "nothing was kept"
+    return f"start a new run=... with a lower optim.lr than {config.optim.lr}; {fallback}"

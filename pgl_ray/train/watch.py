@@ -115,17 +115,17 @@ class Watch:
 
     def _look(self) -> None:
         still_s = time.monotonic() - self.moved
-        told = None
+        finding = None
         try:
             self._exchange()
         except RuntimeError:  # the store lies with rank 0
-            told = "rank 0 does not answer" if self.rank else None
+            finding = "rank 0 does not answer" if self.rank else None
         if still_s < SHARE * self.timeout_s:
             self.finding = None
         elif self.finding is None:
-            told = told or self._finding()
-            if told:
-                self.finding = f"{told}; rank {self.rank} has waited {still_s:.0f} s for it (train.timeout_s)"
+            finding = finding or self._finding()
+            if finding:
+                self.finding = f"{finding}; rank {self.rank} has waited {still_s:.0f} s for it (train.timeout_s)"
                 self.notes.add(self.finding)
 
     def _exchange(self) -> None:
@@ -159,14 +159,14 @@ class Watch:
         return self._name(silent or behind) if silent or behind else None
 
     def _name(self, ranks: list[int]) -> str:
-        now, told = time.monotonic(), []
+        now, texts = time.monotonic(), []
         for rank in ranks:
             (progress, _, _, pid, host), _, heard = self.seen[rank]
             step, place = divmod(progress, len(PLACES))
             silent = now - heard > SHARE * self.timeout_s / 2
             gone = "does not answer, last heard of" if silent else "stands still"
-            told.append(f"rank {rank} (process {pid} on {host}) {gone} at step {step}, {PLACES[place]}")
-        return ", ".join(told)
+            texts.append(f"rank {rank} (process {pid} on {host}) {gone} at step {step}, {PLACES[place]}")
+        return ", ".join(texts)
 
 
 def watched(work: Callable[[Watch], T], run: str, rank: int, world: int, timeout_s: float) -> T:

@@ -20,7 +20,7 @@ from pgl_ray.model.segmenter import LightSegmenter, Segmenter, build_segmenter
 from pgl_ray.train import checkpoint, run_paths
 from pgl_ray.train.records import CheckpointMeta, parse
 
-SHOWN = 3  # names of a kind that a line shows
+NUM_NAMES = 3  # names of a kind that a line shows
 FOLDER = Path(__file__).parents[1] / "pretrained"  # of the weights that come with pgl_ray, each with its card
 
 
@@ -116,7 +116,7 @@ class Report:
         """What does not fit, in half a sentence; "" if all does."""
         shapes = [f"{name} {_times(theirs)}, here {_times(ours)}" for name, (theirs, ours) in self.other_shape.items()]
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes))
-        return ", ".join(f"{len(found)} {kind} ({_some(found)})" for kind, found in kinds if found)
+        return ", ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds if names)
 
     def lines(self) -> list[str]:
         """One line, and a second one where something did not fit."""
@@ -133,7 +133,7 @@ def _times(shape: Iterable[int]) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return ", ".join(names[:NUM_NAMES]) + (", ..." if len(names) > NUM_NAMES else "")
 
 
 def read(
@@ -294,5 +294,5 @@ def _prefix(names: Iterable[str], first: str) -> str:
         names: of the file.
         first: key of the encoder's stem; the blocks may have keys that end alike, but those are longer.
     """
-    found = [name.removesuffix(first) for name in names if name == first or name.endswith(f".{first}")]
-    return min(found, key=len, default="")
+    prefixes = [name.removesuffix(first) for name in names if name == first or name.endswith(f".{first}")]
+    return min(prefixes, key=len, default="")

@@ -156,14 +156,14 @@ class Writer:
 
     def _drop(self) -> None:
         """Removes the checkpoints that are not to be kept; what cannot be removed now is removed with the next."""
-        found = checkpoint.checkpoints(self.run)
-        kept = {step for _, step in found[-self.keep :]}
+        checkpoints = checkpoint.checkpoints(self.run)
+        staying = {step for _, step in checkpoints[-self.keep :]}
         if self.best:
-            scores = {step: checkpoint.figures_of(place).get(self.best) for place, step in found}
+            scores = {step: checkpoint.figures_of(place).get(self.best) for place, step in checkpoints}
             scored = {step: score for step, score in scores.items() if score is not None}
-            kept |= {max(scored, key=lambda step: scored[step])} if scored else set()
-        for place, step in found:
-            if step not in kept:
+            staying |= {max(scored, key=lambda step: scored[step])} if scored else set()
+        for place, step in checkpoints:
+            if step not in staying:
                 with contextlib.suppress(OSError):
                     shutil.rmtree(checkpoint.set_aside(place, ".old"))
         if self.push:
