@@ -136,7 +136,7 @@ def _resolve(config: CheckAlignConfig) -> tuple[CheckAlignConfig, Path]:
     """The config to check, a run's where one is given, and the folder for the results."""
     if not config.run:
         return config, Path(config.output)
-    path = run_paths.shown(config.run)
+    path = run_paths.fetch_for_report(config.run)
     record = RunRecord.read(path) if (path / RECORD).is_file() else None
     if not record or record.door != "pretrain":
         raise ValueError(f"run={config.run} is no pre-training run: give the folder of one, or a config file")

@@ -171,7 +171,7 @@ def _read_others(run: str, records: list[ScanRecord]) -> list[dict[str, Any]]:
     Raises:
         ValueError: there is none, or it is one of other scans.
     """
-    place = run_paths.shown(run)
+    place = run_paths.fetch_for_report(run)
     path = next((p for p in (place / "evaluation" / TABLE, place / TABLE) if p.is_file()), None)
     if path is None:
         raise ValueError(f"compare={run} is not evaluated: python -m pgl_ray.evaluate run={run} on the same scans")

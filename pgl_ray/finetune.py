@@ -81,8 +81,8 @@ def run(config: FinetuneConfig) -> Result:
         "weights": dataclasses.asdict(loaded) if loaded else None,
     }
     folder = runs.open_run(config, "finetune", facts)
-    with runs.alone(folder) as held:
-        done = held.found
+    with runs.locked(folder) as held:
+        done = held.newest
         finished = done is not None and _is_over(done[0], plan.num_steps)
         if not finished:
             launch.connect(config.ray)

@@ -76,11 +76,11 @@ def run(config: PretrainConfig) -> Result:
         for note in [*judges.notes, *seen_notes(trained_on, judges.probe.scans[1])]:
             print(f"pretrain: note: voxel probe: {note}", flush=True)
     folder = runs.open_run(config, "pretrain", facts)
-    with runs.alone(folder) as held:
-        done = held.found[1] if held.found else 0
+    with runs.locked(folder) as held:
+        done = held.newest[1] if held.newest else 0
         if done < plan.num_steps:
             launch.connect(config.ray)
-            renderer = make_renderer(config, index, plan, nodes.await_nodes(config.train, held.found))
+            renderer = make_renderer(config, index, plan, nodes.await_nodes(config.train, held.newest))
             feed = stream.feed("pretrain", plan, renderer, config.train.num_workers, launch.RENDER_CPUS)
             worker_config = {"config": config.model_dump_json(), "run": folder, "hu_window": list(index.hu_window)}
             worker_config["data"] = trained_on

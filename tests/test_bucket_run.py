@@ -113,7 +113,7 @@ def start(run: str, steps: tuple[int, ...] = (2, 4), changes: dict | None = None
     """A run with checkpoints, written as the door's processes write them."""
     config = c.build(c.PretrainConfig, {"index": "/s", "run": run} | (changes or {}))
     assert runs.open_run(config, "pretrain", {"plan": "p", "num_steps": 9}) == run
-    with runs.alone(run), runs.joined(run, 0) as (folder, push):
+    with runs.locked(run), runs.joined(run, 0) as (folder, push):
         writer = Writer(folder, 2, push=push)
         for step in steps:
             writer.save({"step": step, "weights": torch.full((50_000,), float(step))}, step, {})
@@ -135,7 +135,7 @@ def test_a_checkpoint_counts_from_its_manifest_on(run, monkeypatch):
             raise SystemExit  # the machine dies between the two
         write(place, key, parts)
 
-    with pytest.raises(SystemExit), runs.alone(run), runs.joined(run, 0) as (folder, push):
+    with pytest.raises(SystemExit), runs.locked(run), runs.joined(run, 0) as (folder, push):
         Path(folder, "metrics.jsonl").write_text('{"step": 6}\n')
         monkeypatch.setattr(Bucket, "write", noted)
         for step in (6, 8):
@@ -145,7 +145,7 @@ def test_a_checkpoint_counts_from_its_manifest_on(run, monkeypatch):
     names = ["metrics.jsonl", *(f"checkpoint_0000000{step}/{file}" for step in (6, 8) for file in FILES)]
     assert written[: len(names)] == names
     assert checkpoint.committed_step(run) == 6 and "checkpoint_00000008/state.pt" in keys(run)
-    with runs.alone(run) as (_, _, found):  # here it is whole, but other machines cannot see that
+    with runs.locked(run) as (_, _, found):  # here it is whole, but other machines cannot see that
         assert found[1] == 6
     assert keys(run) == [f"checkpoint_0000000{step}/{file}" for step in (2, 4, 6) for file in sorted(FILES)]
 
@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_in_a_bucket_gives_way_to_the_last(run, kind, capsy
         place.remove(key)
     else:
         place.write("checkpoint_00000004/checkpoint.json", [b"{"])
-    with runs.alone(run) as (_, _, found):
+    with runs.locked(run) as (_, _, found):
         assert found[1] == 2 and checkpoint.read_state(found[0] / "state.pt")["step"] == 2
     assert "checkpoint_00000004 is damaged" in capsys.readouterr().out
     assert keys(run) == [f"checkpoint_00000002/{file}" for file in sorted(FILES)]
@@ -177,7 +177,7 @@ def test_damage_of_this_machines_copy_does_no_harm(run):
     start(run)
     (path,) = Path(os.environ["XDG_CACHE_HOME"]).rglob("checkpoint_00000004/state.pt")
     path.write_bytes(path.read_bytes()[:1000])
-    with runs.alone(run) as (_, _, found):
+    with runs.locked(run) as (_, _, found):
         assert found[1] == 4 and checkpoint.read_state(found[0] / "state.pt")["step"] == 4
 
 
@@ -187,7 +187,7 @@ def test_a_run_that_was_removed_leaves_nothing_on_the_machine(run):
     for name in place.names(""):
         place.remove(name)
     start(run, (1,), {"seed": 1})
-    with runs.alone(run) as (_, _, found):
+    with runs.locked(run) as (_, _, found):
         assert found[1] == 1
 
 
@@ -209,7 +209,7 @@ def test_a_run_moves_between_a_bucket_and_a_folder(run, tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(Bucket(run).read(key))
     config = c.build(c.PretrainConfig, {"index": "/s", "run": str(tmp_path / "run")})
-    with runs.alone(runs.open_run(config, "pretrain", {"plan": "p"})) as (_, _, found):
+    with runs.locked(runs.open_run(config, "pretrain", {"plan": "p"})) as (_, _, found):
         assert found == (tmp_path / "run/checkpoint_00000004", 4)
     for path in (tmp_path / "run").rglob("*"):
         if path.is_file():
@@ -222,9 +222,9 @@ def test_a_run_moves_between_a_bucket_and_a_folder(run, tmp_path):
 def test_one_driver_at_a_time(run, monkeypatch):
     monkeypatch.setattr("pgl_ray.data.bucket.HEARTBEAT_S", 0.2)
     start(run)
-    with runs.alone(run):
+    with runs.locked(run):
         refusal = rf"run={run} is being trained by process {os.getpid()} on .*: wait for it, or end it"
-        with pytest.raises(ValueError, match=refusal), runs.alone(run):
+        with pytest.raises(ValueError, match=refusal), runs.locked(run):
             pass
         with pytest.raises(FailedRun, match="taken over"), runs.joined(run, 0) as (folder, push):
             runs.recover(run)  # its workers start anew: this one is cut off from the others, not from the bucket
@@ -242,7 +242,7 @@ def test_a_driver_that_lost_its_lock_does_no_harm(run, monkeypatch):
     """It was cut off for so long that another one took over; then it comes back."""
     monkeypatch.setattr("pgl_ray.data.bucket.HEARTBEAT_S", 0.2)
     start(run)
-    with runs.alone(run) as held:
+    with runs.locked(run) as held:
         place = Bucket(run)
         place.write(".part/run", [b"another"])
         place.write(".part/start", [b"another's workers"])
@@ -262,7 +262,7 @@ def test_a_run_of_an_earlier_version_loses_nothing(run):
         if key.endswith("checkpoint.json"):
             Bucket(run).remove(key)
     Bucket(run).write("checkpoint_manager_snapshot.json", [b"{}"])
-    with pytest.raises(ValueError, match=r"of an earlier version, .* take a new run"), runs.alone(run):
+    with pytest.raises(ValueError, match=r"of an earlier version, .* take a new run"), runs.locked(run):
         pass
     assert keys(run, "checkpoint_0") == [key for key in before if key.endswith("state.pt")]
 
@@ -279,7 +279,7 @@ def test_a_faulty_transfer_costs_no_checkpoint(run, monkeypatch):
             flip_a_bit(path)
 
     monkeypatch.setattr(Bucket, "copy_to", faulty)
-    with runs.alone(run) as (_, _, found):
+    with runs.locked(run) as (_, _, found):
         assert faults and found[1] == 4
 
 
@@ -294,14 +294,14 @@ def test_a_cut_index_in_the_cache_is_made_anew(run):
     for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("*.json"):
         if path.name in ("work.json", "read.json"):
             path.write_text("")
-    with runs.alone(run) as (_, _, found):
+    with runs.locked(run) as (_, _, found):
         assert found[1] == 4
 
 
 def test_a_log_that_another_machine_continued_is_not_overwritten(run):
     start(run)
     log = run_paths.mirror(run).folder / "logs" / "rank_0.jsonl"
-    with runs.alone(run):
+    with runs.locked(run):
         log.parent.mkdir(exist_ok=True)
         log.write_text("a1\na2\na3\n")  # the last two never got there
         Bucket(run).write("logs/rank_0.jsonl", [b"a1\nb1\n"])
@@ -334,7 +334,7 @@ def test_results_of_another_machine_are_gone_on_with(run):
 
 def test_a_refused_key_is_not_tried_for_minutes(run, monkeypatch):
     start(run)
-    with runs.alone(run):
+    with runs.locked(run):
         monkeypatch.setattr(Bucket, "ask", lambda *_, **__: (_ for _ in ()).throw(PermissionError("no access")))
         began = time.monotonic()
         with pytest.raises(FailedRun, match="no access"), runs.joined(run, 0):
@@ -372,7 +372,7 @@ def test_a_bucket_that_fails_for_a_while_holds_nothing_up(run, monkeypatch, caps
         return ask(place, *args, **options)
 
     monkeypatch.setattr(Bucket, "ask", fragile)
-    with runs.alone(run), runs.joined(run, 0) as (folder, push):
+    with runs.locked(run), runs.joined(run, 0) as (folder, push):
         failing.set()
         writer = Writer(folder, 2, push=push)
         for step in (6, 8, 10):
@@ -397,7 +397,7 @@ def test_logs_and_events_of_all_processes_come_together(run, monkeypatch):
     monkeypatch.setattr(mirror, "PUSH_S", 0.05)
     start(run)
     place = Bucket(run)
-    with runs.alone(run):
+    with runs.locked(run):
         with runs.joined(run, 1) as (folder, _):
             log = Path(folder, "logs/rank_1.jsonl")
             log.write_text("one\n")

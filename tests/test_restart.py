@@ -380,7 +380,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(trained, tmp_pa
         loop.train(config)  # does the last two steps again
         check_the_same(trained.run, config.run)
     else:
-        with runs.alone(config.run) as (_, _, found):
+        with runs.locked(config.run) as (_, _, found):
             assert found == (Path(config.run, "checkpoint_00000004"), 4)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
     assert "checkpoint checkpoint_00000006 is damaged" in line and "continuing from checkpoint_00000004" in line
@@ -393,7 +393,7 @@ def test_where_all_checkpoints_are_damaged_nothing_starts_anew(trained, tmp_path
     run = shutil.copytree(trained.run, tmp_path / "run")
     for place, _ in checkpoint.checkpoints(run):
         flip(place / STATE, 0.3)
-    with pytest.raises(FailedRun, match="all 2 checkpoints are damaged"), runs.alone(str(run)):
+    with pytest.raises(FailedRun, match="all 2 checkpoints are damaged"), runs.locked(str(run)):
         pass
     assert len(checkpoint.checkpoints(run)) == 2  # as they were
 
@@ -407,7 +407,7 @@ def test_a_checkpoint_that_nothing_vouches_for_is_damaged(trained, tmp_path, man
         if manifest:
             (place / MANIFEST).write_text(manifest)
     why = f"{MANIFEST} (is missing|holds no sha256)"
-    with pytest.raises(FailedRun, match=rf"all 2 checkpoints are damaged \({why}\): take a new"), runs.alone(str(run)):
+    with pytest.raises(FailedRun, match=rf"all 2 checkpoints are damaged \({why}\): take a new"), runs.locked(str(run)):
         pass
     assert len(checkpoint.named(run)) == 2  # as they were
 
@@ -454,7 +454,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_checkpoints(tmp_path):
         for place, step in checkpoint.checkpoints(tmp_path):
             assert checkpoint.damage_of(place) is None
             assert (checkpoint.read_state(place / STATE)["weights"] == step).all()
-        with runs.alone(str(tmp_path)) as (_, _, found):
+        with runs.locked(str(tmp_path)) as (_, _, found):
             assert found == checkpoint.committed(tmp_path)
         assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.old"))
         shutil.rmtree(found[0])
@@ -564,7 +564,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tiny_disk):
     metrics.write(200, loss=0.0)
     metrics.close()
     assert [row["step"] for row in read_metrics(tiny_disk)] == list(range(2, 201))
-    with runs.alone(str(tiny_disk)) as (_, _, found):
+    with runs.locked(str(tiny_disk)) as (_, _, found):
         assert found[1] == 2
 
 
@@ -587,15 +587,15 @@ def test_a_full_disk_ends_the_run_with_one_line(scans, tiny_disk):
 @pytest.mark.slow
 def test_a_second_driver_is_refused_a_killed_one_has_no_lock(tmp_path):
     code = "import sys, time; from pgl_ray.train import runs\n"
-    code += f"with runs.alone({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
+    code += f"with runs.locked({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "held\n"
         refusal = f"is being trained by process {first.pid} on .*: wait for it, or end it"
-        with pytest.raises(ValueError, match=refusal), runs.alone(str(tmp_path)):
+        with pytest.raises(ValueError, match=refusal), runs.locked(str(tmp_path)):
             pass
         first.kill()
         first.wait()
-        with runs.alone(str(tmp_path)) as (_, _, found):
+        with runs.locked(str(tmp_path)) as (_, _, found):
             assert found is None
 
 
@@ -633,5 +633,5 @@ def test_storage_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with runs.alone(str(tmp_path)):
+    with runs.locked(str(tmp_path)):
         assert "No locks available): take care not to start it twice" in capsys.readouterr().out

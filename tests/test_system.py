@@ -91,7 +91,7 @@ system.keep_freed_memory(2**27)
 with open_place(folder / "store").locked() as token, open_place(folder / "store").joined(token):
     open_place(folder / "store").write("a", [b"b"])
 (folder / "run").mkdir()
-with runs.alone(str(folder / "run")):
+with runs.locked(str(folder / "run")):
     pass
 print("locked")
 """
@@ -192,7 +192,7 @@ def test_storage_without_locks_grants_every_wish_and_says_so(number, tmp_path, m
     with place.open_place(tmp_path / "store").locked() as token, place.open_place(tmp_path / "store").joined(token):
         pass
     (tmp_path / "run").mkdir()
-    with runs.alone(str(tmp_path / "run")), sweeps.locked(tmp_path / "sweep"):
+    with runs.locked(str(tmp_path / "run")), sweeps.locked(tmp_path / "sweep"):
         pass
     told = capsys.readouterr().out.splitlines()
     assert [line.split(" (")[0].strip() for line in told] == [
@@ -212,7 +212,7 @@ def test_a_busy_lock_is_no_missing_one(number, tmp_path, monkeypatch):
     (tmp_path / "run" / "run.lock").write_text("process 7 on node_3")
     with (
         pytest.raises(ValueError, match="is being trained by process 7 on node_3"),
-        runs.alone(str(tmp_path / "run")),
+        runs.locked(str(tmp_path / "run")),
     ):
         pass
 
@@ -221,7 +221,7 @@ SECOND = """
 import sys
 from pgl_ray.train import runs
 try:
-    runs.alone(sys.argv[1]).__enter__()
+    runs.locked(sys.argv[1]).__enter__()
 except ValueError as error:
     print(error)
 """
@@ -230,6 +230,6 @@ except ValueError as error:
 @pytest.mark.slow
 def test_a_second_process_is_told_who_trains(tmp_path):
     (tmp_path / "run").mkdir()
-    with runs.alone(str(tmp_path / "run")):
+    with runs.locked(str(tmp_path / "run")):
         told = python(SECOND, str(tmp_path / "run"))
     assert f"is being trained by process {os.getpid()} on" in told

@@ -95,7 +95,7 @@ def train(
     faulthandler.cancel_dump_traceback_later()  # pytest's: a fork of a process that has one can have none of its own
     torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it
     given |= {"config": config.model_dump_json(), "run": folder, "plan": plan}
-    with runs.alone(folder) as (_, _, found):
+    with runs.locked(folder) as (_, _, found):
         start = found[1] if found else 0
 
         def batches(rank: int) -> Iterator[dict]:

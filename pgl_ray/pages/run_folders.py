@@ -65,7 +65,7 @@ def read_runs(folders: list[str]) -> list[Run]:
 
 
 def _read_run(folder: str, name: str, place: str, number: int) -> Run:
-    path = run_paths.shown(place)
+    path = run_paths.fetch_for_report(place)
     if not (path / RECORD).is_file():
         raise ValueError(f"run={folder} is no run (no run.json there): give a folder that pretrain or finetune wrote")
     record = RunRecord.read(path)

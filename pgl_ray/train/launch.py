@@ -86,7 +86,7 @@ def fit(
         worker_config: plain values; `plan`: the run's.
         stream: builds the Ray Dataset; called at every start of the workers, with num_workers and start (step).
         train: number and kind of workers.
-        held: the run, by `runs.alone`.
+        held: the run, by `runs.locked`.
         num_steps: length of the run, for the progress line.
         batch_size: global; an elastic run takes numbers of workers that divide it, alone.
 

@@ -186,7 +186,7 @@ class Mirror:
                 aside.replace(path)
         self.known = {path: _mark(path) for path in self._own() if path not in longer}
 
-    def kept_up(self) -> contextlib.AbstractContextManager[None]:
+    def pushing(self) -> contextlib.AbstractContextManager[None]:
         """While it lasts, a thread brings this process' files to the bucket every PUSH_S."""
 
         def push() -> bool:

@@ -89,7 +89,7 @@ def await_nodes(train: TrainConfig, newest: tuple[Path, int] | None) -> bool:
 
     Args:
         train: of the run.
-        found: the checkpoint that it continues from, as `runs.alone` gives it; none: it begins.
+        found: the checkpoint that it continues from, as `runs.locked` gives it; none: it begins.
 
     Raises:
         ValueError: see `check_resources`; or the run began on GPUs and would go on on CPUs, or the other way round.

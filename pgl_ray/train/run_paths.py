@@ -53,7 +53,7 @@ def followed(run: str | os.PathLike) -> Path:
     return copy.fetched(lambda keys: [key for key in keys if key in (METRICS, EVENTS) or key.startswith("events/")])
 
 
-def shown(run: str) -> Path:
+def fetch_for_report(run: str) -> Path:
     """Path on this machine of a run with all that a report shows, wherever it lies: no weights, no logs."""
     copy = mirror(run)
     if not copy:

@@ -91,16 +91,16 @@ class Held(NamedTuple):
     Attributes:
         run: its folder or URL.
         token: of the lock on a run in a bucket; none for a folder.
-        found: what `recover` found when the lock was taken.
+        newest: checkpoint and step that `recover` gave when the lock was taken.
     """
 
     run: str
     token: str | None
-    found: tuple[Path, int] | None
+    newest: tuple[Path, int] | None
 
 
 @contextlib.contextmanager
-def alone(run: str) -> Iterator[Held]:
+def locked(run: str) -> Iterator[Held]:
     """One process at a time trains a run; the kernel frees the lock of a killed one.
 
     In a bucket, a killed one's lock is taken over after half a minute.
@@ -110,12 +110,12 @@ def alone(run: str) -> Iterator[Held]:
         FailedRun: see `recover`.
     """
     mirror = run_paths.mirror(run)
-    with mirror.locked() if mirror else _locked(run) as token:
+    with mirror.locked() if mirror else _locked_folder(run) as token:
         yield Held(run, token, recover(run, token))
 
 
 @contextlib.contextmanager
-def _locked(run: str) -> Iterator[None]:
+def _locked_folder(run: str) -> Iterator[None]:
     with lock_file(Path(run) / "run.lock") as lock:
         if not lock.take():
             lock.file.seek(0)
@@ -183,7 +183,7 @@ def joined(run: str, rank: int) -> Iterator[Joined]:
         return
     retried(lambda: mirror.join(rank, damage_of), f"run={run} cannot be read")
     try:
-        with mirror.kept_up():
+        with mirror.pushing():
             yield Joined(str(mirror.folder), mirror.push)
     except BaseException:
         with contextlib.suppress(OSError, ValueError, FailedRun):

@@ -15,7 +15,7 @@ from pgl_ray.data.durable import DISK_FULL
 from pgl_ray.train import checkpoint, retry, run_paths
 from pgl_ray.train.events import Notes
 
-KEPT = 2  # newest checkpoints: where one is damaged, the one before is there
+NUM_NEWEST = 2  # newest checkpoints: where one is damaged, the one before is there
 
 
 class _Job(NamedTuple):
@@ -43,7 +43,7 @@ class Writer:
     def __init__(
         self,
         run: str,
-        keep: int = KEPT,
+        keep: int = NUM_NEWEST,
         best: str | None = None,
         facts: dict[str, Any] | None = None,
         push: Callable[[], None] | None = None,
