@@ -106,7 +106,7 @@ def bound_blocks(context: Any, laid_out: type, most_laid_out: int, least: int, r
     """Bounds what waits between the operators of a stream by its number of blocks.
 
     Ray bounds it by bytes, which for rows of a plan is no bound, and for batches one that a small object store cannot
-    meet: there the stream stands still. Public are the limits of bytes and of tasks alone; a policy of one's own goes
+    meet: there the stream stands still. Only the limits of bytes and of tasks are public; a policy of one's own goes
     in by `ray.data._internal.execution.backpressure_policy.ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY`. It knows the
     operators by their names, `MapBatches(<class>)`.
 
@@ -165,7 +165,7 @@ def _keep_ahead(base: type, laid_out: str, most_laid_out: int, least: int, room:
             return op.num_active_tasks() + waiting + ready < most
 
         def max_task_output_bytes_to_read(self, op: Any) -> None:
-            """Asked of all operators at the start of each of the executor's rounds, which waits for tasks alone: while
+            """Asked of all operators at the start of each of the executor's rounds, which waits only for tasks: while
             none runs, since enough is rendered, it would take up a core."""
             if op is next(iter(self.states)) and not any(each.num_active_tasks() for each in self.states):
                 time.sleep(IDLE_S)
@@ -178,9 +178,9 @@ def _keep_ahead(base: type, laid_out: str, most_laid_out: int, least: int, room:
 
 @contextlib.contextmanager
 def whole_parts(batch_size: int, spare_cpus: float) -> Iterator[None]:
-    """While it lasts, Ray's elastic trainers take numbers of workers alone that divide a global batch.
+    """While it lasts, Ray's elastic trainers take only numbers of workers that divide a global batch.
 
-    ScalingConfig has a least and a most number and nothing between: by public names alone, the workers beyond a divisor
+    ScalingConfig has a least and a most number and nothing between: by public names, the workers beyond a divisor
     could only stand by, with a GPU each, and on CPUs nothing would be left for the views. A trainer makes its policy by
     `ray.train.v2.api.data_parallel_trainer.create_scaling_policy`, which is put aside for the time. Where Ray has
     changed it, nothing is done.
@@ -204,18 +204,18 @@ def whole_parts(batch_size: int, spare_cpus: float) -> Iterator[None]:
             return max((num for num in range(1, possible + 1) if batch_size % num == 0), default=0)
 
     def policy(config: Any) -> Any:
-        return WholeParts(config) if config.elasticity_enabled else theirs(config)
+        return WholeParts(config) if config.elasticity_enabled else original(config)
 
-    theirs, trainer.create_scaling_policy = trainer.create_scaling_policy, policy
+    original, trainer.create_scaling_policy = trainer.create_scaling_policy, policy
     try:
         yield
     finally:
-        trainer.create_scaling_policy = theirs
+        trainer.create_scaling_policy = original
 
 
 # -- clusters that grow: train/autoscaler.py -------------------------------------------------------------------------
 
-HEAD = "node:__internal_head__"  # a resource of the head alone, by which Ray's documentation names it
+HEAD = "node:__internal_head__"  # a resource that only the head has, by which Ray's documentation names it
 MONITOR = "monitor.py"  # the autoscaler's process, on the head, and its options:
 MONITOR_GCS, MONITOR_CONFIG, MONITOR_LOGS = "--gcs-address=", "--autoscaling-config=", "--logs-dir="
 MONITOR_LOG, KUBERAY_LOGS = "monitor.log", "/tmp/ray/session_latest/logs"
@@ -253,7 +253,7 @@ def failed_launches() -> list[str]:
         failed = get_cluster_status(ray.get_runtime_context().gcs_address).failed_launches
     except Exception:  # a line more or less for the user, of an interface that may change
         return []
-    return [one.ray_node_type_name for one in failed]
+    return [launch.ray_node_type_name for launch in failed]
 
 
 # -- Ray Train's logs -------------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def quiet_reports() -> None:
 def quiet_cleaner() -> None:
     """Keeps a line a second off the console, where there is no dashboard to ask for placement groups. The level is set
     by the logger's name, `ray.train.v2._internal.execution.controller.placement_group_cleaner`, before Ray makes it:
-    LoggingConfig reaches the workers alone."""
+    LoggingConfig reaches only the workers."""
     logging.getLogger(CLEANER.names[0].partition(":")[0]).setLevel(logging.ERROR)
 
 
@@ -305,7 +305,7 @@ def job_runtime_env() -> dict[str, Any]:
     """The runtime_env that `ray job submit` gave to this process; empty where it runs in no job.
 
     Ray refuses a job whose driver sets what its runtime_env sets already, and tells it to the driver by an environment
-    variable alone, ray._private.runtime_env.constants.RAY_JOB_CONFIG_JSON_ENV_VAR. Where Ray has renamed it, ray.init
+    variable, ray._private.runtime_env.constants.RAY_JOB_CONFIG_JSON_ENV_VAR. Where Ray has renamed it, ray.init
     says what it refuses.
     """
     return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {})

@@ -84,13 +84,13 @@ def _check_probe(config: TuneConfig, configs: dict[str, Section]) -> None:
         raise ValueError(f"{figure} is said by {judge}: add it to base_probe.judges=[{asked}]")
 
 
-def _check_key(config: TuneConfig, name: str, what: str, fixed: tuple[str, ...]) -> None:
+def _check_key(config: TuneConfig, name: str, subject: str, fixed: tuple[str, ...]) -> None:
     stage, _, key = name.partition(".")
     known = [known for known, _, _ in keys(STAGES[stage])] if stage in STAGES else []
     if key not in known or key in fixed:
-        raise ValueError(f"{what} is not a key of pretrain.*, probe.*, finetune.* or evaluate.*")
+        raise ValueError(f"{subject} is not a key of pretrain.*, probe.*, finetune.* or evaluate.*")
     if getattr(config, f"base_{stage}") is None:
-        raise ValueError(f"{what} needs base_{stage}")
+        raise ValueError(f"{subject} needs base_{stage}")
 
 
 def _check_search(config: TuneConfig) -> None:

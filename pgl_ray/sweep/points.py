@@ -69,12 +69,12 @@ def domain(verbs: dict[str, list[Any]]) -> Any:
 
 
 @contextlib.contextmanager
-def named(what: str) -> Iterator[None]:
+def named(subject: str) -> Iterator[None]:
     """What is refused inside is said to be of this."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+        raise ValueError(f"{subject}: {error}") from None
 
 
 def title_of(values: dict[str, Any]) -> str:

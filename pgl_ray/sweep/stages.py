@@ -30,7 +30,7 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
     Args:
         config: the sweep's.
         values: the trial's point.
-        folder: the trial's; equal pre-trainings of a sweep share a folder beside those of the trials.
+        folder: the trial's; equal pre-trainings of a sweep share a folder next to those of the trials.
 
     Raises:
         ValueError: a config that the door would refuse.
@@ -72,8 +72,8 @@ def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], fold
     }
     places = {key: value for key, value in places.items() if key in STAGES[stage].model_fields}
     # a sweep has random weights and wrong priors as arms: each trial's own would judge them again and again
-    own = {"index": config.index} | ({"ends": False} if stage == "probe" else {})
-    values = own | OmegaConf.to_container(merged) | places
+    defaults = {"index": config.index} | ({"ends": False} if stage == "probe" else {})
+    values = defaults | OmegaConf.to_container(merged) | places
     if stage == "pretrain":
         values["health"] = {"stop_on_collapse": True} | values.get("health", {})
     return build(STAGES[stage], values)

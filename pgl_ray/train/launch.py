@@ -88,7 +88,7 @@ def fit(
         train: number and kind of workers.
         held: the run, by `runs.locked`.
         num_steps: length of the run, for the progress line.
-        batch_size: global; an elastic run takes numbers of workers that divide it, alone.
+        batch_size: global; an elastic run takes only numbers of workers that divide it.
 
     Raises:
         ValueError: the cluster is too small for the workers.

@@ -30,7 +30,7 @@ OWNER = ".part/start"  # token of the start whose workers may write; goes with t
 PUSH_S = 15.0  # between two looks at what is to be brought to the bucket
 PART_BYTES = 2**23  # of a file that is read to be brought there
 WORK, READ = "work", "read"  # folders of the two copies
-URL = "url"  # file beside them: of the run
+URL = "url"  # file next to them: of the run
 
 _ID = uuid.uuid4().hex[:12]
 
@@ -67,7 +67,7 @@ class Mirror:
         self.index = self.home / "work.json"  # states in the bucket that the working copy has: key -> version
         self.rank: int | None = None
         self.owner: bytes | None = None  # token of the start that this process works for
-        self.there: dict[str, bytes] = {}  # checkpoints that are in the bucket, with their manifests
+        self.stored: dict[str, bytes] = {}  # checkpoints that are in the bucket, with their manifests
         self.known: dict[Path, tuple[int, int]] = {}  # files as they are in the bucket: time of change, size
         self.turn = threading.Lock()
 
@@ -100,16 +100,16 @@ class Mirror:
         """Makes the working copy one of the run that is in the bucket now, with its run.json; what another run of this
         name has left there is removed. Whether something is in the bucket."""
         self._say_whose()
-        own = self.folder / "run.json"
+        record_file = self.folder / "run.json"
         try:
             record = self.place.read("run.json")
         except FileNotFoundError:
             record = None
-        if record is None or not own.exists() or own.read_bytes() != record:
+        if record is None or not record_file.exists() or record_file.read_bytes() != record:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             if record is not None:
-                write_aside(own, record)
+                write_aside(record_file, record)
         return record is not None or bool(self.place.names(""))
 
     def put(self, *names: str) -> None:
@@ -126,27 +126,27 @@ class Mirror:
 
         Args:
             damage: what is wrong with a checkpoint's folder, or none.
-            all_of_them: or the newest alone.
+            all_of_them: or only the newest.
         """
         with _held(self.home / "work.lock"):
             self.match()
-            there, have = self.place.versions(), _read_index(self.index)
-            names = whole(there)
-            if not names and OLD in there:  # what has no manifest would be removed, as what a killed writer left
+            stored, have = self.place.versions(), _read_index(self.index)
+            checkpoints = whole(stored)
+            if not checkpoints and OLD in stored:  # what has no manifest would be removed, as what a killed writer left
                 raise ValueError(
                     f"run={self.url} is of an earlier version, whose checkpoints count no more: take a new run=..."
                 )
             for path in self.folder.glob("checkpoint_*"):
-                if NAME.fullmatch(path.name) and path.name not in names:
+                if NAME.fullmatch(path.name) and path.name not in checkpoints:
                     shutil.rmtree(path)
-            for name in names if all_of_them else names[-1:]:
+            for name in checkpoints if all_of_them else checkpoints[-1:]:
                 path, manifest = self.folder / name, self.place.read(f"{name}/{MANIFEST}")
-                self.there[name] = manifest
-                own, state = path / MANIFEST, f"{name}/{STATE}"
-                same = own.exists() and own.read_bytes() == manifest and have.get(state, "") == there.get(state)
+                self.stored[name] = manifest
+                copy, state = path / MANIFEST, f"{name}/{STATE}"
+                same = copy.exists() and copy.read_bytes() == manifest and have.get(state, "") == stored.get(state)
                 if same and not damage(path):
                     continue
-                have[state] = there.get(state, "")
+                have[state] = stored.get(state, "")
                 shutil.rmtree(path, ignore_errors=True)
                 aside = path.with_suffix(".part")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -217,37 +217,37 @@ class Mirror:
         """
         self.push_files()
         with self.turn:
-            here = sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name))
-            for name in here:
+            local = sorted(path.name for path in self.folder.iterdir() if NAME.fullmatch(path.name))
+            for name in local:
                 manifest = (self.folder / name / MANIFEST).read_bytes()
-                if self.there.get(name) != manifest:
+                if self.stored.get(name) != manifest:
                     self.place.remove(f"{name}/{MANIFEST}")
                     self._put(self.folder / name / STATE)
                     self._check_owner()
                     self._put(self.folder / name / MANIFEST)
-                    self.there[name] = manifest
+                    self.stored[name] = manifest
             versions = self.place.versions()
-            states = {f"{name}/{STATE}": versions.get(f"{name}/{STATE}") for name in here}
+            states = {f"{name}/{STATE}": versions.get(f"{name}/{STATE}") for name in local}
             write_aside(self.index, json.dumps(states).encode())
-            for name in filter(NAME.fullmatch, {key.split("/")[0] for key in versions} - set(here)):
+            for name in filter(NAME.fullmatch, {key.split("/")[0] for key in versions} - set(local)):
                 self.place.remove(f"{name}/{MANIFEST}")
                 self.place.remove(name)
-                self.there.pop(name, None)
+                self.stored.pop(name, None)
 
     def _own(self) -> list[Path]:
-        own = [own_events(self.folder)]
+        files = [own_events(self.folder)]
         if self.rank is not None:
-            own += self.folder.glob(f"logs/rank_{self.rank}.*")
+            files += self.folder.glob(f"logs/rank_{self.rank}.*")
         if self.rank == 0:
-            own += self.folder.iterdir()
-        own = [path for path in own if not path.name.startswith(".") and ".part" not in path.name]
-        return [path for path in own if path.is_file() and path.stat().st_size]
+            files += self.folder.iterdir()
+        files = [path for path in files if not path.name.startswith(".") and ".part" not in path.name]
+        return [path for path in files if path.is_file() and path.stat().st_size]
 
     def _put(self, path: Path) -> None:
         self.place.write(path.relative_to(self.folder).as_posix(), parts_of(path))
 
     def _say_whose(self) -> None:
-        """Writes the URL beside the copies, for `url_of`."""
+        """Writes the URL next to the copies, for `url_of`."""
         self.home.mkdir(parents=True, exist_ok=True)
         if not (self.home / URL).exists():
             write_aside(self.home / URL, self.url.encode())
@@ -273,17 +273,17 @@ class Mirror:
         index = self.home / "read.json"
         with _held(self.home / "read.lock"):
             self._say_whose()
-            there = self.place.versions()
+            stored = self.place.versions()
             have = _read_index(index)
-            for key in choose(there):
+            for key in choose(stored):
                 path = self.copy / key
-                if have.get(key) != there[key] or not path.is_file():
+                if have.get(key) != stored[key] or not path.is_file():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     aside = path.with_name(f"{path.name}.part")
                     self.place.copy_to(key, aside)
                     aside.replace(path)
-                    have[key] = there[key]
-            for key in have.keys() - there.keys():
+                    have[key] = stored[key]
+            for key in have.keys() - stored.keys():
                 (self.copy / key).unlink(missing_ok=True)
                 del have[key]
             write_aside(index, json.dumps(have).encode())

@@ -51,8 +51,10 @@ def build_pretraining(config: PretrainConfig) -> tuple[Net, Geometry]:
         stride = align.output_stride if config.method == "pgl" else encoder.strides[-1]
         level, geometry = feature_geometry(encoder, config.views.size, stride, align.centers)
         if config.method == "pgl" and config.beyond_paper:
-            more = [feature_geometry(encoder, config.views.size, other, align.centers) for other in align.more_strides]
-            model: Net = PlacesPgl(encoder, *heads, [*more, (level, geometry)], Objective(**config.loss.model_dump()))
+            levels = [
+                feature_geometry(encoder, config.views.size, other, align.centers) for other in align.more_strides
+            ]
+            model: Net = PlacesPgl(encoder, *heads, [*levels, (level, geometry)], Objective(**config.loss.model_dump()))
         elif config.method == "pgl":
             model = Pgl(encoder, *heads, level, geometry, align.mask_clamped)
         elif config.method == "byol":

@@ -71,8 +71,8 @@ def check_resources(train: TrainConfig) -> bool:
     use_gpu = train.device == "cuda" or (train.device == "auto" and gpus >= wanted)
     if gpus < wanted and (use_gpu or (train.device == "auto" and gpus > 0)):
         raise ValueError(f"{text} need {wanted:g} GPUs, {here.in_words()}: lower it, or take train.device=cpu")
-    more = "add nodes" if os.environ.get(WATCH) == "1" else "raise ray.num_cpus"
-    mend = f"lower one of them or {'raise the maximum of the autoscaler' if here.grows else more}"
+    growth = "add nodes" if os.environ.get(WATCH) == "1" else "raise ray.num_cpus"
+    mend = f"lower one of them or {'raise the maximum of the autoscaler' if here.grows else growth}"
     need = num * train.cpus_per_worker + FEED_CPUS
     text += f" x train.cpus_per_worker={train.cpus_per_worker:g} + {FEED_CPUS} for the views"
     if need > cpus:
@@ -89,7 +89,7 @@ def await_nodes(train: TrainConfig, newest: tuple[Path, int] | None) -> bool:
 
     Args:
         train: of the run.
-        found: the checkpoint that it continues from, as `runs.locked` gives it; none: it begins.
+        newest: the checkpoint that it continues from, as `runs.locked` gives it; none: it begins.
 
     Raises:
         ValueError: see `check_resources`; or the run began on GPUs and would go on on CPUs, or the other way round.

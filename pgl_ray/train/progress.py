@@ -108,9 +108,9 @@ def speed(per_s: float, unit: str) -> str:
     return f"{per_s:.2g} {unit}s/s" if per_s >= 1 else f"{1 / per_s:.2g} s per {unit}"
 
 
-def num_of(things: Sized, what: str) -> str:
+def num_of(things: Sized, state: str) -> str:
     """How many there are of what; "" where there are none."""
-    return f"{len(things)} {what}" if things else ""
+    return f"{len(things)} {state}" if things else ""
 
 
 def clock(seconds: float) -> str:

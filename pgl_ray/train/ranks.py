@@ -1,4 +1,4 @@
-"""What the workers of a training exchange; alone, each function answers at once."""
+"""What the workers of a training exchange; with a single worker each function answers at once."""
 
 from typing import TypeVar, cast
 

@@ -156,7 +156,7 @@ class CheckpointMeta(BaseModel):
         hu_window: (low, high), HU, that voxels are clipped to.
         data: of the training scans, `data.facts.training_facts`; {}: not recorded.
         config: the door's, JSON.
-        steps: trained so far; none: not recorded. The checkpoint has it beside this.
+        steps: trained so far; none: not recorded. The checkpoint has it next to this.
         decoder, task, num_outputs, labels, patch_size, spacing_mm: of a segmentation network: paper or light; binary
             or multiclass; channels of its logits; organ -> label value; (D, H, W) of its windows; voxel size of a
             resampled store in mm (D, H, W), or none.

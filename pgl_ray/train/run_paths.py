@@ -73,9 +73,9 @@ def results(run: str, name: str) -> Iterator[Path]:
     path = copy.home / "results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():  # what another machine has done is not done again
-        there = copy.fetched(lambda keys: [key for key in keys if key == name or key.startswith(f"{name}/")]) / name
-        if there.is_dir():
-            shutil.copytree(there, path)
+        earlier = copy.fetched(lambda keys: [key for key in keys if key == name or key.startswith(f"{name}/")]) / name
+        if earlier.is_dir():
+            shutil.copytree(earlier, path)
     yield path
     if path.is_dir():
         copy.place.remove(name)

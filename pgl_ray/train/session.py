@@ -1,6 +1,6 @@
 """One worker's part of a training: where it begins, what a step owes, its metrics and checkpoints, and why it ends.
 
-A loop says what is computed; what every loop needs besides stands here once. All workers call the methods alike, for
+A loop says what is computed; what else every loop needs is here once. All workers call the methods alike, for
 some of them compare or exchange what the workers have. `launch` makes a Session of what Ray gives a worker, a test of
 what it likes.
 """
@@ -37,7 +37,7 @@ class Place(NamedTuple):
         rank, world: number of this worker, and of all.
         device: to compute on.
         feed: rows per batch and columns that stay on the host -> this worker's batches, on the device.
-        wrap: a network -> the same under DDP, or alone.
+        wrap: a network -> the same, under DDP where there are several workers.
         push: brings checkpoints to where the run lies; none: they are written there.
         watch: tells the other workers how far this one is; none: nobody asks.
     """
@@ -100,7 +100,7 @@ class Session:
         there are several workers, compiled where that pays.
 
         Args:
-            best: figure by which the best checkpoint is kept, besides the newest ones.
+            best: figure by which the best checkpoint is kept, in addition to the newest ones.
         """
         model = on.compiled(self.place.wrap(self._resumed["model"]), self.device, self.train.compile, self.world)
         if self.rank == 0:
@@ -263,7 +263,7 @@ def settle(model: torch.nn.Module, work: Callable[[], Any]) -> None:
     not.
 
     Args:
-        model: a DDP wrapper; any other is left alone.
+        model: a DDP wrapper; any other stays as it is.
         work: the pass, on a batch like those to come.
     """
     if not isinstance(model, torch.nn.parallel.DistributedDataParallel):

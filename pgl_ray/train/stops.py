@@ -54,8 +54,8 @@ def fault_of_losses(config: FinetuneConfig, values: np.ndarray, step: int, best:
     if np.isfinite(values).all():
         return None
     first = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
-    what = f"train/loss is {values[first, 0]} and train/grad_norm {values[first, 1]}"
-    return f"{what} at step {step - len(values) + 1 + first}: {lower(config, best, run)}"
+    figures = f"train/loss is {values[first, 0]} and train/grad_norm {values[first, 1]}"
+    return f"{figures} at step {step - len(values) + 1 + first}: {lower(config, best, run)}"
 
 
 def lower(config: FinetuneConfig, best: float, run: str) -> str:

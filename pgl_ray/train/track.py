@@ -1,6 +1,7 @@
-"""A run's metrics to MLflow or Weights & Biases besides its own files, through their own clients; a run that continues
-goes on in the same record. Server, project and key come from their own environment variables (MLFLOW_TRACKING_URI,
-WANDB_MODE, ...), as for any program. A tracker that fails does not end the training: a warning, and no more of it."""
+"""A run's metrics to MLflow or Weights & Biases, in addition to its own files, through their own clients; a run that
+continues goes on in the same record. Server, project and key come from their own environment variables
+(MLFLOW_TRACKING_URI, WANDB_MODE, ...), as for any program. A tracker that fails does not end the training: a warning,
+and no more of it."""
 
 import json
 import logging

@@ -31,7 +31,7 @@ class Watch:
     """Of one worker.
 
     Args:
-        run: folder of the run; what is found is noted there.
+        run: folder of the run; who stands still is noted there.
         rank, world: of the worker.
         timeout_s: that workers wait for one that stands still; collectives have the same.
     """
@@ -139,22 +139,22 @@ class Watch:
             key = f"pgl_ray/at/{rank}"
             if rank == self.rank or not self.store.check([key]):
                 continue
-            said = json.loads(self.store.get(key))
-            if said[2] == ENDED:
+            state = json.loads(self.store.get(key))
+            if state[2] == ENDED:
                 self.seen.pop(rank, None)
                 continue
             before, moved, heard = self.seen.get(rank, ([None] * 5, now, now))
-            self.seen[rank] = said, now if said[:2] != before[:2] else moved, now if said[2] != before[2] else heard
+            self.seen[rank] = state, now if state[:2] != before[:2] else moved, now if state[2] != before[2] else heard
 
     def _tell(self, store: torch.distributed.TCPStore, alive: int) -> None:
-        mine = [self.progress, self.beats, alive, os.getpid(), socket.gethostname()]
-        store.set(f"pgl_ray/at/{self.rank}", json.dumps(mine))
+        state = [self.progress, self.beats, alive, os.getpid(), socket.gethostname()]
+        store.set(f"pgl_ray/at/{self.rank}", json.dumps(state))
 
     def _finding(self) -> str | None:
         """Who is waited for, or none where nobody is behind."""
         now = time.monotonic()
         silent = [rank for rank, (_, _, heard) in self.seen.items() if now - heard > SHARE * self.timeout_s / 2]
-        places = {rank: said[0] for rank, (said, _, _) in self.seen.items()} | {self.rank: self.progress}
+        places = {rank: state[0] for rank, (state, _, _) in self.seen.items()} | {self.rank: self.progress}
         behind = [rank for rank, place in places.items() if place < max(places.values()) and rank != self.rank]
         return self._name(silent or behind) if silent or behind else None
 
@@ -170,7 +170,7 @@ class Watch:
 
 
 def watched(work: Callable[[Watch], T], run: str, rank: int, world: int, timeout_s: float) -> T:
-    """Calls a worker with a watch beside it, see `Watch`.
+    """Calls a worker under a watch, see `Watch`.
 
     Raises:
         FailedRun: a collective failed because another worker stands still; it is named.

@@ -167,7 +167,7 @@ def read(
 
 
 def for_segmenter(source: Source, model: Segmenter | LightSegmenter) -> Source:
-    """The same for a segmentation network: its encoder alone, or, from a run of Models Genesis, whose network is the
+    """The same for a segmentation network: only its encoder, or, from a run of Models Genesis, whose network is the
     paper's `Segmenter`, all of that but the head."""
     tensors = {f"encoder.{name}": value for name, value in source.tensors.items()}
     wanted, left_out = [f"encoder.{name}" for name in source.wanted], source.left_out

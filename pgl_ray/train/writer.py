@@ -78,7 +78,7 @@ class Writer:
 
     def figures(self) -> dict[str, float]:
         """Metrics: seconds that training waited for the newest copy, its share of the time since this start for all of
-        them, and seconds that the thread took to write the newest checkpoint beside training."""
+        them, and seconds that the thread took to write the newest checkpoint while training went on."""
         share = self.copied_s / max(1e-9, time.monotonic() - self.began)
         return {"checkpoint/copy_s": self.copy_s, "checkpoint/write_s": self.write_s, "checkpoint/share": share}
 
