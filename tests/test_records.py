@@ -60,6 +60,7 @@ def test_a_damaged_run_json_is_one_line(tmp_path, text, message):
 # -- what a checkpoint says of its network ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_pretraining_says_it_in_plain_values(tmp_path):
     """The keys are those of checkpoints that users have; torch.load takes plain values without running code."""
     index = train_loop.scans(tmp_path / "s", num=2)
