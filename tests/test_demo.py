@@ -70,8 +70,8 @@ def test_pre_training_begins_without_a_note(tmp_path):
     index = Index("store", tuple(scans), {}, (-1024.0, 325.0))
     plan, (model, geometry) = trainings.make_plan(config, index), networks.build_pretraining(config)
     renderer = trainings.make_renderer(config, index, plan)
-    found = outlook.of(config, index, plan, renderer, model.get_submodule("online.encoder"), geometry)
-    assert len(found.lines) == 2 and not any("note" in line for line in found.lines)
+    ahead = outlook.of(config, index, plan, renderer, model.get_submodule("online.encoder"), geometry)
+    assert len(ahead.lines) == 2 and not any("note" in line for line in ahead.lines)
 
 
 @pytest.mark.parametrize(

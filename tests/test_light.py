@@ -86,8 +86,8 @@ def test_a_line_one_voxel_wide_can_be_drawn():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = model(line) > 0
-    assert 2 * (found * line).sum() / (found.sum() + line.sum()) > 0.6
+    drawn = model(line) > 0
+    assert 2 * (drawn * line).sum() / (drawn.sum() + line.sum()) > 0.6
 
 
 def test_it_stands_alone_on_a_list_of_maps():
@@ -100,8 +100,8 @@ def test_it_stands_alone_on_a_list_of_maps():
     model = light().eval()
     x = torch.randn(1, 1, *size)
     with torch.no_grad():
-        found = model.encoder(x)
-        assert torch.equal(model(x), model.decoder([found[i] for i in (0, 1, 2, 4)], size))
+        stages = model.encoder(x)
+        assert torch.equal(model(x), model.decoder([stages[i] for i in (0, 1, 2, 4)], size))
 
 
 def test_every_parameter_takes_part():

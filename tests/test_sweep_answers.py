@@ -201,5 +201,5 @@ def test_the_first_step_that_is_open(trials, verdict, words):
         ("a.lr", {"uniform": [0.0, 1.0]}, None, None),
     ],
 )
-def test_the_edge_of_a_space(key, entry, value, told):
-    assert sweep_answers.at_edge(key, entry, value) == told
+def test_the_edge_of_a_space(key, entry, value, text):
+    assert sweep_answers.at_edge(key, entry, value) == text
