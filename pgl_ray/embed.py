@@ -193,8 +193,8 @@ def _embedded(
 def _rows(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile]) -> Iterator[Any]:
     """First the time at which the processes were asked for their first scan, then a row per scan."""
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    few = len(todo) <= FEW or torch.cuda.is_available()
-    if not address and (config.workers == 1 or (config.workers is None and few) or len(todo) == 1):
+    local = len(todo) <= FEW or torch.cuda.is_available()
+    if not address and (config.workers == 1 or (config.workers is None and local) or len(todo) == 1):
         embedder = Embedder(*work, device=str(pick_device("auto")))
         yield time.monotonic()
         for scan in todo:

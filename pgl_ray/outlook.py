@@ -121,8 +121,8 @@ def _clamped(
     for stride in (geometry.output_stride, *finer):
         if stride in align.more_strides or any(p % s for p, s in zip(size, stride, strict=True)):
             continue
-        finer_geometry = feature_geometry(encoder, size, stride, align.centers)[1]
-        enough, clamped = _large_enough(views, finer_geometry, np.lcm.reduce([stride, *align.more_strides]))
+        map_geometry = feature_geometry(encoder, size, stride, align.centers)[1]
+        enough, clamped = _large_enough(views, map_geometry, np.lcm.reduce([stride, *align.more_strides]))
         if enough:
             keys = [f"views.size={_listed(enough)}"] if enough != size else []
             keys += [f"align.output_stride={_listed(stride)}"] if stride in finer else []

@@ -89,8 +89,8 @@ def read_as(encoder: Net, reading: Reading, views: Tensor) -> Net:
             layer.momentum = None  # the plain mean over passes
             layer.train()
         encoder.train()
-        for few in views.split(AT_A_TIME):
-            encoder(few.to(device))
+        for batch in views.split(AT_A_TIME):
+            encoder(batch.to(device))
     return encoder.eval()
 
 
@@ -176,7 +176,7 @@ class StandardisedMaps(nn.Module):
         self.strides, self.centers = encoder.strides[:num], encoder.centers[:num]
         self.channels = encoder.channels[:num]
         device = next(encoder.parameters()).device
-        batches = [[one.flatten(2) for one in self.plain(few.to(device))] for few in views.split(AT_A_TIME)]
+        batches = [[one.flatten(2) for one in self.plain(batch.to(device))] for batch in views.split(AT_A_TIME)]
         self.scaling = []
         for maps in zip(*batches):
             mean = torch.stack([one.mean((0, 2)) for one in maps]).mean(0)

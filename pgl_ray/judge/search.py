@@ -60,7 +60,7 @@ class Codes:
         at, lengths = torch.from_numpy(np.asarray(voxels) + 0.5), []
         for one, stride, center in zip(self.maps, self.strides, self.centers):
             features = torch.from_numpy(one).double()
-            parts = [read_map(features, few, stride, center).square().sum(1) for few in at.split(CHUNK)]
+            parts = [read_map(features, chunk, stride, center).square().sum(1) for chunk in at.split(CHUNK)]
             lengths.append(np.sqrt(torch.cat(parts).numpy()))  # torch's own root may be one bit off
         return np.stack(lengths)
 
@@ -177,7 +177,7 @@ def search(query: Codes, voxel: np.ndarray, target: Codes, among: Candidates, ap
     products = []
     for one, target_map in zip(asked, target.maps):
         cells = torch.from_numpy(target_map).flatten(1)
-        parts = [one @ few.double() for few in cells.split(2**16, 1)]
+        parts = [one @ chunk.double() for chunk in cells.split(2**16, 1)]
         products.append(torch.cat(parts).view(1, *target_map.shape[1:]))
 
     def similarities(voxels: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -202,8 +202,8 @@ def matches(source: Places, target: Places, searches: list[Search], numbers: dic
             draw_slice(ax, image, plane, scan.spacing_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
             draw_letters(ax, plane, np.zeros(3, bool))
             crop(ax, boxes[id(scan)], plane)
-            task = "asked in" if scan is source else "found in"
-            ax.set_title(f"{task} {scan.title},\n{plane.name}", fontsize=7)
+            verb = "asked in" if scan is source else "found in"
+            ax.set_title(f"{verb} {scan.title},\n{plane.name}", fontsize=7)
             for organ in organs:
                 color = organ_color(numbers[organ])
                 if scan is source:

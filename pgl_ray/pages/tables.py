@@ -181,8 +181,8 @@ def _newest_health(run: Run) -> dict[str, float] | None:
 def rises(runs: list[Run]) -> str:
     """Why the losses of pre-training runs rose, a sentence for each that did."""
     kinds = [(run.config.get("method", "pgl"), run.config.get("loss", {}).get("kind", "consistency")) for run in runs]
-    verdicts = [(run.name, rise(run.rows, *kind)) for run, kind in zip(runs, kinds, strict=True)]
-    return " ".join(f"{name}: {text}." for name, text in verdicts if text)
+    reasons = [(run.name, rise(run.rows, *kind)) for run, kind in zip(runs, kinds, strict=True)]
+    return " ".join(f"{name}: {text}." for name, text in reasons if text)
 
 
 HEALTH = ("feature_std", "effective_rank", "cosine_aligned", "cosine_shuffled", "retrieval")
