@@ -59,7 +59,7 @@ def test_places_that_are_found_again_are_learned_and_how_sure():
 
 
 @pytest.mark.parametrize(
-    ("found", "options", "verdict", "words"),
+    ("shares", "options", "verdict", "words"),
     [
         ((0.001, 0.003, 0.002, 0.001), {}, NO, "wrong priors look like this"),
         ((0.001, 0.030, 0.002, 0.015), {}, OPEN, "does not leave these out"),

@@ -188,7 +188,7 @@ def test_the_first_step_that_is_open(trials, verdict, words):
 
 
 @pytest.mark.parametrize(
-    ("key", "entry", "value", "told"),
+    ("key", "entry", "value", "text"),
     [
         ("a.lr", {"choice": [1, 2, 3]}, 3, "a.lr=3, the highest of 1 to 3"),
         ("a.lr", {"choice": [1, 2, 3]}, 2, None),

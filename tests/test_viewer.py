@@ -107,7 +107,7 @@ def test_nothing_sticks_out_in_a_browser(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("voxels", "notes", "told"),
+    ("voxels", "notes", "expected"),
     [
         ((9, 40), [], ("2 of 2 organs", "The smallest organ", "small, 9.0 mL")),
         ((0, 40), [], ("1 of 2 organs", "What was not found", "small: outside of the scan, or overlooked")),
