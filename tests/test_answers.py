@@ -49,7 +49,7 @@ LEARNED = (0.10, 0.12, 0.09, 0.11, 0.13)
 # -- did pre-training learn places? -----------------------------------------------------------------------------------
 
 
-def test_places_that_are_found_again_are_learned_and_how_sure():
+def test_places_that_are_recognised_are_learned_and_how_sure():
     line = answers.learned_places(run_of("pretrain", health_rows(LEARNED)), None)
     low, high = stats.t.interval(0.95, 4, np.mean(LEARNED), stats.sem(LEARNED))
     assert line.verdict == YES
@@ -69,7 +69,7 @@ def test_places_that_are_found_again_are_learned_and_how_sure():
         (LEARNED, {"rank": 1.1}, NO, "features collapsed"),
     ],
 )
-def test_what_was_not_learned_or_cannot_be_told(shares, options, verdict, words):
+def test_what_was_not_learned_or_stays_open(shares, options, verdict, words):
     line = answers.learned_places(run_of("pretrain", health_rows(shares, **options)), None)
     assert line.verdict == verdict and words in line.text
 
@@ -138,7 +138,7 @@ def test_judges_of_the_frozen_encoder(ahead, verdict):
         assert "by 0.200 (95 % interval 0.100 to 0.300)" in line.text
 
 
-def test_without_a_judge_the_probe_in_training_is_told():
+def test_without_a_judge_the_probe_in_training_is_given():
     rows = health_rows(LEARNED)
     assert answers.better_frozen(run_of("pretrain", rows), None) == (
         OPEN,
@@ -177,7 +177,7 @@ def test_fine_tuned_against_random_weights(gain, verdict):
     assert "one training each: another seed may move it by more" in line.text and "differ in" not in line.text
 
 
-def test_a_gain_that_seeds_do_not_share_is_not_told():
+def test_a_gain_that_seeds_do_not_share_stays_open():
     """Over the scans the mean of the seeds is clear; over the seeds it is not."""
     shifts = [0.20, -0.05, 0.02]
     runs = [tuned(BASE, "random", seed) for seed in range(3)]

@@ -41,7 +41,7 @@ def test_every_step_sees_one_encoder_and_the_training_phantoms(settings):
         assert c.build(type(one), one.model_dump(mode="json")) == one, name
 
 
-def test_both_fine_tunings_differ_in_their_init_alone(settings):
+def test_both_fine_tunings_differ_only_in_their_init(settings):
     _, doors = settings
     random, pgl = (doors[init].model_dump(exclude={"run", "init"}) for init in demo.INITS)
     assert random == pgl and (doors["random"].init, doors["pgl"].init) == ("random", doors["pretrain"].run)

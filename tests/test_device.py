@@ -93,7 +93,7 @@ def test_what_was_not_compiled_is_counted():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world, mode, expected", [(1, "auto", True), (2, "auto", False), (2, "on", True)])
-def test_several_gpus_compile_where_asked_alone(monkeypatch, world, mode, expected):
+def test_several_gpus_compile_only_where_asked(monkeypatch, world, mode, expected):
     monkeypatch.setattr(on, "has_triton", lambda: True)
     net = on.compiled(nn.Identity(), torch.device("cuda"), mode, world)
     assert (net._compiled_call_impl is not None) == expected

@@ -322,7 +322,7 @@ def test_a_bad_file_does_not_stop_the_others(tmp_path, cts, capsys):
     assert "embed: 2 left out:\nembed:   bad: " in capsys.readouterr().out
 
 
-def test_a_label_map_beside_cts_is_left_out(tmp_path, cts, capsys):
+def test_a_label_map_among_cts_is_left_out(tmp_path, cts, capsys):
     label = (body(0) > 0).astype(np.int16).transpose(2, 1, 0)
     nib.save(nib.Nifti1Image(label, np.diag([-4.5, -4.0, 3.0, 1.0])), cts / "mask.nii.gz")
     assert embed.run(config(tmp_path / "o", input=str(cts))).num_scans == 4
@@ -510,7 +510,7 @@ def test_processes_give_the_same_vectors(ray_cluster, tmp_path, cts, capsys):
 
 
 @pytest.mark.cluster
-def test_a_process_that_dies_costs_its_scan_alone(ray_cluster, tmp_path, cts, monkeypatch):
+def test_a_process_that_dies_costs_only_its_scan(ray_cluster, tmp_path, cts, monkeypatch):
     driver, theirs = os.getpid(), embedding.Embedder.row
 
     def row(self, scan):

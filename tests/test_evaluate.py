@@ -288,7 +288,7 @@ def test_what_was_evaluated_is_not_evaluated_again(folder, monkeypatch):
     assert not [p for p in out.rglob("*") if ".part" in p.name]
 
 
-def test_predictions_of_something_else_are_left_alone(folder, monkeypatch):
+def test_predictions_of_something_else_stay(folder, monkeypatch):
     known_run(monkeypatch, folder)
     (folder / "mine/predictions").mkdir(parents=True)
     (folder / "mine/predictions/x.nii.gz").write_bytes(b"")

@@ -240,7 +240,7 @@ def test_wrong_use(runs, tmp_path, kind, output, values, message):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_file_that_computes_something_else_is_not_kept(runs, tmp_path, monkeypatch):
+def test_a_file_that_computes_something_else_is_removed(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "write_safetensors", lambda net, meta, xs, path: [[o + 1 for o in net(x)] for x in xs])
     with pytest.raises(FailedRun, match="computes something else"):
         export.run(config(runs, "resnet", tmp_path / "m.safetensors"))

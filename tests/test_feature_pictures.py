@@ -146,7 +146,7 @@ def test_places_are_drawn_where_they_lie_with_their_errors():
     assert pixels(figure)[..., :3].std() > 0.1
 
 
-def test_slices_beside_each_other_have_one_scale():
+def test_adjacent_slices_have_one_scale():
     """Bodies of different size, in pixels per mm of the drawn axes."""
     bodies = [(16, 40, 48), (10, 60, 44)]
     places = [
@@ -171,7 +171,7 @@ def test_axial_slices_face_the_front_coronal_ones_have_head_up():
     assert np.subtract(*figure.axes[0].get_ylim()) < 0 < np.subtract(*figure.axes[2].get_ylim())
 
 
-def test_colours_are_painted_over_the_body_alone():
+def test_colours_are_painted_only_over_the_body():
     rng = np.random.default_rng(0)
     image, organs, body = np.zeros((11, 9)), np.zeros((11, 9), int), np.zeros((11, 9), bool)
     body[2:9, 1:8], organs[4:6, 3:5] = True, 2
@@ -202,7 +202,7 @@ def test_both_pictures_of_labelled_scans(monkeypatch):
         assert pixels(figure)[..., :3].std() > 0.1
 
 
-def test_the_body_is_found_without_the_table():
+def test_the_body_excludes_the_table():
     one = scan(0, shape=(16, 60, 48))
     one.volume[:, 40:, :] = -1000
     one.volume[:, 50:52, 4:44] = 100  # 2 mm thin

@@ -84,7 +84,7 @@ def test_parts_are_taken_into_the_running_statistics_once():
     assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm3d)} == {0.1}
 
 
-def test_workers_wait_for_each_other_at_the_last_part_alone(tmp_path):
+def test_workers_wait_for_each_other_only_at_the_last_part(tmp_path):
     """Under DDP, of one process here: gradients are reduced once a step."""
     init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:

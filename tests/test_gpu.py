@@ -151,7 +151,7 @@ def test_optimizer_norm_and_target_are_a_few_operations():
 # -- losses without picking rows --------------------------------------------------------------------------------------
 
 
-def test_binary_loss_is_that_of_the_labelled_samples_alone():
+def test_binary_loss_is_only_that_of_the_labelled_samples():
     """Oracle: the rows picked by hand, MONAI's loss on each channel; gradients, too."""
     from monai.losses import DiceCELoss
 

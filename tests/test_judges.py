@@ -216,7 +216,7 @@ class Coordinates(nn.Module):
         return [x, torch.cat([angle.sin(), angle.cos(), 0 * x], 1)]
 
 
-def test_organs_are_found_where_features_name_their_place(store, monkeypatch):
+def test_organs_are_matched_where_features_name_their_place(store, monkeypatch):
     """Volumes that count voxels along W: the found place lies in the right plane, to half the grid; loops as oracle."""
     scans = [decoder.LabelledScan(store, scan) for scan in store.scans[4:]]
     for scan in scans:
@@ -265,7 +265,7 @@ def test_a_deformation_is_smooth_bounded_and_in_mm():
     assert moved.max() < 8 * 3**0.5 * 1.3 + reach * (0.1 + np.deg2rad(10) + 0.02)
 
 
-def test_places_are_found_in_a_deformed_copy_by_good_features(store):
+def test_good_features_match_places_in_a_deformed_copy(store):
     scans = [decoder.LabelledScan(store, store.scans[4])]
     grid = np.indices((24, 40, 72))
     scans[0].volume = ndimage.gaussian_filter(np.random.default_rng(0).normal(0, 4000, grid.shape[1:]), 2).astype(
@@ -368,12 +368,12 @@ def test_one_sentence_names_every_judge_on_its_side():
 
 
 @pytest.mark.parametrize("ahead, words", [(0.2, "0.200"), (-0.2, "0.200")])
-def test_a_difference_without_an_interval_is_said_alone(ahead, words):
+def test_a_difference_without_an_interval_stays_bare(ahead, words):
     standing = judges.Standing(0.5, "random, BatchNorm off", ahead, None, None, None)
     assert standing.by("voxels") == words and standing.against("voxels").endswith("random, BatchNorm off 0.500")
 
 
-def test_judges_are_told_the_window_that_an_encoder_sees(store):
+def test_judges_use_the_window_that_an_encoder_sees(store):
     with pytest.raises(ValueError, match=r"^size=null: give the window"):
         judges.Judges(store, config(store).model_copy(update={"size": None}))
 

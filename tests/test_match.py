@@ -179,7 +179,7 @@ def test_a_similarity_map_repeats_each_cell():
 
 
 @pytest.mark.slow
-def test_a_moved_body_is_found_where_it_moved_to(tmp_path, files, capsys):
+def test_a_moved_body_is_matched_where_it_moved_to(tmp_path, files, capsys):
     voxels = np.array([[8, 24, 32], [6, 20, 40], [10, 30, 24], [5, 28, 30]])
     stored_a = np.array([[0, 0, -4.0, 0], [0, -4.0, 0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])  # d, h, w -> mm, directions
     stored_b = stored_a.copy()

@@ -150,7 +150,7 @@ def test_impossible_stride_names_the_possible_ones():
         feature_geometry(Encoder(width=8, depths=(1, 1, 1, 1)), (16, 96, 96), (8, 8, 8))
 
 
-def test_mask_counts_the_valid_bins_alone():
+def test_mask_counts_only_the_valid_bins():
     rng = torch.Generator().manual_seed(0)
     query, key = (torch.randn(3, 5, 2, 3, 4, generator=rng) for _ in range(2))
     valid = torch.rand(3, 2, 3, 4, generator=rng) < 0.5

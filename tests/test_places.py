@@ -87,7 +87,7 @@ def test_drawn_bins_are_read_as_the_aligner_reads_them():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_bins_depend_on_priors_alone_and_clamped_come_last():
+def test_bins_depend_only_on_priors_and_clamped_come_last():
     pair, geometry = pairs(6), network().maps[1][1]
     bins = drawn_bins(pair, geometry, 20)
     assert all(len(set(row)) == 20 for row in bins.tolist())

@@ -235,7 +235,7 @@ def test_what_is_finished_is_not_done_again(tmp_path, known, monkeypatch, capsys
     assert predict.run(config(source, out, inference={"overlap": 0.2})).num_finished_before == 0
 
 
-def test_page_and_facts_beside_the_label_map(tmp_path, known):
+def test_page_and_facts_of_the_label_map(tmp_path, known):
     write(tmp_path / "ct.nii.gz")
     predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "o/label.nii.gz", viewer=True))
     assert {p.name for p in (tmp_path / "o").iterdir()} == {f"label.{end}" for end in ("nii.gz", "json", "html", "png")}
@@ -261,7 +261,7 @@ def test_a_ct_unlike_the_training_scans_is_noted(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("output", ["file/x.nii.gz", "/proc/nothing/x.nii.gz"])
-def test_an_output_that_cannot_be_written_is_found_first(tmp_path, known, monkeypatch, output):
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, known, monkeypatch, output):
     monkeypatch.setattr(predict, "predict_one", lambda *args: pytest.fail("work before the check"))
     write(tmp_path / "ct.nii.gz")
     (tmp_path / "file").write_text("no folder")

@@ -83,7 +83,7 @@ def test_there_are_weights_and_each_has_a_card():
     assert Path(importlib.resources.files("pgl_ray") / "pretrained" / FILES[0].name).read_bytes()
 
 
-def test_every_file_beside_the_code_is_part_of_the_package():
+def test_every_file_next_to_the_code_is_part_of_the_package():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pgl_ray"]
     package = ROOT / "pgl_ray"
     files = (p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts)

@@ -247,7 +247,7 @@ def table_rows(html, head_says, head=0):
 
 
 @pytest.mark.slow
-def test_page_stands_alone(page):
+def test_page_needs_no_other_file(page):
     read = Reader(page)
     assert len(read.links) > 15 and all(link.startswith("data:image/") for link in read.links)
     assert not {"script", "link", "iframe", "object"} & set(read.tags)
@@ -328,7 +328,7 @@ def test_page_says_what_the_judges_say(page):
     assert sum(link == "data:image/png;base64,YSBwaWN0dXJl" for link in read.links) == 2  # pgl's and random's
 
 
-def test_organs_stand_beside_those_of_the_strongest_control(page):
+def test_organs_are_listed_with_the_strongest_controls(page):
     rows = table_rows(page, "recall of voxels", head=1)
     assert rows["class"] == ["pgl", "random, BatchNorm off", "random"] * 3
     assert rows["liver"] == ["0.25", "0.25", "0.25", "0.30", "0.30", "0.30", "19", "19", "19"]
@@ -474,7 +474,7 @@ def test_scores_on_training_scans_are_called_out(tmp_path, scans):
     assert table["sentences"] == ["run was trained on 1 of the scans that it is scored on."]
 
 
-def test_an_evaluation_without_any_score_is_shown(tmp_path, scans):
+def test_an_evaluation_without_any_score_is_reported(tmp_path, scans):
     folder = finetuned(tmp_path / "run", scans, [float("nan")] * 2, predictions=False)
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     none = dict.fromkeys(tables.SCORES)
@@ -671,7 +671,7 @@ def test_overlay_shows_the_slice_with_most_organs_and_its_errors(scans, tmp_path
 
 
 @pytest.mark.slow
-def test_a_curve_of_zeros_alone_is_drawn():
+def test_a_curve_of_only_zeros_is_drawn():
     for y, scale in (([0.0, 0.0], "linear"), ([0.0, 0.5], "log")):
         figure = plots.curves([plots.Series([1, 3], y, "#000000", False)], "retrieval@1", (None, 1.2), log=True)
         assert figure.axes[0].get_yscale() == scale and figures.to_svg(figure)

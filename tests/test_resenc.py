@@ -94,7 +94,7 @@ def test_centers_are_the_gradients_centre_of_mass():
     check_centers(net.double().eval(), (40, 72, 72))
 
 
-def test_init_depends_on_the_seed_alone():
+def test_init_depends_only_on_the_seed():
     nets = [build_encoder(**TINY) for _ in range(3)]
     for net, seed in zip(nets, (3, 3, 4)):
         for part in net.modules():

@@ -29,7 +29,7 @@ def config_of(space=None, judge="val/dice", arms=None):
 # -- which is best? ---------------------------------------------------------------------------------------------------
 
 
-def test_one_seed_each_cannot_be_told():
+def test_one_seed_each_stays_open():
     trials = [trial_of(score, pretrain__optim__lr=lr) for score, lr in ((0.5, 0.1), (0.7, 0.2), (0.6, 0.3))]
     (line,) = sweep_answers.best(config_of(LR), trials)
     assert line.verdict == OPEN and line.of == ""
@@ -57,7 +57,7 @@ def test_the_lower_error_is_the_best():
     assert "lr 0.2 leads with probe/matching_mm 20.0000 (lower is better)" in line.text and "-10.0000 away" in line.text
 
 
-def test_arms_are_compared_at_each_point_alone():
+def test_arms_are_compared_only_within_a_point():
     """More labels are better, whatever the arm: that is no answer."""
     trials = [
         trial_of(score, arm=arm, finetune__num_scans=share)

@@ -92,7 +92,7 @@ def test_legend_counts_millilitres(nested, voxels):
     assert organs == [Organ(*organ, n, pytest.approx(0.1 * n)) for organ, n in zip(ordered, voxels)]
 
 
-def test_no_organ_found():
+def test_no_organ_predicted():
     voxels, label = scan()
     page, png = page_of(voxels, np.zeros_like(label))
     assert held(page)[2]["centre"] is None and page.count(">not found<") == 2 and len(png) > 1000
@@ -163,7 +163,7 @@ def test_a_browser_shows_the_organ_where_it_lies(tmp_path, webgl):
     np.testing.assert_allclose(spans, [[6 / 52, 24 / 52], [6 / 44, 16 / 44]], atol=0.04)
 
 
-def test_notes_and_their_signs_are_shown():
+def test_notes_and_their_signs_are_on_the_page():
     voxels, label = scan()
     organs = viewer.legend(label, {"spleen": 4, "liver": 300}, AFFINE, nested=False)
     page, _ = viewer.make_page(voxels, label, AFFINE, organs, TEXTS, ["its voxels are <3 mm", "a second one"])

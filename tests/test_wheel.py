@@ -118,7 +118,7 @@ def test_its_command_lists_doors_and_shows_help(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_its_recipes_are_found_by_their_names(home, tmp_path):
+def test_its_recipes_resolve_by_their_names(home, tmp_path):
     done = call(home, tmp_path, "pgl-ray", "prepare", "data_prep/bcv.yaml", "source=nowhere", "store=s")
     assert done.returncode == 2 and "nowhere: no such folder" in done.stderr, done.stderr
 

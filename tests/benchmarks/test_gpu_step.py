@@ -35,7 +35,7 @@ def test_the_script_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert len(results["segmentation"]) == 3 and "paper's 904,000 pairs" in capsys.readouterr().out
 
 
-def test_one_section_alone_and_what_does_not_fit(tmp_path, monkeypatch, capsys):
+def test_only_one_section_and_what_does_not_fit(tmp_path, monkeypatch, capsys):
     def full(*args):
         raise gpu_step.torch.OutOfMemoryError("no memory")
 

@@ -49,7 +49,7 @@ def test_the_named_limit_is_what_holds_the_run_up(gpus, regions, on_gpu):
         assert (rate > said["pairs_per_s"]) == (name == said["limit"]), name
 
 
-def test_more_scans_take_memory_and_longer_epochs_alone():
+def test_more_scans_take_only_memory_and_longer_epochs():
     few, many = (scale_model.predict(Run(64, num), COST, MEASURED) for num in (10**4, 10**6))
     assert many["epoch_s"] == pytest.approx(100 * few["epoch_s"]) and many["index_mb"] > few["index_mb"]
     same = few.keys() - {"epoch_s", "index_mb"}
