@@ -41,17 +41,17 @@ __all__ = (
 
 
 class Match(NamedTuple):
-    """A place of one scan and where it was found in another, RAS+ mm.
+    """A place of one scan and where it was matched in another, RAS+ mm.
 
     Attributes:
         asked_mm: [3], the middle of the voxel that was asked for.
-        found_mm: [3].
+        matched_mm: [3].
         similarity: mean cosine over maps, -1 to 1.
         runner_up_mm, runner_up_similarity: the highest other peak that is far away; none: there is no such.
     """
 
     asked_mm: np.ndarray
-    found_mm: np.ndarray
+    matched_mm: np.ndarray
     similarity: float
     runner_up_mm: np.ndarray | None
     runner_up_similarity: float | None
@@ -149,21 +149,21 @@ def match(
         other: that is searched.
         places_mm: [places, 3], RAS+; each is read at the voxel that it lies in.
         maps: that are compared; none: all but the stem.
-        apart_mm: how far from the found place the runner-up must lie.
+        apart_mm: how far from the matched place the runner-up must lie.
 
     Raises:
         ValueError: a place outside of the scan.
     """
-    ours, theirs = search.encode(encoder, [scan, other], maps)
-    among = search.candidates(other, theirs)
-    found = []
+    query, target = search.encode(encoder, [scan, other], maps)
+    among = search.candidates(other, target)
+    matches = []
     for place in np.reshape(places_mm, (-1, 3)):
         voxel = search.voxel_at(scan, place)
-        one = search.search(ours, voxel, theirs, among, apart_mm)
-        runner_up = None if one.other_voxel is None else search.place_of(other, one.other_voxel)
-        asked, at = search.place_of(scan, voxel), search.place_of(other, one.voxel)
-        found.append(Match(asked, at, one.similarity, runner_up, one.other_similarity))
-    return found
+        hit = search.search(query, voxel, target, among, apart_mm)
+        runner_up = None if hit.other_voxel is None else search.place_of(other, hit.other_voxel)
+        asked, at = search.place_of(scan, voxel), search.place_of(other, hit.voxel)
+        matches.append(Match(asked, at, hit.similarity, runner_up, hit.other_similarity))
+    return matches
 
 
 def align(
@@ -191,9 +191,9 @@ def align(
     region = overlap_box(*boxes)
     if (region[..., 1] <= region[..., 0]).any():
         raise ValueError(f"the crops {priors[0].box.tolist()} and {priors[1].box.tolist()} do not overlap")
-    geometry, found = Geometry(tuple(view_size), tuple(stride), tuple(center)), []
+    geometry, aligned = Geometry(tuple(view_size), tuple(stride), tuple(center)), []
     for one, box, prior in zip(maps, boxes, priors):
         flip = torch.from_numpy(np.asarray(prior.flip))[None]
         matrices = interpolation_matrices(box, flip, region, geometry)
-        found.append(pgl.align(one[None], tuple(matrix.to(one.device) for matrix in matrices))[0])
-    return found[0], found[1]
+        aligned.append(pgl.align(one[None], tuple(matrix.to(one.device) for matrix in matrices))[0])
+    return aligned[0], aligned[1]

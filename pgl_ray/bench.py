@@ -114,7 +114,7 @@ def run(config: BenchConfig) -> Result:
     read_ratio = costs.pop("bytes_read") / costs.pop("crop_bytes")
 
     # step only, all cores or the GPU
-    alone = _time_step(config, device, index.hu_window, renderer, rows, num_pairs)
+    timed = _time_step(config, device, index.hu_window, renderer, rows, num_pairs)
 
     # the stream only: pairs that are ready made, which leaves the transport, then real ones
     launch.connect(config.ray)
@@ -129,12 +129,12 @@ def run(config: BenchConfig) -> Result:
     data_rate = data.num_batches * worker_batch / data.wall_s
 
     # both, batches of the step's size
-    both = _consume(stream_of(plan, renderer, num_pairs, device), config.bench_s, alone.step)
-    waits, needs = both.wait_s / both.wall_s, alone.pairs_per_s * config.train.num_workers
+    both = _consume(stream_of(plan, renderer, num_pairs, device), config.bench_s, timed.step)
+    waits, needs = both.wait_s / both.wall_s, timed.pairs_per_s * config.train.num_workers
     starved = data_rate < needs if device.type == "cuda" else waits > WAITS
     return Result(
         data_rate,
-        alone.pairs_per_s,
+        timed.pairs_per_s,
         both.num_batches * num_pairs / both.wall_s,
         waits,
         costs,
@@ -144,11 +144,11 @@ def run(config: BenchConfig) -> Result:
         cores,
         config.train.num_workers,
         plan.num_steps * plan.global_batch_size,
-        alone.flops / 1e12,
-        alone.memory / 2**30,
+        timed.flops / 1e12,
+        timed.memory / 2**30,
         device.type,
         "data" if starved else "step",
-        alone.uncompiled,
+        timed.uncompiled,
     )
 
 

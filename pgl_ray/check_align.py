@@ -111,7 +111,7 @@ def run(config: CheckAlignConfig) -> Result:
         "scans": config.index or "a phantom",
         "configured": config.align.centers,
         "conventions": conventions,
-        "passed": all(found["passed"] for found in conventions.values()),
+        "passed": all(summary["passed"] for summary in conventions.values()),
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "check_align.json", facts)
@@ -119,7 +119,7 @@ def run(config: CheckAlignConfig) -> Result:
     result = Result(facts, str(folder))
     if not facts["passed"]:
         print(_table(facts))
-        worst = max(found["excess_voxels"] for found in conventions.values())
+        worst = max(summary["excess_voxels"] for summary in conventions.values())
         if not worst:
             raise FailedRun(
                 f"nothing could be checked: no bin of views.size={size} with align.output_stride={stride} lies between "
@@ -147,7 +147,7 @@ def _resolve(config: CheckAlignConfig) -> tuple[CheckAlignConfig, Path]:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """What is typed beside run=RUN goes before what the run was started with."""
+    """Settings typed with run=RUN override those that the run was started with."""
     both = base.keys() & over.keys()
     deeper = {k: _merged(base[k], over[k]) for k in both if isinstance(base[k], dict) and isinstance(over[k], dict)}
     return base | over | deeper
@@ -223,9 +223,9 @@ def _draw_picture(drawn: list, encoder: Encoder, geometries: dict, config: Check
         matrices = interpolation_matrices(used.boxes, used.flips, used.regions, geometries[name][1])
         places[name] = align(maps, matrices)
     views = [render(scan, prior) for prior in priors]
-    shown = {name: [each.numpy() for each in found] for name, found in places.items()}
+    compared = {name: [each.numpy() for each in points] for name, points in places.items()}
     window = tuple((hu - scan.mean_hu) / max(scan.std_hu, 1e-3) for hu in slices.DISPLAY_HU)
-    figure = pair_pictures.places(views, priors, shown, window, scan.spacing_mm)
+    figure = pair_pictures.places(views, priors, compared, window, scan.spacing_mm)
     aside = path.with_name(path.name + ".part")
     figure.savefig(aside, format="png", dpi=130)
     put_in_place(aside, path)
@@ -234,7 +234,7 @@ def _draw_picture(drawn: list, encoder: Encoder, geometries: dict, config: Check
 def _table(facts: dict[str, Any]) -> str:
     """Both conventions side by side, axis by axis."""
     size, stride = ("x".join(map(str, facts["view_size"])), "/".join(map(str, facts["output_stride"])))
-    found = [facts["conventions"][name] for name in CONVENTIONS]
+    summaries = [facts["conventions"][name] for name in CONVENTIONS]
     heads = [f"centers={name}{' *' if name == facts['configured'] else ''}" for name in CONVENTIONS]
 
     def line(text: str, cells: list[list[str]]) -> str:
@@ -253,11 +253,11 @@ def _table(facts: dict[str, Any]) -> str:
         ("max_not_clamped", "largest, bins not clamped"),
     ):
         for unit, spec in (("voxels", ".2f"), ("mm", ".1f")):
-            cells = [["-" if a is None else f"{a:{spec}}" for a in part[unit][key]] for part in found]
+            cells = [["-" if a is None else f"{a:{spec}}" for a in part[unit][key]] for part in summaries]
             lines.append(line(f"{text}, {unit}", cells))
-    lines.append(line("allowed there, voxels", [[f"{a:.2f}" for a in part["allowed_voxels"]] for part in found]))
-    lines.append(line("clamped bins", [[f"{share:.0%}" for share in part["clamped_share"]] for part in found]))
-    free = [["", "", f"{part['bins_clamped_in_no_axis']:.0%}"] for part in found]
+    lines.append(line("allowed there, voxels", [[f"{a:.2f}" for a in part["allowed_voxels"]] for part in summaries]))
+    lines.append(line("clamped bins", [[f"{share:.0%}" for share in part["clamped_share"]] for part in summaries]))
+    free = [["", "", f"{part['bins_clamped_in_no_axis']:.0%}"] for part in summaries]
     lines.append(line("bins clamped on no axis of a pair", free))
     return "\n".join(lines)
 

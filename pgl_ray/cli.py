@@ -122,7 +122,7 @@ def call(door: str, args: list[str]) -> None:
         _say(helped(door, everything="--help-all" in args))
         return
     try:
-        config = c.load(model, [shipped.found(arg) for arg in args if arg != "--debug"])
+        config = c.load(model, [shipped.find(arg) for arg in args if arg != "--debug"])
         _refuse_missing(config, stores)
         module = _imported(f"pgl_ray.{door.split()[0]}")
         _say(getattr(module, closing)(getattr(module, run)(config)))
@@ -178,14 +178,14 @@ def helped(door: str, everything: bool = False) -> str:
     lines = [f"python -m pgl_ray.{door} [file.yaml ...] [key=value ...] [--debug]", "", *_wrapped(model.__doc__)]
     sections = knobs.sections(model)
     rows = {knob.key: knob for _, _, knobs_of in sections for knob in knobs_of}
-    shown = {} if everything else {key: rows[key] for key in first.split() or rows}
-    lines += ["", *(line for knob in shown.values() for line in _lines(knob))]
+    listed = {} if everything else {key: rows[key] for key in first.split() or rows}
+    lines += ["", *(line for knob in listed.values() for line in _lines(knob))]
     if everything:
         for name, about, knobs_of in sections:
             lines += ["", *_wrapped(f"{name}: {about}")] if name else []
             lines += [line for knob in knobs_of for line in _lines(knob)]
-    elif len(shown) < len(rows):
-        rest = dict.fromkeys(key.rpartition(".")[0] or key for key in rows if key not in shown)
+    elif len(listed) < len(rows):
+        rest = dict.fromkeys(key.rpartition(".")[0] or key for key in rows if key not in listed)
         lines += ["", *_wrapped(f"--help-all shows all {len(rows)} keys: {', '.join(rest)}")]
     return "\n".join(lines)
 

@@ -38,12 +38,12 @@ from pgl_ray.model.inference import pick_device
 from pgl_ray.pages import embed_page
 from pgl_ray.train.progress import Stage, num_of
 
-PAGE, KEPT = "embed.html", "preparation.npz"
+PAGE, STATISTICS = "embed.html", "preparation.npz"
 FEW = 32  # scans for which Ray is not started
 EVERY_S = 10.0  # between two writes of what is finished
 BYTES_PER_VOXEL = 24  # of a scan while it is encoded, maps included
 PROCESS_BYTES = 10**9  # of a process beside that
-SHOWN = 5  # names in a line
+NUM_NAMED = 5  # names in a line
 
 
 class Result(NamedTuple):
@@ -55,7 +55,7 @@ class Result(NamedTuple):
         num_finished_before: of them.
         num_features: length of a vector.
         reading: state of BatchNorm in words.
-        seconds: of embedding alone, without the start of Ray and the page.
+        seconds: of embedding only, without the start of Ray and the page.
     """
 
     output: str
@@ -83,8 +83,8 @@ def run(config: EmbedConfig) -> Result:
     encoder, reading = _encoder(config, index, output)
     spacing = spacing_of(config, encoder)
     names = tuple(encoder.names[level] for level in encoder.levels(config.maps))
-    told = vectors.about(config, encoder, names, reading)
-    before = _finished(config, output, scans, told)
+    facts = vectors.about(config, encoder, names, reading)
+    before = _finished(config, output, scans, facts)
     todo = [scan for scan in scans if scan.scan_id not in before]
     known = f", {len(before)} of them done before" if before else ""
     print(f"embed: {len(scans)} scan{'s' * (len(scans) != 1)}{known}; maps {', '.join(names)}; {reading}", flush=True)
@@ -94,7 +94,7 @@ def run(config: EmbedConfig) -> Result:
     if todo:
         work = encoder, names, spacing, folder
         with Stage("embed:", "scan", len(todo), starts=True) as stage:
-            fresh, failed, label_maps, seconds = _embedded(config, work, todo, output, told, stage)
+            fresh, failed, label_maps, seconds = _embedded(config, work, todo, output, facts, stage)
         rows |= fresh
     if config.input and len(scans) == 1 and not rows and not faults:
         (reason,) = (label_maps | failed).values()
@@ -103,13 +103,13 @@ def run(config: EmbedConfig) -> Result:
     ordered = [rows[scan.scan_id] for scan in scans if scan.scan_id in rows]
     _note(ordered)
     if rows:
-        _finish(output, ordered, told, {scan.scan_id for scan in scans})
+        _finish(output, ordered, facts, {scan.scan_id for scan in scans})
     for line in skipped(starmap(Fault, failed.items()), [*left_out, *starmap(Fault, label_maps.items())]):
         print(f"embed: {line}", flush=True)
     if not rows:
         raise FailedRun(_failures(label_maps | failed, len(scans) + len(faults)))
-    shown = {scan.scan_id: scan for scan in scans if scan.scan_id in rows}
-    page = embed_page.make_page(ordered, shown, encoder, spacing, config.pictures, told)
+    scans_by_id = {scan.scan_id: scan for scan in scans if scan.scan_id in rows}
+    page = embed_page.make_page(ordered, scans_by_id, encoder, spacing, config.pictures, facts)
     write_aside(output / PAGE, page.encode())
     if failed:
         raise FailedRun(f"{_failures(failed, len(scans) + len(faults))}; the others are in {output / vectors.TABLE}")
@@ -120,9 +120,9 @@ def run(config: EmbedConfig) -> Result:
 
 
 def _encoder(config: EmbedConfig, index: Index | None, output: Path) -> tuple[ScanEncoder, str]:
-    """The encoder as scans are shown to it, and what is said of its BatchNorm.
+    """The encoder that embeds scans, and a description of its BatchNorm.
 
-    Statistics that were estimated once are kept beside the table: a store that has grown since would give others, and
+    Statistics that were estimated once are stored with the table: a store that has grown since would give others, and
     then no vector could be compared with those of before.
     """
     options = {"hu_window": config.hu_window, "size": config.size, "seed": config.seed}
@@ -131,13 +131,13 @@ def _encoder(config: EmbedConfig, index: Index | None, output: Path) -> tuple[Sc
         return encoder, "no BatchNorm"
     if index is None:
         return encoder, "BatchNorm as trained"
-    key, path = json.dumps([encoder.hash, index.store, config.seed]), output / KEPT
+    key, path = json.dumps([encoder.hash, index.store, config.seed]), output / STATISTICS
     reading = f"BatchNorm re-estimated on {NUM_VIEWS} views of {index.store}"
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            if str(kept["key"]) == key:
-                found = {name: kept[name] for name in kept.files if name != "key"}
-                return encoder.with_statistics(found), f"{reading}, kept in {path.name}"
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["key"]) == key:
+                statistics = {name: file[name] for name in file.files if name != "key"}
+                return encoder.with_statistics(statistics), f"{reading}, kept in {path.name}"
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # none there, or damaged
     encoder = api.load_encoder(config.init, index, **options)
@@ -158,7 +158,7 @@ def _embedded(
     work: tuple,
     todo: list[StoredScan | ScanFile],
     output: Path,
-    told: dict[str, Any],
+    facts: dict[str, Any],
     stage: Stage,
 ) -> tuple[dict[str, dict], dict[str, str], dict[str, str], float]:
     """Rows of new scans, why others have none, which are label maps, and seconds.
@@ -167,11 +167,11 @@ def _embedded(
     written every few seconds.
     """
     rows, failed, label_maps, waiting = {}, {}, {}, []
-    began = kept = None
+    began = saved_at = None
     try:
         for row in _rows(config, work, todo):
             if began is None:  # Ray is running
-                began = kept = row
+                began = saved_at = row
                 continue
             if "failed" not in row and config.dense and not dense_hashes(output, row["scan_id"]):
                 row["failed"] = f"its maps are not in {output}: all nodes must share that folder"
@@ -180,21 +180,21 @@ def _embedded(
             else:
                 rows[row["scan_id"]] = row
                 waiting.append(row)
-            if time.monotonic() - kept > EVERY_S:
-                kept = time.monotonic()
-                vectors.write_part(output, waiting, told)
+            if time.monotonic() - saved_at > EVERY_S:
+                saved_at = time.monotonic()
+                vectors.write_part(output, waiting, facts)
                 waiting = []
             stage.advance(num_of(failed | label_maps, "left out"))
     finally:  # an interrupted call keeps what it has
-        vectors.write_part(output, waiting, told)
+        vectors.write_part(output, waiting, facts)
     return rows, failed, label_maps, time.monotonic() - began
 
 
 def _rows(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile]) -> Iterator[Any]:
     """First the time at which the processes were asked for their first scan, then a row per scan."""
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    few = len(todo) <= FEW or torch.cuda.is_available()
-    if not address and (config.workers == 1 or (config.workers is None and few) or len(todo) == 1):
+    local = len(todo) <= FEW or torch.cuda.is_available()
+    if not address and (config.workers == 1 or (config.workers is None and local) or len(todo) == 1):
         embedder = Embedder(*work, device=str(pick_device("auto")))
         yield time.monotonic()
         for scan in todo:
@@ -210,41 +210,41 @@ def _on_ray(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile],
     launch.connect(config.ray)
     import ray
 
-    here = nodes.cluster()
-    gpus, cores = int(here.limit("GPU")), int(here.limit("CPU"))
-    asked = here.memory(PROCESS_BYTES + BYTES_PER_VOXEL * _most_voxels(todo))
+    cluster = nodes.cluster()
+    gpus, cores = int(cluster.limit("GPU")), int(cluster.limit("CPU"))
+    asked = cluster.memory(PROCESS_BYTES + BYTES_PER_VOXEL * _most_voxels(todo))
     need = int(asked.get("memory", 0))
     if not shared and not config.ray.num_cpus:
         cores = os.cpu_count() or 1  # ours has 4 by name at least
-    fit = here.room(asked) if need else len(todo)
+    fit = cluster.room(asked) if need else len(todo)
     wanted = min(config.workers or gpus or cores, len(todo))
     num = min(wanted, fit)
     if num < wanted:
         print(f"embed: {num} of {wanted} processes: each needs {need / 1e9:.1f} GB", flush=True)
     options = {"num_cpus": 1, "num_gpus": 1 if gpus else 0, "memory": need, "max_restarts": 0}
     work[0].network.cpu()
-    kept, remote = [ray.put(part) for part in work], ray.remote(Embedder).options(**options)
+    refs, remote = [ray.put(part) for part in work], ray.remote(Embedder).options(**options)
 
     def actor() -> Any:
-        return remote.remote(*kept, device="cuda" if gpus else "cpu")
+        return remote.remote(*refs, device="cuda" if gpus else "cpu")
 
     yield time.monotonic()
     waiting, busy = deque(todo), {}
     for _ in range(num):
-        own, scan = actor(), waiting.popleft()
-        busy[own.row.remote(scan)] = own, scan
+        embedder, scan = actor(), waiting.popleft()
+        busy[embedder.row.remote(scan)] = embedder, scan
     while busy:
         (ready, *_), _ = ray.wait(list(busy))
-        own, scan = busy.pop(ready)
+        embedder, scan = busy.pop(ready)
         try:
             yield ray.get(ready)
         except ray.exceptions.RayError as error:
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             yield {"scan_id": scan.scan_id, "failed": f"its process died, perhaps for want of memory: {first}"}
-            own = actor()
+            embedder = actor()
         if waiting:
             scan = waiting.popleft()
-            busy[own.row.remote(scan)] = own, scan
+            busy[embedder.row.remote(scan)] = embedder, scan
 
 
 def _most_voxels(todo: list[StoredScan | ScanFile]) -> int:
@@ -259,15 +259,15 @@ def _most_voxels(todo: list[StoredScan | ScanFile]) -> int:
 
 
 def _finished(
-    config: EmbedConfig, output: Path, scans: list[StoredScan | ScanFile], told: dict[str, Any]
+    config: EmbedConfig, output: Path, scans: list[StoredScan | ScanFile], facts: dict[str, Any]
 ) -> dict[str, dict]:
     """Rows of an earlier call that still hold: the same encoder and maps, and a scan that is what it was."""
-    found, faults = vectors.read_earlier(output, told)
+    earlier, faults = vectors.read_earlier(output, facts)
     for fault in faults:
         print(f"embed: note: {fault}: made anew", flush=True)
-    names, kept = sorted(one["name"] for one in told["maps"]), {}
+    names, finished = sorted(one["name"] for one in facts["maps"]), {}
     for scan in scans:
-        row = found.get(scan.scan_id)
+        row = earlier.get(scan.scan_id)
         try:
             whole = row is not None and row["scan_hash"] == scan.stamp()
         except OSError:  # the file is gone or unreadable: its row of today will say so
@@ -276,20 +276,20 @@ def _finished(
             wanted = {"maps": names, "encoder_hash": row["encoder_hash"], "scan_hash": row["scan_hash"]}
             whole = dense_hashes(output, scan.scan_id) == wanted
         if whole:
-            kept[scan.scan_id] = row
-    return kept
+            finished[scan.scan_id] = row
+    return finished
 
 
-def _finish(output: Path, rows: list[dict], told: dict[str, Any], asked: set[str]) -> None:
+def _finish(output: Path, rows: list[dict], facts: dict[str, Any], asked: set[str]) -> None:
     """Writes the table; says what of an earlier one is not in it."""
-    replaced, gone = vectors.write_table(output, rows, told, asked)
+    replaced, gone = vectors.write_table(output, rows, facts, asked)
     if replaced:
         path = output / vectors.TABLE
         print(f"embed: note: {path} held vectors of another encoder, maps or spacing: it is replaced", flush=True)
     if gone:
         print(f"embed: note: no longer in the table, for they are not asked for: {_some(gone)}", flush=True)
-    own = {f"{row['scan_id']}.zarr" for row in rows}
-    left = sorted(name for name in open_place(output).names("dense") if name not in own)
+    current = {f"{row['scan_id']}.zarr" for row in rows}
+    left = sorted(name for name in open_place(output).names("dense") if name not in current)
     if left:
         print(f"embed: note: {output / 'dense'} holds maps of scans that are not in the table: {_some(left)}")
 
@@ -303,10 +303,10 @@ def _note(rows: list[dict]) -> None:
     for row in rows:
         for note in row["notes"]:
             kinds.setdefault(" ".join(note.split()[:3]), []).append((row["scan_id"], note))
-    for found in kinds.values():
-        first, note = found[0]
+    for noted in kinds.values():
+        first, note = noted[0]
         mend = "; spacing=weights resamples them" if note.startswith("its voxels are") else ""
-        print(f"embed: note: {len(found)} of {len(rows)} scans, {first} for one: {note}{mend}", flush=True)
+        print(f"embed: note: {len(noted)} of {len(rows)} scans, {first} for one: {note}{mend}", flush=True)
 
 
 def _failures(failed: dict[str, str], num: int) -> str:
@@ -314,7 +314,7 @@ def _failures(failed: dict[str, str], num: int) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(names[:NUM_NAMED]) + (f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else "")
 
 
 def describe(result: Result) -> str:

@@ -60,8 +60,8 @@ def run(config: EvaluateConfig) -> Result:
         ValueError: run or index cannot be used, or do not belong together, or there is nothing to compare with.
         FailedRun: a scan does not fit into memory.
     """
-    kept = contextlib.nullcontext(Path(config.output)) if config.output else run_paths.results(config.run, "evaluation")
-    with kept as folder:
+    into = contextlib.nullcontext(Path(config.output)) if config.output else run_paths.results(config.run, "evaluation")
+    with into as folder:
         summary = _evaluate(config, folder)
     return Result(config.output or f"{config.run}/evaluation", summary)
 
@@ -74,10 +74,10 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     others = _read_others(config.compare, records) if config.compare else None
     notes = seen_notes(meta.data, records)
     folder.mkdir(parents=True, exist_ok=True)
-    found = _continue(folder, _identity(config, device), records)
-    left = [record for record in records if record.scan_id not in found]
+    rows_by_scan = _continue(folder, _identity(config, device), records)
+    left = [record for record in records if record.scan_id not in rows_by_scan]
 
-    known = f", {len(found)} of them known already" if found else ""
+    known = f", {len(rows_by_scan)} of them known already" if rows_by_scan else ""
     print(f"evaluate: {len(records)} scans of split={config.split!r} on {device}{known}", flush=True)
     began = time.monotonic()
     scored_scans = _named(
@@ -85,7 +85,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     )
     with (folder / SCANS).open("a") as file, Stage("evaluate:", "scan", len(left)) as stage:
         for scored in scored_scans:
-            found[scored.record.scan_id] = scored.rows
+            rows_by_scan[scored.record.scan_id] = scored.rows
             if config.save_predictions:
                 _write_prediction(folder / "predictions", scored, index)
             line = {"scan_id": scored.record.scan_id, "scan": _content(scored.record), "rows": scored.rows}
@@ -93,7 +93,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
             file.flush()
             stage.advance(f"{scored.record.scan_id}: dice {_text(summarise(scored.rows)['dice'], 0, 3)}")
 
-    rows = [row for record in records for row in found[record.scan_id]]
+    rows = [row for record in records for row in rows_by_scan[record.scan_id]]
     if left or not (folder / "summary.json").exists():
         seconds = (time.monotonic() - began) / max(1, len(left))
         summary = summarise(rows) | {
@@ -121,9 +121,9 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
 def _summary(config: EvaluateConfig, folder: Path, rows: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
     """The summary that lies there, brought to what is asked for now, and printed."""
     summary = json.loads((folder / "summary.json").read_text())
-    told = {"seed": config.seed, "split": config.split, "index": config.index, "notes": notes}  # it may have been moved
-    if any(summary.get(key) != value for key, value in told.items()):
-        summary |= told | {"ci95": intervals(rows, config.seed)}
+    now = {"seed": config.seed, "split": config.split, "index": config.index, "notes": notes}  # it may have been moved
+    if any(summary.get(key) != value for key, value in now.items()):
+        summary |= now | {"ci95": intervals(rows, config.seed)}
         write_json(folder / "summary.json", summary)
     print(table(summary), flush=True)
     for note in notes:
@@ -151,13 +151,13 @@ def _choose(config: EvaluateConfig, meta: CheckpointMeta, index: Index) -> list[
         ValueError: none, or the store's labels, HU window or voxel size are not the run's.
     """
     check_labelled(index, config.index)
-    for name, ours, theirs in (
+    for name, trained, stored in (
         ("labels", meta.labels, index.labels),
         ("hu_window", list(meta.hu_window), list(index.hu_window)),
         ("spacing_mm", *(size and list(size) for size in (meta.spacing_mm, index.spacing_mm))),
     ):
-        if ours != theirs:
-            raise ValueError(f"run={config.run} was trained with {name} {ours}, index={config.index} has {theirs}")
+        if trained != stored:
+            raise ValueError(f"run={config.run} was trained with {name} {trained}, index={config.index} has {stored}")
     records = index.labelled(config.split)[: config.num_scans]
     if not records:
         splits = sorted({record.split for record in index.scans if record.labelled})
@@ -191,9 +191,9 @@ def _read_others(run: str, records: list[ScanRecord]) -> list[dict[str, Any]]:
 def _identity(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     """All that decides what a scan's rows and prediction are, but the scan."""
     checkpoint = hashlib.sha256(file_of(config.run).read_bytes()).hexdigest()
-    kept = {"tta": config.tta, "save_predictions": config.save_predictions, "overlap": config.inference.overlap}
-    kept |= {"bfloat16": True} if on.in_bfloat16(device, config.inference.precision) else {}
-    return {"checkpoint": checkpoint} | kept
+    settings = {"tta": config.tta, "save_predictions": config.save_predictions, "overlap": config.inference.overlap}
+    settings |= {"bfloat16": True} if on.in_bfloat16(device, config.inference.precision) else {}
+    return {"checkpoint": checkpoint} | settings
 
 
 def _content(record: ScanRecord) -> str:
@@ -214,17 +214,17 @@ def _continue(folder: Path, identity: dict[str, Any], records: list[ScanRecord])
     first, *lines = (list(map(json.loads, whole_lines(folder / SCANS))) if (folder / SCANS).exists() else []) or [None]
     wanted = {record.scan_id: _content(record) for record in records}
     same = [line for line in lines if wanted.get(line["scan_id"]) == line["scan"]] if first == identity else []
-    found = {line["scan_id"]: line["rows"] for line in same}
+    rows_by_scan = {line["scan_id"]: line["rows"] for line in same}
     predictions = list((folder / "predictions").glob("*.nii.gz"))
     if first is None and predictions and not (folder / "summary.json").exists():
         raise ValueError(f"output={folder} holds predictions/ that are not of an evaluation: choose another output=...")
-    if len(found) < len(records) or len(lines) > len(found) or first != identity:
+    if len(rows_by_scan) < len(records) or len(lines) > len(rows_by_scan) or first != identity:
         stale = [folder / TABLE, folder / "summary.json", *folder.glob("compare_*.json")]
-        for path in stale + [p for p in predictions if p.name.removesuffix(".nii.gz") not in found]:
+        for path in stale + [p for p in predictions if p.name.removesuffix(".nii.gz") not in rows_by_scan]:
             path.unlink(missing_ok=True)
     text = "".join(json.dumps(line) + "\n" for line in [identity, *same])
     write_aside(folder / SCANS, text.encode())
-    return found
+    return rows_by_scan
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
@@ -272,9 +272,9 @@ def table(summary: dict[str, Any]) -> str:
 
 def comparison(compared: dict[str, Any]) -> str:
     """The differences of two runs as text: a line per organ, and their mean."""
-    ours, theirs = (os.path.basename(os.path.normpath(compared[key])) for key in ("run", "other"))
+    name, other = (os.path.basename(os.path.normpath(compared[key])) for key in ("run", "other"))
     head = f"{'organ':<28}{'dice':>8}{'95 % interval':>18}{'p':>8}{'hd95_mm':>9}{'scans':>7}"
-    lines = [f"{ours} minus {theirs}", head]
+    lines = [f"{name} minus {other}", head]
     for organ, scores in [*compared["organs"].items(), (MEAN, compared)]:
         dice, hd95 = scores["dice"], scores["hd95_mm"]["difference"]
         cells = _text(dice["difference"], 8, 3, "+") + f"{_interval(dice['ci95'], '+'):>18}" + _text(dice["p"], 8, 3)

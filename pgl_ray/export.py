@@ -152,9 +152,9 @@ def run(config: ExportConfig) -> Result:
 def _network(config: ExportConfig, nnunet: bool) -> tuple[nn.Module, str, CheckpointMeta]:
     """The network to export, in eval mode, which part it is, and what the checkpoint says of it."""
     encoder, meta = load_encoder(config.run)
-    own = "encoder" if meta.door == "pretrain" or nnunet else "segmenter"
-    part = own if config.part == "auto" else config.part
-    if part == "segmenter" and own == "encoder":
+    trained_part = "encoder" if meta.door == "pretrain" or nnunet else "segmenter"
+    part = trained_part if config.part == "auto" else config.part
+    if part == "segmenter" and trained_part == "encoder":
         why = "nnU-Net takes an encoder alone" if nnunet else f"run={config.run} is a pretrain run"
         raise ValueError(f"part=segmenter: {why}: take part=encoder")
     if nnunet and not isinstance(encoder, ResEncoder):
@@ -175,21 +175,21 @@ def _metadata(network: nn.Module, part: str, meta: CheckpointMeta) -> dict[str, 
     spacing = "each scan's own, see training_scans" if facts else "not recorded"
     spacing = facts.get("resampled_mm") or meta.spacing_mm or spacing
     architecture = {"encoder": encoder.settings}
-    found: dict[str, Any] = {"part": part, **INPUT, "hu_window": meta.hu_window, "spacing_mm": spacing}
-    found["median_spacing_mm"] = facts["spacing_mm"][1] if facts else "not recorded"
+    entries: dict[str, Any] = {"part": part, **INPUT, "hu_window": meta.hu_window, "spacing_mm": spacing}
+    entries["median_spacing_mm"] = facts["spacing_mm"][1] if facts else "not recorded"
     if part == "segmenter":
         architecture |= {"num_outputs": meta.num_outputs, "decoder": meta.decoder}
-        found |= meta.model_dump(include={"labels", "task", "patch_size"})
+        entries |= meta.model_dump(include={"labels", "task", "patch_size"})
     else:
         maps = [{"output_stride": stride, "center": center} for stride, center in zip(encoder.strides, encoder.centers)]
         method = meta.method or "fine-tuned"
-        found |= {"maps": maps, "last_trained_map": encoder.last, "method": method}
-    found |= {"architecture": architecture, "training_scans": facts, "data_licence": _licence(facts)}
-    found["steps"] = "not recorded" if meta.steps is None else meta.steps
-    found["config"] = _without_places(json.loads(meta.config))
-    found |= {"made_by": f"pgl_ray {pgl_ray.__version__} {meta.door}", "pgl_ray_version": pgl_ray.__version__}
-    found["format"] = "pt"
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
+        entries |= {"maps": maps, "last_trained_map": encoder.last, "method": method}
+    entries |= {"architecture": architecture, "training_scans": facts, "data_licence": _licence(facts)}
+    entries["steps"] = "not recorded" if meta.steps is None else meta.steps
+    entries["config"] = _without_places(json.loads(meta.config))
+    entries |= {"made_by": f"pgl_ray {pgl_ray.__version__} {meta.door}", "pgl_ray_version": pgl_ray.__version__}
+    entries["format"] = "pt"
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in entries.items()}
 
 
 def _licence(facts: dict[str, Any]) -> str:
@@ -200,12 +200,12 @@ def _licence(facts: dict[str, Any]) -> str:
 
 
 def _without_places(config: Any) -> Any:
-    """A config without what says something of the machine alone: folders by their last name, no cluster."""
+    """A config without what says something only of the machine: folders by their last name, no cluster."""
     if not isinstance(config, dict):
         return config
-    kept = {key: _without_places(value) for key, value in config.items() if key != "ray"}
-    places = {key: Path(kept[key]).name for key in ("index", "run", "init") if isinstance(kept.get(key), str)}
-    return kept | places
+    settings = {key: _without_places(value) for key, value in config.items() if key != "ray"}
+    places = {key: Path(settings[key]).name for key in ("index", "run", "init") if isinstance(settings.get(key), str)}
+    return settings | places
 
 
 def describe(result: Result) -> str:

@@ -267,7 +267,7 @@ def validate(
         session.meet()
         summary = summarise([row for part in ranks.of_all_workers(rows) for row in part])
         train_mode(segmenter, config.freeze)
-    scores = {f"val/dice_{organ}": found["dice"] for organ, found in summary["organs"].items()}
+    scores = {f"val/dice_{organ}": of_organ["dice"] for organ, of_organ in summary["organs"].items()}
     scores = {key: float(value) for key, value in scores.items() if value is not None}
     return {"val/dice": summary["dice"] or 0.0, **scores}
 

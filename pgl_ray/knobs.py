@@ -22,7 +22,7 @@ class Knob(NamedTuple):
 
 def sections(model: type[Section], prefix: str = "") -> list[tuple[str, str, list[Knob]]]:
     """(dotted name, description, keys) of a model, whose own keys come first under the name "", and of its sections."""
-    own, below = [], []
+    keys, below = [], []
     for name, field in model.model_fields.items():
         section = section_of(field.annotation)
         if section:
@@ -30,8 +30,8 @@ def sections(model: type[Section], prefix: str = "") -> list[tuple[str, str, lis
             continue
         default = "required" if field.is_required() else plain(field.default)
         about = " ".join((field.description or "").split())
-        own.append(Knob(prefix + name, default, values(field), about))
-    return [(prefix.rstrip("."), " ".join((model.__doc__ or "").split()), own), *below]
+        keys.append(Knob(prefix + name, default, values(field), about))
+    return [(prefix.rstrip("."), " ".join((model.__doc__ or "").split()), keys), *below]
 
 
 def section_of(annotation: Any) -> type[Section] | None:
@@ -56,8 +56,8 @@ def values(field: FieldInfo) -> str:
 
 def _in_words(kind: Any, metadata: Any = ()) -> str:
     if get_origin(kind) is Annotated:
-        kind, *more = get_args(kind)
-        return _in_words(kind, [*metadata, *more])
+        kind, *constraints = get_args(kind)
+        return _in_words(kind, [*metadata, *constraints])
     bounds = "".join(f" {sign} {bound:g}" for name, sign in BOUNDS.items() for bound in _bounds(metadata, name))
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):

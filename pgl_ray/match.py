@@ -105,9 +105,9 @@ def run(config: MatchConfig) -> Result:
     options = {"hu_window": config.hu_window, "size": config.size, "seed": config.seed}
     encoder = api.load_encoder(config.init, store, **options)
     encoder.levels(config.maps)
-    own = [one.read() for one in files]
-    asked = places(config, own[0])
-    scans = [_prepared(encoder, scan, key, config) for scan, key in zip(own, ("a", "b"))]
+    originals = [one.read() for one in files]
+    asked = places(config, originals[0])
+    scans = [_prepared(encoder, scan, key, config) for scan, key in zip(originals, ("a", "b"))]
     if files[0].path.resolve() == files[1].path.resolve() and files[0].slices == files[1].slices:
         print("match: note: a and b are the same scan: every place should find itself", flush=True)
     try:
@@ -121,14 +121,14 @@ def run(config: MatchConfig) -> Result:
     voxels = [_voxel(scans[0], one.place_mm) for one in asked]
     if away := [one.name for one, is_away in zip(asked, search.away_from_body(scans[0], np.array(voxels))) if is_away]:
         print(f"match: note: outside of A's body, while B is searched inside of its own: {some(away)}", flush=True)
-    found = [search.search(codes[0], voxel, codes[1], among, config.apart_mm) for voxel in voxels]
-    rows = [_row(one.name, scans, voxel, place) for one, voxel, place in zip(asked, voxels, found)]
-    names = _similarity_maps(config, asked, found, among, scans[1], own[1], files[1])
+    hits = [search.search(codes[0], voxel, codes[1], among, config.apart_mm) for voxel in voxels]
+    rows = [_row(one.name, scans, voxel, hit) for one, voxel, hit in zip(asked, voxels, hits)]
+    names = _similarity_maps(config, asked, hits, among, scans[1], originals[1], files[1])
     facts = _facts(config, encoder, names)
     if config.page_mb:
         texts = {"title": f"{files[0].scan_id} in {files[1].scan_id}", "a": files[0].scan_id, "b": files[1].scan_id}
         texts |= {"how": f"{config.init}, {READINGS[encoder.reading]}", "made_by": facts["made_by"]}
-        page = match_page.make_page(scans, codes, among, config.apart_mm, rows, voxels, found, texts)
+        page = match_page.make_page(scans, codes, among, config.apart_mm, rows, voxels, hits, texts)
         write_aside(output / "match.html", page.encode())
     write_aside(output / "matches.csv", _table(rows).encode())
     _replace_facts(output, facts)
@@ -148,19 +148,19 @@ def places(config: MatchConfig, scan: ct.Scan) -> list[Asked]:
     Raises:
         ValueError: a place outside of the scan, an unreadable file, or no label in it.
     """
-    found = []
+    asked = []
     if config.point:
-        found.append(Asked("point", np.array(config.point)))
+        asked.append(Asked("point", np.array(config.point)))
     if config.voxel:
         voxel = stored_voxel(config.voxel, scan.orientation, scan.voxels.shape)
-        found.append(Asked("voxel", search.place_of(scan, voxel)))
+        asked.append(Asked("voxel", search.place_of(scan, voxel)))
     if config.labels:
-        found += _centroids(config, scan)
+        asked += _centroids(config, scan)
     if config.landmarks:
-        found += _landmarks(Path(config.landmarks))
-    for one in found:
+        asked += _landmarks(Path(config.landmarks))
+    for one in asked:
         _check_inside(scan, one)
-    return found
+    return asked
 
 
 def stored_voxel(voxel: tuple[int, int, int], orientation: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -195,11 +195,11 @@ def _centroids(config: MatchConfig, scan: ct.Scan) -> list[Asked]:
         raise ValueError(f"names: {', '.join(missing)} is not in {config.labels}, which holds {values}")
     names = {value: name for name, value in config.names.items()}
     wanted = [value for value in values if value in names] or values
-    found = []
+    asked = []
     for value in wanted:
         middle = np.argwhere(label == value).mean(0)
-        found.append(Asked(names.get(value, f"label_{value}"), (scan.affine @ [*middle, 1.0])[:3]))
-    return found
+        asked.append(Asked(names.get(value, f"label_{value}"), (scan.affine @ [*middle, 1.0])[:3]))
+    return asked
 
 
 def _landmarks(path: Path) -> list[Asked]:
@@ -209,7 +209,7 @@ def _landmarks(path: Path) -> list[Asked]:
         raise ValueError(f"landmarks={path} cannot be read: {error}") from None
     if not rows or not {"name", "x", "y", "z"} <= set(rows[0]):
         raise ValueError(f"landmarks={path}: expected a first line name,x,y,z and a line per place in mm (RAS+)")
-    found = []
+    asked = []
     for number, row in enumerate(rows, 2):
         try:
             place = np.array([float(row[key]) for key in "xyz"])
@@ -217,8 +217,8 @@ def _landmarks(path: Path) -> list[Asked]:
             place = np.array([np.nan])
         if not np.isfinite(place).all():
             raise ValueError(f"landmarks={path}, line {number}: x, y, z must be three numbers in mm")
-        found.append(Asked(row["name"] or f"line {number}", place))
-    return found
+        asked.append(Asked(row["name"] or f"line {number}", place))
+    return asked
 
 
 def _check_inside(scan: ct.Scan, asked: Asked) -> None:
@@ -249,27 +249,27 @@ def _prepared(encoder: ScanEncoder, scan: ct.Scan, key: str, config: MatchConfig
 # -- what is written --------------------------------------------------------------------------------------------------
 
 
-def _row(name: str, scans: list[ct.Scan], voxel: np.ndarray, found: search.Found) -> Row:
-    other = None if found.other_voxel is None else search.place_of(scans[1], found.other_voxel)
-    a_mm, b_mm = search.place_of(scans[0], voxel), search.place_of(scans[1], found.voxel)
-    return Row(name, a_mm, b_mm, found.similarity, other, found.other_similarity)
+def _row(name: str, scans: list[ct.Scan], voxel: np.ndarray, hit: search.Hit) -> Row:
+    other = None if hit.other_voxel is None else search.place_of(scans[1], hit.other_voxel)
+    a_mm, b_mm = search.place_of(scans[0], voxel), search.place_of(scans[1], hit.voxel)
+    return Row(name, a_mm, b_mm, hit.similarity, other, hit.other_similarity)
 
 
 def _similarity_maps(
     config: MatchConfig,
     asked: list[Asked],
-    found: list[search.Found],
+    hits: list[search.Hit],
     among: search.Candidates,
     scan: ct.Scan,
-    own: ct.Scan,
+    original: ct.Scan,
     file: ScanFile,
 ) -> list[str]:
     """Writes the first places' maps on B's own grid; returns the files' names."""
     names = []
-    for number, (one, place) in enumerate(zip(asked[: config.similarity_maps], found), 1):
-        values = search.similarity_map(among, place.similarities, scan.voxels.shape)
-        if scan is not own:
-            values = onto_grid(values, scan.affine, own.affine, own.voxels.shape)
+    for number, (one, hit) in enumerate(zip(asked[: config.similarity_maps], hits), 1):
+        values = search.similarity_map(among, hit.similarities, scan.voxels.shape)
+        if scan is not original:
+            values = onto_grid(values, scan.affine, original.affine, original.voxels.shape)
         names.append(f"similarity_{number:02d}_{NOT_SAFE.sub('_', one.name)}.nii.gz")
         target = Path(config.output, names[-1])
         aside = target.with_name(f".part{os.getpid()}.{target.name}")
@@ -282,10 +282,10 @@ def _similarity_maps(
 
 
 def _facts(config: MatchConfig, encoder: ScanEncoder, names: list[str]) -> dict[str, Any]:
-    said = config.model_dump(mode="json", exclude={"output"})
+    settings = config.model_dump(mode="json", exclude={"output"})
     made_by = f"pgl_ray {pgl_ray.__version__}"
     return {
-        **said,
+        **settings,
         "reading": encoder.reading,
         "encoder_hash": encoder.hash,
         "similarity_files": names,

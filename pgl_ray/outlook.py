@@ -121,12 +121,12 @@ def _clamped(
     for stride in (geometry.output_stride, *finer):
         if stride in align.more_strides or any(p % s for p, s in zip(size, stride, strict=True)):
             continue
-        way = feature_geometry(encoder, size, stride, align.centers)[1]
-        enough, found = _large_enough(views, way, np.lcm.reduce([stride, *align.more_strides]))
+        map_geometry = feature_geometry(encoder, size, stride, align.centers)[1]
+        enough, clamped = _large_enough(views, map_geometry, np.lcm.reduce([stride, *align.more_strides]))
         if enough:
             keys = [f"views.size={_listed(enough)}"] if enough != size else []
             keys += [f"align.output_stride={_listed(stride)}"] if stride in finer else []
-            mends.append(f"{' with '.join(keys)} would clamp {_percent(found)}")
+            mends.append(f"{' with '.join(keys)} would clamp {_percent(clamped)}")
         if mends and stride in finer:
             break  # a finer one still leaves more of the encoder out
     return (

@@ -52,7 +52,7 @@ class Job(NamedTuple):
     scan: ScanFile
     target: Path
 
-    def beside(self, suffix: str) -> Path:
+    def with_suffix(self, suffix: str) -> Path:
         """The file of another kind beside the label map."""
         return self.target.with_name(self.target.name.removesuffix(".nii.gz") + suffix)
 
@@ -139,11 +139,11 @@ def _maker(model: Segmenter | LightSegmenter, meta: CheckpointMeta, config: Pred
 def _is_finished(job: Job, maker: str, viewer: bool) -> bool:
     """Whether the label map was made by the same network from the same files; the facts are written last."""
     try:
-        facts = json.loads(job.beside(".json").read_text())
+        facts = json.loads(job.with_suffix(".json").read_text())
         made = facts["maker"] == maker and facts["stamp"] == job.scan.stamp()
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return made and all(job.beside(end).is_file() for end in (".nii.gz", *((".html", ".png") if viewer else ())))
+    return made and all(job.with_suffix(end).is_file() for end in (".nii.gz", *((".html", ".png") if viewer else ())))
 
 
 def _work(source: Path, output: Path) -> tuple[list[Job], list[Fault], list[Fault]]:
@@ -191,9 +191,9 @@ def _is_label_map(path: str, tree: Tree) -> bool:
 
 
 def _name_of(scan: ScanFile, source: Path) -> str:
-    """A scan's id; that of a series that lies in the input's folder itself tells this folder's name, too."""
-    alone = scan.slices and scan.path == source.resolve()
-    return f"{identity.plain(source.resolve().name)}{identity.JOIN}{scan.scan_id}" if alone else scan.scan_id
+    """A scan's id; that of a series that lies in the input's folder itself begins with this folder's name."""
+    in_root = scan.slices and scan.path == source.resolve()
+    return f"{identity.plain(source.resolve().name)}{identity.JOIN}{scan.scan_id}" if in_root else scan.scan_id
 
 
 def predict_one(
@@ -246,11 +246,11 @@ def predict_one(
             "made_by": made_by,
         }
         page, picture = viewer.make_page(scan.voxels, label, scan.affine, organs, texts, notes)
-        write_aside(job.beside(".html"), page.encode())
-        write_aside(job.beside(".png"), picture)
+        write_aside(job.with_suffix(".html"), page.encode())
+        write_aside(job.with_suffix(".png"), picture)
     facts = {"input": job.scan.source, "run": config.run, "organs": [organ._asdict() for organ in organs]}
     facts |= {"notes": notes, "made_by": made_by, "maker": maker, "stamp": stamp}
-    write_json(job.beside(".json"), facts)
+    write_json(job.with_suffix(".json"), facts)
     return notes
 
 

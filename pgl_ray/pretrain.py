@@ -208,15 +208,15 @@ def _save(
 ) -> None:
     """Takes a checkpoint, whose worth the row says."""
     optim.average_buffers(net)
-    own = {"meta": meta.plain(), "num_collapsed": num_collapsed, "skipped": dict(skipped.rows)}
-    session.save(own, {key: row[key] for key in ("train/loss", ACCURACY) if key in row})
+    state = {"meta": meta.plain(), "num_collapsed": num_collapsed, "skipped": dict(skipped.rows)}
+    session.save(state, {key: row[key] for key in ("train/loss", ACCURACY) if key in row})
 
 
 def _health(net: nn.Module, done: Step, geometry: Geometry) -> dict[str, float]:
     """The health figures of a step, the workers' mean, and whether they are a collapse."""
     row = ranks.mean_over_workers(health.panel(net, done.output, done.pair, geometry))
-    found = health.directions(row)
-    row |= {} if found is None else {"health/directions": found}
+    share = health.directions(row)
+    row |= {} if share is None else {"health/directions": share}
     return row | {"health/collapsed": float(health.collapse(row) is not None)}
 
 
@@ -232,8 +232,8 @@ def _judged(session: Session, judge: Judges, encoder: nn.Module) -> dict[str, fl
     began = time.monotonic()
     with session.beating(encoder):
         score = judge.judge(encoder, READINGS[0])["voxels"]
-    found = {f"probe/recall_{name}": value for name, value in score.details["recall"].items()}
-    return {ACCURACY: score.value, "probe/seconds": time.monotonic() - began, **found}
+    recalls = {f"probe/recall_{name}": value for name, value in score.details["recall"].items()}
+    return {ACCURACY: score.value, "probe/seconds": time.monotonic() - began, **recalls}
 
 
 def _check_rows(batch: dict[str, Tensor], session: Session) -> None:
@@ -241,10 +241,10 @@ def _check_rows(batch: dict[str, Tensor], session: Session) -> None:
     plan, step, rank = session.plan, session.step, session.rank
     size = plan.global_batch_size // session.world
     due = {name: column[rank * size : (rank + 1) * size] for name, column in plan.columns(step, step + 1).items()}
-    shown = batch["missed"].numpy() < 0
+    rendered = batch["missed"].numpy() < 0
     for name, column in due.items():
         got = batch[name].numpy()
-        if not np.array_equal(got[shown], column[shown]):
+        if not np.array_equal(got[rendered], column[rendered]):
             raise FailedRun(f"the stream is out of step at step {step} of rank {rank}: {name} {got.tolist()}")
 
 
@@ -273,6 +273,6 @@ def _keep_views(run: str, batch: dict, plan: stream.Plan, num: int = 4) -> None:
 def describe(result: Result) -> str:
     """What the health figures say, and the closing line."""
     state = "was finished already" if result.already_finished else f"done after {result.steps} steps"
-    more = "" if result.rise is None else f"  note: {result.rise}\n"
-    more += "" if result.probe is None else f"  voxel probe: balanced accuracy {result.probe:.4f}\n"
-    return f"  health: {result.health}\n{more}pretrain: {state}, loss {result.loss:.4f}; run in {result.run}"
+    notes = "" if result.rise is None else f"  note: {result.rise}\n"
+    notes += "" if result.probe is None else f"  voxel probe: balanced accuracy {result.probe:.4f}\n"
+    return f"  health: {result.health}\n{notes}pretrain: {state}, loss {result.loss:.4f}; run in {result.run}"

@@ -96,9 +96,9 @@ def run(config: ProbeConfig) -> ProbeResult:
     encoder = load("init", config, index, judges.probe.scans[1], notes)
     if not readings.norms(encoder):
         _note(notes, f"the encoder of init={config.init} has no BatchNorm: there is one reading of it")
-    found = _read(judges, encoder, config.init != "random")
-    controls, ceiling = _ends(config, index, judges, encoder, found, notes)
-    first = next(iter(found.values()))
+    judged = _read(judges, encoder, config.init != "random")
+    controls, ceiling = _ends(config, index, judges, encoder, judged, notes)
+    first = next(iter(judged.values()))
     standing = {
         judge: Standing.of(judge, score, {name: one[judge] for name, one in controls.items()}, high)
         for judge, score in first.items()
@@ -106,12 +106,12 @@ def run(config: ProbeConfig) -> ProbeResult:
         if controls
     }
     voxel, place = first.get("voxels"), _place(config)
-    figures = _figures(config, judges, encoder, found, controls) if place else {}
+    figures = _figures(config, judges, encoder, judged, controls) if place else {}
     result = ProbeResult(
         init=config.init,
         num_train_scans=len(judges.probe.train),
         num_test_scans=len(judges.probe.test),
-        readings={reading: _plain(scores) for reading, scores in found.items()},
+        readings={reading: _plain(scores) for reading, scores in judged.items()},
         controls={name: _plain(scores) for name, scores in controls.items()},
         ceiling=_plain(ceiling),
         standing={judge: dataclasses.asdict(one) for judge, one in standing.items()},
@@ -163,13 +163,13 @@ def _note(notes: list[str], *lines: str) -> None:
 def _read(judges: Judges, encoder: Encoder, trained: bool) -> dict[str, dict[str, Score]]:
     """Reading -> what the judges say; the one that counts comes first.
 
-    A trained encoder's other readings are those of the voxel probe alone, which is quick; of random weights, whose
+    A trained encoder's other readings are only those of the voxel probe, which is quick; of random weights, whose
     strongest reading counts, all judges read all.
     """
     first, *others = readings.possible(encoder, trained)
-    found = {first: judges.judge(encoder, first)}
+    judged = {first: judges.judge(encoder, first)}
     only = ("voxels",) if trained else JUDGES
-    return found | {reading: scores for reading in others if (scores := judges.judge(encoder, reading, only))}
+    return judged | {reading: scores for reading in others if (scores := judges.judge(encoder, reading, only))}
 
 
 def _ends(
@@ -177,14 +177,14 @@ def _ends(
     index: Index,
     judges: Judges,
     encoder: Encoder,
-    found: dict[str, dict[str, Score]],
+    judged: dict[str, dict[str, Score]],
     notes: list[str],
 ) -> tuple[dict[str, dict[str, Score]], dict[str, Score]]:
     """Name -> scores of the controls, and the scores of the upper end, both of the same size as the encoder."""
     if not config.ends:
         return {}, {}
     if config.init == "random":
-        chance = found
+        chance = judged
     else:
         chance = _read(judges, _random_like(encoder, config.seed), False)
     controls = {f"random, {in_words(chance)[reading]}": scores for reading, scores in chance.items()}
@@ -211,21 +211,21 @@ def _figures(
     config: ProbeConfig,
     judges: Judges,
     encoder: Encoder,
-    found: dict[str, dict[str, Score]],
+    judged: dict[str, dict[str, Score]],
     controls: dict[str, dict[str, Score]],
 ) -> dict[str, Figure]:
     """Pictures of what point matching finds, and of the features, beside those of random weights' strongest reading."""
     if "matching" not in config.judges or config.init == "random":
         return {}
-    own, text = next(iter(found)), "{}, {}: median matching error {:.0f} mm"
-    shown = {text.format(_short(config.init), in_words(found)[own], found[own]["matching"].value): (encoder, own)}
+    own, text = next(iter(judged)), "{}, {}: median matching error {:.0f} mm"
+    drawn = {text.format(_short(config.init), in_words(judged)[own], judged[own]["matching"].value): (encoder, own)}
     states = readings.possible(encoder, False)
     names = {f"random, {in_words(states)[reading]}": reading for reading in states}
     errors = {name: scores["matching"].value for name, scores in controls.items() if name in names}
     if errors:
         best = min(errors, key=errors.get)
-        shown[f"{best}: median matching error {errors[best]:.0f} mm"] = _random_like(encoder, config.seed), names[best]
-    maps = {title: judges.maps(*one) for title, one in shown.items()}
+        drawn[f"{best}: median matching error {errors[best]:.0f} mm"] = _random_like(encoder, config.seed), names[best]
+    maps = {title: judges.maps(*one) for title, one in drawn.items()}
     return feature_pictures.draw(judges.test, judges.names, config.size, maps)
 
 
@@ -274,13 +274,13 @@ def table(result: ProbeResult) -> str:
     for name, scores in rows.items():
         line = f"{name:<{width}}"
         for judge in asked:
-            value, more = scores[judge]["value"] if judge in scores else None, scores.get(judge, {}).get("details", {})
+            value, extra = scores[judge]["value"] if judge in scores else None, scores.get(judge, {}).get("details", {})
             if judge == "voxels":
-                line += _cell(value, 8, 3) + _cell(more.get("last_map"), 10, 3)
+                line += _cell(value, 8, 3) + _cell(extra.get("last_map"), 10, 3)
             elif judge == "decoder":
-                line += _cell(value, 8, 3) + _cell(more.get("hd95_mm"), 9, 1)
+                line += _cell(value, 8, 3) + _cell(extra.get("hd95_mm"), 9, 1)
             else:
-                line += _cell(value, 10, 1) + _cell(more.get("deformed_mm"), 10, 1)
+                line += _cell(value, 10, 1) + _cell(extra.get("deformed_mm"), 10, 1)
         lines.append(line)
     if result.body_box_mm is not None:
         lines.append(f"point matching by the place in the body's box alone: {result.body_box_mm:.1f} mm")

@@ -56,8 +56,8 @@ def run(config: ReportConfig) -> str:
         ValueError: a folder that is no run.
     """
     if sweep_report.is_sweep(config.run):
-        found = sweep_report.content(Path(config.run[0]).absolute(), overlays)
-        return _write(config, {"title": config.title, "notes": config.notes, **found}, "sweep.html")
+        of_sweep = sweep_report.content(Path(config.run[0]).absolute(), overlays)
+        return _write(config, {"title": config.title, "notes": config.notes, **of_sweep}, "sweep.html")
     runs = run_folders.read_runs(config.run)
     pretrained, tuned = ([r for r in runs if r.door == door] for door in ("pretrain", "finetune"))
     evaluated = [r for r in tuned if r.summary]
@@ -78,11 +78,11 @@ def run(config: ReportConfig) -> str:
         ],
         "comparison": tables.comparison(evaluated) if evaluated else None,
         "probes": probe_tables.table(probes),
-        "probe_pictures": [picture for path, found in probes for picture in probe_pictures(path, found)],
+        "probe_pictures": [picture for path, result in probes for picture in probe_pictures(path, result)],
         "pretrained": pretrained,
         "verdicts": [tables.verdict(r) for r in pretrained],
         "health": tables.health(pretrained),
-        "alignments": [found for r in pretrained if (found := alignment(r))],
+        "alignments": [table for r in pretrained if (table := alignment(r))],
         "pretrain_curves": curves.pretrain_curves(pretrained),
         "loss_words": curves.loss_words(pretrained),
         "rises": tables.rises(pretrained),
@@ -111,8 +111,8 @@ def _or_missing(missing: list[str], what: str, draw: Callable[[], Any]) -> Any:
 
 def _write(config: ReportConfig, content: dict[str, Any], template: str = "report.html") -> str:
     page = pages.render(template, **content)
-    kept = nullcontext(Path(config.output)) if config.output else run_paths.results(config.run[0], "report.html")
-    with kept as path:
+    into = nullcontext(Path(config.output)) if config.output else run_paths.results(config.run[0], "report.html")
+    with into as path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_aside(path, page.encode())
     return f"{config.run[0]}/report.html" if is_url(config.run[0]) and not config.output else str(path.absolute())
@@ -136,8 +136,8 @@ def alignment(one: Run) -> dict[str, Any] | None:
     table, picture = one.path / "check_align.json", one.path / "check_align.png"
     if not (table.is_file() and picture.is_file()):
         return None
-    found = tables.alignment(read_json(table))
-    return {"name": one.name, **found, "src": figures.data_uri(picture.read_bytes(), "image/png")}
+    content = tables.alignment(read_json(table))
+    return {"name": one.name, **content, "src": figures.data_uri(picture.read_bytes(), "image/png")}
 
 
 PROBE_CAPTIONS = {
@@ -149,14 +149,14 @@ PROBE_CAPTIONS = {
 }
 
 
-def probe_pictures(path: Path, found: dict[str, Any]) -> list[dict[str, str]]:
-    """What probe drew beside its result, as data URIs with captions."""
+def probe_pictures(path: Path, result: dict[str, Any]) -> list[dict[str, str]]:
+    """What probe drew with its result, as data URIs with captions."""
     drawn = []
-    for name in found["pictures"]:
+    for name in result["pictures"]:
         kind = Path(name).stem.rpartition(".")[2]
         if kind in PROBE_CAPTIONS and (path.parent / name).is_file():
             src = figures.data_uri((path.parent / name).read_bytes(), "image/png")
-            drawn.append({"src": src, "caption": f"{probe_tables.name_of(found)}. {PROBE_CAPTIONS[kind]}"})
+            drawn.append({"src": src, "caption": f"{probe_tables.name_of(result)}. {PROBE_CAPTIONS[kind]}"})
     return drawn
 
 
@@ -169,13 +169,13 @@ def view_pairs(one: Run, num_pairs: int) -> list[dict[str, Any]]:
     index, records = _open(one.record.index)
     with np.load(one.path / "views.npz") as file:
         views = {key: file[key] for key in file.files}
-    found = []
+    pairs = []
     for i, scan_id in enumerate(views["scan_id"][:num_pairs].tolist()):
         pair = view_pair(views, i, index, records[scan_id])
         first, second = (
             pair_pictures.cut_region(*each, pair.overlap) for each in zip(pair.views, pair.boxes, pair.flips)
         )
-        found.append(
+        pairs.append(
             {
                 "title": f"{one.name}, scan {scan_id}",
                 "scan": figures.to_png(pair_pictures.pair_in_scan(pair)),
@@ -187,7 +187,7 @@ def view_pairs(one: Run, num_pairs: int) -> list[dict[str, Any]]:
                 "scan_r": [pair_pictures.correlation(pair.region, part) for part in (first, second)],
             }
         )
-    return found
+    return pairs
 
 
 def view_pair(views: dict[str, np.ndarray], i: int, index: Index, record: ScanRecord) -> pair_pictures.ViewPair:
@@ -225,8 +225,8 @@ def overlays(runs: list[Run]) -> dict[str, Any]:
     spread = np.unique(np.linspace(0, len(common) - 1, NUM_OVERLAYS).round().astype(int))
     scans = []
     for record in (records[sorted(common)[i]] for i in spread):
-        shown, place = overlay_of(index, record, runs)
-        picture = figures.to_png(label_pictures.overlay(shown, index.label_values))
+        overlay, place = overlay_of(index, record, runs)
+        picture = figures.to_png(label_pictures.overlay(overlay, index.label_values))
         scans.append((picture, f"Scan {record.scan_id}, {place}."))
     organs = {value: organ.replace("_", " ") for organ, value in index.labels.items()}
     legend = [(k, organs[value], label_pictures.organ_color(k)) for k, value in enumerate(index.label_values, 1)]
@@ -243,10 +243,10 @@ def overlay_of(index: Index, record: ScanRecord, runs: list[Run]) -> tuple[label
     volume, reader = open_volume(index.store, record).read(_whole(record)), open_label(index.store, record)
     spacing_mm, box = np.array(record.spacing_mm), record.foreground_box
     if record.source_label_metadata is not None:
-        stored, own = (np.array(affine).reshape(4, 4) for affine in (record.affine, record.source_affine))
+        stored, source = (np.array(affine).reshape(4, 4) for affine in (record.affine, record.source_affine))
         reader = open_source_label(index.store, record)
-        volume = onto_grid(volume, stored, own, reader.shape)
-        spacing_mm, box = np.linalg.norm(own[:3, :3], axis=0), foreground_box(volume)
+        volume = onto_grid(volume, stored, source, reader.shape)
+        spacing_mm, box = np.linalg.norm(source[:3, :3], axis=0), foreground_box(volume)
     true = reader.read(_whole(reader))
     position = max(range(len(true)), key=lambda d: (len(np.unique(true[d])), np.count_nonzero(true[d])))
     h0, h1, w0, w1 = box[2:]

@@ -17,7 +17,7 @@ def path_of(name: str) -> Path | None:
     return next((root / name for root in roots if (root / name).is_file()), None)
 
 
-def found(arg: str) -> str:
+def find(arg: str) -> str:
     """An argument of a command line; one that names a file that comes with pgl_ray, and none here, as its path."""
-    own = None if Path(arg).exists() else path_of(arg)
-    return str(own) if own else arg
+    path = None if Path(arg).exists() else path_of(arg)
+    return str(path) if path else arg

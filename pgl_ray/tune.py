@@ -63,8 +63,8 @@ def run_trials(config: TuneConfig, trials: list[Point], folder: Path) -> Result:
     launch.connect(config.ray)
     room, num = room_for(config, trials), len(trials) or config.num_trials
     done = _ended_trials(folder)
-    what = ", ".join([*(["arms"] if config.arms else []), *config.space])
-    print(f"tune: {num} trials over {what}; {len(done)} done, {room} at a time; {folder}", flush=True)
+    varied = ", ".join([*(["arms"] if config.arms else []), *config.space])
+    print(f"tune: {num} trials over {varied}; {len(done)} done, {room} at a time; {folder}", flush=True)
     if nodes.cluster().grows:
         print(f"  trials wait for nodes: {nodes.cluster().in_words()}", flush=True)
     left = [trial for trial in trials if trial.name not in done]
@@ -83,12 +83,12 @@ def _ended_trials(folder: Path) -> dict[str, sweeps.Trial]:
 
 def collect(config: TuneConfig, folder: Path) -> Result:
     """Writes the table of all trials, the best settings and the report."""
-    found = sweeps.read_trials(folder)
+    trials = sweeps.read_trials(folder)
     sweeps.write_table(folder)
-    done = sweeps.judged(found)
+    done = sweeps.judged(trials)
     if not done:
-        failed = next((trial.error for trial in found if trial.error), "no result")
-        raise FailedRun(f"no trial of {len(found)} came to a score; the first: {failed}")
+        failed = next((trial.error for trial in trials if trial.error), "no result")
+        raise FailedRun(f"no trial of {len(trials)} came to a score; the first: {failed}")
     best = done[0]
     configs = stage_configs(config, best.values, folder / "trials" / best.name)
     left_out = {"index", "run", "ray"} | ({"init"} if "pretrain" in configs else set())
@@ -97,15 +97,15 @@ def collect(config: TuneConfig, folder: Path) -> Result:
         for stage, stage_config in configs.items()
         if stage in ("pretrain", "finetune")
     }
-    text = f"# Best of {len(found)} trials by {config.judge}, {best.score:.4f}: {title_of(best.values)}\n"
+    text = f"# Best of {len(trials)} trials by {config.judge}, {best.score:.4f}: {title_of(best.values)}\n"
     doors = " and ".join(f"python -m pgl_ray.{stage}" for stage in sections)
     text += f"# {doors} take their own part: best.yaml index=... run=...\n"
     if "pretrain" in sections and "finetune" in sections:
         text += "# fine-tuning starts from the other's run: init=...\n"
     write_aside(folder / "best.yaml", (text + OmegaConf.to_yaml(OmegaConf.create(sections))).encode())
     report.run(build(ReportConfig, {"run": [str(folder)], "title": f"Sweep {folder.name}"}))
-    print("\n" + sweeps.table(sorted(found, key=lambda trial: -trial.merit)))
-    states = dict(Counter(trial.state for trial in found))
+    print("\n" + sweeps.table(sorted(trials, key=lambda trial: -trial.merit)))
+    states = dict(Counter(trial.state for trial in trials))
     return Result(str(folder), best.values, best.score, states)
 
 

@@ -16,7 +16,7 @@ KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Page
 # scrolls though it holds neither table nor picture
 STICKING_OUT = """(() => {
   const width = document.documentElement.clientWidth, all = document.documentElement.scrollWidth, found = [];
-  const told = (e) => `${e.tagName}.${e.className}: ${e.textContent.trim().slice(0, 40)}`;
+  const label = (e) => `${e.tagName}.${e.className}: ${e.textContent.trim().slice(0, 40)}`;
   const is = (e, ...kinds) => kinds.includes(getComputedStyle(e).overflowX);
   if (all > width) found.push(`the page: ${all}`);
   for (const e of document.body.querySelectorAll("*")) {
@@ -24,10 +24,10 @@ STICKING_OUT = """(() => {
     if (!box.width || !box.height) continue;
     let around = e.parentElement;
     while (around !== document.body && !is(around, "auto", "scroll")) around = around.parentElement;
-    if (around === document.body && (box.right > width + 0.5 || box.left < -0.5)) found.push(told(e));
-    if (is(e, "hidden", "clip") && e.scrollWidth > e.clientWidth + 1) found.push(`cut off, ${told(e)}`);
+    if (around === document.body && (box.right > width + 0.5 || box.left < -0.5)) found.push(label(e));
+    if (is(e, "hidden", "clip") && e.scrollWidth > e.clientWidth + 1) found.push(`cut off, ${label(e)}`);
     const may = e.tagName === "PRE" || e.querySelector("table, img, svg");
-    if (is(e, "auto", "scroll") && e.scrollWidth > e.clientWidth + 1 && !may) found.push(`scrolls, ${told(e)}`);
+    if (is(e, "auto", "scroll") && e.scrollWidth > e.clientWidth + 1 && !may) found.push(`scrolls, ${label(e)}`);
   }
   return found;
 })()"""
@@ -52,22 +52,22 @@ FAINT = """(() => {
 
 def faults(path: Path) -> list[str]:
     """What is wrong with a page at 1,300 and 400 pixels, by light and in the dark, and on paper."""
-    found = []
+    lines = []
     with Page(path.as_uri(), 1300) as page:
         for width in (1300, 400):
             page.load_as_wide_as(width)
             for scheme in ("light", "dark"):
                 page.look(prefers_color_scheme=scheme)
-                found += [f"{width}, {scheme}: {one}" for one in page.value(STICKING_OUT)]
-                found += [f"{width}, {scheme}, faint: {one}" for one in page.value(FAINT)]
+                lines += [f"{width}, {scheme}: {one}" for one in page.value(STICKING_OUT)]
+                lines += [f"{width}, {scheme}, faint: {one}" for one in page.value(FAINT)]
                 paper = page.value("getComputedStyle(document.body).backgroundColor")
                 assert (paper == "rgb(255, 255, 255)") == (scheme == "light"), paper
         page.load_as_wide_as(718)  # of A4, less the margins
         page.look("print", prefers_color_scheme="dark")
         assert page.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-        found += [f"on paper: {one}" for one in page.value(STICKING_OUT)]
+        lines += [f"on paper: {one}" for one in page.value(STICKING_OUT)]
         assert base64.b64decode(page.call("Page.printToPDF", {})["data"]).startswith(b"%PDF")
-    return found
+    return lines
 
 
 class Page:
@@ -105,11 +105,11 @@ class Page:
     async def _connect(self) -> None:
         import aiohttp
 
-        told, until = Path(self.folder, "DevToolsActivePort"), time.monotonic() + 60
-        while not told.exists() or not told.read_text().strip():
+        port_file, until = Path(self.folder, "DevToolsActivePort"), time.monotonic() + 60
+        while not port_file.exists() or not port_file.read_text().strip():
             assert time.monotonic() < until and self.process.poll() is None, "chromium does not start"
             await asyncio.sleep(0.1)
-        port = told.read_text().split()[0]
+        port = port_file.read_text().split()[0]
         self.session = aiohttp.ClientSession()
         async with self.session.get(f"http://127.0.0.1:{port}/json") as answer:
             (target, *_) = [one for one in await answer.json() if one["type"] == "page"]
@@ -138,9 +138,9 @@ class Page:
 
     def value(self, script: str) -> Any:
         """What an expression is worth in the page."""
-        found = self.call("Runtime.evaluate", {"expression": script, "returnByValue": True, "awaitPromise": True})
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        reply = self.call("Runtime.evaluate", {"expression": script, "returnByValue": True, "awaitPromise": True})
+        assert "exceptionDetails" not in reply, reply["exceptionDetails"]
+        return reply["result"].get("value")
 
     def wait(self, script: str, seconds: float = 60) -> None:
         """Until an expression is true."""
@@ -186,5 +186,5 @@ class Page:
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """A PNG of the page."""
-        found = self.call("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": whole})
-        Path(path).write_bytes(base64.b64decode(found["data"]))
+        reply = self.call("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": whole})
+        Path(path).write_bytes(base64.b64decode(reply["data"]))

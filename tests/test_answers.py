@@ -30,10 +30,10 @@ def run_of(door, rows=(), number=0, name=None, dice=None, torch="2.0+cpu", recor
     return run_folders.Run(name, Path(f"/runs/{name}"), number, RunRecord(**said), list(rows), summary, scores)
 
 
-def health_rows(found, chance=0.002, start=0.004, std=0.8, rank=10.0):
+def health_rows(shares, chance=0.002, start=0.004, std=0.8, rank=10.0):
     """Rows whose encoder finds the given shares of places again, after a first one of nearly random weights."""
     rows = []
-    for k, share in enumerate([start, *found]):
+    for k, share in enumerate([start, *shares]):
         row = {"step": 10.0 * k or 1.0, "time_s": 5.0 * k, "train/pairs_per_s": 8.0, "data/wait_share": 0.02}
         row |= {"health/collapsed": float(std**2 * rank < 1), "health/encoder_retrieval": share}
         for part in ("", "encoder_"):
@@ -50,7 +50,7 @@ LEARNED = (0.10, 0.12, 0.09, 0.11, 0.13)
 # -- did pre-training learn places? -----------------------------------------------------------------------------------
 
 
-def test_places_that_are_found_again_are_learned_and_how_sure():
+def test_places_that_are_recognised_are_learned_and_how_sure():
     line = answers.learned_places(run_of("pretrain", health_rows(LEARNED)), None)
     low, high = stats.t.interval(0.95, 4, np.mean(LEARNED), stats.sem(LEARNED))
     assert line.verdict == YES
@@ -60,7 +60,7 @@ def test_places_that_are_found_again_are_learned_and_how_sure():
 
 
 @pytest.mark.parametrize(
-    ("found", "options", "verdict", "words"),
+    ("shares", "options", "verdict", "words"),
     [
         ((0.001, 0.003, 0.002, 0.001), {}, NO, "wrong priors look like this"),
         ((0.001, 0.030, 0.002, 0.015), {}, OPEN, "does not leave these out"),
@@ -70,8 +70,8 @@ def test_places_that_are_found_again_are_learned_and_how_sure():
         (LEARNED, {"rank": 1.1}, NO, "features collapsed"),
     ],
 )
-def test_what_was_not_learned_or_cannot_be_told(found, options, verdict, words):
-    line = answers.learned_places(run_of("pretrain", health_rows(found, **options)), None)
+def test_what_was_not_learned_or_stays_open(shares, options, verdict, words):
+    line = answers.learned_places(run_of("pretrain", health_rows(shares, **options)), None)
     assert line.verdict == verdict and words in line.text
 
 
@@ -139,7 +139,7 @@ def test_judges_of_the_frozen_encoder(ahead, verdict):
         assert "by 0.200 (95 % interval 0.100 to 0.300)" in line.text
 
 
-def test_without_a_judge_the_probe_in_training_is_told():
+def test_without_a_judge_the_probe_in_training_is_given():
     rows = health_rows(LEARNED)
     assert answers.better_frozen(run_of("pretrain", rows), None) == (
         OPEN,
@@ -178,7 +178,7 @@ def test_fine_tuned_against_random_weights(gain, verdict):
     assert "one training each: another seed may move it by more" in line.text and "differ in" not in line.text
 
 
-def test_a_gain_that_seeds_do_not_share_is_not_told():
+def test_a_gain_that_seeds_do_not_share_stays_open():
     """Over the scans the mean of the seeds is clear; over the seeds it is not."""
     shifts = [0.20, -0.05, 0.02]
     runs = [tuned(BASE, "random", seed) for seed in range(3)]
@@ -251,8 +251,8 @@ def test_what_set_the_pace(shares, torch, verdict, words):
 
 def test_the_start_after_an_interruption_does_not_count():
     rows = [*waited(0.01, 0.02), *({**row, "step": row["step"] + 3} for row in waited(0.03, 0.02))]
-    found = speeds.wait_of(run_of("pretrain", rows))
-    assert found.num == 4 and found.mean == pytest.approx(0.02)
+    wait = speeds.wait_of(run_of("pretrain", rows))
+    assert wait.num == 4 and wait.mean == pytest.approx(0.02)
 
 
 def test_runs_that_one_thing_limited_share_a_sentence():
@@ -279,9 +279,9 @@ BEHIND = dict.fromkeys(("voxels", "decoder", "matching"), WORSE)
 GAIN = np.array([0.05, 0.06, 0.05, 0.04, 0.06, 0.05])
 
 
-def pretrained(found=LEARNED, **options):
+def pretrained(shares=LEARNED, **options):
     record = {"record": options.pop("record", {})}
-    return run_of("pretrain", health_rows(found, **options), **record)
+    return run_of("pretrain", health_rows(shares, **options), **record)
 
 
 def unfinished():
@@ -325,8 +325,8 @@ def seeds(gains):
     ],
 )
 def test_the_first_step_that_is_open(runs, said, verdict, words):
-    found = {run.name: said and judged(PGL, ahead=said) for run in runs if run.door == "pretrain"}
-    line = next_steps.first(runs, found)
+    results = {run.name: said and judged(PGL, ahead=said) for run in runs if run.door == "pretrain"}
+    line = next_steps.first(runs, results)
     assert line.verdict == verdict and words in line.text
     for door, rest in re.findall(r"python -m pgl_ray\.(\w+)((?: '?[\w.\[]+[=/][^ ]+)+)", line.text):
         args = [arg.rstrip(",") for arg in shlex.split(rest) if "=" in arg]
@@ -352,13 +352,13 @@ def test_every_page_of_runs_has_the_four_answers(tmp_path):
     file = tmp_path / "probe.json"
     file.write_text("{}")
     runs = [pretrained(), tuned(BASE + GAIN), tuned(BASE, "random")]
-    found = answers.of_runs(runs, [(file, said)])
-    assert [one.question for one in found] == [answers.PLACES, answers.BETTER, answers.SPEED, answers.NEXT]
-    verdicts = [[line.verdict for line in one.lines] for one in found]
+    answered = answers.of_runs(runs, [(file, said)])
+    assert [one.question for one in answered] == [answers.PLACES, answers.BETTER, answers.SPEED, answers.NEXT]
+    verdicts = [[line.verdict for line in one.lines] for one in answered]
     assert verdicts == [[YES], [YES, YES], [speeds.NETWORK, OPEN], ["Repeat"]]
-    assert [line.of for line in found[1].lines] == ["pgl", "fine-tuned from pgl"] and found[0].lines[0].of == ""
-    (alone,) = answers.of_runs(runs[1:], [])[0].lines
-    assert alone.verdict == OPEN and f"run=[{PGL},...] puts it here" in alone.text
+    assert [line.of for line in answered[1].lines] == ["pgl", "fine-tuned from pgl"] and answered[0].lines[0].of == ""
+    (single,) = answers.of_runs(runs[1:], [])[0].lines
+    assert single.verdict == OPEN and f"run=[{PGL},...] puts it here" in single.text
     two = answers.of_runs([pretrained(), run_of("pretrain", name="byol")], [])
     assert [line.of for line in two[0].lines] == ["pgl", "byol"]
 

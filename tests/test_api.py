@@ -63,7 +63,7 @@ def test_the_readmes_examples_run(here, capsys, number):
     said = capsys.readouterr().out
     if number == 0:
         assert "layer2 (64, 6, 14, 15) torch.Size([1, 64])" in said and "layer4 (256, 3, 7, 8)" in said
-        assert names["found"].found_mm.shape == (3,)
+        assert names["match"].matched_mm.shape == (3,)
     elif number == 1:
         assert said.startswith("['s0', ") and names["vectors"].shape == (3, 256)
     else:
@@ -121,8 +121,8 @@ def test_aligned_features_lie_at_the_same_places(flips):
         for axis in range(3):
             inside &= (right[axis] >= float(values[axis].min())) & (right[axis] <= float(values[axis].max()))
     assert inside.sum() > 20
-    for found in (one, other):
-        np.testing.assert_allclose(found.numpy()[:, inside], right[:, inside], atol=1e-3)
+    for aligned in (one, other):
+        np.testing.assert_allclose(aligned.numpy()[:, inside], right[:, inside], atol=1e-3)
 
 
 def test_align_refuses_crops_apart():

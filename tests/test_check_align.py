@@ -75,7 +75,7 @@ def test_of_a_store_only_the_drawn_scans_are_opened(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_runs_config_is_checked_with_what_is_typed_beside_it(tmp_path):
+def test_typed_settings_override_a_runs_config(tmp_path):
     config = load(PretrainConfig, ["index=s", "run=r", "views.size=[16,32,48]", "align.output_stride=[4,8,8]"])
     values = json.loads(config.model_dump_json()) | {"index": None}
     (tmp_path / "run").mkdir()

@@ -48,11 +48,11 @@ def started(folder: Path, jobs: dict[str, list[list[str]]]) -> dict[str, tuple[l
     """Per module: codes of its calls, heavy modules that were imported, output, and lines of errors."""
     code = f"JOBS, HEAVY, FOLDER = {jobs!r}, {HEAVY!r}, {str(folder)!r}\n{LIGHT}"
     subprocess.run([sys.executable, "-c", code], check=True)
-    found = {}
+    doors = {}
     for module in jobs:
         *out, last = (folder / f"{module}.out").read_text().splitlines()
-        found[module] = (*json.loads(last), "\n".join(out), (folder / f"{module}.err").read_text().splitlines())
-    return found
+        doors[module] = (*json.loads(last), "\n".join(out), (folder / f"{module}.err").read_text().splitlines())
+    return doors
 
 
 def minimal(model: type[c.Section]) -> list[str]:
@@ -65,16 +65,16 @@ def minimal(model: type[c.Section]) -> list[str]:
 
 def wrong_uses(module: str) -> list[tuple[list[str], str]]:
     """A wrong key, and a store that is missing, and what is said of them."""
-    found = []
+    uses = []
     for door in (door for door in cli.DOORS if door.split()[0] == module):
         verb, needed = door.split()[1:], minimal(cli.DOORS[door].model)
         said = f"pgl_ray.{door}: unknown key 'no_such_key'; known here: "
-        found.append(([*verb, *needed, "no_such_key=1"], said))
+        uses.append(([*verb, *needed, "no_such_key=1"], said))
         for key in cli.DOORS[door].stores:
             others = [arg for arg in needed if arg.split("=")[0] != key]
             said = f"pgl_ray.{door}: '{NOWHERE}' is not a store (no store.json): make one with"
-            found.append(([*verb, *others, f"{key}={NOWHERE}"], said))
-    return found
+            uses.append(([*verb, *others, f"{key}={NOWHERE}"], said))
+    return uses
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +135,10 @@ def test_what_is_no_door_is_refused(word, monkeypatch, capsys):
 
 
 def test_debug_adds_the_traceback(capsys):
-    for args, shown in ((["nonsense"], False), (["--debug", "nonsense"], True)):
+    for args, expected in ((["nonsense"], False), (["--debug", "nonsense"], True)):
         with pytest.raises(SystemExit):
             cli.call("report", args)
-        assert ("Traceback" in capsys.readouterr().err) == shown
+        assert ("Traceback" in capsys.readouterr().err) == expected
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -167,11 +167,11 @@ def keys_in(text: str) -> list[str]:
 @pytest.mark.parametrize("door", cli.DOORS)
 def test_help_shows_at_most_ten_keys_and_names_the_rest(door):
     text, every = cli.helped(door), [key for key, *_ in c.keys(cli.DOORS[door].model)]
-    shown = keys_in(text)
-    assert 0 < len(shown) <= 10 and set(shown) <= set(every)
+    listed = keys_in(text)
+    assert 0 < len(listed) <= 10 and set(listed) <= set(every)
     required = {name for name, field in cli.DOORS[door].model.model_fields.items() if field.is_required()}
-    assert required <= set(shown)
-    assert (f"--help-all shows all {len(every)} keys" in text) == (len(shown) < len(every))
+    assert required <= set(listed)
+    assert (f"--help-all shows all {len(every)} keys" in text) == (len(listed) < len(every))
     assert all(len(line) <= 150 for line in text.splitlines())
 
 
@@ -181,7 +181,7 @@ def test_help_all_shows_every_key_once_by_section(door):
     assert sorted(keys_in(text)) == sorted(key for key, *_ in c.keys(cli.DOORS[door].model))
     section = ""
     for line in text.splitlines()[3:]:
-        section = found[1] if (found := re.match(r"([\w.]+): ", line)) else section
+        section = heading[1] if (heading := re.match(r"([\w.]+): ", line)) else section
         if key := keys_in(line):
             assert key[0].rpartition(".")[0] == section
 

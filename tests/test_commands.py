@@ -140,8 +140,8 @@ def test_bench_says_what_limits_and_what_to_change():
     assert slow_data.hours == 904_000 / 100 / 3600
     text = bench.describe(slow_data)
     assert "The stream limits the run (2 workers want 1,000 pairs/s), decode most of all" in text
-    alone = bench.describe(dataclasses.replace(slow_data, num_workers=1))
-    assert "The stream limits the run (the step waits for the stream 80% of the time), decode most of all" in alone
+    single = bench.describe(dataclasses.replace(slow_data, num_workers=1))
+    assert "The stream limits the run (the step waits for the stream 80% of the time), decode most of all" in single
     assert "stream.pairs_per_region=8" in text and "decode 2.00" in text and "1.90 times the crops' own" in text
     assert "5 GPU-hours here, about 0.17 GPU-hours on an H200" in text
     assert "500.0 pairs/s at most per rendering process, 2.2 requests and 3.0 MB each from s3://b/s" in text

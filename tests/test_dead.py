@@ -70,13 +70,13 @@ def dead_channels(module: nn.Module, inputs: Iterable[Any]) -> float:
     Returns:
         In [0, 1]; 0 for a network without such ReLUs.
     """
-    network, found = copy.deepcopy(module), Fired()  # a copy: a pass in training mode moves running statistics
+    network, counter = copy.deepcopy(module), Fired()  # a copy: a pass in training mode moves running statistics
     for given in inputs:
-        found.number = 0
-        with found:
+        counter.number = 0
+        with counter:
             network(given)
-    num = sum(len(fired) for fired in found.fired)
-    return 1 - sum(int(fired.sum()) for fired in found.fired) / num if num else 0.0
+    num = sum(len(fired) for fired in counter.fired)
+    return 1 - sum(int(fired.sum()) for fired in counter.fired) / num if num else 0.0
 
 
 class Net(nn.Module):

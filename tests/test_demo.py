@@ -41,7 +41,7 @@ def test_every_step_sees_one_encoder_and_the_training_phantoms(settings):
         assert c.build(type(one), one.model_dump(mode="json")) == one, name
 
 
-def test_both_fine_tunings_differ_in_their_init_alone(settings):
+def test_both_fine_tunings_differ_only_in_their_init(settings):
     _, doors = settings
     random, pgl = (doors[init].model_dump(exclude={"run", "init"}) for init in demo.INITS)
     assert random == pgl and (doors["random"].init, doors["pgl"].init) == ("random", doors["pretrain"].run)
@@ -70,8 +70,8 @@ def test_pre_training_begins_without_a_note(tmp_path):
     index = Index("store", tuple(scans), {}, (-1024.0, 325.0))
     plan, (model, geometry) = trainings.make_plan(config, index), networks.build_pretraining(config)
     renderer = trainings.make_renderer(config, index, plan)
-    found = outlook.of(config, index, plan, renderer, model.get_submodule("online.encoder"), geometry)
-    assert len(found.lines) == 2 and not any("note" in line for line in found.lines)
+    ahead = outlook.of(config, index, plan, renderer, model.get_submodule("online.encoder"), geometry)
+    assert len(ahead.lines) == 2 and not any("note" in line for line in ahead.lines)
 
 
 @pytest.mark.parametrize(

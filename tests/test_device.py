@@ -32,8 +32,8 @@ def results(net, steps=2):
 @pytest.mark.parametrize("momentum", [0.1, 0.0, None])
 @pytest.mark.parametrize("kind, level", [("resnet", 2), ("resnet", 4), ("resenc", 3)])
 def test_recomputed_stages_give_the_same_gradients_and_norms(kind, level, momentum, monkeypatch):
-    kept, recomputed = encoder(kind), encoder(kind)
-    for net in (kept, recomputed):
+    plain, recomputed = encoder(kind), encoder(kind)
+    for net in (plain, recomputed):
         net.stop_at(level)
         for part in net.modules():
             if isinstance(part, nn.BatchNorm3d):
@@ -41,12 +41,12 @@ def test_recomputed_stages_give_the_same_gradients_and_norms(kind, level, moment
     on.recompute(recomputed)
     calls, forward = [], nn.Conv3d.forward
     monkeypatch.setattr(nn.Conv3d, "forward", lambda self, x: calls.append(1) or forward(self, x))
-    (grads, stats), num = results(kept), len(calls)
+    (grads, stats), num = results(plain), len(calls)
     again_grads, again_stats = results(recomputed)
     assert len(calls) - num > 1.8 * num  # they really are computed twice, the stem but once
     for ours, theirs in zip([*again_grads, *again_stats], [*grads, *stats], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12 * theirs.abs().max().item())
-    assert recomputed.state_dict().keys() == kept.state_dict().keys()
+    assert recomputed.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):
@@ -93,7 +93,7 @@ def test_what_was_not_compiled_is_counted():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world, mode, expected", [(1, "auto", True), (2, "auto", False), (2, "on", True)])
-def test_several_gpus_compile_where_asked_alone(monkeypatch, world, mode, expected):
+def test_several_gpus_compile_only_where_asked(monkeypatch, world, mode, expected):
     monkeypatch.setattr(on, "has_triton", lambda: True)
     net = on.compiled(nn.Identity(), torch.device("cuda"), mode, world)
     assert (net._compiled_call_impl is not None) == expected

@@ -101,8 +101,8 @@ def test_maps_know_their_place(names):
             voxel = [s * j + c - 0.5 for s, j, c in zip(one.stride, cell, one.center)]
             place = (AFFINE @ [*voxel, 1])[:3]
             np.testing.assert_allclose((one.affine @ [*cell, 1])[:3], place, atol=1e-9)
-            found = one.at(place[None])[0].numpy()
-            np.testing.assert_allclose(found, one.values[(slice(None), *cell)].float().numpy(), atol=1e-4)
+            features = one.at(place[None])[0].numpy()
+            np.testing.assert_allclose(features, one.values[(slice(None), *cell)].float().numpy(), atol=1e-4)
 
 
 def test_features_between_cells_are_interpolated():
@@ -322,7 +322,7 @@ def test_a_bad_file_does_not_stop_the_others(tmp_path, cts, capsys):
     assert "embed: 2 left out:\nembed:   bad: " in capsys.readouterr().out
 
 
-def test_a_label_map_beside_cts_is_left_out(tmp_path, cts, capsys):
+def test_a_label_map_among_cts_is_left_out(tmp_path, cts, capsys):
     label = (body(0) > 0).astype(np.int16).transpose(2, 1, 0)
     nib.save(nib.Nifti1Image(label, np.diag([-4.5, -4.0, 3.0, 1.0])), cts / "mask.nii.gz")
     assert embed.run(config(tmp_path / "o", input=str(cts))).num_scans == 4
@@ -429,12 +429,12 @@ def test_one_scan_has_a_page_too(tmp_path, cts):
 def test_the_answers_name_the_alike_and_the_lone():
     vectors = np.array([[1, 0.1], [1, 0.0], [0.9, -0.5], [-1, 0.3]])
     rows = [{"scan_id": name, "notes": []} for name in "abcd"]
-    alike, shown, known, following = embed_page.answers(rows, vectors, (0.5, 0.2))
+    alike, spread, known, following = embed_page.answers(rows, vectors, (0.5, 0.2))
     cosine = [[x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in vectors] for x in vectors]
     nearest = [max(cosine[k][j] for j in range(4) if j != k) for k in range(4)]
     assert alike.lines[0] == ("Most alike", f"a and b, cosine {max(nearest):.2f}", "")
     assert alike.lines[1].text.startswith("d, whose nearest is") and f"{min(nearest):.2f}" in alike.lines[1].text
-    assert shown.lines[0].verdict == "70 %" and known.lines[0].verdict == "Yes"
+    assert spread.lines[0].verdict == "70 %" and known.lines[0].verdict == "Yes"
     assert following.lines[0].verdict == "Look for doubles"  # a and b, cosine 0.995
     rows[1]["notes"] = ["its voxels are large."]
     known = embed_page.answers(rows, vectors, (0.5, 0.2))[2]
@@ -489,8 +489,8 @@ def test_neighbours_equal_nested_loops():
 
 def test_constant_features_say_nothing():
     vectors = np.array([[1.0, 5, 2], [3, 5, 2], [8, 5, 2]])
-    found = embed_page.standardised(vectors)
-    assert not found[:, 1:].any() and abs(found[:, 0].std() - 1) < 1e-12
+    unit = embed_page.standardised(vectors)
+    assert not unit[:, 1:].any() and abs(unit[:, 0].std() - 1) < 1e-12
 
 
 # -- Ray --------------------------------------------------------------------------------------------------------------
@@ -510,7 +510,7 @@ def test_processes_give_the_same_vectors(ray_cluster, tmp_path, cts, capsys):
 
 
 @pytest.mark.cluster
-def test_a_process_that_dies_costs_its_scan_alone(ray_cluster, tmp_path, cts, monkeypatch):
+def test_a_process_that_dies_costs_only_its_scan(ray_cluster, tmp_path, cts, monkeypatch):
     driver, theirs = os.getpid(), embedding.Embedder.row
 
     def row(self, scan):

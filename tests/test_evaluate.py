@@ -126,8 +126,8 @@ def test_predictions_are_label_values_on_the_stored_grid(folder, monkeypatch):
     _, label = make_scan(1, (11, 20, 17))
     assert np.array_equal(np.asarray(image.dataobj), label) and image.get_data_dtype() == np.uint8
     assert np.allclose(image.affine, AFFINE)
-    found = np.asarray(nib.load(folder / "out/predictions/b.nii.gz").dataobj)
-    assert 7 in found  # predicted, though nobody could score it
+    predicted = np.asarray(nib.load(folder / "out/predictions/b.nii.gz").dataobj)
+    assert 7 in predicted  # predicted, though nobody could score it
 
 
 def test_a_resampled_scan_is_scored_on_its_own_grid(tmp_path, monkeypatch):
@@ -159,12 +159,12 @@ def test_a_resampled_scan_is_scored_on_its_own_grid(tmp_path, monkeypatch):
     frame = sitk.Transform(), sitk.sitkNearestNeighbor, 0
     true = sitk.GetArrayFromImage(sitk.Resample(itk(values, affine), itk(label, AFFINE), *frame))
     image = nib.load(tmp_path / "r/evaluation/predictions/a.nii.gz")
-    found = np.asarray(image.dataobj)
-    assert np.allclose(image.affine, AFFINE) and found.shape == label.shape
-    assert np.array_equal(found[1:-1, 1:-1, 1:-1], true[1:-1, 1:-1, 1:-1])  # SimpleITK ends at the outer middles
+    predicted = np.asarray(image.dataobj)
+    assert np.allclose(image.affine, AFFINE) and predicted.shape == label.shape
+    assert np.array_equal(predicted[1:-1, 1:-1, 1:-1], true[1:-1, 1:-1, 1:-1])  # SimpleITK ends at the outer middles
     rows = {row["organ"]: row for row in pq.read_table(tmp_path / "r/evaluation/metrics.parquet").to_pylist()}
     for organ, value in LABELS.items():
-        ours, theirs = found == value, label == value
+        ours, theirs = predicted == value, label == value
         assert 0.5 < rows[organ]["dice"] < 1 and rows[organ]["target_voxels"] == theirs.sum()
         assert rows[organ]["dice"] == pytest.approx(2 * (ours & theirs).sum() / (ours.sum() + theirs.sum()))
 
@@ -292,7 +292,7 @@ def test_what_was_evaluated_is_not_evaluated_again(folder, monkeypatch):
     assert not [p for p in out.rglob("*") if ".part" in p.name]
 
 
-def test_predictions_of_something_else_are_left_alone(folder, monkeypatch):
+def test_predictions_of_something_else_stay(folder, monkeypatch):
     known_run(monkeypatch, folder)
     (folder / "mine/predictions").mkdir(parents=True)
     (folder / "mine/predictions/x.nii.gz").write_bytes(b"")
@@ -336,9 +336,9 @@ def test_two_runs_are_compared_on_the_same_scans(folder, monkeypatch, capsys):
         row["dice"] = {"a": 0.5, "b": 0.75}.get(row["scan_id"], math.nan)
     pq.write_table(pa.Table.from_pylist(rows), other / "metrics.parquet")
     evaluate.run(config(folder, compare=str(other)))
-    found = json.loads((folder / f"r/evaluation/compare_{folder.name}_other.json").read_text())
-    assert found["organs"]["spleen"]["dice"]["difference"] == pytest.approx((0.5 + 0.25) / 2)
-    assert found["dice"]["num_scans"] == 2 and found["dice"]["p"] == 0.5
+    compared = json.loads((folder / f"r/evaluation/compare_{folder.name}_other.json").read_text())
+    assert compared["organs"]["spleen"]["dice"]["difference"] == pytest.approx((0.5 + 0.25) / 2)
+    assert compared["dice"]["num_scans"] == 2 and compared["dice"]["p"] == 0.5
     printed = capsys.readouterr().out
     assert "r minus other" in printed and "with 2 scans it is at least 0.5" in printed
     pq.write_table(pa.Table.from_pylist(rows[:1]), other / "metrics.parquet")

@@ -85,19 +85,19 @@ def check_page(path: Path) -> None:
 def test_an_example_is_a_notebook(name):
     """It begins with a title; text is in comments alone; every code cell stands for itself as Python."""
     assert EXAMPLES[name].read_text().startswith("# %% [markdown]\n# # ")
-    found = cells(EXAMPLES[name])
-    for kind, text in found:
+    blocks = cells(EXAMPLES[name])
+    for kind, text in blocks:
         if kind == "markdown":
             assert all(line.startswith("#") for line in text.strip().splitlines()), text
         else:
             compile(text, name, "exec")
-    assert sum(kind == "markdown" for kind, _ in found) >= 3 <= sum(kind == "code" for kind, _ in found)
+    assert sum(kind == "markdown" for kind, _ in blocks) >= 3 <= sum(kind == "code" for kind, _ in blocks)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_says_what_it_reads_of_the_environment(name):
-    found = cells(EXAMPLES[name])
-    text, code = ("\n".join(text for one, text in found if one == kind) for kind in ("markdown", "code"))
+    blocks = cells(EXAMPLES[name])
+    text, code = ("\n".join(text for one, text in blocks if one == kind) for kind in ("markdown", "code"))
     read = set(re.findall(r'"(PGL_RAY_[A-Z]+)"', code))
     assert read == set(re.findall(r"`(PGL_RAY_[A-Z]+)(?:=1)?`", text))
 
@@ -108,10 +108,10 @@ def test_what_the_encoder_sees(out):
     first, second = names["scans"]
     assert len(names["matches"]) == 4
     for one in names["matches"]:
-        voxel = np.linalg.inv(second.affine) @ [*one.found_mm, 1]
+        voxel = np.linalg.inv(second.affine) @ [*one.matched_mm, 1]
         assert (voxel[:3] > -0.51).all() and (voxel[:3] < np.array(second.voxels.shape) - 0.49).all()
         # two bodies of one kind, in nearly the same place
-        assert np.linalg.norm(one.found_mm - one.asked_mm) < 80
+        assert np.linalg.norm(one.matched_mm - one.asked_mm) < 80
     assert not np.array_equal(first.voxels, second.voxels)
     for name in ("colours", "places"):
         check_picture(out / f"{name}.png")
@@ -181,8 +181,8 @@ def test_nnunet_sees_scans_as_in_pre_training(tmp_path_factory, out, monkeypatch
     clipped = np.clip(scan.voxels.astype(np.float64), *WINDOW)
     np.testing.assert_allclose(seen, (clipped - clipped.mean()) / clipped.std(), atol=1e-4)
     np.testing.assert_allclose(image.GetSpacing()[::-1], scan.spacing_mm, rtol=1e-6)
-    found = sitk.GetArrayFromImage(sitk.ReadImage(out / "Dataset007_PGL/labelsTr/a.nii.gz"))
-    assert np.array_equal(found, scan.voxels > 0)
+    stored = sitk.GetArrayFromImage(sitk.ReadImage(out / "Dataset007_PGL/labelsTr/a.nii.gz"))
+    assert np.array_equal(stored, scan.voxels > 0)
     assert json.loads((out / "Dataset007_PGL/dataset.json").read_text())["numTraining"] == 1
     check_picture(out / "values.png")
 

@@ -130,8 +130,8 @@ def test_onnx_runs_without_torch(runs, tmp_path):
 def test_nnunet_finds_what_it_reads(runs, tmp_path):
     """The steps of nnU-Net's preprocess_like_nnssl and PretrainedTrainer.load_pretrained_weights, on this file."""
     export.run(config(runs, "resenc", tmp_path / "m.pth"))
-    found = torch.load(tmp_path / "m.pth", weights_only=True)
-    plan = found["nnssl_adaptation_plan"]
+    file = torch.load(tmp_path / "m.pth", weights_only=True)
+    plan = file["nnssl_adaptation_plan"]
     (settings,) = plan["pretrain_plan"]["configurations"].values()
     assert settings["spacing"] is None and settings["patch_size"] == [16, 32, 32]
     assert plan["architecture_plans"]["arch_class_name"].endswith("ResidualEncoderUNet")
@@ -139,8 +139,8 @@ def test_nnunet_finds_what_it_reads(runs, tmp_path):
         plan["architecture_plans"]["arch_kwargs"]
     )
     assert plan["pretrain_num_input_channels"] == 1 and plan["key_to_lpe"] is None
-    assert len(plan["recommended_downstream_patchsize"]) == 3 and found["citations"]
-    weights, own = found["network_weights"], build_encoder(**SETTINGS["resenc"])
+    assert len(plan["recommended_downstream_patchsize"]) == 3 and file["citations"]
+    weights, own = file["network_weights"], build_encoder(**SETTINGS["resenc"])
     for module, key in ((own.stages, plan["key_to_encoder"]), (own.stem, plan["key_to_stem"])):
         part = {name.replace(key, "").removeprefix("."): v for name, v in weights.items() if name.startswith(key)}
         assert str(module.load_state_dict(part)) == "<All keys matched successfully>"
@@ -156,13 +156,13 @@ def test_nnunets_own_network_takes_the_weights(runs, tmp_path):
     import pydoc
 
     export.run(config(runs, "resenc", tmp_path / "m.pth"))
-    found = torch.load(tmp_path / "m.pth", weights_only=True)
-    architecture = found["nnssl_adaptation_plan"]["architecture_plans"]
+    file = torch.load(tmp_path / "m.pth", weights_only=True)
+    architecture = file["nnssl_adaptation_plan"]["architecture_plans"]
     options = dict(architecture["arch_kwargs"])
     for name in architecture["arch_kwargs_requiring_import"]:
         options[name] = options[name] and pydoc.locate(options[name])
     network = unet.ResidualEncoderUNet(1, num_classes=3, deep_supervision=False, **options)
-    missing, unexpected = network.load_state_dict(found["network_weights"], strict=False)
+    missing, unexpected = network.load_state_dict(file["network_weights"], strict=False)
     assert not unexpected and all(name.startswith("decoder.") for name in missing)
     assert network(torch.randn(2, 1, 16, 32, 32)).shape == (2, 3, 16, 32, 32)
 
@@ -181,10 +181,10 @@ def test_a_scan_like_the_trained_ones_is_normalised_in_silence(expected):
     voxels = volume(5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = expected.prepare(voxels, AFFINE)
+        prepared = expected.prepare(voxels, AFFINE)
     clipped = np.clip(voxels, *WINDOW).astype(np.float64)
-    np.testing.assert_allclose(found[0, 0], (clipped - clipped.mean()) / clipped.std(), atol=1e-4)
-    assert found.dtype == torch.float32 and found.shape == (1, 1, *voxels.shape)
+    np.testing.assert_allclose(prepared[0, 0], (clipped - clipped.mean()) / clipped.std(), atol=1e-4)
+    assert prepared.dtype == torch.float32 and prepared.shape == (1, 1, *voxels.shape)
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,8 @@ def test_of_a_resampled_store_the_one_spacing_counts():
     known = {"spacing_mm": [[1, 0.5, 0.5], [2, 1, 1], [5, 2, 2]], "resampled_mm": list(index.spacing_mm)}
     known |= {"mean_hu": [-500, 0], "std_hu": [300, 600]}
     assert facts.disagreements(known, WINDOW, volume(), AFFINE) == []
-    (found,) = facts.disagreements(known, WINDOW, volume(), AFFINE @ np.diag([1.1, 1, 1, 1]))
-    assert "3.3 x 1 x 1 mm (D, H, W), the training scans' 3 x 1 x 1 mm" in found
+    (note,) = facts.disagreements(known, WINDOW, volume(), AFFINE @ np.diag([1.1, 1, 1, 1]))
+    assert "3.3 x 1 x 1 mm (D, H, W), the training scans' 3 x 1 x 1 mm" in note
 
 
 def test_voxels_that_are_none(expected):
@@ -240,7 +240,7 @@ def test_wrong_use(runs, tmp_path, kind, output, values, message):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_file_that_computes_something_else_is_not_kept(runs, tmp_path, monkeypatch):
+def test_a_file_that_computes_something_else_is_removed(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "write_safetensors", lambda net, meta, xs, path: [[o + 1 for o in net(x)] for x in xs])
     with pytest.raises(FailedRun, match="computes something else"):
         export.run(config(runs, "resnet", tmp_path / "m.safetensors"))

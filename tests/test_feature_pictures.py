@@ -30,23 +30,23 @@ def one_thread():
 # -- colours ----------------------------------------------------------------------------------------------------------
 
 
-def svd_colors(fitted: np.ndarray, shown: np.ndarray) -> np.ndarray:
+def svd_colors(fitted: np.ndarray, values: np.ndarray) -> np.ndarray:
     """By numpy's SVD, from the definition."""
     mean = fitted.mean(0)
     _, _, axes = np.linalg.svd(fitted - mean, full_matrices=False)
     axes = np.array([axis * np.sign(axis[np.abs(axis).argmax()]) for axis in axes[:3]])
     low, high = np.percentile((fitted - mean) @ axes.T, (2, 98), axis=0)
-    return np.clip(((shown - mean) @ axes.T - low) / (high - low), 0, 1)
+    return np.clip(((values - mean) @ axes.T - low) / (high - low), 0, 1)
 
 
 @pytest.mark.parametrize(("num", "channels"), [(300, 7), (40, 90)])
 def test_colours_are_those_of_numpys_svd(num, channels):
     rng = np.random.default_rng(num)
     mixed = rng.normal(size=(channels, channels)) * np.linspace(3, 0.1, channels)[:, None]
-    fitted, shown = (wide * rng.normal(size=(n, channels)) @ mixed + 5 for n, wide in ((num, 1), (50, 4)))
-    found = components.Components.of(torch.from_numpy(fitted).float()).colors(torch.from_numpy(shown).float())
-    np.testing.assert_allclose(found, svd_colors(fitted.astype(np.float32).astype(float), shown), atol=1e-4)
-    assert found.min() == 0 and found.max() == 1  # beyond the fitted range: clipped
+    fitted, values = (wide * rng.normal(size=(n, channels)) @ mixed + 5 for n, wide in ((num, 1), (50, 4)))
+    colors = components.Components.of(torch.from_numpy(fitted).float()).colors(torch.from_numpy(values).float())
+    np.testing.assert_allclose(colors, svd_colors(fitted.astype(np.float32).astype(float), values), atol=1e-4)
+    assert colors.min() == 0 and colors.max() == 1  # beyond the fitted range: clipped
 
 
 def test_directions_that_do_not_exist_say_nothing():
@@ -88,8 +88,8 @@ def scan(number: int, shape=(16, 40, 48), organs=(1, 2)) -> SimpleNamespace:
 def waves(scan: SimpleNamespace, voxels: np.ndarray) -> np.ndarray:
     """The features of `Waves` by hand, of length 1, after float16."""
     x = np.clip(scan.volume[tuple(voxels.T)], -1024, 325) / 10
-    found = np.stack([np.sin(x / 3), np.cos(x / 3), np.sin(x / 7)], 1).astype(np.float16).astype(float)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    features = np.stack([np.sin(x / 3), np.cos(x / 3), np.sin(x / 7)], 1).astype(np.float16).astype(float)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("most", [10_000, 500])
@@ -98,15 +98,15 @@ def test_a_slice_has_the_colours_of_its_voxels_features(monkeypatch, most):
     monkeypatch.setattr(components, "MOST_POINTS", most)
     monkeypatch.setattr(dense, "window_size", lambda size, strides: (64, 64, 64))
     scans, slices = [scan(0), scan(1), scan(2)], [5, 9]
-    found = components.axial_colors(Waves(), scans, slices, (16, 40, 48))
+    pictures = components.axial_colors(Waves(), scans, slices, (16, 40, 48))
     body = []
     for one in scans:
         voxels = readings.body_points(one.volume, SPACING, 8.0)
         take = np.linspace(0, len(voxels) - 1, min(components.NUM_POINTS, len(voxels))).round().astype(int)
         body.append(waves(one, voxels[take]))
     step = components.slice_step(scans[0].volume.shape)
-    assert step == (1 if most == 10_000 else 2) and len(found) == 2
-    for one, at, colors in zip(scans, slices, found):
+    assert step == (1 if most == 10_000 else 2) and len(pictures) == 2
+    for one, at, colors in zip(scans, slices, pictures):
         rows, columns = (np.arange(step // 2, n, step) for n in (40, 48))
         voxels = np.array([(at, row, column) for row in rows for column in columns])
         expected = svd_colors(np.concatenate(body), waves(one, voxels)).reshape(len(rows), len(columns), 3)
@@ -130,7 +130,7 @@ def test_places_are_drawn_where_they_lie_with_their_errors():
     searches = [fp.Search("net", near), fp.Search("random", far)]
     figure = fp.matches(*places, searches, {"brick": 1, "ball": 2})
     assert len(figure.axes) == 2 * 5
-    for row, found in enumerate((near, far)):
+    for row, matched in enumerate((near, far)):
         for k, (row_axis, column_axis) in ((1, (0, 2)), (3, (1, 2))):  # coronal, axial
             ax = figure.axes[5 * row + k]
             assert ax.get_title() == f"found in s1,\n{('coronal', 'axial')[k // 2]}"
@@ -138,7 +138,7 @@ def test_places_are_drawn_where_they_lie_with_their_errors():
             for organ, line in zip(true, lines, strict=True):
                 ends = [
                     (p[column_axis] / SPACING[column_axis], p[row_axis] / SPACING[row_axis])
-                    for p in (true[organ], found[organ])
+                    for p in (true[organ], matched[organ])
                 ]
                 np.testing.assert_allclose(line, ends)
     texts = [[text.get_text() for text in figure.axes[k].texts] for k in (4, 9)]
@@ -146,7 +146,7 @@ def test_places_are_drawn_where_they_lie_with_their_errors():
     assert pixels(figure)[..., :3].std() > 0.1
 
 
-def test_slices_beside_each_other_have_one_scale():
+def test_adjacent_slices_have_one_scale():
     """Bodies of different size, in pixels per mm of the drawn axes."""
     bodies = [(16, 40, 48), (10, 60, 44)]
     places = [
@@ -171,7 +171,7 @@ def test_axial_slices_face_the_front_coronal_ones_have_head_up():
     assert np.subtract(*figure.axes[0].get_ylim()) < 0 < np.subtract(*figure.axes[2].get_ylim())
 
 
-def test_colours_are_painted_over_the_body_alone():
+def test_colours_are_painted_only_over_the_body():
     rng = np.random.default_rng(0)
     image, organs, body = np.zeros((11, 9)), np.zeros((11, 9), int), np.zeros((11, 9), bool)
     body[2:9, 1:8], organs[4:6, 3:5] = True, 2
@@ -180,9 +180,9 @@ def test_colours_are_painted_over_the_body_alone():
     figure = fp.features([row, row], ["random: 9 mm", "net: 4 mm"])
     assert [ax.get_title() for ax in figure.axes] == ["s, D = 3", "random\n9 mm", "net\n4 mm", "s, D = 3", "", ""]
     for k, painted in ((1, colors[0]), (2, colors[1]), (5, colors[1])):
-        shown = figure.axes[k].images[-1].get_array()
+        drawn = figure.axes[k].images[-1].get_array()
         for i, j in np.ndindex(image.shape):
-            np.testing.assert_allclose(shown[i, j], painted[i // 2, j // 2] if body[i, j] else 0)
+            np.testing.assert_allclose(drawn[i, j], painted[i // 2, j // 2] if body[i, j] else 0)
     assert pixels(figure)[..., :3].std() > 0.1
 
 
@@ -196,13 +196,13 @@ def test_both_pictures_of_labelled_scans(monkeypatch):
     assert list(figures) == ["matching.png", "features.png"]
     titles = [ax.get_title() for ax in figures["matching.png"].axes]
     assert titles.count("asked in s1,\ncoronal") == titles.count("found in s2,\naxial") == 2
-    shown = [ax.get_title() for ax in figures["features.png"].axes]
-    assert shown[:4] == ["s1, D = 6 of 16", "random\nb\n9 mm", "net\na\n3 mm", "s2, D = 6 of 16"]
+    heads = [ax.get_title() for ax in figures["features.png"].axes]
+    assert heads[:4] == ["s1, D = 6 of 16", "random\nb\n9 mm", "net\na\n3 mm", "s2, D = 6 of 16"]
     for figure in figures.values():
         assert pixels(figure)[..., :3].std() > 0.1
 
 
-def test_the_body_is_found_without_the_table():
+def test_the_body_excludes_the_table():
     one = scan(0, shape=(16, 60, 48))
     one.volume[:, 40:, :] = -1000
     one.volume[:, 50:52, 4:44] = 100  # 2 mm thin

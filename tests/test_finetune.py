@@ -59,8 +59,8 @@ def test_parts_add_up_to_the_gradient_of_the_whole_batch(task, outputs, parts):
     loss.backward()
     whole = gradients(model)
     model.zero_grad()
-    found = one_step.backward(model, model, given, task, parts, autocast(CPU, "float32"))
-    assert found.item() == pytest.approx(loss.item(), rel=1e-5) and not found.requires_grad
+    summed = one_step.backward(model, model, given, task, parts, autocast(CPU, "float32"))
+    assert summed.item() == pytest.approx(loss.item(), rel=1e-5) and not summed.requires_grad
     largest = max(value.abs().max() for value in whole.values())
     for name, value in gradients(model).items():
         assert (value - whole[name]).abs().max() < 1e-4 * largest, name
@@ -84,7 +84,7 @@ def test_parts_are_taken_into_the_running_statistics_once():
     assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm3d)} == {0.1}
 
 
-def test_workers_wait_for_each_other_at_the_last_part_alone(tmp_path):
+def test_workers_wait_for_each_other_only_at_the_last_part(tmp_path):
     """Under DDP, of one process here: gradients are reduced once a step."""
     init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
@@ -100,10 +100,10 @@ def test_workers_wait_for_each_other_at_the_last_part_alone(tmp_path):
         model.register_comm_hook(None, count)
         one_step.backward(model, net, batch(), "multiclass", 4, autocast(CPU, "float32"))
         assert sorted(reduced) == sorted(set(reduced)) and reduced
-        alone = network().eval()
-        one_step.backward(alone, alone, batch(), "multiclass", 4, autocast(CPU, "float32"))
+        single = network().eval()
+        one_step.backward(single, single, batch(), "multiclass", 4, autocast(CPU, "float32"))
         for name, value in gradients(net).items():
-            torch.testing.assert_close(value, gradients(alone)[name])
+            torch.testing.assert_close(value, gradients(single)[name])
     finally:
         destroy_process_group()
 
@@ -145,8 +145,8 @@ def scans(tmp_path_factory):
 
 def statistics(state: dict) -> dict[str, torch.Tensor]:
     """The encoder's BatchNorm in a state."""
-    found = {name: value for name, value in state["model"].items() if name.startswith("encoder.")}
-    return {name: value for name, value in found.items() if "running_" in name}
+    encoder = {name: value for name, value in state["model"].items() if name.startswith("encoder.")}
+    return {name: value for name, value in encoder.items() if "running_" in name}
 
 
 @pytest.mark.slow
@@ -175,9 +175,9 @@ def test_a_frozen_encoder_is_prepared_as_the_judges_prepare_it(scans, tmp_path, 
     monkeypatch.setattr(readings, "reestimate", lambda *args: pytest.fail("estimated a second time"))
     loop.train(runs["continued"])
     for name in runs:
-        found = statistics(loop.state_of(tmp_path / name))
-        assert found and all(torch.equal(value, expected[key]) for key, value in found.items()), name
-    assert not any(torch.equal(value, start.get_buffer(key[8:])) for key, value in found.items())
+        prepared = statistics(loop.state_of(tmp_path / name))
+        assert prepared and all(torch.equal(value, expected[key]) for key, value in prepared.items()), name
+    assert not any(torch.equal(value, start.get_buffer(key[8:])) for key, value in prepared.items())
     one, continued = (loop.state_of(tmp_path / name)["model"] for name in ("one", "continued"))
     assert loop.equal(one, continued)
 
@@ -191,7 +191,7 @@ def test_the_first_line_says_how_a_frozen_encoder_was_prepared(scans, tmp_path, 
 
     monkeypatch.setattr(finetune.launch, "fit", fit)
     monkeypatch.setattr(finetune.launch, "connect", lambda ray: None)
-    monkeypatch.setattr(finetune.nodes, "await_nodes", lambda train, found: False)
+    monkeypatch.setattr(finetune.nodes, "await_nodes", lambda train, checkpoint: False)
     monkeypatch.setattr(finetune.stream, "too_large", lambda *sizes: None)
     without = {"kind": "resenc", "depths": [1, 1, 1, 1, 1], "width": 4, "stage_strides": "early"}
     line = ", encoder frozen (BatchNorm's statistics are those of 64 unlabelled views), paper decoder"

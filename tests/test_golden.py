@@ -41,9 +41,9 @@ def check(name: str, have: dict[str, str], part: str = "") -> None:
     if not REWRITE:
         assert have == {key: value for key, value in known.items() if key.startswith(part)}
         return
-    kept = {key: value for key, value in known.items() if not key.startswith(part)} | have
+    values = {key: value for key, value in known.items() if not key.startswith(part)} | have
     head = f"# {name}: rewritten by PGL_RAY_REWRITE_GOLDEN=1 python -m pytest tests/test_golden.py\n"
-    (GOLDEN / name).write_text(head + "".join(f"{key} = {kept[key]}\n" for key in sorted(kept)))
+    (GOLDEN / name).write_text(head + "".join(f"{key} = {values[key]}\n" for key in sorted(values)))
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------

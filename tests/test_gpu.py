@@ -151,7 +151,7 @@ def test_optimizer_norm_and_target_are_a_few_operations():
 # -- losses without picking rows --------------------------------------------------------------------------------------
 
 
-def test_binary_loss_is_that_of_the_labelled_samples_alone():
+def test_binary_loss_is_only_that_of_the_labelled_samples():
     """Oracle: the rows picked by hand, MONAI's loss on each channel; gradients, too."""
     from monai.losses import DiceCELoss
 
@@ -164,9 +164,9 @@ def test_binary_loss_is_that_of_the_labelled_samples_alone():
         losses.append(one(logits[rows, channel : channel + 1], (target[rows] > channel).float()))
     expected = torch.stack(losses).mean()
     (expected_grad,) = torch.autograd.grad(expected, logits)
-    found = segmentation_loss(logits, target, "binary", labelled)
-    (grad,) = torch.autograd.grad(found, logits)
-    torch.testing.assert_close(found, expected)
+    loss = segmentation_loss(logits, target, "binary", labelled)
+    (grad,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grad, expected_grad, atol=1e-7, rtol=1e-5)
 
 

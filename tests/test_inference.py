@@ -36,9 +36,9 @@ class Bands(nn.Module):
 def test_every_voxel_gets_its_own_class(shape, task, batch_size):
     volume = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     model = Bands([-0.5, 0.5, 1.0], binary=task == "binary")
-    found = segment(model, volume, (8, 16, 24), task, air=-7.0, overlap=0.4, batch_size=batch_size)
-    assert found.dtype == np.uint8 and found.shape == shape
-    assert np.array_equal(found, np.digitize(volume, [-0.5, 0.5, 1.0]))
+    classes = segment(model, volume, (8, 16, 24), task, air=-7.0, overlap=0.4, batch_size=batch_size)
+    assert classes.dtype == np.uint8 and classes.shape == shape
+    assert np.array_equal(classes, np.digitize(volume, [-0.5, 0.5, 1.0]))
     assert all(seen[0][2:] == (8, 16, 24) for seen in model.seen)
     padded = any(n < p for n, p in zip(shape, (8, 16, 24)))
     assert (min(seen[1] for seen in model.seen) == -7) == padded  # a small scan stands in air
@@ -58,8 +58,8 @@ def test_windows_are_blended_not_cut():
             one = torch.full_like(x, float(self.calls == 1))
             return torch.cat([1 - one, one], 1)
 
-    found = segment(FirstWindowSaysOne(), np.zeros((8, 8, 12), np.float32), (8, 8, 8), "multiclass", 0, overlap=0.5)
-    middle = found[3:5, 3:5]  # in the corners MONAI raises all weights to the same least one
+    classes = segment(FirstWindowSaysOne(), np.zeros((8, 8, 12), np.float32), (8, 8, 8), "multiclass", 0, overlap=0.5)
+    middle = classes[3:5, 3:5]  # in the corners MONAI raises all weights to the same least one
     assert (middle[:, :, :6] == 1).all() and (middle[:, :, 6:] == 0).all()
 
 
@@ -90,7 +90,7 @@ def test_slabs_and_strips_are_monais_whole_volume(monkeypatch, shape, task, over
     torch.manual_seed(0)
     size, model = (8, 12, 16), Conv(3).eval()
     volume = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    found = segment(model, volume, size, task, -2.0, overlap=overlap, batch_size=batch_size)
+    classes = segment(model, volume, size, task, -2.0, overlap=overlap, batch_size=batch_size)
     x = torch.from_numpy(volume)[None, None]
     with torch.no_grad():
         logits = sliding_window_inference(x, size, batch_size, model, overlap=overlap, mode="gaussian", cval=-2.0)[0]
@@ -100,7 +100,7 @@ def test_slabs_and_strips_are_monais_whole_volume(monkeypatch, shape, task, over
     else:
         expected = ((logits > 0) * torch.arange(1, 4)[:, None, None, None]).amax(0)
         margin = logits.abs().amin(0)
-    differs = found != expected.numpy()
+    differs = classes != expected.numpy()
     assert (margin.numpy()[differs] < 1e-5).all() and differs.mean() < 1e-2
 
 

@@ -85,12 +85,12 @@ def test_statistics_are_those_of_the_views_and_the_encoder_stays(store):
     assert views.shape == (readings.NUM_VIEWS, 1, *SIZE)
     again = readings.unlabelled_views(store, list(store.scans[:4]), SIZE, 0)
     assert torch.equal(views, again)
-    found = readings.read_as(encoder, "reestimated", views)
+    estimated = readings.read_as(encoder, "reestimated", views)
     with torch.no_grad():
         stem = encoder.conv1(views).numpy()
-    assert found.bn1.running_mean.numpy() == pytest.approx(stem.mean((0, 2, 3, 4)), abs=1e-5)
+    assert estimated.bn1.running_mean.numpy() == pytest.approx(stem.mean((0, 2, 3, 4)), abs=1e-5)
     passes = [part.var((0, 2, 3, 4), ddof=1) for part in np.split(stem, len(stem) // readings.AT_A_TIME)]
-    assert found.bn1.running_var.numpy() == pytest.approx(np.mean(passes, 0), rel=1e-4)
+    assert estimated.bn1.running_var.numpy() == pytest.approx(np.mean(passes, 0), rel=1e-4)
     assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items()) and encoder.training
     off = readings.read_as(encoder, "off", views)
     for part in readings.norms(off):
@@ -117,12 +117,12 @@ def test_standardised_maps_and_constant_channels(store):
     encoder = readings.read_as(Encoder(**TINY), "off", views)
     nn.init.zeros_(encoder.bn1.weight[:1])
     maps = readings.StandardisedMaps(encoder, views)
-    found = [maps(part) for part in views.split(16)]
+    batches = [maps(part) for part in views.split(16)]
     for level in range(5):
-        values = torch.cat([one[level] for one in found]).movedim(1, 0).flatten(1)
+        values = torch.cat([one[level] for one in batches]).movedim(1, 0).flatten(1)
         std, mean = values.std(1), values.mean(1)
         assert ((std - 1).abs().lt(0.01) | (values == 0).all(1)).all() and mean.abs().max() < 0.01
-    assert not torch.cat([one[0] for one in found])[:, 0].any()
+    assert not torch.cat([one[0] for one in batches])[:, 0].any()
     assert not any(p.requires_grad for p in maps.parameters()) and not maps.train().encoder.training
 
 
@@ -164,8 +164,8 @@ def test_slabs_decode_as_the_whole_scan():
     model = LightDecoder((3, 5, 7), strides, 4, width=8).eval()
     with torch.no_grad():
         whole = model([one[None].float() for one in maps], shape)[0].argmax(0).numpy()
-    found = decoder.decode(model, maps, shape)
-    assert found.dtype == np.uint8 and (found == whole).mean() > 0.9999  # ties of rounding alone
+    classes = decoder.decode(model, maps, shape)
+    assert classes.dtype == np.uint8 and (classes == whole).mean() > 0.9999  # ties of rounding alone
 
 
 def test_parts_of_maps_and_labels_lie_together(store):
@@ -186,15 +186,15 @@ def test_parts_of_maps_and_labels_lie_together(store):
 def test_a_decoder_learns_where_the_features_tell(store):
     """The maps are the voxels: the two organs differ in HU, so a few steps find them."""
     torch.manual_seed(0)
-    found = judges.Judges(store, config(store), ("decoder",))
-    plain = readings.read_as(Encoder(**TINY), "reestimated", found.views)
-    maps = readings.StandardisedMaps(plain, found.views)
-    trained = decoder.train_decoder(maps, found.train, SIZE, 0, steps=200)
-    (rows,) = decoder.score_decoder(maps, [trained], found.test, found.names, SIZE)
+    panel = judges.Judges(store, config(store), ("decoder",))
+    plain = readings.read_as(Encoder(**TINY), "reestimated", panel.views)
+    maps = readings.StandardisedMaps(plain, panel.views)
+    trained = decoder.train_decoder(maps, panel.train, SIZE, 0, steps=200)
+    (rows,) = decoder.score_decoder(maps, [trained], panel.test, panel.names, SIZE)
     assert {row["organ"] for row in rows} == {"brick", "ball"} and len(rows) == 6
     assert np.mean([row["dice"] for row in rows]) > 0.35
-    untrained = decoder.train_decoder(maps, found.train, SIZE, 0, steps=1)
-    (before,) = decoder.score_decoder(maps, [untrained], found.test, found.names, SIZE)
+    untrained = decoder.train_decoder(maps, panel.train, SIZE, 0, steps=1)
+    (before,) = decoder.score_decoder(maps, [untrained], panel.test, panel.names, SIZE)
     assert np.mean([row["dice"] for row in before]) < 0.15
 
 
@@ -216,7 +216,7 @@ class Coordinates(nn.Module):
         return [x, torch.cat([angle.sin(), angle.cos(), 0 * x], 1)]
 
 
-def test_organs_are_found_where_features_name_their_place(store, monkeypatch):
+def test_organs_are_matched_where_features_name_their_place(store, monkeypatch):
     """Volumes that count voxels along W: the found place lies in the right plane, to half the grid; loops as oracle."""
     scans = [decoder.LabelledScan(store, scan) for scan in store.scans[4:]]
     for scan in scans:
@@ -265,7 +265,7 @@ def test_a_deformation_is_smooth_bounded_and_in_mm():
     assert moved.max() < 8 * 3**0.5 * 1.3 + reach * (0.1 + np.deg2rad(10) + 0.02)
 
 
-def test_places_are_found_in_a_deformed_copy_by_good_features(store):
+def test_good_features_match_places_in_a_deformed_copy(store):
     scans = [decoder.LabelledScan(store, store.scans[4])]
     grid = np.indices((24, 40, 72))
     scans[0].volume = ndimage.gaussian_filter(np.random.default_rng(0).normal(0, 4000, grid.shape[1:]), 2).astype(
@@ -355,25 +355,25 @@ def test_one_sentence_names_every_judge_on_its_side():
     def standing(ahead, bounds):
         return judges.Standing(0.5, "random, BatchNorm off", ahead, bounds, None, None)
 
-    found = {"voxels": standing(0.2, [0.1, 0.3]), "decoder": standing(0.02, [-0.1, 0.1])}
+    two = {"voxels": standing(0.2, [0.1, 0.3]), "decoder": standing(0.02, [-0.1, 0.1])}
     text = judges.answer(
-        "PGL", found | {"matching": standing(5.0, [4.0, 6.0])}, {"voxels": 0.7, "decoder": 0.52, "matching": 9}
+        "PGL", two | {"matching": standing(5.0, [4.0, 6.0])}, {"voxels": 0.7, "decoder": 0.52, "matching": 9}
     )
     first, second = text.split(". It is ")
     assert first.startswith("PGL is ahead of random weights") and "by 2 of 3 judges" in first
     assert "voxels 0.700 against 0.500, by 0.200 (95 % interval 0.100 to 0.300)" in first and "mm 9.0" in first
     assert second.startswith("not clearly ahead of") and "0.520 against 0.500, by +0.020" in second
-    whole = judges.answer("PGL", {"voxels": found["voxels"]}, {"voxels": 0.7})
+    whole = judges.answer("PGL", {"voxels": two["voxels"]}, {"voxels": 0.7})
     assert "by every judge: balanced accuracy" in whole and "It is" not in whole
 
 
 @pytest.mark.parametrize("ahead, words", [(0.2, "0.200"), (-0.2, "0.200")])
-def test_a_difference_without_an_interval_is_said_alone(ahead, words):
+def test_a_difference_without_an_interval_stays_bare(ahead, words):
     standing = judges.Standing(0.5, "random, BatchNorm off", ahead, None, None, None)
     assert standing.by("voxels") == words and standing.against("voxels").endswith("random, BatchNorm off 0.500")
 
 
-def test_judges_are_told_the_window_that_an_encoder_sees(store):
+def test_judges_use_the_window_that_an_encoder_sees(store):
     with pytest.raises(ValueError, match=r"^size=null: give the window"):
         judges.Judges(store, config(store).model_copy(update={"size": None}))
 
@@ -382,10 +382,10 @@ def test_judges_are_told_the_window_that_an_encoder_sees(store):
 @pytest.mark.usefixtures("few_steps")
 def test_an_encoder_is_not_ahead_of_itself(store):
     """The draws of all judges are the same for every encoder: a difference to itself has no width."""
-    found = judges.Judges(store, config(store), judges.JUDGES)
+    panel = judges.Judges(store, config(store), judges.JUDGES)
     torch.manual_seed(0)
     encoder = Encoder(**TINY)
-    one, other = (found.judge(encoder, "reestimated") for _ in range(2))
+    one, other = (panel.judge(encoder, "reestimated") for _ in range(2))
     for judge in judges.JUDGES:
         standing = judges.Standing.of(judge, one[judge], {"itself": other[judge]}, None)
         assert (standing.ahead, standing.ahead_ci95, standing.is_ahead) == (0, [0, 0], None)
@@ -406,17 +406,17 @@ def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):
     where = {name: str(tmp_path / name) for name in ("control", "ceiling")} | {"init": str(tmp_path / "run")}
     more = {"judges": ["voxels", "decoder", "matching"], "encoder": None, "num_scans": 9}
     result = probe.run(config(store, **where, **more))
-    found = json.loads((tmp_path / "run" / "probe.json").read_text())
-    assert list(found["readings"]) == ["reestimated", "trained", "off"]
-    assert list(found["controls"]) == ["random, BatchNorm re-estimated", "random, BatchNorm off", "control"]
-    for scores in (found["readings"]["reestimated"], *found["controls"].values(), found["ceiling"]):
+    facts = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert list(facts["readings"]) == ["reestimated", "trained", "off"]
+    assert list(facts["controls"]) == ["random, BatchNorm re-estimated", "random, BatchNorm off", "control"]
+    for scores in (facts["readings"]["reestimated"], *facts["controls"].values(), facts["ceiling"]):
         assert list(scores) == ["voxels", "decoder", "matching"]
-    assert list(found["readings"]["off"]) == list(found["readings"]["trained"]) == ["voxels"]
-    assert set(found["standing"]) == {"voxels", "decoder", "matching"} and len(result.sentences) == 3
-    assert found["body_box_mm"] > 0 and found["readings"]["reestimated"]["matching"]["details"]["deformed_mm"] > 0
+    assert list(facts["readings"]["off"]) == list(facts["readings"]["trained"]) == ["voxels"]
+    assert set(facts["standing"]) == {"voxels", "decoder", "matching"} and len(result.sentences) == 3
+    assert facts["body_box_mm"] > 0 and facts["readings"]["reestimated"]["matching"]["details"]["deformed_mm"] > 0
     assert "num_scans=9: split='train' has 4 labelled scans" in capsys.readouterr().out
-    assert found["pictures"] == ["matching.png", "features.png"]
-    for name in found["pictures"]:
+    assert facts["pictures"] == ["matching.png", "features.png"]
+    for name in facts["pictures"]:
         assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
     text = probe.describe(result)
     assert "BatchNorm off" in text and "trained with all labels" in text and "body's box" in text
@@ -436,8 +436,8 @@ def test_shortcomings_of_the_scans_are_said(tmp_path):
     assert any("the same voxels are learnt from and tested on: test0 and train0" in note for note in notes)
     assert any(note.startswith("num_test_scans=3") for note in notes)
     torch.manual_seed(0)
-    found = judges.Judges(index, config(index), ("voxels", "decoder")).judge(Encoder(**TINY), "off")
-    assert found["voxels"].details["recall"]["ball"] == found["decoder"].details["organs"]["ball"]["dice"] == 0
+    scores = judges.Judges(index, config(index), ("voxels", "decoder")).judge(Encoder(**TINY), "off")
+    assert scores["voxels"].details["recall"]["ball"] == scores["decoder"].details["organs"]["ball"]["dice"] == 0
     with pytest.raises(ValueError, match="two test scans or more"):
         judges.Judges(index, config(index), ("matching",))
     with pytest.raises(ValueError, match="no scan to estimate BatchNorm's statistics on"):
@@ -476,11 +476,11 @@ def test_statistics_that_do_not_follow_are_estimated_alike(store):
         part.momentum = 0.0
         part.running_mean.fill_(5.0)
     expected = readings.read_as(live, "reestimated", views).state_dict()
-    found = readings.read_as(frozen, "reestimated", views).state_dict()
-    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+    estimated = readings.read_as(frozen, "reestimated", views).state_dict()
+    assert all(torch.equal(value, estimated[key]) for key, value in expected.items())
     assert all((part.running_mean == 5).all() and part.momentum == 0 for part in readings.norms(frozen))
     readings.reestimate(frozen, views)
-    assert all(torch.equal(value, found[key]) for key, value in frozen.state_dict().items())
+    assert all(torch.equal(value, estimated[key]) for key, value in frozen.state_dict().items())
     assert not any(part.training or part.momentum for part in readings.norms(frozen))
     assert not any(p.requires_grad for p in frozen.parameters())
 
@@ -493,10 +493,10 @@ def test_an_encoder_of_several_workers_is_judged_by_one(store, tmp_path):
     shared = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
     init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        found = readings.read_as(shared, "reestimated", views)
-        assert not any(isinstance(part, nn.SyncBatchNorm) for part in found.modules())
+        estimated = readings.read_as(shared, "reestimated", views)
+        assert not any(isinstance(part, nn.SyncBatchNorm) for part in estimated.modules())
         expected = readings.read_as(plain, "reestimated", views)
-        assert all(torch.equal(value, found.state_dict()[key]) for key, value in expected.state_dict().items())
+        assert all(torch.equal(value, estimated.state_dict()[key]) for key, value in expected.state_dict().items())
         assert any(isinstance(part, nn.SyncBatchNorm) for part in shared.modules())
     finally:
         destroy_process_group()
@@ -516,9 +516,9 @@ def test_an_encoder_that_was_trained_in_part_is_judged_by_all(store):
     torch.manual_seed(0)
     encoder = Encoder(**TINY)
     encoder.stop_at(2)
-    found = judges.Judges(store, config(store, num_scans=1), ("voxels", "decoder", "matching")).judge(encoder, "off")
-    assert 0 <= found["decoder"].value <= 1 and found["matching"].value > 0
-    assert list(found["voxels"].details["recall"]) == ["background", "brick", "ball"]
+    scores = judges.Judges(store, config(store, num_scans=1), ("voxels", "decoder", "matching")).judge(encoder, "off")
+    assert 0 <= scores["decoder"].value <= 1 and scores["matching"].value > 0
+    assert list(scores["voxels"].details["recall"]) == ["background", "brick", "ball"]
 
 
 def test_scans_without_organs_are_refused_in_one_line(tmp_path):

@@ -86,11 +86,11 @@ def test_a_line_one_voxel_wide_can_be_drawn():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = model(line) > 0
-    assert 2 * (found * line).sum() / (found.sum() + line.sum()) > 0.6
+    drawn = model(line) > 0
+    assert 2 * (drawn * line).sum() / (drawn.sum() + line.sum()) > 0.6
 
 
-def test_it_stands_alone_on_a_list_of_maps():
+def test_it_needs_only_a_list_of_maps():
     """As a judge of frozen maps has it: no encoder, maps of two levels, an odd grid."""
     decoder, size = LightDecoder((6, 10), ((2, 4, 4), (8, 16, 16)), 5, width=8), (13, 30, 37)
     maps = [torch.randn(2, 6, 7, 8, 10), torch.randn(2, 10, 2, 2, 3)]
@@ -100,8 +100,8 @@ def test_it_stands_alone_on_a_list_of_maps():
     model = light().eval()
     x = torch.randn(1, 1, *size)
     with torch.no_grad():
-        found = model.encoder(x)
-        assert torch.equal(model(x), model.decoder([found[i] for i in (0, 1, 2, 4)], size))
+        stages = model.encoder(x)
+        assert torch.equal(model(x), model.decoder([stages[i] for i in (0, 1, 2, 4)], size))
 
 
 def test_every_parameter_takes_part():
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_before_has_the_papers_decoder(tmp_path):
     assert type(weights.load_segmenter(str(tmp_path / "tuned.pt"))[0]) is Segmenter
 
 
-def test_genesis_gives_a_light_decoder_its_encoder_alone(tmp_path):
+def test_genesis_gives_a_light_decoder_only_its_encoder(tmp_path):
     restorer = Genesis(Encoder(**TINY))
     meta = {"door": "pretrain", "method": "genesis", "encoder": TINY, "hu_window": [-1024.0, 325.0]}
     torch.save({"model": restorer.state_dict(), "meta": meta}, tmp_path / "genesis.pt")

@@ -111,12 +111,12 @@ def random_codes(rng, shape, strides, centers) -> search.Codes:
 
 
 def read_by_scipy(codes, voxel) -> list[np.ndarray]:
-    found = []
+    features = []
     for one, stride, center in zip(codes.maps, codes.strides, codes.centers):
         at = [[(v + 0.5 - c) / s] for v, s, c in zip(voxel, stride, center)]
         parts = [ndimage.map_coordinates(part.astype(float), at, order=1, mode="nearest")[0] for part in one]
-        found.append(np.array(parts))
-    return found
+        features.append(np.array(parts))
+    return features
 
 
 def cosine(first, second) -> float:
@@ -133,10 +133,10 @@ def test_the_search_equals_nested_loops(centers):
     voxels = np.array([voxel for voxel in grid if rng.random() < 0.7])
     among = search.Candidates(voxels, step, theirs.lengths(voxels).astype(np.float32))
     for voxel in ((0, 0, 0), (8, 11, 13), (4, 5, 6)):
-        found = search.search(ours, np.array(voxel), theirs, among, 20.0)
+        hit = search.search(ours, np.array(voxel), theirs, among, 20.0)
         asked = read_by_scipy(ours, voxel)
         values = np.array([cosine(asked, read_by_scipy(theirs, v)) for v in voxels])
-        np.testing.assert_allclose(found.similarities, values, atol=1e-6)
+        np.testing.assert_allclose(hit.similarities, values, atol=1e-6)
         best = voxels[values.argmax()]
         near = []
         for at in product(*(range(shape[axis]) for axis in range(3))):
@@ -146,15 +146,15 @@ def test_the_search_equals_nested_loops(centers):
             if whole and all(abs(at[axis] - best[axis]) < step[axis] for axis in range(3)):
                 near.append((cosine(asked, read_by_scipy(theirs, at)), at))
         value, at = max(near, key=lambda one: one[0])
-        assert tuple(found.voxel) == at and abs(found.similarity - value) < 1e-9
+        assert tuple(hit.voxel) == at and abs(hit.similarity - value) < 1e-9
         peaks = []
         for k, one in enumerate(voxels):
-            beside = (np.abs(voxels - one) <= step).all(1)
+            neighbours = (np.abs(voxels - one) <= step).all(1)
             away = np.linalg.norm((one - best) * theirs.spacing_mm)
-            if values[k] >= values[beside].max() and away > 20:
+            if values[k] >= values[neighbours].max() and away > 20:
                 peaks.append((values[k], tuple(one)))
         value, at = max(peaks)
-        assert tuple(found.other_voxel) == at and abs(found.other_similarity - value) < 1e-6
+        assert tuple(hit.other_voxel) == at and abs(hit.other_similarity - value) < 1e-6
 
 
 def test_no_runner_up_where_nothing_lies_far_away():
@@ -162,24 +162,24 @@ def test_no_runner_up_where_nothing_lies_far_away():
     codes = random_codes(rng, (4, 4, 4), [(1, 2, 2)], [(0.5,) * 3])
     voxels = np.argwhere(np.ones((4, 4, 4), bool))
     among = search.Candidates(voxels, (1, 1, 1), codes.lengths(voxels).astype(np.float32))
-    found = search.search(codes, np.array([1, 2, 3]), codes, among, 1000.0)
-    assert found.other_voxel is None and found.other_similarity is None and abs(found.similarity - 1) < 1e-9
+    hit = search.search(codes, np.array([1, 2, 3]), codes, among, 1000.0)
+    assert hit.other_voxel is None and hit.other_similarity is None and abs(hit.similarity - 1) < 1e-9
 
 
 def test_a_similarity_map_repeats_each_cell():
     voxels, step, shape = np.array([[1, 0, 2], [4, 1, 7]]), (3, 1, 5), (7, 2, 9)
     among = search.Candidates(voxels, step, np.ones((1, 2), np.float32))
-    found = search.similarity_map(among, np.array([0.25, 0.5]), shape)
+    similarities = search.similarity_map(among, np.array([0.25, 0.5]), shape)
     for voxel in product(*map(range, shape)):
         cell = tuple(min(v // by, n) for v, by, n in zip(voxel, step, (1, 1, 1)))
-        assert found[voxel] == {(0, 0, 0): 0.25, (1, 1, 1): 0.5}.get(cell, 0)
+        assert similarities[voxel] == {(0, 0, 0): 0.25, (1, 1, 1): 0.5}.get(cell, 0)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_moved_body_is_found_where_it_moved_to(tmp_path, files, capsys):
+def test_a_moved_body_is_matched_where_it_moved_to(tmp_path, files, capsys):
     voxels = np.array([[8, 24, 32], [6, 20, 40], [10, 30, 24], [5, 28, 30]])
     stored_a = np.array([[0, 0, -4.0, 0], [0, -4.0, 0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])  # d, h, w -> mm, directions
     stored_b = stored_a.copy()
@@ -210,9 +210,9 @@ def test_similarity_lies_on_bs_own_grid_and_is_highest_there(tmp_path, files):
     match.run(config(files, tmp_path, labels=str(files / "label.nii.gz"), names={"liver": 7}, page_mb=0))
     (row,) = rows_of(tmp_path)
     assert row["name"] == "liver" and not (tmp_path / "match.html").exists()
-    found, like = nib.load(tmp_path / "similarity_01_liver.nii.gz"), nib.load(files / "b.nii.gz")
-    assert found.shape == like.shape and np.array_equal(found.affine, like.affine)
-    values = np.asarray(found.dataobj)
+    similarity, like = nib.load(tmp_path / "similarity_01_liver.nii.gz"), nib.load(files / "b.nii.gz")
+    assert similarity.shape == like.shape and np.array_equal(similarity.affine, like.affine)
+    values = np.asarray(similarity.dataobj)
     index = np.linalg.inv(like.affine) @ [*place(row, "b"), 1]
     there = values[tuple(np.rint(index[:3]).astype(int))]
     assert there > values.max() - 0.15 and values.max() <= 1 and np.count_nonzero(values == 0) > values.size / 2
@@ -406,8 +406,8 @@ def test_all_slices_of_a_page_have_one_scale(page, width):
     with Page(page.as_uri(), width) as browser:
         browser.wait("document.body && document.body.dataset.page === 'ready'")
         for side in "ab":
-            own, shown = data[side]["spacing"], data[side]["shown"]
-            mm = [(high - low) * by * size for (low, high), by, size in zip(shown["box"], shown["step"], own)]
+            own, greys = data[side]["spacing"], data[side]["shown"]
+            mm = [(high - low) * by * size for (low, high), by, size in zip(greys["box"], greys["step"], own)]
             for name, axes in planes.items():
                 canvas = f"document.querySelector('#slices-{side} [data-plane={name}]').getBoundingClientRect()"
                 height, wide = browser.value(f"(r => [r.height, r.width])({canvas})")
@@ -448,10 +448,10 @@ def test_answers_say_which_places_have_a_rival(leads, verdict, words):
         match.Row(f"p{k}", np.zeros(3), np.zeros(3), 0.9, None, None if lead is None else 0.9 - lead)
         for k, lead in enumerate(leads)
     ]
-    told, first, sure = match_page.answers(rows)
-    assert told.lines[0].verdict == verdict and sure.lines[0].verdict == "Can't tell"
-    assert words in told.lines[0].text + first.lines[0].text
-    assert ("95 % interval" in told.lines[0].text) == (len(leads) > 1)
+    apart, first, sure = match_page.answers(rows)
+    assert apart.lines[0].verdict == verdict and sure.lines[0].verdict == "Can't tell"
+    assert words in apart.lines[0].text + first.lines[0].text
+    assert ("95 % interval" in apart.lines[0].text) == (len(leads) > 1)
 
 
 @pytest.mark.skipif(not NODE, reason="no node: the page's script cannot be run")
@@ -472,18 +472,18 @@ def test_the_pages_script_gives_the_commands_answer(page, files, tmp_path):
     (tmp_path / "run.js").write_text(run)
     answers = json.loads(subprocess.run([NODE, tmp_path / "run.js"], capture_output=True, check=True, text=True).stdout)
     for voxel, answer in zip(voxels, answers):
-        found = search.search(codes[0], np.array(voxel), codes[1], among, 40.0)
-        assert answer["voxel"] == found.voxel.tolist() and answer["similarity"] == found.similarity
-        assert answer["values"] == pytest.approx(found.similarities.tolist(), abs=1e-14)
-        other = None if found.other_voxel is None else found.other_voxel.tolist()
+        hit = search.search(codes[0], np.array(voxel), codes[1], among, 40.0)
+        assert answer["voxel"] == hit.voxel.tolist() and answer["similarity"] == hit.similarity
+        assert answer["values"] == pytest.approx(hit.similarities.tolist(), abs=1e-14)
+        other = None if hit.other_voxel is None else hit.other_voxel.tolist()
         assert answer["other"] == other
-        assert answer["otherSimilarity"] == pytest.approx(found.other_similarity, abs=1e-14)
+        assert answer["otherSimilarity"] == pytest.approx(hit.other_similarity, abs=1e-14)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the page cannot be opened")
 def test_a_click_in_a_browser_gives_the_commands_answer(page, files, tmp_path):
-    def asked_and_found(browser) -> tuple[list[int], list[int], float]:
+    def asked_and_hit(browser) -> tuple[list[int], list[int], float]:
         texts = browser.value("[document.body.dataset.asked, document.body.dataset.found]")
         similarity = float(browser.value("document.body.dataset.similarity"))
         return *([int(part) for part in text.split(",")] for text in texts), similarity
@@ -499,23 +499,23 @@ def test_a_click_in_a_browser_gives_the_commands_answer(page, files, tmp_path):
         assert browser.value("document.body.dataset.page") == "ready"
         rect = "document.querySelector('#slices-a canvas').getBoundingClientRect()"
         box = browser.value(f"(r => [r.x, r.y, r.width, r.height])({rect})")
-        before = asked_and_found(browser)
+        before = asked_and_hit(browser)
         browser.click(box[0] + 0.6 * box[2], box[1] + 0.4 * box[3])
         browser.wait(f"document.body.dataset.asked !== '{','.join(map(str, before[0]))}'")
-        clicked = asked_and_found(browser)
-        shown = browser.value("document.getElementById('answer').textContent")
+        clicked = asked_and_hit(browser)
+        answer = browser.value("document.getElementById('answer').textContent")
         browser.press("ArrowRight")
         browser.wait(f"document.body.dataset.asked !== '{','.join(map(str, clicked[0]))}'")
-        moved = asked_and_found(browser)
+        moved = asked_and_hit(browser)
         assert moved[0] == [clicked[0][0], clicked[0][1], clicked[0][2] + 1]
         browser.tap(box[0] + 0.5 * box[2], box[1] + 0.5 * box[3])
         browser.wait(f"document.body.dataset.asked !== '{','.join(map(str, moved[0]))}'")
-        tapped = asked_and_found(browser)
+        tapped = asked_and_hit(browser)
     inverse = np.linalg.inv(ct.read_scan(files / "other.nii.gz").affine)
-    for number, (asked, found, similarity) in enumerate((before, clicked, moved, tapped)):
+    for number, (asked, hit, similarity) in enumerate((before, clicked, moved, tapped)):
         row = command(asked, tmp_path / str(number))
         index = inverse @ [*place(row, "b"), 1]
-        np.testing.assert_allclose(index[:3], found, atol=0.01)
+        np.testing.assert_allclose(index[:3], hit, atol=0.01)
         assert f"{similarity:.4f}" == row["similarity"]
         if number == 1:
-            assert ", ".join(f"{v:.1f}" for v in place(row, "b")) in shown
+            assert ", ".join(f"{v:.1f}" for v in place(row, "b")) in answer

@@ -80,10 +80,10 @@ def test_genesis_restores_views_with_the_segmentation_network():
     torch.testing.assert_close(out.loss, ((restored - views) ** 2).mean())
     out.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
-    kept = {name: value.clone() for name, value in model.named_buffers()}
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
     maps = model.plain_maps(views)  # for the health panel: as in training, and without a trace
     torch.testing.assert_close(maps, model_of("method=byol")[0](batch).maps, atol=1e-4, rtol=1e-4)
-    assert all(torch.equal(value, kept[name]) for name, value in model.named_buffers())
+    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
 
 
 @pytest.mark.parametrize("missing", ["deformed_1", "deformed_2"])
@@ -150,19 +150,19 @@ def test_impossible_stride_names_the_possible_ones():
         feature_geometry(Encoder(width=8, depths=(1, 1, 1, 1)), (16, 96, 96), (8, 8, 8))
 
 
-def test_mask_counts_the_valid_bins_alone():
+def test_mask_counts_only_the_valid_bins():
     rng = torch.Generator().manual_seed(0)
     query, key = (torch.randn(3, 5, 2, 3, 4, generator=rng) for _ in range(2))
     valid = torch.rand(3, 2, 3, 4, generator=rng) < 0.5
     valid[2] = False
     expected = 0.0
     for i in range(2):
-        found = []
+        squares = []
         for place in itertools.product(range(2), range(3), range(4)):
             if valid[(i, *place)]:
                 q, k = query[(i, slice(None), *place)], key[(i, slice(None), *place)]
-                found.append(((q / q.norm() - k / k.norm()) ** 2).sum())
-        expected += sum(found) / len(found) / 2  # the third sample has none and is left out
+                squares.append(((q / q.norm() - k / k.norm()) ** 2).sum())
+        expected += sum(squares) / len(squares) / 2  # the third sample has none and is left out
     torch.testing.assert_close(local_consistency_loss(query, key, valid), expected)
     everywhere = torch.ones(3, 2, 3, 4, dtype=torch.bool)
     torch.testing.assert_close(local_consistency_loss(query, key, everywhere), local_consistency_loss(query, key))
@@ -284,11 +284,11 @@ def test_two_workers_stay_identical_and_equal_one(tmp_path):
     torch.testing.assert_close(first["state"][name], (first["own"][name] + second["own"][name]) / 2)
     assert first["state"]["online.encoder.bn1.num_batches_tracked"] == STEPS
 
-    alone = trained(0, 1, frozen_norms=True)
-    np.testing.assert_allclose(ends[True, 0]["losses"], alone["losses"], rtol=1e-4)
-    np.testing.assert_allclose(ends[True, 0]["norms"], alone["norms"], rtol=1e-3)
-    for name, value in alone["state"].items():
+    single = trained(0, 1, frozen_norms=True)
+    np.testing.assert_allclose(ends[True, 0]["losses"], single["losses"], rtol=1e-4)
+    np.testing.assert_allclose(ends[True, 0]["norms"], single["norms"], rtol=1e-3)
+    for name, value in single["state"].items():
         torch.testing.assert_close(ends[True, 0]["state"][name], value, atol=1e-5, rtol=1e-4, msg=name)
-    start, moved = model_of()[0].state_dict()["online.encoder.conv1.weight"], alone["state"]
+    start, moved = model_of()[0].state_dict()["online.encoder.conv1.weight"], single["state"]
     assert (moved["online.encoder.conv1.weight"] - start).norm() > 1e-3 * start.norm()
-    assert math.isfinite(alone["losses"][-1])
+    assert math.isfinite(single["losses"][-1])

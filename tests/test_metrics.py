@@ -26,10 +26,10 @@ def surface(mask):
     for index in np.argwhere(mask):
         for axis in range(3):
             for step in (-1, 1):
-                beside = index.copy()
-                beside[axis] += step
-                inside = (beside >= 0).all() and (beside < mask.shape).all()
-                if not inside or not mask[tuple(beside)]:
+                neighbour = index.copy()
+                neighbour[axis] += step
+                inside = (neighbour >= 0).all() and (neighbour < mask.shape).all()
+                if not inside or not mask[tuple(neighbour)]:
                     points.append(tuple(index * np.array(SPACING)))
     return np.array(sorted(set(points)))
 
@@ -139,22 +139,22 @@ def rows_of(table):
 def test_intervals_against_scipy_and_a_walk_through_the_draws():
     rng = np.random.default_rng(0)
     table = rng.uniform(0.3, 0.9, (12, 2))
-    found = intervals(rows_of(table))
+    bounds = intervals(rows_of(table))
     for k, organ in enumerate("ab"):
         theirs = stats.bootstrap((table[:, k],), np.mean, method="percentile", n_resamples=5000, rng=1)
-        assert found["organs"][organ]["dice"] == pytest.approx(list(theirs.confidence_interval), abs=0.02)
-    wide = found["organs"]["a"]["dice"]
-    assert wide[0] < table[:, 0].mean() < wide[1] and found["organs"]["a"]["hd_mm"] is None
+        assert bounds["organs"][organ]["dice"] == pytest.approx(list(theirs.confidence_interval), abs=0.02)
+    wide = bounds["organs"]["a"]["dice"]
+    assert wide[0] < table[:, 0].mean() < wide[1] and bounds["organs"]["a"]["hd_mm"] is None
     # organs of a scan are drawn together, and an organ that is not among the drawn ones does not count
     holes = [[0.2, 0.9], [0.4, None], [0.6, None]]
     means = []
     for draw in np.random.default_rng(5).integers(0, 3, (4000, 3)):
         parts = [[holes[i][k] for i in draw if holes[i][k] is not None] for k in (0, 1)]
         means.append(np.mean([np.mean(part) for part in parts if part]))
-    found = intervals(rows_of(holes))
-    assert found["dice"] == pytest.approx(list(np.percentile(means, (2.5, 97.5))), abs=0.02)
-    assert found["organs"]["b"]["dice"] is None  # one scan tells nothing of its scatter
-    assert intervals(rows_of(holes), seed=0) == found and intervals(rows_of(holes[:1]))["dice"] is None
+    bounds = intervals(rows_of(holes))
+    assert bounds["dice"] == pytest.approx(list(np.percentile(means, (2.5, 97.5))), abs=0.02)
+    assert bounds["organs"]["b"]["dice"] is None  # one scan tells nothing of its scatter
+    assert intervals(rows_of(holes), seed=0) == bounds and intervals(rows_of(holes[:1]))["dice"] is None
     assert intervals([])["dice"] is None
 
 
@@ -173,11 +173,11 @@ def test_a_difference_its_interval_and_its_test_are_of_one_thing():
     theirs = np.column_stack([rng.uniform(0.4, 0.6, 10), np.full(10, math.nan)])
     theirs[3, 1] = 0.9
     ours = theirs + np.array([0.1, -0.5])
-    found = compare(rows_of(ours), rows_of(theirs))["dice"]
+    compared = compare(rows_of(ours), rows_of(theirs))["dice"]
     means = [summarise(rows_of(table))["dice"] for table in (ours, theirs)]
     by_scan = paired_by_scan(rows_of(ours), rows_of(theirs))
-    assert found["difference"] == pytest.approx(means[0] - means[1]) == pytest.approx(by_scan.mean()) == -0.2
-    assert found["p"] == pytest.approx(stats.wilcoxon(by_scan).pvalue) and found["num_scans"] == 10
+    assert compared["difference"] == pytest.approx(means[0] - means[1]) == pytest.approx(by_scan.mean()) == -0.2
+    assert compared["p"] == pytest.approx(stats.wilcoxon(by_scan).pvalue) and compared["num_scans"] == 10
     wanted = np.full(10, 0.1 / 10 / 2 * 10)
     wanted[3] += -0.5 / 1 / 2 * 10
     np.testing.assert_allclose(by_scan, wanted)
@@ -187,24 +187,24 @@ def test_a_paired_comparison_is_scipys():
     rng = np.random.default_rng(1)
     theirs = rng.uniform(0.3, 0.8, (9, 2))
     ours = theirs + rng.normal(0.05, 0.05, theirs.shape)
-    found = compare(rows_of(ours), rows_of(theirs))
+    compared = compare(rows_of(ours), rows_of(theirs))
     by_scan = (ours - theirs).mean(1)
-    assert found["dice"]["difference"] == pytest.approx(by_scan.mean())
-    assert found["dice"]["p"] == pytest.approx(stats.wilcoxon(by_scan).pvalue)
+    assert compared["dice"]["difference"] == pytest.approx(by_scan.mean())
+    assert compared["dice"]["p"] == pytest.approx(stats.wilcoxon(by_scan).pvalue)
     bounds = stats.bootstrap((by_scan,), np.mean, method="percentile", n_resamples=5000, rng=1).confidence_interval
-    assert found["dice"]["ci95"] == pytest.approx(list(bounds), abs=0.01)
+    assert compared["dice"]["ci95"] == pytest.approx(list(bounds), abs=0.01)
     for k, organ in enumerate("ab"):
-        mine = found["organs"][organ]["dice"]
+        mine = compared["organs"][organ]["dice"]
         assert mine["p"] == pytest.approx(stats.wilcoxon(ours[:, k], theirs[:, k]).pvalue)
         assert mine["difference"] == pytest.approx((ours - theirs)[:, k].mean()) and mine["num_scans"] == 9
     back = compare(rows_of(theirs), rows_of(ours))["dice"]
-    assert back["difference"] == pytest.approx(-found["dice"]["difference"]) and back["p"] == found["dice"]["p"]
+    assert back["difference"] == pytest.approx(-compared["dice"]["difference"]) and back["p"] == compared["dice"]["p"]
 
     ours[0, 1] = math.nan  # in neither mask there, invented here
-    found = compare(rows_of(ours), rows_of(theirs))
-    assert (found["dice"]["num_scans"], found["dice"]["num_left_out"]) == (9, 1)
-    assert found["organs"]["b"]["dice"]["num_scans"] == 8
+    compared = compare(rows_of(ours), rows_of(theirs))
+    assert (compared["dice"]["num_scans"], compared["dice"]["num_left_out"]) == (9, 1)
+    assert compared["organs"]["b"]["dice"]["num_scans"] == 8
     same = compare(rows_of(theirs), rows_of(theirs))["dice"]
     assert (same["difference"], same["ci95"], same["p"]) == (0, [0, 0], 1)
-    alone = compare(rows_of(theirs[:1]), rows_of(theirs[:1] / 2))["dice"]
-    assert alone["p"] is alone["ci95"] is None and alone["difference"] > 0
+    single = compare(rows_of(theirs[:1]), rows_of(theirs[:1] / 2))["dice"]
+    assert single["p"] is single["ci95"] is None and single["difference"] > 0

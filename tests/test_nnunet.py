@@ -110,7 +110,7 @@ def test_the_plan_it_makes_survives_its_json(tmp_path):
     assert all(size % step == 0 for size, step in zip(plan["recommended_downstream_patchsize"], halves))
 
 
-def test_its_plain_way_refuses_an_encoder_alone(tmp_path):
+def test_its_plain_way_refuses_a_bare_encoder(tmp_path):
     """nnUNetv2_train -pretrained_weights: every key but those of seg_layers must be there, of the same shape."""
     saved = torch.load(exported(tmp_path, [1, 1, 1], 2)[0], weights_only=True)
     plan, weights = saved["nnssl_adaptation_plan"]["architecture_plans"]["arch_kwargs"], saved["network_weights"]

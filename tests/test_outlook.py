@@ -59,13 +59,13 @@ def summed_turnover(num_steps, decay) -> float:
 
 def presets() -> list:
     """Every pre-training of conf/, those of sweeps too, but the paper's own (conf/pretrain.yaml), which is as it is."""
-    found = {}
+    configs = {}
     for path in sorted((ROOT / "conf").glob("pretrain_*.yaml")):
-        found[path.stem] = OmegaConf.to_container(OmegaConf.load(path))
+        configs[path.stem] = OmegaConf.to_container(OmegaConf.load(path))
     for path in sorted((ROOT / "conf").glob("tune_*.yaml")):
-        found[path.stem] = OmegaConf.to_container(OmegaConf.load(path))["base_pretrain"]
-    assert {"pretrain_small", "pretrain_medium", "pretrain_full", "tune_small"} <= set(found)
-    return [pytest.param(build(PretrainConfig, {"index": "s", "run": "r", **found[k]}), id=k) for k in found]
+        configs[path.stem] = OmegaConf.to_container(OmegaConf.load(path))["base_pretrain"]
+    assert {"pretrain_small", "pretrain_medium", "pretrain_full", "tune_small"} <= set(configs)
+    return [pytest.param(build(PretrainConfig, {"index": "s", "run": "r", **configs[k]}), id=k) for k in configs]
 
 
 @pytest.mark.parametrize("config", presets())
@@ -175,18 +175,18 @@ def look(*args, shapes=((60, 200, 180), (90, 256, 256))) -> outlook.Outlook:
 GOOD = ["views.size=[48,96,96]", "max_steps=400", "ema_decay=0.97"]
 
 
-def notes(found: outlook.Outlook) -> list[str]:
-    return [line for line in found.lines if line.startswith("note: ")]
+def notes(ahead: outlook.Outlook) -> list[str]:
+    return [line for line in ahead.lines if line.startswith("note: ")]
 
 
 def test_good_settings_need_no_note():
-    found = look(*GOOD)
-    assert notes(found) == [] and len(found.lines) == 2
-    assert math.isclose(found.facts["target_turnover"], summed_turnover(400, 0.97))
-    assert "turns over 6.0 times" in found.lines[0] and "add up to 40." in found.lines[0]
-    shares = [round(100 * share) for share in found.facts["clamped_share"]]
-    assert f"clamped bins (D, H, W): {shares[0]}, {shares[1]}, {shares[2]} %" in found.lines[1]
-    assert 0 < max(found.facts["clamped_share"]) <= 0.2
+    ahead = look(*GOOD)
+    assert notes(ahead) == [] and len(ahead.lines) == 2
+    assert math.isclose(ahead.facts["target_turnover"], summed_turnover(400, 0.97))
+    assert "turns over 6.0 times" in ahead.lines[0] and "add up to 40." in ahead.lines[0]
+    shares = [round(100 * share) for share in ahead.facts["clamped_share"]]
+    assert f"clamped bins (D, H, W): {shares[0]}, {shares[1]}, {shares[2]} %" in ahead.lines[1]
+    assert 0 < max(ahead.facts["clamped_share"]) <= 0.2
 
 
 @pytest.mark.parametrize("foreground", ["true", "false"])
@@ -242,10 +242,10 @@ def test_a_slow_target_is_noted_with_what_mends_it(args):
     ],
 )
 def test_clamped_bins_are_noted_with_what_mends_it(args, axes):
-    found = look(*GOOD, *args)
-    [note] = notes(found)
-    assert [share > 0.2 for share in found.facts["clamped_share"]] == axes
-    percent = ", ".join(f"{100 * share:.0f}" for share in found.facts["clamped_share"])
+    ahead = look(*GOOD, *args)
+    [note] = notes(ahead)
+    assert [share > 0.2 for share in ahead.facts["clamped_share"]] == axes
+    percent = ", ".join(f"{100 * share:.0f}" for share in ahead.facts["clamped_share"])
     assert note.startswith(f"note: {percent} % of the bins lie beyond") and "more than 20 %" in note
     mends = re.findall(r"((?:views\.size|align\.output_stride)\S+)(?: with (align\S+))? would clamp ([\d, ]+) %", note)
     finer = "[2,4,4]" if "align.output_stride=[4,8,8]" in args else "[4,8,8]"

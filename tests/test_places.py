@@ -44,20 +44,20 @@ def centers(prior: tuple, geometry) -> np.ndarray:
     """Scan coordinates of a view's cells, in loops, [d, h, w, 3]."""
     box, flip = (part.numpy() for part in prior)
     cells = [size // stride for size, stride in zip(SIZE, geometry.output_stride)]
-    found = np.empty((*cells, 3))
+    points = np.empty((*cells, 3))
     for index in itertools.product(*map(range, cells)):
         for axis in range(3):
             at = index[axis] * geometry.output_stride[axis] + geometry.center[axis]
             at = SIZE[axis] - at if flip[axis] else at
             length = box[axis, 1] - box[axis, 0]
-            found[index][axis] = box[axis, 0] + at * length / SIZE[axis]
-    return found
+            points[index][axis] = box[axis, 0] + at * length / SIZE[axis]
+    return points
 
 
 def ramps(pair: Pair, geometry) -> torch.Tensor:
     """Each cell's features are its own place in the scan, [2N, 3, d, h, w]."""
-    found = [centers(prior, geometry) for prior in zip(pair.boxes, pair.flips)]
-    return torch.from_numpy(np.stack(found)).movedim(-1, 1)
+    points = [centers(prior, geometry) for prior in zip(pair.boxes, pair.flips)]
+    return torch.from_numpy(np.stack(points)).movedim(-1, 1)
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -80,14 +80,14 @@ def test_drawn_bins_are_read_as_the_aligner_reads_them():
     bins = drawn_bins(pair, geometry, 50)
     matrices = interpolation_matrices(pair.boxes, pair.flips, pair.regions, geometry)
     whole = align(features, matrices).flatten(2).gather(2, bins.repeat(2, 1)[:, None].expand(-1, 3, -1))
-    found = read_at(features, bin_coordinates(pair, geometry, bins))[..., 0, 0]
-    torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
+    values = read_at(features, bin_coordinates(pair, geometry, bins))[..., 0, 0]
+    torch.testing.assert_close(values, whole, atol=1e-5, rtol=1e-5)
     weight = torch.randn_like(whole)
-    ours, theirs = (torch.autograd.grad((one * weight).sum(), features)[0] for one in (found, whole))
+    ours, theirs = (torch.autograd.grad((one * weight).sum(), features)[0] for one in (values, whole))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_bins_depend_on_priors_alone_and_clamped_come_last():
+def test_bins_depend_only_on_priors_and_clamped_come_last():
     pair, geometry = pairs(6), network().maps[1][1]
     bins = drawn_bins(pair, geometry, 20)
     assert all(len(set(row)) == 20 for row in bins.tolist())
@@ -120,14 +120,14 @@ def test_drawn_bins_are_uniform_among_those_not_clamped():
 def test_contrast_against_loops(negatives):
     generator = torch.Generator().manual_seed(1)
     query, key = (torch.randn(3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
-    found, tau = place_contrast_loss(query, key, 0.2, negatives), 0.2
+    loss, tau = place_contrast_loss(query, key, 0.2, negatives), 0.2
     losses = []
     for n, place in itertools.product(range(3), range(4)):
         among = [(n, p) for p in range(4)] if negatives == "pair" else list(itertools.product(range(3), range(4)))
         q = query[n, :, place] / query[n, :, place].norm()
         similar = {at: float(q @ (key[at[0], :, at[1]] / key[at[0], :, at[1]].norm())) / tau for at in among}
         losses.append(math.log(sum(map(math.exp, similar.values()))) - similar[n, place])
-    assert found.item() == pytest.approx(np.mean(losses), rel=1e-9)
+    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-9)
     blank = torch.ones(3, 5, 4)
     assert place_contrast_loss(blank, blank, tau, negatives).item() == pytest.approx(math.log(len(among)), rel=1e-5)
 
@@ -149,11 +149,11 @@ def test_heads_that_know_the_places_have_no_displacement_left(flips):
     geometry = net.maps[0][1]
     half = torch.tensor(SIZE).view(1, 3, 1, 1, 1) / 2
     shift = torch.randn(5, 3, 1, 1, 1, generator=torch.Generator().manual_seed(2)).repeat(2, 1, 1, 1, 1)
-    told = ramps(pair, geometry) / half + shift
+    places = ramps(pair, geometry) / half + shift
     net.place[0] = nn.Identity()
-    assert net.displacement_loss(0, told, pair).item() == pytest.approx(0, abs=1e-9)
-    assert net.displacement_loss(0, told.flip(2), pair).item() > 0.01
-    assert net.displacement_loss(0, 0 * told, pair).item() > 0.01
+    assert net.displacement_loss(0, places, pair).item() == pytest.approx(0, abs=1e-9)
+    assert net.displacement_loss(0, places.flip(2), pair).item() > 0.01
+    assert net.displacement_loss(0, 0 * places, pair).item() > 0.01
 
 
 def test_displacement_is_the_mean_over_cells_of_both_views():
@@ -174,8 +174,8 @@ def test_displacement_is_the_mean_over_cells_of_both_views():
 def test_cells_lie_where_view_to_scan_puts_them():
     pair, geometry = pairs(2), network().maps[0][1]
     at = torch.tensor([3 * s + c for s, c in zip(geometry.output_stride, geometry.center)], dtype=torch.float64)
-    found = view_to_scan(at, pair.boxes[0], pair.flips[0], torch.tensor(SIZE))
-    assert found.numpy() == pytest.approx(centers((pair.boxes[0], pair.flips[0]), geometry)[3, 3, 3])
+    point = view_to_scan(at, pair.boxes[0], pair.flips[0], torch.tensor(SIZE))
+    assert point.numpy() == pytest.approx(centers((pair.boxes[0], pair.flips[0]), geometry)[3, 3, 3])
 
 
 def test_consistency_on_more_maps_is_eq_8_on_drawn_bins():

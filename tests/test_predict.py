@@ -81,10 +81,10 @@ def test_nifti_keeps_its_own_grid(tmp_path, known, codes, oblique):
     image.set_qform(affine_of(codes), code=1)
     nib.save(image, tmp_path / "ct.nii.gz")
     result = predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "deep" / "label.nii.gz"))
-    found = nib.load(tmp_path / "deep/label.nii.gz")
-    assert np.array_equal(np.asarray(found.dataobj), expected(volume())) and found.get_data_dtype() == np.uint16
-    assert np.array_equal(found.affine, nib.load(tmp_path / "ct.nii.gz").affine)
-    assert found.header["qform_code"] == image.header["qform_code"]
+    label = nib.load(tmp_path / "deep/label.nii.gz")
+    assert np.array_equal(np.asarray(label.dataobj), expected(volume())) and label.get_data_dtype() == np.uint16
+    assert np.array_equal(label.affine, nib.load(tmp_path / "ct.nii.gz").affine)
+    assert label.header["qform_code"] == image.header["qform_code"]
     assert predict.describe(result) == f"predict: 1 label map in {tmp_path / 'deep/label.nii.gz'}"
     assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["label.json", "label.nii.gz"]
 
@@ -96,10 +96,10 @@ def test_real_ct(tmp_path, monkeypatch, real_data, name):
     meta = META.model_copy(update={"patch_size": (64, 96, 96)})
     monkeypatch.setattr(predict, "load_segmenter", lambda run, device: (Bands(hu).eval(), meta))
     predict.run(config(real_data / name, tmp_path / "l.nii.gz", inference={"overlap": 0.1, "batch_size": 2}))
-    found = nib.load(tmp_path / "l.nii.gz")
-    assert np.array_equal(np.asarray(found.dataobj), expected(hu))
-    assert np.array_equal(found.affine, image.affine)
-    assert nib.aff2axcodes(found.affine) == nib.aff2axcodes(image.affine)
+    label = nib.load(tmp_path / "l.nii.gz")
+    assert np.array_equal(np.asarray(label.dataobj), expected(hu))
+    assert np.array_equal(label.affine, image.affine)
+    assert nib.aff2axcodes(label.affine) == nib.aff2axcodes(image.affine)
 
 
 @pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
@@ -110,11 +110,11 @@ def test_itk_formats(tmp_path, known, suffix):
     image.SetDirection((0, 1, 0, -1, 0, 0, 0, 0, 1))
     sitk.WriteImage(image, tmp_path / f"ct{suffix}")
     predict.run(config(tmp_path / f"ct{suffix}", tmp_path / "label.nii.gz"))
-    found = sitk.ReadImage(tmp_path / "label.nii.gz")
-    assert np.array_equal(sitk.GetArrayFromImage(found).transpose(2, 1, 0), expected(volume()))
-    for ours, theirs in ((found.GetSpacing(), image.GetSpacing()), (found.GetOrigin(), image.GetOrigin())):
+    label = sitk.ReadImage(tmp_path / "label.nii.gz")
+    assert np.array_equal(sitk.GetArrayFromImage(label).transpose(2, 1, 0), expected(volume()))
+    for ours, theirs in ((label.GetSpacing(), image.GetSpacing()), (label.GetOrigin(), image.GetOrigin())):
         assert np.allclose(ours, theirs, atol=1e-5)
-    assert np.allclose(found.GetDirection(), image.GetDirection(), atol=1e-5)
+    assert np.allclose(label.GetDirection(), image.GetDirection(), atol=1e-5)
 
 
 def write(path, hu=None):
@@ -238,15 +238,15 @@ def test_what_is_finished_is_not_done_again(tmp_path, known, monkeypatch, capsys
     assert predict.run(config(source, out, inference={"overlap": 0.2})).num_finished_before == 0
 
 
-def test_page_and_facts_beside_the_label_map(tmp_path, known):
+def test_page_and_facts_of_the_label_map(tmp_path, known):
     write(tmp_path / "ct.nii.gz")
     predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "o/label.nii.gz", viewer=True))
     assert {p.name for p in (tmp_path / "o").iterdir()} == {f"label.{end}" for end in ("nii.gz", "json", "html", "png")}
-    found = json.loads((tmp_path / "o/label.json").read_text())
+    facts = json.loads((tmp_path / "o/label.json").read_text())
     voxel_ml = 0.8 * 1.1 * 3 / 1000
     for organ, value in (("spleen", 4), ("liver", 300)):
         count = int((expected(volume()) == value).sum())
-        said = next(item for item in found["organs"] if item["name"] == organ)
+        said = next(item for item in facts["organs"] if item["name"] == organ)
         assert said["voxels"] == count and said["volume_ml"] == pytest.approx(count * voxel_ml, abs=1e-3)
     assert "liver" in (tmp_path / "o/label.html").read_text()
     assert predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "o/label.nii.gz", viewer=True)).num_finished_before
@@ -265,7 +265,7 @@ def test_a_ct_unlike_the_training_scans_is_noted(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("output", ["file/x.nii.gz", "/proc/nothing/x.nii.gz"])
-def test_an_output_that_cannot_be_written_is_found_first(tmp_path, known, monkeypatch, output):
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path, known, monkeypatch, output):
     monkeypatch.setattr(predict, "predict_one", lambda *args: pytest.fail("work before the check"))
     write(tmp_path / "ct.nii.gz")
     (tmp_path / "file").write_text("no folder")

@@ -48,8 +48,8 @@ def one_thread():
 
 def metadata(path):
     with safe_open(path, "pt") as file:
-        found = file.metadata()
-    return {key: formats.decode_text(value) for key, value in found.items()}
+        texts = file.metadata()
+    return {key: formats.decode_text(value) for key, value in texts.items()}
 
 
 def write_store(folder, spacing=(2.5, 4.5, 4.5), window=WINDOW, preparations=()):
@@ -58,8 +58,8 @@ def write_store(folder, spacing=(2.5, 4.5, 4.5), window=WINDOW, preparations=())
         rng = np.random.default_rng(number)
         label = (rng.random((3, 4, 4)) > 0.5).repeat(4, 0).repeat(9, 1).repeat(9, 2).astype(np.uint8)
         volume = (200 * label.astype(int) - 100 + rng.integers(-50, 50, label.shape)).astype(np.int16)
-        kept = {"label": label, "labelled": (1,), "split": "val" if number == 2 else "train", "hu_window": window}
-        write_scan(folder, f"s{number}", volume, affine, **kept)
+        fields = {"label": label, "labelled": (1,), "split": "val" if number == 2 else "train", "hu_window": window}
+        write_scan(folder, f"s{number}", volume, affine, **fields)
     return write_index(folder, {"organ": 1}, window, preparations=preparations)
 
 
@@ -84,7 +84,7 @@ def test_there_are_weights_and_each_has_a_card():
     assert Path(importlib.resources.files("pgl_ray") / "pretrained" / FILES[0].name).read_bytes()
 
 
-def test_every_file_beside_the_code_is_part_of_the_package():
+def test_every_file_next_to_the_code_is_part_of_the_package():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pgl_ray"]
     package = ROOT / "pgl_ray"
     files = (p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
@@ -193,9 +193,9 @@ def test_the_cards_commands_parse(path):
 
 def monais(said, **options):
     encoder = said["architecture"]["encoder"]
-    kept = {"n_input_channels": 1, "conv1_t_size": 7, "conv1_t_stride": (1, 2, 2), "no_max_pool": True}
-    kept |= {"shortcut_type": "B", "bias_downsample": False} | options
-    return ResNet("bottleneck", encoder["depths"], [encoder["width"] * 2**i for i in range(4)], **kept).eval()
+    settings = {"n_input_channels": 1, "conv1_t_size": 7, "conv1_t_stride": (1, 2, 2), "no_max_pool": True}
+    settings |= {"shortcut_type": "B", "bias_downsample": False} | options
+    return ResNet("bottleneck", encoder["depths"], [encoder["width"] * 2**i for i in range(4)], **settings).eval()
 
 
 def stages_of(net):
@@ -223,10 +223,10 @@ def test_monais_resnet_finds_every_key_and_the_same_features(path, strides):
         maps = [theirs.act(theirs.bn1(theirs.conv1(x)))]
         for stage in stages_of(theirs)[:last]:
             maps.append(stage(maps[-1]))
-        found = ours.eval()(x)[: last + 1]
+        features = ours.eval()(x)[: last + 1]
         if last == 4:  # the whole network, MONAI's own forward
-            torch.testing.assert_close(theirs(x), theirs.fc(found[-1].mean((2, 3, 4))))
-    for mine, other in zip(found, maps, strict=True):
+            torch.testing.assert_close(theirs(x), theirs.fc(features[-1].mean((2, 3, 4))))
+    for mine, other in zip(features, maps, strict=True):
         torch.testing.assert_close(mine, other)
 
 
@@ -287,8 +287,8 @@ def test_a_probe_leaves_nothing_in_the_package(index, tmp_path):
     result = probe.run(probing(index))
     assert result.init == INIT and INIT in probe.describe(result)
     assert sorted(path.name for path in weights.FOLDER.rglob("*")) == before
-    kept = probe.run(probing(index, output=str(tmp_path / "p.json")))
-    assert json.loads((tmp_path / "p.json").read_text())["init"] == INIT and kept.recall == result.recall
+    written = probe.run(probing(index, output=str(tmp_path / "p.json")))
+    assert json.loads((tmp_path / "p.json").read_text())["init"] == INIT and written.recall == result.recall
 
 
 def sweep(index, folder, **changes):
@@ -319,10 +319,10 @@ def test_a_report_names_them(tmp_path):
     record = {"door": "finetune", "config": {"init": INIT}, "started": "2026-01-01T00:00", "num_parameters": 1}
     record |= {"store": {"num_scans": 1}, "versions": {}, "num_steps": 0}
     (run / "run.json").write_text(json.dumps(record))
-    found = {"init": INIT, "balanced_accuracy": 0.5, "recall": {"a": 0.5}, "num_train_scans": 1, "num_test_scans": 1}
-    found |= {"readings": {}, "controls": {}, "ceiling": {}, "sentences": [], "pictures": []}
-    (tmp_path / "probe_given.json").write_text(json.dumps(found))
-    (tmp_path / "probe_other.json").write_text(json.dumps(found | {"init": "pretrained:other"}))
+    facts = {"init": INIT, "balanced_accuracy": 0.5, "recall": {"a": 0.5}, "num_train_scans": 1, "num_test_scans": 1}
+    facts |= {"readings": {}, "controls": {}, "ceiling": {}, "sentences": [], "pictures": []}
+    (tmp_path / "probe_given.json").write_text(json.dumps(facts))
+    (tmp_path / "probe_other.json").write_text(json.dumps(facts | {"init": "pretrained:other"}))
     runs = run_folders.read_runs([str(run)])
     assert run_folders.overview(runs[0])["init"] == INIT
     assert [given["init"] for _, given in probe_tables.read(runs)[0]] == [INIT]
@@ -401,7 +401,7 @@ def test_probe_and_finetune_print_the_note_once(tmp_path, capsys, monkeypatch):
         raise c.FailedRun("far enough")
 
     monkeypatch.setattr(finetune.launch, "connect", lambda config: None)
-    monkeypatch.setattr(finetune.nodes, "await_nodes", lambda train, found: False)
+    monkeypatch.setattr(finetune.nodes, "await_nodes", lambda train, checkpoint: False)
     monkeypatch.setattr(finetune.launch, "fit", stop)
     monkeypatch.setattr(finetune.stream, "too_large", lambda *args: None)  # asks the cluster
     with pytest.raises(c.FailedRun, match="far enough"):

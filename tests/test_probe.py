@@ -118,8 +118,8 @@ def noisy(tmp_path_factory):
         rng = np.random.default_rng(number)
         label = rng.choice(np.array([0, 5, 9, 9, 9], np.uint8), SHAPE)
         volume = (40 * label.astype(int) - 100 + rng.normal(0, 100, SHAPE)).astype(np.int16)
-        kept = {"labelled": (2, 5, 9), "split": "val", "hu_window": HU_WINDOW}
-        write_scan(folder, f"s{number}", volume, np.eye(4), label=label, **kept)
+        fields = {"labelled": (2, 5, 9), "split": "val", "hu_window": HU_WINDOW}
+        write_scan(folder, f"s{number}", volume, np.eye(4), label=label, **fields)
     return write_index(folder, LABELS, HU_WINDOW)
 
 
@@ -129,15 +129,15 @@ def test_recall_is_of_standardised_features_and_tested_classes(noisy):
     settings = config(noisy.store)
     result = score(encoder, noisy, settings)
     sets = voxel_judge.choose_scans(noisy, settings)
-    found = [
+    samples = [
         [voxel_judge.scan_features(encoder, voxel_judge.read_sample(noisy, s, settings)) for s in part] for part in sets
     ]
-    (x, y), (x_test, y_test) = ([np.concatenate(parts) for parts in zip(*part)] for part in found)
+    (x, y), (x_test, y_test) = ([np.concatenate(parts) for parts in zip(*part)] for part in samples)
     weight, bias = voxel_judge.fit_linear(torch.from_numpy((x - x.mean(0)) / x.std(0)), torch.from_numpy(y), 4)
-    found = ((x_test - x.mean(0)) / x.std(0) @ weight.numpy() + bias.numpy()).argmax(1)
+    predicted = ((x_test - x.mean(0)) / x.std(0) @ weight.numpy() + bias.numpy()).argmax(1)
     assert set(result.recall) == {"background", "liver", "spleen"}  # no kidney to test on
     for k, name in ((0, "background"), (2, "liver"), (3, "spleen")):
-        assert result.recall[name] == pytest.approx((found == k)[y_test == k].mean(), abs=0.01)
+        assert result.recall[name] == pytest.approx((predicted == k)[y_test == k].mean(), abs=0.01)
     assert result.balanced_accuracy == pytest.approx(np.mean(list(result.recall.values())))
     assert 0.3 < result.balanced_accuracy < 0.9
 
@@ -159,8 +159,8 @@ def test_an_organ_absent_from_training_scans_counts_as_missed(tmp_path):
     for scan in index.scans[:3]:  # the training scans again: the same voxels, the spleen called background
         label = read_label(tmp_path, scan)
         volume, label = paint(label, None).astype(np.int16), np.where(label == 9, 0, label).astype(np.uint8)
-        kept = {"labelled": scan.labelled, "split": scan.split, "hu_window": HU_WINDOW}
-        write_scan(tmp_path, scan.scan_id, volume, np.eye(4), label=label, **kept)
+        fields = {"labelled": scan.labelled, "split": scan.split, "hu_window": HU_WINDOW}
+        write_scan(tmp_path, scan.scan_id, volume, np.eye(4), label=label, **fields)
     index = write_index(tmp_path, LABELS, HU_WINDOW)
     result = score(OneMap(bins, 33, ((1, 1, 1),) * 5), index, config(tmp_path))
     assert result.recall["spleen"] == 0
@@ -259,8 +259,8 @@ def test_classifier_minimises_its_objective():
 
     expected = optimize.minimize(objective, np.zeros(15)).fun
     weight, bias = voxel_judge.fit_linear(torch.from_numpy(features), torch.from_numpy(classes), 5)
-    found = objective(np.concatenate([weight[:, [0, 2, 3]].numpy().ravel(), bias[[0, 2, 3]].numpy()]))
-    assert found == pytest.approx(expected, abs=1e-4)
+    reached = objective(np.concatenate([weight[:, [0, 2, 3]].numpy().ravel(), bias[[0, 2, 3]].numpy()]))
+    assert reached == pytest.approx(expected, abs=1e-4)
     predicted = (torch.from_numpy(features) @ weight + bias).argmax(1)
     assert set(predicted.tolist()) <= {0, 2, 3}
 
@@ -306,11 +306,11 @@ def test_run_writes_its_result(planted, tmp_path):
     encoder = EncoderConfig(**TINY)
     output = tmp_path / "new" / "probe.json"
     result = probe.run(config(planted.store, encoder=encoder, output=str(output)))
-    found = json.loads(output.read_text())
-    assert found == json.loads(json.dumps(dataclasses.asdict(result)))
-    assert found["init"] == "random" and list(found["readings"]) == ["reestimated", "off"]
-    assert found["balanced_accuracy"] == found["readings"]["reestimated"]["voxels"]["value"]
-    assert list(found["controls"]) == ["random, BatchNorm re-estimated", "random, BatchNorm off"]
+    facts = json.loads(output.read_text())
+    assert facts == json.loads(json.dumps(dataclasses.asdict(result)))
+    assert facts["init"] == "random" and list(facts["readings"]) == ["reestimated", "off"]
+    assert facts["balanced_accuracy"] == facts["readings"]["reestimated"]["voxels"]["value"]
+    assert list(facts["controls"]) == ["random, BatchNorm re-estimated", "random, BatchNorm off"]
     assert probe.run(config(planted.store, encoder=encoder)).recall == result.recall  # the seed decides
     assert "balanced accuracy" in probe.describe(result)
 
@@ -361,7 +361,7 @@ def curve(where, run, **changes):
     return loop.pretraining(where, run, probe=settings, max_steps=2, train={"checkpoint_every": 1}, **changes)
 
 
-def told(run):
+def recorded(run):
     """Step -> what the metrics say of the probe."""
     rows = {int(row["step"]): row for row in loop.rows_of(run)}
     return {step: {key: row[key] for key in row if key.startswith("probe/")} for step, row in rows.items()}
@@ -377,23 +377,23 @@ def test_the_curve_is_what_the_checkpoints_weights_are_worth(tmp_path, world):
     judge = pretrain.make_probe(settings)
     for place, step in checkpoint.checkpoints(tmp_path / "run"):
         encoder, _ = weights.load_encoder(str(place))
-        found = judge.judge(encoder, "reestimated")["voxels"]
-        expected = {"probe/balanced_accuracy": found.value}
-        expected |= {f"probe/recall_{name}": value for name, value in found.details["recall"].items()}
-        assert told(tmp_path / "run")[step] == expected
+        score = judge.judge(encoder, "reestimated")["voxels"]
+        expected = {"probe/balanced_accuracy": score.value}
+        expected |= {f"probe/recall_{name}": value for name, value in score.details["recall"].items()}
+        assert recorded(tmp_path / "run")[step] == expected
     assert step == 2
 
 
 @pytest.mark.slow
 def test_the_curve_does_not_depend_on_the_number_of_workers(tmp_path):
     """At a rate that moves no weight: statistics differ between one worker and two, the figures do not."""
-    scans, found = loop.scans(tmp_path / "store"), {}
+    scans, states = loop.scans(tmp_path / "store"), {}
     for world in (1, 2):
         settings = curve(scans, tmp_path / str(world), optim={"lr": 1e-30}, global_batch_size=4)
         loop.train(settings, world=world)
-        found[world] = loop.state_of(tmp_path / str(world))["model"]
-    assert told(tmp_path / "1") == told(tmp_path / "2") and set(told(tmp_path / "1")) == {1, 2}
-    online = {key: value for key, value in found[1].items() if key.startswith("online.encoder.")}
+        states[world] = loop.state_of(tmp_path / str(world))["model"]
+    assert recorded(tmp_path / "1") == recorded(tmp_path / "2") and set(recorded(tmp_path / "1")) == {1, 2}
+    online = {key: value for key, value in states[1].items() if key.startswith("online.encoder.")}
     for key, value in online.items():
-        assert "running_" in key or torch.allclose(value.float(), found[2][key].float(), rtol=0, atol=1e-20), key
-    assert not torch.equal(online["online.encoder.bn1.running_var"], found[2]["online.encoder.bn1.running_var"])
+        assert "running_" in key or torch.allclose(value.float(), states[2][key].float(), rtol=0, atol=1e-20), key
+    assert not torch.equal(online["online.encoder.bn1.running_var"], states[2]["online.encoder.bn1.running_var"])

@@ -27,8 +27,8 @@ def commands(text: str) -> list[tuple[str, bool]]:
     blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S)
     whole = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     spans = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
-    found = [*((line, True) for line in whole), *((" ".join(span.split()), False) for span in spans)]
-    return [(line, is_whole) for line, is_whole in found if re.search(r"python -m pgl_ray\.[a-z]", line)]
+    spelled = [*((line, True) for line in whole), *((" ".join(span.split()), False) for span in spans)]
+    return [(line, is_whole) for line, is_whole in spelled if re.search(r"python -m pgl_ray\.[a-z]", line)]
 
 
 CALLS = [(path, *call) for path in PAGES for call in commands(path.read_text())]

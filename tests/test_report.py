@@ -114,8 +114,8 @@ def standing(low_is, values, judge, ahead=None):
     """Where a judge sets planted values, with a planted difference and its interval."""
     number = JUDGES.index(judge)
     low, gain = 0.9 * CHANCE[number], (ahead or {}).get(judge, (0.2, 0.1, 0.3))
-    found = {"low": low, "low_is": low_is, "ahead": gain[0], "ahead_ci95": None if len(gain) == 1 else gain[1:]}
-    return found | {"high": None, "closed": None}
+    facts = {"low": low, "low_is": low_is, "ahead": gain[0], "ahead_ci95": None if len(gain) == 1 else gain[1:]}
+    return facts | {"high": None, "closed": None}
 
 
 def judged(init, values=CHANCE, judges=JUDGES, ceiling=False, ahead=None):
@@ -135,16 +135,16 @@ def judged(init, values=CHANCE, judges=JUDGES, ceiling=False, ahead=None):
         }
 
     low = "random, BatchNorm off"
-    found = {"init": str(init), "num_train_scans": 5, "num_test_scans": 4, "seconds": 1.0, "notes": ["few scans"]}
+    facts = {"init": str(init), "num_train_scans": 5, "num_test_scans": 4, "seconds": 1.0, "notes": ["few scans"]}
     chance = {"reestimated": scores(CHANCE), "off": scores(CHANCE, 0.9)}
     trained = {"reestimated": scores(values), "trained": scores(values, 0.8, ["voxels"])}
-    found["readings"] = chance if init == "random" else trained
-    found["controls"] = {"random, BatchNorm re-estimated": chance["reestimated"], low: chance["off"]}
-    found["ceiling"] = scores(values, 1.3) if ceiling else {}
-    found["standing"] = {judge: standing(low, values, judge, ahead) for judge in judges}
-    found["sentences"] = [f"{judge}: ahead of everything" for judge in judges]
-    found |= {"balanced_accuracy": None, "recall": None, "body_box_mm": None, "pictures": ["probe_pgl.matching.png"]}
-    return found | ({"body_box_mm": 33.3} if "matching" in judges else {})
+    facts["readings"] = chance if init == "random" else trained
+    facts["controls"] = {"random, BatchNorm re-estimated": chance["reestimated"], low: chance["off"]}
+    facts["ceiling"] = scores(values, 1.3) if ceiling else {}
+    facts["standing"] = {judge: standing(low, values, judge, ahead) for judge in judges}
+    facts["sentences"] = [f"{judge}: ahead of everything" for judge in judges]
+    facts |= {"balanced_accuracy": None, "recall": None, "body_box_mm": None, "pictures": ["probe_pgl.matching.png"]}
+    return facts | ({"body_box_mm": 33.3} if "matching" in judges else {})
 
 
 def finetuned(folder, index, dice, **options):
@@ -247,7 +247,7 @@ def table_rows(html, head_says, head=0):
 
 
 @pytest.mark.slow
-def test_page_stands_alone(page):
+def test_page_needs_no_other_file(page):
     read = Reader(page)
     assert len(read.links) > 15 and all(link.startswith("data:image/") for link in read.links)
     assert not {"script", "link", "iframe", "object"} & set(read.tags)
@@ -328,7 +328,7 @@ def test_page_says_what_the_judges_say(page):
     assert sum(link == "data:image/png;base64,YSBwaWN0dXJl" for link in read.links) == 2  # pgl's and random's
 
 
-def test_organs_stand_beside_those_of_the_strongest_control(page):
+def test_organs_are_listed_with_the_strongest_controls(page):
     rows = table_rows(page, "recall of voxels", head=1)
     assert rows["class"] == ["pgl", "random, BatchNorm off", "random"] * 3
     assert rows["liver"] == ["0.25", "0.25", "0.25", "0.30", "0.30", "0.30", "19", "19", "19"]
@@ -428,19 +428,19 @@ def test_difference_beyond_the_noise_is_called_so(tmp_path, scans):
 def test_interval_is_students(num):
     rng = np.random.default_rng(num)
     first, second = rng.random(num), rng.random(num)
-    found = tables.paired_difference(score_rows(first), score_rows(second)[::-1])
+    gap = tables.paired_difference(score_rows(first), score_rows(second)[::-1])
     wanted = stats.ttest_rel(first, second).confidence_interval(0.95)
-    assert (found.low, found.high, found.num_scans) == (pytest.approx(wanted.low), pytest.approx(wanted.high), num)
+    assert (gap.low, gap.high, gap.num_scans) == (pytest.approx(wanted.low), pytest.approx(wanted.high), num)
     if num == 400:
         reach = 1.96 * np.std(first - second, ddof=1) / num**0.5
-        assert found.high - found.mean == pytest.approx(reach, rel=0.01)
+        assert gap.high - gap.mean == pytest.approx(reach, rel=0.01)
 
 
 def test_only_common_scans_and_organs_are_paired():
     first, second = score_rows([0.5, 0.6, 0.7]), score_rows([0.4, 0.6, 0.9, 0.1])
     next(row for row in first if row["scan_id"] == "s2" and row["organ"] == "liver")["dice"] = float("nan")
-    found = tables.paired_difference(first, second)
-    assert found.num_scans == 3 and found.mean == pytest.approx(((0.1 + 0.0 - 0.2) / 3 + (0.1 + 0.0) / 2) / 2)
+    gap = tables.paired_difference(first, second)
+    assert gap.num_scans == 3 and gap.mean == pytest.approx(((0.1 + 0.0 - 0.2) / 3 + (0.1 + 0.0) / 2) / 2)
     assert tables.paired_difference(first[:2], second) is None
 
 
@@ -474,11 +474,11 @@ def test_scores_on_training_scans_are_called_out(tmp_path, scans):
     assert table["sentences"] == ["run was trained on 1 of the scans that it is scored on."]
 
 
-def test_an_evaluation_without_any_score_is_shown(tmp_path, scans):
+def test_an_evaluation_without_any_score_is_reported(tmp_path, scans):
     folder = finetuned(tmp_path / "run", scans, [float("nan")] * 2, predictions=False)
     summary = json.loads((folder / "evaluation" / "summary.json").read_text())
     none = dict.fromkeys(tables.SCORES)
-    summary |= none | {"organs": {name: found | none for name, found in summary["organs"].items()}}
+    summary |= none | {"organs": {name: of_organ | none for name, of_organ in summary["organs"].items()}}
     (folder / "evaluation" / "summary.json").write_text(json.dumps(summary))
     assert "–" in write_page(folder)
 
@@ -530,14 +530,14 @@ def test_names_and_differing_settings(tmp_path, scans):
 def test_region_in_view_holds_just_the_regions_voxels(flip):
     """Voxel by voxel: undo the flip, go back to the scan, look whether that place is in the region."""
     box, region, size = np.array([[3, 11], [-2, 12], [5, 23]]), np.array([[5, 8], [-1, 10], [9, 23]]), (6, 10, 12)
-    found = slices.region_in_view(region, box, np.array(flip), np.array(size))
-    assert (found[:, 0] < found[:, 1]).all()
+    inner = slices.region_in_view(region, box, np.array(flip), np.array(size))
+    assert (inner[:, 0] < inner[:, 1]).all()
     for axis in range(3):
         for i in range(size[axis]):
             unflipped = size[axis] - 1 - i if flip[axis] else i
             place = box[axis, 0] + (unflipped + 0.5) * (box[axis, 1] - box[axis, 0]) / size[axis]
             inside = region[axis, 0] < place < region[axis, 1]
-            assert (found[axis, 0] < i + 0.5 < found[axis, 1]) == inside
+            assert (inner[axis, 0] < i + 0.5 < inner[axis, 1]) == inside
 
 
 @pytest.mark.parametrize("flip", list(product((False, True), repeat=3)))
@@ -655,23 +655,23 @@ def test_aligned_views_correlate_and_raw_ones_do_not(scans, tmp_path):
 def test_overlay_shows_the_slice_with_most_organs_and_its_errors(scans, tmp_path):
     runs = run_folders.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
     index = store.read_index(scans)
-    shown, place = report.overlay_of(index, index.scans[0], runs)
+    layers, place = report.overlay_of(index, index.scans[0], runs)
     assert place in (f"axial slice {d} of {SHAPE[0]}" for d in (6, 7))  # both organs are there
     h0, h1, w0, w1 = index.scans[0].foreground_box[2:]
     true = np.zeros(SHAPE[1:], np.uint8)
     true[8:14, 6:12], true[15:18, 20:24] = 1, 4
-    np.testing.assert_array_equal(shown.true, true[h0:h1, w0:w1])
-    ((title, predicted, wrong),) = shown.predictions
+    np.testing.assert_array_equal(layers.true, true[h0:h1, w0:w1])
+    ((title, predicted, wrong),) = layers.predictions
     moved = np.roll(true, 1, axis=1)
     np.testing.assert_array_equal(predicted, moved[h0:h1, w0:w1])
     np.testing.assert_array_equal(wrong, (moved != true)[h0:h1, w0:w1])
     assert title == "run: Dice 0.500"
-    colors = label_pictures.overlay(shown, index.label_values).axes[1].images[1].get_array()
-    np.testing.assert_allclose(colors[shown.true == 4][0, :3], matplotlib.colors.to_rgb(label_pictures.organ_color(2)))
+    colors = label_pictures.overlay(layers, index.label_values).axes[1].images[1].get_array()
+    np.testing.assert_allclose(colors[layers.true == 4][0, :3], matplotlib.colors.to_rgb(label_pictures.organ_color(2)))
 
 
 @pytest.mark.slow
-def test_a_curve_of_zeros_alone_is_drawn():
+def test_a_curve_of_only_zeros_is_drawn():
     for y, scale in (([0.0, 0.0], "linear"), ([0.0, 0.5], "log")):
         figure = plots.curves([plots.Series([1, 3], y, "#000000", False)], "retrieval@1", (None, 1.2), log=True)
         assert figure.axes[0].get_yscale() == scale and figures.to_svg(figure)
@@ -690,14 +690,14 @@ def test_an_overlay_of_a_resampled_scan_is_on_the_scored_grid(tmp_path):
     (tmp_path / "run/evaluation/predictions").mkdir(parents=True)
     nib.save(nib.Nifti1Image(label, affine), tmp_path / "run/evaluation/predictions/s0.nii.gz")
     run = SimpleNamespace(path=tmp_path / "run", name="run", scores=score_rows([1.0], ["organ"]))
-    shown, place = report.overlay_of(index, index.scans[0], [run])
+    layers, place = report.overlay_of(index, index.scans[0], [run])
     position = int(place.split()[2])
     assert place.endswith(" of 12") and 5 <= position < 9
-    np.testing.assert_array_equal(shown.true, label[position])
-    ((_, predicted, wrong),) = shown.predictions
+    np.testing.assert_array_equal(layers.true, label[position])
+    ((_, predicted, wrong),) = layers.predictions
     np.testing.assert_array_equal(predicted, label[position])
-    assert not wrong.any() and shown.unit_mm.tolist() == [3, 1, 1]
-    seen = ndimage.center_of_mass(shown.image > 100)
+    assert not wrong.any() and layers.unit_mm.tolist() == [3, 1, 1]
+    seen = ndimage.center_of_mass(layers.image > 100)
     np.testing.assert_allclose(seen, ndimage.center_of_mass(label[position]), atol=0.6)
 
 
@@ -705,7 +705,7 @@ def test_organs_that_a_scan_does_not_annotate_are_no_errors(scans, tmp_path):
     runs = run_folders.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
     index = store.read_index(scans)
     record = replace(index.scans[0], labelled=(1,))
-    shown, _ = report.overlay_of(index, record, runs)
-    ((_, predicted, wrong),) = shown.predictions
-    invented = [(predicted == value) & (shown.true == 0) for value in (1, 4)]
+    layers, _ = report.overlay_of(index, record, runs)
+    ((_, predicted, wrong),) = layers.predictions
+    invented = [(predicted == value) & (layers.true == 0) for value in (1, 4)]
     assert wrong[invented[0]].all() and invented[1].any() and not wrong[invented[1]].any()

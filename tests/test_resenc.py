@@ -44,8 +44,8 @@ def test_size_and_keys_are_resenc_ls():
         net = build_encoder(**build(EncoderConfig, {"kind": "resenc"}).model_dump())
     channels = (32, 64, 128, 256, 320, 320)  # nnU-Net's ResEncL
     assert net.channels == channels and net.settings["depths"] == [1, 3, 4, 6, 6, 6]
-    found = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-    assert found == dict(nnunets_keys((1, 3, 4, 6, 6, 6), channels))
+    shapes = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    assert shapes == dict(nnunets_keys((1, 3, 4, 6, 6, 6), channels))
     assert sum(p.numel() for p in net.parameters()) == 90_296_576
 
 
@@ -94,7 +94,7 @@ def test_centers_are_the_gradients_centre_of_mass():
     check_centers(net.double().eval(), (40, 72, 72))
 
 
-def test_init_depends_on_the_seed_alone():
+def test_init_depends_only_on_the_seed():
     nets = [build_encoder(**TINY) for _ in range(3)]
     for net, seed in zip(nets, (3, 3, 4)):
         for part in net.modules():
@@ -135,8 +135,8 @@ def test_a_training_step_reaches_all_trained_stages(method, stride):
 def test_aligned_features_look_at_the_same_places(tmp_path):
     args = ["encoder.kind=resenc", "encoder.depths=[1,1,2,1,1]", "views.size=[16,48,32]", "num_pairs=64"]
     result = check_align.run(load(CheckAlignConfig, [*args, f"output={tmp_path}"]))
-    found = result.facts["conventions"]["receptive_field"]
-    assert result.facts["passed"] and np.isfinite(found["excess_voxels"])
+    residual = result.facts["conventions"]["receptive_field"]
+    assert result.facts["passed"] and np.isfinite(residual["excess_voxels"])
 
 
 @pytest.mark.parametrize(

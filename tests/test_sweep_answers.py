@@ -29,7 +29,7 @@ def config_of(space=None, judge="val/dice", arms=None):
 # -- which is best? ---------------------------------------------------------------------------------------------------
 
 
-def test_one_seed_each_cannot_be_told():
+def test_one_seed_each_stays_open():
     trials = [trial_of(score, pretrain__optim__lr=lr) for score, lr in ((0.5, 0.1), (0.7, 0.2), (0.6, 0.3))]
     (line,) = sweep_answers.best(config_of(LR), trials)
     assert line.verdict == OPEN and line.of == ""
@@ -57,7 +57,7 @@ def test_the_lower_error_is_the_best():
     assert "lr 0.2 leads with probe/matching_mm 20.0000 (lower is better)" in line.text and "-10.0000 away" in line.text
 
 
-def test_arms_are_compared_at_each_point_alone():
+def test_arms_are_compared_only_within_a_point():
     """More labels are better, whatever the arm: that is no answer."""
     trials = [
         trial_of(score, arm=arm, finetune__num_scans=share)
@@ -187,7 +187,7 @@ def test_the_first_step_that_is_open(trials, verdict, words):
 
 
 @pytest.mark.parametrize(
-    ("key", "entry", "value", "told"),
+    ("key", "entry", "value", "text"),
     [
         ("a.lr", {"choice": [1, 2, 3]}, 3, "a.lr=3, the highest of 1 to 3"),
         ("a.lr", {"choice": [1, 2, 3]}, 2, None),
@@ -200,5 +200,5 @@ def test_the_first_step_that_is_open(trials, verdict, words):
         ("a.lr", {"uniform": [0.0, 1.0]}, None, None),
     ],
 )
-def test_the_edge_of_a_space(key, entry, value, told):
-    assert sweep_answers.at_edge(key, entry, value) == told
+def test_the_edge_of_a_space(key, entry, value, text):
+    assert sweep_answers.at_edge(key, entry, value) == text

@@ -87,12 +87,12 @@ def test_legend_counts_millilitres(nested, voxels):
     label[0, 0] = 1
     label[1, 1, :3] = 5
     names = {"tumour": 5, "cyst": 3, "organ": 1}
-    found = viewer.legend(label, names, np.diag([2.0, 5.0, -10.0, 1.0]), nested)  # a voxel is 0.1 mL
+    organs = viewer.legend(label, names, np.diag([2.0, 5.0, -10.0, 1.0]), nested)  # a voxel is 0.1 mL
     ordered = [("organ", 1), ("cyst", 3), ("tumour", 5)]
-    assert found == [Organ(*organ, n, pytest.approx(0.1 * n)) for organ, n in zip(ordered, voxels)]
+    assert organs == [Organ(*organ, n, pytest.approx(0.1 * n)) for organ, n in zip(ordered, voxels)]
 
 
-def test_no_organ_found():
+def test_no_organ_predicted():
     voxels, label = scan()
     page, png = page_of(voxels, np.zeros_like(label))
     assert held(page)[2]["centre"] is None and page.count(">not found<") == 2 and len(png) > 1000
@@ -107,7 +107,7 @@ def test_nothing_sticks_out_in_a_browser(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("voxels", "notes", "told"),
+    ("voxels", "notes", "expected"),
     [
         ((9, 40), [], ("2 of 2 organs", "The smallest organ", "small, 9.0 mL")),
         ((0, 40), [], ("1 of 2 organs", "What was not found", "small: outside of the scan, or overlooked")),
@@ -119,12 +119,12 @@ def test_nothing_sticks_out_in_a_browser(tmp_path):
         ),
     ],
 )
-def test_the_answers_say_what_to_look_at_first(voxels, notes, told):
+def test_the_answers_say_what_to_look_at_first(voxels, notes, expected):
     organs = [Organ(name, k, n, float(n)) for k, (name, n) in enumerate(zip(("small", "large"), voxels), 1)]
-    found, first, sure = viewer.answers(organs, notes)
-    assert (found.lines[0].verdict, first.lines[0].verdict) == told[:2] and told[2] in first.lines[0].text
+    present, first, sure = viewer.answers(organs, notes)
+    assert (present.lines[0].verdict, first.lines[0].verdict) == expected[:2] and expected[2] in first.lines[0].text
     assert sure.lines[0].verdict == "Can't tell" and "pgl_ray.evaluate" in sure.lines[0].text
-    assert f"{sum(voxels):.1f} mL in all" in found.lines[0].text or "no voxel has a label" in found.lines[0].text
+    assert f"{sum(voxels):.1f} mL in all" in present.lines[0].text or "no voxel has a label" in present.lines[0].text
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -147,9 +147,9 @@ def test_a_browser_shows_the_organ_where_it_lies(tmp_path, webgl):
     command = [BROWSER, "--headless=new", "--no-sandbox", f"--user-data-dir={tmp_path}/browser", *graphics, *offline]
     command += ["--virtual-time-budget=20000", f"--screenshot={tmp_path}/page.png", f"file://{tmp_path}/page.html"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
-    shown = imread(tmp_path / "page.png")[..., :3]
-    orange = (shown[..., 0] - shown[..., 2] > 0.2) & (shown[..., 0] < 0.8)  # the legend's is brighter
-    grey = (np.ptp(shown, axis=2) < 0.02) & (abs(shown[..., 0] - 0.48) < 0.05) | orange
+    pixels = imread(tmp_path / "page.png")[..., :3]
+    orange = (pixels[..., 0] - pixels[..., 2] > 0.2) & (pixels[..., 0] < 0.8)  # the legend's is brighter
+    grey = (np.ptp(pixels, axis=2) < 0.02) & (abs(pixels[..., 0] - 0.48) < 0.05) | orange
     panel = np.zeros_like(grey)
     panel[: 680 if webgl else None, : 305 if webgl else 186] = True  # the leftmost is axial
     if not webgl:
@@ -163,7 +163,7 @@ def test_a_browser_shows_the_organ_where_it_lies(tmp_path, webgl):
     np.testing.assert_allclose(spans, [[6 / 52, 24 / 52], [6 / 44, 16 / 44]], atol=0.04)
 
 
-def test_notes_and_their_signs_are_shown():
+def test_notes_and_their_signs_are_on_the_page():
     voxels, label = scan()
     organs = viewer.legend(label, {"spleen": 4, "liver": 300}, AFFINE, nested=False)
     page, _ = viewer.make_page(voxels, label, AFFINE, organs, TEXTS, ["its voxels are <3 mm", "a second one"])

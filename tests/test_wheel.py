@@ -118,7 +118,7 @@ def test_its_command_lists_doors_and_shows_help(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_its_recipes_are_found_by_their_names(home, tmp_path):
+def test_its_recipes_resolve_by_their_names(home, tmp_path):
     done = call(home, tmp_path, "pgl-ray", "prepare", "data_prep/bcv.yaml", "source=nowhere", "store=s")
     assert done.returncode == 2 and "nowhere: no such folder" in done.stderr, done.stderr
 
@@ -133,13 +133,13 @@ def test_its_examples_run(home, tmp_path):
 
 def test_a_file_here_comes_before_the_one_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert shipped.found("conf/pretrain.yaml") == str(ROOT / "conf" / "pretrain.yaml")
-    assert shipped.found("tune_spaces/nothing.yaml") == "tune_spaces/nothing.yaml"
-    assert shipped.found("pretrain.yaml") == "pretrain.yaml" and shipped.found("epochs=3") == "epochs=3"
-    assert shipped.found("conf/../pyproject.toml").endswith("pyproject.toml")
+    assert shipped.find("conf/pretrain.yaml") == str(ROOT / "conf" / "pretrain.yaml")
+    assert shipped.find("tune_spaces/nothing.yaml") == "tune_spaces/nothing.yaml"
+    assert shipped.find("pretrain.yaml") == "pretrain.yaml" and shipped.find("epochs=3") == "epochs=3"
+    assert shipped.find("conf/../pyproject.toml").endswith("pyproject.toml")
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "pretrain.yaml").write_text("epochs: 3\n")
-    assert shipped.found("conf/pretrain.yaml") == "conf/pretrain.yaml"
+    assert shipped.find("conf/pretrain.yaml") == "conf/pretrain.yaml"
 
 
 @pytest.mark.slow

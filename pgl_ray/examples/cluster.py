@@ -21,7 +21,7 @@ import ray
 from pgl_ray import prepare, pretrain
 from pgl_ray.config import PrepareConfig, PretrainConfig, RayConfig, load
 from pgl_ray.phantom.phantom import write_phantoms
-from pgl_ray.shipped import found
+from pgl_ray.shipped import find
 from pgl_ray.train.launch import connect
 from pgl_ray.train.metrics import read_metrics
 
@@ -59,7 +59,7 @@ if "PGL_RAY_STORE" not in os.environ:
 # it was when this cell is run again.
 
 # %%
-settings = [found("conf/pretrain_small.yaml"), f"index={STORE}", f"run={OUT}/run", "max_steps=300", "ema_decay=0.97"]
+settings = [find("conf/pretrain_small.yaml"), f"index={STORE}", f"run={OUT}/run", "max_steps=300", "ema_decay=0.97"]
 settings += ["train.log_every=10", f"train.num_workers={workers}", f"global_batch_size={16 * workers}"]
 if TINY:
     settings += ["max_steps=4", f"global_batch_size={4 * workers}", "views.size=[16,32,32]", "train.log_every=1"]

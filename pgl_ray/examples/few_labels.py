@@ -21,7 +21,7 @@ import numpy as np
 from pgl_ray import evaluate, finetune, predict, prepare, report
 from pgl_ray.config import EvaluateConfig, FinetuneConfig, PredictConfig, PrepareConfig, ReportConfig, load
 from pgl_ray.phantom.phantom import write_phantoms
-from pgl_ray.shipped import found
+from pgl_ray.shipped import find
 
 TINY = "PGL_RAY_TINY" in os.environ
 OUT = Path(os.environ.get("PGL_RAY_OUT", "examples/few_labels")).absolute()
@@ -40,7 +40,7 @@ print(prepare.describe(prepared))
 # `conf/finetune_small.yaml` is made for few labels: a light decoder, AdamW, patches around organs.
 
 # %%
-settings = [found("conf/finetune_small.yaml"), f"index={prepared.store}", "num_scans=5"]
+settings = [find("conf/finetune_small.yaml"), f"index={prepared.store}", "num_scans=5"]
 settings += ["patch.size=[24,64,64]", "max_steps=200"]
 if TINY:
     settings += ["max_steps=2", "patch.size=[16,32,32]", "num_scans=2", "patches_per_scan=1", "global_batch_size=1"]

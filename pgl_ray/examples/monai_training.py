@@ -41,8 +41,8 @@ if "PGL_RAY_CTS" not in os.environ:
 
 # %%
 with safe_open(FILE, "pt") as file:
-    said, weights = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-made = json.loads(said["architecture"])["encoder"]
+    metadata, weights = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
+made = json.loads(metadata["architecture"])["encoder"]
 options = {"spatial_dims": 3, "n_input_channels": 1, "conv1_t_size": 7, "conv1_t_stride": (1, 2, 2)}
 options |= {"no_max_pool": True, "shortcut_type": "B", "feed_forward": False, "bias_downsample": False}
 if (made["depths"], made["width"]) == ([3, 4, 6, 3], 64):
@@ -98,7 +98,7 @@ from monai.utils import set_determinism
 
 keys, size, epochs = ["image", "label"], (16, 32, 32) if TINY else (24, 64, 64), 1 if TINY else 60
 num_classes = len(json.loads((CTS / "dataset.json").read_text())["labels"])
-low, high = json.loads(said["hu_window"])
+low, high = json.loads(metadata["hu_window"])
 set_determinism(0)
 prepare = [mt.LoadImaged(keys), mt.EnsureChannelFirstd(keys), mt.Orientationd(keys, "SPL", labels=None)]
 prepare += [mt.ScaleIntensityRanged("image", low, high, low, high, clip=True), mt.NormalizeIntensityd("image")]
@@ -128,8 +128,8 @@ for _ in range(epochs):
 dice = DiceMetric(include_background=False)
 with torch.inference_mode():
     for case in test:
-        found = sliding_window_inference(case["image"][None], size, 4, network.eval(), overlap=0.5).argmax(1, True)
-        dice(one_hot(found, num_classes), one_hot(case["label"][None], num_classes))
+        predicted = sliding_window_inference(case["image"][None], size, 4, network.eval(), overlap=0.5).argmax(1, True)
+        dice(one_hot(predicted, num_classes), one_hot(case["label"][None], num_classes))
 print(f"{len(losses)} steps, loss {losses[-1]:.3f}; Dice of unseen scans {dice.aggregate().item():.3f}")
 
 # %%
@@ -137,10 +137,10 @@ row = case["image"].shape[2] // 2
 figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
 axes[0].plot(losses)
 axes[0].set(xlabel="step", ylabel="loss, lower is better")
-for ax, label, title in ((axes[1], case["label"][0], "by hand"), (axes[2], found[0, 0], "found")):
+for ax, label, title in ((axes[1], case["label"][0], "by hand"), (axes[2], predicted[0, 0], "found")):
     ax.imshow(case["image"][0, :, row], cmap="gray", vmin=0, vmax=2, origin="lower")
-    shown = label[:, row].numpy()
-    ax.imshow(shown, cmap="tab10", vmin=1, vmax=10, alpha=0.6 * (shown > 0), origin="lower")
+    organs = label[:, row].numpy()
+    ax.imshow(organs, cmap="tab10", vmin=1, vmax=10, alpha=0.6 * (organs > 0), origin="lower")
     ax.set(title=title, aspect=case["image"].pixdim[0].item() / case["image"].pixdim[2].item())
     ax.set_axis_off()
 figure.savefig(OUT / "monai.png", dpi=120)

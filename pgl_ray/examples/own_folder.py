@@ -20,7 +20,7 @@ from pgl_ray.config import InspectConfig, PrepareConfig, PretrainConfig, ReportC
 from pgl_ray.data.sampling import sample_pair
 from pgl_ray.phantom.phantom import write_phantoms
 from pgl_ray.prior import overlap_box
-from pgl_ray.shipped import found
+from pgl_ray.shipped import find
 from pgl_ray.train.metrics import read_metrics
 
 TINY = "PGL_RAY_TINY" in os.environ
@@ -47,7 +47,7 @@ print("look at", inspect.run(InspectConfig(store=prepared.store)))
 # PGL makes the features of that region agree, place by place.
 
 # %%
-settings = [found("conf/pretrain_small.yaml"), f"index={prepared.store}", f"run={OUT}/run", "max_steps=600"]
+settings = [find("conf/pretrain_small.yaml"), f"index={prepared.store}", f"run={OUT}/run", "max_steps=600"]
 settings += ["ema_decay=0.98", "train.log_every=10"]  # the target turns over as often as in the file's 1,500 steps
 if TINY:
     settings += ["max_steps=3", "global_batch_size=4", "views.size=[16,32,32]", "train.log_every=1"]

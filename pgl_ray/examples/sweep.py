@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from pgl_ray import prepare, report, tune
 from pgl_ray.config import PrepareConfig, ReportConfig, TuneConfig, build
 from pgl_ray.phantom.phantom import write_phantoms
-from pgl_ray.shipped import found
+from pgl_ray.shipped import find
 
 TINY = "PGL_RAY_TINY" in os.environ
 OUT = Path(os.environ.get("PGL_RAY_OUT", "examples/sweep")).absolute()
@@ -37,7 +37,7 @@ if "PGL_RAY_STORE" not in os.environ:
 # among them: `tune_spaces/`.
 
 # %%
-base = OmegaConf.to_container(OmegaConf.load(found("conf/pretrain_small.yaml")))
+base = OmegaConf.to_container(OmegaConf.load(find("conf/pretrain_small.yaml")))
 base |= {"max_steps": 150, "ema_decay": 0.95, "views": {"size": [24, 48, 48], "foreground": True}}
 base |= {"split": "train"}  # not the scans that are judged on
 probe = {"judges": ["voxels"], "size": [24, 48, 48], "num_scans": 5, "num_test_scans": 5}

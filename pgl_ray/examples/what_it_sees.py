@@ -57,15 +57,15 @@ for row, scan in zip(axes, scans):
     row[0].imshow(scan.voxels[::-1, scan.voxels.shape[1] // 2], cmap="gray", vmin=-200, vmax=300)
     row[0].set_title("CT", fontsize=9)
 for number, name in enumerate(names):
-    cells = torch.cat([found[number].values.flatten(1).float() for found in maps], 1)  # [C, cells of both scans]
+    cells = torch.cat([of_scan[number].values.flatten(1).float() for of_scan in maps], 1)  # [C, cells of both scans]
     directions = torch.linalg.svd(torch.cov(cells))[0][:, :3]
     strength = (directions.T @ cells).std(1)
-    for row, scan, found in zip(axes, scans, maps):
+    for row, scan, of_scan in zip(axes, scans, maps):
         places = slice_places(scan)
-        features = found[number].at(places.reshape(-1, 3)) - cells.mean(1)  # [voxels, C]
+        features = of_scan[number].at(places.reshape(-1, 3)) - cells.mean(1)  # [voxels, C]
         colours = 0.5 + (features @ directions) / (4 * strength)
         row[1 + number].imshow(colours.clip(0, 1).reshape(places.shape))
-        row[1 + number].set_title(f"{name}, stride {','.join(map(str, found[number].stride))}", fontsize=9)
+        row[1 + number].set_title(f"{name}, stride {','.join(map(str, of_scan[number].stride))}", fontsize=9)
 for row, scan in zip(axes, scans):
     for ax in row:
         ax.set_aspect(scan.spacing_mm[0] / scan.spacing_mm[2])
@@ -87,13 +87,13 @@ places = np.column_stack([voxels, np.ones(len(voxels))]) @ first.affine.T
 matches = api.match(encoder, first, second, places[:, :3])
 for one in matches:
     runner_up = "none" if one.runner_up_similarity is None else f"{one.runner_up_similarity:.3f}"
-    places_mm = f"{np.round(one.asked_mm)} -> {np.round(one.found_mm)} mm"
+    places_mm = f"{np.round(one.asked_mm)} -> {np.round(one.matched_mm)} mm"
     print(f"{places_mm}, similarity {one.similarity:.3f}, runner-up {runner_up}")
 
 # %%
 figure, axes = plt.subplots(len(matches), 2, figsize=(5.5, 2.2 * len(matches)), layout="constrained", squeeze=False)
 for row, one in zip(axes, matches):
-    for ax, scan, place in zip(row, scans, (one.asked_mm, one.found_mm)):
+    for ax, scan, place in zip(row, scans, (one.asked_mm, one.matched_mm)):
         d, h, w = (np.linalg.inv(scan.affine) @ [*place, 1])[:3]
         ax.imshow(scan.voxels[:, round(h)], cmap="gray", vmin=-200, vmax=300, origin="lower")
         ax.set_aspect(scan.spacing_mm[0] / scan.spacing_mm[2])

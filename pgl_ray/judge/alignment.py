@@ -98,12 +98,12 @@ def summary_of(parts: list[Residuals]) -> dict[str, Any]:
     inside = valid[:, None].expand_as(residual)
 
     def figures(values: Tensor) -> dict[str, list[float]]:
-        kept = [values[:, axis][inside[:, axis]] for axis in range(3)]
+        unclamped = [values[:, axis][inside[:, axis]] for axis in range(3)]
         return {
             "mean": values.mean((0, 2, 3, 4)).tolist(),
             "max": values.amax((0, 2, 3, 4)).tolist(),
-            "mean_not_clamped": [each.mean().item() if len(each) else None for each in kept],
-            "max_not_clamped": [each.max().item() if len(each) else None for each in kept],
+            "mean_not_clamped": [each.mean().item() if len(each) else None for each in unclamped],
+            "max_not_clamped": [each.max().item() if len(each) else None for each in unclamped],
         }
 
     excess = (residual - allowed[:, :, None, None, None])[inside]

@@ -90,9 +90,9 @@ def axial_colors(
             step = slice_step(scan.volume.shape)
             rows, columns = np.meshgrid(*(np.arange(step // 2, n, step) for n in scan.volume.shape[1:]), indexing="ij")
             asked.append(np.stack([np.full(rows.size, slices[number]), rows.ravel(), columns.ravel()], 1))
-        found = read_points(maps, scan, scan.volume, asked, size)
-        body.append(found[0].features)
-        wanted += [(part.features, rows.shape) for part in found[1:]]
+        points = read_points(maps, scan, scan.volume, asked, size)
+        body.append(points[0].features)
+        wanted += [(part.features, rows.shape) for part in points[1:]]
     components = Components.of(torch.cat(body))
     return [components.colors(features).reshape(*shape, 3) for features, shape in wanted]
 

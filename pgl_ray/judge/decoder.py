@@ -46,8 +46,8 @@ class LabelledScan:
         self.labelled = np.zeros(len(index.label_values) + 1, bool)
         self.labelled[[0, *(lookup[value] for value in record.labelled)]] = True
         self.scaling = index.hu_window, record.mean_hu, record.std_hu
-        found = [np.argwhere(self.target == k) for k in np.flatnonzero(self.labelled)[1:]]
-        self.voxels = [voxels for voxels in found if len(voxels)]
+        organ_voxels = [np.argwhere(self.target == k) for k in np.flatnonzero(self.labelled)[1:]]
+        self.voxels = [voxels for voxels in organ_voxels if len(voxels)]
 
 
 def read_maps(encoder: StandardisedMaps, scan: LabelledScan, size: tuple[int, int, int]) -> list[Tensor]:
@@ -139,8 +139,8 @@ def decode(decoder: LightDecoder, maps: list[Tensor], shape: tuple[int, ...]) ->
         first, last = max(0, start - halo), min(shape[0], start + step + halo)
         slab = [one[None, :, first // s[0] : -(-last // s[0])].float() for one, s in zip(maps, decoder.strides)]
         logits = decoder(slab, (last - first, *shape[1:]))
-        found = logits[0, :, start - first : min(start + step, shape[0]) - first].argmax(0)
-        out[start : start + step] = found.to(torch.uint8).cpu().numpy()
+        classes = logits[0, :, start - first : min(start + step, shape[0]) - first].argmax(0)
+        out[start : start + step] = classes.to(torch.uint8).cpu().numpy()
     return out
 
 
@@ -169,8 +169,8 @@ def score_decoder(
         maps = read_maps(encoder, scan, size)
         organs = {names[k]: int(k) for k in np.flatnonzero(scan.labelled)[1:]}
         axes = np.array(scan.record.affine).reshape(4, 4)[:3, :3]
-        for decoder, own in zip(decoders, rows):
-            found = decode(decoder, maps, scan.volume.shape)
-            scores = organ_metrics(found, scan.target, organs, axes, "multiclass")
-            own += [{"scan_id": scan.record.scan_id, "organ": organ, **score} for organ, score in scores.items()]
+        for decoder, scored in zip(decoders, rows):
+            classes = decode(decoder, maps, scan.volume.shape)
+            scores = organ_metrics(classes, scan.target, organs, axes, "multiclass")
+            scored += [{"scan_id": scan.record.scan_id, "organ": organ, **score} for organ, score in scores.items()]
     return rows

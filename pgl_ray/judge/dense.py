@@ -50,20 +50,20 @@ def dense_maps(
     whole = window + -(-np.maximum(np.array(volume.shape) - window, 0) // coarse) * coarse
     pad = [n for axis in (2, 1, 0) for n in (0, int(whole[axis] - volume.shape[axis]))]
     volume = F.pad(volume, pad, value=air)
-    found: list[Tensor] = []
+    whole_maps: list[Tensor] = []
     for parts in product(*(windows_over(int(n), int(w), int(c)) for n, w, c in zip(whole, window, coarse))):
         box = tuple(slice(start, start + int(w)) for (start, _, _), w in zip(parts, window))
         maps = encoder(volume[box][None, None])
         for number, (level, stride) in enumerate(zip(levels, strides)):
-            one = maps[level][0].half()
-            if number == len(found):  # the first window
+            values = maps[level][0].half()
+            if number == len(whole_maps):  # the first window
                 cells = [n // s for n, s in zip(volume.shape, stride)]
-                found.append(one.new_empty(len(one), *cells))
-            own = tuple(slice(first // s, last // s) for (_, first, last), s in zip(parts, stride))
+                whole_maps.append(values.new_empty(len(values), *cells))
+            target = tuple(slice(first // s, last // s) for (_, first, last), s in zip(parts, stride))
             inside = tuple(slice((a - start) // s, (b - start) // s) for (start, a, b), s in zip(parts, stride))
-            found[number][(slice(None), *own)] = one[(slice(None), *inside)]
-    kept = [[-(-(n - int(p)) // s) for n, p, s in zip(volume.shape, pad[5::-2], stride)] for stride in strides]
-    return [one[:, :d, :h, :w] for one, (d, h, w) in zip(found, kept)]
+            whole_maps[number][(slice(None), *target)] = values[(slice(None), *inside)]
+    shapes = [[-(-(n - int(p)) // s) for n, p, s in zip(volume.shape, pad[5::-2], stride)] for stride in strides]
+    return [values[:, :d, :h, :w] for values, (d, h, w) in zip(whole_maps, shapes)]
 
 
 def windows_over(length: int, window: int, coarse: int) -> list[tuple[int, int, int]]:

@@ -21,7 +21,7 @@ from pgl_ray.files.scans import ScanFile, StoredScan
 from pgl_ray.judge.features import FeatureMap, ScanEncoder, at_spacing, pooled
 
 PICTURE_PX = 96  # height of a scan's picture
-DISPLAY_HU = (-200.0, 300.0)  # soft tissue; for the eye alone
+DISPLAY_HU = (-200.0, 300.0)  # soft tissue; for display only
 NO_MEMORY = "not enough memory"
 CHUNK = 32  # cells per axis of a chunk of dense maps
 
@@ -92,14 +92,14 @@ def write_dense(
 ) -> None:
     """Writes a scan's maps as a Zarr v3 group, whole or not at all.
 
-    An array per map, float16 [C, d, h, w], with attributes stride (D, H, W; voxels of the scan as it was shown to the
+    An array per map, float16 [C, d, h, w], with attributes stride (D, H, W; voxels of the scan as it was fed to the
     encoder), center (edge coordinate of cell 0's receptive-field centre) and affine ([4, 4], cell index (d, h, w, 1) ->
     RAS+ mm). The group says which scan it is, its shape, voxel size and affine.
     """
-    said = {"scan_id": scan.scan_id, "source": scan.source, "scan_shape": list(seen.voxels.shape)}
-    said |= {"spacing_mm": list(seen.spacing_mm), "affine": seen.affine.tolist(), **hashes}
+    attributes = {"scan_id": scan.scan_id, "source": scan.source, "scan_shape": list(seen.voxels.shape)}
+    attributes |= {"spacing_mm": list(seen.spacing_mm), "affine": seen.affine.tolist(), **hashes}
     with Folder(folder.absolute()).replaced(f"dense/{scan.scan_id}.zarr") as place:
-        group = zarr.open_group(str(place.root), mode="w", zarr_format=3, attributes={"pgl_ray": said})
+        group = zarr.open_group(str(place.root), mode="w", zarr_format=3, attributes={"pgl_ray": attributes})
         for one in maps:
             values = one.values.cpu().numpy()
             chunks = (len(values), *(min(CHUNK, n) for n in values.shape[1:]))
@@ -113,12 +113,12 @@ def write_dense(
 
 
 def dense_hashes(folder: Path, scan_id: str) -> dict[str, Any]:
-    """Names of the maps that are kept of a scan, and the hashes that they were made with; {} where there are none."""
+    """Names of the maps that are stored of a scan, and the hashes that they were made with; {} where there are none."""
     place = folder / "dense" / f"{scan_id}.zarr"
     try:
-        said = json.loads((place / "zarr.json").read_text())["attributes"]["pgl_ray"]
+        attributes = json.loads((place / "zarr.json").read_text())["attributes"]["pgl_ray"]
         names = sorted(path.parent.name for path in place.glob("*/zarr.json"))
-        return {"maps": names, "encoder_hash": said["encoder_hash"], "scan_hash": said["scan_hash"]}
+        return {"maps": names, "encoder_hash": attributes["encoder_hash"], "scan_hash": attributes["scan_hash"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -136,9 +136,9 @@ def picture(scan: Scan) -> bytes:
         image = np.take(scan.voxels, middle[through], through)[part].astype(np.float32)
         low, high = DISPLAY_HU
         grey = np.rint(np.clip((image - low) / (high - low), 0, 1) * 255).astype(np.uint8)
-        shown = Image.fromarray(grey if through == 0 else grey[::-1])
+        grey_image = Image.fromarray(grey if through == 0 else grey[::-1])
         panel = np.zeros((PICTURE_PX, max(8, width)), np.uint8)
-        panel[-tall:, :width] = shown.resize((width, tall), Image.Resampling.BOX)
+        panel[-tall:, :width] = grey_image.resize((width, tall), Image.Resampling.BOX)
         panels.append(panel)
     sink = io.BytesIO()
     Image.fromarray(np.concatenate(panels, 1)).save(sink, "PNG", compress_level=6)

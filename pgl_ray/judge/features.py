@@ -103,18 +103,18 @@ class ScanEncoder:
 
     def statistics(self) -> dict[str, np.ndarray]:
         """BatchNorm's mean, variance and number of batches, by their names in the network."""
-        own = set(map(id, norms(self.network)))
-        found: dict[str, np.ndarray] = {}
+        norm_ids = set(map(id, norms(self.network)))
+        buffers: dict[str, np.ndarray] = {}
         for name, part in self.network.named_modules():
-            if id(part) in own:
-                found |= {f"{name}.{key}": one.cpu().numpy() for key, one in part.named_buffers(recurse=False)}
-        return found
+            if id(part) in norm_ids:
+                buffers |= {f"{name}.{key}": one.cpu().numpy() for key, one in part.named_buffers(recurse=False)}
+        return buffers
 
-    def with_statistics(self, found: dict[str, np.ndarray]) -> "ScanEncoder":
+    def with_statistics(self, statistics: dict[str, np.ndarray]) -> "ScanEncoder":
         """The same with BatchNorm's statistics as `statistics` gave them once they were estimated."""
         other = copy.copy(self)
         other.network, other.reading = copy.deepcopy(self.network), "reestimated"
-        tensors = {name: torch.from_numpy(np.array(one)) for name, one in found.items()}
+        tensors = {name: torch.from_numpy(np.array(one)) for name, one in statistics.items()}
         other.network.load_state_dict(tensors, strict=False)
         return other
 
@@ -158,11 +158,11 @@ class ScanEncoder:
         """
         levels = self.levels(names)
         values = scan_maps(self.network, self, scan, levels)
-        found = []
+        maps = []
         for level, one in zip(levels, values):
             stride, center = self.network.strides[level], self.network.centers[level]
-            found.append(FeatureMap(self.names[level], one, stride, center, map_affine(scan.affine, stride, center)))
-        return found
+            maps.append(FeatureMap(self.names[level], one, stride, center, map_affine(scan.affine, stride, center)))
+        return maps
 
 
 def scan_maps(

@@ -98,22 +98,22 @@ class Judges:
         Args:
             encoder: on the device to compute on.
             reading: of `readings.READINGS`.
-            only: of the judges that were asked, these alone.
+            only: these of the judges that were asked.
 
         Raises:
             FailedRun: its features are not finite.
         """
         plain = readings.read_as(encoder, reading, self.views)
         asked = [judge for judge in self.judges if judge in only]
-        found = {"voxels": self._voxels(plain)} if "voxels" in asked else {}
-        if len(found) == len(asked):
-            return found
+        scores = {"voxels": self._voxels(plain)} if "voxels" in asked else {}
+        if len(scores) == len(asked):
+            return scores
         maps = readings.StandardisedMaps(plain, self.views)
         if "decoder" in asked:
-            found["decoder"] = self._decoder(maps)
+            scores["decoder"] = self._decoder(maps)
         if "matching" in asked:
-            found["matching"] = self._matching(maps)
-        return found
+            scores["matching"] = self._matching(maps)
+        return scores
 
     def maps(self, encoder: Encoder | ResEncoder, reading: readings.Reading) -> readings.StandardisedMaps:
         """The maps of one reading, those that decoder and matching see."""
@@ -160,7 +160,7 @@ def check_number(test: list[ScanRecord], config: ProbeSettings, judges: tuple[st
     """Refuses too few scans to test on.
 
     Raises:
-        ValueError: one alone, in which nothing of another can be found.
+        ValueError: fewer than two, for places of one scan are searched in another.
     """
     if "matching" in judges and len(test) < 2:
         raise ValueError(
@@ -291,13 +291,13 @@ def answer(name: str, standing: dict[str, Standing], values: dict[str, float]) -
     other = "random weights in their strongest reading" if chance else "the strongest control"
     parts = []
     for ahead, word in {True: "ahead of", None: "not clearly ahead of", False: "behind"}.items():
-        told = []
+        texts = []
         for judge, one in standing.items():
             if one.is_ahead is ahead:
                 text = f"{IN_FULL[judge]} {_number(judge, values[judge])} against {_number(judge, one.low)}"
-                told.append(text + (f", by {one.by(judge)}" if one.ahead_ci95 else ""))
-        count = "every judge" if len(told) == len(standing) else f"{len(told)} of {len(standing)} judges"
-        parts += [f"{word} {other} by {count}: {'; '.join(told)}"] if told else []
+                texts.append(text + (f", by {one.by(judge)}" if one.ahead_ci95 else ""))
+        count = "every judge" if len(texts) == len(standing) else f"{len(texts)} of {len(standing)} judges"
+        parts += [f"{word} {other} by {count}: {'; '.join(texts)}"] if texts else []
     return f"{name} is {'. It is '.join(parts)}."
 
 

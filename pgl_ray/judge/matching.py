@@ -55,15 +55,15 @@ def read_points(
     levels = list(range(1, encoder.last + 1))  # not the stem's, which sees no place
     voxels = torch.from_numpy(normalise(volume, *scan.scaling)).to(device)
     maps = dense_maps(encoder, voxels, size, levels, air)
-    found = []
+    all_points = []
     for points in asked:
         at = torch.from_numpy(points + 0.5).to(device)
         parts = [
             F.normalize(read_map(one.float(), at, encoder.strides[level], encoder.centers[level]), dim=1)
             for one, level in zip(maps, levels)
         ]
-        found.append(Points((points + 0.5) * np.array(scan.record.spacing_mm), torch.cat(parts, 1)))
-    return found
+        all_points.append(Points((points + 0.5) * np.array(scan.record.spacing_mm), torch.cat(parts, 1)))
+    return all_points
 
 
 def box_points(scan: LabelledScan, voxels: np.ndarray) -> Points:
@@ -87,8 +87,8 @@ def nearest(query: Points, among: Points, by_distance: bool = False) -> np.ndarr
 
 def centroids(scan: LabelledScan, names: list[str]) -> dict[str, np.ndarray]:
     """The voxel at the middle of each annotated organ that occurs."""
-    found = {names[k]: np.argwhere(scan.target == k) for k in np.flatnonzero(scan.labelled)[1:]}
-    return {organ: voxels.mean(0).round().astype(np.int64) for organ, voxels in found.items() if len(voxels)}
+    organ_voxels = {names[k]: np.argwhere(scan.target == k) for k in np.flatnonzero(scan.labelled)[1:]}
+    return {organ: voxels.mean(0).round().astype(np.int64) for organ, voxels in organ_voxels.items() if len(voxels)}
 
 
 def organ_errors(
@@ -109,9 +109,9 @@ def organ_errors(
     grids: list[Points] = []
     queries: list[Points] = []
     organs = [centroids(scan, names) for scan in scans]
-    for scan, own in zip(scans, organs):
+    for scan, middles in zip(scans, organs):
         voxels = body_points(scan.volume, scan.record.spacing_mm, GRID_MM)
-        asked = np.array(list(own.values()), np.int64).reshape(-1, 3)
+        asked = np.array(list(middles.values()), np.int64).reshape(-1, 3)
         if maps is None:
             grid, query = box_points(scan, voxels), box_points(scan, asked)
         else:
@@ -119,14 +119,14 @@ def organ_errors(
         grids.append(grid)
         queries.append(query)
     rows = []
-    for target, grid, theirs in zip(scans, grids, organs):
-        for source, query, ours in zip(scans, queries, organs):
-            if source is target or not ours or not theirs:
+    for target, grid, target_organs in zip(scans, grids, organs):
+        for source, query, source_organs in zip(scans, queries, organs):
+            if source is target or not source_organs or not target_organs:
                 continue
-            found = grid.at_mm[nearest(query, grid, by_distance=maps is None)]
-            for place, organ in zip(found, ours):
-                if organ in theirs:
-                    right = (theirs[organ] + 0.5) * np.array(target.record.spacing_mm)
+            nearest_mm = grid.at_mm[nearest(query, grid, by_distance=maps is None)]
+            for place, organ in zip(nearest_mm, source_organs):
+                if organ in target_organs:
+                    right = (target_organs[organ] + 0.5) * np.array(target.record.spacing_mm)
                     error = float(np.linalg.norm(place - right))
                     pair = {"source": source.record.scan_id, "target": target.record.scan_id}
                     rows.append({**pair, "organ": organ, "error_mm": error, "found_mm": place.tolist()})
@@ -169,8 +169,8 @@ def deformation(rng: np.random.Generator, shape: tuple[int, ...], spacing_mm: tu
         float32 [3, D, H, W], voxel indices in the scan.
     """
     turn = np.deg2rad(rng.uniform(-TURN_DEG, TURN_DEG))
-    about = np.array([[1, 0, 0], [0, np.cos(turn), -np.sin(turn)], [0, np.sin(turn), np.cos(turn)]])
-    linear = about @ np.diag(rng.uniform(1 - STRETCH, 1 + STRETCH, 3))
+    rotation = np.array([[1, 0, 0], [0, np.cos(turn), -np.sin(turn)], [0, np.sin(turn), np.cos(turn)]])
+    linear = rotation @ np.diag(rng.uniform(1 - STRETCH, 1 + STRETCH, 3))
     size, middle = np.array(spacing_mm), (np.array(shape) - 1) / 2
     at = np.stack(np.meshgrid(*(np.arange(length) for length in shape), indexing="ij")).reshape(3, -1)
     mm = (at - middle[:, None]) * size[:, None]

@@ -2,7 +2,7 @@
 
 A random encoder's running statistics are 0 and 1, a trained one's are those of its training: judged like that, they are
 not in the same state, and a random network with BatchNorm off is the stronger one. So statistics are estimated again
-for every encoder on the same unlabelled views, and the readings as trained and with BatchNorm off stand beside.
+for every encoder on the same unlabelled views, and the readings as trained and with BatchNorm off are given, too.
 """
 
 import copy
@@ -77,24 +77,24 @@ def read_as(encoder: Net, reading: Reading, views: Tensor) -> Net:
     Returns:
         The copy, on the encoder's device. An encoder without BatchNorm reads the same in all states.
     """
-    encoder = _alone(copy.deepcopy(encoder))
-    own = norms(encoder)
-    if reading == "trained" or not own:
+    encoder = _unsync(copy.deepcopy(encoder))
+    layers = norms(encoder)
+    if reading == "trained" or not layers:
         return encoder.eval()
-    for part in own:
-        part.reset_running_stats()
+    for layer in layers:
+        layer.reset_running_stats()
     if reading == "reestimated":
         device = next(encoder.parameters()).device
-        for part in own:
-            part.momentum = None  # the plain mean over passes
-            part.train()
+        for layer in layers:
+            layer.momentum = None  # the plain mean over passes
+            layer.train()
         encoder.train()
-        for few in views.split(AT_A_TIME):
-            encoder(few.to(device))
+        for batch in views.split(AT_A_TIME):
+            encoder(batch.to(device))
     return encoder.eval()
 
 
-def _alone(encoder: Net) -> Net:
+def _unsync(encoder: Net) -> Net:
     """The same with BatchNorm in the place of SyncBatchNorm, which would wait for workers that do not judge."""
     for parent in list(encoder.modules()):
         for name, part in list(parent.named_children()):
@@ -114,9 +114,9 @@ def reestimate(encoder: nn.Module, views: Tensor) -> None:
         encoder: on the device to compute on.
         views: [N, 1, D, H, W], from `unlabelled_views`.
     """
-    for own, found in zip(norms(encoder), norms(read_as(encoder, "reestimated", views)), strict=True):
-        for name, buffer in own.named_buffers(recurse=False):
-            buffer.copy_(found.get_buffer(name))
+    for layer, estimated in zip(norms(encoder), norms(read_as(encoder, "reestimated", views)), strict=True):
+        for name, buffer in layer.named_buffers(recurse=False):
+            buffer.copy_(estimated.get_buffer(name))
 
 
 def possible(encoder: nn.Module, trained: bool) -> tuple[Reading, ...]:
@@ -126,13 +126,13 @@ def possible(encoder: nn.Module, trained: bool) -> tuple[Reading, ...]:
     return READINGS if trained else ("reestimated", "off")
 
 
-def in_words(found: Iterable[str]) -> dict[str, str]:
-    """What the readings of an encoder are called; that without BatchNorm has one alone.
+def in_words(readings: Iterable[str]) -> dict[str, str]:
+    """What the readings of an encoder are called; an encoder without BatchNorm has only one.
 
     Args:
-        found: all its readings.
+        readings: all its readings.
     """
-    return {"trained": "no BatchNorm"} if list(found) == ["trained"] else IN_WORDS
+    return {"trained": "no BatchNorm"} if list(readings) == ["trained"] else IN_WORDS
 
 
 def body_points(volume: np.ndarray, spacing_mm: tuple[float, ...], every_mm: float) -> np.ndarray:
@@ -176,9 +176,9 @@ class StandardisedMaps(nn.Module):
         self.strides, self.centers = encoder.strides[:num], encoder.centers[:num]
         self.channels = encoder.channels[:num]
         device = next(encoder.parameters()).device
-        found = [[one.flatten(2) for one in self.plain(few.to(device))] for few in views.split(AT_A_TIME)]
+        batches = [[one.flatten(2) for one in self.plain(batch.to(device))] for batch in views.split(AT_A_TIME)]
         self.scaling = []
-        for maps in zip(*found):
+        for maps in zip(*batches):
             mean = torch.stack([one.mean((0, 2)) for one in maps]).mean(0)
             if not mean.isfinite().all():
                 raise FailedRun("the encoder's features are not finite")

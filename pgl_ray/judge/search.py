@@ -57,12 +57,12 @@ class Codes:
 
     def lengths(self, voxels: np.ndarray) -> np.ndarray:
         """Of the interpolated features at voxels' middles, float64 [maps, points]."""
-        at, found = torch.from_numpy(np.asarray(voxels) + 0.5), []
+        at, lengths = torch.from_numpy(np.asarray(voxels) + 0.5), []
         for one, stride, center in zip(self.maps, self.strides, self.centers):
             features = torch.from_numpy(one).double()
-            parts = [read_map(features, few, stride, center).square().sum(1) for few in at.split(CHUNK)]
-            found.append(np.sqrt(torch.cat(parts).numpy()))  # torch's own root may be one bit off
-        return np.stack(found)
+            parts = [read_map(features, chunk, stride, center).square().sum(1) for chunk in at.split(CHUNK)]
+            lengths.append(np.sqrt(torch.cat(parts).numpy()))  # torch's own root may be one bit off
+        return np.stack(lengths)
 
 
 class Candidates(NamedTuple):
@@ -83,7 +83,7 @@ class Candidates(NamedTuple):
         return tuple(len(range(by // 2, n, by)) for by, n in zip(self.step, shape))
 
 
-class Found(NamedTuple):
+class Hit(NamedTuple):
     """Where a place was found.
 
     Attributes:
@@ -114,11 +114,11 @@ def encode(encoder: ScanEncoder, scans: Sequence[Scan], names: Sequence[str] = (
     levels = encoder.levels(names) if names else list(range(int(encoder.names[0] == "stem"), len(encoder.names)))
     views = encoder.views if encoder.views is not None else views_of(encoder, scans, seed)
     standard = StandardisedMaps(encoder.network, views)
-    found = [[one.cpu() for one in scan_maps(standard, encoder, scan, levels)] for scan in scans]
-    scales = [_scale([maps[k] for maps in found]) for k in range(len(levels))]
+    all_maps = [[one.cpu() for one in scan_maps(standard, encoder, scan, levels)] for scan in scans]
+    scales = [_scale([maps[k] for maps in all_maps]) for k in range(len(levels))]
     strides, centers = [standard.strides[i] for i in levels], [standard.centers[i] for i in levels]
     codes = []
-    for scan, maps in zip(scans, found):
+    for scan, maps in zip(scans, all_maps):
         whole = [(one.float() * by).round().clamp(-MOST, MOST).to(torch.int8).numpy() for one, by in zip(maps, scales)]
         codes.append(Codes(whole, strides, centers, scan.voxels.shape, scan.spacing_mm, scan.affine))
     return codes
@@ -162,7 +162,7 @@ def candidates(scan: Scan, codes: Codes) -> Candidates:
     return Candidates(voxels, step, codes.lengths(voxels).astype(np.float32))
 
 
-def search(query: Codes, voxel: np.ndarray, target: Codes, among: Candidates, apart_mm: float) -> Found:
+def search(query: Codes, voxel: np.ndarray, target: Codes, among: Candidates, apart_mm: float) -> Hit:
     """Finds a voxel of one scan in another: on the coarse grid, then around the best point of it at finer steps.
 
     Args:
@@ -175,10 +175,10 @@ def search(query: Codes, voxel: np.ndarray, target: Codes, among: Candidates, ap
     asked = [one[0] for one in query.read(np.asarray(voxel)[None])]
     # the product with every cell comes first: interpolating it is the same as interpolating features
     products = []
-    for one, own in zip(asked, target.maps):
-        cells = torch.from_numpy(own).flatten(1)
-        parts = [one @ few.double() for few in cells.split(2**16, 1)]
-        products.append(torch.cat(parts).view(1, *own.shape[1:]))
+    for one, target_map in zip(asked, target.maps):
+        cells = torch.from_numpy(target_map).flatten(1)
+        parts = [one @ chunk.double() for chunk in cells.split(2**16, 1)]
+        products.append(torch.cat(parts).view(1, *target_map.shape[1:]))
 
     def similarities(voxels: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         at, total = torch.from_numpy(voxels + 0.5), np.zeros(len(voxels))
@@ -195,7 +195,7 @@ def search(query: Codes, voxel: np.ndarray, target: Codes, among: Candidates, ap
     nearest = int(fine.argmax())
     other = _runner_up(among, coarse, best, target, apart_mm)
     place, value = (None, None) if other is None else (among.voxels[other], float(coarse[other]))
-    return Found(near[nearest], float(fine[nearest]), place, value, coarse)
+    return Hit(near[nearest], float(fine[nearest]), place, value, coarse)
 
 
 def fine_steps(step: Sequence[int]) -> list[int]:
@@ -220,8 +220,8 @@ def _runner_up(among: Candidates, values: np.ndarray, best: int, target: Codes, 
     peaks = values >= ndimage.maximum_filter(grid, 3, mode="constant", cval=-np.inf)[at]
     away = (among.voxels - among.voxels[best]) * np.array(target.spacing_mm)
     far = away[:, 0] * away[:, 0] + away[:, 1] * away[:, 1] + away[:, 2] * away[:, 2] > apart_mm * apart_mm
-    kept = np.flatnonzero(peaks & far)
-    return int(kept[values[kept].argmax()]) if len(kept) else None
+    rivals = np.flatnonzero(peaks & far)
+    return int(rivals[values[rivals].argmax()]) if len(rivals) else None
 
 
 def similarity_map(among: Candidates, values: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:

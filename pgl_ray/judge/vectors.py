@@ -37,19 +37,19 @@ COLUMNS = {
 }
 
 
-def table_bytes(rows: list[dict], told: dict[str, Any]) -> bytes:
-    """A Parquet file of rows with the keys of COLUMNS, and what is told of them in its metadata ("pgl_ray")."""
-    schema = pa.schema(list(COLUMNS.items()), metadata={"pgl_ray": json.dumps(told)})
+def table_bytes(rows: list[dict], facts: dict[str, Any]) -> bytes:
+    """A Parquet file of rows with the keys of COLUMNS, and what holds for them in its metadata ("pgl_ray")."""
+    schema = pa.schema(list(COLUMNS.items()), metadata={"pgl_ray": json.dumps(facts)})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink)
     return sink.getvalue().to_pybytes()
 
 
-def write_part(folder: Path, rows: list[dict], told: dict[str, Any]) -> None:
+def write_part(folder: Path, rows: list[dict], facts: dict[str, Any]) -> None:
     """Keeps rows of a table that is not whole yet; none is no part."""
     if rows:
         (folder / PARTS).mkdir(exist_ok=True)
-        write_aside(folder / PARTS / f"{time.time_ns()}-{os.getpid()}.parquet", table_bytes(rows, told))
+        write_aside(folder / PARTS / f"{time.time_ns()}-{os.getpid()}.parquet", table_bytes(rows, facts))
 
 
 def read_table(path: Path) -> tuple[list[dict], dict[str, Any]]:
@@ -60,16 +60,16 @@ def read_table(path: Path) -> tuple[list[dict], dict[str, Any]]:
     """
     try:
         table = parquet_table(path.read_bytes())
-        told = json.loads(table.schema.metadata[b"pgl_ray"])
+        facts = json.loads(table.schema.metadata[b"pgl_ray"])
         rows = table.to_pylist()
-        return [row | {"vector": np.array(row["vector"], np.float32)} for row in rows], told
+        return [row | {"vector": np.array(row["vector"], np.float32)} for row in rows], facts
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or no table of embed: {' '.join(str(error).split())}") from None
 
 
-def read_earlier(folder: Path, told: dict[str, Any]) -> tuple[dict[str, dict], list[str]]:
+def read_earlier(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, dict], list[str]]:
     """Rows by scan_id of a folder's table and parts whose vectors are of the same kind, and what cannot be read."""
-    found: dict[str, dict] = {}
+    earlier: dict[str, dict] = {}
     faults = []
     for path in [folder / TABLE, *sorted((folder / PARTS).glob("*.parquet"))]:
         if not path.exists():
@@ -79,9 +79,9 @@ def read_earlier(folder: Path, told: dict[str, Any]) -> tuple[dict[str, dict], l
         except ValueError as error:
             faults.append(str(error))
             continue
-        if same_kind(before, told):
-            found |= {row["scan_id"]: row for row in rows}
-    return found, faults
+        if same_kind(before, facts):
+            earlier |= {row["scan_id"]: row for row in rows}
+    return earlier, faults
 
 
 def same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -89,13 +89,13 @@ def same_kind(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) for key in SAME)
 
 
-def write_table(folder: Path, rows: list[dict], told: dict[str, Any], asked: set[str]) -> tuple[bool, list[str]]:
+def write_table(folder: Path, rows: list[dict], facts: dict[str, Any], asked: set[str]) -> tuple[bool, list[str]]:
     """Replaces a folder's table and removes its parts.
 
     Args:
         folder: of the table.
         rows: all of them.
-        told: what holds for them.
+        facts: what holds for them.
         asked: scan_ids that were asked for, failed ones among them.
 
     Returns:
@@ -104,13 +104,13 @@ def write_table(folder: Path, rows: list[dict], told: dict[str, Any], asked: set
     path, gone = folder / TABLE, []
     parts = sorted((folder / PARTS).glob("*.parquet"))
     try:
-        earlier, before = read_table(path) if path.exists() else ([], told)
+        earlier, before = read_table(path) if path.exists() else ([], facts)
     except ValueError:
-        earlier, before = [], told
-    replaced = not same_kind(before, told)
+        earlier, before = [], facts
+    replaced = not same_kind(before, facts)
     if not replaced:
         gone = [row["scan_id"] for row in earlier if row["scan_id"] not in asked]
-    write_aside(path, table_bytes(rows, told))
+    write_aside(path, table_bytes(rows, facts))
     for part in parts:
         part.unlink(missing_ok=True)
     for name in (PARTS, ".part"):  # .part is where dense maps are written before they are whole
@@ -120,7 +120,7 @@ def write_table(folder: Path, rows: list[dict], told: dict[str, Any], asked: set
 
 
 def about(config: EmbedConfig, encoder: ScanEncoder, names: tuple[str, ...], reading: str) -> dict[str, Any]:
-    """What the table says of its vectors, beside each row.
+    """What holds for all vectors of a table.
 
     Args:
         config: of embed.
@@ -136,7 +136,7 @@ def about(config: EmbedConfig, encoder: ScanEncoder, names: tuple[str, ...], rea
         center = list(encoder.network.centers[level])
         maps.append({"name": name, "columns": [start, stop], "stride": stride, "center": center})
         start = stop
-    said: dict[str, Any] = {"init": config.init, "encoder_hash": encoder.hash, "maps": maps, "reading": reading}
-    said |= {"hu_window": list(encoder.hu_window), "size": list(encoder.size), "spacing": config.spacing}
-    said |= {"pooled_over": "body", "made_by": f"pgl_ray {pgl_ray.__version__}"}
-    return said
+    facts: dict[str, Any] = {"init": config.init, "encoder_hash": encoder.hash, "maps": maps, "reading": reading}
+    facts |= {"hu_window": list(encoder.hu_window), "size": list(encoder.size), "spacing": config.spacing}
+    facts |= {"pooled_over": "body", "made_by": f"pgl_ray {pgl_ray.__version__}"}
+    return facts

@@ -62,35 +62,35 @@ class VoxelProbe:
         self.names = {0: BACKGROUND} | dict(enumerate(sorted(index.labels, key=lambda name: index.labels[name]), 1))
         self.scans = choose_scans(index, config)
         self.train, self.test = ([read_sample(index, scan, config) for scan in scans] for scans in self.scans)
-        shown = {k for sample in self.train for k in sample.classes.tolist()}
+        seen = {k for sample in self.train for k in sample.classes.tolist()}
         num_test = sum(len(sample.classes) for sample in self.test)
-        if len(shown) < 2 or not num_test:
+        if len(seen) < 2 or not num_test:
             raise ValueError(
-                f"index={config.index}: the scans drawn show {len(shown)} classes to train on and {num_test} "
+                f"index={config.index}: the scans drawn show {len(seen)} classes to train on and {num_test} "
                 f"voxels to test on: raise num_scans={config.num_scans} or num_test_scans={config.num_test_scans}"
             )
         asked = {k for sample in self.test for k in sample.classes.tolist()}
-        self.never_shown = [self.names[k] for k in sorted(asked - shown)]
+        self.unseen = [self.names[k] for k in sorted(asked - seen)]
 
     def features(self, encoder: Encoder | ResEncoder) -> list[list[tuple[Tensor, Tensor]]]:
         """Features and classes of the drawn voxels, of training and test scans, by scan; see `scan_features`.
 
         Args:
-            encoder: in eval mode, so that a voxel's features depend on its window alone; on the device to compute on.
+            encoder: in eval mode, so that a voxel's features depend only on its window; on the device to compute on.
         """
         return [[scan_features(encoder, sample) for sample in part] for part in (self.train, self.test)]
 
-    def score(self, found: list[list[tuple[Tensor, Tensor]]], columns: slice = slice(None)) -> VoxelScore:
+    def score(self, samples: list[list[tuple[Tensor, Tensor]]], columns: slice = slice(None)) -> VoxelScore:
         """Trains and tests the classifier.
 
         Args:
-            found: from `features`.
-            columns: of the features, e.g. those of the last map alone.
+            samples: from `features`.
+            columns: of the features, e.g. only those of the last map.
 
         Raises:
             FailedRun: features that are not finite.
         """
-        (x, y), (x_test, y_test) = (tuple(torch.cat(parts) for parts in zip(*part)) for part in found)
+        (x, y), (x_test, y_test) = (tuple(torch.cat(parts) for parts in zip(*part)) for part in samples)
         x, x_test = x[:, columns], x_test[:, columns]
         if not (x.isfinite().all() and x_test.isfinite().all()):
             raise FailedRun("the encoder's features are not finite")
@@ -99,7 +99,7 @@ class VoxelProbe:
         weight, bias = fit_linear((x - mean) * scale, y, len(self.names))
         hit = ((x_test - mean) * scale @ weight + bias).argmax(1) == y_test
         recall = {self.names[k]: hit[y_test == k].float().mean().item() for k in y_test.unique().tolist()}
-        sizes = [len(classes) for _, classes in found[1]]
+        sizes = [len(classes) for _, classes in samples[1]]
         by_scan = list(zip(hit.cpu().split(sizes), y_test.cpu().split(sizes)))
         hits, counts = (
             np.array([of[chosen].bincount(minlength=len(self.names)).tolist() for of, chosen in each])
@@ -140,8 +140,8 @@ def choose_scans(index: Index, config: ProbeSettings) -> tuple[list[ScanRecord],
     trained_on = {scan.scan_id for scan in train}
     pool = [scan for scan in index.labelled(config.test_split) if scan.scan_id not in trained_on]
     test = pool[: config.num_test_scans]
-    for key, split, found in (("split", config.split, train), ("test_split", config.test_split, test)):
-        if not found:
+    for key, split, scans in (("split", config.split, train), ("test_split", config.test_split, test)):
+        if not scans:
             splits = sorted({scan.split for scan in index.scans if scan.label_metadata is not None})
             raise ValueError(
                 f"{key}={split!r}: no labelled scan left there in {config.index}; it has labels in {splits}"
@@ -233,14 +233,14 @@ def draw_voxels(
     """
     rng = generator(config.seed, 0, scan.scan_id, 0)
     candidates = [(value, np.argwhere(label == value)) for value in index.label_values if value in scan.label_voxels]
-    candidates = [(value, found) for value, found in candidates if value in scan.labelled]
+    candidates = [(value, indices) for value, indices in candidates if value in scan.labelled]
     if set(scan.labelled) >= set(index.label_values):
         candidates.insert(0, (0, np.argwhere((label == 0) & (volume > BODY_HU))))
     lookup = class_lookup(index.label_values)
     voxels, classes = [np.empty((0, 3), np.int64)], [np.empty(0, np.int64)]
-    for value, found in candidates:
-        chosen = rng.choice(len(found), min(config.voxels_per_class, len(found)), replace=False)
-        voxels.append(found[chosen])
+    for value, indices in candidates:
+        chosen = rng.choice(len(indices), min(config.voxels_per_class, len(indices)), replace=False)
+        voxels.append(indices[chosen])
         classes.append(np.full(len(chosen), lookup[value], np.int64))
     return np.concatenate(voxels), np.concatenate(classes)
 
@@ -281,12 +281,12 @@ def read_map(feature_map: Tensor, point: Tensor, stride: tuple[int, ...], center
     position = torch.minimum(position.clamp_min(0), sizes - 1)
     low = position.long()
     high, share = torch.minimum(low + 1, sizes - 1), position - low
-    found = feature_map.new_zeros(feature_map.shape[0], len(point))
+    values = feature_map.new_zeros(feature_map.shape[0], len(point))
     for corner in product((0, 1), repeat=3):
         upper = torch.tensor(corner, device=point.device, dtype=torch.bool)
         d, h, w = torch.where(upper, high, low).unbind(1)
-        found += feature_map[:, d, h, w] * torch.where(upper, share, 1 - share).prod(1).to(found.dtype)
-    return found.T
+        values += feature_map[:, d, h, w] * torch.where(upper, share, 1 - share).prod(1).to(values.dtype)
+    return values.T
 
 
 # -- the classifier ---------------------------------------------------------------------------------------------------
@@ -328,17 +328,17 @@ def fit_linear(features: Tensor, classes: Tensor, num_classes: int) -> tuple[Ten
 def shortcomings(probe: VoxelProbe, config: ProbeSettings) -> list[str]:
     """What of a probe's scans is not as asked, a sentence each."""
     train, test = probe.scans
-    found = []
+    lines = []
     if len(train) < config.num_scans:
-        found.append(f"num_scans={config.num_scans}: split={config.split!r} has {len(train)} labelled scans")
+        lines.append(f"num_scans={config.num_scans}: split={config.split!r} has {len(train)} labelled scans")
     if len(test) < config.num_test_scans:
         have = f"test_split={config.test_split!r} has {len(test)} labelled scans that are not learnt from"
-        found.append(f"num_test_scans={config.num_test_scans}: {have}")
-    if probe.never_shown:
-        named = ", ".join(probe.never_shown)
-        found.append(f"no scan to learn from shows {named}: it counts as never recognised; raise num_scans")
+        lines.append(f"num_test_scans={config.num_test_scans}: {have}")
+    if probe.unseen:
+        named = ", ".join(probe.unseen)
+        lines.append(f"no scan to learn from shows {named}: it counts as never recognised; raise num_scans")
     seen = {scan.content_hash: scan.scan_id for scan in train}
     same = [f"{scan.scan_id} and {seen[scan.content_hash]}" for scan in test if scan.content_hash in seen]
     if same:
-        found.append(f"the same voxels are learnt from and tested on: {', '.join(same[:3])}; the figures are too good")
-    return found
+        lines.append(f"the same voxels are learnt from and tested on: {', '.join(same[:3])}; the figures are too good")
+    return lines

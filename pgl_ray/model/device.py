@@ -89,10 +89,10 @@ def uncompiled() -> str | None:
     if not failed and not breaks:
         return None
     reasons = "; ".join(" ".join(reason.split())[:120] for reason, _ in breaks.most_common(2))
-    told = f", the commonest: {reasons}" if reasons else ""
+    commonest = f", the commonest: {reasons}" if reasons else ""
     return (
         f"torch.compile: {failed} of {frames['total']} functions could not be compiled and run as they are, "
-        f"{sum(breaks.values())} graph breaks{told}"
+        f"{sum(breaks.values())} graph breaks{commonest}"
     )
 
 
@@ -179,14 +179,14 @@ class Batches:
 
 def _wait_for(waits: list[tuple[Moment, Moment]]) -> None:
     """Until the device has come to where these ended."""
-    for _, there in waits:
-        if isinstance(there, torch.cuda.Event):
-            there.synchronize()
+    for _, end in waits:
+        if isinstance(end, torch.cuda.Event):
+            end.synchronize()
 
 
-def _seconds(asked: Moment, there: Moment) -> float:
-    if isinstance(asked, torch.cuda.Event) and isinstance(there, torch.cuda.Event):
-        return asked.elapsed_time(there) / 1000
-    if isinstance(asked, float) and isinstance(there, float):
-        return there - asked
+def _seconds(start: Moment, end: Moment) -> float:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return start.elapsed_time(end) / 1000
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
     raise TypeError("one moment is the host's, the other the device's")

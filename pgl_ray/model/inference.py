@@ -198,7 +198,7 @@ def time_forward(
         precision: as in `segment`.
     """
     device = next(model.parameters()).device
-    x, found = torch.zeros(1, 1, *size, device=device), []
+    x, times_ms = torch.zeros(1, 1, *size, device=device), []
     with torch.inference_mode(), on.autocast(device, precision):
         model(x)
         for _ in range(repeats):
@@ -208,12 +208,12 @@ def time_forward(
                 model(x)
                 end.record()
                 end.synchronize()
-                found.append(start.elapsed_time(end))
+                times_ms.append(start.elapsed_time(end))
             else:
                 began = time.perf_counter()
                 model(x)
-                found.append(1000 * (time.perf_counter() - began))
-    return min(found)
+                times_ms.append(1000 * (time.perf_counter() - began))
+    return min(times_ms)
 
 
 def _class_index(logits: Tensor, task: str) -> Tensor:

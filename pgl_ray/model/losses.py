@@ -54,8 +54,8 @@ def place_contrast_loss(query: Tensor, key: Tensor, temperature: float, negative
         if negatives == "batch":
             query, key = (part.transpose(1, 2).flatten(0, 1).T[None] for part in (query, key))
         similar = query.transpose(1, 2) @ key / temperature
-    own = torch.arange(similar.shape[2], device=query.device).repeat(len(similar))
-    return F.cross_entropy(similar.flatten(0, 1), own)
+    positives = torch.arange(similar.shape[2], device=query.device).repeat(len(similar))
+    return F.cross_entropy(similar.flatten(0, 1), positives)
 
 
 def segmentation_loss(
@@ -79,7 +79,7 @@ def segmentation_loss(
         task: "multiclass" or "binary".
         labelled: bool [N, number of organs + 1], which classes are annotated in each sample; background's column is
             taken as true. None = all.
-        ce_weight: of the cross-entropy beside the Dice; none = the equations', 1 / C (multiclass) or 1 (binary).
+        ce_weight: of the cross-entropy relative to the Dice; none = the equations', 1 / C (multiclass) or 1 (binary).
 
     Returns:
         Scalar. A class without a voxel in the batch counts a Dice loss of 1, as in the equations, without gradient.
@@ -109,10 +109,10 @@ def _binary_loss(logits: Tensor, target: Tensor, labelled: Tensor | None, ce_wei
     """Samples are weighed, not picked: how many are labelled is not known before the device is asked."""
     channels = torch.arange(logits.shape[1], device=target.device).view(-1, 1, 1, 1)
     weight = torch.ones_like(logits[:, :, 0, 0, 0]) if labelled is None else labelled[:, 1:].to(logits.dtype)
-    shown, answer = weight[..., None, None, None], (target > channels).to(logits.dtype)
+    mask, answer = weight[..., None, None, None], (target > channels).to(logits.dtype)
     lowest = -1e4  # sigmoid makes it exactly 0
     dice = DiceLoss(sigmoid=True, batch=True, smooth_nr=0, reduction="none")
-    dice = dice(logits.masked_fill(shown == 0, lowest), answer * shown).flatten()
+    dice = dice(logits.masked_fill(mask == 0, lowest), answer * mask).flatten()
     entropy = F.binary_cross_entropy_with_logits(logits, answer, reduction="none").flatten(2).mean(2)
     num = weight.sum(0)  # samples per channel
     parts = (dice + ce_weight * (entropy * weight).sum(0) / num.clamp_min(1)) * (num > 0)

@@ -64,8 +64,8 @@ def mask_metrics(
     scores |= {"dice": 2 * common / (predicted + wanted), "iou": common / union}
     if distances and predicted and wanted:
         box = _bounding_box(either)  # the surfaces lie inside: the rest of the scan only costs time
-        ours, theirs = (_surface(mask[box]) @ axes_mm.T for mask in (prediction, target))
-        there, back = KDTree(theirs).query(ours)[0], KDTree(ours).query(theirs)[0]
+        predicted_mm, target_mm = (_surface(mask[box]) @ axes_mm.T for mask in (prediction, target))
+        there, back = KDTree(target_mm).query(predicted_mm)[0], KDTree(predicted_mm).query(target_mm)[0]
         scores["hd_mm"] = float(max(there.max(), back.max()))
         scores["hd95_mm"] = float(max(np.percentile(there, 95), np.percentile(back, 95)))
     return scores
@@ -96,11 +96,11 @@ def summarise(rows: list[dict]) -> dict:
     """
     organs = {}
     for organ in dict.fromkeys(row["organ"] for row in rows):
-        mine = [row for row in rows if row["organ"] == organ]
-        organs[organ] = {score: _mean([row[score] for row in mine]) for score in SCORES} | {
-            "num_scans": sum(not math.isnan(row["dice"]) for row in mine),
-            "num_missed": sum(row["target_voxels"] > 0 and row["predicted_voxels"] == 0 for row in mine),
-            "num_invented": sum(row["target_voxels"] == 0 and row["predicted_voxels"] > 0 for row in mine),
+        of_organ = [row for row in rows if row["organ"] == organ]
+        organs[organ] = {score: _mean([row[score] for row in of_organ]) for score in SCORES} | {
+            "num_scans": sum(not math.isnan(row["dice"]) for row in of_organ),
+            "num_missed": sum(row["target_voxels"] > 0 and row["predicted_voxels"] == 0 for row in of_organ),
+            "num_invented": sum(row["target_voxels"] == 0 and row["predicted_voxels"] > 0 for row in of_organ),
         }
     means = {score: _mean([o[score] for o in organs.values() if o[score] is not None]) for score in SCORES}
     return means | {"organs": organs}
@@ -127,15 +127,15 @@ def intervals(rows: list[dict], seed: int = 0) -> dict:
     """
     scans, organs = _names(rows)
     draws = scan_draws(len(scans), seed)
-    found: dict = {"organs": {organ: {} for organ in organs}}
+    bounds: dict = {"organs": {organ: {} for organ in organs}}
     for score in SCORES:
         values = _table(rows, score, scans, organs)
         per_organ, mean = _means(values, draws)
         known = (~np.isnan(values)).sum(0)
         for k, organ in enumerate(organs):
-            found["organs"][organ][score] = percentile_bounds(per_organ[:, k]) if known[k] > 1 else None
-        found[score] = percentile_bounds(mean) if (~np.isnan(values)).any(1).sum() > 1 else None
-    return found
+            bounds["organs"][organ][score] = percentile_bounds(per_organ[:, k]) if known[k] > 1 else None
+        bounds[score] = percentile_bounds(mean) if (~np.isnan(values)).any(1).sum() > 1 else None
+    return bounds
 
 
 def drawn_means(rows: list[dict], score: str, seed: int = 0) -> np.ndarray | None:
@@ -163,17 +163,17 @@ def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
     """
     scans, organs = _names(rows + others)
     draws = scan_draws(len(scans), seed)
-    found: dict = {"organs": {organ: {} for organ in organs}}
+    comparison: dict = {"organs": {organ: {} for organ in organs}}
     for score in SCORES:
         pair = [_table(part, score, scans, organs) for part in (rows, others)]
         difference = pair[0] - pair[1]
         either = ~np.isnan(pair[0]) | ~np.isnan(pair[1])
         per_organ, mean = _means(difference, draws)
         for k, organ in enumerate(organs):
-            own = difference[:, [k]]
-            found["organs"][organ][score] = _paired(own, either[:, [k]], per_organ[:, k])
-        found[score] = _paired(difference, either, mean)
-    return found
+            column = difference[:, [k]]
+            comparison["organs"][organ][score] = _paired(column, either[:, [k]], per_organ[:, k])
+        comparison[score] = _paired(difference, either, mean)
+    return comparison
 
 
 def _paired(difference: np.ndarray, either: np.ndarray, drawn: np.ndarray) -> dict:
@@ -223,8 +223,8 @@ def _names(rows: list[dict]) -> tuple[list[str], list[str]]:
 
 def _table(rows: list[dict], score: str, scans: list[str], organs: list[str]) -> np.ndarray:
     """One score as [scans, organs]; NaN where there is none."""
-    found = {(row["scan_id"], row["organ"]): row[score] for row in rows}
-    values = [found.get((scan, organ), math.nan) for scan in scans for organ in organs]
+    scores = {(row["scan_id"], row["organ"]): row[score] for row in rows}
+    values = [scores.get((scan, organ), math.nan) for scan in scans for organ in organs]
     return np.reshape(values, (len(scans), len(organs))).astype(float)
 
 

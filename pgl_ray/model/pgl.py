@@ -19,7 +19,7 @@ class Pair(NamedTuple):
         view_1, view_2: [N, 1, D, H, W].
         box_1, box_2: [N, 3, 2], scan frame.
         flip_1, flip_2: bool [N, 3].
-        deformed_1, deformed_2: like the views, for Models Genesis alone.
+        deformed_1, deformed_2: like the views, only for Models Genesis.
     """
 
     view_1: Tensor
@@ -116,14 +116,14 @@ def feature_geometry(
     """
     strides = triple(output_stride)
     if strides not in encoder.strides:
-        possible = ", ".join(str(list(found)) for found in dict.fromkeys(encoder.strides))
+        possible = ", ".join(str(list(map_stride)) for map_stride in dict.fromkeys(encoder.strides))
         raise ValueError(
             f"align.output_stride={list(strides)}: a {encoder.settings['kind']} encoder with stage_strides="
             f"{encoder.stage_strides} has maps of output stride {possible}: take one of them"
         )
     if any(size % stride for size, stride in zip(view_size, strides, strict=True)):
         raise ValueError(f"views.size={tuple(view_size)} must be a multiple of the output stride {strides}")
-    level = max(i for i, found in enumerate(encoder.strides) if found == strides)
+    level = max(i for i, map_stride in enumerate(encoder.strides) if map_stride == strides)
     center = encoder.centers[level] if centers == "receptive_field" else triple(stride / 2 for stride in strides)
     return level, Geometry(triple(view_size), strides, triple(center))
 
@@ -207,5 +207,5 @@ class Pgl(nn.Module):
 
 @torch.no_grad()
 def follow(target: nn.Module, online: nn.Module, decay: float) -> None:
-    """Parameters alone: mu = decay * mu + (1 - decay) * theta (Eq. 10)."""
+    """Parameters only: mu = decay * mu + (1 - decay) * theta (Eq. 10)."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - decay)

@@ -121,10 +121,10 @@ class PlacesPgl(nn.Module):
             torch.tensor(part, device=features.device) for part in (geometry.output_stride, geometry.center)
         )
         at = view_to_scan(index * stride + center, pair.boxes[:, None], pair.flips[:, None], size) / (size / 2)
-        told = self.place[number](_gather(features.flatten(2), cells)).flatten(2).transpose(1, 2)  # [2N, cells, 3]
-        told_1, told_2 = told.float().chunk(2)
+        guess = self.place[number](_gather(features.flatten(2), cells)).flatten(2).transpose(1, 2)  # [2N, cells, 3]
+        guess_1, guess_2 = guess.float().chunk(2)
         at_1, at_2 = at.float().chunk(2)
-        return F.smooth_l1_loss(told_1[:, :, None] - told_2[:, None], at_1[:, :, None] - at_2[:, None])
+        return F.smooth_l1_loss(guess_1[:, :, None] - guess_2[:, None], at_1[:, :, None] - at_2[:, None])
 
     def follow(self, decay: float) -> None:
         """The target follows (Eq. 10)."""
@@ -145,12 +145,12 @@ def bin_coordinates(pair: Pair, geometry: Geometry, bins: Tensor) -> Tensor:
     axes = feature_coordinates(pair.boxes, pair.flips, pair.regions, geometry)
     cells = [axis.shape[1] for axis in axes]
     index = torch.unravel_index(bins.repeat(2, 1), cells)
-    found = [axis.gather(1, at).clamp(0, num - 1) for axis, at, num in zip(axes, index, cells)]
-    return torch.stack(found, -1)
+    coordinates = [axis.gather(1, at).clamp(0, num - 1) for axis, at, num in zip(axes, index, cells)]
+    return torch.stack(coordinates, -1)
 
 
 def read_at(features: Tensor, at: Tensor) -> Tensor:
-    """Trilinear interpolation of a map at drawn places alone, in float32 or above: eight cells each, however fine.
+    """Trilinear interpolation of a map only at drawn places, in float32 or above: eight cells each, however fine.
 
     Args:
         features: [N, C, d, h, w].
@@ -162,14 +162,14 @@ def read_at(features: Tensor, at: Tensor) -> Tensor:
     sizes = torch.tensor(features.shape[2:], device=at.device)
     low = at.long()
     high, share = torch.minimum(low + 1, sizes - 1), at - low
-    flat, found = features.flatten(2), torch.zeros((), device=features.device)
+    flat, values = features.flatten(2), torch.zeros((), device=features.device)
     for corner in product((0, 1), repeat=3):
         upper = torch.tensor(corner, device=at.device, dtype=torch.bool)
         d, h, w = torch.where(upper, high, low).unbind(-1)
         weight = torch.where(upper, share, 1 - share).prod(-1)[:, None, :, None, None]
         part = _gather(flat, (d * sizes[1] + h) * sizes[2] + w)
-        found = found + part.to(torch.promote_types(part.dtype, torch.float32)) * weight
-    return found.to(features.dtype)
+        values = values + part.to(torch.promote_types(part.dtype, torch.float32)) * weight
+    return values.to(features.dtype)
 
 
 def _gather(features: Tensor, places: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def drawn_bins(pair: Pair, geometry: Geometry, num: int) -> Tensor:
 
 
 def _drawn(boxes: Tensor, num_places: int, num: int, first: Tensor | None = None) -> Tensor:
-    """A draw without replacement that depends on whole numbers alone, here on boxes: the same wherever it is made.
+    """A draw without replacement that depends only on whole numbers, here on boxes: the same wherever it is made.
 
     Args:
         boxes: int [N, ...].

@@ -19,7 +19,7 @@ class Encoder(ResNet):
     """MONAI's bottleneck ResNet, its maps after the stem and each stage as output.
 
     46,155,072 parameters at the default size, the paper's 46.16 M. The keys are those of monai's `resnet50` whatever
-    the strides, so other weights load. The stem strides H and W alone: the paper's views have few, thick slices.
+    the strides, so other weights load. The stem strides only H and W: the paper's views have few, thick slices.
 
     Attributes:
         settings: keyword arguments of `build_encoder` that build the same network again.
@@ -129,7 +129,7 @@ def _through(geometry: Geometry, conv: nn.Conv3d) -> Geometry:
 def init_kaiming_uniform(module: nn.Module, seed: int) -> None:
     """Initialises in place: convolutions Kaiming uniform, biases 0, norms 1 and 0 (paper, Sec. 5.2; He et al. 2015).
 
-    The weights depend on the seed and the architecture alone: they are drawn on the CPU, wherever the module lies.
+    The weights depend only on the seed and the architecture: they are drawn on the CPU, wherever the module lies.
     """
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():

@@ -48,9 +48,9 @@ def _named(run: Run, several: bool, line: Line) -> Line:
 
 def _judged(run: Run, probes: list[Judged]) -> dict[str, Any] | None:
     """What the judges say of a run's encoder: of several results that with the most judges, the newest of these."""
-    mine = {str(run.path), run_paths.origin(run.path)}
-    found = [(path, one) for path, one in probes if one["init"] in mine or os.path.realpath(one["init"]) in mine]
-    best = max(found, key=lambda it: (len(it[1]["standing"]), it[0].stat().st_mtime), default=None)
+    names = {str(run.path), run_paths.origin(run.path)}
+    results = [(path, one) for path, one in probes if one["init"] in names or os.path.realpath(one["init"]) in names]
+    best = max(results, key=lambda it: (len(it[1]["standing"]), it[0].stat().st_mtime), default=None)
     return best and best[1]
 
 
@@ -75,33 +75,33 @@ def learned_places(run: Run, judged: dict[str, Any] | None) -> Line:
         return Line(OPEN, "no health figures are written yet" if run.rows else "no metrics are written yet")
     if row := tables.collapsed(run):
         return Line(NO, verdict(row))
-    own = _found_again(health)
+    retrieval = _retrieved(health)
     if not judged or "matching" not in judged["standing"]:
-        return own
+        return retrieval
     one = Standing(**judged["standing"]["matching"])
     score = tables.counted(judged)["matching"]
     interval = f" (95 % interval {_interval(score['ci95'], '.1f')})" if score["ci95"] else ""
     body = judged.get("body_box_mm")
-    alone = "" if body is None else f"; the place in the body's box alone, without any encoder, gives {body:.1f} mm"
+    baseline = "" if body is None else f"; the place in the body's box alone, without any encoder, gives {body:.1f} mm"
     text = f"organ centroids are found in other scans with a median error of {score['value']:.1f} mm{interval}, "
-    text += f"{_against(one)}{alone}; {own.text}"
+    text += f"{_against(one)}{baseline}; {retrieval.text}"
     return Line({True: YES, False: NO, None: OPEN}[one.is_ahead], text)
 
 
-def _against(one: Standing) -> str:
+def _against(standing: Standing) -> str:
     """The difference of point matching to its strongest control."""
-    other = "random weights" if one.low_is.startswith("random") else f"the {one.low_is}"
-    if one.ahead_ci95 is None:
-        return f"{other} with {one.low:.1f} mm; one scan alone has no interval"
-    word = {True: "ahead of", False: "behind", None: "not clearly ahead of"}[one.is_ahead]
-    return f"{word} {other} with {one.low:.1f} mm by {one.by('matching')}"
+    other = "random weights" if standing.low_is.startswith("random") else f"the {standing.low_is}"
+    if standing.ahead_ci95 is None:
+        return f"{other} with {standing.low:.1f} mm; one scan alone has no interval"
+    word = {True: "ahead of", False: "behind", None: "not clearly ahead of"}[standing.is_ahead]
+    return f"{word} {other} with {standing.low:.1f} mm by {standing.by('matching')}"
 
 
 def _interval(bounds: list[float] | tuple[float, float], spec: str) -> str:
     return f"{bounds[0]:{spec}} to {bounds[1]:{spec}}"
 
 
-def _found_again(health: list[dict[str, float]]) -> Line:
+def _retrieved(health: list[dict[str, float]]) -> Line:
     """By the encoder's own map in training: places found again in the other view, against chance and the first step.
 
     Chance is that of features which know their scan and not the place in it. The first row is of nearly random weights.
@@ -176,28 +176,28 @@ def better_tuned(tuned: list[Run]) -> list[Line]:
     return lines
 
 
-def _tuned(mine: list[Run], random: list[Run]) -> Line:
-    if not mine:
+def _tuned(tuned: list[Run], random: list[Run]) -> Line:
+    if not tuned:
         return Line(OPEN, "not evaluated yet")
     if not random:
         return Line(OPEN, "no evaluated run from random weights is on this page")
-    pairs = arms.same_seed(mine, random)
+    pairs = arms.same_seed(tuned, random)
     if not pairs:
         return Line(OPEN, "no run from random weights has the same seed and as many labelled scans")
-    found = arms.dice_gain(pairs)
-    if found is None:
+    gain = arms.dice_gain(pairs)
+    if gain is None:
         return Line(OPEN, "fewer than two scans were scored with both")
     means = [float(np.mean([run.summary["dice"] or 0.0 for run in side])) for side in zip(*pairs)]
     text = (
-        f"Dice {means[0]:.3f} against {means[1]:.3f} from random weights, {found.mean / 100:+.3f} (95 % interval "
-        f"{found.low / 100:+.3f} to {found.high / 100:+.3f} over {plural(found.num_scans, 'scan')})"
+        f"Dice {means[0]:.3f} against {means[1]:.3f} from random weights, {gain.mean / 100:+.3f} (95 % interval "
+        f"{gain.low / 100:+.3f} to {gain.high / 100:+.3f} over {plural(gain.num_scans, 'scan')})"
     )
     if len(pairs) > 1:
-        half, mean = reach(found.by_seed), float(np.mean(found.by_seed))
+        half, mean = reach(gain.by_seed), float(np.mean(gain.by_seed))
         over = _interval((mean - half, mean + half), "+.3f")
-        text += f", ahead with {found.ahead} of {len(pairs)} seeds ({over} over these)"
+        text += f", ahead with {gain.ahead} of {len(pairs)} seeds ({over} over these)"
     else:
         text += ", one training each: another seed may move it by more"
     others = [key for key, _ in run_folders.differing_settings(list(pairs[0])) if key not in ("init", "run", "seed")]
     text += f"; they differ in {', '.join(others)}, too" if others else ""
-    return Line({True: YES, False: NO, None: OPEN}[found.is_better], text)
+    return Line({True: YES, False: NO, None: OPEN}[gain.is_better], text)

@@ -84,21 +84,21 @@ def gain(pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measu
         return None
     mine, theirs = ([row for pair in pairs for row in pair[side]] for side in (0, 1))
     together = [_over_seeds(rows, measure.score) for rows in (mine, theirs)]
-    found = tables.paired_difference(*together, measure.score)
-    return found and Gain(*(measure.factor * value for value in found[:3]), found.num_scans, by_seed, measure)
+    paired = tables.paired_difference(*together, measure.score)
+    return paired and Gain(*(measure.factor * value for value in paired[:3]), paired.num_scans, by_seed, measure)
 
 
 def difference(
-    what: str, pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measure: Measure
+    subject: str, pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measure: Measure
 ) -> list[str]:
-    """A sentence about the `gain` of one arm over another, in a list, begun by `what`; [] where there is none."""
-    found = gain(pairs, by_seed, measure)
-    if not found:
+    """A sentence about the `gain` of one arm over another, in a list, begun by `subject`; [] where there is none."""
+    gap = gain(pairs, by_seed, measure)
+    if not gap:
         return []
-    worth = "within" if found.low <= 0 <= found.high else "more than"
+    worth = "within" if gap.low <= 0 <= gap.high else "more than"
     return [
-        f"{what}: {found.mean:+.2f} {measure.unit}, {worth} the noise of {found.num_scans} scans (95 % interval "
-        f"{found.low:+.2f} to {found.high:+.2f}); ahead with {found.ahead} of {len(by_seed)} seeds"
+        f"{subject}: {gap.mean:+.2f} {measure.unit}, {worth} the noise of {gap.num_scans} scans (95 % interval "
+        f"{gap.low:+.2f} to {gap.high:+.2f}); ahead with {gap.ahead} of {len(by_seed)} seeds"
         f"{over(by_seed, measure.factor)}."
     ]
 
@@ -110,8 +110,8 @@ def same_seed(runs: list[Run], others: list[Run]) -> list[tuple[Run, Run]]:
         return run.record.seed, run.config.get("num_scans")
 
     known = {point(run): run for run in others}
-    found = [(run, known.get(point(run))) for run in runs]
-    return [(run, other) for run, other in found if other]
+    pairs = [(run, known.get(point(run))) for run in runs]
+    return [(run, other) for run, other in pairs if other]
 
 
 def dice_gain(pairs: list[tuple[Run, Run]]) -> Gain | None:
@@ -131,11 +131,11 @@ def over(by_seed: list[float], factor: float = 100.0) -> str:
 
 def _over_seeds(rows: list[dict[str, Any]], score: str) -> list[dict[str, Any]]:
     """A score per scan and organ, the mean of all rows that have it."""
-    found: dict[tuple[str, str], list[float]] = {}
+    values: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         if not math.isnan(row[score]):
-            found.setdefault((row["scan_id"], row["organ"]), []).append(row[score])
-    return [{"scan_id": scan, "organ": organ, score: float(np.mean(v))} for (scan, organ), v in found.items()]
+            values.setdefault((row["scan_id"], row["organ"]), []).append(row[score])
+    return [{"scan_id": scan, "organ": organ, score: float(np.mean(v))} for (scan, organ), v in values.items()]
 
 
 def cell(values: list[float], digits: int = 2) -> str:
@@ -172,7 +172,7 @@ class Judged(NamedTuple):
 def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
     """What the judges say of the arms, per point of the space, seeds taken together.
 
-    Random weights stand there in every reading, all else in the one that counts. Each arm is set against the strongest
+    Random weights are listed in every reading, all else in the one that counts. Each arm is set against the strongest
     control: random weights in whichever reading is best, or wrong priors; against the first arm where there is neither.
 
     Returns:
@@ -188,10 +188,10 @@ def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
                 if key != "arm":
                     (seed if sweeps.short(key) == "seed" else point)[key] = value
             rows = points.setdefault(sweeps.settings(point) or "all trials", {})
-            arm, found = trial.values["arm"], read_json(path)
-            random = found["init"] == "random"
+            arm, result = trial.values["arm"], read_json(path)
+            random = result["init"] == "random"
             control = random or bool(config["arms"].get(arm, {}).get("pretrain.align.wrong_priors"))
-            for number, (reading, scores) in enumerate(found["readings"].items()):
+            for number, (reading, scores) in enumerate(result["readings"].items()):
                 if random or not number:
                     name = f"{arm}, BatchNorm {reading}" if number else arm
                     row = rows.setdefault(name, Judged(arm, name, control, {}))
@@ -210,8 +210,8 @@ def _block(point: str, rows: list[Judged]) -> dict[str, Any]:
         for row in (row for row in known if row.arm != low.arm):
             pairs = _pairs(judge, row, low)
             lines += difference(f"{row.name} against {low.name}", *pairs, MEASURES[judge])
-            if (found := gain(*pairs, MEASURES[judge])) and not row.control:
-                gains.setdefault(row.name, {})[judge] = found
+            if (gap := gain(*pairs, MEASURES[judge])) and not row.control:
+                gains.setdefault(row.name, {})[judge] = gap
     digits = {judge: 1 if judge == "matching" else 3 for judge in asked}
     return {
         "point": point,

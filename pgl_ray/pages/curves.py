@@ -16,18 +16,18 @@ RECALL = "probe/recall_"  # of a class, in metrics of a run that is probed
 UNRELATED = 4.0  # squared distance of unrelated unit vectors, both directions summed
 
 
-def color(one: Run) -> str:
+def color(run: Run) -> str:
     """A run's colour in every figure and table."""
-    return plots.RUN_COLORS[one.number % len(plots.RUN_COLORS)]
+    return plots.RUN_COLORS[run.number % len(plots.RUN_COLORS)]
 
 
-def _series(one: Run, points: Iterable[tuple[float, float]], dashed: bool = False) -> plots.Series:
+def _series(run: Run, points: Iterable[tuple[float, float]], dashed: bool = False) -> plots.Series:
     x, y = zip(*points) if (points := list(points)) else ((), ())
-    return plots.Series(x, y, color(one), dashed)
+    return plots.Series(x, y, color(run), dashed)
 
 
-def _metric(one: Run, key: str, dashed: bool = False) -> plots.Series:
-    return _series(one, ((row["step"], row[key]) for row in one.rows if key in row), dashed)
+def _metric(run: Run, key: str, dashed: bool = False) -> plots.Series:
+    return _series(run, ((row["step"], row[key]) for row in run.rows if key in row), dashed)
 
 
 def _plot(
@@ -51,7 +51,7 @@ def _mean(runs: list[Run], key: str, text: str) -> list[Mark]:
 
 
 def pretrain_curves(runs: list[Run]) -> dict[str, str]:
-    """Data URIs by the name that the template knows the figure by. What two figures tell has one scale in both."""
+    """Data URIs by the name that the template knows the figure by. What two figures share has one scale in both."""
 
     def metrics(key: str, of: list[Run] = runs) -> list[plots.Series]:
         return [_metric(one, key) for one in of]
@@ -84,10 +84,10 @@ def _health_curves(runs: list[Run]) -> dict[str, str]:
         known = [y for group in groups for line in group for y in line.y if y > 0] or [1.0]
         return min(known), max(known)
 
-    std, rank, found = (_compared_and_map(runs, key) for key in ("feature_std", "effective_rank", "retrieval"))
+    std, rank, hits = (_compared_and_map(runs, key) for key in ("feature_std", "effective_rank", "retrieval"))
     cosine = _compared_and_map(runs, "cosine_aligned", "cosine_shuffled")
     lowest = min([0.0, *(y for group in cosine for line in group for y in line.y)])
-    most, (least, _) = 1.1 * reach(rank)[1], reach(found)
+    most, (least, _) = 1.1 * reach(rank)[1], reach(hits)
     chances = [_mean(runs, f"health/{part}retrieval_chance", "by the scan alone") for part in ("", "encoder_")]
     least = 0.7 * min([least, *(mark.y for marks in chances for mark in marks if mark.y > 0)])
     even, one, unrelated = [Mark(1, "even")], [Mark(1, "collapse")], [Mark(0, "unrelated")]
@@ -98,7 +98,7 @@ def _health_curves(runs: list[Run]) -> dict[str, str]:
             f"{name}std": _plot(f"{title}feature_std", HIGHER, std[k], 0, 1.15, marks=even),
             f"{name}rank": _plot(f"{title}effective rank", "not 1", rank[k], 0, most, marks=one),
             f"{name}cosine": _plot(*gap, cosine[k], lowest, 1, marks=unrelated),
-            f"{name}retrieval": _plot(f"{title}retrieval@1", HIGHER, found[k], least, 1.2, log=True, marks=chances[k]),
+            f"{name}retrieval": _plot(f"{title}retrieval@1", HIGHER, hits[k], least, 1.2, log=True, marks=chances[k]),
         }
     return drawn
 
@@ -106,15 +106,15 @@ def _health_curves(runs: list[Run]) -> dict[str, str]:
 def _compared_and_map(runs: list[Run], *keys: str) -> tuple[list[plots.Series], list[plots.Series]]:
     """Lines of what the loss compares, places or BYOL's views, and of the encoder's map; later keys dashed."""
 
-    def lines(one: Run, part: str) -> list[plots.Series]:
-        return [_metric(one, f"health/{part}{key}", dashed=number > 0) for number, key in enumerate(keys)]
+    def lines(run: Run, part: str) -> list[plots.Series]:
+        return [_metric(run, f"health/{part}{key}", dashed=number > 0) for number, key in enumerate(keys)]
 
-    def compared(one: Run) -> str:
-        return next((p for p in ("", "view_") if any(f"health/{p}{keys[0]}" in row for row in one.rows)), "")
+    def compared(run: Run) -> str:
+        return next((p for p in ("", "view_") if any(f"health/{p}{keys[0]}" in row for row in run.rows)), "")
 
     return (
-        [line for one in runs for line in lines(one, compared(one))],
-        [line for one in runs for line in lines(one, "encoder_")],
+        [line for run in runs for line in lines(run, compared(run))],
+        [line for run in runs for line in lines(run, "encoder_")],
     )
 
 
@@ -123,12 +123,12 @@ def _wait_curves(runs: list[Run]) -> str:
     return _plot("share of time spent waiting", LOWER, shares, 0, 1)
 
 
-def _loss_kind(one: Run) -> str:
+def _loss_kind(run: Run) -> str:
     """Which of the losses that compare it is."""
-    loss = one.config.get("loss", {})
-    if one.record.method == "byol":
+    loss = run.config.get("loss", {})
+    if run.record.method == "byol":
         return "consistency"
-    beyond = bool(one.config.get("align", {}).get("more_strides") or loss.get("displacement"))
+    beyond = bool(run.config.get("align", {}).get("more_strides") or loss.get("displacement"))
     return "places" if beyond and loss["kind"] == "consistency" else loss.get("kind", "consistency")
 
 
@@ -146,9 +146,9 @@ def loss_words(runs: list[Run]) -> str:
     return " ".join(text for kind, text in words.items() if kind in kinds)
 
 
-def _spread(one: Run) -> Iterable[tuple[float, float]]:
+def _spread(run: Run) -> Iterable[tuple[float, float]]:
     """From what older runs recorded, too."""
-    return ((row["step"], found) for row in one.rows if (found := directions(row)) is not None)
+    return ((row["step"], value) for row in run.rows if (value := directions(row)) is not None)
 
 
 def _guess(runs: list[Run]) -> list[Mark]:
@@ -171,7 +171,7 @@ def organ_bars(runs: list[Run]) -> str:
     organs = tables.evaluated_organs(runs)
 
     def heights(value: Callable[[str], float | None]) -> list[float]:
-        return [math.nan if (found := value(organ)) is None else found for organ in organs]
+        return [math.nan if (score := value(organ)) is None else score for organ in organs]
 
     bars = []
     for r in runs:

@@ -24,8 +24,8 @@ MOST_COMPARED = 2000  # scans, for the answers
 SAME = 0.99  # cosine of scans that may be one
 
 
-class _Shown(NamedTuple):
-    """A scan as `axial_colors` reads it; the record has its voxel size alone."""
+class _PlainScan(NamedTuple):
+    """A scan as `axial_colors` reads it; the record has its voxel size only."""
 
     record: Any
     volume: np.ndarray
@@ -42,7 +42,7 @@ def make_page(
     encoder: ScanEncoder,
     spacing_mm: tuple[float, float, float] | None,
     most: int,
-    told: dict[str, Any],
+    facts: dict[str, Any],
 ) -> str:
     """HTML that needs nothing else.
 
@@ -52,7 +52,7 @@ def make_page(
         encoder: frozen.
         spacing_mm: that scans were resampled to; none: not.
         most: scans whose neighbours are shown.
-        told: what the table says of its vectors.
+        facts: what the table says of its vectors.
     """
     vectors = standardised(np.stack([row["vector"] for row in rows]))
     chosen = spread(len(rows), most)
@@ -67,7 +67,7 @@ def make_page(
     return pages.render(
         "embed.html",
         answers=answers(rows, vectors, shares),
-        told=told,
+        facts=facts,
         num=len(rows),
         num_features=vectors.shape[1],
         ids=[row["scan_id"] for row in rows],
@@ -107,12 +107,12 @@ def answers(rows: Sequence[dict[str, Any]], vectors: np.ndarray, shares: tuple[f
     if noted:
         known = f"{len(noted)} of {plural(len(rows), 'scan')} with a note, the first {noted[0]['scan_id']}"
         known += f": {noted[0]['notes'][0].rstrip('.')}"
-    shown = Line(percent(sum(shares)), "of the variance between scans lies along its axes, the rest is not seen there")
+    axes = Line(percent(sum(shares)), "of the variance between scans lies along its axes, the rest is not seen there")
     if len(rows) < 3:
-        shown = Line(OPEN, "fewer than three scans lie on a line anyway")
+        axes = Line(OPEN, "fewer than three scans lie on a line anyway")
     return [
         Answer("Which scans are alike?", alike),
-        Answer("How much does the map show?", [shown]),
+        Answer("How much does the map show?", [axes]),
         Answer("Are they as the weights know scans?", [Line("Not all" if noted else YES, known)]),
         Answer("What to do next?", [following]),
     ]
@@ -164,12 +164,12 @@ def neighbours(vectors: np.ndarray, chosen: Sequence[int]) -> list[tuple[int, li
     """
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
-    found = []
+    nearest = []
     for k in chosen:
         cosine = unit @ unit[k]
         order = [int(other) for other in np.argsort(-cosine, kind="stable") if other != k][:NUM_NEIGHBOURS]
-        found.append((int(k), [(other, float(cosine[other])) for other in order]))
-    return found
+        nearest.append((int(k), [(other, float(cosine[other])) for other in order]))
+    return nearest
 
 
 def _map(places: np.ndarray, names: list[str], linked: set[int]) -> str:
@@ -196,9 +196,9 @@ def _colors(
     read = [(rows[k]["scan_id"], scans[rows[k]["scan_id"]].read()) for k in spread(len(rows), NUM_COLORED)]
     read = [(name, at_spacing(scan, spacing_mm) if spacing_mm else scan) for name, scan in read]
     maps = StandardisedMaps(encoder.network, views_of(encoder, [scan for _, scan in read], 0))
-    shown = [_Shown(_Size(scan.spacing_mm), scan.voxels, encoder.scaling(scan.voxels)) for _, scan in read]
+    plain = [_PlainScan(_Size(scan.spacing_mm), scan.voxels, encoder.scaling(scan.voxels)) for _, scan in read]
     slices = [int(np.reshape(foreground_box(scan.voxels), (3, 2))[0].mean()) for _, scan in read]
-    colors = axial_colors(maps, shown, slices, encoder.size)
+    colors = axial_colors(maps, plain, slices, encoder.size)
     panels = []
     for (name, scan), at, one in zip(read, slices, colors):
         title, unit_mm = f"{name}, D = {at} of {len(scan.voxels)}", np.array(scan.spacing_mm)

@@ -48,8 +48,8 @@ class Places(NamedTuple):
     @property
     def body(self) -> np.ndarray:
         """Box [3, 2] around the body."""
-        found = ndimage.find_objects(in_body(self.volume, self.spacing_mm).astype(int))[0]
-        return np.array([(part.start, part.stop) for part in found])
+        extent = ndimage.find_objects(in_body(self.volume, self.spacing_mm).astype(int))[0]
+        return np.array([(part.start, part.stop) for part in extent])
 
 
 class Search(NamedTuple):
@@ -57,11 +57,11 @@ class Search(NamedTuple):
 
     Attributes:
         title: of its row.
-        found_mm: organ -> [3], along the second scan's axes.
+        matched_mm: organ -> [3], along the second scan's axes.
     """
 
     title: str
-    found_mm: dict[str, np.ndarray]
+    matched_mm: dict[str, np.ndarray]
 
 
 class Colored(NamedTuple):
@@ -111,15 +111,15 @@ def draw(
         )
         for scan in (first, second)
     )
-    searches = [Search(title, _found(maps, first, second, names, size)) for title, maps in encoders.items()]
+    searches = [Search(title, _match(maps, first, second, names, size)) for title, maps in encoders.items()]
     slices = _slices(first, second)
     fitted = [first, second, *others][:NUM_SCANS]
-    shown = list(encoders)[::-1]  # random weights beside the CT
-    colors = [components.axial_colors(encoders[title], fitted, slices, size) for title in shown]
+    titles = list(encoders)[::-1]  # random weights beside the CT
+    colors = [components.axial_colors(encoders[title], fitted, slices, size) for title in titles]
     rows = [_colored(scan, at, [one[k] for one in colors]) for k, (scan, at) in enumerate(zip((first, second), slices))]
     return {
         MATCHING: matches(source, target, searches, numbers),
-        FEATURES: features(rows, shown),
+        FEATURES: features(rows, titles),
     }
 
 
@@ -131,18 +131,18 @@ def in_order(scans: list[LabelledScan]) -> list[LabelledScan]:
     return [*(scans[i] for i in chosen), *(scan for i, scan in enumerate(scans) if i not in chosen)]
 
 
-def _found(
+def _match(
     maps: StandardisedMaps, source: LabelledScan, target: LabelledScan, names: list[str], size: tuple[int, int, int]
 ) -> dict[str, np.ndarray]:
     """Organ -> where it is found, of the largest organs of the source."""
     rows = matching.organ_errors(maps, [source, target], names, size)
     rows = [row for row in rows if row["source"] == source.record.scan_id]
     voxels = {row["organ"]: np.count_nonzero(source.target == names.index(row["organ"])) for row in rows}
-    kept = sorted(sorted(voxels, key=voxels.get)[-NUM_ORGANS:], key=names.index)
+    largest = sorted(sorted(voxels, key=voxels.get)[-NUM_ORGANS:], key=names.index)
     return {
         row["organ"]: np.array(row["found_mm"])
         for row in sorted(rows, key=lambda r: names.index(r["organ"]))
-        if row["organ"] in kept
+        if row["organ"] in largest
     }
 
 
@@ -186,7 +186,7 @@ def matches(source: Places, target: Places, searches: list[Search], numbers: dic
         numbers: organ -> its number in legends.
     """
     planes = (CORONAL, AXIAL)
-    organs = [organ for organ in searches[0].found_mm if organ in target.at_mm]
+    organs = [organ for organ in searches[0].matched_mm if organ in target.at_mm]
     boxes = {id(scan): with_margin(scan.body, scan.volume.shape) for scan in (source, target)}
     sizes_mm = [(boxes[id(scan)][:, 1] - boxes[id(scan)][:, 0]) * scan.spacing_mm for scan in (source, target)]
     widths = [size[2] for size in sizes_mm] * len(planes)  # all slices at one scale
@@ -202,17 +202,17 @@ def matches(source: Places, target: Places, searches: list[Search], numbers: dic
             draw_slice(ax, image, plane, scan.spacing_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
             draw_letters(ax, plane, np.zeros(3, bool))
             crop(ax, boxes[id(scan)], plane)
-            what = "asked in" if scan is source else "found in"
-            ax.set_title(f"{what} {scan.title},\n{plane.name}", fontsize=7)
+            verb = "asked in" if scan is source else "found in"
+            ax.set_title(f"{verb} {scan.title},\n{plane.name}", fontsize=7)
             for organ in organs:
                 color = organ_color(numbers[organ])
                 if scan is source:
                     _mark(ax, plane, scan, scan.at_mm[organ], color, "o", filled=True)
                 else:
-                    _line(ax, plane, scan, scan.at_mm[organ], search.found_mm[organ], color)
+                    _line(ax, plane, scan, scan.at_mm[organ], search.matched_mm[organ], color)
             if k == 0:
                 _bar(ax, plane, scan.spacing_mm)
-        errors = {organ: np.linalg.norm(search.found_mm[organ] - target.at_mm[organ]) for organ in organs}
+        errors = {organ: np.linalg.norm(search.matched_mm[organ] - target.at_mm[organ]) for organ in organs}
         _errors(figure.add_subplot(grid[row, 4]), search.title, errors, numbers)
     figure.legend(
         handles=[_handle("o", True, "asked"), _handle("o", False, "true place"), _handle("X", True, "found place")],
@@ -235,23 +235,23 @@ def _mark(ax: Axes, plane: Plane, scan: Places, place_mm: np.ndarray, color: str
     ax.plot(*_at(plane, scan, place_mm), marker, ms=6, mfc=face, mec=edge, mew=width, clip_on=False, zorder=3)
 
 
-def _line(ax: Axes, plane: Plane, scan: Places, true_mm: np.ndarray, found_mm: np.ndarray, color: str) -> None:
+def _line(ax: Axes, plane: Plane, scan: Places, true_mm: np.ndarray, matched_mm: np.ndarray, color: str) -> None:
     """The error: from the true place to the found one."""
-    ends = np.array([_at(plane, scan, place) for place in (true_mm, found_mm)])
+    ends = np.array([_at(plane, scan, place) for place in (true_mm, matched_mm)])
     (drawn,) = ax.plot(*ends.T, color=color, lw=1.1, zorder=2)
     drawn.set_path_effects(HALO)
     _mark(ax, plane, scan, true_mm, color, "o", filled=False)
-    _mark(ax, plane, scan, found_mm, color, "X", filled=True)
+    _mark(ax, plane, scan, matched_mm, color, "X", filled=True)
 
 
 def with_margin(box: np.ndarray, shape: tuple[int, ...], margin: float = 0.03) -> np.ndarray:
-    """A box [3, 2] of a volume and a little of what is beside it, as a share of its width."""
+    """A box [3, 2] of a volume and a little of what is around it, as a share of its width."""
     aside = margin * (box[2, 1] - box[2, 0])
     return np.clip(box + np.array([-aside, aside]), 0, np.array(shape)[:, None])
 
 
 def crop(ax: Axes, box: np.ndarray, plane: Plane) -> None:
-    """Shows a box [3, 2] of a volume alone."""
+    """Shows only a box [3, 2] of a volume."""
     ax.set_xlim(*box[plane.column])
     ax.set_ylim(*(box[plane.row, ::-1] if plane.origin == "upper" else box[plane.row]))
     ax.set_anchor("N")
@@ -328,12 +328,12 @@ def features(rows: list[Colored], encoders: list[str]) -> Figure:
 
 def _reach(mask: np.ndarray) -> list[tuple[int, int]]:
     """First and last row and column of a mask, half-open; all of it where it is empty."""
-    found = ndimage.find_objects(mask.astype(int)) or [tuple(slice(0, size) for size in mask.shape)]
-    return [(part.start, part.stop) for part in found[0]]
+    extents = ndimage.find_objects(mask.astype(int)) or [tuple(slice(0, size) for size in mask.shape)]
+    return [(part.start, part.stop) for part in extents[0]]
 
 
 def _paint(ax: Axes, row: Colored, colors: np.ndarray) -> None:
-    """Colours over the body, black beside it."""
+    """Colours over the body, black outside of it."""
     coarse = np.minimum(np.arange(row.image.shape[0]) // row.step, colors.shape[0] - 1)
     across = np.minimum(np.arange(row.image.shape[1]) // row.step, colors.shape[1] - 1)
     painted = colors[np.ix_(coarse, across)] * row.body[..., None]

@@ -41,29 +41,29 @@ def organ_color(number: int) -> str:
 
 
 @style
-def overlay(shown: Overlay, values: tuple[int, ...]) -> Figure:
+def overlay(slices: Overlay, values: tuple[int, ...]) -> Figure:
     """Image, true and predicted labels; wrong voxels are outlined.
 
     Args:
-        shown: the slices.
+        slices: the slices.
         values: label values; the k-th has the legend's number k, from 1 on.
     """
-    panels = [("scan", None, None), ("true", shown.true, None), *shown.predictions]
-    height, width = shown.image.shape[0] * shown.unit_mm[1], shown.image.shape[1] * shown.unit_mm[2]
+    panels = [("scan", None, None), ("true", slices.true, None), *slices.predictions]
+    height, width = slices.image.shape[0] * slices.unit_mm[1], slices.image.shape[1] * slices.unit_mm[2]
     columns, rows = min(len(panels), 4), math.ceil(len(panels) / 4)
     figure = Figure(figsize=(2.4 * columns, rows * (2.4 * height / width + 0.25)))
     for k, (title, label, wrong) in enumerate(panels):
         ax = figure.add_subplot(rows, columns, k + 1)
-        draw_slice(ax, shown.image, AXIAL, shown.unit_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
+        draw_slice(ax, slices.image, AXIAL, slices.unit_mm, cmap="gray", vmin=DISPLAY_HU[0], vmax=DISPLAY_HU[1])
         ax.set_title(title)
         if label is None:
             draw_letters(ax, AXIAL, np.zeros(3, bool))
             continue
-        draw_slice(ax, _paint(label, values), AXIAL, shown.unit_mm, interpolation="nearest")
+        draw_slice(ax, _paint(label, values), AXIAL, slices.unit_mm, interpolation="nearest")
         if wrong is not None and wrong.any():
             y, x = (np.arange(size) + 0.5 for size in wrong.shape)
             ax.contour(x, y, wrong, [0.5], colors="white", linewidths=0.6)
-        _numbers(ax, label, values, NUMBER_IN / 2.2 * width / shown.unit_mm[1:])
+        _numbers(ax, label, values, NUMBER_IN / 2.2 * width / slices.unit_mm[1:])
     return figure
 
 
@@ -84,9 +84,9 @@ def _numbers(ax: Axes, label: np.ndarray, values: tuple[int, ...], apart: np.nda
         values: the k-th has number k, from 1 on.
         apart: least distance of two numbers in voxels (rows, columns).
     """
-    found = {number: np.argwhere(label == value) for number, value in enumerate(values, 1)}
+    organ_voxels = {number: np.argwhere(label == value) for number, value in enumerate(values, 1)}
     taken = np.empty((0, 2))
-    for number, places in sorted(found.items(), key=lambda item: -len(item[1])):
+    for number, places in sorted(organ_voxels.items(), key=lambda item: -len(item[1])):
         if len(places) < 12:
             continue
         free = places[(np.abs((places[:, None] - taken) / apart) >= 1).any(2).all(1)]
@@ -115,8 +115,8 @@ def montage(volume: np.ndarray, numbers: np.ndarray, spacing_mm: np.ndarray, org
         organs: names, the k-th one has number k, from 1 on.
     """
     labelled = [np.flatnonzero(numbers.any(tuple(k for k in range(3) if k != axis))) for axis in range(3)]
-    labelled = [found if len(found) else np.arange(n) for found, n in zip(labelled, volume.shape)]
-    middles = [found[len(found) // 2] for found in labelled]
+    labelled = [indices if len(indices) else np.arange(n) for indices, n in zip(labelled, volume.shape)]
+    middles = [indices[len(indices) // 2] for indices in labelled]
     cuts = [(AXIAL, labelled[0][int((len(labelled[0]) - 1) * share)]) for share in (0.2, 0.5, 0.8)]
     cuts += [(CORONAL, middles[1]), (SAGITTAL, middles[2])]
     sizes_mm = [[volume.shape[axis] * spacing_mm[axis] for axis in (plane.column, plane.row)] for plane, _ in cuts]

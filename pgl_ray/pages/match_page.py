@@ -23,9 +23,9 @@ from pgl_ray.pages.figures import data_uri
 from pgl_ray.pages.pages import NO, OPEN, YES, Answer, Line, plural
 from pgl_ray.pages.slices import WINDOWS, even_step
 
-SHOWN_VOXELS = 4_000_000  # of a scan; a larger one is shown at every second, third, ... voxel
+MAX_VOXELS = 4_000_000  # of a scan; a larger one is shown at every second, third, ... voxel
 GREY_HU = 8.0  # step of the 256 greys, from -1024 HU on
-MARGIN = 0.04  # that is shown beside the body, as a share of its size
+MARGIN = 0.04  # that is shown around the body, as a share of its size
 TEXT_BYTES = 60_000  # of page and script
 MOST_PICTURES = 12
 PICTURE_PX = 220  # height of the tallest slice
@@ -64,7 +64,7 @@ def _megabytes(encoder: ScanEncoder, scans: Sequence[Scan], levels: list[int], n
     num = 4 * len(levels) * num_points
     for scan in scans:
         shape = np.array(scan.voxels.shape)
-        num += math.prod(-(-shape // even_step(scan.voxels.shape, scan.spacing_mm, SHOWN_VOXELS)))
+        num += math.prod(-(-shape // even_step(scan.voxels.shape, scan.spacing_mm, MAX_VOXELS)))
         for level in levels:
             num += encoder.network.channels[level] * math.prod(-(-shape // np.array(encoder.network.strides[level])))
     return (num * 4 / 3 + TEXT_BYTES) / 1e6
@@ -77,7 +77,7 @@ def make_page(
     apart_mm: float,
     rows: Sequence[Any],
     voxels: Sequence[np.ndarray],
-    found: Sequence[search.Found],
+    hits: Sequence[search.Hit],
     texts: dict[str, str],
 ) -> str:
     """HTML that needs nothing else.
@@ -88,7 +88,7 @@ def make_page(
         apart_mm: of the runner-up.
         rows: of the table, per place.
         voxels: asked, per place.
-        found: per place.
+        hits: per place.
         texts: "title", "a", "b", "how" and "made_by".
     """
     grid = among.size(codes[1].shape)
@@ -104,7 +104,7 @@ def make_page(
     }
     pictures = [
         {"name": row.name, "image": _picture(scans, voxel, one, among)}
-        for row, voxel, one in list(zip(rows, voxels, found))[:MOST_PICTURES]
+        for row, voxel, one in list(zip(rows, voxels, hits))[:MOST_PICTURES]
     ]
     return pages.render(
         "match.html",
@@ -138,8 +138,8 @@ def answers(rows: Sequence[Any]) -> list[Answer]:
     verdict = YES if not doubtful else NO if not clear else "In part"
     first = Line("None by its runner-up", "look at all once, for a wrong place can be the only similar one")
     if doubtful:
-        told = ", ".join(f"{name} ({margin:.3f})" for name, margin in doubtful.items())
-        first = Line("Doubtful", f"{told}: look there first, at the runner-up, too")
+        names = ", ".join(f"{name} ({margin:.3f})" for name, margin in doubtful.items())
+        first = Line("Doubtful", f"{names}: look there first, at the runner-up, too")
     sure = (
         "nobody has marked these places in B; how many mm such places are off, with an interval, says python -m "
         "pgl_ray.probe with judges=[matching] on labelled scans"
@@ -152,9 +152,9 @@ def answers(rows: Sequence[Any]) -> list[Answer]:
 
 
 def _side(scan: Scan, codes: search.Codes) -> dict[str, Any]:
-    step = even_step(scan.voxels.shape, scan.spacing_mm, SHOWN_VOXELS)
-    shown = scan.voxels[tuple(slice(by // 2, None, by) for by in step)]
-    greys = np.clip((shown.astype(np.float32) + 1024) / GREY_HU + 0.5, 0, 255).astype(np.uint8)
+    step = even_step(scan.voxels.shape, scan.spacing_mm, MAX_VOXELS)
+    voxels = scan.voxels[tuple(slice(by // 2, None, by) for by in step)]
+    greys = np.clip((voxels.astype(np.float32) + 1024) / GREY_HU + 0.5, 0, 255).astype(np.uint8)
     maps = [
         {"shape": one.shape, "stride": list(stride), "center": list(center), "codes": _text(one)}
         for one, stride, center in zip(codes.maps, codes.strides, codes.centers)
@@ -169,7 +169,7 @@ def _side(scan: Scan, codes: search.Codes) -> dict[str, Any]:
 
 
 def _box(scan: Scan, step: Sequence[int]) -> np.ndarray:
-    """Around the body and a little of what is beside it, int [3, 2], in shown voxels."""
+    """Around the body and a little of what is around it, int [3, 2], in shown voxels."""
     box = np.reshape(foreground_box(scan.voxels), (3, 2)).astype(np.float64)
     box += MARGIN * (box[:, 1] - box[:, 0])[:, None] * [-1, 1]
     first, last = np.floor(box[:, 0] / step), np.ceil(box[:, 1] / step)
@@ -185,17 +185,17 @@ def _text(array: np.ndarray) -> str:
 # -- pictures, for where there is no JavaScript ------------------------------------------------------------------------
 
 
-def _picture(scans: Sequence[Scan], voxel: np.ndarray, found: search.Found, among: search.Candidates) -> str:
+def _picture(scans: Sequence[Scan], voxel: np.ndarray, hit: search.Hit, among: search.Candidates) -> str:
     """Axial and coronal slices through the asked place of A, then through the found one of B, at one scale, as a data
     URI."""
     shape = scans[1].voxels.shape
-    heat = search.similarity_map(among, found.similarities, shape)
+    heat = search.similarity_map(among, hit.similarities, shape)
     sizes_mm = [np.diff(_box(scan, (1, 1, 1)))[:, 0] * scan.spacing_mm for scan in scans]
     px_per_mm = PICTURE_PX / max(max(size[:2]) for size in sizes_mm)
     panels = []
-    for scan, at, hot in ((scans[0], voxel, None), (scans[1], found.voxel, heat)):
+    for scan, at, hot in ((scans[0], voxel, None), (scans[1], hit.voxel, heat)):
         for through, up in ((0, False), (1, True)):
-            panels.append(_panel(scan, at, hot, found.similarity, through, up, px_per_mm))
+            panels.append(_panel(scan, at, hot, hit.similarity, through, up, px_per_mm))
     tallest = max(len(panel) for panel in panels)
     padded = [np.pad(panel, ((0, tallest - len(panel)), (0, 0), (0, 0))) for panel in panels]
     padded = [np.pad(panel, ((0, 0), (0, 4), (0, 0)), constant_values=128) for panel in padded]  # between panels
@@ -223,11 +223,11 @@ def _panel(
     y = int((at[row] + 0.5 - box[row, 0]) / rows * height)
     x = int((at[2] + 0.5 - box[2, 0]) / columns * width)
     if 0 <= y < height:
-        beside = np.abs(np.arange(width) - x) > 4
-        panel[y, beside] = panel[y, beside] // 2 + np.array([0, 120, 60], np.uint8)
+        off_cross = np.abs(np.arange(width) - x) > 4
+        panel[y, off_cross] = panel[y, off_cross] // 2 + np.array([0, 120, 60], np.uint8)
     if 0 <= x < width:
-        beside = np.abs(np.arange(height) - y) > 4
-        panel[beside, x] = panel[beside, x] // 2 + np.array([0, 120, 60], np.uint8)
+        off_cross = np.abs(np.arange(height) - y) > 4
+        panel[off_cross, x] = panel[off_cross, x] // 2 + np.array([0, 120, 60], np.uint8)
     return panel[::-1] if up else panel
 
 

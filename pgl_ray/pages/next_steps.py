@@ -26,15 +26,15 @@ def first(runs: list[Run], judged: dict[str, dict[str, Any] | None]) -> Line:
         if not run.rows:
             return Line("Wait", f"{run.name} has no metrics yet; make this page again when it has")
     for run in pretrained:
-        index, found = run.record.index, judged[run.name]
-        if not found or not found["standing"]:
+        index, result = run.record.index, judged[run.name]
+        if not result or not result["standing"]:
             labels = run.record.store.labels
             args = "judges=[voxels,decoder,matching]", f"index={index}" if labels else "index=STORE"
             text = command("probe", f"init={run_paths.origin(run.path)}", *args)
             text += "" if labels else ", STORE one of a few labelled scans, for this run's has no labels"
             return Line("Judge it", f"{run.name} was not set beside random weights by all judges: {text}")
-        if not any(Standing(**one).is_ahead for one in found["standing"].values()):
-            return _no_better(run, found)
+        if not any(Standing(**one).is_ahead for one in result["standing"].values()):
+            return _no_better(run, result)
     return _after(pretrained, tuned)
 
 
@@ -56,14 +56,14 @@ def _mends(pretrained: list[Run]) -> Line | None:
                 "Train again",
                 f"{run.name} collapsed: a new run=... with a lower optim.lr than {rate:g}, or a larger batch",
             )
-        if (found := speeds.wait_of(run)) and found.verdict == speeds.DATA:
+        if (wait := speeds.wait_of(run)) and wait.verdict == speeds.DATA:
             text = command("bench", f"index={run.record.index}")
             return Line("Feed it", f"{text} says which part of the data's way is dear, and what helps")
     return None
 
 
 def _no_better(run: Run, judged: dict[str, Any]) -> Line:
-    """An encoder that no judge sets above random weights: the likeliest reason that its own record tells."""
+    """An encoder that no judge sets above random weights: the likeliest reason that its record gives."""
     facts, what = run.record.outlook, f"{run.name} is not above random weights"
     if facts.get("target_turnover", math.inf) < MIN_TURNOVER:
         turned = f"its target turned over {facts['target_turnover']:.1f} times, fewer than {MIN_TURNOVER:g}"
@@ -88,7 +88,7 @@ def evaluation(run: Run) -> str:
 
 
 def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
-    """Once the encoder is above random weights, or where there are fine-tunings alone."""
+    """Once the encoder is above random weights, or where there are only fine-tunings."""
     waiting = [run for run in tuned if not run.summary]
     if waiting:
         return Line("Evaluate", evaluation(waiting[0]))
@@ -110,39 +110,39 @@ def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
             f"the settings of {starts[0].name} without init, so that there is something to compare with",
         )
     pairs = arms.same_seed(starts, random)
-    found = arms.dice_gain(pairs) if pairs else None
-    if found is None:
+    gain = arms.dice_gain(pairs) if pairs else None
+    if gain is None:
         return Line(
             "Compare alike",
             "fine-tune from random weights with the same seed, scans and settings, and evaluate on the same scans",
         )
-    return _more(found)
+    return _more(gain)
 
 
-def _more(found: Gain) -> Line:
-    """Whether more scans or more seeds would tell more of a difference in Dice."""
-    seeds = "fine-tune both with three or more seeds" if len(found.by_seed) < 3 else "fine-tune with more seeds"
-    if not found.low <= 0 <= found.high:
-        if len(found.by_seed) < 3:
+def _more(gain: Gain) -> Line:
+    """Whether more scans or more seeds would say more about a difference in Dice."""
+    seeds = "fine-tune both with three or more seeds" if len(gain.by_seed) < 3 else "fine-tune with more seeds"
+    if not gain.low <= 0 <= gain.high:
+        if len(gain.by_seed) < 3:
             return Line("Repeat", f"{seeds}: so far the interval is that of the scans alone")
-        if found.is_better is None:
+        if gain.is_better is None:
             return Line("Repeat", f"{seeds}: they differ by more than the gain")
-        if found.is_better:
+        if gain.is_better:
             return Line("Use it", "nothing that these figures could tell is open")
         return Line(
             "Begin from random weights", "the pre-training costs Dice here: train longer, or on scans like these"
         )
-    half = (found.high - found.low) / 2
-    spread = half * math.sqrt(found.num_scans) / stats.t.ppf(0.975, found.num_scans - 1)
-    needed = math.ceil((1.96 * spread / found.mean) ** 2) if found.mean else MOST_SCANS + 1
+    half = (gain.high - gain.low) / 2
+    spread = half * math.sqrt(gain.num_scans) / stats.t.ppf(0.975, gain.num_scans - 1)
+    needed = math.ceil((1.96 * spread / gain.mean) ** 2) if gain.mean else MOST_SCANS + 1
     if needed > MOST_SCANS:
         return Line(
             "Train on",
-            f"a difference of {found.mean:+.2f} points of Dice is too small for any number of test scans: longer "
+            f"a difference of {gain.mean:+.2f} points of Dice is too small for any number of test scans: longer "
             "pre-training, fewer labels, or another task",
         )
     return Line(
         "Score on more scans",
-        f"if the difference stays as it is, about {max(needed, found.num_scans + 1):,} test scans would tell it from 0 "
-        f"({found.num_scans} now); then {seeds}",
+        f"if the difference stays as it is, about {max(needed, gain.num_scans + 1):,} test scans would tell it from 0 "
+        f"({gain.num_scans} now); then {seeds}",
     )

@@ -1,4 +1,4 @@
-"""What every page is made with: the templates beside this file, and the answers that stand at a page's top."""
+"""What every page is made with: the templates beside this file, and the answers at the top of a page."""
 
 import math
 import shlex

@@ -197,8 +197,8 @@ def places(
         "one line = two features that are compared; circle: where view 1's looks, cross: where view 2's looks",
         fontsize=8,
     )
-    for row, (name, found) in enumerate(compared.items()):
-        first, second = (_some_places(scan_points) for scan_points in found)
+    for row, (name, coordinates) in enumerate(compared.items()):
+        first, second = (_some_places(scan_points) for scan_points in coordinates)
         colors = matplotlib.colormaps["hsv"](np.linspace(0, 1, len(first), endpoint=False))
         for k, (view, prior) in enumerate(zip(views, priors)):
             ax = figure.add_subplot(grid[row, k])

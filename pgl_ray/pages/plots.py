@@ -36,7 +36,7 @@ def curves(
     log: bool = False,
     marks: Sequence[Mark] = (),
 ) -> Figure:
-    """Lines over steps; on a log scale zeros leave gaps, and zeros alone are shown on a linear one. Marks are dotted
+    """Lines over steps; on a log scale zeros leave gaps; where all are zero it is linear. Marks are dotted
     lines with a word; one that lies beyond the bounds is left out."""
     figure = Figure(figsize=(3.6, 2.2))
     ax = figure.add_subplot(title=title, xlabel="step")

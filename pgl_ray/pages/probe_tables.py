@@ -20,7 +20,7 @@ ORGAN_SPECS = {"voxels": ".2f", "decoder": ".2f", "matching": ".0f"}
 
 
 def read(runs: list[Run]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
-    """Results of `probe` in the runs' folders; beside these, those of random encoders and of encoders that they use.
+    """Results of `probe` in the runs' folders; in addition those of random encoders and of encoders that they use.
 
     Returns:
         (file, result) each, and a line for each file of an earlier version, which is left out.
@@ -28,26 +28,26 @@ def read(runs: list[Run]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]
     inits = [run.record.init for run in runs]
     known = {"random", *(run_paths.origin(run.path) for run in runs), *(os.path.realpath(init) for init in inits)}
     inside = sorted({path for run in runs for path in run.path.glob("*probe*.json")})
-    beside = sorted({path for run in runs for path in run.path.parent.glob("*probe*.json")})
-    kept, old = [], []
-    for path in dict.fromkeys([*inside, *beside]):
-        found = _result(path)
-        if not found or not (path in inside or found["init"] in known or os.path.realpath(found["init"]) in known):
+    outside = sorted({path for run in runs for path in run.path.parent.glob("*probe*.json")})
+    results, old = [], []
+    for path in dict.fromkeys([*inside, *outside]):
+        result = _result(path)
+        if not result or not (path in inside or result["init"] in known or os.path.realpath(result["init"]) in known):
             continue
-        if {"readings", "controls", "ceiling", "sentences", "pictures"} <= set(found):
-            kept.append((path, found))
+        if {"readings", "controls", "ceiling", "sentences", "pictures"} <= set(result):
+            results.append((path, result))
         else:
             old.append(f"{path} is of an earlier version and left out: python -m pgl_ray.probe judges again")
-    return kept, old
+    return results, old
 
 
 def _result(path: Path) -> dict[str, Any] | None:
-    """A probe's result; none where the file is something else, for its name alone speaks for it."""
+    """A probe's result; none where the file is something else, for only its name speaks for it."""
     try:
-        found = json.loads(path.read_text())
+        result = json.loads(path.read_text())
     except ValueError:
         return None
-    return found if isinstance(found, dict) and {"init", "recall", "balanced_accuracy"} <= set(found) else None
+    return result if isinstance(result, dict) and {"init", "recall", "balanced_accuracy"} <= set(result) else None
 
 
 def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
@@ -59,14 +59,14 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
     """
     if not probes:
         return None
-    judges = [judge for judge in JUDGED if any(judge in counted(found) for _, found in probes)]
+    judges = [judge for judge in JUDGED if any(judge in counted(result) for _, result in probes)]
     rows: list[dict[str, Any]] = []
-    for _, found in probes:
-        for name, scores in scored(found).items():
+    for _, result in probes:
+        for name, scores in scored(result).items():
             row = {"name": name, "cells": [cell for judge in judges for cell in _cells(judge, scores.get(judge))]}
-            row |= {"num_scans": f"{found['num_train_scans']} / {found['num_test_scans']}"}
+            row |= {"num_scans": f"{result['num_train_scans']} / {result['num_test_scans']}"}
             same = [one for one in rows if (one["name"], one["cells"]) == (name, row["cells"])]
-            if not same:  # random weights are judged beside each encoder of their size
+            if not same:  # random weights are judged with each encoder of their size
                 rows.append(row)
     for column, judge in enumerate(judges):
         values = [row["cells"][2 * column]["value"] for row in rows]
@@ -75,41 +75,41 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
         for row in rows:
             cell = row["cells"][2 * column]
             cell["best"] = best is not None and cell["value"] == best
-    boxes = {f"{found['body_box_mm']:.1f} mm" for _, found in probes if found["body_box_mm"] is not None}
+    boxes = {f"{result['body_box_mm']:.1f} mm" for _, result in probes if result["body_box_mm"] is not None}
     return {
         "heads": [head for judge in judges for head in (JUDGED[judge][0], MORE[judge][1])],
         "rows": rows,
-        "sentences": [f"{name_of(found)}, {line}." for _, found in probes for line in found["sentences"]],
-        "notes": gathered((name_of(found), note) for _, found in probes for note in found["notes"]),
+        "sentences": [f"{name_of(result)}, {line}." for _, result in probes for line in result["sentences"]],
+        "notes": gathered((name_of(result), note) for _, result in probes for note in result["notes"]),
         "organs": by_organ(probes, judges),
         "body_box": ", ".join(sorted(boxes)),
         "files": list(dict.fromkeys(str(path) for path, _ in probes)),
     }
 
 
-def name_of(found: dict[str, Any]) -> str:
+def name_of(result: dict[str, Any]) -> str:
     """Short name of the encoder that was judged."""
-    return os.path.basename(found["init"].rstrip("/"))
+    return os.path.basename(result["init"].rstrip("/"))
 
 
-def scored(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def scored(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Name -> judge -> score: the readings, the one that counts first, then what they are to be compared with."""
-    name = name_of(found)
-    words = in_words(found["readings"])
-    rows = {f"{name}, {words[reading]}": scores for reading, scores in found["readings"].items()}
-    rows |= found["controls"]  # of random weights that are judged themselves, the same rows
-    return rows | ({"trained with all labels": found["ceiling"]} if found["ceiling"] else {})
+    name = name_of(result)
+    words = in_words(result["readings"])
+    rows = {f"{name}, {words[reading]}": scores for reading, scores in result["readings"].items()}
+    rows |= result["controls"]  # of random weights that are judged themselves, the same rows
+    return rows | ({"trained with all labels": result["ceiling"]} if result["ceiling"] else {})
 
 
 def _cells(judge: str, score: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The judge's value with its interval, and its second figure."""
-    value, more = (None, None) if score is None else (score["value"], score["details"].get(MORE[judge][0]))
+    value, second = (None, None) if score is None else (score["value"], score["details"].get(MORE[judge][0]))
     bounds = score and score["ci95"]
     spec = JUDGED[judge][1]
     interval = f"{bounds[0]:{spec}} to {bounds[1]:{spec}}" if bounds else ""
     return [
         {"text": number(value, spec), "ci": interval, "value": value, "best": False},
-        {"text": number(more, MORE[judge][2]), "ci": "", "value": more, "best": False},
+        {"text": number(second, MORE[judge][2]), "ci": "", "value": second, "best": False},
     ]
 
 
@@ -122,12 +122,12 @@ def by_organ(probes: list[tuple[Path, dict[str, Any]]], judges: list[str]) -> di
     groups, columns = [], []
     for judge in judges:
         named: dict[str, dict[str, float]] = {}
-        for _, found in probes:
-            if judge in counted(found):
-                named[name_of(found)] = _organs(judge, counted(found)[judge])
-            if judge in found["standing"]:
-                low_is = found["standing"][judge]["low_is"]
-                named[low_is] = _organs(judge, found["controls"][low_is][judge])
+        for _, result in probes:
+            if judge in counted(result):
+                named[name_of(result)] = _organs(judge, counted(result)[judge])
+            if judge in result["standing"]:
+                low_is = result["standing"][judge]["low_is"]
+                named[low_is] = _organs(judge, result["controls"][low_is][judge])
         groups.append((IN_FULL[judge].replace("balanced accuracy of", "recall of"), list(named)))
         columns += [(judge, values) for values in named.values()]
     organs = list(dict.fromkeys(organ for _, values in columns for organ in values))

@@ -18,7 +18,7 @@ from pgl_ray.prior import scan_to_view
 
 VIEW_COLORS, OVERLAP_COLOR = ("#56B4E9", "#E69F00"), "#F0E442"
 WINDOWS = {"soft tissue": (-200, 300), "lung": (-1000, 200), "bone": (-200, 1000), "all": (-1024, 1000)}
-DISPLAY_HU = (-200.0, 300.0)  # soft tissue; for the eye alone
+DISPLAY_HU = (-200.0, 300.0)  # soft tissue; for display only
 AXIS_ENDS = (("I", "S"), ("A", "P"), ("R", "L"))  # what lies at the low and high end of D, H, W
 
 

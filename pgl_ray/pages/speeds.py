@@ -65,17 +65,17 @@ def wait_of(run: Run) -> Wait | None:
     shares = [share for step, share in run_folders.waits(run) if step in steps]
     if not shares:
         return None
-    kept = [row["checkpoint/share"] for row in steady if "checkpoint/share" in row]
+    saving = [row["checkpoint/share"] for row in steady if "checkpoint/share" in row]
     rate = float(np.median([row[speed] for row in steady]))
-    return Wait(float(np.mean(shares)), reach(shares), len(shares), rate, kept[-1] if kept else 0.0)
+    return Wait(float(np.mean(shares)), reach(shares), len(shares), rate, saving[-1] if saving else 0.0)
 
 
 def limits(runs: list[Run]) -> list[Line]:
     """A sentence for the runs of each door that one thing limited."""
     groups: dict[tuple[str, str], list[tuple[Run, Wait | None]]] = {}
     for run in runs:
-        found = wait_of(run)
-        groups.setdefault((run.door, found.verdict if found else OPEN), []).append((run, found))
+        wait = wait_of(run)
+        groups.setdefault((run.door, wait.verdict if wait else OPEN), []).append((run, wait))
     lines = []
     for (door, verdict), group in groups.items():
         name = group[0][0].name if len(group) == 1 else plural(len(group), DOORS[door][2])
@@ -84,17 +84,17 @@ def limits(runs: list[Run]) -> list[Line]:
 
 
 def _words(verdict: str, group: list[tuple[Run, Wait | None]]) -> str:
-    found = [one for _, one in group if one]
-    if not found:
+    waits = [wait for _, wait in group if wait]
+    if not waits:
         return "no row after the first, which holds the start-up, says how long it waited for data"
-    share, rate = _span([one.mean for one in found], percent), _span([one.per_s for one in found], _rate)
-    bounds = percent(min(one.low for one in found), max(one.high for one in found))
-    kind = "interval" if len(found) == 1 else "intervals within"
-    sure = f"95 % {kind} {bounds}, {sum(one.num for one in found)} rows"
-    if any(one.half is None for one in found):
+    share, rate = _span([wait.mean for wait in waits], percent), _span([wait.per_s for wait in waits], _rate)
+    bounds = percent(min(wait.low for wait in waits), max(wait.high for wait in waits))
+    kind = "interval" if len(waits) == 1 else "intervals within"
+    sure = f"95 % {kind} {bounds}, {sum(wait.num for wait in waits)} rows"
+    if any(wait.half is None for wait in waits):
         sure = "of one row alone there is no interval"
     text = f"{share} of the time was spent waiting for data ({sure}), at {rate} {DOORS[group[0][0].door][1]} per second"
-    dear = max(one.checkpoints for one in found)
+    dear = max(wait.checkpoints for wait in waits)
     text += f"; checkpoints took {percent(dear)}" if dear > DEAR else ""
     return f"{text}; {MENDS.get(verdict) or _faster(group[0][0])}"
 

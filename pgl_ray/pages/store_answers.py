@@ -21,7 +21,7 @@ def of_store(index: Index, notes: Mapping[str, Sequence[str]], unused: Sequence[
         unused: per file that is not in the store "failed" or "left out".
         epoch: how long the views of one take, in words.
     """
-    odd = [scan_id for scan_id, found in notes.items() if found]
+    odd = [scan_id for scan_id, oddities in notes.items() if oddities]
     return [
         Answer(FIT, [_fit(index, notes, odd)]),
         Answer(WHOLE, [_whole(index, unused)]),

@@ -134,7 +134,7 @@ def quantiles(index: Index) -> list[tuple[str, list[str]]]:
     figures |= {f"voxel along {axis}, mm": spacing[:, k] for k, axis in enumerate("DHW")}
     figures |= {"mean in the window, HU": index.column("mean_hu"), "body": index.column("foreground_share")}
     at = list(QUANTILES.values())
-    return [(name, [f"{value:.4g}" for value in np.percentile(found, at)]) for name, found in figures.items()]
+    return [(name, [f"{value:.4g}" for value in np.percentile(values, at)]) for name, values in figures.items()]
 
 
 def as_csv(index: Index, notes: Mapping[str, list[str]]) -> bytes:
@@ -145,8 +145,8 @@ def as_csv(index: Index, notes: Mapping[str, list[str]]) -> bytes:
     for scan in index.scans:
         figures = (scan.mean_hu, scan.std_hu, scan.foreground_share, scan.border_share)
         num_labels = len(scan.label_voxels) if scan.label_metadata is not None else ""
-        shown = [f"{figure:.6g}" for figure in (*scan.spacing_mm, *figures)]
-        writer.writerow([scan.scan_id, scan.split, *scan.shape, *shown, num_labels, "; ".join(notes[scan.scan_id])])
+        cells = [f"{figure:.6g}" for figure in (*scan.spacing_mm, *figures)]
+        writer.writerow([scan.scan_id, scan.split, *scan.shape, *cells, num_labels, "; ".join(notes[scan.scan_id])])
     return text.getvalue().encode()
 
 

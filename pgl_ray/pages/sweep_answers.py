@@ -50,15 +50,15 @@ def of_sweep(config: dict[str, Any], trials: list[Trial], grid: dict[str, Any] |
 def _groups(trials: list[Trial]) -> dict[str, dict[str, dict[str, float]]]:
     """Point -> title -> seed -> score of trials that are done. Arms are set against each other at one point of the
     space; without arms all settings are."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    scores: dict[str, dict[str, dict[str, float]]] = {}
     for trial in trials:
         if trial.state == "done" and trial.score is not None:
             seed = {key: value for key, value in trial.values.items() if sweeps.short(key) == "seed"}
             rest = {key: value for key, value in trial.values.items() if key not in seed}
             arm = rest.pop("arm", None)
             point, title = (sweeps.settings(rest), str(arm)) if arm else ("", sweeps.settings(rest) or "as the base")
-            found.setdefault(point, {}).setdefault(title, {})[sweeps.settings(seed)] = trial.score
-    return found
+            scores.setdefault(point, {}).setdefault(title, {})[sweeps.settings(seed)] = trial.score
+    return scores
 
 
 def best(config: dict[str, Any], trials: list[Trial]) -> list[Line]:
@@ -77,8 +77,8 @@ def best(config: dict[str, Any], trials: list[Trial]) -> list[Line]:
 
 
 def _lead(first: str, second: str, text: str, lead: float, titles: dict[str, dict[str, float]]) -> Line:
-    mine, theirs = titles[first], titles[second]
-    by_seed = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    scores, others = titles[first], titles[second]
+    by_seed = [scores[seed] - others[seed] for seed in scores if seed in others]
     text += f", the second is {second}, {lead:+.4f} away"
     half = reach(by_seed)
     if half is None:
@@ -120,10 +120,10 @@ def of_tuned(config: dict[str, Any], grid: dict[str, Any] | None) -> list[Line]:
             text = "the first arm, which others are set against, is not one of random weights"
             lines.append(Line(OPEN, text, f"fine-tuned{at}"))
             continue
-        for arm, found in block["gains"].items():
+        for arm, gain in block["gains"].items():
             name = f"fine-tuned, {arm}{at}"
             none = Line(OPEN, "no seed and scans in common with random weights", name)
-            lines.append(Line(_verdict([found]), _words(found), name) if found else none)
+            lines.append(Line(_verdict([gain]), _words(gain), name) if gain else none)
     return lines
 
 
@@ -134,10 +134,10 @@ def _verdict(gains: list[Gain]) -> str:
     return NO if better == {False} else OPEN
 
 
-def _words(one: Gain) -> str:
+def _words(gain: Gain) -> str:
     return (
-        f"{one.mean:+.2f} {one.measure.unit} (95 % interval {one.low:+.2f} to {one.high:+.2f} over "
-        f"{plural(one.num_scans, 'scan')}), ahead with {one.ahead} of {plural(len(one.by_seed), 'seed')}"
+        f"{gain.mean:+.2f} {gain.measure.unit} (95 % interval {gain.low:+.2f} to {gain.high:+.2f} over "
+        f"{plural(gain.num_scans, 'scan')}), ahead with {gain.ahead} of {plural(len(gain.by_seed), 'seed')}"
     )
 
 
@@ -145,11 +145,11 @@ def _best_probed(trials: list[Trial]) -> Line:
     """Without arms: what the probe of the best trial says of random weights."""
     top = next(iter(sweeps.judged(trials)), None)
     path = top and top.folder / "probe.json"
-    found = read_json(path) if path and path.is_file() else {}
-    standing = {judge: Standing(**one) for judge, one in found.get("standing", {}).items()}
+    result = read_json(path) if path and path.is_file() else {}
+    standing = {judge: Standing(**one) for judge, one in result.get("standing", {}).items()}
     if not standing:
         return Line(OPEN, "this sweep has no arm of random weights, and no judge set a trial beside them")
-    values = {judge: score["value"] for judge, score in tables.counted(found).items()}
+    values = {judge: score["value"] for judge, score in tables.counted(result).items()}
     ahead = {one.is_ahead if one.ahead_ci95 else None for one in standing.values()}
     verdict = (YES if ahead == {True} else "In part") if True in ahead else NO if ahead == {False} else OPEN
     return Line(verdict, answer(f"the best trial, {top.title},", standing, values).removesuffix("."))

@@ -48,8 +48,8 @@ def parallel_coordinates(
     for k, axis in enumerate(all_axes):
         ax.axvline(k, color="#999999", lw=0.8, zorder=0)
         ticks = dict(zip(axis.places, axis.labels or [f"{value:.3g}" for value in axis.values]))
-        shown = ticks if axis.labels else {place: ticks[place] for place in (min(ticks), max(ticks))}
-        for place, text in shown.items():
+        labelled = ticks if axis.labels else {place: ticks[place] for place in (min(ticks), max(ticks))}
+        for place, text in labelled.items():
             ax.text(
                 k + 0.03,
                 place,

@@ -42,10 +42,10 @@ def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any
     drawn = {"parallel": "", "settings": [], "curves": ""}
     if len(scored) > 1:
         drawn = _figures(config, scored)
-    found_grid = grid(config, trials, overlays) if config["arms"] else None
-    found_judged = arms.judged(config, trials) if config["arms"] else []
+    arms_grid = grid(config, trials, overlays) if config["arms"] else None
+    arms_judged = arms.judged(config, trials) if config["arms"] else []
     return {
-        "answers": sweep_answers.of_sweep(config, trials, found_grid, found_judged),
+        "answers": sweep_answers.of_sweep(config, trials, arms_grid, arms_judged),
         "config": config,
         "judge": config["judge"],
         "lower": sweeps.merit(config["judge"], 1.0) < 0,
@@ -58,8 +58,8 @@ def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any
         **drawn,
         "importance": importance(config, done),
         "min_trials": MIN_TRIALS,
-        "grid": found_grid,
-        "judged": found_judged,
+        "grid": arms_grid,
+        "judged": arms_judged,
     }
 
 
@@ -68,24 +68,24 @@ def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any
 
 def _notes(trials: list[Trial]) -> list[tuple[str, str]]:
     """What probes and evaluations say of their scans, after the arm or the settings of each trial."""
-    found = []
+    named_notes = []
     for trial in trials:
         run = trial.run("finetune")
         paths = [trial.folder / "probe.json", *([run / "evaluation" / "summary.json"] if run else [])]
         notes = [note for path in paths if path.is_file() for note in read_json(path).get("notes", [])]
-        found += [(str(trial.values.get("arm", trial.title)), note) for note in notes]
-    return found
+        named_notes += [(str(trial.values.get("arm", trial.title)), note) for note in notes]
+    return named_notes
 
 
 def _row(trial: Trial, judges: list[str]) -> dict[str, Any]:
-    cost, evaluation, said = sweeps.cost(trial), sweeps.evaluation(trial), sweeps.probed(trial.folder)
+    cost, evaluation, values = sweeps.cost(trial), sweeps.evaluation(trial), sweeps.probed(trial.folder)
     return {
         "name": trial.name,
         "title": trial.title,
         "state": trial.ending,
         "first": tables.number(_first(trial), ".4f"),
         "score": tables.number(trial.score, ".4f"),
-        "judged": [tables.number(said.get(judge), tables.JUDGED[judge][1]) for judge in judges],
+        "judged": [tables.number(values.get(judge), tables.JUDGED[judge][1]) for judge in judges],
         "test": tables.number(evaluation.get("dice"), ".4f"),
         "pairs": f"{cost['pairs']:,}",
         "patches": f"{cost['patches']:,}",
@@ -99,17 +99,17 @@ def _row(trial: Trial, judges: list[str]) -> dict[str, Any]:
 
 def _first(trial: Trial) -> float | None:
     """What the first judge said last, in pre-training."""
-    found = [value for progress, value in trial.reports if progress <= trial.judged_from]
-    return found[-1] if found else None
+    scores = [value for progress, value in trial.reports if progress <= trial.judged_from]
+    return scores[-1] if scores else None
 
 
 def _totals(trials: list[Trial]) -> str:
     """What the sweep cost, each shared pre-training once."""
-    alone = {trial.pretrain or trial.name: sweeps.cost(trial) for trial in trials}
-    pairs, pretrain_s = (sum(cost[key] for cost in alone.values()) for key in ("pairs", "pretrain_s"))
+    unique = {trial.pretrain or trial.name: sweeps.cost(trial) for trial in trials}
+    pairs, pretrain_s = (sum(cost[key] for cost in unique.values()) for key in ("pairs", "pretrain_s"))
     every = [sweeps.cost(trial) for trial in trials]
     patches, finetune_s = (sum(cost[key] for cost in every) for key in ("patches", "finetune_s"))
-    gpu_s = sum(cost["pretrain_gpu_s"] for cost in alone.values()) + sum(cost["finetune_gpu_s"] for cost in every)
+    gpu_s = sum(cost["pretrain_gpu_s"] for cost in unique.values()) + sum(cost["finetune_gpu_s"] for cost in every)
     num = len({trial.pretrain for trial in trials if trial.pretrain})
     return (
         f"{num} pre-trainings with {pairs:,} view pairs in {pretrain_s / 60:.1f} min and {len(trials)} trials with "
@@ -122,7 +122,7 @@ def _totals(trials: list[Trial]) -> str:
 
 def _axes(config: dict[str, Any], trials: list[Trial]) -> list[sweep_plots.Axis]:
     """The settings that differ between trials; lists, texts and arms are categories, in the order of the space."""
-    found = []
+    axes = []
     for key in (["arm"] if config["arms"] else []) + list(config["space"]):
         values = [trial.values.get(key) for trial in trials]
         if len({str(value) for value in values}) < 2 or any(value is None for value in values):
@@ -131,14 +131,14 @@ def _axes(config: dict[str, Any], trials: list[Trial]) -> list[sweep_plots.Axis]
         verb, args = next(iter(config["space"].get(key, {"choice": list(config["arms"])}).items()))
         name = "arm" if key == "arm" else sweeps.short(key)
         if numeric and verb not in ("choice", "grid_search"):
-            found.append(sweep_plots.Axis(name, values, None, verb == "loguniform"))
+            axes.append(sweep_plots.Axis(name, values, None, verb == "loguniform"))
             continue
         order = [str(arg) for arg in args] + sorted({str(value) for value in values} - {str(arg) for arg in args})
         labels = {str(value): sweeps.number(value) for value in values}
         order = [text for text in order if text in labels]
         places = [float(order.index(str(value))) for value in values]
-        found.append(sweep_plots.Axis(name, places, [labels[str(value)] for value in values]))
-    return found
+        axes.append(sweep_plots.Axis(name, places, [labels[str(value)] for value in values]))
+    return axes
 
 
 def _figures(config: dict[str, Any], trials: list[Trial]) -> dict[str, Any]:
@@ -152,12 +152,12 @@ def _figures(config: dict[str, Any], trials: list[Trial]) -> dict[str, Any]:
         points = [*reports, *([(_end(config), trial.score)] if trial.state == "done" else [])]
         lines.append((*([list(part) for part in zip(*points)] or [[], []]), trial.state == "done"))
     middles = [means(axis, scores, ended) for axis in axes]
-    ends = [mean + sign * (half or 0.0) for found in middles for _, mean, half in found for sign in (-1, 1)]
+    ends = [mean + sign * (half or 0.0) for groups in middles for _, mean, half in groups for sign in (-1, 1)]
     low, high = min(scores + ends), max(scores + ends)
     limits = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)  # one scale for all settings
     plots = [
-        figures.to_svg(sweep_plots.setting_scores(axis, scores, ended, found, good, limits))
-        for axis, found in zip(axes, middles)
+        figures.to_svg(sweep_plots.setting_scores(axis, scores, ended, groups, good, limits))
+        for axis, groups in zip(axes, middles)
     ]
     return {
         "parallel": parallel,
@@ -181,11 +181,11 @@ def means(axis: sweep_plots.Axis, scores: list[float], ended: list[bool]) -> lis
         groups = [[pair for pair in pairs if pair[0] == value] for value in sorted(set(axis.values))]
     else:
         groups = [list(map(tuple, part)) for part in np.array_split(pairs, 3)] if len(pairs) >= 6 else []
-    found = []
+    middles = []
     for group in filter(None, groups):
-        here = [score for _, score in group]
-        found.append((float(np.median([x for x, _ in group])), float(np.mean(here)), reach(here)))
-    return found
+        group_scores = [score for _, score in group]
+        middles.append((float(np.median([x for x, _ in group])), float(np.mean(group_scores)), reach(group_scores)))
+    return middles
 
 
 def importance(config: dict[str, Any], trials: list[Trial]) -> list[tuple[str, str]]:
@@ -225,12 +225,12 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
         return None
     names = list(config["arms"])
     colors = {arm: plots.RUN_COLORS[k % len(plots.RUN_COLORS)] for k, arm in enumerate(names)}
-    cells = {point: {arm: found[arm] for arm in names if arm in found} for point, found in cells.items()}
+    cells = {point: {arm: by_arm[arm] for arm in names if arm in by_arm} for point, by_arm in cells.items()}
     points, published = sorted(cells, key=lambda point: _num_scans(cells[point])), _published(config)
     blocks = [_block(point, cells[point], published if _of_all(cells[point]) else {}, colors) for point in points]
-    shown = _one_seed(cells[points[-1]])
+    runs = _one_seed(cells[points[-1]])
     try:
-        labels = overlays(shown)
+        labels = overlays(runs)
     except Exception as error:  # store moved, scan gone, predictions not kept: the numbers stand
         labels = {"missing": f"overlays left out, {type(error).__name__}: {' '.join(str(error).split())}"}
     return {
@@ -271,20 +271,20 @@ def _published(config: dict[str, Any]) -> dict[str, Any]:
     if not config.get("published"):
         return {}
     known = yaml.safe_load(shipped.path_of("conf/published.yaml").read_text())[config["published"]]
-    found: dict[str, Any] = {}
+    by_score: dict[str, Any] = {}
     for table, scores in known["tables"].items():
         for score, rows in scores.items():
             for arm, values in rows.items():
                 by_organ = dict(zip(known["columns"], values, strict=True))
-                found.setdefault(score, {}).setdefault(arm, []).append((table, by_organ))
-    return found
+                by_score.setdefault(score, {}).setdefault(arm, []).append((table, by_organ))
+    return by_score
 
 
 def _block(point: str, cells: dict[str, list[Run]], published: dict[str, Any], colors: dict[str, str]) -> dict:
     """The tables of one point of the space."""
     organs = list(dict.fromkeys(row["organ"] for runs in cells.values() for run in runs for row in run.scores))
     columns = [None, *organs] if len(organs) > 1 else [None]
-    found = []
+    score_tables = []
     for score, (head, factor) in SCORES.items():
         rows, distance = [], score.startswith("hd")
         for arm, runs in cells.items():
@@ -296,7 +296,7 @@ def _block(point: str, cells: dict[str, list[Run]], published: dict[str, Any], c
                 texts = [tables.number(by_organ.get(organ or "mean"), ".2f") for organ in columns] + [""] * distance
                 rows.append({"name": f"paper, Table {table}", "seeds": "", "cells": texts, "paper": True})
         heads = [(organ or "mean").replace("_", " ") for organ in columns] + ["left out"] * distance
-        found.append({"head": head, "heads": heads, "rows": rows})
+        score_tables.append({"head": head, "heads": heads, "rows": rows})
     bars = []
     for arm, runs in cells.items():
         dice = [[tables.mean_score(run, "dice", organ) for run in runs] for organ in organs]
@@ -306,7 +306,7 @@ def _block(point: str, cells: dict[str, list[Run]], published: dict[str, Any], c
         bars.append((colors[arm], heights, errors))
     return {
         "point": point,
-        "tables": found,
+        "tables": score_tables,
         "sentences": _differences(cells),
         "gains": {arm: arms.dice_gain(_against_first(cells, runs)[1]) for arm, runs in list(cells.items())[1:]},
         "bars": figures.to_svg(plots.organ_bars(organs, bars)),
@@ -327,23 +327,23 @@ def _differences(cells: dict[str, list[Run]]) -> list[str]:
 def _against_first(cells: dict[str, list[Run]], runs: list[Run]) -> tuple[str, list[tuple]]:
     """The first arm, and its runs beside those of another, in pairs of a seed."""
     first, others = next(iter(cells.items()))
-    theirs = {run.record.seed: run for run in others}
-    return first, [(run, theirs[run.record.seed]) for run in runs if run.record.seed in theirs]
+    by_seed = {run.record.seed: run for run in others}
+    return first, [(run, by_seed[run.record.seed]) for run in runs if run.record.seed in by_seed]
 
 
 def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:
     """Figure 5: mean Dice per arm over the number of labelled scans, or "" for a single one."""
-    found: dict[str, dict[int, list[float]]] = {}
+    dice_by_arm: dict[str, dict[int, list[float]]] = {}
     for trial in trials:
         dice, run = sweeps.evaluation(trial).get("dice"), trial.run("finetune")
         if trial.state == "done" and dice is not None and "arm" in trial.values:
             num = _num_scans({"": [_evaluated(run, "")]})
-            found.setdefault(trial.values["arm"], {}).setdefault(num, []).append(100 * dice)
-    if len({num for points in found.values() for num in points}) < 2:
+            dice_by_arm.setdefault(trial.values["arm"], {}).setdefault(num, []).append(100 * dice)
+    if len({num for points in dice_by_arm.values() for num in points}) < 2:
         return ""
     lines = []
-    for arm in (arm for arm in colors if arm in found):
-        points = sorted(found[arm].items())
+    for arm in (arm for arm in colors if arm in dice_by_arm):
+        points = sorted(dice_by_arm[arm].items())
         spread = [float(np.std(v, ddof=1)) if len(v) > 1 else math.nan for _, v in points]
         lines.append((arm, colors[arm], [num for num, _ in points], [float(np.mean(v)) for _, v in points], spread))
     return figures.to_svg(sweep_plots.arms_over_labels(lines))

@@ -79,7 +79,7 @@ def scan_means(scores: list[dict], key: str) -> dict[str, float]:
     for row in scores:
         if not math.isnan(row[key]):
             values.setdefault(row["scan_id"], []).append(row[key])
-    return {scan_id: sum(found) / len(found) for scan_id, found in values.items()}
+    return {scan_id: sum(of_scan) / len(of_scan) for scan_id, of_scan in values.items()}
 
 
 def standard_error(scores: list[dict], key: str, organ: str | None = None) -> float | None:
@@ -123,14 +123,14 @@ def sentences(runs: list[Run], alike: bool) -> list[str]:
     lines += gathered((run.name, note) for run in runs for note in run.summary.get("notes", []))
     best, *others = sorted(runs, key=lambda run: -(run.summary["dice"] or 0.0))
     for other in others:
-        found = paired_difference(best.scores, other.scores)
-        if found is None:
+        gap = paired_difference(best.scores, other.scores)
+        if gap is None:
             lines.append(f"{best.name} and {other.name} share fewer than two scans: no statement about noise.")
             continue
-        worth = "within" if found.low <= 0 <= found.high else "more than"
+        worth = "within" if gap.low <= 0 <= gap.high else "more than"
         lines.append(
-            f"{best.name} against {other.name}: {found.mean:+.3f} Dice, {worth} the noise of {found.num_scans} scans "
-            f"(95 % interval {found.low:+.3f} to {found.high:+.3f})."
+            f"{best.name} against {other.name}: {gap.mean:+.3f} Dice, {worth} the noise of {gap.num_scans} scans "
+            f"(95 % interval {gap.low:+.3f} to {gap.high:+.3f})."
         )
     return lines
 
@@ -140,10 +140,10 @@ def sentences(runs: list[Run], alike: bool) -> list[str]:
 
 def gathered(notes: Iterable[tuple[str, str]]) -> list[str]:
     """Notes of several runs, (name, note), a line for each note, after the names of all that it is of."""
-    names: dict[str, list[str]] = {}
+    by_note: dict[str, list[str]] = {}
     for name, note in notes:
-        names.setdefault(note, []).append(name)
-    return [f"{', '.join(dict.fromkeys(found))}: {note}." for note, found in names.items()]
+        by_note.setdefault(note, []).append(name)
+    return [f"{', '.join(dict.fromkeys(names))}: {note}." for note, names in by_note.items()]
 
 
 JUDGED = {  # judge -> head of its column, and how its figures are written
@@ -153,14 +153,14 @@ JUDGED = {  # judge -> head of its column, and how its figures are written
 }
 
 
-def counted(found: dict[str, Any]) -> dict[str, Any]:
+def counted(result: dict[str, Any]) -> dict[str, Any]:
     """Judge -> score of the reading that counts, which is a probe's first; {} where there is none."""
-    return next(iter(found.get("readings", {}).values()), {})
+    return next(iter(result.get("readings", {}).values()), {})
 
 
-def probe_values(found: dict[str, Any]) -> dict[str, float]:
+def probe_values(result: dict[str, Any]) -> dict[str, float]:
     """Judge -> what it says of the reading that counts."""
-    return {judge: score["value"] for judge, score in counted(found).items()}
+    return {judge: score["value"] for judge, score in counted(result).items()}
 
 
 def verdict(run: Run) -> str:
@@ -181,8 +181,8 @@ def _newest_health(run: Run) -> dict[str, float] | None:
 def rises(runs: list[Run]) -> str:
     """Why the losses of pre-training runs rose, a sentence for each that did."""
     kinds = [(run.record.method, run.config.get("loss", {}).get("kind", "consistency")) for run in runs]
-    said = [(run.name, rise(run.rows, *kind)) for run, kind in zip(runs, kinds, strict=True)]
-    return " ".join(f"{name}: {text}." for name, text in said if text)
+    reasons = [(run.name, rise(run.rows, *kind)) for run, kind in zip(runs, kinds, strict=True)]
+    return " ".join(f"{name}: {text}." for name, text in reasons if text)
 
 
 HEALTH = ("feature_std", "effective_rank", "cosine_aligned", "cosine_shuffled", "retrieval")
@@ -206,7 +206,7 @@ def health(runs: list[Run]) -> list[dict[str, Any]]:
 def alignment(facts: dict[str, Any]) -> dict[str, Any]:
     """check_align.json as a table: one row per convention and kind of bins, D, H, W in scan voxels and mm."""
     rows = []
-    for name, found in facts["conventions"].items():
+    for name, residuals in facts["conventions"].items():
         for key, text in (
             ("mean", "mean, all bins"),
             ("max", "largest, all bins"),
@@ -214,10 +214,10 @@ def alignment(facts: dict[str, Any]) -> dict[str, Any]:
         ):
             cells = [
                 f"{number(voxels, '.2f')} ({number(mm, '.1f')} mm)"
-                for voxels, mm in zip(found["voxels"][key], found["mm"][key], strict=True)
+                for voxels, mm in zip(residuals["voxels"][key], residuals["mm"][key], strict=True)
             ]
             rows.append((name, text, cells))
-        rows.append((name, "allowed, bins not clamped", [f"{allowed:.2f}" for allowed in found["allowed_voxels"]]))
-        rows.append((name, "share of clamped bins", [f"{share:.0%}" for share in found["clamped_share"]]))
+        rows.append((name, "allowed, bins not clamped", [f"{allowed:.2f}" for allowed in residuals["allowed_voxels"]]))
+        rows.append((name, "share of clamped bins", [f"{share:.0%}" for share in residuals["clamped_share"]]))
     verdict = "as small as this geometry allows" if facts["passed"] else "LARGER than this geometry allows"
     return {"rows": rows, "verdict": f"The residual is {verdict} ({facts['num_pairs']} pairs of {facts['scans']})."}

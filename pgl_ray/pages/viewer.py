@@ -78,12 +78,12 @@ def make_page(
         grey_hu=GREY_HU,
         niivue=(HERE / "niivue.umd.js").read_text().replace("</script", r"<\/script"),
         licence=(HERE / "niivue.license.txt").read_text().replace("--", "- -"),
-        data=json.dumps(_shown(voxels, numbers, affine, organs, step)).replace("<", r"\u003c"),
+        data=json.dumps(_niivue_data(voxels, numbers, affine, organs, step)).replace("<", r"\u003c"),
     )
     return page, base64.b64decode(picture.split(",", 1)[1])
 
 
-def _shown(
+def _niivue_data(
     voxels: np.ndarray, numbers: np.ndarray, affine: np.ndarray, organs: list[Organ], step: list[int]
 ) -> dict[str, Any]:
     """What niivue shows: scan and labels as NIfTI at every `step`-th voxel, and how."""
@@ -107,17 +107,17 @@ def _shown(
 
 def answers(organs: Sequence[Organ], notes: Sequence[str]) -> list[Answer]:
     """What was found, what to look at first, and how sure it is."""
-    found = [organ for organ in organs if organ.voxels]
+    present = [organ for organ in organs if organ.voxels]
     missed = [organ.name for organ in organs if not organ.voxels]
-    what = f"{len(found)} of {plural(len(organs), 'organ')}"
-    where = f"{sum(organ.volume_ml for organ in found):,.1f} mL in all" if found else "no voxel has a label"
+    what = f"{len(present)} of {plural(len(organs), 'organ')}"
+    where = f"{sum(organ.volume_ml for organ in present):,.1f} mL in all" if present else "no voxel has a label"
     where += f"; not found: {', '.join(missed)}" if missed else ""
     if notes:
         first = Line("The scan", f"{plural(len(notes), 'note')} on it, first: {notes[0].rstrip('.')}")
     elif missed:
         first = Line("What was not found", f"{', '.join(missed)}: outside of the scan, or overlooked")
-    elif found:
-        least = min(found, key=lambda organ: organ.volume_ml)
+    elif present:
+        least = min(present, key=lambda organ: organ.volume_ml)
         first = Line("The smallest organ", f"{least.name}, {least.volume_ml:.1f} mL, for small ones go wrong first")
     else:
         first = Line("The scan", "nothing was found in it")

@@ -100,16 +100,16 @@ def main() -> None:
         )
     args.batch = args.batch or max((batch for batch in args.batches if batch <= 128), default=min(args.batches))
     torch.set_num_threads(1 if args.tiny else torch.get_num_threads())
-    found, began = {"machine": machine(args.device), "steps": [], "ways": []}, time.monotonic()
+    results, began = {"machine": machine(args.device), "steps": [], "ways": []}, time.monotonic()
 
     def keep(section: str, figures: object, text: str) -> None:
-        found[section] = figures
+        results[section] = figures
         print(f"-- {section}, {time.monotonic() - began:.0f} s\n{text}", flush=True)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(found, indent=1))
+            args.out.write_text(json.dumps(results, indent=1))
 
-    print("  ".join(f"{key} {value}" for key, value in found["machine"].items()), flush=True)
+    print("  ".join(f"{key} {value}" for key, value in results["machine"].items()), flush=True)
     tflops = peak(args)
     keep("peak_tflops", tflops, f"bfloat16 matrix product: {tflops:.1f} TFLOP/s, the peak that shares refer to")
     if "checks" in args.only:
@@ -118,10 +118,10 @@ def main() -> None:
     for strides, batch in product(args.strides, args.batches) if "steps" in args.only else ():
         row = {"strides": strides, "batch": batch}
         row |= or_none(partial(step_row, args, strides, batch, tflops)) or {"fits": False}
-        keep("steps", [*found["steps"], row], step_line(row))
+        keep("steps", [*results["steps"], row], step_line(row))
     for way in args.ways or (WAYS if args.device == "cuda" else ("eager",)) if "ways" in args.only else ():
-        row = or_none(partial(way_row, args, way, found["ways"][:1])) or {"way": way, "failed": "out of memory"}
-        keep("ways", [*found["ways"], row], way_line(row, args.batch))
+        row = or_none(partial(way_row, args, way, results["ways"][:1])) or {"way": way, "failed": "out of memory"}
+        keep("ways", [*results["ways"], row], way_line(row, args.batch))
     if "segmentation" in args.only:
         figures = segmentation(args)
         keep("segmentation", figures, segmentation_table(figures))
@@ -131,7 +131,7 @@ def main() -> None:
     if args.index:
         figures = stream(args)
         keep("stream", figures, "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
-    print(closing(found))
+    print(closing(results))
 
 
 def machine(device: str) -> dict[str, str]:
@@ -242,7 +242,7 @@ def autocast(args) -> torch.autocast:
 def checks(args) -> dict[str, float]:
     """Relative differences, ||a - b|| / ||b||: of losses, of all gradients together (on CUDA alone), of views."""
     pair = augment(args, crops_of(args, 4, 1))
-    found, losses, gradients = {}, {}, {}
+    differences, losses, gradients = {}, {}, {}
     for precision in ("float32", "bfloat16"):
         torch.backends.cudnn.allow_tf32 = precision != "float32"
         net = on.lay_out(build(args, "early"), torch.device(args.device))
@@ -255,21 +255,20 @@ def checks(args) -> dict[str, float]:
     for name, values in {"loss": losses, "gradient": gradients}.items():
         if values:
             rough, exact = values["bfloat16"].detach(), values["float32"].detach()
-            found[f"{name}, bfloat16 against float32"] = ((rough - exact).norm() / exact.norm()).item()
+            differences[f"{name}, bfloat16 against float32"] = ((rough - exact).norm() / exact.norm()).item()
     batch = crops_of(args, 4, 2)
     made, worst = augment(args, batch), 0.0
     for i in range(4):
         for view in ("1", "2"):
             box, flip = (batch[name + view][i].cpu().numpy() for name in ("box_", "flip_"))
             crop = batch["crop_" + view][i, 0].cpu().numpy()[tuple(slice(n) for n in box[:, 1] - box[:, 0])]
-            shown = render(crop, sizes(args)["views"], flip, WINDOW, *batch["scaling"][i].tolist())
+            rendered = render(crop, sizes(args)["views"], flip, WINDOW, *batch["scaling"][i].tolist())
             std, *others = batch["intensity_" + view][i].tolist()
-            shown = torch.from_numpy(
-                apply_intensity(shown, Intensity(std, int(batch["noise_seed_" + view][i]), *others))
-            )
+            params = Intensity(std, int(batch["noise_seed_" + view][i]), *others)
+            rendered = torch.from_numpy(apply_intensity(rendered, params))
             other = getattr(made, "view_" + view)[i, 0].cpu()
-            worst = max(worst, ((other - shown).norm() / shown.norm()).item())
-    return found | {"views, device against CPU": worst}
+            worst = max(worst, ((other - rendered).norm() / rendered.norm()).item())
+    return differences | {"views, device against CPU": worst}
 
 
 def flat_gradient(net: nn.Module) -> torch.Tensor:
@@ -368,9 +367,9 @@ def is_compiled(args) -> bool:
 
 def count_flops(args, net: Pgl) -> dict[str, float]:
     """FLOP per pair of the step, and of the online encoder's forward and backward pass."""
-    pair, found = augment(args, crops_of(args, 2, 3)), {}
+    pair, flops = augment(args, crops_of(args, 2, 3)), {}
 
-    def encoder_alone() -> None:
+    def only_encoder() -> None:
         with autocast(args):
             out = net.online["encoder"](pair.views)[-1]
         out.backward(torch.ones_like(out))
@@ -380,12 +379,12 @@ def count_flops(args, net: Pgl) -> dict[str, float]:
             loss = net(pair).loss
         loss.backward()
 
-    for name, work in (("encoder", encoder_alone), ("step", whole)):
+    for name, work in (("encoder", only_encoder), ("step", whole)):
         with FlopCounterMode(display=False) as counter:
             work()
-        found[name] = counter.get_total_flops() / 2
+        flops[name] = counter.get_total_flops() / 2
     net.zero_grad(set_to_none=True)
-    return found
+    return flops
 
 
 def step_line(row: dict) -> str:
@@ -531,9 +530,9 @@ def profile(args) -> dict:
     return {"batch": args.batch, "wall_ms": wall_ms, "kernels_ms": sum(ms for ms, *_ in times), "top": top}
 
 
-def profile_table(found: dict) -> str:
-    head = f"batch {found['batch']}: {found['wall_ms']:.1f} ms, {found['kernels_ms']:.1f} of them in kernels"
-    lines = [f"  {row['ms']:8.2f} ms {row['count']:>5} x  {row['name'][:100]}" for row in found["top"]]
+def profile_table(profile: dict) -> str:
+    head = f"batch {profile['batch']}: {profile['wall_ms']:.1f} ms, {profile['kernels_ms']:.1f} of them in kernels"
+    lines = [f"  {row['ms']:8.2f} ms {row['count']:>5} x  {row['name'][:100]}" for row in profile["top"]]
     return "\n".join([head, *lines])
 
 
@@ -542,7 +541,7 @@ def profile_table(found: dict) -> str:
 
 def segmentation(args) -> dict[str, float | None]:
     """Milliseconds: a fine-tuning step of 8 patches, and one volume through the network, by patch size."""
-    device, found = torch.device(args.device), {}
+    device, times_ms = torch.device(args.device), {}
     small = {"depths": (1, 1, 1, 1), "width": 8} if args.tiny else {}
     batch, classes, repeats = (2, 3, 2) if args.tiny else (8, 14, args.repeats)
     for size in sizes(args)["patches"]:
@@ -560,14 +559,14 @@ def segmentation(args) -> dict[str, float | None]:
             loss.backward()
             sgd.step()
 
-        found[f"fine-tuning step, {batch} x {'x'.join(map(str, size))}"] = or_none(
+        times_ms[f"fine-tuning step, {batch} x {'x'.join(map(str, size))}"] = or_none(
             lambda step=step: median_ms(args.device, step, repeats)
         )
     size = sizes(args)["scan"]
     for precision in ("float32", "bfloat16"):  # as the doors infer; a GPU's float32 convolutions are TF32
         net = on.lay_out(Segmenter(build_encoder(**small), classes), device).eval()
-        found[f"inference, {'x'.join(map(str, size))}, {precision}"] = time_forward(net, size, repeats, precision)
-    return found
+        times_ms[f"inference, {'x'.join(map(str, size))}, {precision}"] = time_forward(net, size, repeats, precision)
+    return times_ms
 
 
 def or_none(measure: Callable[[], Any]) -> Any:
@@ -578,8 +577,8 @@ def or_none(measure: Callable[[], Any]) -> Any:
         return None
 
 
-def segmentation_table(found: dict[str, float | None]) -> str:
-    texts = {name: "does not fit" if ms is None else f"{ms:.2f} ms" for name, ms in found.items()}
+def segmentation_table(times_ms: dict[str, float | None]) -> str:
+    texts = {name: "does not fit" if ms is None else f"{ms:.2f} ms" for name, ms in times_ms.items()}
     return "\n".join(f"{name:<44} {text}" for name, text in texts.items())
 
 
@@ -601,8 +600,8 @@ def stream(args) -> dict[str, float]:
     return {name: getattr(result, name) for name in names}
 
 
-def closing(found: dict) -> str:
-    done = [row for row in found["steps"] + found["ways"] if "pairs_per_s" in row]
+def closing(results: dict) -> str:
+    done = [row for row in results["steps"] + results["ways"] if "pairs_per_s" in row]
     if not done:
         return "no step was timed"
     best = max(done, key=lambda row: row["pairs_per_s"])

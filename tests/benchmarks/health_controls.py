@@ -23,10 +23,10 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "health_controls.json"
 
 def controls(collapsed: bool) -> dict[str, list[dict[str, float]]]:
     """Name -> rows of health figures of the sound or the collapsed trainings."""
-    found = json.loads(GOLDEN.read_text())
+    golden = json.loads(GOLDEN.read_text())
     return {
-        name: [{key: value for key, value in zip(found["columns"], row) if value is not None} for row in one["rows"]]
-        for name, one in found["controls"].items()
+        name: [{key: value for key, value in zip(golden["columns"], row) if value is not None} for row in one["rows"]]
+        for name, one in golden["controls"].items()
         if one["collapsed"] == collapsed
     }
 

@@ -187,7 +187,7 @@ def tuned(store: str, runs: Path, arm: str, seed: int, init: str) -> None:
     output = runs / "tuned" / f"{arm}, seed {seed}.json"
     if output.exists():
         return
-    found = {}
+    val_dice = {}
     for factor in FACTORS:
         run = runs / "tuned" / f"{arm}, seed {seed}, factor {factor}"
         config = with_labels(store, run, seed, TUNE_STEPS).model_copy(update={"init": init})
@@ -195,21 +195,21 @@ def tuned(store: str, runs: Path, arm: str, seed: int, init: str) -> None:
         more = {"num_scans": num, "val_share": FOLDS / num}
         optim = config.optim.model_copy(update={"encoder_lr_factor": factor})
         train_loop.train(config.model_copy(update={**more, "optim": optim}))
-        found[factor] = checkpoint.state_of(str(run))["val_dice"]
-        print(f"{arm}, seed {seed}, encoder's rate x {factor}: validation Dice {found[factor]:.3f}", flush=True)
-    best = max(found, key=found.get)
+        val_dice[factor] = checkpoint.state_of(str(run))["val_dice"]
+        print(f"{arm}, seed {seed}, encoder's rate x {factor}: validation Dice {val_dice[factor]:.3f}", flush=True)
+    best = max(val_dice, key=val_dice.get)
     chosen_run = runs / "tuned" / f"{arm}, seed {seed}, factor {best}"
     settings = {"run": str(chosen_run), "index": store, "split": "validation", "save_predictions": False}
     evaluated = evaluate.run(build(EvaluateConfig, settings))
     rows = pq.read_table(Path(evaluated.folder) / evaluate.TABLE).to_pylist()
-    kept = [{key: row[key] for key in ("scan_id", "organ", "dice", "hd95_mm")} for row in rows]
+    scores = [{key: row[key] for key in ("scan_id", "organ", "dice", "hd95_mm")} for row in rows]
     facts = {
         "arm": arm,
         "seed": seed,
-        "val_dice": found,
+        "val_dice": val_dice,
         "factor": best,
         "dice": evaluated.summary["dice"],
-        "rows": kept,
+        "rows": scores,
     }
     output.write_text(json.dumps(facts))
     print(f"{arm}, seed {seed}: Dice {evaluated.summary['dice']:.3f} with the encoder's rate x {best}", flush=True)
@@ -264,8 +264,8 @@ def strongest(rows: list[dict], judge: str, num_scans: int) -> tuple[str, str]:
 def chosen(rows: list[dict], arm: str, reading: str, judge: str, num_scans: int) -> list[dict]:
     """Rows of one cell, by seed."""
     keys = {"arm": arm, "reading": reading, "judge": judge, "num_scans": num_scans}
-    found = [row for row in rows if all(row[key] == value for key, value in keys.items())]
-    return sorted(found, key=lambda row: row["seed"])
+    of_keys = [row for row in rows if all(row[key] == value for key, value in keys.items())]
+    return sorted(of_keys, key=lambda row: row["seed"])
 
 
 def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, list[float], int] | None:
@@ -303,11 +303,11 @@ def tables(runs: Path) -> tuple[str, list[dict]]:
                     if not cells:
                         continue
                     values = [row["value"] for row in cells]
-                    found = difference(cells, base)
+                    gap = difference(cells, base)
                     gain = "-"
-                    if found and (arm, reading) != low:
-                        low_high = sorted(sign * bound for bound in found[1])
-                        gain = f"{sign * found[0]:+.3f} [{low_high[0]:+.3f}, {low_high[1]:+.3f}]"
+                    if gap and (arm, reading) != low:
+                        low_high = sorted(sign * bound for bound in gap[1])
+                        gain = f"{sign * gap[0]:+.3f} [{low_high[0]:+.3f}, {low_high[1]:+.3f}]"
                     room = "-"
                     if top and base and (arm, reading) != low:
                         ends = np.mean([row["value"] for row in base]), np.mean([row["value"] for row in top])

@@ -47,12 +47,12 @@ def measured() -> dict:
     return {name: said["value"] for name, said in json.loads(RESULTS.read_text()).items()}
 
 
-def limits(run: Run, cost: dict[str, float], found: dict, assumed: dict = ASSUMED) -> dict[str, float]:
+def limits(run: Run, cost: dict[str, float], figures: dict, assumed: dict = ASSUMED) -> dict[str, float]:
     """Pairs per second that each part of the system allows.
 
     Args:
         cost: of the network, from `scaling.costs`.
-        found: from `measured`.
+        figures: from `measured`.
     """
     nodes = max(1, run.gpus // assumed["gpus_per_node"])
     way = f"K={run.regions}" + (", on the GPU" if run.on_gpu else "")
@@ -60,9 +60,9 @@ def limits(run: Run, cost: dict[str, float], found: dict, assumed: dict = ASSUME
     pairs = run.gpus * run.pairs
     return {
         "GPUs": pairs / step_s(run, cost, assumed)["all"],
-        "renderers": cores * found["pairs_per_core_s"][way] * found["ray_share"],
-        "bucket": nodes * assumed["nic_bytes_per_s"] / found["bytes_per_pair"][f"K={run.regions}"],
-        "coordinator": found["blocks_per_s"] * run.pairs,
+        "renderers": cores * figures["pairs_per_core_s"][way] * figures["ray_share"],
+        "bucket": nodes * assumed["nic_bytes_per_s"] / figures["bytes_per_pair"][f"K={run.regions}"],
+        "coordinator": figures["blocks_per_s"] * run.pairs,
     }
 
 
@@ -79,7 +79,7 @@ def step_s(run: Run, cost: dict[str, float], assumed: dict = ASSUMED) -> dict[st
     return {"computing": computing, "gradients": gradients, "norms": norms, "all": computing + gradients + norms}
 
 
-def predict(run: Run, cost: dict[str, float], found: dict, assumed: dict = ASSUMED) -> dict:
+def predict(run: Run, cost: dict[str, float], figures: dict, assumed: dict = ASSUMED) -> dict:
     """Rate, first limit, and what else grows.
 
     Returns:
@@ -87,21 +87,21 @@ def predict(run: Run, cost: dict[str, float], found: dict, assumed: dict = ASSUM
         process; store_gb, of blocks in a node's object store; write_share, of a checkpoint's writing in the time
         between two; lost_share, by node faults.
     """
-    most = limits(run, cost, found, assumed)
+    most = limits(run, cost, figures, assumed)
     limit = min(most, key=most.__getitem__)
     rate, nodes = most[limit], max(1, run.gpus // assumed["gpus_per_node"])
     step = run.gpus * run.pairs / rate
-    blocks = assumed["gpus_per_node"] * (assumed["cores_per_gpu"] + found["blocks_per_worker"])
-    between = found["checkpoint_every"] * step
-    fault_s = found["resume_s"] + between / 2
+    blocks = assumed["gpus_per_node"] * (assumed["cores_per_gpu"] + figures["blocks_per_worker"])
+    between = figures["checkpoint_every"] * step
+    fault_s = figures["resume_s"] + between / 2
     return {
         "pairs_per_s": rate,
         "limit": limit,
         "needs": {name: most["GPUs"] / value for name, value in most.items()},
         "epoch_s": run.scans / rate,
-        "index_mb": found["index_mb"] + run.scans * found["index_bytes_per_scan"] / 1e6,
+        "index_mb": figures["index_mb"] + run.scans * figures["index_bytes_per_scan"] / 1e6,
         "store_gb": blocks * run.pairs * cost["pair"] / 1e9,
-        "write_share": cost["checkpoint"] / found["checkpoint_bytes_per_s"] / between,
+        "write_share": cost["checkpoint"] / figures["checkpoint_bytes_per_s"] / between,
         "lost_share": fault_s * nodes / (3600 * assumed["hours_between_faults"]),
     }
 

@@ -139,16 +139,16 @@ def measure(rounds: int = 5, seconds: float = 6.0) -> None:
             ]
             for child in children:
                 child.start()
-            told = [answers.get() for _ in children]
+            timings = [answers.get() for _ in children]
             for child in children:
                 child.join()
-            rates[world].append(world / max(wall for _, wall, *_ in told))
-            cpu[world].append(statistics.mean(used for *_, used, _ in told))
-            exchange[world].append(statistics.mean(spent for *_, spent in told))
-        shown = ", ".join(
+            rates[world].append(world / max(wall for _, wall, *_ in timings))
+            cpu[world].append(statistics.mean(used for *_, used, _ in timings))
+            exchange[world].append(statistics.mean(spent for *_, spent in timings))
+        listed = ", ".join(
             f"{world}: {4 * rates[world][-1]:.1f} pairs/s, {cpu[world][-1]:.2f} CPU s a step" for world in rates
         )
-        print(f"round {number + 1}, load {os.getloadavg()[0]:.1f}: {shown}", flush=True)
+        print(f"round {number + 1}, load {os.getloadavg()[0]:.1f}: {listed}", flush=True)
     for world in (2, 4):
         ratio = statistics.median(many / one for many, one in zip(rates[world], rates[1], strict=True))
         spent = statistics.median(many / one for many, one in zip(cpu[world], cpu[1], strict=True))
@@ -160,7 +160,7 @@ def measure(rounds: int = 5, seconds: float = 6.0) -> None:
 
 def prediction(cost: dict[str, float], gpus=(8, 32, 128, 512), scans=(10**4, 10**6)) -> str:
     """What each part allows, in pairs/s of the whole run, and which comes first; a markdown table and some lines."""
-    found = scale_model.measured()
+    figures = scale_model.measured()
     lines = [
         "| GPUs | themselves, 32 / 128 pairs each | cores, K=1 / K=8 on the GPU | bucket, K=1 / K=8 | coordinator, "
         "32 / 128 pairs | first limit | lost to faults |",
@@ -168,14 +168,14 @@ def prediction(cost: dict[str, float], gpus=(8, 32, 128, 512), scans=(10**4, 10*
     ]
     for num in gpus:
         slow, fast = (scale_model.Run(num, scans[0], 32), scale_model.Run(num, scans[0], 128, 8, True))
-        least, most = (scale_model.limits(run, cost, found) for run in (slow, fast))
+        least, most = (scale_model.limits(run, cost, figures) for run in (slow, fast))
         cells = [f"{least[name]:,.0f} / {most[name]:,.0f}" for name in ("GPUs", "renderers", "bucket", "coordinator")]
-        said = [scale_model.predict(run, cost, found) for run in (slow, fast)]
+        said = [scale_model.predict(run, cost, figures) for run in (slow, fast)]
         first = " / ".join(dict.fromkeys(one["limit"] for one in said))
         lost = f"{said[0]['lost_share']:.2%} / {said[1]['lost_share']:.2%}"
         lines.append(f"| {num} | {' | '.join(cells)} | {first} | {lost} |")
     for num in scans:
-        said = scale_model.predict(scale_model.Run(gpus[-1], num, 128), cost, found)
+        said = scale_model.predict(scale_model.Run(gpus[-1], num, 128), cost, figures)
         lines.append(
             f"{num:,} scans: {said['index_mb']:.0f} MB of index in a rendering process, {said['store_gb']:.1f} GB of "
             f"blocks in a node's object store, a checkpoint written in {said['write_share']:.0%} of the time between"

@@ -85,14 +85,14 @@ def in_turn(plan: stream.Plan, renderer: PairRenderer, batch: int, rounds: int):
     cores, context = os.cpu_count(), multiprocessing.get_context("spawn")
     start, results = context.Barrier(cores + 1), context.Queue()
     tasks = [(plan, renderer, batch, first, cores, start, results) for first in range(cores)]
-    own = [context.Process(target=alone, args=task, daemon=True) for task in tasks]
-    for process in own:
+    processes = [context.Process(target=render_rows, args=task, daemon=True) for task in tasks]
+    for process in processes:
         process.start()
     coming = iter(bench.stream_of(plan, renderer, batch))
     for turn in range(rounds + 1):  # the first starts processes, opens files and compiles
-        with stopped({process.pid for process in own}):
+        with stopped({process.pid for process in processes}):
             start.wait()
-            found = [results.get() for _ in own]
+            measured = [results.get() for _ in processes]
         for _ in range(AHEAD):
             next(coming)
         num, began, cpu = 0, time.perf_counter(), bench.cpu_seconds()
@@ -101,9 +101,9 @@ def in_turn(plan: stream.Plan, renderer: PairRenderer, batch: int, rounds: int):
             num += batch
         wall, cpu = time.perf_counter() - began, bench.cpu_seconds() - cpu
         if turn:
-            costs = 1000 * sum(seconds for *_, seconds in found) / sum(pairs for pairs, *_ in found)
-            yield (sum(pairs / seconds for pairs, seconds, _ in found), costs), (num / wall, 1000 * cpu / num)
-    for process in own:
+            costs = 1000 * sum(seconds for *_, seconds in measured) / sum(pairs for pairs, *_ in measured)
+            yield (sum(pairs / seconds for pairs, seconds, _ in measured), costs), (num / wall, 1000 * cpu / num)
+    for process in processes:
         process.terminate()
 
 
@@ -122,7 +122,7 @@ def stopped(but: set[int]):
                 process.resume()
 
 
-def alone(plan: stream.Plan, renderer: PairRenderer, batch: int, first: int, every: int, start, results) -> None:
+def render_rows(plan: stream.Plan, renderer: PairRenderer, batch: int, first: int, every: int, start, results) -> None:
     """A process that renders blocks of the plan, from `first` on every `every`-th, at each turn of SECONDS."""
     torch.set_num_threads(1)
     k = first

@@ -119,8 +119,8 @@ def table(rates: dict[str, list[float]]) -> str:
     lines = [f"{'':<48} {'pairs/s/core':>12} {'lowest':>8} {'highest':>8}{heads}"]
     for name, values in sorted(rates.items(), key=lambda item: -statistics.median(item[1])):
         ratios = [statistics.median(a / b for a, b in zip(rates[ours], values)) for ours in RATES.values()]
-        shown = "".join(f"{ratio:12.1f} x" for ratio in ratios)
-        lines.append(f"{name:<48} {statistics.median(values):12.1f} {min(values):8.1f} {max(values):8.1f}{shown}")
+        cells = "".join(f"{ratio:12.1f} x" for ratio in ratios)
+        lines.append(f"{name:<48} {statistics.median(values):12.1f} {min(values):8.1f} {max(values):8.1f}{cells}")
     return "\n".join(lines)
 
 
@@ -140,11 +140,11 @@ def bytes_per_voxel(volumes: dict[str, np.ndarray], scratch: Path) -> float:
 
 
 def our_store(volumes: dict[str, np.ndarray], scratch: Path, encoding: str, compression: str = "lz4") -> store.Index:
-    folder, kept = scratch / f"{encoding}_{compression}", {"encoding": encoding, "compression": compression}
+    folder, options = scratch / f"{encoding}_{compression}", {"encoding": encoding, "compression": compression}
     if not folder.exists():
         folder.mkdir()
         for scan_id, volume in volumes.items():
-            scan_files.write_scan(folder, scan_id, volume, np.eye(4), hu_window=WINDOW, **kept)
+            scan_files.write_scan(folder, scan_id, volume, np.eye(4), hu_window=WINDOW, **options)
         store.write_index(folder, {}, WINDOW, encoding=encoding)
     return store.read_index(folder)
 
@@ -160,8 +160,8 @@ def ours(encoding: str, share: int, augment: bool = True, resize: bool = True, c
     def make(volumes, scratch):
         index = our_store(volumes, scratch, encoding, compression)
         ids = tuple(scan.scan_id for scan in index.scans)
-        kept = {"augment": augment, "resize": resize, "pairs_per_region": share}
-        renderer = PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, **kept)
+        options = {"augment": augment, "resize": resize, "pairs_per_region": share}
+        renderer = PairRenderer(index.store, ids, 0, VIEWS, INTENSITY, **options)
         batches = rows_of(index, share)
 
         def work(pairs: int) -> None:

@@ -46,4 +46,4 @@ def test_aligner_against_encoder():
             ratios.append(seconds(aligning) / seconds(lambda: encoder(pair.views)))
     ratio = statistics.median(ratios[1:])
     print(f"\naligner / encoder forward, {PAIRS} pairs of 16x96x96 views: {ratio:.2%} (median of {REPEATS})")
-    assert all(found.shape == (2 * PAIRS, 256, 2, 6, 6) for found in aligning())
+    assert all(aligned.shape == (2 * PAIRS, 256, 2, 6, 6) for aligned in aligning())

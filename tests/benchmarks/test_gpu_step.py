@@ -15,27 +15,27 @@ def test_the_script_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     wanted += ["--ways", "eager", "broken"]
     monkeypatch.setattr(sys, "argv", ["gpu_step.py", *wanted, "--out", str(out)])
     gpu_step.main()
-    found = json.loads(out.read_text())
-    [row] = found["steps"]
+    results = json.loads(out.read_text())
+    [row] = results["steps"]
     assert set(row["parts_ms"]) == set(gpu_step.PARTS) and row["step_ms"] == pytest.approx(
         sum(row["parts_ms"].values()), 0.5
     )
     assert row["pairs_per_s"] == pytest.approx(2000 / row["step_ms"]) and row["tflops"] > 0
-    assert found["checks"]["views, device against CPU"] < 1e-4
-    assert found["checks"]["loss, bfloat16 against float32"] < 0.05
-    eager, broken = found["ways"]
+    assert results["checks"]["views, device against CPU"] < 1e-4
+    assert results["checks"]["loss, bfloat16 against float32"] < 0.05
+    eager, broken = results["ways"]
     assert eager["pairs_per_s"] == pytest.approx(2000 / eager["step_ms"]) and 0 < eager["host_ms"] <= eager["step_ms"]
     assert 0 < eager["last_loss"] < 8 and eager["update_norm"] > 0 and "no such compiler" in broken["failed"]
-    times = [row["ms"] for row in found["profile"]["top"]]
+    times = [row["ms"] for row in results["profile"]["top"]]
     assert (
         len(times) == 20
         and times == sorted(times, reverse=True)
-        and any("conv" in r["name"] for r in found["profile"]["top"])
+        and any("conv" in r["name"] for r in results["profile"]["top"])
     )
-    assert len(found["segmentation"]) == 3 and "paper's 904,000 pairs" in capsys.readouterr().out
+    assert len(results["segmentation"]) == 3 and "paper's 904,000 pairs" in capsys.readouterr().out
 
 
-def test_one_section_alone_and_what_does_not_fit(tmp_path, monkeypatch, capsys):
+def test_only_one_section_and_what_does_not_fit(tmp_path, monkeypatch, capsys):
     def full(*args):
         raise gpu_step.torch.OutOfMemoryError("no memory")
 
@@ -44,8 +44,8 @@ def test_one_section_alone_and_what_does_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_step, "step_row", full)
     monkeypatch.setattr(sys, "argv", ["gpu_step.py", *wanted])
     gpu_step.main()
-    found, text = json.loads(out.read_text()), capsys.readouterr().out
-    assert found["steps"] == [{"strides": s, "batch": 2, "fits": False} for s in ("early", "late")]
+    results, text = json.loads(out.read_text()), capsys.readouterr().out
+    assert results["steps"] == [{"strides": s, "batch": 2, "fits": False} for s in ("early", "late")]
     assert "ways" not in text and "does not fit" in text and "no step was timed" in text
 
 

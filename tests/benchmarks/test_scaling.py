@@ -15,7 +15,7 @@ COST = {
     "pair": 0.6e6,
     "checkpoint": 700e6,
 }
-FOUND = scale_model.measured()
+MEASURED = scale_model.measured()
 
 
 def test_one_gpu_exchanges_nothing():
@@ -36,21 +36,21 @@ def test_a_step_of_two_nodes_by_hand():
 def test_the_named_limit_is_what_holds_the_run_up(gpus, regions, on_gpu):
     """Twice as much of it is more pairs/s; twice as much of anything else is none."""
     run = Run(gpus, 10**5, regions=regions, on_gpu=on_gpu)
-    said, most = scale_model.predict(run, COST, FOUND), scale_model.limits(run, COST, FOUND)
+    said, most = scale_model.predict(run, COST, MEASURED), scale_model.limits(run, COST, MEASURED)
     assert said["pairs_per_s"] == min(most.values()) == most[said["limit"]]
     twice = {
-        "renderers": (FOUND | {"ray_share": 2 * FOUND["ray_share"]}, ASSUMED),
-        "bucket": (FOUND | {"bytes_per_pair": {k: v / 2 for k, v in FOUND["bytes_per_pair"].items()}}, ASSUMED),
-        "coordinator": (FOUND | {"blocks_per_s": 2 * FOUND["blocks_per_s"]}, ASSUMED),
-        "GPUs": (FOUND, ASSUMED | {"gpu_pairs_per_s": 2 * ASSUMED["gpu_pairs_per_s"], "latency_s": 0}),
+        "renderers": (MEASURED | {"ray_share": 2 * MEASURED["ray_share"]}, ASSUMED),
+        "bucket": (MEASURED | {"bytes_per_pair": {k: v / 2 for k, v in MEASURED["bytes_per_pair"].items()}}, ASSUMED),
+        "coordinator": (MEASURED | {"blocks_per_s": 2 * MEASURED["blocks_per_s"]}, ASSUMED),
+        "GPUs": (MEASURED, ASSUMED | {"gpu_pairs_per_s": 2 * ASSUMED["gpu_pairs_per_s"], "latency_s": 0}),
     }
-    for name, (found, assumed) in twice.items():
-        rate = scale_model.predict(run, COST, found, assumed)["pairs_per_s"]
+    for name, (figures, assumed) in twice.items():
+        rate = scale_model.predict(run, COST, figures, assumed)["pairs_per_s"]
         assert (rate > said["pairs_per_s"]) == (name == said["limit"]), name
 
 
-def test_more_scans_take_memory_and_longer_epochs_alone():
-    few, many = (scale_model.predict(Run(64, num), COST, FOUND) for num in (10**4, 10**6))
+def test_more_scans_take_only_memory_and_longer_epochs():
+    few, many = (scale_model.predict(Run(64, num), COST, MEASURED) for num in (10**4, 10**6))
     assert many["epoch_s"] == pytest.approx(100 * few["epoch_s"]) and many["index_mb"] > few["index_mb"]
     same = few.keys() - {"epoch_s", "index_mb"}
     assert {name: few[name] for name in same} == {name: many[name] for name in same}
@@ -59,11 +59,11 @@ def test_more_scans_take_memory_and_longer_epochs_alone():
 def test_larger_blocks_and_more_nodes():
     """The coordinator hands out as many blocks whatever they hold; faults come as often as there are nodes."""
     run = Run(64, 10**4)
-    rates = [scale_model.limits(replace(run, pairs=pairs), COST, FOUND)["coordinator"] for pairs in (32, 128)]
+    rates = [scale_model.limits(replace(run, pairs=pairs), COST, MEASURED)["coordinator"] for pairs in (32, 128)]
     assert rates[1] == 4 * rates[0]
-    lost = scale_model.predict(run, COST, FOUND)["lost_share"]
-    between = FOUND["checkpoint_every"] * 64 * 32 / scale_model.predict(run, COST, FOUND)["pairs_per_s"]
-    assert lost == pytest.approx(8 * (FOUND["resume_s"] + between / 2) / 3600 / ASSUMED["hours_between_faults"])
+    lost = scale_model.predict(run, COST, MEASURED)["lost_share"]
+    between = MEASURED["checkpoint_every"] * 64 * 32 / scale_model.predict(run, COST, MEASURED)["pairs_per_s"]
+    assert lost == pytest.approx(8 * (MEASURED["resume_s"] + between / 2) / 3600 / ASSUMED["hours_between_faults"])
 
 
 def test_workers_share_cores():
