@@ -211,6 +211,22 @@ def test_facts_of_a_node_need_only_the_standard_library():
     assert done.stdout == "set()\n"
 
 
+# words that say how a value came here, not what it is
+VAGUE = {"found", "told", "shown", "kept", "beside", "alone", "shelf"}
+
+
+def test_names_say_what_a_value_is():
+    vague = set()
+    for file in FILES:
+        names = {Path(file).stem}
+        for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+            fields = (getattr(node, field, None) for field in ("id", "arg", "attr", "name", "asname"))
+            names |= {name for name in fields if isinstance(name, str) and not name.endswith("FoundError")}
+        parts = {name: re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name) for name in names}
+        vague |= {f"{file}: {name}" for name in names if VAGUE & {part.lower() for part in parts[name]}}
+    assert not vague
+
+
 # -- tests ------------------------------------------------------------------------------------------------------------
 
 
