@@ -1,14 +1,32 @@
 """Which run writes into a store: the token in STORE/.part/run, and the error that the others get."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from pgl_ray.config import FailedRun
 
-if TYPE_CHECKING:
-    from pgl_ray.data.place import Place
+
+class Place(Protocol):
+    """What of a store's place its owner needs, a folder's or a bucket's."""
+
+    @property
+    def url(self) -> str:
+        """Path or URL."""
+        ...
+
+    def read(self, key: str, /) -> bytes:
+        """The content of a key."""
+        ...
+
+    def write(self, key: str, parts: Iterable[bytes], /) -> object:
+        """Puts a key's content there."""
+        ...
+
+    def remove(self, key: str, /) -> None:
+        """Takes a key, or all below it, away."""
+        ...
 
 
 def in_use(url: str) -> FailedRun:
@@ -17,7 +35,7 @@ def in_use(url: str) -> FailedRun:
 
 
 @contextmanager
-def part_folder(place: "Place") -> Iterator[str]:
+def part_folder(place: Place) -> Iterator[str]:
     """Empties and offers STORE/.part, which holds what is not whole yet, and the token of the run that owns it."""
     place.remove(".part")  # of a run that was killed
     token = uuid.uuid4().hex
@@ -30,7 +48,7 @@ def part_folder(place: "Place") -> Iterator[str]:
                 place.remove(".part")
 
 
-def check_token(place: "Place", token: str) -> None:
+def check_token(place: Place, token: str) -> None:
     """Finds out whether the run of a token still writes into a store.
 
     Raises:

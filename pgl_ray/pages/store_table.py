@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,8 @@ def epoch(index: Index) -> str:
         renderer = PairRenderer(index.store, ids, 0, ViewsConfig(), IntensityConfig())
         scans = np.linspace(0, len(index.scans) - 1, NUM_TIMED_PAIRS).astype(np.int64)
         rows = {"step": scans * 0, "epoch": scans * 0, "scan": scans, "draw": np.arange(len(scans))}
-        renderer({key: value[:1] for key, value in rows.items()})  # opens the index
+        every = IntensityConfig(noise_prob=1, blur_prob=1, gain_prob=1, gamma_prob=1)
+        replace(renderer, intensity=every)({key: value[:1] for key, value in rows.items()})  # opens, and compiles, all
         began = time.perf_counter()
         renderer(rows)
         seconds = (time.perf_counter() - began) / len(scans)
