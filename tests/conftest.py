@@ -30,18 +30,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(config, items):
-    """Soaks are skipped. With `--dist loadgroup` one process has all Ray jobs, which share a cluster and go first; the
-    others have whole files."""
-    for item in items:
-        if item.get_closest_marker("soak") and not os.environ.get("PGL_RAY_SOAK"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes to hours: PGL_RAY_SOAK=minutes"))
-        if getattr(config.option, "loadgroup", False):
-            of_ray = item.get_closest_marker("cluster")
-            item.add_marker(pytest.mark.xdist_group("ray" if of_ray else item.path.name))
-    if getattr(config.option, "loadgroup", False):
-        items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+def pytest_collection_modifyitems(items):
+    if not os.environ.get("PGL_RAY_SOAK"):
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes to hours: PGL_RAY_SOAK=minutes"))
 
 
 @pytest.fixture(scope="session")
