@@ -2,8 +2,9 @@
 
 In the bucket lies what lies in a run's folder. Nothing can be renamed there, so a checkpoint counts from its manifest
 on, which is written last; nothing can be added to, so each process that notes events has an object of its own,
-events/<process>.jsonl; the lock is an object. A machine has two copies of a run: one to work on, from which the run's
-processes bring to the bucket what each of them writes, and one to read, for all who only look.
+events/<process>.jsonl; the lock is an object. A machine has one working copy of a run, from which the run's
+processes bring to the bucket what each of them writes: logs and TensorBoard's files grow, which no object can. What is
+only read comes through a cache by version.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ OLD = "checkpoint_manager_snapshot.json"  # Ray Train's, of runs whose checkpoin
 OWNER = ".part/start"  # token of the start whose workers may write; goes with the driver's lock
 PUSH_S = 15.0  # between two looks at what is to be brought to the bucket
 PART_BYTES = 2**23  # of a file that is read to be brought there
-WORK, READ = "work", "read"  # folders of the two copies
+WORK, READ = "work", "read"  # folders of the working copy and of the cache
 URL = "url"  # file next to them: of the run
 
 _ID = uuid.uuid4().hex[:12]
@@ -50,12 +51,12 @@ def own_events(folder: Path) -> Path:
 
 
 class Mirror:
-    """This machine's copies of a run.
+    """This machine's working copy of a run, and its cache of what is read.
 
     Attributes:
         url: of the run.
         folder: the working copy.
-        copy: the reading copy.
+        cache: files that were read, each as it was in the bucket when it was asked for last.
     """
 
     def __init__(self, url: str):
@@ -63,7 +64,7 @@ class Mirror:
         self.home = cache_folder() / "pgl_ray" / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16]
         self.name = url.rsplit("/", 1)[-1]
         self.folder = self.home / WORK / self.name
-        self.copy = self.home / READ / self.name
+        self.cache = self.home / READ / self.name
         self.index = self.home / "work.json"  # states in the bucket that the working copy has: key -> version
         self.rank: int | None = None
         self.owner: bytes | None = None  # token of the start that this process works for
@@ -265,7 +266,8 @@ class Mirror:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def fetched(self, choose: Callable[[Collection[str]], Iterable[str]]) -> Path:
-        """The reading copy, in which the chosen files are as they are in the bucket now.
+        """The cache's folder, in which the chosen files are as they are in the bucket now; those that have not changed are
+        not fetched again.
 
         Args:
             choose: keys of all that lies in the bucket -> those that are wanted.
@@ -276,7 +278,7 @@ class Mirror:
             stored = self.place.versions()
             have = _read_index(index)
             for key in choose(stored):
-                path = self.copy / key
+                path = self.cache / key
                 if have.get(key) != stored[key] or not path.is_file():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     aside = path.with_name(f"{path.name}.part")
@@ -284,10 +286,10 @@ class Mirror:
                     aside.replace(path)
                     have[key] = stored[key]
             for key in have.keys() - stored.keys():
-                (self.copy / key).unlink(missing_ok=True)
+                (self.cache / key).unlink(missing_ok=True)
                 del have[key]
             write_aside(index, json.dumps(have).encode())
-        return self.copy
+        return self.cache
 
 
 def whole(keys: Iterable[str]) -> list[str]:

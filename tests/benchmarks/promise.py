@@ -10,7 +10,7 @@ python tests/benchmarks/promise.py finetune STORE RUNS [seeds=0,1,2] [arms=0,4,.
     end-to-end fine-tuning on 5 labelled scans, from random weights and from each arm: the encoder's rate is chosen per
     arm and seed by the Dice on 8 other scans of the training split; that network is evaluated on the validation split
 python tests/benchmarks/promise.py table RUNS [output=FILE.json]
-    the tables as Markdown, and the figures behind them (per seed and scan) as JSON
+    the tables as Markdown, and the figures behind them (per seed and scan) as JSON; of a search: each candidate's
 
 The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in one state (BatchNorm re-estimated
 on the same views); of random weights the stronger reading counts. The upper end is an encoder of the same size that was
@@ -177,6 +177,29 @@ def best_of(runs: Path, arm: str) -> tuple[float, float]:
     if not found:
         raise SystemExit(f"{runs}: no search of {arm!r}; run promise.py search first")
     return max(found, key=found.get)
+
+
+def candidates(runs: Path) -> list[dict]:
+    """A row per candidate of a search."""
+    rows = []
+    for path in sorted((runs / "search").glob("*.json")):
+        arm, rate, turnover = path.stem.rsplit(", x ", 2)
+        scores = json.loads(path.read_text())["readings"]["reestimated"]
+        values = {judge: round(scores[judge]["value"], 4) for judge in JUDGES}
+        rows.append({"arm": arm, "rate": float(rate), "turnover": float(turnover), **values})
+    return rows
+
+
+def search_table(rows: list[dict]) -> list[str]:
+    """Markdown of a search; the choice of each arm is bold."""
+    lines = ["\n| arm | rate x | 1 - decay x | probe | decoder, Dice | matching, mm |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        best = max((other for other in rows if other["arm"] == row["arm"]), key=lambda other: other["decoder"])
+        cells = [f"{row['rate']:g}", f"{row['turnover']:g}"]
+        cells += [f"{row[judge]:.{1 if judge == 'matching' else 3}f}" for judge in JUDGES]
+        mark = "**" if row is best else ""
+        lines.append(f"| {mark}{row['arm']}{mark} | {' | '.join(cells)} |")
+    return lines
 
 
 # -- end to end -------------------------------------------------------------------------------------------------------
@@ -371,7 +394,9 @@ def main() -> None:
                 tuned(places[0], runs, Path(options["init"]).stem, seed, options["init"])
         return
     text, rows = tables(Path(places[0]))
-    print(text)
+    searched = candidates(Path(places[0]))
+    print("\n".join([text, *search_table(searched)]))
+    rows += [{"judge": "search", **row} for row in searched]
     if "output" in options:
         Path(options["output"]).write_text(json.dumps(rows, indent=0) + "\n")
 
