@@ -395,7 +395,7 @@ def main() -> None:
         return
     text, rows = tables(Path(places[0]))
     searched = candidates(Path(places[0]))
-    print("\n".join([text, *search_table(searched)]))
+    print("\n".join([text, *(search_table(searched) if searched else [])]))
     rows += [{"judge": "search", **row} for row in searched]
     if "output" in options:
         Path(options["output"]).write_text(json.dumps(rows, indent=0) + "\n")
