@@ -22,7 +22,7 @@ from torch import nn
 from pgl_ray.config import BenchConfig
 from pgl_ray.data import pair_renderer, render_costs, store, stream
 from pgl_ray.data.batch_views import finish
-from pgl_ray.data.system import num_cores
+from pgl_ray.data.system import keep_freed_memory, num_cores
 from pgl_ray.data.trainings import make_plan, make_renderer
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import pick_device
@@ -185,7 +185,8 @@ def _time_step(
         on.recompute(net.get_submodule("online.encoder"))
     step = _step(config, device, net, hu_window)
     ready = renderer({name: np.resize(column, num_pairs) for name, column in rows.items()})
-    torch.set_num_threads(num_threads)  # a renderer takes one
+    if device.type == "cpu":
+        keep_freed_memory(2**31 - 1)  # as a worker does
     batch = {name: torch.from_numpy(value).to(device) for name, value in ready.items()}
     flops, memory = cost_of(step, batch, net, config.global_batch_size // config.train.num_workers)
     on.compiled(net, device, config.train.compile, config.train.num_workers)

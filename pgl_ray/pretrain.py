@@ -215,8 +215,8 @@ def _save(
 def _health(net: nn.Module, done: Step, geometry: Geometry) -> dict[str, float]:
     """The health figures of a step, the workers' mean, and whether they are a collapse."""
     row = ranks.mean_over_workers(health.panel(net, done.output, done.pair, geometry))
-    share = health.directions(row)
-    row |= {} if share is None else {"health/directions": share}
+    num_directions = health.directions(row)
+    row |= {} if num_directions is None else {"health/directions": num_directions}
     return row | {"health/collapsed": float(health.collapse(row) is not None)}
 
 

@@ -71,8 +71,8 @@ def overlap_box(box_1: Array, box_2: Array) -> Array:
 
 
 def _library(array: Any) -> Any:
-    """numpy, or torch for a tensor."""
-    if isinstance(array, np.ndarray | np.generic):
+    """numpy for its arrays and numbers, else torch."""
+    if isinstance(array, (np.ndarray, np.generic)):  # torch.compile cannot trace a union of them
         return np
     import torch
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from pgl_ray.config import PretrainConfig, build
 from pgl_ray.model import device as on
 from pgl_ray.model import inference
 from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.pgl import Pair
 from pgl_ray.model.resnet import init_kaiming_uniform
+from pgl_ray.train import networks
 
 CPU = torch.device("cpu")
 
@@ -89,6 +92,29 @@ def test_what_was_not_compiled_is_counted():
         assert re.search(r"1 of \d functions could not be compiled and run as they are", on.uncompiled())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+PLACES = {"align": {"flip": False, "more_strides": [[2, 4, 4], [4, 8, 8]]}}
+PLACES |= {"loss": {"kind": "contrast", "displacement": 1.0}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, PLACES, {"method": "byol"}], ids=["pgl", "by place", "byol"])
+def test_methods_are_traced_as_a_whole(changes):
+    """By torch.compile's front half alone, which needs no compiler: as on a GPU no function is left out."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    small = {"encoder": {"width": 4, "depths": [1, 1, 1, 1]}, "heads": {"hidden": 8, "out": 4}}
+    config = build(PretrainConfig, {"index": "i", "run": "r", "views": {"size": [16, 32, 32]}, **small, **changes})
+    net, _ = networks.build_pretraining(config)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(0, 4, (4, 3, 1), generator=generator)
+    boxes = torch.cat([start, start + torch.tensor([16, 32, 32])[:, None]], -1).int()
+    views = torch.randn(4, 1, 16, 32, 32, generator=generator)
+    pair = Pair(*views.chunk(2), *boxes.chunk(2), *torch.zeros(4, 3, dtype=torch.bool).chunk(2))
+    torch.compile(net.train(), backend="eager")(pair)
+    assert on.uncompiled() is None
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -63,7 +63,9 @@ def deform(view: np.ndarray, rng: np.random.Generator, chances: Chances = PUBLIS
     out: Any = torch.from_numpy(view.copy())[None]  # shuffling and cut-outs write into what they are given
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one process per core already
-    for step in steps:
-        out = step.set_random_state(int(rng.integers(2**32)))(out)
-    torch.set_num_threads(threads)
+    try:
+        for step in steps:
+            out = step.set_random_state(int(rng.integers(2**32)))(out)
+    finally:
+        torch.set_num_threads(threads)
     return np.asarray(out)[0]

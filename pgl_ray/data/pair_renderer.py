@@ -30,7 +30,6 @@ from pgl_ray.data.render_cache import (
 from pgl_ray.data.rendering import AIR, read_all_padded, to_half
 from pgl_ray.data.sampling import PAIR_NUMBERS, largest_crop, sample_pairs
 from pgl_ray.data.store import Index
-from pgl_ray.data.system import keep_freed_memory
 from pgl_ray.paths import is_url
 
 SUBSTITUTES = 32  # scans that are tried in the place of one that cannot be read
@@ -96,7 +95,6 @@ class PairRenderer:
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rows of (step, epoch, scan, draw) -> the same with their views; see the top of the class."""
-        keep_freed_memory(rendering.KEEP_BYTES)
         num, drawn, index = len(rows["step"]), self.draw(rows), index_of(self.store)
         out = dict(rows) | {"missed": np.full(num, -1)}
         if not self.resize:

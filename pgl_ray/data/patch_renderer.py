@@ -18,7 +18,6 @@ from pgl_ray.data.rendering import AIR, read_all_padded, read_padded, resize_lab
 from pgl_ray.data.sampling import centred_start, sample_prior
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import class_lookup
-from pgl_ray.data.system import keep_freed_memory
 from pgl_ray.paths import is_url
 from pgl_ray.prior import Prior
 
@@ -41,7 +40,6 @@ class PatchRenderer:
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rows of (step, epoch, scan, draw) -> the same with their patches; see the top of the class."""
-        keep_freed_memory(rendering.KEEP_BYTES)
         index = index_of(self.store)
         values = index.label_values
         lookup = class_lookup(values)

@@ -10,7 +10,6 @@ from numpy.lib.stride_tricks import as_strided
 from pgl_ray.data import kernels
 
 AIR = -1024  # HU outside a scan
-KEEP_BYTES = 2**27  # of freed memory in a rendering process: views and crops, which follow one another
 
 
 def normalise(voxels: np.ndarray, window: tuple[float, float], mean: float, std: float) -> np.ndarray:

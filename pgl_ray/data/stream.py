@@ -15,12 +15,14 @@ import numpy as np
 from pgl_ray import ray_internals
 from pgl_ray.data.columns import Names
 from pgl_ray.data.regions import REGIONS_MIXED
+from pgl_ray.data.system import keep_freed_memory
 
 if TYPE_CHECKING:
     from ray.data import Dataset
 
 ABOUT_ROWS = frozenset(("step", "epoch", "scan", "draw", "missed"))  # columns that no network sees
 BLOCKS_AHEAD = 256  # blocks of rows laid out at a time, by a task of 1 CPU: Ray Data's repartition takes no less
+KEEP_BYTES = 2**27  # of freed memory in a rendering process: crops and views follow one another
 BLOCKS_TAKEN = 6  # that a worker has at a time: five in the buffers of prefetch_batches=2, and one that is trained on
 
 
@@ -164,7 +166,25 @@ def dataset(
     rows = segments.map_batches(LayOut(plan), batch_size=None)
     # Ray fuses this with the line above, as their CPUs agree, and neither with the renderer: a block, a rendering task
     rows = rows.repartition(target_num_rows_per_block=plan.global_batch_size // num_workers)
-    return rows.map_batches(render, batch_size=None, num_cpus=num_cpus, compute=ray.data.TaskPoolStrategy(_num_tasks()))
+    return rows.map_batches(
+        InTask(render), batch_size=None, num_cpus=num_cpus, compute=ray.data.TaskPoolStrategy(_num_tasks())
+    )
+
+
+@dataclass(frozen=True)
+class InTask:
+    """A renderer in a process of Ray's, which keeps what it frees for the next crops and views.
+
+    Attributes:
+        render: as for `dataset`.
+    """
+
+    render: Callable[[dict], dict]
+
+    def __call__(self, rows: dict) -> dict:
+        """Index columns -> columns of a batch."""
+        keep_freed_memory(KEEP_BYTES)
+        return self.render(rows)
 
 
 def _start(_: Callable[[dict], dict]) -> None:

@@ -266,8 +266,8 @@ class Mirror:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def fetched(self, choose: Callable[[Collection[str]], Iterable[str]]) -> Path:
-        """The cache's folder, in which the chosen files are as they are in the bucket now; those that have not changed are
-        not fetched again.
+        """The cache's folder, in which the chosen files are as they are in the bucket now; what has not changed is not
+        fetched again.
 
         Args:
             choose: keys of all that lies in the bucket -> those that are wanted.

@@ -41,6 +41,9 @@ def parse(model: type[Model], values: Any, subject: str) -> Model:
         raise ValueError(f"{subject} damaged: {'; '.join(faults)}") from None
 
 
+Facts = Annotated[dict[str, Any], BeforeValidator(lambda values: values or {})]  # none: not recorded
+
+
 class RunStore(BaseModel):
     """Of a run's store, when the run was opened.
 
@@ -97,7 +100,7 @@ class RunRecord(BaseModel):
     store: RunStore = RunStore()
     scans: RunScans | None = None
     weights: dict[str, Any] | None = None
-    outlook: dict[str, Any] = {}
+    outlook: Facts = {}
 
     @classmethod
     def read(cls, run: str | Path) -> Self:
@@ -178,7 +181,7 @@ class CheckpointMeta(BaseModel):
     patch_size: tuple[int, int, int] | None = None
     init_level: int | None = None
     config: str = "{}"
-    data: dict[str, Any] = {}
+    data: Facts = {}
     steps: int | None = None
 
     def plain(self) -> dict[str, Any]:

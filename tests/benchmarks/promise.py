@@ -127,7 +127,7 @@ def train(
                 ceiling_steps = LONG_CEILING_STEPS if steps >= LONG_STEPS else CEILING_STEPS
                 train_loop.train(with_labels(store, run, seed, ceiling_steps))
             elif arm != RANDOM:
-                stopped = own = best_of(searched, arm) if searched else (1.0, 1.0)
+                own = best_of(searched, arm) if searched else (1.0, 1.0)
                 stopped = train_loop.train(pretraining(store, run, arm, seed, steps, *own))
                 if stopped:
                     print(f"{arm}, seed {seed}: {stopped}", flush=True)
@@ -171,7 +171,7 @@ def candidate(store: str, runs: Path, arm: str, steps: int, rate: float, turnove
 def best_of(runs: Path, arm: str) -> tuple[float, float]:
     """Factors of the rate and of 1 - decay with the best Dice so far."""
     found = {}
-    for path in (runs / "search").glob(f"{arm}, x *.json"):
+    for path in sorted((runs / "search").glob(f"{arm}, x *.json")):
         factors = path.stem.removeprefix(f"{arm}, x ").split(", x ")
         found[tuple(map(float, factors))] = json.loads(path.read_text())["readings"]["reestimated"]["decoder"]["value"]
     if not found:
@@ -185,7 +185,7 @@ def candidates(runs: Path) -> list[dict]:
     for path in sorted((runs / "search").glob("*.json")):
         arm, rate, turnover = path.stem.rsplit(", x ", 2)
         scores = json.loads(path.read_text())["readings"]["reestimated"]
-        values = {judge: round(scores[judge]["value"], 4) for judge in JUDGES}
+        values = {judge: scores[judge]["value"] for judge in JUDGES}
         rows.append({"arm": arm, "rate": float(rate), "turnover": float(turnover), **values})
     return rows
 
