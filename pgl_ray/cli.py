@@ -121,6 +121,7 @@ def call(door: str, args: list[str]) -> None:
     if {"-h", "--help", "--help-all"} & set(args):
         _say(helped(door, everything="--help-all" in args))
         return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads spin for minutes where the cores are busy
     try:
         config = c.load(model, [shipped.find(arg) for arg in args if arg != "--debug"])
         _refuse_missing(config, stores)
