@@ -1,7 +1,6 @@
 """What prepare says of scans that it converted: structures that were not used, printed, kept and not repeated."""
 
 import json
-import pickle
 
 import numpy as np
 import pydicom
@@ -10,22 +9,13 @@ from dicom_files import ct_series, save, structure_set
 
 from pgl_ray import prepare
 from pgl_ray.config import PrepareConfig
-from pgl_ray.convert import parallel
 from pgl_ray.data import store
 
 SHAPE = (6, 30, 40)
 NAMES = {"liver": 1, "spleen": 2, "cord": 3}
 
 
-@pytest.fixture(autouse=True)
-def serial(monkeypatch):
-    """Converts in this process."""
-
-    def in_parallel(work, items, config, sources=()):
-        for i, item in enumerate(items):
-            yield work({"task": i, "item": pickle.dumps(item)})
-
-    monkeypatch.setattr(parallel, "in_parallel", in_parallel)
+pytestmark = pytest.mark.usefixtures("serial")
 
 
 def square(k, low=3, high=12):

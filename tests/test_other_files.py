@@ -1,7 +1,6 @@
 """Label maps that lie next to CTs, and what is doubtful about a file: what prepare and predict say of them."""
 
 import json
-import pickle
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -12,7 +11,6 @@ from torch import nn
 
 from pgl_ray import predict, prepare
 from pgl_ray.config import FailedRun, PredictConfig, PrepareConfig, build
-from pgl_ray.convert import parallel
 from pgl_ray.data import store
 from pgl_ray.train.records import CheckpointMeta
 
@@ -21,15 +19,7 @@ SHAPE = (20, 18, 9)
 META = CheckpointMeta(encoder={}, hu_window=(-1000.0, 400.0), labels={"a": 1, "b": 2}, patch_size=(8, 16, 24))
 
 
-@pytest.fixture(autouse=True)
-def serial(monkeypatch):
-    """Converts in this process."""
-
-    def in_parallel(work, items, config, sources=()):
-        for i, item in enumerate(items):
-            yield work({"task": i, "item": pickle.dumps(item)})
-
-    monkeypatch.setattr(parallel, "in_parallel", in_parallel)
+pytestmark = pytest.mark.usefixtures("serial")
 
 
 def put(path, array, affine=AFFINE, **header):

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-STEP = np.uint64(0x9E3779B97F4A7C15)  # of splitmix64's counter
+from pgl_ray.splitmix import STEP, mix
 
 
 @lru_cache(maxsize=2**12)
@@ -37,20 +37,13 @@ def uniforms(
         float64 [N, num], in [0, 1).
     """
     scan = np.array([_scan_key(each) for each in scan_ids], np.uint64).view(np.int64)
-    state = np.full(len(scan), seed, np.int64).view(np.uint64) ^ _mix(np.array([of + 1], np.uint64))
+    state = np.full(len(scan), seed, np.int64) ^ mix(np.array([of + 1], np.int64))
     for part in (scan, epoch, draw):
-        state = _mix(state + STEP) ^ np.asarray(part, np.int64).view(np.uint64)
-    bits = _mix(_mix(state + STEP)[:, None] + np.arange(1, num + 1, dtype=np.uint64) * STEP)
-    return (bits >> np.uint64(11)) * 2.0**-53
-
-
-def _mix(state: np.ndarray) -> np.ndarray:
-    """splitmix64's output function on uint64 of any shape, modulo 2**64."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+        state = mix(state + STEP) ^ np.asarray(part, np.int64)
+    bits = mix(mix(state + STEP)[:, None] + np.arange(1, num + 1) * STEP)
+    return ((bits >> 11) & (2**53 - 1)) * 2.0**-53
 
 
 def noise_state(seed: int) -> np.uint64:
-    """`_mix` of one number: where the counter of a view's noise starts."""
-    return _mix(np.array([seed], np.int64).view(np.uint64))[0]
+    """`mix` of one number: where the counter of a view's noise starts."""
+    return mix(np.array([seed], np.int64)).view(np.uint64)[0]
