@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 if TYPE_CHECKING:  # rendering processes start without torch
+    import torch
     from torch import Tensor
 
 Array = TypeVar("Array", np.ndarray, "Tensor")
@@ -17,3 +18,14 @@ def mix(state: Array) -> Array:
     state = (state ^ ((state >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
     state = (state ^ ((state >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
     return state ^ ((state >> 31) & (2**33 - 1))
+
+
+def counter(num: int, device: "torch.device") -> "Tensor":
+    """STEP, 2 STEP, ..., `num` STEP modulo 2**64, int64 [num] on a device.
+
+    Written with a complement, for PyTorch 2.11 and 2.13 compile a multiple of `arange` into Triton code whose index is
+    32 bits wide, which fails where the factor is not.
+    """
+    import torch
+
+    return ~torch.arange(num, device=device) * -STEP

@@ -98,12 +98,11 @@ PLACES = {"align": {"flip": False, "more_strides": [[2, 4, 4], [4, 8, 8]]}}
 PLACES |= {"loss": {"kind": "contrast", "displacement": 1.0}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, PLACES, {"method": "byol"}], ids=["pgl", "by place", "byol"])
-def test_methods_are_traced_as_a_whole(changes):
-    """By torch.compile's front half alone, which needs no compiler: as on a GPU no function is left out."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
+METHODS = pytest.mark.parametrize("changes", [{}, PLACES, {"method": "byol"}], ids=["pgl", "by place", "byol"])
+
+
+def method_and_pair(changes: dict) -> tuple[nn.Module, Pair]:
+    """A small network of a method, and what it learns from."""
     small = {"encoder": {"width": 4, "depths": [1, 1, 1, 1]}, "heads": {"hidden": 8, "out": 4}}
     config = build(PretrainConfig, {"index": "i", "run": "r", "views": {"size": [16, 32, 32]}, **small, **changes})
     net, _ = networks.build_pretraining(config)
@@ -111,9 +110,35 @@ def test_methods_are_traced_as_a_whole(changes):
     start = torch.randint(0, 4, (4, 3, 1), generator=generator)
     boxes = torch.cat([start, start + torch.tensor([16, 32, 32])[:, None]], -1).int()
     views = torch.randn(4, 1, 16, 32, 32, generator=generator)
-    pair = Pair(*views.chunk(2), *boxes.chunk(2), *torch.zeros(4, 3, dtype=torch.bool).chunk(2))
-    torch.compile(net.train(), backend="eager")(pair)
+    return net.train(), Pair(*views.chunk(2), *boxes.chunk(2), *torch.zeros(4, 3, dtype=torch.bool).chunk(2))
+
+
+@pytest.mark.slow
+@METHODS
+def test_methods_are_traced_as_a_whole(changes):
+    """By torch.compile's front half alone, which needs no compiler: as on a GPU no function is left out."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    net, pair = method_and_pair(changes)
+    torch.compile(net, backend="eager")(pair)
     assert on.uncompiled() is None
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@METHODS
+def test_methods_are_compiled_as_a_whole_on_cuda(changes):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    net, pair = method_and_pair(changes)
+    there = Pair(*(part if part is None else part.cuda() for part in pair))
+    plain, fast = (
+        copy.deepcopy(net).cuda(),
+        on.compiled(on.lay_out(net, torch.device("cuda")), torch.device("cuda"), "on"),
+    )
+    expected, got = plain(there).loss, fast(there).loss
+    assert on.uncompiled() is None and abs(got - expected) < 2e-3 * abs(expected)
     torch._dynamo.reset()
 
 

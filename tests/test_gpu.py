@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,7 +28,18 @@ from pgl_ray.train import capacity, health, networks, nodes, one_step, optim
 CPU, META = torch.device("cpu"), torch.device("meta")
 SMALL = ["index=a", "run=b", "encoder.width=4", "encoder.depths=[1,1,1,1]", "heads.hidden=8", "heads.out=4"]
 SMALL += ["views.size=[16,32,32]"]
+BY_PLACE = ["loss.kind=contrast", "loss.displacement=1", "align.flip=false", "align.more_strides=[[2,4,4],[4,8,8]]"]
 FLOAT32 = on.autocast(CPU, "float32")
+
+
+class FromHost(TorchFunctionMode):
+    """Refuses tensors that are made on the meta device of the host's numbers: on a GPU a copy that waits."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor) and made.device == META:
+            raise RuntimeError(f"{func} copies from host to device")
+        return made
 
 
 class OnDevice(TorchDispatchMode):
@@ -35,7 +47,15 @@ class OnDevice(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.ops = Counter()
+        self.ops, self.made = Counter(), FromHost()
+
+    def __enter__(self):
+        self.made.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.made.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -67,6 +87,8 @@ def meta(monkeypatch):
         lambda x: x.cpu(),
         lambda x: bool(x.isfinite().all()),
         lambda x: x + torch.ones(3, 4).to(x.device),
+        lambda x: x + torch.tensor([1.0, 2, 3, 4], device=x.device),
+        lambda x: x * torch.tensor(2.0, device=x.device),
         lambda x: x[:, torch.tensor([0, 2])] * torch.from_numpy(np.ones(2)).to(x.device),
     ],
 )
@@ -84,9 +106,13 @@ def pair(device, num=4) -> Pair:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("method", ["method=pgl", "align.mask_clamped=true", "method=byol", "method=genesis"])
-def test_no_pretraining_step_waits_for_the_device(meta, method, parts):
-    config = load(PretrainConfig, [*SMALL, method])
+@pytest.mark.parametrize(
+    "settings",
+    [["method=pgl"], ["align.mask_clamped=true"], ["method=byol"], ["method=genesis"], BY_PLACE],
+    ids=lambda settings: settings[0],
+)
+def test_no_pretraining_step_waits_for_the_device(meta, settings, parts):
+    config = load(PretrainConfig, [*SMALL, *settings])
     net = networks.build_pretraining(config)[0].to(meta).train()
     optimizer = optim.build_pretraining(net, config.optim)
     schedule, batch = optim.warmup_cosine(optimizer, 2, 10), pair(meta)

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import train_loop
+from test_views import mix
 from torch import nn
 
 from pgl_ray.model.losses import place_contrast_loss
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
-from pgl_ray.model.places import Objective, PlacesPgl, bin_coordinates, drawn_bins, read_at
+from pgl_ray.model.places import Objective, PlacesPgl, bin_coordinates, drawn_bins, hash_pairs, read_at
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.prior import interpolation_matrices, view_to_scan
 from pgl_ray.train.networks import build_pretraining
@@ -100,6 +101,21 @@ def test_bins_depend_only_on_priors_and_clamped_come_last():
         assert ok[row].sum() == min(20, int(ok.sum()))
     everything = drawn_bins(pair, geometry, 10**6)
     assert sorted(everything[0].tolist()) == list(range(valid.shape[1]))
+
+
+def test_draws_are_by_splitmix64():
+    """Oracle: a hash of the boxes' numbers and a sort by random bits, in Python's own integers."""
+    pair, geometry, mask, step = pairs(3, seed=1), network().maps[1][1], 2**64 - 1, 0x9E3779B97F4A7C15
+    valid, bins = valid_bins(pair, geometry).flatten(1), drawn_bins(pair, geometry, 20)
+    for row in range(3):
+        state = 0
+        for part in [*pair.box_1[row].flatten().tolist(), *pair.box_2[row].flatten().tolist()]:
+            state = mix(state + step & mask) ^ part
+        keys = [mix(mix(state) + (place + 1) * step & mask) >> 40 for place in range(valid.shape[1])]
+        keys = [key - 2**24 * (key >= 2**23) for key in keys]  # the sign of the shifted int64
+        order = sorted(range(len(keys)), key=lambda place: (not valid[row, place], -keys[place]))
+        assert bins[row].tolist() == order[:20]
+    assert torch.equal(bins, drawn_bins(pair, geometry, 20, hash_pairs(pair)))
 
 
 def test_drawn_bins_are_uniform_among_those_not_clamped():

@@ -1,8 +1,11 @@
 """The doors' training loops without Ray: what Ray Train and Ray Data give a worker, given by the test.
 
-Each worker is a process of its own under gloo; the stream is the plan's rows, rendered where they are asked for.
+Each worker is a process of its own under gloo; the stream is the plan's rows, rendered where they are asked for. On a
+GPU the one worker is this process, and others render ahead of it.
 """
 
+import collections
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -65,9 +68,17 @@ def finetuning(where: Path, run: Path, **changes) -> c.FinetuneConfig:
 
 
 def train(
-    config, world: int = 1, until: int | None = None, seen: Callable[[int, dict], None] | None = None
+    config,
+    world: int = 1,
+    until: int | None = None,
+    seen: Callable[[int, dict], None] | None = None,
+    device: str = "cpu",
+    renderers: int = 0,
 ) -> str | None:
-    """Trains on `world` workers, which die when they ask for the batch of step `until`; rank 0's answer."""
+    """Trains on `world` workers, which die when they ask for the batch of step `until`; rank 0's answer.
+
+    A GPU (`device=cuda`) takes one worker, and `renderers` processes for its batches.
+    """
     index = store.read_index(config.index)
     kind = finetune if isinstance(config, c.FinetuneConfig) else pretrain
     if kind is pretrain:
@@ -95,10 +106,13 @@ def train(
     faulthandler.cancel_dump_traceback_later()  # pytest's: a fork of a process that has one can have none of its own
     torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it
     given |= {"config": config.model_dump_json(), "run": folder, "plan": plan}
-    with runs.locked(folder) as (_, _, found):
+    with _rendering(render, plan, renderers) as ahead, runs.locked(folder) as (_, _, found):
         start = found[1] if found else 0
 
         def batches(rank: int) -> Iterator[dict]:
+            if ahead:
+                yield from ahead(start)
+                return
             size = plan.global_batch_size // world
             for step in range(start, plan.num_steps):
                 if step == until:
@@ -119,8 +133,9 @@ def train(
                 return torch.nn.parallel.DistributedDataParallel(net, **alike) if world > 1 else net
 
             def worker(push: Callable[[], None] | None, here: str, seen: watch.Watch) -> str | None:
-                cpu = torch.device("cpu")
-                place = Place(rank, world, cpu, lambda _, stay: on.Batches(batches(rank), cpu, stay), wrap, push, seen)
+                here_on = torch.device(device)
+                feed = lambda _, stay: on.Batches(batches(rank), here_on, stay)  # noqa: E731
+                place = Place(rank, world, here_on, feed, wrap, push, seen)
                 return kind.worker(Session(here, plan, config.train, place), {**given, "run": here})
 
             with warnings.catch_warnings(), runs.joined(folder, rank) as (here, push):
@@ -128,10 +143,49 @@ def train(
                 timeout_s = config.train.timeout_s
                 return watch.watched(partial(worker, push, here), here, rank, world, timeout_s)
 
-        if "://" in folder:  # obstore does not survive a fork
+        if "://" in folder or renderers:  # neither obstore nor CUDA survives a fork
             assert world == 1
             return work(0)
         return _in_processes(work, world, config.train.timeout_s)
+
+
+@contextlib.contextmanager
+def _rendering(
+    render: Callable[[dict], dict], plan: stream.Plan, num: int
+) -> Iterator[Callable[[int], Iterator[dict]] | None]:
+    """What gives the batches from a step on, made by `num` processes a few steps ahead; none where there are none."""
+    if not num:
+        yield None
+        return
+
+    def ahead(start: int) -> Iterator[dict]:
+        waiting: collections.deque = collections.deque()
+        for step in range(start, plan.num_steps):
+            waiting.append(pool.apply_async(_render_step, (step,)))
+            if len(waiting) > 2 * num:
+                yield pinned(waiting.popleft().get())
+        while waiting:
+            yield pinned(waiting.popleft().get())
+
+    def pinned(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: column.pin_memory() for name, column in batch.items()} if torch.cuda.is_available() else batch
+
+    _RENDERED[:] = render, plan
+    pool = torch.multiprocessing.get_context("fork").Pool(num)  # before this process has a CUDA context
+    try:
+        yield ahead
+    finally:
+        pool.terminate()
+        pool.join()
+
+
+_RENDERED: list = []  # what the forked processes of `_rendering` render, and the plan
+
+
+def _render_step(step: int) -> dict[str, torch.Tensor]:
+    render, plan = _RENDERED
+    torch.set_num_threads(1)
+    return {name: torch.from_numpy(value) for name, value in render(plan.columns(step, step + 1)).items()}
 
 
 def _in_processes(work: Callable[[int], str | None], world: int, timeout_s: float) -> str | None:

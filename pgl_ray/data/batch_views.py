@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgl_ray.config import IntensityConfig
 from pgl_ray.data.hu_codes import hu_of_codes
-from pgl_ray.splitmix import STEP, mix
+from pgl_ray.splitmix import STEP, counter, mix
 
 
 def finish(
@@ -120,7 +120,7 @@ def noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
         float32 [N, *shape].
     """
     num = math.prod(shape)
-    bits = mix(mix(seeds)[:, None] + torch.arange(-(-num // 2), device=seeds.device) * STEP)
+    bits = mix(mix(seeds)[:, None] - STEP + counter(-(-num // 2), seeds.device))
     length = ((bits >> 40) & 0xFFFFFF).float().add_(1).div_(2**24).log_().mul_(-2).sqrt_()
     angle = ((bits >> 12) & 0xFFFFFF).float().mul_(2 * math.pi / 2**24)
     drawn = torch.stack([length * torch.cos(angle), length * torch.sin(angle)], 1)

@@ -5,7 +5,6 @@ also met by features that name the scan and not the place, and on one coarse map
 """
 
 import copy
-from itertools import product
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from pgl_ray.model.pgl import Output, Pair, follow, mlp, valid_bins
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.prior import Geometry, feature_coordinates, view_to_scan
-from pgl_ray.splitmix import STEP, mix
+from pgl_ray.splitmix import STEP, counter, mix
 
 
 class Objective(NamedTuple):
@@ -77,6 +76,9 @@ class PlacesPgl(nn.Module):
         places = levels if objective.displacement else []
         self.place = nn.ModuleList(mlp(encoder.channels[level], hidden, 3) for level in places)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
+        for number, (_, geometry) in enumerate(maps):  # on the device: a step that brought them there would wait for it
+            grid = torch.tensor([geometry.output_stride, geometry.center, geometry.view_size])
+            self.register_buffer(f"grid_{number}", grid, persistent=False)
 
     def forward(self, pair: Pair) -> Output:
         """The mean over maps of both directions' losses, plus the weighted displacement loss.
@@ -87,17 +89,19 @@ class PlacesPgl(nn.Module):
         maps = self.online["encoder"](views)
         with torch.no_grad():
             target_maps = self.target["encoder"](views)
-        losses = []
+        losses, of_views = [], _hashed(pair.boxes)
+        of_pairs = _hashed(pair.box_2, of_views[: len(pair.box_1)])
         heads = zip(self.online["projector"].children(), self.predictor, self.target["projector"].children())
         for number, ((level, geometry), (projector, predictor, target)) in enumerate(zip(self.maps, heads)):
-            at = bin_coordinates(pair, geometry, drawn_bins(pair, geometry, self.objective.num_bins))
+            at = bin_coordinates(pair, geometry, drawn_bins(pair, geometry, self.objective.num_bins, of_pairs))
             query = predictor(projector(read_at(maps[level], at)))
             with torch.no_grad():
                 key = target(read_at(target_maps[level], at))
             (query_1, query_2), (key_1, key_2) = query.flatten(2).chunk(2), key.flatten(2).chunk(2)
             loss = (self._compare(query_1, key_2) + self._compare(query_2, key_1)) / 2
             if self.objective.displacement:
-                loss = loss + self.objective.displacement * self.displacement_loss(number, maps[level], pair)
+                off = self.displacement_loss(number, maps[level], pair, of_views)
+                loss = loss + self.objective.displacement * off
             losses.append(loss)
         return Output(torch.stack(losses).mean(), maps[self.maps[-1][0]].detach(), query_1.detach(), key_2)
 
@@ -107,22 +111,24 @@ class PlacesPgl(nn.Module):
             return local_consistency_loss(query, key)
         return place_contrast_loss(query, key, self.objective.temperature, self.objective.negatives)
 
-    def displacement_loss(self, number: int, features: Tensor, pair: Pair) -> Tensor:
+    def displacement_loss(self, number: int, features: Tensor, pair: Pair, of_views: Tensor | None = None) -> Tensor:
         """How far the place heads are from telling the way from cells of view 1 to cells of view 2.
 
         The answer comes from the priors: the difference of the cells' centres in the scan, in half view sizes per axis.
+
+        Args:
+            number: of the map.
+            features: the map of both views, [2N, C, d, h, w].
+            pair: N pairs.
+            of_views: int64 [2N], a number per view by which its cells are drawn; none: from its box.
         """
-        _, geometry = self.maps[number]
-        size = torch.tensor(geometry.view_size, device=features.device)
-        num_cells = features.shape[2:].numel()
-        cells = _drawn(pair.boxes, num_cells, min(self.objective.num_bins, num_cells))  # [2N, cells]
+        stride, center, size = self.get_buffer(f"grid_{number}").unbind()
+        hashed = _hashed(pair.boxes) if of_views is None else of_views
+        cells = _drawn(hashed, features.shape[2:].numel(), self.objective.num_bins)  # [2N, cells]
         index = torch.stack(torch.unravel_index(cells, features.shape[2:]), -1)
-        stride, center = (
-            torch.tensor(part, device=features.device) for part in (geometry.output_stride, geometry.center)
-        )
         at = view_to_scan(index * stride + center, pair.boxes[:, None], pair.flips[:, None], size) / (size / 2)
-        guess = self.place[number](_gather(features.flatten(2), cells)).flatten(2).transpose(1, 2)  # [2N, cells, 3]
-        guess_1, guess_2 = guess.float().chunk(2)
+        guess = self.place[number](_gather(features.flatten(2), cells)[..., None, None])
+        guess_1, guess_2 = guess.flatten(2).transpose(1, 2).float().chunk(2)  # [N, cells, 3]
         at_1, at_2 = at.float().chunk(2)
         return F.smooth_l1_loss(guess_1[:, :, None] - guess_2[:, None], at_1[:, :, None] - at_2[:, None])
 
@@ -159,40 +165,58 @@ def read_at(features: Tensor, at: Tensor) -> Tensor:
     Returns:
         [N, C, K, 1, 1], of the features' type.
     """
-    sizes = torch.tensor(features.shape[2:], device=at.device)
     low = at.long()
-    high, share = torch.minimum(low + 1, sizes - 1), at - low
-    flat, values = features.flatten(2), torch.zeros((), device=features.device)
-    for corner in product((0, 1), repeat=3):
-        upper = torch.tensor(corner, device=at.device, dtype=torch.bool)
-        d, h, w = torch.where(upper, high, low).unbind(-1)
-        weight = torch.where(upper, share, 1 - share).prod(-1)[:, None, :, None, None]
-        part = _gather(flat, (d * sizes[1] + h) * sizes[2] + w)
-        values = values + part.to(torch.promote_types(part.dtype, torch.float32)) * weight
-    return values.to(features.dtype)
+    share, places, weights = at - low, torch.zeros_like(low[..., :1]), torch.ones_like(at[..., :1])
+    for axis, num in enumerate(features.shape[2:]):  # 2, then 4, then 8 cells around each place
+        cells = torch.stack([low[..., axis], (low[..., axis] + 1).clamp_max(num - 1)], -1)
+        parts = torch.stack([1 - share[..., axis], share[..., axis]], -1)
+        places = (places[..., None] * num + cells[..., None, :]).flatten(2)
+        weights = (weights[..., None] * parts[..., None, :]).flatten(2)
+    values = _gather(features.flatten(2), places.flatten(1)).unflatten(2, places.shape[1:])  # [N, C, K, 8]
+    values = values.to(torch.promote_types(values.dtype, torch.float32)) * weights[:, None]
+    return values.sum(-1)[..., None, None].to(features.dtype)
 
 
 def _gather(features: Tensor, places: Tensor) -> Tensor:
-    """[N, C, places] and int64 [N, K] -> [N, C, K, 1, 1]."""
-    return features.gather(2, places[:, None].expand(-1, features.shape[1], -1))[..., None, None]
+    """[N, C, places] and int64 [N, K] -> [N, C, K]."""
+    return features.gather(2, places[:, None].expand(-1, features.shape[1], -1))
 
 
 @torch.no_grad()
-def drawn_bins(pair: Pair, geometry: Geometry, num: int) -> Tensor:
+def drawn_bins(pair: Pair, geometry: Geometry, num: int, of_pairs: Tensor | None = None) -> Tensor:
     """Bins of each pair's overlap, drawn without replacement, those that are clamped in neither view first.
+
+    Args:
+        pair: N pairs.
+        geometry: of the map.
+        num: to draw.
+        of_pairs: `hash_pairs(pair)`, where it is known.
 
     Returns:
         int64 [N, min(num, number of bins)], as the flattened index of an aligned map.
     """
     valid = valid_bins(pair, geometry).flatten(1)
-    return _drawn(pair.boxes.view(2, -1, 3, 2).transpose(0, 1).flatten(1, 2), valid.shape[1], num, valid)
+    return _drawn(hash_pairs(pair) if of_pairs is None else of_pairs, valid.shape[1], num, valid)
 
 
-def _drawn(boxes: Tensor, num_places: int, num: int, first: Tensor | None = None) -> Tensor:
-    """A draw without replacement that depends only on whole numbers, here on boxes: the same wherever it is made.
+def hash_pairs(pair: Pair) -> Tensor:
+    """A number per pair by which its bins are drawn, from its boxes alone, int64 [N]."""
+    return _hashed(pair.box_2, _hashed(pair.box_1))
+
+
+def _hashed(boxes: Tensor, state: Tensor | None = None) -> Tensor:
+    """int [N, ...] -> int64 [N], the same wherever it is computed; `state`: of what stands before them, int64 [N]."""
+    state = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device) if state is None else state
+    for part in boxes.long().flatten(1).unbind(1):
+        state = mix(state + STEP) ^ part
+    return state
+
+
+def _drawn(hashed: Tensor, num_places: int, num: int, first: Tensor | None = None) -> Tensor:
+    """A draw without replacement that depends only on whole numbers: the same wherever it is made.
 
     Args:
-        boxes: int [N, ...].
+        hashed: int64 [N].
         num_places: to draw from.
         num: to draw; all where there are fewer.
         first: bool [N, num_places] of those that are drawn before the others.
@@ -200,11 +224,7 @@ def _drawn(boxes: Tensor, num_places: int, num: int, first: Tensor | None = None
     Returns:
         int64 [N, num].
     """
-    state = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    for part in boxes.long().flatten(1).unbind(1):
-        state = mix(state + STEP) ^ part
-    places = torch.arange(1, num_places + 1, device=boxes.device)
-    key = (mix(mix(state)[:, None] + places * STEP) >> 40).float()  # [N, places], in +-2**23
+    key = (mix(mix(hashed)[:, None] + counter(num_places, hashed.device)) >> 40).float()  # [N, places], in +-2**23
     if first is not None:
         key = key + first * 2.0**25
     return key.topk(min(num, num_places), 1).indices

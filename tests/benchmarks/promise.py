@@ -4,6 +4,7 @@ python tests/benchmarks/promise.py search STORE RUNS [steps=300] [arms=0,4,...]
     the same small search for every arm: three rates, then the target's decay (of an arm without target two more rates),
     one training each, chosen by the frozen decoder's Dice on scans of the training split
 python tests/benchmarks/promise.py train STORE RUNS [steps=600] [seeds=0,1,2] [arms=0,...] [scans=1,5,10] [search=RUNS]
+                                           [device=cpu] [renderers=2] [compile=off] [judge=no]
     pre-trains and judges what is not there yet, in this process, one thread; typed again, it goes on where it was ended
     search: the folder of a search, whose choices each arm takes
 python tests/benchmarks/promise.py finetune STORE RUNS [seeds=0,1,2] [arms=0,4,...] [init=FILE]
@@ -11,6 +12,9 @@ python tests/benchmarks/promise.py finetune STORE RUNS [seeds=0,1,2] [arms=0,4,.
     arm and seed by the Dice on 8 other scans of the training split; that network is evaluated on the validation split
 python tests/benchmarks/promise.py table RUNS [output=FILE.json]
     the tables as Markdown, and the figures behind them (per seed and scan) as JSON; of a search: each candidate's
+
+On a GPU: `device=cuda`, where `renderers=2` processes make the views of each training, the same as on a CPU; several of
+these commands at a time, for their steps are small. judge=no: only trains.
 
 The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in one state (BatchNorm re-estimated
 on the same views); of random weights the stronger reading counts. The upper end is an encoder of the same size that was
@@ -21,6 +25,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -74,6 +79,39 @@ FACTORS, TUNE_STEPS = (0.3, 1.0), 450  # of the encoder's rate beside the decode
 NUM_LABELLED, FOLDS = 5, 8  # scans to learn from, and to choose the rate by
 
 
+class Machine(NamedTuple):
+    """What trains: a GPU computes in float32, as a CPU does.
+
+    Attributes:
+        device: cpu or cuda.
+        renderers: processes that make the views of a training on a GPU.
+        compile: as `train.compile`.
+        judge: whether what is trained is judged, too.
+    """
+
+    device: str = "cpu"
+    renderers: int = 0
+    compile: str = "off"
+    judge: bool = True
+
+    def train(self, config: PretrainConfig) -> str | None:
+        """Why training ended early; none: it did not."""
+        if self.device == "cpu":
+            return train_loop.train(config)
+        # figures and checkpoints make the host wait: at a GPU's pace seldom is often enough
+        rare = {"precision": "float32", "compile": self.compile, "checkpoint_every": 1000, "log_every": 100}
+        config = config.model_copy(
+            update={
+                "train": config.train.model_copy(update=rare),
+                "health": config.health.model_copy(update={"every": 100}),
+            }
+        )
+        return train_loop.train(config, device=self.device, renderers=self.renderers)
+
+
+CPU = Machine()
+
+
 def pretraining(
     store: str, run: Path, arm: str, seed: int, steps: int, rate: float = 1.0, turnover: float = 1.0
 ) -> PretrainConfig:
@@ -116,23 +154,31 @@ def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
 
 
 def train(
-    store: str, runs: Path, steps: int, seeds: list[int], arms: list[str], numbers: list[int], searched: Path | None
+    store: str,
+    runs: Path,
+    steps: int,
+    seeds: list[int],
+    arms: list[str],
+    numbers: list[int],
+    searched: Path | None,
+    machine: Machine = CPU,
 ) -> None:
     """Everything that is not there yet, seed by seed."""
     torch.set_num_threads(1)
     for seed in seeds:
-        for arm in [RANDOM, *arms, *([CEILING] if seed == 0 else [])]:  # the upper end is no arm: one is enough
+        ends = ([RANDOM], [CEILING] if seed == 0 else []) if machine.judge else ([], [])
+        for arm in [*ends[0], *arms, *ends[1]]:  # the upper end is no arm: one is enough
             began, run = time.monotonic(), runs / f"{arm}, seed {seed}"
             if arm == CEILING:
                 ceiling_steps = LONG_CEILING_STEPS if steps >= LONG_STEPS else CEILING_STEPS
                 train_loop.train(with_labels(store, run, seed, ceiling_steps))
             elif arm != RANDOM:
                 own = best_of(searched, arm) if searched else (1.0, 1.0)
-                stopped = train_loop.train(pretraining(store, run, arm, seed, steps, *own))
+                stopped = machine.train(pretraining(store, run, arm, seed, steps, *own))
                 if stopped:
                     print(f"{arm}, seed {seed}: {stopped}", flush=True)
             print(f"{arm}, seed {seed}: trained in {time.monotonic() - began:.0f} s", flush=True)
-            for num_scans in numbers:
+            for num_scans in numbers if machine.judge else ():
                 judged(store, run, arm, seed, num_scans)
 
 
@@ -377,7 +423,14 @@ def main() -> None:
         seeds = [int(seed) for seed in options.get("seeds", "0,1,2").split(",")]
         numbers = [int(num) for num in options.get("scans", "1,5,10").split(",")]
         searched = Path(options["search"]).absolute() if "search" in options else None
-        train(places[0], Path(places[1]).absolute(), int(options.get("steps", 600)), seeds, arms, numbers, searched)
+        machine = Machine(
+            options.get("device", CPU.device),
+            int(options.get("renderers", 2)),
+            options.get("compile", CPU.compile),
+            options.get("judge") != "no",
+        )
+        steps = int(options.get("steps", 600))
+        train(places[0], Path(places[1]).absolute(), steps, seeds, arms, numbers, searched, machine)
         return
     if verb == "search":
         search(places[0], Path(places[1]).absolute(), int(options.get("steps", 300)), arms)
