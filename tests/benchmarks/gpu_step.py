@@ -1,6 +1,6 @@
 """What a GPU makes of a training step: right first, then its time, part by part.
 
-    python tests/benchmarks/gpu_step.py [--batches 32 64 128 256 512] [--only checks steps ...] [--out FILE.json]
+    python tests/benchmarks/gpu_step.py [--batches 32 128 512] [--only checks steps ...] [--out FILE.json]
     python tests/benchmarks/gpu_step.py --device cpu --tiny     # runs to the end in a minute; its figures mean nothing
 
 Needs PyTorch, this package's source on PYTHONPATH, and of its dependencies monai, pytorch_optimizer, pydantic,
@@ -16,18 +16,21 @@ On a machine without a package index they come as wheels. Made here once, in a f
 and on the lent machine, with .whl carried there, in calls that stay below its ten minutes each:
 
     python3 -m pip install -q --no-index --no-deps --target /tmp/site .whl/*.whl && export PYTHONUNBUFFERED=1 \
-        PYTHONPATH=/tmp/site:. && python3 tests/benchmarks/gpu_step.py --only ways profile --out $OUT/ways.json
-    ... --only checks steps --out $OUT/steps.json
-    ... --only segmentation --out $OUT/segmentation.json
+        PYTHONPATH=/tmp/site:. && python3 tests/benchmarks/gpu_step.py --only checks profile ways --out $OUT/ways.json
+    ... --only segmentation steps --batches 32 128 --out $OUT/steps.json
 
 The JSON is written after every section, so what a time limit cuts off costs that section alone. Keep it here, under
 tests/benchmarks/results/.
 
-    checks        a bfloat16 step against float32's, views made on the device against those made on the CPU
+    checks        a bfloat16 step against float32's, views made on the device against those made on the CPU. Fresh from
+                  its initialisation the network amplifies rounding 30,000 times (weights changed by 1e-6 move its
+                  gradient by 3 %, bfloat16 turns most of it), so blocks are damped for the gradient, and beside it
+                  stands what rounding all values by hand does to the same gradient
     steps         the step and its parts at each batch and both kinds of stage strides; share of the measured peak of a
                   bfloat16 matrix product (not compiled, for compiling takes minutes for each batch; --compile on does)
-    ways          whole steps without a wait between them: eager, compiled, compiled with CUDA graphs; whether they
-                  train alike, what the host spends, launches, and whether a step waits for the device
+    ways          whole steps of the paper's PGL and of PGL by place without a wait between them: eager, compiled,
+                  compiled with CUDA graphs; whether they train alike, what could not be compiled, what the host
+                  spends, launches, and whether a step waits for the device
     segmentation  fine-tuning and inference at the paper's sizes
     profile       the kernels that take longest
     stream        with --index: the bench door, the share of waiting with the real stream
@@ -62,6 +65,7 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.inference import time_forward
 from pgl_ray.model.losses import local_consistency_loss, segmentation_loss
 from pgl_ray.model.pgl import Pair, Pgl, align, feature_geometry
+from pgl_ray.model.places import Objective, PlacesPgl
 from pgl_ray.model.resnet import init_kaiming_uniform
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.prior import interpolation_matrices
@@ -71,8 +75,11 @@ PAPER_PAIRS = 904_000  # 1,808 scans, 500 epochs (Sec. 5.1)
 WINDOW = (-1024.0, 325.0)
 OUTPUT_STRIDE = (8, 16, 16)
 PARTS = ("augment", "online forward", "target forward", "align and loss", "backward", "optimizer", "ema")
-SECTIONS = ("checks", "steps", "ways", "segmentation", "profile")
+SECTIONS = ("checks", "profile", "ways", "segmentation", "steps")  # what says most comes first
 WAYS = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}
+BY_PLACE = [(2, 4, 4), (4, 8, 8), OUTPUT_STRIDE]  # maps of PGL by place, as conf/pretrain_full.yaml has them
+LOSSES = ("paper", "by place")
+DAMPED = 0.1  # of the last norm of each block, for the gradient's check
 LAUNCHES = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")  # in the names of CUDA's calls
 SIZES = {"whole": {"views": (16, 96, 96), "patches": ((48, 160, 160), (64, 192, 192)), "scan": (64, 192, 192)}}
 SIZES["tiny"] = {"views": (16, 32, 32), "patches": ((16, 32, 32),), "scan": (16, 32, 32)}
@@ -81,7 +88,7 @@ SIZES["tiny"] = {"views": (16, 32, 32), "patches": ((16, 32, 32),), "scan": (16,
 def main() -> None:
     parser = argparse.ArgumentParser(description="time of a training step on a GPU, and whether it is right")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--batches", type=int, nargs="+", help="32 64 128 256 512, of --tiny 4")
     parser.add_argument("--strides", nargs="+", default=["early", "late"], choices=("early", "late"))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--only", nargs="+", default=SECTIONS, choices=SECTIONS)
@@ -98,6 +105,7 @@ def main() -> None:
         raise SystemExit(
             "--device cuda: this machine has no CUDA device; --device cpu --tiny shows that the script runs"
         )
+    args.batches = args.batches or ([4] if args.tiny else [32, 64, 128, 256, 512])
     args.batch = args.batch or max((batch for batch in args.batches if batch <= 128), default=min(args.batches))
     torch.set_num_threads(1 if args.tiny else torch.get_num_threads())
     results, began = {"machine": machine(args.device), "steps": [], "ways": []}, time.monotonic()
@@ -115,19 +123,22 @@ def main() -> None:
     if "checks" in args.only:
         figures = checks(args)
         keep("checks", figures, "\n".join(f"  {name:<52} {value:.1e}" for name, value in figures.items()))
-    for strides, batch in product(args.strides, args.batches) if "steps" in args.only else ():
-        row = {"strides": strides, "batch": batch}
-        row |= or_none(partial(step_row, args, strides, batch, tflops)) or {"fits": False}
-        keep("steps", [*results["steps"], row], step_line(row))
-    for way in args.ways or (WAYS if args.device == "cuda" else ("eager",)) if "ways" in args.only else ():
-        row = or_none(partial(way_row, args, way, results["ways"][:1])) or {"way": way, "failed": "out of memory"}
+    if "profile" in args.only:
+        figures = profile(args)
+        keep("profile", figures, profile_table(figures))
+    ways = args.ways or (WAYS if args.device == "cuda" else ("eager",))
+    for way, loss in product(ways, LOSSES) if "ways" in args.only else ():
+        eager = [row for row in results["ways"] if row["loss"] == loss][:1]
+        figures = or_none(partial(way_row, args, way, loss, eager)) or {"failed": "out of memory"}
+        row = {"way": way, "loss": loss, **figures}
         keep("ways", [*results["ways"], row], way_line(row, args.batch))
     if "segmentation" in args.only:
         figures = segmentation(args)
         keep("segmentation", figures, segmentation_table(figures))
-    if "profile" in args.only:
-        figures = profile(args)
-        keep("profile", figures, profile_table(figures))
+    for strides, batch in product(args.strides, args.batches) if "steps" in args.only else ():
+        row = {"strides": strides, "batch": batch}
+        row |= or_none(partial(step_row, args, strides, batch, tflops)) or {"fits": False}
+        keep("steps", [*results["steps"], row], step_line(row))
     if args.index:
         figures = stream(args)
         keep("stream", figures, "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
@@ -188,12 +199,15 @@ def peak(args) -> float:
 # -- what is trained --------------------------------------------------------------------------------------------------
 
 
-def build(args, strides: str) -> Pgl:
+def build(args, strides: str, loss: str = "paper") -> Pgl | PlacesPgl:
     """The paper's network, or a tiny one, the same every time."""
     small = {"depths": (1, 1, 1, 1), "width": 8} if args.tiny else {}
-    encoder = build_encoder(stage_strides=strides, **small)
-    level, geometry = feature_geometry(encoder, sizes(args)["views"], OUTPUT_STRIDE)
-    net = Pgl(encoder, *((32, 16) if args.tiny else (4096, 256)), level, geometry)
+    encoder, heads = build_encoder(stage_strides=strides, **small), (32, 16) if args.tiny else (4096, 256)
+    if loss == "paper":
+        net = Pgl(encoder, *heads, *feature_geometry(encoder, sizes(args)["views"], OUTPUT_STRIDE))
+    else:
+        maps = [feature_geometry(encoder, sizes(args)["views"], stride) for stride in BY_PLACE]
+        net = PlacesPgl(encoder, *heads, maps, Objective(displacement=1.0))
     init_kaiming_uniform(net.online, 0)
     init_kaiming_uniform(net.predictor, 1)
     net.target.load_state_dict(net.online.state_dict())
@@ -240,35 +254,73 @@ def autocast(args) -> torch.autocast:
 
 
 def checks(args) -> dict[str, float]:
-    """Relative differences, ||a - b|| / ||b||: of losses, of all gradients together (on CUDA alone), of views."""
+    """Relative differences, ||a - b|| / ||b||: of losses, of all gradients together, of views."""
     pair = augment(args, crops_of(args, 4, 1))
-    differences, losses, gradients = {}, {}, {}
-    for precision in ("float32", "bfloat16"):
-        torch.backends.cudnn.allow_tf32 = precision != "float32"
-        net = on.lay_out(build(args, "early"), torch.device(args.device))
-        with on.autocast(torch.device(args.device), precision):
-            losses[precision] = net(pair).loss
-        if args.device == "cuda":
-            losses[precision].backward()
-            gradients[precision] = flat_gradient(net)
+    exact = loss_and_gradient(args, pair, "float32")
+    others = {"float32, rounded by hand,": loss_and_gradient(args, pair, "float32", rounded)}
+    if args.device == "cuda":  # a CPU's bfloat16 gradients are wrong
+        others["bfloat16"] = loss_and_gradient(args, pair, "bfloat16")
+    differences = {}
+    for name, rough in others.items():
+        for what, ours, theirs in zip(("loss", "gradient"), rough, exact):
+            differences[f"{what}, {name} against float32"] = ((ours - theirs).norm() / theirs.norm()).item()
+    return differences | {"views, device against CPU": views_apart(args)}
+
+
+def loss_and_gradient(
+    args, pair: Pair, precision: str, change: Callable[[nn.Module], None] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the paper's network, its blocks damped (see the top), after a change."""
+    torch.backends.cudnn.allow_tf32 = precision != "float32"
+    net = build(args, "early")
+    for path in (net.online, net.target):
+        for name, part in path.named_modules():
+            if name.endswith("bn3"):
+                nn.init.constant_(part.weight, DAMPED)
+    if change:
+        change(net)
+    net = on.lay_out(net, torch.device(args.device))
+    with on.autocast(torch.device(args.device), precision):
+        loss = net(pair).loss
+    loss.backward()
     torch.backends.cudnn.allow_tf32 = True
-    for name, values in {"loss": losses, "gradient": gradients}.items():
-        if values:
-            rough, exact = values["bfloat16"].detach(), values["float32"].detach()
-            differences[f"{name}, bfloat16 against float32"] = ((rough - exact).norm() / exact.norm()).item()
+    return loss.detach().double().cpu(), flat_gradient(net)
+
+
+class Rounded(torch.autograd.Function):
+    """To bfloat16 and back, the gradient, too."""
+
+    @staticmethod
+    def forward(ctx, values: torch.Tensor) -> torch.Tensor:
+        return values.bfloat16().float()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.bfloat16().float()
+
+
+def rounded(net: nn.Module) -> None:
+    """What bfloat16 does, in float32: values are rounded before and after every operation."""
+    for part in net.modules():
+        if isinstance(part, (nn.Conv3d, nn.BatchNorm3d, nn.ReLU)):
+            part.register_forward_pre_hook(lambda part, given: tuple(map(Rounded.apply, given)))
+            part.register_forward_hook(lambda part, given, made: Rounded.apply(made))
+
+
+def views_apart(args) -> float:
+    """The largest difference between a view made on the device and the same made on the CPU."""
     batch = crops_of(args, 4, 2)
     made, worst = augment(args, batch), 0.0
-    for i in range(4):
-        for view in ("1", "2"):
-            box, flip = (batch[name + view][i].cpu().numpy() for name in ("box_", "flip_"))
-            crop = batch["crop_" + view][i, 0].cpu().numpy()[tuple(slice(n) for n in box[:, 1] - box[:, 0])]
-            rendered = render(crop, sizes(args)["views"], flip, WINDOW, *batch["scaling"][i].tolist())
-            std, *others = batch["intensity_" + view][i].tolist()
-            params = Intensity(std, int(batch["noise_seed_" + view][i]), *others)
-            rendered = torch.from_numpy(apply_intensity(rendered, params))
-            other = getattr(made, "view_" + view)[i, 0].cpu()
-            worst = max(worst, ((other - rendered).norm() / rendered.norm()).item())
-    return differences | {"views, device against CPU": worst}
+    for i, view in product(range(4), ("1", "2")):
+        box, flip = (batch[name + view][i].cpu().numpy() for name in ("box_", "flip_"))
+        crop = batch["crop_" + view][i, 0].cpu().numpy()[tuple(slice(n) for n in box[:, 1] - box[:, 0])]
+        made_here = render(crop, sizes(args)["views"], flip, WINDOW, *batch["scaling"][i].tolist())
+        std, *others = batch["intensity_" + view][i].tolist()
+        params = Intensity(std, int(batch["noise_seed_" + view][i]), *others)
+        made_here = torch.from_numpy(apply_intensity(made_here, params))
+        other = getattr(made, "view_" + view)[i, 0].cpu()
+        worst = max(worst, ((other - made_here).norm() / made_here.norm()).item())
+    return worst
 
 
 def flat_gradient(net: nn.Module) -> torch.Tensor:
@@ -403,12 +455,13 @@ def step_line(row: dict) -> str:
 # -- whole steps ------------------------------------------------------------------------------------------------------
 
 
-def whole_steps(args, way: str) -> tuple[Pgl, Callable[[], torch.Tensor]]:
+def whole_steps(args, way: str, loss: str = "paper") -> tuple[Pgl, Callable[[], torch.Tensor]]:
     """The network, and a pre-training step as the door makes it, which gives the loss."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch._dynamo.config.suppress_errors = False  # a way that does not work is to be seen
     forget(args)
-    net = on.lay_out(build(args, "early"), torch.device(args.device))
+    net = on.lay_out(build(args, "early", loss), torch.device(args.device))
     if WAYS[way] is not None:
         net.compile(dynamic=False, **WAYS[way])
     lars = optim.build_lars(net, PretrainOptimConfig(lr=0.2, weight_decay=1.5e-6))
@@ -433,23 +486,24 @@ def whole_steps(args, way: str) -> tuple[Pgl, Callable[[], torch.Tensor]]:
     return net, step
 
 
-def way_row(args, way: str, eager: list[dict]) -> dict:
+def way_row(args, way: str, loss: str, eager: list[dict]) -> dict:
     """Steps that follow one another without a wait.
 
     Args:
         args: of the command line.
         way: one of `WAYS`.
+        loss: one of `LOSSES`.
         eager: the row of the eager steps, to compare with; none: this is it.
     """
     try:
-        net, step = whole_steps(args, way)
+        net, step = whole_steps(args, way, loss)
         trained = {"first_loss": step().item(), "update_norm": flat_gradient(net).norm().item()}  # LARS leaves it there
         for _ in range(4):
             trained["last_loss"] = step().item()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a compiler: any
-        return {"way": way, "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     repeats = 2 if args.tiny else args.repeats
     began = time.perf_counter()
     for _ in range(repeats):
@@ -457,7 +511,12 @@ def way_row(args, way: str, eager: list[dict]) -> dict:
     host_ms = 1000 * (time.perf_counter() - began) / repeats
     settle(args)
     step_ms = 1000 * (time.perf_counter() - began) / repeats
-    row = {"way": way, "batch": args.batch, "step_ms": step_ms, "pairs_per_s": 1000 * args.batch / step_ms}
+    row = {
+        "batch": args.batch,
+        "uncompiled": on.uncompiled(),
+        "step_ms": step_ms,
+        "pairs_per_s": 1000 * args.batch / step_ms,
+    }
     row |= {"host_ms": host_ms, "memory_gib": memory_gib(args), **trained}
     row |= {"launches": None, "waits": None, "hours_of_the_paper": PAPER_PAIRS / row["pairs_per_s"] / 3600}
     if args.device == "cuda":
@@ -487,7 +546,7 @@ def waits(step: Callable[[], torch.Tensor]) -> str | None:
 
 
 def way_line(row: dict, batch: int) -> str:
-    head = f"{row['way']:<9} batch {batch:>4}"
+    head = f"{row['way']:<9} {row['loss']:<9} batch {batch:>4}"
     if "failed" in row:
         return f"{head}  {row['failed']}"
     memory = "" if row["memory_gib"] is None else f", {row['memory_gib']:.1f} GiB"
@@ -497,6 +556,7 @@ def way_line(row: dict, batch: int) -> str:
         f"{head}  {row['step_ms']:8.2f} ms ({row['host_ms']:.2f} of the host), {row['pairs_per_s']:7.1f} pairs/s; the "
         f"paper's training {row['hours_of_the_paper']:.2f} h{memory}{launches}"
         + (f"\n         {against}" if against else "")
+        + (f"\n         {row['uncompiled']}" if row["uncompiled"] else "")
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 ASSUMED = {
-    "gpu_pairs_per_s": 1160.0,  # 20 % of the 790 TFLOP/s that an H200 was seen to do in bf16, 136 GFLOP a pair
+    "gpu_pairs_per_s": 529.0,  # of an H200 at 128 pairs, not compiled (results/gpu_step.json); taken for 32, too
     "gpus_per_node": 8,
     "cores_per_gpu": 16,
     "nic_bytes_per_s": 100e9 / 8,  # of a node, to other nodes and to the bucket alike

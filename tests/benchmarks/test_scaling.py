@@ -25,7 +25,7 @@ def test_one_gpu_exchanges_nothing():
 
 def test_a_step_of_two_nodes_by_hand():
     """16 GPUs: 2 x 15/16 of 200 MB over 12.5 GB/s, of which 0.6 x 32/1160 s hide; 150 exchanges of 30 us."""
-    part = scale_model.step_s(Run(16, 100), COST)
+    part = scale_model.step_s(Run(16, 100), COST, ASSUMED | {"gpu_pairs_per_s": 1160})
     assert part["gradients"] == pytest.approx(375e6 / 12.5e9 - 0.6 * 32 / 1160)
     assert part["norms"] == pytest.approx((15 * 0.5e6 + 1.875 * 0.2e6) / 12.5e9 + 150 * 30e-6)
     assert part["all"] == pytest.approx(32 / 1160 + part["gradients"] + part["norms"])
