@@ -4,7 +4,7 @@ python tests/benchmarks/promise.py search STORE RUNS [steps=300] [arms=0,4,...]
     the same small search for every arm: three rates, then the target's decay (of an arm without target two more rates),
     one training each, chosen by the frozen decoder's Dice on scans of the training split
 python tests/benchmarks/promise.py train STORE RUNS [steps=600] [seeds=0,1,2] [arms=0,...] [scans=1,5,10] [search=RUNS]
-                                           [device=cpu] [renderers=2] [compile=off] [judge=no]
+                                           [device=cpu] [renderers=2] [compile=off] [jobs=1] [judge=no]
     pre-trains and judges what is not there yet, in this process, one thread; typed again, it goes on where it was ended
     search: the folder of a search, whose choices each arm takes
 python tests/benchmarks/promise.py finetune STORE RUNS [seeds=0,1,2] [arms=0,4,...] [init=FILE]
@@ -13,8 +13,9 @@ python tests/benchmarks/promise.py finetune STORE RUNS [seeds=0,1,2] [arms=0,4,.
 python tests/benchmarks/promise.py table RUNS [output=FILE.json]
     the tables as Markdown, and the figures behind them (per seed and scan) as JSON; of a search: each candidate's
 
-On a GPU: `device=cuda`, where `renderers=2` processes make the views of each training, the same as on a CPU; several of
-these commands at a time, for their steps are small. judge=no: only trains.
+On a GPU: `device=cuda`, where `renderers=2` processes make the views of each training, the same as on a CPU; jobs=6
+trainings at a time, each a process, for their steps are small. judge=no only trains, and leaves each encoder as RUNS/
+encoders/NAME.safetensors: beside a RUNS folder elsewhere, the same command without it judges these and trains nothing.
 
 The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in one state (BatchNorm re-estimated
 on the same views); of random weights the stronger reading counts. The upper end is an encoder of the same size that was
@@ -22,8 +23,10 @@ trained with the labels of all training scans.
 """
 
 import json
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +40,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import train_loop  # noqa: E402 - the doors' training loops without Ray
 
-from pgl_ray import evaluate, probe  # noqa: E402
-from pgl_ray.config import EvaluateConfig, FinetuneConfig, PretrainConfig, ProbeConfig, build  # noqa: E402
+from pgl_ray import evaluate, export, probe  # noqa: E402
+from pgl_ray.config import EvaluateConfig, ExportConfig, FinetuneConfig, PretrainConfig, ProbeConfig, build  # noqa: E402
 from pgl_ray.model.metrics import percentile_bounds  # noqa: E402
 from pgl_ray.train import checkpoint  # noqa: E402
 
@@ -72,7 +75,7 @@ CEILING, CEILING_STEPS = "all labels", 1200
 # from so many steps on a target that turns over more slowly and a lower rate, as conf/pretrain_small.yaml has them; for
 # every arm (Genesis keeps its authors'), and an upper end that is trained longer, too
 LONG_STEPS, LONG, LONG_CEILING_STEPS = 1500, {"ema_decay": 0.99, "optim": {"lr": 1.5}}, 4800
-RANDOM = "random"
+RANDOM, ENCODERS = "random", "encoders"
 # of a search, relative to BASE: factors of the rate, then of 1 - decay of the target
 RATES, TURNOVERS, MORE_RATES, SEARCH_SEED, DECODERS = (0.3, 1.0, 3.0), (0.33, 1.67), (0.1, 10.0), 100, 3
 FACTORS, TUNE_STEPS = (0.3, 1.0), 450  # of the encoder's rate beside the decoder's 0.003
@@ -145,7 +148,9 @@ def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
     if output.exists():
         return
     settings = {"index": store, "seed": seed, "num_scans": num_scans, "output": str(output), "ends": False, **SPLITS}
-    settings |= {"init": RANDOM if arm == RANDOM else str(run), "size": BASE["views"]["size"]}
+    encoder = run.parent / ENCODERS / f"{run.name}.safetensors"
+    settings |= {"init": RANDOM if arm == RANDOM else str(encoder if encoder.exists() else run)}
+    settings |= {"size": BASE["views"]["size"]}
     settings |= {"encoder": BASE["encoder"]} if arm == RANDOM else {}
     # matching learns nothing from labelled scans: once is enough
     settings["judges"] = JUDGES if num_scans == 5 else JUDGES[:2]
@@ -169,17 +174,36 @@ def train(
         ends = ([RANDOM], [CEILING] if seed == 0 else []) if machine.judge else ([], [])
         for arm in [*ends[0], *arms, *ends[1]]:  # the upper end is no arm: one is enough
             began, run = time.monotonic(), runs / f"{arm}, seed {seed}"
+            encoder = runs / ENCODERS / f"{run.name}.safetensors"
             if arm == CEILING:
                 ceiling_steps = LONG_CEILING_STEPS if steps >= LONG_STEPS else CEILING_STEPS
                 train_loop.train(with_labels(store, run, seed, ceiling_steps))
-            elif arm != RANDOM:
+            elif arm != RANDOM and not encoder.exists():
                 own = best_of(searched, arm) if searched else (1.0, 1.0)
                 stopped = machine.train(pretraining(store, run, arm, seed, steps, *own))
                 if stopped:
                     print(f"{arm}, seed {seed}: {stopped}", flush=True)
+                if not machine.judge:
+                    encoder.parent.mkdir(exist_ok=True)
+                    export.run(build(ExportConfig, {"run": str(run), "output": str(encoder)}))
             print(f"{arm}, seed {seed}: trained in {time.monotonic() - began:.0f} s", flush=True)
             for num_scans in numbers if machine.judge else ():
                 judged(store, run, arm, seed, num_scans)
+
+
+def train_together(store: str, runs: str, arms: list[str], seeds: list[int], options: dict[str, str]) -> None:
+    """`jobs` trainings at a time, each by this script in a process of its own; their output as each ends."""
+    others = [f"{key}={value}" for key, value in options.items() if key not in ("arms", "seeds", "jobs")]
+
+    def one(arm_and_seed: tuple[str, int]) -> str:
+        arm, seed = arm_and_seed
+        own = [f"arms={list(ARMS).index(arm)}", f"seeds={seed}", *others]
+        done = subprocess.run([sys.executable, __file__, "train", store, runs, *own], text=True, capture_output=True)
+        return done.stdout if done.returncode == 0 else f"{arm}, seed {seed} failed:\n{done.stderr[-2000:]}"
+
+    with ThreadPoolExecutor(int(options["jobs"])) as pool:
+        for text in pool.map(one, [(arm, seed) for seed in seeds for arm in arms]):
+            print(text, end="", flush=True)
 
 
 # -- the same search for every arm -----------------------------------------------------------------------------------
@@ -429,6 +453,9 @@ def main() -> None:
             options.get("compile", CPU.compile),
             options.get("judge") != "no",
         )
+        if "jobs" in options:
+            train_together(places[0], places[1], arms, seeds, options)
+            return
         steps = int(options.get("steps", 600))
         train(places[0], Path(places[1]).absolute(), steps, seeds, arms, numbers, searched, machine)
         return
