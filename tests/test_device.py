@@ -2,6 +2,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -92,6 +94,31 @@ def test_what_was_not_compiled_is_counted():
         assert re.search(r"1 of \d functions could not be compiled and run as they are", on.uncompiled())
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_one_line_and_no_stack_dump():
+    """In a process of its own: PyTorch's log is of a process."""
+    code = """
+import torch
+import torch._inductor.compile_fx as compiler
+from pgl_ray.model import device as on
+
+def fails(graph, inputs, **kwargs):
+    raise ValueError("Scalar -7046029254386353131 is out of range for type int32")
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return x + 1
+
+compiler.compile_fx = fails
+net = on.compiled(Net(), torch.device("cpu"), "on")
+assert net(torch.ones(1)) == 2
+print(on.uncompiled())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert re.search(r"1 of \d functions could .* \(.*Scalar -7046029254386353131 is out of range.*\), 0", done.stdout)
 
 
 PLACES = {"align": {"flip": False, "more_strides": [[2, 4, 4], [4, 8, 8]]}}

@@ -22,7 +22,7 @@ from pgl_ray.model.inference import segment
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.pgl import Pair
 from pgl_ray.model.resnet import init_kaiming_uniform
-from pgl_ray.model.segmenter import Segmenter
+from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train import capacity, health, networks, nodes, one_step, optim
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -125,8 +125,9 @@ def test_no_pretraining_step_waits_for_the_device(meta, settings, parts):
 @pytest.mark.slow
 @pytest.mark.parametrize("task, outputs", [("multiclass", 3), ("binary", 2)])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_no_finetuning_step_waits_for_the_device(meta, task, outputs, parts):
-    net = Segmenter(build_encoder(depths=(1, 1, 1, 1), width=4), outputs).to(meta).train()
+@pytest.mark.parametrize("network", [Segmenter, LightSegmenter])
+def test_no_finetuning_step_waits_for_the_device(meta, network, task, outputs, parts):
+    net = network(build_encoder(depths=(1, 1, 1, 1), width=4), outputs).to(meta).train()
     sgd = optim.build_finetuning(net, load(FinetuneConfig, ["index=s", "run=r"]).optim)
     patch, target = torch.zeros(4, 1, 16, 32, 32).half().to(meta), torch.zeros(4, 1, 16, 32, 32, dtype=torch.uint8)
     batch = {"patch": patch, "target": target.to(meta), "labelled": torch.ones(4, 3, dtype=torch.uint8).to(meta)}

@@ -1,7 +1,9 @@
 """How networks compute on a device: precision, memory layout, compilation, recomputation; and batches on it."""
 
+import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import TYPE_CHECKING, TypeVar
 
@@ -76,8 +78,35 @@ def compiled(model: nn.Module, device: torch.device, mode: str, world: int = 1) 
         mode = "on" if device.type == "cuda" and world == 1 and has_triton() else "off"
     if mode == "on":
         torch._dynamo.config.suppress_errors = True
+        logging.getLogger("torch._dynamo.convert_frame").addFilter(_FAILURES)
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is what was asked for, then
         model.compile(dynamic=False)
     return model
+
+
+class _Failures(logging.Filter):
+    """Keeps the compiler's tracebacks, two for each function that it could not compile, off the console.
+
+    Attributes:
+        reason: the last line of the newest one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is printed."""
+        text = record.getMessage()
+        if not text.startswith("WON'T CONVERT"):
+            return True
+        # PyTorch's advice on its own switches comes last
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("Set TORCHDYNAMO_VERBOSE")]
+        self.reason = lines[-1]
+        return False
+
+
+_FAILURES = _Failures()
 
 
 def uncompiled() -> str | None:
@@ -90,8 +119,9 @@ def uncompiled() -> str | None:
         return None
     reasons = "; ".join(" ".join(reason.split())[:120] for reason, _ in breaks.most_common(2))
     commonest = f", the commonest: {reasons}" if reasons else ""
+    newest = f" ({_FAILURES.reason[:160]})" if failed and _FAILURES.reason else ""
     return (
-        f"torch.compile: {failed} of {frames['total']} functions could not be compiled and run as they are, "
+        f"torch.compile: {failed} of {frames['total']} functions could not be compiled and run as they are{newest}, "
         f"{sum(breaks.values())} graph breaks{commonest}"
     )
 
