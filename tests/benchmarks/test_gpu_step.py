@@ -3,8 +3,11 @@
 import json
 import sys
 
+import gpu_doors
 import gpu_step
 import pytest
+
+from pgl_ray import config as c
 
 
 @pytest.mark.slow
@@ -56,3 +59,16 @@ def test_a_missing_gpu_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_step.py"])
     with pytest.raises(SystemExit, match="no CUDA device"):
         gpu_step.main()
+
+
+def test_every_doors_command_is_one_that_the_door_takes(tmp_path, monkeypatch, capsys):
+    """Through each door's config; that a door that fails fails the whole, and is named, with a door that is none."""
+    commands = gpu_doors.commands("a/store", tmp_path, "cuda")
+    for door, *words in commands.values():
+        assert c.load(getattr(c, f"{door.capitalize()}Config"), words).index == "a/store"
+    monkeypatch.setattr(sys, "argv", ["gpu_doors.py", "a/store", str(tmp_path), "--only", "probe"])
+    monkeypatch.setattr(gpu_doors, "commands", lambda *args: {"probe": ["no_such_door"], "byol": ["none"]})
+    with pytest.raises(SystemExit, match="True"):
+        gpu_doors.main()
+    text = capsys.readouterr().out
+    assert "failed: probe" in text and "No module named pgl_ray.no_such_door" in text and "byol" not in text
