@@ -23,8 +23,8 @@ def mix(state: Array) -> Array:
 def counter(num: int, device: "torch.device") -> "Tensor":
     """STEP, 2 STEP, ..., `num` STEP modulo 2**64, int64 [num] on a device.
 
-    Written with a complement, for PyTorch 2.11 and 2.13 compile a multiple of `arange` into Triton code whose index is
-    32 bits wide, which fails where the factor is not.
+    Written with a complement, for PyTorch 2.11 compiles a multiple of `arange` into Triton code whose index is 32 bits
+    wide, which fails where the factor is not.
     """
     import torch
 

@@ -1,6 +1,7 @@
 """How networks compute: the same results whatever the layout, with recomputation, compiled or not."""
 
 import copy
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pgl_ray.model import inference
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair
 from pgl_ray.model.resnet import init_kaiming_uniform
-from pgl_ray.train import networks
+from pgl_ray.train import health, networks
 
 CPU = torch.device("cpu")
 
@@ -96,29 +97,50 @@ def test_what_was_not_compiled_is_counted():
     torch._dynamo.utils.counters.clear()
 
 
-@pytest.mark.slow
-def test_a_compiler_that_fails_is_one_line_and_no_stack_dump():
-    """In a process of its own: PyTorch's log is of a process."""
-    code = """
-import torch
+BROKEN = {
+    "backend": """
 import torch._inductor.compile_fx as compiler
-from pgl_ray.model import device as on
 
 def fails(graph, inputs, **kwargs):
-    raise ValueError("Scalar -7046029254386353131 is out of range for type int32")
+    raise ValueError("too large for int32")
 
+compiler.compile_fx = fails
+""",
+    "tracing": """
+from torch._dynamo.symbolic_convert import InstructionTranslator as Translator
+
+def fails(*args):
+    raise ValueError("too large for int32")
+
+Translator.RETURN_VALUE = fails
+Translator.dispatch_table[__import__("dis").opmap["RETURN_VALUE"]] = fails
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_compiler_that_fails_is_one_line_and_no_stack_dump(broken, verbose):
+    """In a process of its own: PyTorch's log is of a process. Its own switch gives the traceback back."""
+    code = f"""
+import torch
+from pgl_ray.model import device as on
+{BROKEN[broken]}
 class Net(torch.nn.Module):
     def forward(self, x):
         return x + 1
 
-compiler.compile_fx = fails
 net = on.compiled(Net(), torch.device("cpu"), "on")
 assert net(torch.ones(1)) == 2
 print(on.uncompiled())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr
-    assert re.search(r"1 of \d functions could .* \(.*Scalar -7046029254386353131 is out of range.*\), 0", done.stdout)
+    own = os.environ | {"TORCHDYNAMO_VERBOSE": str(int(verbose))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own)
+    assert done.returncode == 0 and ("Traceback" in done.stderr) == verbose
+    assert verbose or not done.stderr
+    reason = "" if verbose else r" \(.*ValueError.* too large for int32\)"
+    assert re.search(rf"[12] functions could not be compiled and run as they are{reason}, 0 graph", done.stdout)
 
 
 PLACES = {"align": {"flip": False, "more_strides": [[2, 4, 4], [4, 8, 8]]}}
@@ -143,11 +165,11 @@ def method_and_pair(changes: dict) -> tuple[nn.Module, Pair]:
 @pytest.mark.slow
 @METHODS
 def test_methods_are_traced_as_a_whole(changes):
-    """By torch.compile's front half alone, which needs no compiler: as on a GPU no function is left out."""
+    """By torch.compile without its compiler, backward, too: as on a GPU no function is left out."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     net, pair = method_and_pair(changes)
-    torch.compile(net, backend="eager")(pair)
+    torch.compile(net, backend="aot_eager")(pair).loss.backward()
     assert on.uncompiled() is None
     torch._dynamo.reset()
 
@@ -165,7 +187,11 @@ def test_methods_are_compiled_as_a_whole_on_cuda(changes):
         on.compiled(on.lay_out(net, torch.device("cuda")), torch.device("cuda"), "on"),
     )
     expected, got = plain(there).loss, fast(there).loss
+    expected.backward()
+    got.backward()
     assert on.uncompiled() is None and abs(got - expected) < 2e-3 * abs(expected)
+    norms = [health.norm(p.grad for p in one.parameters() if p.grad is not None) for one in (plain, fast)]
+    assert abs(norms[1] - norms[0]) < 0.1 * norms[0]
     torch._dynamo.reset()
 
 

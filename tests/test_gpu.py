@@ -33,11 +33,18 @@ FLOAT32 = on.autocast(CPU, "float32")
 
 
 class FromHost(TorchFunctionMode):
-    """Refuses tensors that are made on the meta device of the host's numbers: on a GPU a copy that waits."""
+    """Refuses tensors that are made on the meta device of the host's numbers: on a GPU a copy that waits.
+
+    Lists as indices (x[:, [0, 2]]) are such copies, too, and are not seen.
+    """
+
+    MAKE = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+    MOVE = (torch.Tensor.to, torch.Tensor.cuda)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor) and made.device == META:
+        moved = func in self.MOVE and args[0].device != META
+        if (moved or func in self.MAKE) and made.device == META:
             raise RuntimeError(f"{func} copies from host to device")
         return made
 
@@ -89,6 +96,9 @@ def meta(monkeypatch):
         lambda x: x + torch.ones(3, 4).to(x.device),
         lambda x: x + torch.tensor([1.0, 2, 3, 4], device=x.device),
         lambda x: x * torch.tensor(2.0, device=x.device),
+        lambda x: x + torch.asarray([1.0, 2, 3, 4], device=x.device),
+        lambda x: x + x.new_tensor([1.0, 2, 3, 4]),
+        lambda x: x * torch.tensor(2.0).to(x.device),
         lambda x: x[:, torch.tensor([0, 2])] * torch.from_numpy(np.ones(2)).to(x.device),
     ],
 )

@@ -51,6 +51,14 @@ def check_the_same(one: str, other: str) -> None:
     assert loop.rows_of(one) == loop.rows_of(other)
 
 
+@pytest.mark.slow
+def test_batches_that_others_render_ahead_train_the_same(scans, tmp_path):
+    """As on a GPU, whose worker is the process that asked."""
+    for name, renderers in (("plain", 0), ("ahead", 2)):
+        assert loop.train(loop.pretraining(scans, tmp_path / name), renderers=renderers) is None
+    check_the_same(tmp_path / "plain", tmp_path / "ahead")
+
+
 # -- scans that cannot be read -----------------------------------------------------------------------------------------
 
 

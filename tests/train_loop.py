@@ -13,7 +13,7 @@ import socket
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -77,8 +77,11 @@ def train(
 ) -> str | None:
     """Trains on `world` workers, which die when they ask for the batch of step `until`; rank 0's answer.
 
-    A GPU (`device=cuda`) takes one worker, and `renderers` processes for its batches.
+    A GPU (`device=cuda`) takes one worker, which is this process, and `renderers` processes make its batches: they are
+    forked before CUDA is used, so each such training needs a process of its own. Nothing dies or is seen there.
     """
+    in_this_process = bool(renderers) or device != "cpu"
+    assert not in_this_process or (world == 1 and renderers and until is None and seen is None)
     index = store.read_index(config.index)
     kind = finetune if isinstance(config, c.FinetuneConfig) else pretrain
     if kind is pretrain:
@@ -106,7 +109,7 @@ def train(
     faulthandler.cancel_dump_traceback_later()  # pytest's: a fork of a process that has one can have none of its own
     torch.set_num_threads(1)  # before the fork: OpenMP's threads do not survive it
     given |= {"config": config.model_dump_json(), "run": folder, "plan": plan}
-    with _rendering(render, plan, renderers) as ahead, runs.locked(folder) as (_, _, found):
+    with _rendering(render, plan, renderers, config.train.timeout_s) as ahead, runs.locked(folder) as (_, _, found):
         start = found[1] if found else 0
 
         def batches(rank: int) -> Iterator[dict]:
@@ -133,9 +136,12 @@ def train(
                 return torch.nn.parallel.DistributedDataParallel(net, **alike) if world > 1 else net
 
             def worker(push: Callable[[], None] | None, here: str, seen: watch.Watch) -> str | None:
-                here_on = torch.device(device)
-                feed = lambda _, stay: on.Batches(batches(rank), here_on, stay)  # noqa: E731
-                place = Place(rank, world, here_on, feed, wrap, push, seen)
+                place_on = torch.device(device)
+
+                def feed(_: int, stay: Set[str]) -> on.Batches:
+                    return on.Batches(batches(rank), place_on, stay)
+
+                place = Place(rank, world, place_on, feed, wrap, push, seen)
                 return kind.worker(Session(here, plan, config.train, place), {**given, "run": here})
 
             with warnings.catch_warnings(), runs.joined(folder, rank) as (here, push):
@@ -143,7 +149,7 @@ def train(
                 timeout_s = config.train.timeout_s
                 return watch.watched(partial(worker, push, here), here, rank, world, timeout_s)
 
-        if "://" in folder or renderers:  # neither obstore nor CUDA survives a fork
+        if "://" in folder or in_this_process:  # neither obstore nor CUDA survives a fork
             assert world == 1
             return work(0)
         return _in_processes(work, world, config.train.timeout_s)
@@ -151,7 +157,7 @@ def train(
 
 @contextlib.contextmanager
 def _rendering(
-    render: Callable[[dict], dict], plan: stream.Plan, num: int
+    render: Callable[[dict], dict], plan: stream.Plan, num: int, timeout_s: float
 ) -> Iterator[Callable[[int], Iterator[dict]] | None]:
     """What gives the batches from a step on, made by `num` processes a few steps ahead; none where there are none."""
     if not num:
@@ -163,15 +169,15 @@ def _rendering(
         for step in range(start, plan.num_steps):
             waiting.append(pool.apply_async(_render_step, (step,)))
             if len(waiting) > 2 * num:
-                yield pinned(waiting.popleft().get())
+                yield pinned(waiting.popleft().get(timeout_s))
         while waiting:
-            yield pinned(waiting.popleft().get())
+            yield pinned(waiting.popleft().get(timeout_s))
 
     def pinned(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: column.pin_memory() for name, column in batch.items()} if torch.cuda.is_available() else batch
 
     _RENDERED[:] = render, plan
-    pool = torch.multiprocessing.get_context("fork").Pool(num)  # before this process has a CUDA context
+    pool = torch.multiprocessing.get_context("fork").Pool(num)
     try:
         yield ahead
     finally:

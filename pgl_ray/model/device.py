@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Set
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # MONAI's import would cost every process of a run five secon
 Net = TypeVar("Net", bound=nn.Module)
 Moment = float | torch.cuda.Event  # as the host's clock or the device's stream has it
 CPU = "cpu"  # the kind of every CPU
+COMPILER_LOG = logging.getLogger("torch._dynamo.convert_frame")
 
 
 def kind(device: torch.device) -> str:
@@ -78,14 +80,16 @@ def compiled(model: nn.Module, device: torch.device, mode: str, world: int = 1) 
         mode = "on" if device.type == "cuda" and world == 1 and has_triton() else "off"
     if mode == "on":
         torch._dynamo.config.suppress_errors = True
-        logging.getLogger("torch._dynamo.convert_frame").addFilter(_FAILURES)
-        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # float32 is what was asked for, then
+        if _failures() is None:
+            COMPILER_LOG.addFilter(_Failures())
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # PyTorch's default for float32 products stays
         model.compile(dynamic=False)
     return model
 
 
 class _Failures(logging.Filter):
-    """Keeps the compiler's tracebacks, two for each function that it could not compile, off the console.
+    """Keeps the compiler's tracebacks, one for each function that it could not compile, off the console, unless
+    PyTorch was asked for them (TORCHDYNAMO_VERBOSE=1).
 
     Attributes:
         reason: the last line of the newest one.
@@ -98,15 +102,15 @@ class _Failures(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is printed."""
         text = record.getMessage()
-        if not text.startswith("WON'T CONVERT"):
+        if torch._dynamo.config.verbose or not text.startswith("WON'T CONVERT"):
             return True
-        # PyTorch's advice on its own switches comes last
-        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("Set TORCHDYNAMO_VERBOSE")]
-        self.reason = lines[-1]
+        error = re.split("\nfrom user code:|\nSet TORCHDYNAMO_VERBOSE", text)[0]  # what follows says where, and advises
+        self.reason = error.strip().splitlines()[-1]
         return False
 
 
-_FAILURES = _Failures()
+def _failures() -> _Failures | None:
+    return next((one for one in COMPILER_LOG.filters if isinstance(one, _Failures)), None)
 
 
 def uncompiled() -> str | None:
@@ -119,7 +123,8 @@ def uncompiled() -> str | None:
         return None
     reasons = "; ".join(" ".join(reason.split())[:120] for reason, _ in breaks.most_common(2))
     commonest = f", the commonest: {reasons}" if reasons else ""
-    newest = f" ({_FAILURES.reason[:160]})" if failed and _FAILURES.reason else ""
+    known = _failures()
+    newest = f" ({known.reason[:160]})" if failed and known and known.reason else ""
     return (
         f"torch.compile: {failed} of {frames['total']} functions could not be compiled and run as they are{newest}, "
         f"{sum(breaks.values())} graph breaks{commonest}"

@@ -49,6 +49,7 @@ class PlacesPgl(nn.Module):
         predictor: per map.
         place: per map a head that gives coordinates (D, H, W) of a cell, up to a shift; empty without displacement.
         target: the encoder and projectors that follow the online ones (Eq. 10).
+        grid_0, grid_1, ...: float32 [3, 3], stride, centre of cell 0 and view size of each map; in no checkpoint.
     """
 
     def __init__(
@@ -89,19 +90,19 @@ class PlacesPgl(nn.Module):
         maps = self.online["encoder"](views)
         with torch.no_grad():
             target_maps = self.target["encoder"](views)
-        losses, of_views = [], _hashed(pair.boxes)
-        of_pairs = _hashed(pair.box_2, of_views[: len(pair.box_1)])
+        losses, view_hashes = [], _hashed(pair.boxes)
+        pair_hashes = _hashed(pair.box_2, view_hashes[: len(pair.box_1)])
         heads = zip(self.online["projector"].children(), self.predictor, self.target["projector"].children())
         for number, ((level, geometry), (projector, predictor, target)) in enumerate(zip(self.maps, heads)):
-            at = bin_coordinates(pair, geometry, drawn_bins(pair, geometry, self.objective.num_bins, of_pairs))
+            at = bin_coordinates(pair, geometry, drawn_bins(pair, geometry, self.objective.num_bins, pair_hashes))
             query = predictor(projector(read_at(maps[level], at)))
             with torch.no_grad():
                 key = target(read_at(target_maps[level], at))
             (query_1, query_2), (key_1, key_2) = query.flatten(2).chunk(2), key.flatten(2).chunk(2)
             loss = (self._compare(query_1, key_2) + self._compare(query_2, key_1)) / 2
             if self.objective.displacement:
-                off = self.displacement_loss(number, maps[level], pair, of_views)
-                loss = loss + self.objective.displacement * off
+                regression = self.displacement_loss(number, maps[level], pair, view_hashes)
+                loss = loss + self.objective.displacement * regression
             losses.append(loss)
         return Output(torch.stack(losses).mean(), maps[self.maps[-1][0]].detach(), query_1.detach(), key_2)
 
@@ -111,7 +112,7 @@ class PlacesPgl(nn.Module):
             return local_consistency_loss(query, key)
         return place_contrast_loss(query, key, self.objective.temperature, self.objective.negatives)
 
-    def displacement_loss(self, number: int, features: Tensor, pair: Pair, of_views: Tensor | None = None) -> Tensor:
+    def displacement_loss(self, number: int, features: Tensor, pair: Pair, view_hashes: Tensor | None = None) -> Tensor:
         """How far the place heads are from telling the way from cells of view 1 to cells of view 2.
 
         The answer comes from the priors: the difference of the cells' centres in the scan, in half view sizes per axis.
@@ -120,10 +121,10 @@ class PlacesPgl(nn.Module):
             number: of the map.
             features: the map of both views, [2N, C, d, h, w].
             pair: N pairs.
-            of_views: int64 [2N], a number per view by which its cells are drawn; none: from its box.
+            view_hashes: int64 [2N], numbers by which the views' cells are drawn; none: those of their boxes.
         """
         stride, center, size = self.get_buffer(f"grid_{number}").unbind()
-        hashed = _hashed(pair.boxes) if of_views is None else of_views
+        hashed = _hashed(pair.boxes) if view_hashes is None else view_hashes
         cells = _drawn(hashed, features.shape[2:].numel(), self.objective.num_bins)  # [2N, cells]
         index = torch.stack(torch.unravel_index(cells, features.shape[2:]), -1)
         at = view_to_scan(index * stride + center, pair.boxes[:, None], pair.flips[:, None], size) / (size / 2)
@@ -183,20 +184,20 @@ def _gather(features: Tensor, places: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def drawn_bins(pair: Pair, geometry: Geometry, num: int, of_pairs: Tensor | None = None) -> Tensor:
+def drawn_bins(pair: Pair, geometry: Geometry, num: int, pair_hashes: Tensor | None = None) -> Tensor:
     """Bins of each pair's overlap, drawn without replacement, those that are clamped in neither view first.
 
     Args:
         pair: N pairs.
         geometry: of the map.
         num: to draw.
-        of_pairs: `hash_pairs(pair)`, where it is known.
+        pair_hashes: `hash_pairs(pair)`, where it is known.
 
     Returns:
         int64 [N, min(num, number of bins)], as the flattened index of an aligned map.
     """
     valid = valid_bins(pair, geometry).flatten(1)
-    return _drawn(hash_pairs(pair) if of_pairs is None else of_pairs, valid.shape[1], num, valid)
+    return _drawn(hash_pairs(pair) if pair_hashes is None else pair_hashes, valid.shape[1], num, valid)
 
 
 def hash_pairs(pair: Pair) -> Tensor:

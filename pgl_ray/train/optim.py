@@ -144,7 +144,7 @@ def slowest_decay(num_steps: int, least: float) -> float | None:
 @torch.no_grad()
 def average_buffers(model: nn.Module) -> None:
     """Brings BatchNorm's running statistics in line: each becomes the mean over all workers, in place; modules in
-    evaluation mode (frozen ones) keep theirs.
+    evaluation mode (frozen ones) keep theirs. (So does every buffer of floats; others are the same everywhere.)
 
     The rule where BatchNorm is not synchronised (CPU). In training mode nothing reads them, so training is the same
     with and without; a checkpoint holds the mean. One worker's, or synchronised ones, stay as they are.

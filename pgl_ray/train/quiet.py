@@ -16,7 +16,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of tasks that are under way when a stream ends, whose answer nobody wants
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of tasks whose answer nobody asks for: those under way when a stream ends
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin at a barrier take the cores from the tasks that render views
 }
 

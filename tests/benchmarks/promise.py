@@ -4,18 +4,17 @@ python tests/benchmarks/promise.py search STORE RUNS [steps=300] [arms=0,4,...]
     the same small search for every arm: three rates, then the target's decay (of an arm without target two more rates),
     one training each, chosen by the frozen decoder's Dice on scans of the training split
 python tests/benchmarks/promise.py train STORE RUNS [steps=600] [seeds=0,1,2] [arms=0,...] [scans=1,5,10] [search=RUNS]
-                                           [device=cpu] [renderers=2] [compile=off] [jobs=1] [judge=no]
     pre-trains and judges what is not there yet, in this process, one thread; typed again, it goes on where it was ended
     search: the folder of a search, whose choices each arm takes
+python tests/benchmarks/promise.py gpu STORE RUNS [as train] [jobs=6] [renderers=2] [compile=off]
+    only pre-trains, on a CUDA device, in float32 without TF32: several trainings at a time, for their steps are small,
+    each with processes that make the views as on a CPU. Leaves RUNS/encoders/NAME.safetensors; copied to where `train`
+    is then run with the same settings, it judges them instead of training. Health is looked at every 100 steps, not 20
 python tests/benchmarks/promise.py finetune STORE RUNS [seeds=0,1,2] [arms=0,4,...] [init=FILE]
     end-to-end fine-tuning on 5 labelled scans, from random weights and from each arm: the encoder's rate is chosen per
     arm and seed by the Dice on 8 other scans of the training split; that network is evaluated on the validation split
 python tests/benchmarks/promise.py table RUNS [output=FILE.json]
     the tables as Markdown, and the figures behind them (per seed and scan) as JSON; of a search: each candidate's
-
-On a GPU: `device=cuda`, where `renderers=2` processes make the views of each training, the same as on a CPU; jobs=6
-trainings at a time, each a process, for their steps are small. judge=no only trains, and leaves each encoder as RUNS/
-encoders/NAME.safetensors: beside a RUNS folder elsewhere, the same command without it judges these and trains nothing.
 
 The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in one state (BatchNorm re-estimated
 on the same views); of random weights the stronger reading counts. The upper end is an encoder of the same size that was
@@ -26,9 +25,8 @@ import json
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -75,44 +73,11 @@ CEILING, CEILING_STEPS = "all labels", 1200
 # from so many steps on a target that turns over more slowly and a lower rate, as conf/pretrain_small.yaml has them; for
 # every arm (Genesis keeps its authors'), and an upper end that is trained longer, too
 LONG_STEPS, LONG, LONG_CEILING_STEPS = 1500, {"ema_decay": 0.99, "optim": {"lr": 1.5}}, 4800
-RANDOM, ENCODERS = "random", "encoders"
+RANDOM = "random"
 # of a search, relative to BASE: factors of the rate, then of 1 - decay of the target
 RATES, TURNOVERS, MORE_RATES, SEARCH_SEED, DECODERS = (0.3, 1.0, 3.0), (0.33, 1.67), (0.1, 10.0), 100, 3
 FACTORS, TUNE_STEPS = (0.3, 1.0), 450  # of the encoder's rate beside the decoder's 0.003
 NUM_LABELLED, FOLDS = 5, 8  # scans to learn from, and to choose the rate by
-
-
-class Machine(NamedTuple):
-    """What trains: a GPU computes in float32, as a CPU does.
-
-    Attributes:
-        device: cpu or cuda.
-        renderers: processes that make the views of a training on a GPU.
-        compile: as `train.compile`.
-        judge: whether what is trained is judged, too.
-    """
-
-    device: str = "cpu"
-    renderers: int = 0
-    compile: str = "off"
-    judge: bool = True
-
-    def train(self, config: PretrainConfig) -> str | None:
-        """Why training ended early; none: it did not."""
-        if self.device == "cpu":
-            return train_loop.train(config)
-        # figures and checkpoints make the host wait: at a GPU's pace seldom is often enough
-        rare = {"precision": "float32", "compile": self.compile, "checkpoint_every": 1000, "log_every": 100}
-        config = config.model_copy(
-            update={
-                "train": config.train.model_copy(update=rare),
-                "health": config.health.model_copy(update={"every": 100}),
-            }
-        )
-        return train_loop.train(config, device=self.device, renderers=self.renderers)
-
-
-CPU = Machine()
 
 
 def pretraining(
@@ -148,7 +113,7 @@ def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
     if output.exists():
         return
     settings = {"index": store, "seed": seed, "num_scans": num_scans, "output": str(output), "ends": False, **SPLITS}
-    encoder = run.parent / ENCODERS / f"{run.name}.safetensors"
+    encoder = encoder_of(run)
     settings |= {"init": RANDOM if arm == RANDOM else str(encoder if encoder.exists() else run)}
     settings |= {"size": BASE["views"]["size"]}
     settings |= {"encoder": BASE["encoder"]} if arm == RANDOM else {}
@@ -166,44 +131,90 @@ def train(
     arms: list[str],
     numbers: list[int],
     searched: Path | None,
-    machine: Machine = CPU,
 ) -> None:
     """Everything that is not there yet, seed by seed."""
     torch.set_num_threads(1)
     for seed in seeds:
-        ends = ([RANDOM], [CEILING] if seed == 0 else []) if machine.judge else ([], [])
-        for arm in [*ends[0], *arms, *ends[1]]:  # the upper end is no arm: one is enough
+        for arm in [RANDOM, *arms, *([CEILING] if seed == 0 else [])]:  # the upper end is no arm: one is enough
             began, run = time.monotonic(), runs / f"{arm}, seed {seed}"
-            encoder = runs / ENCODERS / f"{run.name}.safetensors"
             if arm == CEILING:
                 ceiling_steps = LONG_CEILING_STEPS if steps >= LONG_STEPS else CEILING_STEPS
                 train_loop.train(with_labels(store, run, seed, ceiling_steps))
-            elif arm != RANDOM and not encoder.exists():
-                own = best_of(searched, arm) if searched else (1.0, 1.0)
-                stopped = machine.train(pretraining(store, run, arm, seed, steps, *own))
-                if stopped:
-                    print(f"{arm}, seed {seed}: {stopped}", flush=True)
-                if not machine.judge:
-                    encoder.parent.mkdir(exist_ok=True)
-                    export.run(build(ExportConfig, {"run": str(run), "output": str(encoder)}))
+            elif arm != RANDOM:
+                config = chosen_pretraining(store, run, arm, seed, steps, searched)
+                if not from_elsewhere(run, config):
+                    report_stop(run, train_loop.train(config))
             print(f"{arm}, seed {seed}: trained in {time.monotonic() - began:.0f} s", flush=True)
-            for num_scans in numbers if machine.judge else ():
+            for num_scans in numbers:
                 judged(store, run, arm, seed, num_scans)
 
 
-def train_together(store: str, runs: str, arms: list[str], seeds: list[int], options: dict[str, str]) -> None:
-    """`jobs` trainings at a time, each by this script in a process of its own; their output as each ends."""
+def chosen_pretraining(store: str, run: Path, arm: str, seed: int, steps: int, searched: Path | None) -> PretrainConfig:
+    """The config of one arm and seed with what its search chose, where there is one."""
+    factors = best_of(searched, arm) if searched else (1.0, 1.0)
+    return pretraining(store, run, arm, seed, steps, *factors)
+
+
+def report_stop(run: Path, why: str | None) -> None:
+    """Says why a training ended early, if it did."""
+    if why:
+        print(f"{run.name}: {why}", flush=True)
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def encoder_of(run: Path) -> Path:
+    """Where the encoder of a training on another machine lies."""
+    return run.parent / "encoders" / f"{run.name}.safetensors"
+
+
+def from_elsewhere(run: Path, config: PretrainConfig) -> bool:
+    """Whether a run was trained on another machine, with these settings."""
+    path = encoder_of(run)
+    if not path.exists():
+        return False
+    theirs = export.load(path)[1].metadata["config"]
+    for key in ("method", "max_steps", "seed", "ema_decay"):
+        if theirs[key] != getattr(config, key):
+            raise SystemExit(
+                f"{path}: {key}={theirs[key]}, and {getattr(config, key)} is asked for: remove one of them"
+            )
+    if theirs["optim"]["lr"] != config.optim.lr:
+        raise SystemExit(f"{path}: optim.lr={theirs['optim']['lr']}, and {config.optim.lr} is asked for: remove it")
+    return True
+
+
+def train_on_gpu(config: PretrainConfig, renderers: int, compile: str) -> None:
+    """Trains and exports, in this process, which must not have used the GPU before: it forks."""
+    run, torch.backends.cudnn.allow_tf32 = Path(config.run), False
+    # figures and checkpoints make the host wait: at a GPU's pace seldom is often enough
+    rare = {"precision": "float32", "compile": compile, "checkpoint_every": 500, "log_every": 100}
+    rare = {"train": config.train.model_copy(update=rare), "health": config.health.model_copy(update={"every": 100})}
+    began = time.monotonic()
+    report_stop(run, train_loop.train(config.model_copy(update=rare), device="cuda", renderers=renderers))
+    encoder_of(run).parent.mkdir(exist_ok=True)
+    export.run(build(ExportConfig, {"run": str(run), "output": str(encoder_of(run))}))
+    print(f"{run.name}: trained in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def train_together(jobs: int, arms: list[str], seeds: list[int], places: list[str], options: dict[str, str]) -> bool:
+    """`jobs` trainings at a time, each by this script in a process of its own; whether all ended well."""
     others = [f"{key}={value}" for key, value in options.items() if key not in ("arms", "seeds", "jobs")]
 
-    def one(arm_and_seed: tuple[str, int]) -> str:
-        arm, seed = arm_and_seed
-        own = [f"arms={list(ARMS).index(arm)}", f"seeds={seed}", *others]
-        done = subprocess.run([sys.executable, __file__, "train", store, runs, *own], text=True, capture_output=True)
-        return done.stdout if done.returncode == 0 else f"{arm}, seed {seed} failed:\n{done.stderr[-2000:]}"
+    def one(arm: str, seed: int) -> tuple[str, bool]:
+        own = [*places, f"arms={list(ARMS).index(arm)}", f"seeds={seed}", *others]
+        done = subprocess.run([sys.executable, __file__, "gpu", *own], text=True, capture_output=True)
+        failed = done.returncode != 0
+        return (f"{arm}, seed {seed} failed:\n{done.stderr[-2000:]}\n" if failed else done.stdout), not failed
 
-    with ThreadPoolExecutor(int(options["jobs"])) as pool:
-        for text in pool.map(one, [(arm, seed) for seed in seeds for arm in arms]):
-            print(text, end="", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        coming = [pool.submit(one, arm, seed) for seed in seeds for arm in arms]
+        answers = []
+        for done in as_completed(coming):
+            answers.append(done.result())
+            print(answers[-1][0], end="", flush=True)
+    return all(well for _, well in answers)
 
 
 # -- the same search for every arm -----------------------------------------------------------------------------------
@@ -441,23 +452,23 @@ def main() -> None:
     verb, *rest = sys.argv[1:]
     options = dict(part.split("=", 1) for part in rest if "=" in part)
     places = [part for part in rest if "=" not in part]
-    if verb in ("train", "search"):
+    if verb in ("train", "search", "finetune") and torch.cuda.is_available():
+        raise SystemExit("trainings fork, which CUDA does not survive: set CUDA_VISIBLE_DEVICES= (nothing), or use gpu")
+    if verb in ("train", "search", "gpu"):
         arms = [list(ARMS)[int(i)] for i in options["arms"].split(",")] if "arms" in options else list(ARMS)
-    if verb == "train":
+    if verb in ("train", "gpu"):
         seeds = [int(seed) for seed in options.get("seeds", "0,1,2").split(",")]
         numbers = [int(num) for num in options.get("scans", "1,5,10").split(",")]
         searched = Path(options["search"]).absolute() if "search" in options else None
-        machine = Machine(
-            options.get("device", CPU.device),
-            int(options.get("renderers", 2)),
-            options.get("compile", CPU.compile),
-            options.get("judge") != "no",
-        )
-        if "jobs" in options:
-            train_together(places[0], places[1], arms, seeds, options)
-            return
         steps = int(options.get("steps", 600))
-        train(places[0], Path(places[1]).absolute(), steps, seeds, arms, numbers, searched, machine)
+        if verb == "gpu" and len(arms) * len(seeds) > 1:
+            raise SystemExit(not train_together(int(options.get("jobs", 6)), arms, seeds, places, options))
+        if verb == "gpu":
+            run = Path(places[1]).absolute() / f"{arms[0]}, seed {seeds[0]}"
+            config = chosen_pretraining(places[0], run, arms[0], seeds[0], steps, searched)
+            train_on_gpu(config, int(options.get("renderers", 2)), options.get("compile", "off"))
+            return
+        train(places[0], Path(places[1]).absolute(), steps, seeds, arms, numbers, searched)
         return
     if verb == "search":
         search(places[0], Path(places[1]).absolute(), int(options.get("steps", 300)), arms)

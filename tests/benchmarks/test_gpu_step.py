@@ -63,9 +63,9 @@ def test_a_missing_gpu_is_one_line(monkeypatch):
 
 def test_every_doors_command_is_one_that_the_door_takes(tmp_path, monkeypatch, capsys):
     """Through each door's config; that a door that fails fails the whole, and is named, with a door that is none."""
-    commands = gpu_doors.commands("a/store", tmp_path, "cuda")
-    for door, *words in commands.values():
-        assert c.load(getattr(c, f"{door.capitalize()}Config"), words).index.endswith("a/store")
+    commands = gpu_doors.commands("a/store", tmp_path, "cuda", ["one.nii.gz", "two.nii.gz"])
+    configs = [c.load(getattr(c, f"{door.capitalize()}Config"), words) for door, *words in commands.values()]
+    assert {type(config).__name__ for config in configs} >= {"ProbeConfig", "PredictConfig", "MatchConfig"}
     monkeypatch.setattr(sys, "argv", ["gpu_doors.py", "a/store", str(tmp_path), "--only", "probe"])
     monkeypatch.setattr(gpu_doors, "commands", lambda *args: {"probe": ["no_such_door"], "byol": ["none"]})
     with pytest.raises(SystemExit, match="True"):
