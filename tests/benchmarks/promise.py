@@ -241,6 +241,10 @@ def candidate(store: str, runs: Path, arm: str, steps: int, rate: float, turnove
     if output.exists():
         return
     why = train_loop.train(pretraining(store, run, arm, SEARCH_SEED, steps, rate, turnover))
+    if why and not checkpoint.committed(run):  # an answer, too: no rate for this arm
+        output.write_text(json.dumps({"failed": why}))
+        print(f"{arm}, rate x {rate:g}, 1 - decay x {turnover:g}: {why}", flush=True)
+        return
     settings = {"index": store, "seed": SEARCH_SEED, "init": str(run), "output": str(output), "ends": False}
     settings |= {"split": "train", "test_split": "train", "num_scans": NUM_LABELLED, "num_test_scans": 15}
     settings |= {"size": BASE["views"]["size"], "judges": JUDGES, "decoder_seeds": DECODERS}
@@ -253,8 +257,9 @@ def best_of(runs: Path, arm: str) -> tuple[float, float]:
     """Factors of the rate and of 1 - decay with the best Dice so far."""
     found = {}
     for path in sorted((runs / "search").glob(f"{arm}, x *.json")):
-        factors = path.stem.removeprefix(f"{arm}, x ").split(", x ")
-        found[tuple(map(float, factors))] = json.loads(path.read_text())["readings"]["reestimated"]["decoder"]["value"]
+        factors, judged = path.stem.removeprefix(f"{arm}, x ").split(", x "), json.loads(path.read_text())
+        if "failed" not in judged:
+            found[tuple(map(float, factors))] = judged["readings"]["reestimated"]["decoder"]["value"]
     if not found:
         raise SystemExit(f"{runs}: no search of {arm!r}; run promise.py search first")
     return max(found, key=found.get)
@@ -265,9 +270,13 @@ def candidates(runs: Path) -> list[dict]:
     rows = []
     for path in sorted((runs / "search").glob("*.json")):
         arm, rate, turnover = path.stem.rsplit(", x ", 2)
-        scores = json.loads(path.read_text())["readings"]["reestimated"]
-        values = {judge: scores[judge]["value"] for judge in JUDGES}
-        rows.append({"arm": arm, "rate": float(rate), "turnover": float(turnover), **values})
+        judged = json.loads(path.read_text())
+        about = {"arm": arm, "rate": float(rate), "turnover": float(turnover)}
+        if "failed" in judged:
+            rows.append(about | {"failed": judged["failed"]})
+        else:
+            scores = judged["readings"]["reestimated"]
+            rows.append(about | {judge: scores[judge]["value"] for judge in JUDGES})
     return rows
 
 
@@ -275,9 +284,13 @@ def search_table(rows: list[dict]) -> list[str]:
     """Markdown of a search; the choice of each arm is bold."""
     lines = ["\n| arm | rate x | 1 - decay x | probe | decoder, Dice | matching, mm |", "|---|---|---|---|---|---|"]
     for row in rows:
-        best = max((other for other in rows if other["arm"] == row["arm"]), key=lambda other: other["decoder"])
+        of_arm = [other for other in rows if other["arm"] == row["arm"] and "failed" not in other]
+        best = max(of_arm, key=lambda other: other["decoder"], default=None)
         cells = [f"{row['rate']:g}", f"{row['turnover']:g}"]
-        cells += [f"{row[judge]:.{1 if judge == 'matching' else 3}f}" for judge in JUDGES]
+        if "failed" in row:
+            cells += ["blew up", "-", "-"]
+        else:
+            cells += [f"{row[judge]:.{1 if judge == 'matching' else 3}f}" for judge in JUDGES]
         mark = "**" if row is best else ""
         lines.append(f"| {mark}{row['arm']}{mark} | {' | '.join(cells)} |")
     return lines
