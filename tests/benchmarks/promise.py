@@ -107,9 +107,14 @@ def with_labels(store: str, run: Path, seed: int, steps: int) -> FinetuneConfig:
     return build(FinetuneConfig, OmegaConf.to_container(OmegaConf.create(own)))
 
 
+def judgement(run: Path, num_scans: int) -> Path:
+    """Where the judgement of a training with so many labelled scans is kept."""
+    return run.parent / "judged" / f"{run.name}, {num_scans} scans.json"
+
+
 def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
     """Judges one encoder with so many labelled scans, where it is not done."""
-    output = run.parent / "judged" / f"{arm}, seed {seed}, {num_scans} scans.json"
+    output = judgement(run, num_scans)
     if output.exists():
         return
     settings = {"index": store, "seed": seed, "num_scans": num_scans, "output": str(output), "ends": False, **SPLITS}
@@ -137,6 +142,8 @@ def train(
     for seed in seeds:
         for arm in [RANDOM, *arms, *([CEILING] if seed == 0 else [])]:  # the upper end is no arm: one is enough
             began, run = time.monotonic(), runs / f"{arm}, seed {seed}"
+            if all(judgement(run, num_scans).exists() for num_scans in numbers):
+                continue
             if arm == CEILING:
                 ceiling_steps = LONG_CEILING_STEPS if steps >= LONG_STEPS else CEILING_STEPS
                 train_loop.train(with_labels(store, run, seed, ceiling_steps))
