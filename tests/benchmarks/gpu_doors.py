@@ -2,9 +2,9 @@
 
     python tests/benchmarks/gpu_doors.py STORE RUNS [--ct FILE FILE] [--device cpu]
 
-STORE has scans with labels in the splits train and validation (data_prep/openkbp.yaml makes one); of two CT files
-the first is segmented and matched to the second. Networks are small:
-what is looked for are faults that no CPU shows (a tensor left on the host, a function that is not compiled), no speed.
+STORE has scans with labels in the splits train and validation (data_prep/openkbp.yaml makes one); of two CT files the
+first is segmented and matched to the second. Networks are small: what is looked for are faults that no CPU shows (a
+tensor left on the host, a function that is not compiled), no speed.
 Needs all that the package needs, Ray too: a command line each, as a user types it.
 """
 
@@ -54,7 +54,7 @@ def commands(store: str, runs: Path, device: str, ct: list[str]) -> dict[str, li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="every door on a GPU")
+    parser = argparse.ArgumentParser(description="the doors that compute on a GPU")
     parser.add_argument("store")
     parser.add_argument("runs", type=Path)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -69,7 +69,7 @@ def main() -> None:
         code, text = run(door, words)
         print(f"-- {name}: exit code {code}, {time.monotonic() - began:.0f} s\n{text}", flush=True)
         failed += [name] if code else []
-    print(f"failed: {', '.join(failed)}" if failed else "every door ended well")
+    print(f"failed: {', '.join(failed)}" if failed else "all ended well")
     sys.exit(bool(failed))
 
 

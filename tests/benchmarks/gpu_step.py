@@ -24,7 +24,7 @@ tests/benchmarks/results/.
 
     checks        a bfloat16 step against float32's, views made on the device against those made on the CPU. Fresh from
                   its initialisation the network amplifies rounding 30,000 times (weights changed by 1e-6 move its
-                  gradient by 3 %, bfloat16 turns most of it), so blocks are damped for the gradient, and beside it
+                  gradient by 3 %, bfloat16 turns most of it), so blocks are damped (--damped 1: not), and beside it
                   stands what rounding activations by hand does to the same gradient
     steps         the step and its parts at each batch and both kinds of stage strides; share of the measured peak of a
                   bfloat16 matrix product (not compiled, for compiling takes minutes for each batch; --compile on does)
@@ -79,7 +79,6 @@ SECTIONS = ("checks", "profile", "ways", "segmentation", "steps")  # what says m
 WAYS = {"eager": None, "compiled": {}, "graphs": {"mode": "reduce-overhead"}}
 BY_PLACE = [(2, 4, 4), (4, 8, 8), OUTPUT_STRIDE]  # maps of PGL by place, as conf/pretrain_full.yaml has them
 LOSSES = ("paper", "by place")
-DAMPED = 0.1  # of the last norm of each block, for the gradient's check
 LAUNCHES = ("LaunchKernel", "GraphLaunch", "MemcpyAsync", "MemsetAsync")  # in the names of CUDA's calls
 SIZES = {"whole": {"views": (16, 96, 96), "patches": ((48, 160, 160), (64, 192, 192)), "scan": (64, 192, 192)}}
 SIZES["tiny"] = {"views": (16, 32, 32), "patches": ((16, 32, 32),), "scan": (16, 32, 32)}
@@ -97,6 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--compile", default="off", choices=("auto", "on", "off"), help="the networks of `steps`")
     parser.add_argument("--batch", type=int, help="of `ways` and `profile`; 128, or the largest of --batches below it")
+    parser.add_argument("--damped", type=float, default=0.1, help="weight of each block's last norm in `checks`")
     parser.add_argument("--tiny", action="store_true", help="a small network and small views")
     parser.add_argument("--index", help="a store: measures the stream on this machine's cores, alone and with the step")
     parser.add_argument("--out", type=Path, help="JSON file of all figures")
@@ -277,7 +277,7 @@ def loss_and_gradient(
     for path in (net.online, net.target):
         for name, part in path.named_modules():
             if name.endswith("bn3"):
-                nn.init.constant_(part.weight, DAMPED)
+                nn.init.constant_(part.weight, args.damped)
     if change:
         change(net)
     net = on.lay_out(net, torch.device(args.device))
