@@ -13,7 +13,7 @@ python tests/benchmarks/promise.py gpu STORE RUNS [as train] [jobs=6] [renderers
 python tests/benchmarks/promise.py finetune STORE RUNS [seeds=0,1,2] [arms=0,4,...] [init=FILE]
     end-to-end fine-tuning on 5 labelled scans, from random weights and from each arm: the encoder's rate is chosen per
     arm and seed by the Dice on 8 other scans of the training split; that network is evaluated on the validation split
-python tests/benchmarks/promise.py table RUNS [output=FILE.json]
+python tests/benchmarks/promise.py table RUNS|FILE.json [output=FILE.json]
     the tables as Markdown, and the figures behind them (per seed and scan) as JSON; of a search: each candidate's
 
 The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in one state (BatchNorm re-estimated
@@ -67,13 +67,16 @@ ARMS = {
     "pgl, by place, wrong priors": OmegaConf.to_container(OmegaConf.merge(PLACES, {"align": {"wrong_priors": True}})),
 }
 JUDGES = ["voxels", "decoder", "matching"]
+JUDGE_NAMES = {"voxels": "voxel probe", "decoder": "frozen decoder, Dice", "matching": "point matching, mm"}
 NUM_SCANS = (1, 5, 10)
+BEST = "pgl, by place"
 SPLITS = {"split": "train", "test_split": "validation", "num_test_scans": 15}
 CEILING, CEILING_STEPS = "all labels", 1200
 # from so many steps on a target that turns over more slowly and a lower rate, as conf/pretrain_small.yaml has them; for
 # every arm (Genesis keeps its authors'), and an upper end that is trained longer, too
 LONG_STEPS, LONG, LONG_CEILING_STEPS = 1500, {"ema_decay": 0.99, "optim": {"lr": 1.5}}, 4800
 RANDOM = "random"
+CONTROLS = (RANDOM, "wrong priors")  # that know no places; the stronger of their readings counts
 # of a search, relative to BASE: factors of the rate, then of 1 - decay of the target
 RATES, TURNOVERS, MORE_RATES, SEARCH_SEED, DECODERS = (0.3, 1.0, 3.0), (0.33, 1.67), (0.1, 10.0), 100, 3
 FACTORS, TUNE_STEPS = (0.3, 1.0), 450  # of the encoder's rate beside the decoder's 0.003
@@ -377,7 +380,7 @@ def figures(runs: Path) -> list[dict]:
 def strongest(rows: list[dict], judge: str, num_scans: int) -> tuple[str, str]:
     """Arm and reading of the strongest that needs no places: random in each reading, and wrong priors."""
     best, sign = None, -1 if judge == "matching" else 1
-    candidates = [(arm, reading) for arm in (RANDOM, "wrong priors") for reading in ("reestimated", "off")]
+    candidates = [(arm, reading) for arm in CONTROLS for reading in ("reestimated", "off")]
     for arm, reading in candidates:
         values = [row["value"] for row in chosen(rows, arm, reading, judge, num_scans)]
         if values and (best is None or sign * np.mean(values) > best[0]):
@@ -392,9 +395,9 @@ def chosen(rows: list[dict], arm: str, reading: str, judge: str, num_scans: int)
     return sorted(of_keys, key=lambda row: row["seed"])
 
 
-def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, list[float], int] | None:
-    """Mean difference over seeds and scans that both have, its 95 % interval (seeds and scans are drawn), and in how
-    many seeds it is above 0."""
+def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, list[float], int, int] | None:
+    """Mean difference over seeds and scans that both have, its 95 % interval (seeds and scans are drawn), in how many
+    seeds it is above 0, and how many there are."""
     pairs = [(a, b) for a in ours for b in theirs if a["seed"] == b["seed"]]
     if not pairs:
         return None
@@ -404,54 +407,107 @@ def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, list[float]
     for _ in range(5000):
         seeds, columns = rng.integers(len(table), size=len(table)), rng.integers(len(scans), size=len(scans))
         drawn.append(table[np.ix_(seeds, columns)].mean())
-    return float(table.mean()), percentile_bounds(np.array(drawn)), int((table.mean(1) > 0).sum())
+    return float(table.mean()), percentile_bounds(np.array(drawn)), int((table.mean(1) > 0).sum()), len(table)
 
 
-def tables(runs: Path) -> tuple[str, list[dict]]:
-    """Markdown, and the rows behind it."""
-    rows, text = figures(runs), []
+def rows_of(place: Path) -> list[dict]:
+    """All figures of a folder of runs, or of a file that `table` wrote."""
+    if place.suffix == ".json":
+        return json.loads(place.read_text())
+    return [*figures(place), *fine_tuned(place), *({"judge": "search", **row} for row in candidates(place))]
+
+
+def tables(rows: list[dict]) -> str:
+    """Markdown: per number of labelled scans a row per arm and reading, then what was fine-tuned end to end."""
+    text = []
     arms = [arm for arm in (RANDOM, *ARMS, CEILING) if any(row["arm"] == arm for row in rows)]
-    for judge in JUDGES:
-        for num_scans in NUM_SCANS if judge != "matching" else (5,):
-            if not any(row["judge"] == judge and row["num_scans"] == num_scans for row in rows):
-                continue
-            low, sign = strongest(rows, judge, num_scans), -1 if judge == "matching" else 1
-            base, top = chosen(rows, *low, judge, num_scans), chosen(rows, CEILING, "reestimated", judge, num_scans)
-            unit = {"voxels": "balanced accuracy", "decoder": "Dice", "matching": "mm"}[judge]
-            text.append(f"\n{judge}, {num_scans} labelled scans; the strongest control is {low[0]} ({low[1]})\n")
-            head = f"| arm | {unit}, by seed | mean | better than the control by, 95 % | of the room |"
-            text += [head, "|---|---|---|---|---|"]
-            for arm in arms:
-                for reading in ("reestimated", "off") if arm == RANDOM else ("reestimated",):
-                    cells = chosen(rows, arm, reading, judge, num_scans)
-                    if not cells:
-                        continue
-                    values = [row["value"] for row in cells]
-                    gap = difference(cells, base)
-                    gain = "-"
-                    if gap and (arm, reading) != low:
-                        low_high = sorted(sign * bound for bound in gap[1])
-                        gain = f"{sign * gap[0]:+.3f} [{low_high[0]:+.3f}, {low_high[1]:+.3f}]"
-                    room = "-"
-                    if top and base and (arm, reading) != low:
-                        ends = np.mean([row["value"] for row in base]), np.mean([row["value"] for row in top])
-                        closed = (np.mean(values) - ends[0]) / (ends[1] - ends[0])
-                        room = f"{closed:.0%}" if closed > 0 else "none"
-                    name = f"{arm}, BatchNorm off" if reading == "off" else arm
-                    listed = " ".join(f"{value:.3f}" if judge != "matching" else f"{value:.1f}" for value in values)
-                    mean = f"{np.mean(values):.3f}" if judge != "matching" else f"{np.mean(values):.1f}"
-                    text.append(f"| {name} | {listed} | {mean} | {gain} | {room} |")
-    lines, fine_tuned = end_to_end(runs)
-    return "\n".join([*text, *lines]), rows + fine_tuned
+    for num_scans in NUM_SCANS:
+        here = [row for row in rows if row["judge"] in JUDGES and row["num_scans"] == num_scans]
+        judges = [judge for judge in JUDGES if any(row["judge"] == judge for row in here)]
+        if not judges:
+            continue
+        lows = {judge: strongest(here, judge, num_scans) for judge in judges}
+        named = "; ".join(f"of the {JUDGE_NAMES[judge].split(',')[0]} {named_arm(*low)}" for judge, low in lows.items())
+        text.append(f"\n{num_scans} labelled scan{'s' * (num_scans > 1)}; strongest control {named}\n")
+        text += table_head("arm (seeds)", judges)
+        for arm in arms:
+            for reading in ("reestimated", "off") if arm in CONTROLS else ("reestimated",):
+                of_judges = [chosen(here, arm, reading, judge, num_scans) for judge in judges]
+                if not any(of_judges):
+                    continue
+                cells = [cell(here, of_judge, lows[judge]) for judge, of_judge in zip(judges, of_judges, strict=True)]
+                num_seeds = max(len({row["seed"] for row in of_judge}) for of_judge in of_judges)
+                text.append(f"| {named_arm(arm, reading)} ({num_seeds}) | {' | '.join(cells)} |")
+        text += against_others(here, judges, num_scans)
+    return "\n".join([*text, *end_to_end([row for row in rows if row["judge"] == "fine-tuned"])])
 
 
-def end_to_end(runs: Path) -> tuple[list[str], list[dict]]:
-    """Lines of the table of fine-tuning, and the rows behind it."""
+def against_others(rows: list[dict], judges: list[str], num_scans: int) -> list[str]:
+    """Lines of a table: what PGL by place is better than each other pre-training by, and in how many seeds."""
+    lines = []
+    for arm in [arm for arm in ARMS if arm != BEST]:
+        cells = []
+        for judge in judges:
+            ours, theirs = (chosen(rows, one, "reestimated", judge, num_scans) for one in (BEST, arm))
+            cells.append(gain(difference(ours, theirs), judge) or "-")
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return ["", *table_head(f"{BEST}, better than", judges), *lines] if lines else []
+
+
+def table_head(first: str, judges: list[str]) -> list[str]:
+    """The first two lines of a table with a column per judge."""
+    return [f"| {first} | {' | '.join(JUDGE_NAMES[judge] for judge in judges)} |", "|---" * (len(judges) + 1) + "|"]
+
+
+def gain(gap: tuple[float, list[float], int, int] | None, judge: str) -> str:
+    """A difference as tables have it: more is better, whatever the judge; nothing where there is none."""
+    if not gap:
+        return ""
+    mean, bounds, above, num_seeds = gap
+    sign, digits = (-1, 1) if judge == "matching" else (1, 3)
+    low, high = sorted(sign * bound for bound in bounds)
+    ahead = above if sign > 0 else num_seeds - above
+    return f"{sign * mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], {ahead} of {num_seeds}"
+
+
+def named_arm(arm: str, reading: str) -> str:
+    """An arm as tables call it."""
+    return f"{arm}, BatchNorm off" if reading == "off" else arm
+
+
+def cell(rows: list[dict], ours: list[dict], low: tuple[str, str]) -> str:
+    """Mean over seeds; what that is better than the strongest control by, with the interval; in how many seeds it is
+    ahead; the share of the room up to the encoder with all labels."""
+    if not ours:
+        return "-"
+    judge, num_scans = ours[0]["judge"], ours[0]["num_scans"]
+    base, top = chosen(rows, *low, judge, num_scans), chosen(rows, CEILING, "reestimated", judge, num_scans)
+    mean = float(np.mean([row["value"] for row in ours]))
+    text = f"{mean:.{1 if judge == 'matching' else 3}f}"
+    better = gain(difference(ours, base), judge) if ours != base else ""
+    if not better:
+        return text
+    text += f": {better}"
+    if not top:
+        return text
+    ends = np.mean([row["value"] for row in base]), np.mean([row["value"] for row in top])
+    closed = (mean - ends[0]) / (ends[1] - ends[0])
+    return f"{text}, {closed:.0%}" if closed > 0 else text
+
+
+def fine_tuned(runs: Path) -> list[dict]:
+    """A row per arm and seed that was fine-tuned."""
     rows = []
     for one in (json.loads(path.read_text()) for path in sorted((runs / "tuned").glob("*.json"))):
         scans = {scan: round(value, 4) for scan, value in per_scan("decoder", one).items()}
         about = {key: one[key] for key in ("arm", "seed", "factor", "val_dice")}
         rows.append(about | {"judge": "fine-tuned", "num_scans": NUM_LABELLED, "value": one["dice"], "scans": scans})
+    return rows
+
+
+def end_to_end(rows: list[dict]) -> list[str]:
+    """Lines of the table of fine-tuning."""
     base, lines = [row for row in rows if row["arm"] == RANDOM], []
     if base:
         lines += [
@@ -464,7 +520,7 @@ def end_to_end(runs: Path) -> tuple[list[str], list[dict]]:
         text = f"{gain[0]:+.3f} [{gain[1][0]:+.3f}, {gain[1][1]:+.3f}]" if gain else "-"
         values, factors = (" ".join(f"{row[key]:.3g}" for row in cells) for key in ("value", "factor"))
         lines.append(f"| {arm} | {values} | {factors} | {np.mean([row['value'] for row in cells]):.3f} | {text} |")
-    return lines, rows
+    return lines
 
 
 def main() -> None:
@@ -504,10 +560,9 @@ def main() -> None:
             if "init" in options:
                 tuned(places[0], runs, Path(options["init"]).stem, seed, options["init"])
         return
-    text, rows = tables(Path(places[0]))
-    searched = candidates(Path(places[0]))
-    print("\n".join([text, *(search_table(searched) if searched else [])]))
-    rows += [{"judge": "search", **row} for row in searched]
+    rows = rows_of(Path(places[0]))
+    searched = [row for row in rows if row["judge"] == "search"]
+    print("\n".join([tables(rows), *(search_table(searched) if searched else [])]))
     if "output" in options:
         Path(options["output"]).write_text(json.dumps(rows, indent=0) + "\n")
 
