@@ -62,7 +62,7 @@ def load_encoder(
     store: Index | None = None,
     *,
     hu_window: tuple[float, float] | None = None,
-    size: tuple[int, int, int] = (16, 96, 96),
+    size: tuple[int, int, int] | None = None,
     seed: int = 0,
     reestimate: bool = True,
 ) -> ScanEncoder:
@@ -73,7 +73,7 @@ def load_encoder(
             them.
         store: whose unlabelled scans BatchNorm's statistics are estimated on, as the judges do it; none: as trained.
         hu_window: that HU are clipped to; none: what the weights say, or else the store.
-        size: of the training views (D, H, W).
+        size: of the training views (D, H, W); none: what the weights say, or else 16, 96, 96.
         seed: of the views that are drawn from the store.
         reestimate: false: BatchNorm stays as trained, whatever the store.
 
@@ -98,7 +98,7 @@ def load_encoder(
         text = str(error).partition("; allow_partial")[0]
         raise ValueError(f"{text}: give a run, or a file that export wrote") from None
     network.stop_at(source.level)
-    encoder = ScanEncoder(init, network.to(pick_device("auto")), window, loaded.trained_on, size)
+    encoder = ScanEncoder(init, network.to(pick_device("auto")), window, loaded.trained_on, size or source.view_size)
     if store is None or not reestimate:
         return encoder
     return encoder.reestimated(unlabelled_views(store, list(store.scans), encoder.size, seed))

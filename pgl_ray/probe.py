@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pgl_ray.config import PRETRAINED, ProbeConfig
+from pgl_ray.config import PRETRAINED, ProbeConfig, ViewsConfig
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.facts import seen_notes, spacing_note
 from pgl_ray.data.scan_record import ScanRecord
@@ -28,6 +28,7 @@ from pgl_ray.judge import readings
 from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, answer, to_device
 from pgl_ray.judge.readings import in_words
 from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.pages import feature_pictures
 from pgl_ray.pages.figures import to_bytes
@@ -44,6 +45,7 @@ class ProbeResult:
     Attributes:
         init: the encoder, as in the config.
         num_train_scans, num_test_scans: scans used.
+        size: window that the encoder saw, voxels (D, H, W).
         readings: reading -> judge -> score, plain values.
         controls: name -> judge -> score, of random weights in each reading and of the control.
         ceiling: judge -> score of the encoder that was trained with all labels; empty: none was given.
@@ -59,6 +61,7 @@ class ProbeResult:
     init: str
     num_train_scans: int
     num_test_scans: int
+    size: tuple[int, int, int]
     readings: dict[str, dict[str, Any]]
     controls: dict[str, dict[str, Any]]
     ceiling: dict[str, Any]
@@ -90,13 +93,15 @@ def run(config: ProbeConfig) -> ProbeResult:
     """
     began = time.monotonic()
     index = read_index(config.index)
+    weighted = read("init", config, index)
+    config = config.model_copy(update={"size": config.size or weighted.view_size})
     judges = Judges(index, config, config.judges, config.decoder_seeds)
     notes: list[str] = []
     _note(notes, *judges.notes)
-    encoder = load("init", config, index, judges.probe.scans[1], notes)
+    encoder = weighted.ready(index, judges.probe.scans[1], notes)
     if not readings.norms(encoder):
         _note(notes, f"the encoder of init={config.init} has no BatchNorm: there is one reading of it")
-    judged = _read(judges, encoder, config.init != "random")
+    judged = _read(judges, encoder, config.init != "random", config.all_readings)
     controls, ceiling = _ends(config, index, judges, encoder, judged, notes)
     first = next(iter(judged.values()))
     standing = {
@@ -111,6 +116,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         init=config.init,
         num_train_scans=len(judges.probe.train),
         num_test_scans=len(judges.probe.test),
+        size=judges.size,
         readings={reading: _plain(scores) for reading, scores in judged.items()},
         controls={name: _plain(scores) for name, scores in controls.items()},
         ceiling=_plain(ceiling),
@@ -128,29 +134,55 @@ def run(config: ProbeConfig) -> ProbeResult:
     return result
 
 
-def load(key: str, config: ProbeConfig, index: Index, tested: list[ScanRecord], notes: list[str]) -> Encoder:
-    """An encoder, on CUDA where there is one: `random`, or of a run or file, up to the last stage that was trained.
+@dataclass(frozen=True)
+class Weighted:
+    """An encoder of a config, not yet filled, with the weights for it.
 
-    Args:
+    Attributes:
         key: of the config, that names it: init, control or ceiling.
-        config: of the probe.
-        index: of the store.
-        tested: scans that it is tested on.
-        notes: what is to be said of it is printed, and added here.
+        encoder: of the right architecture; random weights are in it already.
+        source: of the weights; none: random.
+    """
+
+    key: str
+    encoder: Encoder | ResEncoder
+    source: weights.Source | None
+
+    @property
+    def view_size(self) -> tuple[int, int, int]:
+        """(D, H, W) of the views of its training; the default where that is not known."""
+        return self.source.view_size if self.source else ViewsConfig().size
+
+    def ready(self, index: Index, tested: list[ScanRecord], notes: list[str]) -> Encoder | ResEncoder:
+        """The encoder, on CUDA where there is one, up to the last stage that was trained.
+
+        Args:
+            index: of the store.
+            tested: scans that it is tested on.
+            notes: what is to be said of it is printed, and added here.
+        """
+        if self.source:
+            loaded = weights.fill(self.encoder, self.source)
+            if note := spacing_note(loaded.trained_on, index):
+                _note(notes, f"{self.key}={self.source.init} {note}")
+            whose = "" if self.key == "init" else f"{self.key}={self.source.init}: "
+            _note(notes, *(f"{whose}{note}" for note in seen_notes(loaded.trained_on, tested)))
+            self.encoder.stop_at(self.source.level)  # what was trained
+        return to_device(self.encoder)
+
+
+def read(key: str, config: ProbeConfig, index: Index) -> Weighted:
+    """The encoder of `config.init`, `control` or `ceiling` and its weights.
+
+    Raises:
+        ValueError: no such weights, or weights that do not fit.
     """
     init, settings = getattr(config, key), config.encoder.model_dump() if config.encoder else None
     if init == "random":
         encoder = build_encoder(**(settings or {}))
         init_kaiming_uniform(encoder, config.seed)
-        return to_device(encoder)
-    encoder, source = weights.read(init, settings, index.hu_window)
-    loaded = weights.fill(encoder, source)
-    if note := spacing_note(loaded.trained_on, index):
-        _note(notes, f"{key}={init} {note}")
-    whose = "" if key == "init" else f"{key}={init}: "
-    _note(notes, *(f"{whose}{note}" for note in seen_notes(loaded.trained_on, tested)))
-    encoder.stop_at(source.level)  # what was trained
-    return to_device(encoder)
+        return Weighted(key, encoder, None)
+    return Weighted(key, *weights.read(init, settings, index.hu_window))
 
 
 def _note(notes: list[str], *lines: str) -> None:
@@ -160,15 +192,15 @@ def _note(notes: list[str], *lines: str) -> None:
     notes += lines
 
 
-def _read(judges: Judges, encoder: Encoder, trained: bool) -> dict[str, dict[str, Score]]:
+def _read(judges: Judges, encoder: Encoder, trained: bool, all_readings: bool) -> dict[str, dict[str, Score]]:
     """Reading -> what the judges say; the one that counts comes first.
 
-    A trained encoder's other readings are only those of the voxel probe, which is quick; of random weights, whose
-    strongest reading counts, all judges read all.
+    A trained encoder's other readings are only those of the voxel probe, which is quick, unless all are asked for; of
+    controls, whose strongest reading counts, all judges read all.
     """
     first, *others = readings.possible(encoder, trained)
     judged = {first: judges.judge(encoder, first)}
-    only = ("voxels",) if trained else JUDGES
+    only = JUDGES if all_readings or not trained else ("voxels",)
     return judged | {reading: scores for reading in others if (scores := judges.judge(encoder, reading, only))}
 
 
@@ -186,13 +218,26 @@ def _ends(
     if config.init == "random":
         chance = judged
     else:
-        chance = _read(judges, _random_like(encoder, config.seed), False)
+        chance = _read(judges, _random_like(encoder, config.seed), False, True)
     controls = {f"random, {in_words(chance)[reading]}": scores for reading, scores in chance.items()}
-    if config.control:
-        controls |= {"control": judges.judge(load("control", config, index, judges.probe.scans[1], notes), FIRST)}
-    if not config.ceiling:
-        return controls, {}
-    return controls, judges.judge(load("ceiling", config, index, judges.probe.scans[1], notes), FIRST)
+    others = {}
+    for key in ("control", "ceiling"):
+        if getattr(config, key):
+            others[key] = _alike(read(key, config, index), config, encoder).ready(index, judges.probe.scans[1], notes)
+    if "control" in others:
+        of_control = _read(judges, others["control"], True, True)
+        controls |= {f"control, {in_words(of_control)[reading]}": scores for reading, scores in of_control.items()}
+    return controls, judges.judge(others["ceiling"], FIRST) if "ceiling" in others else {}
+
+
+def _alike(other: Weighted, config: ProbeConfig, encoder: Encoder | ResEncoder) -> Weighted:
+    """An end of the judges' scale, which must be of the size of the encoder that is judged."""
+    if other.encoder.settings != encoder.settings:
+        raise ValueError(
+            f"{other.key}={getattr(config, other.key)} holds an encoder {other.encoder.settings}, init={config.init} "
+            f"one {encoder.settings}: give a run of the same size"
+        )
+    return other
 
 
 def _random_like(encoder: Encoder, seed: int) -> Encoder:
@@ -267,7 +312,8 @@ def table(result: ProbeResult) -> str:
     heads["matching"] = f"{'match mm':>10}{'deformed':>10}"
     words = in_words(result.readings)
     rows = {f"{Path(result.init).name}, {words[reading]}": one for reading, one in result.readings.items()}
-    rows |= {name: one for name, one in result.controls.items() if result.init != "random" or name == "control"}
+    chance = result.init == "random"  # is its own control
+    rows |= {name: one for name, one in result.controls.items() if not chance or name.startswith("control")}
     rows |= {"trained with all labels": result.ceiling} if result.ceiling else {}
     width = max(34, *(len(name) + 1 for name in rows))
     lines = [f"{'encoder':<{width}}" + "".join(heads[judge] for judge in asked)]
@@ -296,7 +342,8 @@ def describe(result: ProbeResult) -> str:
     first = next(iter(result.readings))
     text = "\n".join([table(result), *result.sentences])
     how = in_words(result.readings)[first]
-    line = f"init={result.init}, {how}, {result.num_train_scans} labelled scans, {result.seconds} s"
+    seen = f"{result.num_train_scans} labelled scans, windows of {'x'.join(map(str, result.size))}"
+    line = f"init={result.init}, {how}, {seen}, {result.seconds} s"
     if result.recall is None:
         return f"{text}\nprobe: done; {line}"
     worst = min(result.recall, key=result.recall.get)

@@ -100,6 +100,7 @@ def test_the_closing_lines_answer_whether_pgl_helps(capsys):
             "/runs/pretrain_pgl",
             5,
             12,
+            (16, 48, 48),
             {"reestimated": {"voxels": score}},
             {"random, BatchNorm off": {"voxels": chance}},
         ),

@@ -408,7 +408,8 @@ def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):
     result = probe.run(config(store, **where, **more))
     facts = json.loads((tmp_path / "run" / "probe.json").read_text())
     assert list(facts["readings"]) == ["reestimated", "trained", "off"]
-    assert list(facts["controls"]) == ["random, BatchNorm re-estimated", "random, BatchNorm off", "control"]
+    of_control = [f"control, BatchNorm {state}" for state in ("re-estimated", "as trained", "off")]
+    assert list(facts["controls"]) == ["random, BatchNorm re-estimated", "random, BatchNorm off", *of_control]
     for scores in (facts["readings"]["reestimated"], *facts["controls"].values(), facts["ceiling"]):
         assert list(scores) == ["voxels", "decoder", "matching"]
     assert list(facts["readings"]["off"]) == list(facts["readings"]["trained"]) == ["voxels"]

@@ -266,7 +266,7 @@ def test_probe_and_finetune_start_from_the_files_weights(index, capsys):
         own = name.removeprefix("encoder.")
         taken = name.startswith("encoder.") and own.startswith(tuple(trained))
         assert torch.equal(value, held[own] if taken else random.state_dict()[name]), name
-    encoder = probe.load("init", probing(index), index, [], [])
+    encoder = probe.read("init", probing(index), index).ready(index, [], [])
     assert encoder.last == said["last_trained_map"]
     for name, value in encoder.state_dict().items():
         assert not name.startswith(tuple(trained)) or torch.equal(value.cpu(), held[name]), name
@@ -468,6 +468,6 @@ def test_stages_that_were_not_trained_start_at_random(made, index, monkeypatch):
     assert meta.init_level == 3 and not report.mismatches()
     assert torch.equal(model.encoder.layer3[0].conv1.weight, encoder.layer3[0].conv1.weight)
     assert not torch.equal(model.encoder.layer4[0].conv1.weight, encoder.layer4[0].conv1.weight)
-    assert probe.load("init", probing(index, "pretrained:run"), index, [], []).last == 3
+    assert probe.read("init", probing(index, "pretrained:run"), index).ready(index, [], []).last == 3
     with pytest.raises(ValueError, match=r"pretrained:run was trained up to stage 3 .* take freeze=false"):
         networks.build_finetuning(tuning(index, "freeze=true", init="pretrained:run"), index)

@@ -240,8 +240,9 @@ class ProbeConfig(ProbeSettings):
 
     index: StorePath
     """Store written by prepare, with labels."""
-    size: Triple = (16, 96, 96)
-    """Window that the encoder sees, in voxels (D, H, W)."""
+    size: Triple | None = None
+    """Window that the encoder sees, in voxels (D, H, W); none: the views of its pre-training, or 16,96,96 where the
+    weights don't say them."""
     init: Init = "random"
     """Encoder: `random`, a run's folder, `pretrained:NAME`, or a file as for fine-tuning."""
     encoder: EncoderConfig | None = None
@@ -256,8 +257,11 @@ class ProbeConfig(ProbeSettings):
     """Decoders that are trained per encoder, each from its own seed."""
     ends: bool = True
     """Judge random weights of the same size beside it, in every reading: the strongest is what a claim must beat."""
+    all_readings: bool = False
+    """Every judge reads the encoder in every state of its BatchNorm; otherwise the other states are the voxel probe's
+    alone, which is quick."""
     control: RunPath | None = None
-    """A run that learnt no places, pre-trained with align.wrong_priors=true: a second control."""
+    """A run that learnt no places, pre-trained with align.wrong_priors=true: a second control, in every reading."""
     ceiling: RunPath | None = None
     """A run of the same size that was fine-tuned with all labels: its encoder is the upper end."""
     output: FilePath | None = None

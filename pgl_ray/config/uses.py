@@ -117,8 +117,9 @@ class FeaturesConfig(Section):
     spacing: Literal["own", "weights"] = "own"
     """own: scans as they are, with a note where their voxel size is unlike that of the weights' training; weights: they
     are resampled to that size first."""
-    size: Triple = (16, 96, 96)
-    """Views of the encoder's training in voxels (D, H, W); scans are covered by windows of twice that."""
+    size: Triple | None = None
+    """Views of the encoder's training in voxels (D, H, W), scans are covered by windows of twice that; none: as the
+    weights say, or 16,96,96 where they don't."""
     hu_window: tuple[float, float] | None = None
     """HU that the weights expect, for weights that do not say it; none: what they say, or the store's."""
     seed: Seed = 0

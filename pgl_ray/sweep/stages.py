@@ -71,8 +71,12 @@ def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], fold
         "ray": config.ray.model_dump(),
     }
     places = {key: value for key, value in places.items() if key in STAGES[stage].model_fields}
-    # a sweep has random weights and wrong priors as arms: each trial's own would judge them again and again
-    defaults = {"index": config.index} | ({"ends": False} if stage == "probe" else {})
+    defaults: dict[str, Any] = {"index": config.index}
+    if stage == "probe":
+        # a sweep has random weights and wrong priors as arms: each trial's own would judge them again and again; and
+        # random weights see the same windows as the others
+        views = (config.base_pretrain or {}).get("views") or {}
+        defaults |= {"ends": False, "size": views.get("size")}
     values = defaults | OmegaConf.to_container(merged) | places
     if stage == "pretrain":
         values["health"] = {"stop_on_collapse": True} | values.get("health", {})

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from pgl_ray.config import ViewsConfig
+from pgl_ray.prior import triple
 from pgl_ray.train.run_files import RECORD, write_json
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -158,7 +160,7 @@ class CheckpointMeta(BaseModel):
         level: of a pre-training, number of the last map that was trained, the stages behind it were not; none: all.
         hu_window: (low, high), HU, that voxels are clipped to.
         data: of the training scans, `data.facts.training_facts`; {}: not recorded.
-        config: the door's, JSON.
+        config: the door's, JSON; {}: not recorded.
         steps: trained so far; none: not recorded. The checkpoint has it next to this.
         decoder, task, num_outputs, labels, patch_size, spacing_mm: of a segmentation network: paper or light; binary
             or multiclass; channels of its logits; organ -> label value; (D, H, W) of its windows; voxel size of a
@@ -187,3 +189,9 @@ class CheckpointMeta(BaseModel):
     def plain(self) -> dict[str, Any]:
         """As checkpoints hold it, which are read without running code."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+    @property
+    def view_size(self) -> tuple[int, int, int]:
+        """(D, H, W) of the views of its pre-training; the default where that is not recorded."""
+        views = json.loads(self.config).get("views")
+        return triple(views["size"]) if isinstance(views, dict) and views.get("size") else ViewsConfig().size

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgl_ray.config import PRETRAINED
+from pgl_ray.config import PRETRAINED, ViewsConfig
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
@@ -88,6 +88,11 @@ class Source:
     left_out: list[str]
     level: int
     meta: CheckpointMeta | None
+
+    @property
+    def view_size(self) -> tuple[int, int, int]:
+        """(D, H, W) of the views that the encoder was trained on; the default where that is not known."""
+        return self.meta.view_size if self.meta else ViewsConfig().size
 
 
 @dataclass(frozen=True)
@@ -263,6 +268,7 @@ def _read_safetensors(init: str, path: Path) -> tuple[dict[str, Tensor], Checkpo
         names |= {"training_scans": "data"}
         values = {ours: json.loads(texts[theirs]) for theirs, ours in names.items() if theirs in texts}
         values["encoder"] = values["encoder"]["encoder"]
+        values["config"] = json.dumps(json.loads(texts.get("config", "{}")))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"init={init}: its metadata are damaged: {error}") from None
     return tensors, parse(CheckpointMeta, values, f"init={init}: its metadata are")

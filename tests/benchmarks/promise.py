@@ -17,14 +17,15 @@ python tests/benchmarks/promise.py table RUNS|FILE.json [output=FILE.json]
     the tables as Markdown, and the figures behind them (per seed and scan) as JSON; of a search: each candidate's
 
 The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in one state (BatchNorm re-estimated
-on the same views); of random weights the stronger reading counts. The upper end is an encoder of the same size that was
-trained with the labels of all training scans.
+on the same views); of what knows no places (random weights, wrong priors) the strongest reading counts. The upper end
+is an encoder of the same size that was trained with the labels of all training scans.
 """
 
 import json
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -69,17 +70,18 @@ ARMS = {
 JUDGES = ["voxels", "decoder", "matching"]
 JUDGE_NAMES = {"voxels": "voxel probe", "decoder": "frozen decoder, Dice", "matching": "point matching, mm"}
 NUM_SCANS = (1, 5, 10)
-BEST = "pgl, by place"
 SPLITS = {"split": "train", "test_split": "validation", "num_test_scans": 15}
 CEILING, CEILING_STEPS = "all labels", 1200
 # from so many steps on a target that turns over more slowly and a lower rate, as conf/pretrain_small.yaml has them; for
 # every arm (Genesis keeps its authors'), and an upper end that is trained longer, too
 LONG_STEPS, LONG, LONG_CEILING_STEPS = 1500, {"ema_decay": 0.99, "optim": {"lr": 1.5}}, 4800
-RANDOM = "random"
-CONTROLS = (RANDOM, "wrong priors")  # that know no places; the stronger of their readings counts
+RANDOM, BEST = "random", "pgl, by place"
+TWIN = f"{BEST}, wrong priors"
+CONTROLS = (RANDOM, "wrong priors", TWIN)  # that know no places; the strongest of their readings counts
 # of a search, relative to BASE: factors of the rate, then of 1 - decay of the target
 RATES, TURNOVERS, MORE_RATES, SEARCH_SEED, DECODERS = (0.3, 1.0, 3.0), (0.33, 1.67), (0.1, 10.0), 100, 3
 FACTORS, TUNE_STEPS = (0.3, 1.0), 450  # of the encoder's rate beside the decoder's 0.003
+NUM_DRAWS = 2000  # of seeds and scans, of an interval
 NUM_LABELLED, FOLDS = 5, 8  # scans to learn from, and to choose the rate by
 
 
@@ -125,6 +127,7 @@ def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
     settings |= {"init": RANDOM if arm == RANDOM else str(encoder if encoder.exists() else run)}
     settings |= {"size": BASE["views"]["size"]}
     settings |= {"encoder": BASE["encoder"]} if arm == RANDOM else {}
+    settings["all_readings"] = arm in CONTROLS
     # matching learns nothing from labelled scans: once is enough
     settings["judges"] = JUDGES if num_scans == 5 else JUDGES[:2]
     result = probe.run(build(ProbeConfig, settings))
@@ -143,7 +146,7 @@ def train(
     """Everything that is not there yet, seed by seed."""
     torch.set_num_threads(1)
     for seed in seeds:
-        for arm in [RANDOM, *arms, *([CEILING] if seed == 0 else [])]:  # the upper end is no arm: one is enough
+        for arm in [RANDOM, *arms, CEILING]:
             began, run = time.monotonic(), runs / f"{arm}, seed {seed}"
             if all(judgement(run, num_scans).exists() for num_scans in numbers):
                 continue
@@ -160,8 +163,8 @@ def train(
 
 
 def chosen_pretraining(store: str, run: Path, arm: str, seed: int, steps: int, searched: Path | None) -> PretrainConfig:
-    """The config of one arm and seed with what its search chose, where there is one."""
-    factors = best_of(searched, arm) if searched else (1.0, 1.0)
+    """The config of one arm and seed with what its search chose, where there is one; a twin's is that of its arm."""
+    factors = best_of(searched, BEST if arm == TWIN else arm) if searched else (1.0, 1.0)
     return pretraining(store, run, arm, seed, steps, *factors)
 
 
@@ -345,17 +348,16 @@ def tuned(store: str, runs: Path, arm: str, seed: int, init: str) -> None:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def per_scan(judge: str, details: dict) -> dict[str, float]:
-    """What a judge says of each test scan: mean recall, mean Dice, or median error."""
+def per_scan(judge: str, details: dict) -> dict[str, list]:
+    """What a judge says of each test scan: its correct voxels of each class and how many there are; or per organ its
+    Dice, or its median error, none where the organ is not there."""
     if judge == "voxels":
-        hits, counts = np.array(details["hits"]), np.array(details["counts"])
-        shares = np.where(counts > 0, hits / np.maximum(counts, 1), np.nan)
-        return {str(i): float(value) for i, value in enumerate(np.nanmean(shares, 1))}
-    key = "dice" if judge == "decoder" else "error_mm"
-    scans: dict[str, list[float]] = {}
-    for row in details["rows"]:
-        scans.setdefault(row["scan_id"], []).append(row[key])
-    return {scan: float(np.nanmean(values)) for scan, values in scans.items()}
+        return {"hits": details["hits"], "counts": details["counts"]}
+    key = "error_mm" if judge == "matching" else "dice"
+    found = {(row["scan_id"], row["organ"]): row[key] for row in details["rows"]}
+    scans, organs = (sorted({name[i] for name in found}) for i in (0, 1))
+    values = [[found.get((scan, organ), float("nan")) for organ in organs] for scan in scans]
+    return {"scans": scans, "values": [[None if np.isnan(one) else round(one, 4) for one in row] for row in values]}
 
 
 def figures(runs: Path) -> list[dict]:
@@ -370,15 +372,15 @@ def figures(runs: Path) -> list[dict]:
         }
         for reading, scores in json.loads(path.read_text())["readings"].items():
             for judge, score in scores.items():
-                scans = {scan: round(value, 4) for scan, value in per_scan(judge, score["details"]).items()}
                 last = score["details"].get("last_map")
-                row = {"judge": judge, "reading": reading, "value": round(score["value"], 4), "scans": scans}
-                rows.append(about | row | ({"last_map": round(last, 4)} if last else {}))
+                row = {"judge": judge, "reading": reading, "value": round(score["value"], 4)}
+                row |= {"last_map": round(last, 4)} if last else {}
+                rows.append(about | row | per_scan(judge, score["details"]))
     return rows
 
 
 def strongest(rows: list[dict], judge: str, num_scans: int) -> tuple[str, str]:
-    """Arm and reading of the strongest that needs no places: random in each reading, and wrong priors."""
+    """Arm and reading of the strongest that needs no places: random and both wrong priors, in each reading."""
     best, sign = None, -1 if judge == "matching" else 1
     candidates = [(arm, reading) for arm in CONTROLS for reading in ("reestimated", "off")]
     for arm, reading in candidates:
@@ -396,18 +398,40 @@ def chosen(rows: list[dict], arm: str, reading: str, judge: str, num_scans: int)
 
 
 def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, list[float], int, int] | None:
-    """Mean difference over seeds and scans that both have, its 95 % interval (seeds and scans are drawn), in how many
-    seeds it is above 0, and how many there are."""
+    """Mean difference of the values over the seeds that both have, its 95 % interval (seeds and scans are drawn), in
+    how many seeds it is above 0, and how many there are."""
     pairs = [(a, b) for a in ours for b in theirs if a["seed"] == b["seed"]]
     if not pairs:
         return None
-    scans = sorted(set.intersection(*(set(row["scans"]) for pair in pairs for row in pair)))
-    table = np.array([[a["scans"][scan] - b["scans"][scan] for scan in scans] for a, b in pairs])
-    rng, drawn = np.random.default_rng(0), []
-    for _ in range(5000):
-        seeds, columns = rng.integers(len(table), size=len(table)), rng.integers(len(scans), size=len(scans))
-        drawn.append(table[np.ix_(seeds, columns)].mean())
-    return float(table.mean()), percentile_bounds(np.array(drawn)), int((table.mean(1) > 0).sum()), len(table)
+    values = np.array([a["value"] - b["value"] for a, b in pairs])
+    rng = np.random.default_rng(0)
+    scans = rng.integers(num_scans_of(pairs[0][0]), size=(NUM_DRAWS, num_scans_of(pairs[0][0])))
+    drawn = np.stack([of_draws(a, scans) - of_draws(b, scans) for a, b in pairs], 1)
+    seeds = rng.integers(len(pairs), size=(NUM_DRAWS, len(pairs)))
+    means = np.take_along_axis(drawn, seeds, 1).mean(1)
+    return float(values.mean()), percentile_bounds(means), int((values > 0).sum()), len(pairs)
+
+
+def num_scans_of(row: dict) -> int:
+    """Test scans behind a row."""
+    return len(row["hits"] if row["judge"] == "voxels" else row["values"])
+
+
+def of_draws(row: dict, scans: np.ndarray) -> np.ndarray:
+    """A judge's value in draws of the test scans, [draws]: balanced accuracy, or the mean over organs of the mean Dice.
+    Of matching the median over scans and organs (the value itself is that over pairs of scans, which are not kept).
+
+    Args:
+        row: of `figures` or `fine_tuned`.
+        scans: numbers of the scans drawn, int [draws, scans].
+    """
+    if row["judge"] == "voxels":
+        hits, counts = (np.array(row[key])[scans].sum(1) for key in ("hits", "counts"))
+        return np.nanmean(np.where(counts > 0, hits / np.maximum(counts, 1), np.nan), 1)
+    values = np.array(row["values"], float)[scans]  # [draws, scans, organs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # an organ that no scan of a draw has
+        return np.nanmedian(values, (1, 2)) if row["judge"] == "matching" else np.nanmean(np.nanmean(values, 1), 1)
 
 
 def rows_of(place: Path) -> list[dict]:
@@ -500,9 +524,9 @@ def fine_tuned(runs: Path) -> list[dict]:
     """A row per arm and seed that was fine-tuned."""
     rows = []
     for one in (json.loads(path.read_text()) for path in sorted((runs / "tuned").glob("*.json"))):
-        scans = {scan: round(value, 4) for scan, value in per_scan("decoder", one).items()}
         about = {key: one[key] for key in ("arm", "seed", "factor", "val_dice")}
-        rows.append(about | {"judge": "fine-tuned", "num_scans": NUM_LABELLED, "value": one["dice"], "scans": scans})
+        about |= {"judge": "fine-tuned", "num_scans": NUM_LABELLED, "value": one["dice"]}
+        rows.append(about | per_scan("fine-tuned", one))
     return rows
 
 
@@ -564,7 +588,8 @@ def main() -> None:
     searched = [row for row in rows if row["judge"] == "search"]
     print("\n".join([tables(rows), *(search_table(searched) if searched else [])]))
     if "output" in options:
-        Path(options["output"]).write_text(json.dumps(rows, indent=0) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        Path(options["output"]).write_text(f"[\n{lines}\n]\n")
 
 
 if __name__ == "__main__":
