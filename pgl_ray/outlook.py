@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pgl_ray.config import AlignConfig, PretrainConfig
+from pgl_ray.config import PretrainConfig
 from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.store import Index
 from pgl_ray.data.stream import Plan
-from pgl_ray.model.pgl import feature_geometry
+from pgl_ray.model.pgl import Pair, feature_geometry
+from pgl_ray.model.places import drawn_bins
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
-from pgl_ray.prior import Geometry, clamped_shares
+from pgl_ray.prior import Geometry, clamped_bins, clamped_shares, triple
 from pgl_ray.train import optim
 
 MIN_TURNOVER = 4.0  # runs of less (200 steps at 0.99: 1) learned little
@@ -24,13 +25,14 @@ SHORT_DECAY = 0.9  # no lower one is recommended: BYOL's lowest that still learn
 PAPER = "the paper's: 14 and 706"  # 7,060 steps, omega 0.996, rate 0.2
 EPSILON = 1e-6  # of the sums
 NUM_PAIRS = 512  # that clamping is counted on
+AT_A_TIME = 32  # pairs
 
 
 class Outlook(NamedTuple):
     """What can be said beforehand.
 
     Attributes:
-        facts: target_turnover (not of genesis), sum_of_rates, and of pgl clamped_share (D, H, W).
+        facts: target_turnover (not of genesis), sum_of_rates, and of pgl clamped_share (D, H, W) of the bins compared.
         lines: the same in words, then what to change.
     """
 
@@ -63,12 +65,18 @@ def of(
     if turned < MIN_TURNOVER - EPSILON:
         notes.append(f"note: {_slow_target(config, plan.num_steps, turned)}")
     if config.method == "pgl":
-        views = _Views(index, plan, renderer)
-        shares = clamped_shares(*views.draw(geometry.view_size), geometry)
+        compared = _Compared(config, encoder, _Views(index, plan, renderer))
+        of_maps = compared.of_maps(geometry.view_size, geometry.output_stride)
+        shares = _together(of_maps)
         facts["clamped_share"] = list(shares)
-        lines.append(f"clamped bins (D, H, W): {_percent(shares)}, counted on {NUM_PAIRS} pairs")
+        worst = max(of_maps, key=lambda one: max(one.shares))
+        of_worst = f" of those compared, {_percent(worst.shares)} on the map of stride {_listed(worst.stride)}"
+        lines.append(
+            f"clamped bins (D, H, W): {_percent(shares)}{of_worst if len(of_maps) > 1 else ''}, counted on {NUM_PAIRS} "
+            "pairs"
+        )
         if max(shares) > MAX_CLAMPED:
-            notes.append(f"note: {_clamped(views, shares, encoder, geometry, config.align)}")
+            notes.append(f"note: {_clamped(compared, shares, encoder, geometry)}")
     return Outlook(facts, lines + notes)
 
 
@@ -108,21 +116,63 @@ class _Views:
         return bool(((crop <= self.shape) | np.equal(size, self.renderer.views.size)).all())
 
 
+class _OfMap(NamedTuple):
+    """Clamped bins of a map: its output stride, how many bins of a pair are compared there, and the share of these that
+    is clamped (D, H, W), the mean of views."""
+
+    stride: tuple[int, int, int]
+    num_bins: int
+    shares: tuple[float, float, float]
+
+
+class _Compared:
+    """The bins that a run compares, for views of any size and any output stride."""
+
+    def __init__(self, config: PretrainConfig, encoder: Encoder | ResEncoder, views: _Views):
+        self.config, self.encoder, self.views = config, encoder, views
+
+    def of_maps(self, size: tuple[int, ...], stride: tuple[int, ...]) -> list[_OfMap]:
+        """Of each map; of PGL by place, which draws those not clamped first, of the bins drawn."""
+        align, (boxes, flips) = self.config.align, self.views.draw(size)
+        found = []
+        for one in [*align.more_strides, stride]:
+            geometry = feature_geometry(self.encoder, triple(size), triple(one), align.centers)[1]
+            if self.config.beyond_paper:
+                found.append(self._drawn(boxes, flips, geometry))
+            else:
+                num = int(np.prod(np.array(size) // one))
+                found.append(_OfMap(triple(one), num, clamped_shares(boxes, flips, geometry)))
+        return found
+
+    def _drawn(self, boxes: torch.Tensor, flips: torch.Tensor, geometry: Geometry) -> _OfMap:
+        clamped = []  # [2N, bins, 3] of a few pairs at a time: a fine map has tens of thousands of bins
+        for box, flip in zip(boxes.split(AT_A_TIME), flips.split(AT_A_TIME)):
+            nothing = torch.empty(len(box), 0)
+            pair = Pair(nothing, nothing, box[:, 0], box[:, 1], flip[:, 0], flip[:, 1])
+            bins = drawn_bins(pair, geometry, self.config.loss.num_bins)
+            axes = clamped_bins(pair.boxes, pair.flips, pair.regions, geometry)
+            places = torch.unravel_index(bins.repeat(2, 1), [axis.shape[1] for axis in axes])
+            clamped.append(torch.stack([axis.gather(1, at) for axis, at in zip(axes, places)], -1))
+        shares = torch.cat(clamped).float().mean((0, 1))
+        return _OfMap(geometry.output_stride, clamped[0].shape[1], triple(shares.tolist()))
+
+
+def _together(of_maps: list[_OfMap]) -> tuple[float, float, float]:
+    """The share of all bins that are compared."""
+    total = sum(one.num_bins for one in of_maps)
+    return triple(sum(one.num_bins * one.shares[axis] for one in of_maps) / total for axis in range(3))
+
+
 def _clamped(
-    views: _Views,
-    shares: tuple[float, float, float],
-    encoder: Encoder | ResEncoder,
-    geometry: Geometry,
-    align: AlignConfig,
+    compared: _Compared, shares: tuple[float, float, float], encoder: Encoder | ResEncoder, geometry: Geometry
 ) -> str:
     """That many bins are clamped, and which settings would mend it: larger views, or a finer map."""
-    size, mends = geometry.view_size, []
+    size, mends, align = geometry.view_size, [], compared.config.align
     finer = [stride for stride in sorted(set(encoder.strides), reverse=True) if stride < geometry.output_stride]
     for stride in (geometry.output_stride, *finer):
         if stride in align.more_strides or any(p % s for p, s in zip(size, stride, strict=True)):
             continue
-        map_geometry = feature_geometry(encoder, size, stride, align.centers)[1]
-        enough, clamped = _large_enough(views, map_geometry, np.lcm.reduce([stride, *align.more_strides]))
+        enough, clamped = _large_enough(compared, size, stride)
         if enough:
             keys = [f"views.size={_listed(enough)}"] if enough != size else []
             keys += [f"align.output_stride={_listed(stride)}"] if stride in finer else []
@@ -137,21 +187,21 @@ def _clamped(
 
 
 def _large_enough(
-    views: _Views, geometry: Geometry, whole: np.ndarray
-) -> tuple[tuple[int, ...] | None, tuple[float, ...]]:
-    """The smallest views that clamp few bins in this geometry, none where the scans are too small, and the shares.
-    Their sizes are multiples of `whole` [3], the strides of all maps that are compared."""
-    size = geometry.view_size
-    shares = clamped_shares(*views.draw(size), geometry)
+    compared: _Compared, size: tuple[int, int, int], stride: tuple[int, int, int]
+) -> tuple[tuple[int, int, int] | None, tuple[float, float, float]]:
+    """The smallest views that clamp few bins at this output stride, none where the scans are too small, and the
+    shares. Their sizes are multiples of the strides of all maps that are compared."""
+    whole = np.lcm.reduce([stride, *compared.config.align.more_strides])
+    shares = _together(compared.of_maps(size, stride))
     while max(shares) > MAX_CLAMPED:
         grown = []
         for length, step, share in zip(size, whole.tolist(), shares, strict=True):
             cells = length // step  # they clamp about a share in proportion to 1 / cells
             grown.append(step * (cells if share <= MAX_CLAMPED else max(cells + 1, int(cells * share / MAX_CLAMPED))))
-        size = tuple(grown)
-        if not views.fit(size):
+        size = triple(grown)
+        if not compared.views.fit(size):
             return None, shares
-        shares = clamped_shares(*views.draw(size), geometry._replace(view_size=size))
+        shares = _together(compared.of_maps(size, stride))
     return size, shares
 
 
