@@ -89,7 +89,7 @@ def run(config: FinetuneConfig) -> Result:
             nodes.await_nodes(config.train, done)
             feed = _feed(config, index, plan)
             numbers = f"{len(train_ids)} scans to train on, {len(val_ids)} to validate, steps {done[1] if done else 0}"
-            _say_what_begins(config, index, model, meta, loaded, f"{numbers} to {plan.num_steps}, {folder}")
+            _say_what_begins(config, index, model, meta, loaded, train_ids, f"{numbers} to {plan.num_steps}, {folder}")
             worker_config = {"config": config.model_dump_json(), "run": folder, "plan": plan, "meta": meta}
             _fit(config, plan, feed, worker_config | {"val_ids": set(val_ids)}, held)
     best, steps = checkpoint.state_of(folder), checkpoint.committed_step(folder)
@@ -294,6 +294,7 @@ def _say_what_begins(
     model: Segmenter | LightSegmenter,
     meta: CheckpointMeta,
     loaded: weights.Report | None,
+    train_ids: list[str],
     numbers: str,
 ) -> None:
     """What is trained, from which weights, and what is doubtful about them."""
@@ -306,6 +307,12 @@ def _say_what_begins(
         print(f"  weights: {line}", flush=True)
     if note := loaded and spacing_note(loaded.trained_on, index):
         print(f"finetune: note: init={config.init} {note}", flush=True)
+    trained = set(train_ids)
+    shown = {label for scan in index.scans if scan.scan_id in trained for label in scan.label_voxels}
+    if missing := sorted(name for name, label in index.labels.items() if label not in shown):
+        count = "it is" if len(missing) == 1 else "they are"
+        mend = f"raise num_scans={config.num_scans}, or annotate more scans"
+        print(f"finetune: note: no scan to train on shows {', '.join(missing)}: {count} not learnt; {mend}", flush=True)
     if meta.init_level < len(model.encoder.channels) - 1:
         print(
             f"finetune: {config.init} was trained up to stage {meta.init_level} of the encoder "

@@ -344,6 +344,10 @@ def describe(result: ProbeResult) -> str:
     how = in_words(result.readings)[first]
     seen = f"{result.num_train_scans} labelled scans, windows of {'x'.join(map(str, result.size))}"
     line = f"init={result.init}, {how}, {seen}, {result.seconds} s"
+    organs = result.readings[first].get("decoder", {}).get("details", {}).get("organs", {})
+    if organs:
+        of_each = (f"{name} {_cell(one['dice'], 0, 3)}, {_cell(one['hd95_mm'], 0, 1)}" for name, one in organs.items())
+        text += f"\norgans by the decoder, Dice and HD95 in mm: {'; '.join(of_each)}"
     if result.recall is None:
         return f"{text}\nprobe: done; {line}"
     worst = min(result.recall, key=result.recall.get)

@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -421,6 +422,59 @@ def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):
         assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
     text = probe.describe(result)
     assert "BatchNorm off" in text and "trained with all labels" in text and "body's box" in text
+    organs = facts["readings"]["reestimated"]["decoder"]["details"]["organs"]
+    said = re.findall(r"(\w+) (\d\.\d{3}), ([\d.]+|-)(?:;|$)", text.split("organs by the decoder")[1].split("\n")[0])
+    assert [(name, float(dice)) for name, dice, _ in said] == [(o, round(v["dice"], 3)) for o, v in organs.items()]
+    assert "windows of 8x16x32" in text and facts["size"] == list(SIZE)
+
+
+def test_the_window_is_that_of_the_views_of_the_weights(store, tmp_path):
+    """Unless it is given; what says nothing of its training is judged at the paper's size."""
+    model = {f"online.encoder.{key}": value for key, value in Encoder(**TINY).state_dict().items()}
+    meta = {"door": "pretrain", "encoder": {**TINY, "depths": [1, 1, 1, 1], "stage_strides": "early"}}
+    meta |= {"hu_window": [-1024.0, 325.0]}
+    known = {"views": {"size": [16, 16, 48]}, "method": "pgl"}
+    texts = {"views": json.dumps(known), "tuned": json.dumps({"patch": {"size": [64, 64, 64]}}), "silent": "{}"}
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        torch.save({"meta": meta | {"config": text}, "model": model}, tmp_path / name / "state.pt")
+    asked = {"encoder": None, "ends": False, "size": None, "voxels_per_class": 4}
+    sizes = {name: probe.run(config(store, init=str(tmp_path / name), **asked)).size for name in texts}
+    assert sizes == {"views": (16, 16, 48), "tuned": (16, 96, 96), "silent": (16, 96, 96)}
+    assert probe.run(config(store, init=str(tmp_path / "views"), **asked | {"size": SIZE})).size == SIZE
+    assert probe.run(config(store, **asked | {"encoder": EncoderConfig(**TINY)})).size == (16, 96, 96)
+
+
+@pytest.mark.parametrize("key", ["control", "ceiling"])
+def test_ends_of_another_size_are_refused(store, tmp_path, key):
+    for name, width in (("run", 4), (key, 8)):
+        settings = {"kind": "resnet", "depths": [1, 1, 1, 1], "width": width, "stage_strides": "early"}
+        model = {f"online.encoder.{k}": value for k, value in build_encoder(**settings).state_dict().items()}
+        meta = {"door": "pretrain", "encoder": settings, "hu_window": [-1024.0, 325.0]}
+        (tmp_path / name).mkdir()
+        torch.save({"meta": meta, "model": model}, tmp_path / name / "state.pt")
+    asked = {"init": str(tmp_path / "run"), key: str(tmp_path / key), "encoder": None}
+    with pytest.raises(ValueError, match=rf"^{key}=.*'width': 8.*init=.*'width': 4.*give a run of the same size$"):
+        probe.run(config(store, **asked))
+
+
+@pytest.mark.parametrize("absent", ["in no scan", "not annotated"])
+def test_what_no_scan_to_learn_from_shows_is_said_in_its_own_words(tmp_path, absent):
+    """An organ that is absent leaves the rest background; one that is not annotated could be anywhere in it."""
+    labels = {**LABELS, "tip": 7}
+    for number, split in ((0, "train"), (1, "train"), (2, "test")):
+        volume, label = paint(number)
+        label[:2, :4, :4] = 7 if split == "test" else 0
+        labelled = (2, 5) if split == "train" and absent == "not annotated" else (2, 5, 7)
+        write_scan(
+            tmp_path, f"{split}{number}", volume, np.diag([*SPACING, 1]), label=label, labelled=labelled, split=split
+        )
+    write_index(tmp_path, labels, (-1024.0, 325.0))
+    index = read_index(tmp_path)
+    notes = [note for note in judges.Judges(index, config(index)).notes if note.startswith("no scan")]
+    said = ["no scan to learn from shows tip: it counts", "no scan to learn from has every organ annotated"]
+    said = said if absent == "not annotated" else said[:1]
+    assert [note[: len(part)] for note, part in zip(notes, said, strict=True)] == said
 
 
 @pytest.mark.usefixtures("few_steps")
@@ -433,7 +487,7 @@ def test_shortcomings_of_the_scans_are_said(tmp_path):
     write_index(tmp_path, LABELS, (-1024.0, 325.0))
     index = read_index(tmp_path)
     notes = judges.Judges(index, config(index)).notes
-    assert any("no scan to learn from shows ball" in note for note in notes)
+    assert any(note.startswith("no scan to learn from shows ball: it counts as never recognised") for note in notes)
     assert any("the same voxels are learnt from and tested on: test0 and train0" in note for note in notes)
     assert any(note.startswith("num_test_scans=3") for note in notes)
     torch.manual_seed(0)

@@ -408,6 +408,7 @@ def test_probe_and_finetune_print_the_note_once(tmp_path, capsys, monkeypatch):
         finetune.run(tuning(index, "max_steps=1", "global_batch_size=1", run=str(tmp_path / "run")))
     said = capsys.readouterr().out
     assert said.count(f"finetune: note: init={INIT} was trained on voxels of") == 1 and "5 x 0.8 x 0.8 mm" in said
+    assert "no scan to train on shows" not in said
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["config"]["init"] == INIT and record["weights"]["trained_on"]["num_scans"] > 0
 

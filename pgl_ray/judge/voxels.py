@@ -334,9 +334,15 @@ def shortcomings(probe: VoxelProbe, config: ProbeSettings) -> list[str]:
     if len(test) < config.num_test_scans:
         have = f"test_split={config.test_split!r} has {len(test)} labelled scans that are not learnt from"
         lines.append(f"num_test_scans={config.num_test_scans}: {have}")
-    if probe.unseen:
-        named = ", ".join(probe.unseen)
-        lines.append(f"no scan to learn from shows {named}: it counts as never recognised; raise num_scans")
+    organs = [name for name in probe.unseen if name != BACKGROUND]
+    if organs:
+        count = "it counts" if len(organs) == 1 else "they count"
+        lines.append(f"no scan to learn from shows {', '.join(organs)}: {count} as never recognised; raise num_scans")
+    if BACKGROUND in probe.unseen:
+        lines.append(
+            "no scan to learn from has every organ annotated, so nothing there is known to be background, which counts "
+            "as never recognised; raise num_scans"
+        )
     seen = {scan.content_hash: scan.scan_id for scan in train}
     same = [f"{scan.scan_id} and {seen[scan.content_hash]}" for scan in test if scan.content_hash in seen]
     if same:
