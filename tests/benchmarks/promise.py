@@ -127,9 +127,9 @@ def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
     settings |= {"init": RANDOM if arm == RANDOM else str(encoder if encoder.exists() else run)}
     settings |= {"size": BASE["views"]["size"]}
     settings |= {"encoder": BASE["encoder"]} if arm == RANDOM else {}
-    settings["all_readings"] = arm in CONTROLS
+    settings["all_readings"] = arm in CONTROLS and num_scans == NUM_LABELLED  # where claims are made; 3 times the time
     # matching learns nothing from labelled scans: once is enough
-    settings["judges"] = JUDGES if num_scans == 5 else JUDGES[:2]
+    settings["judges"] = JUDGES if num_scans == NUM_LABELLED else JUDGES[:2]
     result = probe.run(build(ProbeConfig, settings))
     print(f"{arm}, seed {seed}, {num_scans} scans:\n{probe.table(result)}", flush=True)
 
