@@ -6,6 +6,7 @@ python tests/benchmarks/promise.py search STORE RUNS [steps=300] [arms=0,4,...]
 python tests/benchmarks/promise.py train STORE RUNS [steps=600] [seeds=0,1,2] [arms=0,...] [scans=1,5,10] [search=RUNS]
     pre-trains and judges what is not there yet, in this process, one thread; typed again, it goes on where it was ended
     search: the folder of a search, whose choices each arm takes
+    arms: numbers in ARMS; 6 to 10 are PGL by place without one of its parts, which are trained only where asked for
 python tests/benchmarks/promise.py gpu STORE RUNS [as train] [jobs=6] [renderers=2] [compile=off]
     only pre-trains, on a CUDA device, in float32 without TF32: several trainings at a time, for their steps are small,
     each with processes that make the views as on a CPU. Leaves RUNS/encoders/NAME.safetensors; copied to where `train`
@@ -67,6 +68,15 @@ ARMS = {
     "pgl, by place": PLACES,
     "pgl, by place, wrong priors": OmegaConf.to_container(OmegaConf.merge(PLACES, {"align": {"wrong_priors": True}})),
 }
+# what PGL by place consists of, a part at a time left out or turned round; arms that have to be asked for
+PARTS = {
+    "pgl, by place, one map": {"align": {"more_strides": []}},
+    "pgl, by place, consistency": {"loss": {"kind": "consistency"}},
+    "pgl, by place, no displacement": {"loss": {"displacement": 0}},
+    "pgl, by place, flips": {"align": {"flip": True}},
+    "pgl, by place, negatives of the batch": {"loss": {"negatives": "batch"}},
+}
+ARMS |= {name: OmegaConf.to_container(OmegaConf.merge(PLACES, change)) for name, change in PARTS.items()}
 JUDGES = ["voxels", "decoder", "matching"]
 JUDGE_NAMES = {"voxels": "voxel probe", "decoder": "frozen decoder, Dice", "matching": "point matching, mm"}
 NUM_SCANS = (1, 5, 10)
@@ -163,8 +173,9 @@ def train(
 
 
 def chosen_pretraining(store: str, run: Path, arm: str, seed: int, steps: int, searched: Path | None) -> PretrainConfig:
-    """The config of one arm and seed with what its search chose, where there is one; a twin's is that of its arm."""
-    factors = best_of(searched, BEST if arm == TWIN else arm) if searched else (1.0, 1.0)
+    """The config of one arm and seed with what its search chose, where there is one; PGL by place's for what differs
+    from that in a part."""
+    factors = best_of(searched, BEST if arm == TWIN or arm in PARTS else arm) if searched else (1.0, 1.0)
     return pretraining(store, run, arm, seed, steps, *factors)
 
 
@@ -555,7 +566,8 @@ def main() -> None:
     if verb in ("train", "search", "finetune") and torch.cuda.is_available():
         raise SystemExit("trainings fork, which CUDA does not survive: set CUDA_VISIBLE_DEVICES= (nothing), or use gpu")
     if verb in ("train", "search", "gpu"):
-        arms = [list(ARMS)[int(i)] for i in options["arms"].split(",")] if "arms" in options else list(ARMS)
+        every = [arm for arm in ARMS if arm not in PARTS]
+        arms = [list(ARMS)[int(i)] for i in options["arms"].split(",")] if "arms" in options else every
     if verb in ("train", "gpu"):
         seeds = [int(seed) for seed in options.get("seeds", "0,1,2").split(",")]
         numbers = [int(num) for num in options.get("scans", "1,5,10").split(",")]
