@@ -415,17 +415,30 @@ def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, list[float]
     if not pairs:
         return None
     values = np.array([a["value"] - b["value"] for a, b in pairs])
-    rng = np.random.default_rng(0)
-    scans = rng.integers(num_scans_of(pairs[0][0]), size=(NUM_DRAWS, num_scans_of(pairs[0][0])))
-    drawn = np.stack([of_draws(a, scans) - of_draws(b, scans) for a, b in pairs], 1)
-    seeds = rng.integers(len(pairs), size=(NUM_DRAWS, len(pairs)))
-    means = np.take_along_axis(drawn, seeds, 1).mean(1)
-    return float(values.mean()), percentile_bounds(means), int((values > 0).sum()), len(pairs)
+    one, other = mean_draws(*zip(*pairs, strict=True))
+    return float(values.mean()), percentile_bounds(one - other), int((values > 0).sum()), len(pairs)
 
 
-def num_scans_of(row: dict) -> int:
-    """Test scans behind a row."""
-    return len(row["hits"] if row["judge"] == "voxels" else row["values"])
+def share_of_room(ours: list[dict], base: list[dict], top: list[dict]) -> tuple[float, list[float] | None] | None:
+    """Share of the way from the control to the upper end, over the seeds that all have, and its 95 % interval where
+    there are two seeds or more."""
+    same = [(a, b, c) for a in ours for b in base for c in top if a["seed"] == b["seed"] == c["seed"]]
+    if not same:
+        return None
+    a, b, c = np.mean([[row["value"] for row in rows] for rows in same], 0)
+    drawn_a, drawn_b, drawn_c = mean_draws(*zip(*same, strict=True))
+    bounds = percentile_bounds((drawn_a - drawn_b) / (drawn_c - drawn_b)) if len(same) > 1 else None
+    return float((a - b) / (c - b)), bounds
+
+
+def mean_draws(*arms: tuple[dict, ...]) -> list[np.ndarray]:
+    """The mean over seeds of each arm's value in draws of seeds and test scans, the same for all arms; [draws] each."""
+    rng, num_seeds, first = np.random.default_rng(0), len(arms[0]), arms[0][0]
+    num_scans = len(first["hits"] if first["judge"] == "voxels" else first["values"])
+    scans = rng.integers(num_scans, size=(NUM_DRAWS, num_scans))
+    seeds = rng.integers(num_seeds, size=(NUM_DRAWS, num_seeds))
+    values = (np.stack([of_draws(row, scans) for row in rows], 1) for rows in arms)
+    return [np.take_along_axis(one, seeds, 1).mean(1) for one in values]
 
 
 def of_draws(row: dict, scans: np.ndarray) -> np.ndarray:
@@ -513,7 +526,7 @@ def named_arm(arm: str, reading: str) -> str:
 
 def cell(rows: list[dict], ours: list[dict], low: tuple[str, str]) -> str:
     """Mean over seeds; what that is better than the strongest control by, with the interval; in how many seeds it is
-    ahead; the share of the room up to the encoder with all labels."""
+    ahead; the share of the room up to the encoder with all labels, with its interval."""
     if not ours:
         return "-"
     judge, num_scans = ours[0]["judge"], ours[0]["num_scans"]
@@ -524,11 +537,11 @@ def cell(rows: list[dict], ours: list[dict], low: tuple[str, str]) -> str:
     if not better:
         return text
     text += f": {better}"
-    if not top:
+    room = share_of_room(ours, base, top) if ours != top else None
+    if not room or room[0] <= 0:
         return text
-    ends = np.mean([row["value"] for row in base]), np.mean([row["value"] for row in top])
-    closed = (mean - ends[0]) / (ends[1] - ends[0])
-    return f"{text}, {closed:.0%}" if closed > 0 else text
+    bounds = f" [{room[1][0]:.0%}, {room[1][1]:.0%}]" if room[1] else ""
+    return f"{text}, {room[0]:.0%}{bounds}"
 
 
 def fine_tuned(runs: Path) -> list[dict]:
