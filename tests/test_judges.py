@@ -394,6 +394,21 @@ def test_an_encoder_is_not_ahead_of_itself(store):
         assert one[judge].ci95 == [low, high] and low < high and "drawn" not in one[judge].plain()
 
 
+def test_intervals_of_the_decoder_are_over_scans_and_decoders():
+    """Decoders that differ alone, scans that differ alone, and one scan."""
+
+    def rows(*values):
+        return [{"scan_id": f"s{i}", "organ": "ball", "dice": value} for i, value in enumerate(values)]
+
+    apart = judges.drawn_dice([rows(0.2, 0.2, 0.2), rows(0.6, 0.6, 0.6)], 0)
+    values, counts = np.unique(apart.round(6), return_counts=True)
+    assert values.tolist() == [0.2, 0.4, 0.6]
+    assert stats.chisquare(counts, len(apart) * np.array([0.25, 0.5, 0.25])).pvalue > 1e-3
+    alike = judges.drawn_dice([rows(0.1, 0.5, 0.9)] * 3, 5)
+    assert abs(alike.std() - np.std([0.1, 0.5, 0.9]) / 3**0.5) < 0.01 and abs(alike.mean() - 0.5) < 0.01
+    assert judges.drawn_dice([rows(0.3)] * 2, 0) is None
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_steps")
 def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):

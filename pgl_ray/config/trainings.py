@@ -254,7 +254,7 @@ class ProbeConfig(ProbeSettings):
     frozen maps (Dice, HD95); matching: organ centroids and places under known deformations are found again by the
     nearest feature (mm)."""
     decoder_seeds: Positive = 1
-    """Decoders that are trained per encoder, each from its own seed."""
+    """Decoders that are trained per encoder, each from its own seed; intervals are over them, too."""
     ends: bool = True
     """Judge random weights of the same size beside it, in every reading: the strongest is what a claim must beat."""
     all_readings: bool = False

@@ -36,12 +36,13 @@ class Score:
 
     Attributes:
         value: balanced accuracy, mean Dice, or median error in mm.
-        ci95: [low, high] over the test scans (for matching: the scans that are searched); none for a single scan.
+        ci95: [low, high] over the test scans (for matching: the scans that are searched) and, where there are several,
+            over decoders; none for a single scan.
         details: plain values: of voxels "recall", "last_map", and "hits" of "counts" voxels per "scans" and "classes";
             of the decoder "organs" with Dice and HD95, "hd95_mm", "seeds", and "rows" per scan and organ; of matching
             "organs", "deformed_mm", and "rows".
-        drawn: the value in bootstrap draws of the test scans, [draws], the same draws for every encoder, so that
-            differences are paired; none for a single scan. Not written to files.
+        drawn: the value in bootstrap draws of test scans and decoders, [draws], the same draws for every encoder, so
+            that differences are paired; none for a single scan. Not written to files.
     """
 
     value: float
@@ -135,7 +136,7 @@ class Judges:
         decoders = [decoder.train_decoder(maps, self.train, size, seed) for seed in seeds]
         rows = decoder.score_decoder(maps, decoders, self.test, self.names, size)
         together = mean_rows(rows)
-        summary, drawn = metrics.summarise(together), metrics.drawn_means(together, "dice", self.config.seed)
+        summary, drawn = metrics.summarise(together), drawn_dice(rows, self.config.seed)
         organs = {organ: {key: one[key] for key in ("dice", "hd95_mm")} for organ, one in summary["organs"].items()}
         details = {"organs": organs, "hd95_mm": summary["hd95_mm"], "rows": together}
         details["seeds"] = [metrics.summarise(part)["dice"] for part in rows]
@@ -179,6 +180,21 @@ def mean_rows(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
             row[key] = float(np.mean(known)) if known else float("nan")
         together.append(row)
     return together
+
+
+def drawn_dice(parts: list[list[dict[str, Any]]], seed: int) -> np.ndarray | None:
+    """Mean Dice in bootstrap draws of the test scans and of the decoders, [draws]; none for a single scan.
+
+    Args:
+        parts: rows of each decoder, for the same scans and organs.
+        seed: of the draws.
+    """
+    of_decoders = [one for rows in parts if (one := metrics.drawn_means(rows, "dice", seed)) is not None]
+    if len(of_decoders) < len(parts):
+        return None
+    drawn = np.stack(of_decoders)  # [decoders, draws]
+    chosen = np.random.default_rng((seed, 1)).integers(len(drawn), size=drawn.shape)
+    return np.take_along_axis(drawn, chosen, 0).mean(0)
 
 
 def by_target(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
