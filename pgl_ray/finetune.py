@@ -308,8 +308,8 @@ def _say_what_begins(
     if note := loaded and spacing_note(loaded.trained_on, index):
         print(f"finetune: note: init={config.init} {note}", flush=True)
     trained = set(train_ids)
-    shown = {label for scan in index.scans if scan.scan_id in trained for label in scan.label_voxels}
-    if missing := sorted(name for name, label in index.labels.items() if label not in shown):
+    seen_labels = {label for scan in index.scans if scan.scan_id in trained for label in scan.label_voxels}
+    if missing := sorted(name for name, label in index.labels.items() if label not in seen_labels):
         count = "it is" if len(missing) == 1 else "they are"
         mend = f"raise num_scans={config.num_scans}, or annotate more scans"
         print(f"finetune: note: no scan to train on shows {', '.join(missing)}: {count} not learnt; {mend}", flush=True)

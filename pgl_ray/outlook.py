@@ -134,15 +134,15 @@ class _Compared:
     def of_maps(self, size: tuple[int, ...], stride: tuple[int, ...]) -> list[_OfMap]:
         """Of each map; of PGL by place, which draws those not clamped first, of the bins drawn."""
         align, (boxes, flips) = self.config.align, self.views.draw(size)
-        found = []
+        maps = []
         for one in [*align.more_strides, stride]:
             geometry = feature_geometry(self.encoder, triple(size), triple(one), align.centers)[1]
             if self.config.beyond_paper:
-                found.append(self._drawn(boxes, flips, geometry))
+                maps.append(self._drawn(boxes, flips, geometry))
             else:
                 num = int(np.prod(np.array(size) // one))
-                found.append(_OfMap(triple(one), num, clamped_shares(boxes, flips, geometry)))
-        return found
+                maps.append(_OfMap(triple(one), num, clamped_shares(boxes, flips, geometry)))
+        return maps
 
     def _drawn(self, boxes: torch.Tensor, flips: torch.Tensor, geometry: Geometry) -> _OfMap:
         clamped = []  # [2N, bins, 3] of a few pairs at a time: a fine map has tens of thousands of bins

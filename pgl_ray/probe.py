@@ -94,7 +94,8 @@ def run(config: ProbeConfig) -> ProbeResult:
     began = time.monotonic()
     index = read_index(config.index)
     weighted = read("init", config, index)
-    config = config.model_copy(update={"size": config.size or weighted.view_size})
+    views_seen = weighted.source.view_size if weighted.source else ViewsConfig().size
+    config = config.model_copy(update={"size": config.size or views_seen})
     judges = Judges(index, config, config.judges, config.decoder_seeds)
     notes: list[str] = []
     _note(notes, *judges.notes)
@@ -147,11 +148,6 @@ class Weighted:
     key: str
     encoder: Encoder | ResEncoder
     source: weights.Source | None
-
-    @property
-    def view_size(self) -> tuple[int, int, int]:
-        """(D, H, W) of the views of its training; the default where that is not known."""
-        return self.source.view_size if self.source else ViewsConfig().size
 
     def ready(self, index: Index, tested: list[ScanRecord], notes: list[str]) -> Encoder | ResEncoder:
         """The encoder, on CUDA where there is one, up to the last stage that was trained.
@@ -263,7 +259,7 @@ def _figures(
     if "matching" not in config.judges or config.init == "random":
         return {}
     own, text = next(iter(judged)), "{}, {}: median matching error {:.0f} mm"
-    drawn = {text.format(_short(config.init), in_words(judged)[own], judged[own]["matching"].value): (encoder, own)}
+    drawn = {text.format(Path(config.init).name, in_words(judged)[own], judged[own]["matching"].value): (encoder, own)}
     states = readings.possible(encoder, False)
     names = {f"random, {in_words(states)[reading]}": reading for reading in states}
     errors = {name: scores["matching"].value for name, scores in controls.items() if name in names}
@@ -272,10 +268,6 @@ def _figures(
         drawn[f"{best}: median matching error {errors[best]:.0f} mm"] = _random_like(encoder, config.seed), names[best]
     maps = {title: judges.maps(*one) for title, one in drawn.items()}
     return feature_pictures.draw(judges.test, judges.names, config.size, maps)
-
-
-def _short(init: str) -> str:
-    return os.path.basename(init.rstrip("/"))
 
 
 def _write(folder: str, name: str, result: ProbeResult, figures: dict[str, Figure]) -> None:

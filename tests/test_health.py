@@ -15,7 +15,7 @@ from pgl_ray.config import PretrainConfig, load
 from pgl_ray.model.pgl import Output, Pair
 from pgl_ray.pretrain import Result, describe
 from pgl_ray.prior import view_to_scan
-from pgl_ray.train import health
+from pgl_ray.train import health, stops
 from pgl_ray.train.networks import build_pretraining
 
 
@@ -161,7 +161,10 @@ def test_wrong_priors_show_in_the_panel():
     start = torch.randint(0, 18, (2, 6, 3), generator=rng)
     boxes = torch.stack([start, start + torch.tensor([20, 60, 40])], -1)
     flips = torch.rand(2, 6, 3, generator=rng) < 0.5
-    pair = Pair(torch.zeros(6, 1, 1, 1, 1), torch.zeros(6, 1, 1, 1, 1), *boxes, *flips)
+    views = torch.zeros(2, 6, 1, 2, 2, 2)
+    views[0, :, 0, 1, 1, 1] = 0.5  # the second view of each pair shows nothing
+    views[1, :2, 0, 0, 1, 0] = -0.5  # but of two of them
+    pair = Pair(*views, *boxes, *flips)
     output = Output(torch.tensor(0.0), knowing(pair, model))
     right, wrong = (health.panel(model, output, p, geometry) for p in (pair, pair.with_wrong_priors()))
     assert right["health/encoder_cosine_aligned"] > wrong["health/encoder_cosine_aligned"] + 0.15
@@ -173,7 +176,13 @@ def test_wrong_priors_show_in_the_panel():
     norms = [p.norm().item() ** 2 for p in model.online["encoder"].parameters()]
     assert right["weight/encoder_norm"] == pytest.approx(math.sqrt(sum(norms)), rel=1e-4)
     assert 0 < right["align/clamped_share"] < 1 and 0 < right["align/valid_pairs_share"] <= 1
-    assert health.collapse(right) is None
+    assert right["data/blank_share"] == pytest.approx(4 / 12) and health.collapse(right) is None
+    blank = right | {"data/blank_share": 0.75}
+    said = "nothing to learn from: 75% of the views have one value throughout"
+    assert health.collapse(blank) == health.verdict({"step": 1, "data/blank_share": 0.75}) == said
+    assert health.verdict({"step": 1} | blank).startswith(said)
+    why = stops.collapsed(blank, 7, "lower the rate")
+    assert "pgl_ray.inspect" in why and "lower the rate" not in why
 
 
 # -- recorded trainings -----------------------------------------------------------------------------------------------

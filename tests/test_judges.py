@@ -474,7 +474,7 @@ def test_ends_of_another_size_are_refused(store, tmp_path, key):
 
 
 @pytest.mark.parametrize("absent", ["in no scan", "not annotated"])
-def test_what_no_scan_to_learn_from_shows_is_said_in_its_own_words(tmp_path, absent):
+def test_what_no_scan_to_learn_from_shows_is_said(tmp_path, absent):
     """An organ that is absent leaves the rest background; one that is not annotated could be anywhere in it."""
     labels = {**LABELS, "tip": 7}
     for number, split in ((0, "train"), (1, "train"), (2, "test")):

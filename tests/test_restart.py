@@ -98,23 +98,37 @@ def test_too_many_skipped_pairs_end_the_training(broken, tmp_path):
     assert "were skipped, more than stream.max_skipped_share=0.1" in why and "cannot be read: s2" in why
 
 
-@pytest.mark.parametrize(("from_step", "said"), [(9, "collapsed"), (2, "collapsed"), (1, "skipped")])
+def blank(rank: int, batch: dict) -> None:
+    """Empties a batch's views."""
+    for view in (batch["view_1"], batch["view_2"]):
+        view.fill(0)
+
+
+PLACES = {"align": {"flip": False, "output_stride": [4, 8, 8]}, "loss": {"kind": "contrast", "displacement": 1.0}}
+
+
+@pytest.mark.parametrize("change", [{"method": "genesis", "optim": {"lr": None}}, {"method": "byol"}, PLACES])
+def test_blank_views_end_a_run_of_any_method(scans, tmp_path, change):
+    """Where a loss keeps features apart they do not collapse, though there is nothing to learn."""
+    more = {"health": {"every": 1, "stop_on_collapse": True}, **change}
+    why = loop.train(loop.pretraining(scans, tmp_path / "run", **more), seen=blank)
+    assert why.startswith("stopped at step 2: nothing to learn from: 100% of the views have one value throughout")
+    assert "look at the scans (pgl_ray.inspect)" in why
+
+
+@pytest.mark.parametrize(("from_step", "said"), [(9, "nothing"), (2, "nothing"), (1, "skipped")])
 def test_skipping_leaves_the_collapse_alarm_on(scans, tmp_path, monkeypatch, from_step, said):
-    """Of two reasons to end a run the first is said: blank views are two rows of collapse by step 2."""
+    """Of two reasons to end a run the first is said: blank views end it at step 2."""
 
     def share(self, step: int, run: str | None) -> tuple[float, str | None]:
         return 0.5, "too many were skipped" if step >= from_step else None
 
-    def seen(rank: int, batch: dict) -> None:
-        for view in (batch["view_1"], batch["view_2"]):
-            view.fill(0)
-
     monkeypatch.setattr(skipped.Skipped, "share", share)
     changes = {"health": {"every": 1, "stop_on_collapse": True}, "stream": {"on_error": "skip"}}
     config = loop.pretraining(scans, tmp_path / "run", **changes)
-    why = loop.train(config, seen=seen)
-    assert said in why and ("stopped at step 2" in why) == (said == "collapsed")
-    if said == "collapsed":
+    why = loop.train(config, seen=blank)
+    assert said in why and ("stopped at step 2" in why) == (said == "nothing")
+    if said == "nothing":
         assert [row["health/collapsed"] for row in loop.rows_of(config.run)] == [1, 1]
         assert checkpoint.committed_step(config.run) == 2
 

@@ -16,6 +16,7 @@ from pgl_ray.prior import Geometry, clamped_bins, interpolation_matrices
 # in two rows in a row, the sound ones at least 1.15.
 COLLAPSED = 1.0
 ON_A_LINE = 1.02  # a collapse, too: n features along one line, half of them either way, make n / (n - 1)
+BLANK, FLAT, MANY_BLANK = "data/blank_share", 1e-3, 0.5  # views whose voxels are all within FLAT; where that ends a run
 MIN_ROWS = 8  # fewer vectors have neither spread nor rank
 MAX_ROWS = 1024  # that rank and retrieval look at, spread over the batch
 FEW, MANY = 4, 8  # health rows whose mean retrieval means something, and that are averaged at most
@@ -39,6 +40,7 @@ def panel(model: nn.Module, output: Output, pair: Pair, geometry: Geometry) -> d
         health/encoder_...: of the online encoder's map of the plain views, aligned by the priors, for every method.
         align/clamped_share: bins beyond the outermost feature centres, the mean of views and axes.
         align/valid_pairs_share: pairs with a bin that is clamped in neither view.
+        data/blank_share: of the views, whose voxels all have one value.
         weight/encoder_norm, weight/heads_norm: l2 norms of all parameters of the online encoder, and of all other
             trained ones.
     """
@@ -55,6 +57,8 @@ def panel(model: nn.Module, output: Output, pair: Pair, geometry: Geometry) -> d
     clamped = clamped_bins(pair.boxes, pair.flips, pair.regions, geometry)
     row["align/clamped_share"] = torch.stack([axis.float().mean() for axis in clamped]).mean().item()
     row["align/valid_pairs_share"] = valid_bins(pair, geometry).flatten(1).any(1).float().mean().item()
+    voxels = pair.views.flatten(1)
+    row[BLANK] = (voxels.amax(1) - voxels.amin(1) < FLAT).float().mean().item()
     norms: dict[str, list[Tensor]] = {"encoder": [], "heads": []}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -148,18 +152,26 @@ def directions(row: dict[str, float]) -> float | None:
 
 
 def collapse(row: dict[str, float]) -> str | None:
-    """Why the features of a row of metrics count as collapsed, or none."""
+    """Why the features of a row of metrics count as collapsed, or none; or that there is nothing in the views, of which
+    a contrastive loss or a restoring network makes features all the same."""
+    if is_blank(row):
+        return f"nothing to learn from: {row[BLANK]:.0%} of the views have one value throughout"
     num_directions = directions(row)
     if num_directions is None or num_directions >= COLLAPSED * ON_A_LINE:
         return None
     return f"features collapsed: they spread over {num_directions:.2f} directions, and {COLLAPSED} is the least"
 
 
+def is_blank(row: dict[str, float]) -> bool:
+    """Whether most views of a row of metrics show nothing."""
+    return row.get(BLANK, 0.0) >= MANY_BLANK
+
+
 def verdict(row: dict[str, float]) -> str:
     """What a row of metrics with health figures says, as half a sentence."""
     num_directions = directions(row)
     if num_directions is None:
-        return "too few features in a batch to judge their health"
+        return collapse(row) or "too few features in a batch to judge their health"
     prefix = next(f"health/{part}" for part in ("", "encoder_", "view_") if f"health/{part}feature_std" in row)
     std, rank = (row[f"{prefix}{name}"] for name in ("feature_std", "effective_rank"))
     figures = f"feature_std {std:.2f}, effective rank {rank:.1f} at step {row['step']:.0f}"

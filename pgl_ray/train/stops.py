@@ -20,8 +20,11 @@ def not_finite(row: dict[str, float], step: int, mend: str) -> str | None:
 
 
 def collapsed(row: dict[str, float], step: int, mend: str) -> str:
-    """That the features collapsed, and what to do."""
-    text = f"stopped at step {step}: {health.verdict({'step': step} | row)}: {mend} or a larger batch; "
+    """That the features collapsed, or that the views show nothing, and what to do."""
+    mend += " or a larger batch"
+    if health.is_blank(row):
+        mend = "look at the scans (pgl_ray.inspect), and whether the store's hu_window suits them"
+    text = f"stopped at step {step}: {health.verdict({'step': step} | row)}: {mend}; "
     return text + "health.stop_on_collapse=false goes on with this one"
 
 
