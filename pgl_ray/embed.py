@@ -284,8 +284,8 @@ def _finish(output: Path, rows: list[dict], facts: dict[str, Any], asked: set[st
     """Writes the table; says what of an earlier one is not in it."""
     replaced, gone = vectors.write_table(output, rows, facts, asked)
     if replaced:
-        path = output / vectors.TABLE
-        print(f"embed: note: {path} held vectors of another encoder, maps or spacing: it is replaced", flush=True)
+        what = f"{output / vectors.TABLE} held vectors of another encoder, window (size=), maps or spacing"
+        print(f"embed: note: {what}: it is replaced", flush=True)
     if gone:
         print(f"embed: note: no longer in the table, for they are not asked for: {_some(gone)}", flush=True)
     current = {f"{row['scan_id']}.zarr" for row in rows}

@@ -311,7 +311,7 @@ def _say_what_begins(
     seen_labels = {label for scan in index.scans if scan.scan_id in trained for label in scan.label_voxels}
     if missing := sorted(name for name, label in index.labels.items() if label not in seen_labels):
         count = "it is" if len(missing) == 1 else "they are"
-        mend = f"raise num_scans={config.num_scans}, or annotate more scans"
+        mend = "annotate it in more scans" + (f", or raise num_scans={config.num_scans}" * (config.num_scans != 1.0))
         print(f"finetune: note: no scan to train on shows {', '.join(missing)}: {count} not learnt; {mend}", flush=True)
     if meta.init_level < len(model.encoder.channels) - 1:
         print(

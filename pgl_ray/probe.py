@@ -19,20 +19,17 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pgl_ray.config import PRETRAINED, ProbeConfig, ViewsConfig
+from pgl_ray.config import PRETRAINED, ProbeConfig
 from pgl_ray.data.durable import write_aside
-from pgl_ray.data.facts import seen_notes, spacing_note
-from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index, read_index
 from pgl_ray.judge import readings
 from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, answer, to_device
 from pgl_ray.judge.readings import in_words
 from pgl_ray.model.encoder import build_encoder
-from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.pages import feature_pictures
 from pgl_ray.pages.figures import to_bytes
-from pgl_ray.train import run_paths, weights
+from pgl_ray.train import run_paths, weighted
 from pgl_ray.train.run_files import write_json
 
 FIRST = "reestimated"  # the reading that counts for a trained encoder
@@ -93,17 +90,19 @@ def run(config: ProbeConfig) -> ProbeResult:
     """
     began = time.monotonic()
     index = read_index(config.index)
-    weighted = read("init", config, index)
-    views_seen = weighted.source.view_size if weighted.source else ViewsConfig().size
-    config = config.model_copy(update={"size": config.size or views_seen})
+    own = weighted.read("init", config, index)
+    ends = weighted.read_ends(config, index, own)
+    config = config.model_copy(update={"size": config.size or own.view_size})
     judges = Judges(index, config, config.judges, config.decoder_seeds)
     notes: list[str] = []
     _note(notes, *judges.notes)
-    encoder = weighted.ready(index, judges.probe.scans[1], notes)
+    encoder, more = own.ready(index, judges.probe.scans[1])
+    encoder = to_device(encoder)
+    _note(notes, *more)
     if not readings.norms(encoder):
         _note(notes, f"the encoder of init={config.init} has no BatchNorm: there is one reading of it")
     judged = _read(judges, encoder, config.init != "random", config.all_readings)
-    controls, ceiling = _ends(config, index, judges, encoder, judged, notes)
+    controls, ceiling = _ends(config, index, judges, encoder, judged, ends, notes)
     first = next(iter(judged.values()))
     standing = {
         judge: Standing.of(judge, score, {name: one[judge] for name, one in controls.items()}, high)
@@ -135,52 +134,6 @@ def run(config: ProbeConfig) -> ProbeResult:
     return result
 
 
-@dataclass(frozen=True)
-class Weighted:
-    """An encoder of a config, not yet filled, with the weights for it.
-
-    Attributes:
-        key: of the config, that names it: init, control or ceiling.
-        encoder: of the right architecture; random weights are in it already.
-        source: of the weights; none: random.
-    """
-
-    key: str
-    encoder: Encoder | ResEncoder
-    source: weights.Source | None
-
-    def ready(self, index: Index, tested: list[ScanRecord], notes: list[str]) -> Encoder | ResEncoder:
-        """The encoder, on CUDA where there is one, up to the last stage that was trained.
-
-        Args:
-            index: of the store.
-            tested: scans that it is tested on.
-            notes: what is to be said of it is printed, and added here.
-        """
-        if self.source:
-            loaded = weights.fill(self.encoder, self.source)
-            if note := spacing_note(loaded.trained_on, index):
-                _note(notes, f"{self.key}={self.source.init} {note}")
-            whose = "" if self.key == "init" else f"{self.key}={self.source.init}: "
-            _note(notes, *(f"{whose}{note}" for note in seen_notes(loaded.trained_on, tested)))
-            self.encoder.stop_at(self.source.level)  # what was trained
-        return to_device(self.encoder)
-
-
-def read(key: str, config: ProbeConfig, index: Index) -> Weighted:
-    """The encoder of `config.init`, `control` or `ceiling` and its weights.
-
-    Raises:
-        ValueError: no such weights, or weights that do not fit.
-    """
-    init, settings = getattr(config, key), config.encoder.model_dump() if config.encoder else None
-    if init == "random":
-        encoder = build_encoder(**(settings or {}))
-        init_kaiming_uniform(encoder, config.seed)
-        return Weighted(key, encoder, None)
-    return Weighted(key, *weights.read(init, settings, index.hu_window))
-
-
 def _note(notes: list[str], *lines: str) -> None:
     """Prints lines and keeps them."""
     for line in lines:
@@ -206,9 +159,10 @@ def _ends(
     judges: Judges,
     encoder: Encoder,
     judged: dict[str, dict[str, Score]],
+    ends: dict[str, weighted.Weighted],
     notes: list[str],
 ) -> tuple[dict[str, dict[str, Score]], dict[str, Score]]:
-    """Name -> scores of the controls, and the scores of the upper end, both of the same size as the encoder."""
+    """Name -> scores of the controls, and the scores of the upper end."""
     if not config.ends:
         return {}, {}
     if config.init == "random":
@@ -216,24 +170,16 @@ def _ends(
     else:
         chance = _read(judges, _random_like(encoder, config.seed), False, True)
     controls = {f"random, {in_words(chance)[reading]}": scores for reading, scores in chance.items()}
-    others = {}
-    for key in ("control", "ceiling"):
-        if getattr(config, key):
-            others[key] = _alike(read(key, config, index), config, encoder).ready(index, judges.probe.scans[1], notes)
-    if "control" in others:
-        of_control = _read(judges, others["control"], True, True)
+    ceiling: dict[str, Score] = {}
+    for key, one in ends.items():
+        other, more = one.ready(index, judges.probe.scans[1])
+        _note(notes, *more)
+        if key == "ceiling":
+            ceiling = judges.judge(to_device(other), FIRST)
+            continue
+        of_control = _read(judges, to_device(other), True, True)
         controls |= {f"control, {in_words(of_control)[reading]}": scores for reading, scores in of_control.items()}
-    return controls, judges.judge(others["ceiling"], FIRST) if "ceiling" in others else {}
-
-
-def _alike(other: Weighted, config: ProbeConfig, encoder: Encoder | ResEncoder) -> Weighted:
-    """An end of the judges' scale, which must be of the size of the encoder that is judged."""
-    if other.encoder.settings != encoder.settings:
-        raise ValueError(
-            f"{other.key}={getattr(config, other.key)} holds an encoder {other.encoder.settings}, init={config.init} "
-            f"one {encoder.settings}: give a run of the same size"
-        )
-    return other
+    return controls, ceiling
 
 
 def _random_like(encoder: Encoder, seed: int) -> Encoder:

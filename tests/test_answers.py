@@ -30,12 +30,13 @@ def run_of(door, rows=(), number=0, name=None, dice=None, torch="2.0+cpu", recor
     return run_folders.Run(name, Path(f"/runs/{name}"), number, RunRecord(**said), list(rows), summary, scores)
 
 
-def health_rows(shares, chance=0.002, start=0.004, std=0.8, rank=10.0):
+def health_rows(shares, chance=0.002, start=0.004, std=0.8, rank=10.0, blank_share=0.0):
     """Rows whose encoder finds the given shares of places again, after a first one of nearly random weights."""
     rows = []
     for k, share in enumerate([start, *shares]):
         row = {"step": 10.0 * k or 1.0, "time_s": 5.0 * k, "train/pairs_per_s": 8.0, "data/wait_share": 0.02}
         row |= {"health/collapsed": float(std**2 * rank < 1), "health/encoder_retrieval": share}
+        row |= {"data/blank_share": blank_share}
         for part in ("", "encoder_"):
             row |= {f"health/{part}feature_std": std, f"health/{part}effective_rank": rank}
             row |= {f"health/{part}cosine_aligned": 0.5, f"health/{part}cosine_shuffled": 0.1}
@@ -306,6 +307,7 @@ def seeds(gains):
     [
         ([run_of("pretrain")], None, "Wait", "no metrics yet"),
         ([pretrained(rank=1.0)], None, "Train again", "lower optim.lr than"),
+        ([pretrained(blank_share=1.0)], None, "Look at the scans", "100% of the views have one value throughout; "),
         ([unfinished()], None, "Let it end", "step 100 of 900"),
         ([starved()], None, "Feed it", "pgl_ray.bench index=/store"),
         ([pretrained()], None, "Judge it", f"pgl_ray.probe init={PGL}"),

@@ -238,7 +238,8 @@ def test_what_is_finished_is_not_done_again(tmp_path, cts, monkeypatch, capsys):
     assert done[7:] == ["s1"]
     capsys.readouterr()
     embed.run(config(tmp_path / "o", **given, maps=["layer2"]))
-    assert len(done) == 13 and "of another encoder, maps or spacing: it is replaced" in capsys.readouterr().out
+    said = "of another encoder, window (size=), maps or spacing: it is replaced"
+    assert len(done) == 13 and said in capsys.readouterr().out
     (cts / "s9.nii.gz").unlink()
     embed.run(config(tmp_path / "o", **given, maps=["layer2"]))
     said = capsys.readouterr().out

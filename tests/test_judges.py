@@ -461,7 +461,7 @@ def test_the_window_is_that_of_the_views_of_the_weights(store, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["control", "ceiling"])
-def test_ends_of_another_size_are_refused(store, tmp_path, key):
+def test_ends_of_another_size_are_refused(store, tmp_path, monkeypatch, key):
     for name, width in (("run", 4), (key, 8)):
         settings = {"kind": "resnet", "depths": [1, 1, 1, 1], "width": width, "stage_strides": "early"}
         model = {f"online.encoder.{k}": value for k, value in build_encoder(**settings).state_dict().items()}
@@ -469,8 +469,11 @@ def test_ends_of_another_size_are_refused(store, tmp_path, key):
         (tmp_path / name).mkdir()
         torch.save({"meta": meta, "model": model}, tmp_path / name / "state.pt")
     asked = {"init": str(tmp_path / "run"), key: str(tmp_path / key), "encoder": None}
+    monkeypatch.setattr(judges.Judges, "judge", None)  # before any judging
     with pytest.raises(ValueError, match=rf"^{key}=.*'width': 8.*init=.*'width': 4.*give a run of the same size$"):
         probe.run(config(store, **asked))
+    with pytest.raises(ValueError, match=rf"^{key}=.*'width': 8.*init=random.*give encoder\.\* of that size$"):
+        probe.run(config(store, **asked | {"init": "random"}))
 
 
 @pytest.mark.parametrize("absent", ["in no scan", "not annotated"])

@@ -104,13 +104,13 @@ def test_phantoms_end_to_end(ray_cluster, tmp_path, monkeypatch):
 
 
 def test_a_collapse_stops_the_run_on_all_workers(ray_cluster, tmp_path, capfd):
-    """Blank scans leave nothing to tell places apart: both workers agree, keep a checkpoint and end, once."""
+    """Blank scans leave nothing to learn from: both workers agree, keep a checkpoint and end, once."""
     for name in ("a", "b"):
         write_scan(tmp_path / "store", name, np.zeros((24, 80, 80), np.int16), np.eye(4), split="train")
     write_index(tmp_path / "store", {}, (-1024.0, 325.0))
     changes = {"health": {"every": 1, "stop_on_collapse": True}, "method": "byol", "global_batch_size": 16}
     changes |= {"intensity": dict.fromkeys(("noise_prob", "blur_prob", "gain_prob", "gamma_prob"), 0.0)}
-    with pytest.raises(c.FailedRun, match="stopped at step 2: features collapsed: "):
+    with pytest.raises(c.FailedRun, match="stopped at step 2: nothing to learn from: "):
         pretrain.run(pretraining(tmp_path / "store", tmp_path / "run", 2, **changes))
     assert checkpoint.committed_step(tmp_path / "run") == 2
     assert [row["health/collapsed"] for row in read_metrics(tmp_path / "run")] == [1, 1]

@@ -26,7 +26,7 @@ from pgl_ray.data.store import Index, read_index, write_index
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.pages import probe_tables, run_folders
 from pgl_ray.sweep import checks, stages, stores
-from pgl_ray.train import formats, networks, weights
+from pgl_ray.train import formats, networks, weighted, weights
 from pgl_ray.train.records import CheckpointMeta
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,7 +266,7 @@ def test_probe_and_finetune_start_from_the_files_weights(index, capsys):
         own = name.removeprefix("encoder.")
         taken = name.startswith("encoder.") and own.startswith(tuple(trained))
         assert torch.equal(value, held[own] if taken else random.state_dict()[name]), name
-    encoder = probe.read("init", probing(index), index).ready(index, [], [])
+    encoder = weighted.read("init", probing(index), index).ready(index, [])[0]
     assert encoder.last == said["last_trained_map"]
     for name, value in encoder.state_dict().items():
         assert not name.startswith(tuple(trained)) or torch.equal(value.cpu(), held[name]), name
@@ -409,6 +409,14 @@ def test_probe_and_finetune_print_the_note_once(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert said.count(f"finetune: note: init={INIT} was trained on voxels of") == 1 and "5 x 0.8 x 0.8 mm" in said
     assert "no scan to train on shows" not in said
+    write_index(tmp_path / "s", {"organ": 1, "tip": 7}, WINDOW)
+    for more, mend in (("num_scans=1.0", "annotate it in more scans\n"), ("num_scans=2", ", or raise num_scans=2\n")):
+        with pytest.raises(c.FailedRun, match="far enough"):
+            asked = ("max_steps=1", "global_batch_size=1", more)
+            finetune.run(tuning(read_index(tmp_path / "s"), *asked, run=str(tmp_path / more)))
+        said_now = capsys.readouterr().out
+        assert "finetune: note: no scan to train on shows tip: it is not learnt; annotate it in more scans" in said_now
+        assert mend in said_now
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["config"]["init"] == INIT and record["weights"]["trained_on"]["num_scans"] > 0
 
@@ -469,6 +477,6 @@ def test_stages_that_were_not_trained_start_at_random(made, index, monkeypatch):
     assert meta.init_level == 3 and not report.mismatches()
     assert torch.equal(model.encoder.layer3[0].conv1.weight, encoder.layer3[0].conv1.weight)
     assert not torch.equal(model.encoder.layer4[0].conv1.weight, encoder.layer4[0].conv1.weight)
-    assert probe.read("init", probing(index, "pretrained:run"), index).ready(index, [], []).last == 3
+    assert weighted.read("init", probing(index, "pretrained:run"), index).ready(index, [])[0].last == 3
     with pytest.raises(ValueError, match=r"pretrained:run was trained up to stage 3 .* take freeze=false"):
         networks.build_finetuning(tuning(index, "freeze=true", init="pretrained:run"), index)

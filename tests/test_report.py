@@ -136,6 +136,7 @@ def judged(init, values=CHANCE, judges=JUDGES, ceiling=False, ahead=None):
 
     low = "random, BatchNorm off"
     facts = {"init": str(init), "num_train_scans": 5, "num_test_scans": 4, "seconds": 1.0, "notes": ["few scans"]}
+    facts["size"] = [16, 48, 32]
     chance = {"reestimated": scores(CHANCE), "off": scores(CHANCE, 0.9)}
     trained = {"reestimated": scores(values), "trained": scores(values, 0.8, ["voxels"])}
     facts["readings"] = chance if init == "random" else trained
@@ -320,7 +321,8 @@ def test_page_says_what_the_judges_say(page):
     ]
     assert rows["pgl, BatchNorm as trained"][:6] == ["0.410 0.461 to 0.563", "0.111", "–", "–", "–", "–"]
     assert [cell.split(" ")[0] for cell in rows["random, BatchNorm off"][:5:2]] == ["0.310", "0.111", "41.0"]
-    assert rows["random, BatchNorm re-estimated"][6] == "5 / 4" and page.count("random, BatchNorm re-estimated") == 1
+    assert rows["random, BatchNorm re-estimated"][6:] == ["16x48x32", "5 / 4"]
+    assert page.count("random, BatchNorm re-estimated") == 1
     assert "<b>0.512</b>" in page and "<b>23.4</b>" in page  # the lowest matching error is the best
     for judge in ("voxels", "decoder", "matching"):
         assert f"pgl, {judge}: ahead of everything." in read.text

@@ -166,6 +166,13 @@ def test_equal_pretrainings_share_a_folder(tmp_path):
     assert again["finetune"].seed == 5 and again["evaluate"].run == again["finetune"].run
     random = of("random")
     assert "pretrain" not in random and random["finetune"].init == random["probe"].init == "random"
+    assert random["probe"].size == pgl["probe"].size == (16, 96, 96) and not random["probe"].ends
+    pretraining = {**BASE["base_pretrain"], "views": {"size": [32, 64, 64]}}
+    smaller = sweep(tmp_path, arms=arms, base_probe={"num_scans": 2}, base_pretrain=pretraining)
+    for arm in arms:  # random weights see the windows of the others
+        assert stages.stage_configs(smaller, {"arm": arm}, tmp_path)["probe"].size == (32, 64, 64)
+    given = sweep(tmp_path, arms=arms, base_probe={"size": [8, 16, 16]}, base_pretrain=pretraining)
+    assert stages.stage_configs(given, {"arm": "pgl"}, tmp_path)["probe"].size == (8, 16, 16)
     healthier = sweep(tmp_path, arms=arms, base_pretrain={**BASE["base_pretrain"], "health": {"every": 7}})
     assert stages.stage_configs(healthier, {"arm": "pgl"}, tmp_path)["pretrain"].run == pgl["pretrain"].run
 

@@ -242,7 +242,7 @@ class ProbeConfig(ProbeSettings):
     """Store written by prepare, with labels."""
     size: Triple | None = None
     """Window that the encoder sees, in voxels (D, H, W); none: the views of its pre-training, or 16,96,96 where the
-    weights don't say them."""
+    weights don't say them (fine-tuned ones do not)."""
     init: Init = "random"
     """Encoder: `random`, a run's folder, `pretrained:NAME`, or a file as for fine-tuning."""
     encoder: EncoderConfig | None = None
@@ -292,7 +292,8 @@ class TuneConfig(Section):
     """What the trials' pre-training config says beyond the defaults; none: no pre-training."""
     base_probe: dict[str, Any] | None = None
     """The same of a probe of the pre-trained encoder; none: no probe. Its `ends` is false where it is not given: random
-    weights are an arm of the sweep (probe.init: random), judged once, in every reading."""
+    weights are an arm of the sweep (probe.init: random), judged once, in every reading. Its `size` is that of
+    base_pretrain.views, for all trials alike."""
     base_finetune: dict[str, Any] | None = {}
     """The same of fine-tuning. With `init` (or where an arm sets finetune.init) there is no pre-training before it."""
     base_evaluate: dict[str, Any] | None = None

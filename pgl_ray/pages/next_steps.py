@@ -11,7 +11,7 @@ from pgl_ray.pages import arms, speeds, tables
 from pgl_ray.pages.arms import Gain
 from pgl_ray.pages.pages import Line, command, percent, plural
 from pgl_ray.pages.run_folders import Run
-from pgl_ray.train import run_paths
+from pgl_ray.train import health, run_paths
 
 MOST_SCANS = 2000  # that anybody would label to tell two runs apart
 
@@ -50,7 +50,10 @@ def _unfinished(pretrained: list[Run]) -> Line | None:
 def _mends(pretrained: list[Run]) -> Line | None:
     """What is wrong with a training, by its own figures."""
     for run in pretrained:
-        if tables.collapsed(run):
+        if collapsed := tables.collapsed(run):
+            if health.is_blank(collapsed):
+                text = command("inspect", f"store={run.record.index}")
+                return Line("Look at the scans", f"{run.name}: {health.collapse(collapsed)}; {text} shows the scans")
             rate = run.record.learning_rate
             return Line(
                 "Train again",

@@ -54,8 +54,8 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
     """Every reading of every encoder that was judged, its controls and its upper end; a value is best of its column.
 
     Returns:
-        heads: of the columns; rows: name, cells (text, ci, best), num_scans; sentences, notes and files of the probes;
-        organs: see `by_organ`. None without probes.
+        heads: of the columns; rows: name, cells (text, ci, best), window, num_scans; sentences, notes and files of the
+        probes; organs: see `by_organ`. None without probes.
     """
     if not probes:
         return None
@@ -64,8 +64,9 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
     for _, result in probes:
         for name, scores in scored(result).items():
             row = {"name": name, "cells": [cell for judge in judges for cell in _cells(judge, scores.get(judge))]}
+            row |= {"window": window_of(result)}
             row |= {"num_scans": f"{result['num_train_scans']} / {result['num_test_scans']}"}
-            same = [one for one in rows if (one["name"], one["cells"]) == (name, row["cells"])]
+            same = [one for one in rows if all(one[key] == row[key] for key in ("name", "cells", "window"))]
             if not same:  # random weights are judged with each encoder of their size
                 rows.append(row)
     for column, judge in enumerate(judges):
@@ -85,6 +86,11 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
         "body_box": ", ".join(sorted(boxes)),
         "files": list(dict.fromkeys(str(path) for path, _ in probes)),
     }
+
+
+def window_of(result: dict[str, Any]) -> str:
+    """Size of the windows that the encoder saw; of results of earlier versions it is not known."""
+    return "x".join(map(str, result.get("size") or ["?"]))
 
 
 def name_of(result: dict[str, Any]) -> str:
@@ -119,7 +125,7 @@ def by_organ(probes: list[tuple[Path, dict[str, Any]]], judges: list[str]) -> di
     Returns:
         groups: (judge in full, names of its columns); rows: (organ, texts).
     """
-    groups, columns = [], []
+    groups, columns, several = [], [], len({window_of(result) for _, result in probes}) > 1
     for judge in judges:
         named: dict[str, dict[str, float]] = {}
         for _, result in probes:
@@ -127,7 +133,8 @@ def by_organ(probes: list[tuple[Path, dict[str, Any]]], judges: list[str]) -> di
                 named[name_of(result)] = _organs(judge, counted(result)[judge])
             if judge in result["standing"]:
                 low_is = result["standing"][judge]["low_is"]
-                named[low_is] = _organs(judge, result["controls"][low_is][judge])
+                name = f"{low_is}, {window_of(result)}" if several else low_is
+                named[name] = _organs(judge, result["controls"][low_is][judge])
         groups.append((IN_FULL[judge].replace("balanced accuracy of", "recall of"), list(named)))
         columns += [(judge, values) for values in named.values()]
     organs = list(dict.fromkeys(organ for _, values in columns for organ in values))

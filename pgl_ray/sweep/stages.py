@@ -15,6 +15,7 @@ from pgl_ray.config import (
     ProbeConfig,
     Section,
     TuneConfig,
+    ViewsConfig,
     build,
 )
 from pgl_ray.model.encoder import build_encoder
@@ -74,9 +75,9 @@ def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], fold
     defaults: dict[str, Any] = {"index": config.index}
     if stage == "probe":
         # a sweep has random weights and wrong priors as arms: each trial's own would judge them again and again; and
-        # random weights see the same windows as the others
+        # all trials see the same windows, random weights too
         views = (config.base_pretrain or {}).get("views") or {}
-        defaults |= {"ends": False, "size": views.get("size")}
+        defaults |= {"ends": False, "size": views.get("size") or ViewsConfig().size}
     values = defaults | OmegaConf.to_container(merged) | places
     if stage == "pretrain":
         values["health"] = {"stop_on_collapse": True} | values.get("health", {})

@@ -16,7 +16,8 @@ from pgl_ray.prior import Geometry, clamped_bins, interpolation_matrices
 # in two rows in a row, the sound ones at least 1.15.
 COLLAPSED = 1.0
 ON_A_LINE = 1.02  # a collapse, too: n features along one line, half of them either way, make n / (n - 1)
-BLANK, FLAT, MANY_BLANK = "data/blank_share", 1e-3, 0.5  # views whose voxels are all within FLAT; where that ends a run
+BLANK, MANY_BLANK = "data/blank_share", 0.75  # of the views show nothing
+FLAT = 1e-3  # the range of a blank view's voxels, z-scored
 MIN_ROWS = 8  # fewer vectors have neither spread nor rank
 MAX_ROWS = 1024  # that rank and retrieval look at, spread over the batch
 FEW, MANY = 4, 8  # health rows whose mean retrieval means something, and that are averaged at most

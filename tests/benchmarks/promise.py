@@ -42,6 +42,8 @@ import train_loop  # noqa: E402 - the doors' training loops without Ray
 
 from pgl_ray import evaluate, export, probe  # noqa: E402
 from pgl_ray.config import EvaluateConfig, ExportConfig, FinetuneConfig, PretrainConfig, ProbeConfig, build  # noqa: E402
+from pgl_ray.judge.judges import HIGHER_IS_BETTER, LEAST_ROOM  # noqa: E402
+from pgl_ray.judge.readings import IN_WORDS, READINGS  # noqa: E402
 from pgl_ray.model.metrics import percentile_bounds  # noqa: E402
 from pgl_ray.train import checkpoint  # noqa: E402
 
@@ -393,7 +395,7 @@ def figures(runs: Path) -> list[dict]:
 def strongest(rows: list[dict], judge: str, num_scans: int) -> tuple[str, str]:
     """Arm and reading of the strongest that needs no places: random and both wrong priors, in each reading."""
     best, sign = None, -1 if judge == "matching" else 1
-    candidates = [(arm, reading) for arm in CONTROLS for reading in ("reestimated", "off")]
+    candidates = [(arm, reading) for arm in CONTROLS for reading in READINGS]
     for arm, reading in candidates:
         values = [row["value"] for row in chosen(rows, arm, reading, judge, num_scans)]
         if values and (best is None or sign * np.mean(values) > best[0]):
@@ -420,30 +422,39 @@ def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, list[float]
 
 
 def share_of_room(ours: list[dict], base: list[dict], top: list[dict]) -> tuple[float, list[float] | None] | None:
-    """Share of the way from the control to the upper end, over the seeds that all have, and its 95 % interval where
-    there are two seeds or more."""
+    """Share of the way from the control to the upper end, and its 95 % interval where there are two seeds or more; none
+    where one of them has fewer seeds, or where the upper end is hardly better than the control."""
     same = [(a, b, c) for a in ours for b in base for c in top if a["seed"] == b["seed"] == c["seed"]]
-    if not same:
+    if not same or len(same) < len(ours):
         return None
-    a, b, c = np.mean([[row["value"] for row in rows] for rows in same], 0)
+    judge, (a, b, c) = ours[0]["judge"], np.mean([[row["value"] for row in rows] for rows in same], 0)
+    if (c - b) * (1 if HIGHER_IS_BETTER[judge] else -1) < LEAST_ROOM[judge]:
+        return None
     drawn_a, drawn_b, drawn_c = mean_draws(*zip(*same, strict=True))
     bounds = percentile_bounds((drawn_a - drawn_b) / (drawn_c - drawn_b)) if len(same) > 1 else None
     return float((a - b) / (c - b)), bounds
 
 
 def mean_draws(*arms: tuple[dict, ...]) -> list[np.ndarray]:
-    """The mean over seeds of each arm's value in draws of seeds and test scans, the same for all arms; [draws] each."""
+    """The mean over seeds of each arm's value in draws of seeds and test scans, the same for all arms; [draws] each.
+
+    The values of matching are medians over pairs of scans, which are not kept: its draws are of the median over scans
+    and organs, moved by what that differs in from the value.
+    """
     rng, num_seeds, first = np.random.default_rng(0), len(arms[0]), arms[0][0]
     num_scans = len(first["hits"] if first["judge"] == "voxels" else first["values"])
     scans = rng.integers(num_scans, size=(NUM_DRAWS, num_scans))
     seeds = rng.integers(num_seeds, size=(NUM_DRAWS, num_seeds))
-    values = (np.stack([of_draws(row, scans) for row in rows], 1) for rows in arms)
-    return [np.take_along_axis(one, seeds, 1).mean(1) for one in values]
+    all_once = np.arange(num_scans)[None]
+    moved = (
+        np.stack([of_draws(row, scans) + row["value"] - of_draws(row, all_once) for row in rows], 1) for rows in arms
+    )
+    return [np.take_along_axis(one, seeds, 1).mean(1) for one in moved]
 
 
 def of_draws(row: dict, scans: np.ndarray) -> np.ndarray:
-    """A judge's value in draws of the test scans, [draws]: balanced accuracy, or the mean over organs of the mean Dice.
-    Of matching the median over scans and organs (the value itself is that over pairs of scans, which are not kept).
+    """A judge's value in draws of the test scans, [draws]: balanced accuracy, the mean over organs of the mean Dice, or
+    the median over scans and organs.
 
     Args:
         row: of `figures` or `fine_tuned`.
@@ -479,6 +490,7 @@ def tables(rows: list[dict]) -> str:
         text.append(f"\n{num_scans} labelled scan{'s' * (num_scans > 1)}; strongest control {named}\n")
         text += table_head("arm (seeds)", judges)
         for arm in arms:
+            # as trained differs too little from the first to stand here, too
             for reading in ("reestimated", "off") if arm in CONTROLS else ("reestimated",):
                 of_judges = [chosen(here, arm, reading, judge, num_scans) for judge in judges]
                 if not any(of_judges):
@@ -521,7 +533,7 @@ def gain(gap: tuple[float, list[float], int, int] | None, judge: str) -> str:
 
 def named_arm(arm: str, reading: str) -> str:
     """An arm as tables call it."""
-    return f"{arm}, BatchNorm off" if reading == "off" else arm
+    return arm if reading == "reestimated" else f"{arm}, {IN_WORDS[reading]}"
 
 
 def cell(rows: list[dict], ours: list[dict], low: tuple[str, str]) -> str:

@@ -1,0 +1,89 @@
+"""Encoders with the weights that a probe judges: the one that is asked about, and the ends that it is compared with."""
+
+from dataclasses import dataclass
+
+from pgl_ray.config import ProbeConfig, ViewsConfig
+from pgl_ray.data.facts import seen_notes, spacing_note
+from pgl_ray.data.scan_record import ScanRecord
+from pgl_ray.data.store import Index
+from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.resenc import ResEncoder
+from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
+from pgl_ray.train import weights
+
+ENDS = ("control", "ceiling")  # keys of a ProbeConfig
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """An encoder of the right architecture, not yet filled, and the weights for it.
+
+    Attributes:
+        key: of the config, that names it: init, control or ceiling.
+        encoder: random weights are in it already.
+        source: of the weights; none: random.
+    """
+
+    key: str
+    encoder: Encoder | ResEncoder
+    source: weights.Source | None
+
+    @property
+    def view_size(self) -> tuple[int, int, int]:
+        """(D, H, W) of the views of its pre-training; the default where that is not known."""
+        return self.source.view_size if self.source else ViewsConfig().size
+
+    def ready(self, index: Index, tested: list[ScanRecord]) -> tuple[Encoder | ResEncoder, list[str]]:
+        """The encoder with its weights, up to the last stage that was trained; and what is to be said of it.
+
+        Args:
+            index: of the store.
+            tested: scans that it is tested on.
+
+        Raises:
+            ValueError: the weights do not fit.
+        """
+        notes = []
+        if self.source:
+            init, loaded = self.source.init, weights.fill(self.encoder, self.source)
+            if note := spacing_note(loaded.trained_on, index):
+                notes.append(f"{self.key}={init} {note}")
+            whose = "" if self.key == "init" else f"{self.key}={init}: "
+            notes += [f"{whose}{note}" for note in seen_notes(loaded.trained_on, tested)]
+            self.encoder.stop_at(self.source.level)
+        return self.encoder, notes
+
+
+def read(key: str, config: ProbeConfig, index: Index) -> Weighted:
+    """The encoder of `config.init`, `control` or `ceiling`.
+
+    Raises:
+        ValueError: no such weights, or of another architecture or HU window.
+    """
+    init, settings = getattr(config, key), config.encoder.model_dump() if config.encoder else None
+    if init == "random":
+        encoder = build_encoder(**(settings or {}))
+        init_kaiming_uniform(encoder, config.seed)
+        return Weighted(key, encoder, None)
+    return Weighted(key, *weights.read(init, settings, index.hu_window))
+
+
+def read_ends(config: ProbeConfig, index: Index, own: Weighted) -> dict[str, Weighted]:
+    """The ends that are given, by their keys.
+
+    Args:
+        config: of the probe.
+        index: of the store.
+        own: the encoder that is judged.
+
+    Raises:
+        ValueError: as for `read`, or an encoder of another size.
+    """
+    ends = {key: read(key, config, index) for key in ENDS if config.ends and getattr(config, key)}
+    for key, one in ends.items():
+        theirs, ours = one.encoder.settings, own.encoder.settings
+        if theirs != ours:
+            mend = "give encoder.* of that size" if own.source is None else "give a run of the same size"
+            named = f"{key}={getattr(config, key)} holds an encoder {theirs}, init={config.init} one {ours}"
+            raise ValueError(f"{named}: {mend}")
+    return ends
