@@ -19,6 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from pgl_ray import encoders
 from pgl_ray.config import PRETRAINED, ProbeConfig
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.store import Index, read_index
@@ -29,7 +30,7 @@ from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
 from pgl_ray.pages import feature_pictures
 from pgl_ray.pages.figures import to_bytes
-from pgl_ray.train import run_paths, weighted
+from pgl_ray.train import run_paths
 from pgl_ray.train.run_files import write_json
 
 FIRST = "reestimated"  # the reading that counts for a trained encoder
@@ -90,8 +91,8 @@ def run(config: ProbeConfig) -> ProbeResult:
     """
     began = time.monotonic()
     index = read_index(config.index)
-    own = weighted.read("init", config, index)
-    ends = weighted.read_ends(config, index, own)
+    own = encoders.read("init", config, index)
+    ends = encoders.read_ends(config, index, own)
     config = config.model_copy(update={"size": config.size or own.view_size})
     judges = Judges(index, config, config.judges, config.decoder_seeds)
     notes: list[str] = []
@@ -159,7 +160,7 @@ def _ends(
     judges: Judges,
     encoder: Encoder,
     judged: dict[str, dict[str, Score]],
-    ends: dict[str, weighted.Weighted],
+    ends: dict[str, encoders.Weighted],
     notes: list[str],
 ) -> tuple[dict[str, dict[str, Score]], dict[str, Score]]:
     """Name -> scores of the controls, and the scores of the upper end."""

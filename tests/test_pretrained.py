@@ -19,14 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pgl_ray import config as c
-from pgl_ray import export, finetune, probe
+from pgl_ray import encoders, export, finetune, probe
 from pgl_ray.data.facts import spacing_note, training_facts
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import Index, read_index, write_index
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.pages import probe_tables, run_folders
 from pgl_ray.sweep import checks, stages, stores
-from pgl_ray.train import formats, networks, weighted, weights
+from pgl_ray.train import formats, networks, weights
 from pgl_ray.train.records import CheckpointMeta
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,7 +266,7 @@ def test_probe_and_finetune_start_from_the_files_weights(index, capsys):
         own = name.removeprefix("encoder.")
         taken = name.startswith("encoder.") and own.startswith(tuple(trained))
         assert torch.equal(value, held[own] if taken else random.state_dict()[name]), name
-    encoder = weighted.read("init", probing(index), index).ready(index, [])[0]
+    encoder = encoders.read("init", probing(index), index).ready(index, [])[0]
     assert encoder.last == said["last_trained_map"]
     for name, value in encoder.state_dict().items():
         assert not name.startswith(tuple(trained)) or torch.equal(value.cpu(), held[name]), name
@@ -477,6 +477,6 @@ def test_stages_that_were_not_trained_start_at_random(made, index, monkeypatch):
     assert meta.init_level == 3 and not report.mismatches()
     assert torch.equal(model.encoder.layer3[0].conv1.weight, encoder.layer3[0].conv1.weight)
     assert not torch.equal(model.encoder.layer4[0].conv1.weight, encoder.layer4[0].conv1.weight)
-    assert weighted.read("init", probing(index, "pretrained:run"), index).ready(index, [])[0].last == 3
+    assert encoders.read("init", probing(index, "pretrained:run"), index).ready(index, [])[0].last == 3
     with pytest.raises(ValueError, match=r"pretrained:run was trained up to stage 3 .* take freeze=false"):
         networks.build_finetuning(tuning(index, "freeze=true", init="pretrained:run"), index)

@@ -27,6 +27,7 @@ SINGLE = {  # files that are no door, and what they may import
     "config": set(),
     "knobs": {"config"},
     "paths": set(),  # which all may import
+    "encoders": {"config", "data", "model", "train"},
     "outlook": {"config", "data", "model", "prior", "train"},
     "prior": set(),
     "ray_internals": set(),

@@ -290,7 +290,7 @@ EXPORTED = {
     "data/skipped_share": ("pgl_ray_skipped_share", "share of the pairs whose scan cannot be read"),
     "health/feature_std": ("pgl_ray_feature_std", "spread of the compared features, 0 = collapsed"),
     "health/effective_rank": ("pgl_ray_effective_rank", "effective rank of the compared features"),
-    "health/collapsed": ("pgl_ray_collapsed", "1 where the features collapsed, or most views show nothing"),
+    "health/collapsed": ("pgl_ray_collapsed", "1: features collapsed, or most views blank"),
     "probe/balanced_accuracy": ("pgl_ray_probe_accuracy", "balanced accuracy of the voxel probe"),
     "val/dice": ("pgl_ray_val_dice", "validation Dice"),
     "epoch": ("pgl_ray_epoch", "epochs done"),
