@@ -139,7 +139,7 @@ def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
     settings |= {"init": RANDOM if arm == RANDOM else str(encoder if encoder.exists() else run)}
     settings |= {"size": BASE["views"]["size"]}
     settings |= {"encoder": BASE["encoder"]} if arm == RANDOM else {}
-    settings["all_readings"] = arm in CONTROLS and num_scans == NUM_LABELLED  # where claims are made; 3 times the time
+    settings["all_readings"] = True  # what an arm is worth stands in its strongest
     # matching learns nothing from labelled scans: once is enough
     settings["judges"] = JUDGES if num_scans == NUM_LABELLED else JUDGES[:2]
     result = probe.run(build(ProbeConfig, settings))
@@ -392,15 +392,14 @@ def figures(runs: Path) -> list[dict]:
     return rows
 
 
-def strongest(rows: list[dict], judge: str, num_scans: int) -> tuple[str, str]:
-    """Arm and reading of the strongest that needs no places: random and both wrong priors, in each reading."""
+def strongest(rows: list[dict], arms: tuple[str, ...], judge: str, num_scans: int) -> tuple[str, str] | None:
+    """Which of these arms is the strongest in which reading; none where none was judged."""
     best, sign = None, -1 if judge == "matching" else 1
-    candidates = [(arm, reading) for arm in CONTROLS for reading in READINGS]
-    for arm, reading in candidates:
+    for arm, reading in ((arm, reading) for arm in arms for reading in READINGS):
         values = [row["value"] for row in chosen(rows, arm, reading, judge, num_scans)]
         if values and (best is None or sign * np.mean(values) > best[0]):
             best = sign * np.mean(values), arm, reading
-    return best[1], best[2]
+    return best and best[1:]
 
 
 def chosen(rows: list[dict], arm: str, reading: str, judge: str, num_scans: int) -> list[dict]:
@@ -477,7 +476,8 @@ def rows_of(place: Path) -> list[dict]:
 
 
 def tables(rows: list[dict]) -> str:
-    """Markdown: per number of labelled scans a row per arm and reading, then what was fine-tuned end to end."""
+    """Markdown: per number of labelled scans a row per arm, each in its strongest reading, then what was fine-tuned end
+    to end."""
     text = []
     arms = [arm for arm in (RANDOM, *ARMS, CEILING) if any(row["arm"] == arm for row in rows)]
     for num_scans in NUM_SCANS:
@@ -485,31 +485,34 @@ def tables(rows: list[dict]) -> str:
         judges = [judge for judge in JUDGES if any(row["judge"] == judge for row in here)]
         if not judges:
             continue
-        lows = {judge: strongest(here, judge, num_scans) for judge in judges}
+        lows = {judge: strongest(here, CONTROLS, judge, num_scans) for judge in judges}
         named = "; ".join(f"of the {JUDGE_NAMES[judge].split(',')[0]} {named_arm(*low)}" for judge, low in lows.items())
         text.append(f"\n{num_scans} labelled scan{'s' * (num_scans > 1)}; strongest control {named}\n")
         text += table_head("arm (seeds)", judges)
         for arm in arms:
-            # as trained differs too little from the first to stand here, too
-            for reading in ("reestimated", "off") if arm in CONTROLS else ("reestimated",):
-                of_judges = [chosen(here, arm, reading, judge, num_scans) for judge in judges]
-                if not any(of_judges):
-                    continue
-                cells = [cell(here, of_judge, lows[judge]) for judge, of_judge in zip(judges, of_judges, strict=True)]
-                num_seeds = max(len({row["seed"] for row in of_judge}) for of_judge in of_judges)
-                text.append(f"| {named_arm(arm, reading)} ({num_seeds}) | {' | '.join(cells)} |")
+            best = {judge: strongest(here, (arm,), judge, num_scans) for judge in judges}
+            of_judges = {judge: chosen(here, *one, judge, num_scans) for judge, one in best.items() if one}
+            num_seeds = max((len(cells) for cells in of_judges.values()), default=0)
+            cells = [
+                cell(here, of_judges[judge], lows[judge]) + mark(best[judge]) if judge in of_judges else "-"
+                for judge in judges
+            ]
+            text.append(f"| {arm} ({num_seeds}) | {' | '.join(cells)} |")
         text += against_others(here, judges, num_scans)
     return "\n".join([*text, *end_to_end([row for row in rows if row["judge"] == "fine-tuned"])])
 
 
 def against_others(rows: list[dict], judges: list[str], num_scans: int) -> list[str]:
-    """Lines of a table: what PGL by place is better than each other pre-training by, and in how many seeds."""
+    """Lines of a table: what PGL by place is better than each other pre-training by, that in its strongest reading, and
+    in how many seeds."""
     lines = []
     for arm in [arm for arm in ARMS if arm != BEST]:
         cells = []
         for judge in judges:
-            ours, theirs = (chosen(rows, one, "reestimated", judge, num_scans) for one in (BEST, arm))
-            cells.append(gain(difference(ours, theirs), judge) or "-")
+            ours, other = chosen(rows, BEST, "reestimated", judge, num_scans), strongest(rows, (arm,), judge, num_scans)
+            theirs = chosen(rows, *other, judge, num_scans) if other else []
+            better = gain(difference(ours, theirs), judge)
+            cells.append(better + mark(other) if better else "-")
         if any(cell != "-" for cell in cells):
             lines.append(f"| {arm} | {' | '.join(cells)} |")
     return ["", *table_head(f"{BEST}, better than", judges), *lines] if lines else []
@@ -529,6 +532,11 @@ def gain(gap: tuple[float, list[float], int, int] | None, judge: str) -> str:
     low, high = sorted(sign * bound for bound in bounds)
     ahead = above if sign > 0 else num_seeds - above
     return f"{sign * mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}], {ahead} of {num_seeds}"
+
+
+def mark(one: tuple[str, str]) -> str:
+    """What stands behind a figure of another reading than the one that counts."""
+    return "" if one[1] == READINGS[0] else f" ({one[1]})"
 
 
 def named_arm(arm: str, reading: str) -> str:
