@@ -17,9 +17,10 @@ python tests/benchmarks/promise.py finetune STORE RUNS [seeds=0,1,2] [arms=0,4,.
 python tests/benchmarks/promise.py table RUNS|FILE.json [output=FILE.json]
     the tables as Markdown, and the figures behind them (per seed and scan) as JSON; of a search: each candidate's
 
-The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in one state (BatchNorm re-estimated
-on the same views); of what knows no places (random weights, wrong priors) the strongest reading counts. The upper end
-is an encoder of the same size that was trained with the labels of all training scans.
+The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in each state of its BatchNorm
+(re-estimated on the same views, off, as trained), and each stands in the tables in its strongest; the search goes by
+the first. The controls know no places: random weights and wrong priors. The upper end is an encoder of the same size
+that was trained with the labels of all training scans.
 """
 
 import json
@@ -89,7 +90,7 @@ CEILING, CEILING_STEPS = "all labels", 1200
 LONG_STEPS, LONG, LONG_CEILING_STEPS = 1500, {"ema_decay": 0.99, "optim": {"lr": 1.5}}, 4800
 RANDOM, BEST = "random", "pgl, by place"
 TWIN = f"{BEST}, wrong priors"
-CONTROLS = (RANDOM, "wrong priors", TWIN)  # that know no places; the strongest of their readings counts
+CONTROLS = (RANDOM, "wrong priors", TWIN)  # that know no places
 # of a search, relative to BASE: factors of the rate, then of 1 - decay of the target
 RATES, TURNOVERS, MORE_RATES, SEARCH_SEED, DECODERS = (0.3, 1.0, 3.0), (0.33, 1.67), (0.1, 10.0), 100, 3
 FACTORS, TUNE_STEPS = (0.3, 1.0), 450  # of the encoder's rate beside the decoder's 0.003
