@@ -18,9 +18,9 @@ python tests/benchmarks/promise.py table RUNS|FILE.json [output=FILE.json]
     the tables as Markdown, and the figures behind them (per seed and scan) as JSON; of a search: each candidate's
 
 The arms differ in what stands in ARMS; all else is BASE. Every encoder is judged in each state of its BatchNorm
-(re-estimated on the same views, off, as trained), and each stands in the tables in its strongest; the search goes by
-the first. The controls know no places: random weights and wrong priors. The upper end is an encoder of the same size
-that was trained with the labels of all training scans.
+(re-estimated on the same views, off, as trained), and each stands in the tables in its strongest; the search and what
+is left out of PGL by place go by the first. The controls know no places: random weights and wrong priors. The upper end
+is an encoder of the same size that was trained with the labels of all training scans.
 """
 
 import json
@@ -130,7 +130,7 @@ def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
     settings |= {"init": RANDOM if arm == RANDOM else str(encoder if encoder.exists() else run)}
     settings |= {"size": BASE["views"]["size"]}
     settings |= {"encoder": BASE["encoder"]} if arm == RANDOM else {}
-    settings["all_readings"] = True  # what an arm is worth stands in its strongest
+    settings["all_readings"] = arm not in PARTS  # an arm stands in its strongest; PGL by place's is the first one
     # matching learns nothing from labelled scans: once is enough
     settings["judges"] = JUDGES if num_scans == NUM_LABELLED else JUDGES[:2]
     result = probe.run(build(ProbeConfig, settings))
