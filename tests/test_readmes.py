@@ -40,6 +40,8 @@ CALLS = [(path, *call) for path in PAGES for call in commands(path.read_text())]
 def test_commands_parse(path, line, is_whole, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line, comments=True)
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"|#.*", "", line)
+    assert not set("[]{}*") & set(bare), "zsh looks for files of that name: quote it"
     place, door = next((i, word.removeprefix("pgl_ray.")) for i, word in enumerate(words) if "pgl_ray." in word)
     assert (ROOT / f"pgl_ray/{door.replace('.', '/')}.py").is_file()
     if door.startswith("examples."):  # which read the environment alone
