@@ -213,14 +213,15 @@ def tables(rows: list[dict], order: list[str]) -> str:
 
 
 def against_others(rows: list[dict], arms: list[str], judges: list[str], num_scans: int) -> list[str]:
-    """Lines of a table: what PGL by place is better than each other pre-training by, that in its strongest reading, and
+    """Lines of a table: what PGL by place is better than each other pre-training by, each in its strongest reading, and
     in how many seeds."""
     lines = []
+    best = {judge: strongest(rows, (BEST,), judge, num_scans) for judge in judges}
     for arm in arms:
         cells = []
         for judge in judges:
-            ours, other = chosen(rows, BEST, "reestimated", judge, num_scans), strongest(rows, (arm,), judge, num_scans)
-            theirs = chosen(rows, *other, judge, num_scans) if other else []
+            other = strongest(rows, (arm,), judge, num_scans)
+            ours, theirs = (chosen(rows, *one, judge, num_scans) if one else [] for one in (best[judge], other))
             better = gain(difference(ours, theirs), judge)
             cells.append(better + mark(other) if better else "-")
         if any(cell != "-" for cell in cells):
@@ -239,7 +240,8 @@ def cell(rows: list[dict], ours: list[dict], low: tuple[str, str]) -> str:
     if not ours:
         return "-"
     judge, num_scans = ours[0]["judge"], ours[0]["num_scans"]
-    base, top = chosen(rows, *low, judge, num_scans), chosen(rows, CEILING, "reestimated", judge, num_scans)
+    high = strongest(rows, (CEILING,), judge, num_scans)
+    base, top = (chosen(rows, *one, judge, num_scans) if one else [] for one in (low, high))
     mean = float(np.mean([row["value"] for row in ours]))
     text = f"{mean:.{1 if judge == 'matching' else 3}f}"
     better = gain(difference(ours, base), judge) if ours != base else ""
