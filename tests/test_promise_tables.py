@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -65,17 +65,33 @@ def test_interval_of_one_seed_is_scipy_s_over_scans():
     rng = np.random.default_rng(1)
     ours, theirs = rng.random(15), rng.random(15)
     mean, bounds, above, num = tables.difference([row(0, list(ours))], [row(0, list(theirs))])
-    expected = bootstrap((ours - theirs,), np.mean, n_resamples=20000, method="percentile").confidence_interval
+    expected = stats.bootstrap((ours - theirs,), np.mean, n_resamples=20000, method="percentile").confidence_interval
     assert mean == pytest.approx((ours - theirs).mean())
     np.testing.assert_allclose(bounds, expected, atol=0.02)
     assert (above, num) == (int(mean > 0), 1)
 
 
-def test_interval_holds_what_seeds_differ_in():
-    """Scans all alike: only seeds are drawn, of two the same one twice in a quarter of the draws each."""
-    ours, theirs = [row(0, [0.5] * 4), row(1, [1.5] * 4)], [row(0, [0.5] * 4), row(1, [0.5] * 4)]
+def test_interval_of_few_seeds_is_at_least_student_s():
+    """Scans all alike, so that seeds alone differ: a bootstrap of five values would be narrower."""
+    by_seed = [0.1, 0.3, 0.0, 0.5, 0.2]
+    ours = [row(seed, [0.5 + value] * 4) for seed, value in enumerate(by_seed)]
+    theirs = [row(seed, [0.5] * 4) for seed in range(5)]
     mean, bounds, above, num = tables.difference(ours, theirs)
-    assert (mean, bounds, above, num) == (0.5, [0, 1], 1, 2)
+    expected = stats.t.interval(0.95, 4, np.mean(by_seed), stats.sem(by_seed))
+    assert (round(mean, 9), above, num) == (0.22, 4, 5) and bounds == pytest.approx(expected)
+    top = [row(seed, [0.9] * 4) for seed in range(5)]
+    assert tables.share_of_room(ours, theirs, top)[1] == pytest.approx([bound / 0.4 for bound in expected])
+    assert tables.share_of_room(ours[:1], theirs[:1], top[:1]) == (pytest.approx(0.25), None)
+
+
+def test_noise_is_called_a_finding_one_time_in_twenty():
+    """Five seeds of nothing but noise, often."""
+    rng, num, wrong = np.random.default_rng(3), 300, 0
+    for _ in range(num):
+        ours = [row(seed, [float(value)] * 3) for seed, value in enumerate(rng.normal(size=5))]
+        low, high = tables.difference(ours, [row(seed, [0.0] * 3) for seed in range(5)])[1]
+        wrong += not low <= 0 <= high
+    assert 0.02 < wrong / num < 0.09
 
 
 def test_seeds_without_a_partner_do_not_count():

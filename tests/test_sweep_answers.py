@@ -202,3 +202,27 @@ def test_the_first_step_that_is_open(trials, verdict, words):
 )
 def test_the_edge_of_a_space(key, entry, value, text):
     assert sweep_answers.at_edge(key, entry, value) == text
+
+
+def test_gain_of_matching_is_that_of_the_judge_s_medians():
+    """A few places far off move a mean by far more than the median that the table shows."""
+    rng = np.random.default_rng(5)
+    errors = rng.exponential(10, (2, 12, 4))  # of both arms, scans, organs
+    errors[1, :, 0] += 200
+    both = [
+        [
+            {"scan_id": f"s{scan}", "organ": f"o{organ}", "error_mm": float(errors[arm, scan, organ])}
+            for scan in range(12)
+            for organ in range(4)
+        ]
+        for arm in (0, 1)
+    ]
+    by_seed = [float(np.median(errors[0]) - np.median(errors[1]))]
+    gap = arms.gain([tuple(both)], by_seed, arms.MEASURES["matching"])
+    drawn = []
+    for _ in range(1000):
+        scans = [int(rng.integers(12)) for _ in range(12)]
+        drawn.append(np.median(errors[0][scans]) - np.median(errors[1][scans]))
+    assert gap.mean == pytest.approx(by_seed[0]) and gap.num_scans == 12
+    np.testing.assert_allclose((gap.low, gap.high), np.percentile(drawn, (2.5, 97.5)), atol=1.0)
+    assert arms.gain([([both[0][0]], [both[1][0]])], by_seed, arms.MEASURES["matching"]) is None, "one scan"

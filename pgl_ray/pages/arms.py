@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgl_ray.model.metrics import reach
+from pgl_ray.model.metrics import percentile_bounds, reach
 from pgl_ray.pages import tables
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
@@ -21,19 +21,21 @@ class Measure(NamedTuple):
         unit: of the difference.
         factor: from the column's values to the unit.
         figure: of `sweeps.FIGURES`, which says whether lower is better; none: higher is.
+        median: whether the judge's value is a median over scans and organs, not a mean.
     """
 
     score: str
     unit: str
     factor: float
     figure: str | None = None
+    median: bool = False
 
 
 DICE = Measure("dice", "points of Dice", 100.0)
 MEASURES = {
     "voxels": Measure("recall", "points of balanced accuracy", 100.0, "probe/balanced_accuracy"),
     "decoder": DICE._replace(figure="probe/decoder_dice"),
-    "matching": Measure("error_mm", "mm of error (lower is better)", 1.0, "probe/matching_mm"),
+    "matching": Measure("error_mm", "mm of error (lower is better)", 1.0, "probe/matching_mm", True),
 }
 
 
@@ -82,10 +84,41 @@ def gain(pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measu
     """
     if not pairs:
         return None
+    if measure.median:
+        medians = _median_gap(pairs, by_seed, measure)
+        return medians and Gain(*medians, by_seed, measure)
     mine, theirs = ([row for pair in pairs for row in pair[side]] for side in (0, 1))
     together = [_over_seeds(rows, measure.score) for rows in (mine, theirs)]
     paired = tables.paired_difference(*together, measure.score)
     return paired and Gain(*(measure.factor * value for value in paired[:3]), paired.num_scans, by_seed, measure)
+
+
+def _median_gap(
+    pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measure: Measure
+) -> tuple[float, float, float, int] | None:
+    """Mean over seeds of what two medians differ by, its 95 % interval in draws of the scans, and their number.
+
+    The judge's medians are over pairs of scans, which its rows do not have: the draws are of the median over rows,
+    moved by what that differs in from the judge's.
+    """
+    known = [{row["scan_id"] for row in rows} for pair in pairs for rows in pair]
+    scans = sorted(set.intersection(*known))
+    if len(scans) < 2:
+        return None
+    draws = np.random.default_rng(0).integers(len(scans), size=(1000, len(scans)))
+    all_once = np.arange(len(scans))[None]
+
+    def medians(rows: list[dict], draws: np.ndarray) -> np.ndarray:
+        by_scan = [[row[measure.score] for row in rows if row["scan_id"] == scan] for scan in scans]
+        return np.array([np.median(np.concatenate([by_scan[i] for i in draw])) for draw in draws])
+
+    drawn, once = (
+        np.mean([medians(mine, these) - medians(theirs, these) for mine, theirs in pairs], 0)
+        for these in (draws, all_once)
+    )
+    mean = float(np.mean(by_seed))
+    low, high = percentile_bounds(drawn - once + mean)
+    return measure.factor * mean, measure.factor * low, measure.factor * high, len(scans)
 
 
 def difference(
@@ -172,8 +205,8 @@ class Judged(NamedTuple):
 def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
     """What the judges say of the arms, per point of the space, seeds taken together.
 
-    Random weights are listed in every reading, all else in the one that counts. Each arm is set against the strongest
-    control: random weights in whichever reading is best, or wrong priors; against the first arm where there is neither.
+    Controls are listed in every reading, all else in the one that counts. Each arm is set against the strongest
+    control: random weights or wrong priors, in whichever reading is best; the first arm where there is neither.
 
     Returns:
         Per point: point, heads (of the judges), rows (name, seeds, cells), sentences, gains (arm -> judge -> `Gain`
@@ -192,7 +225,7 @@ def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
             random = result["init"] == "random"
             control = random or bool(config["arms"].get(arm, {}).get("pretrain.align.wrong_priors"))
             for number, (reading, scores) in enumerate(result["readings"].items()):
-                if random or not number:
+                if control or not number:
                     name = f"{arm}, BatchNorm {reading}" if number else arm
                     row = rows.setdefault(name, Judged(arm, name, control, {}))
                     row.seeds[sweeps.settings(seed)] = scores
@@ -207,7 +240,8 @@ def _block(point: str, rows: list[Judged]) -> dict[str, Any]:
     for judge in asked:
         known = [row for row in rows if row.values(judge)]
         low = strongest(judge, [row for row in known if row.control] or known[:1])
-        for row in (row for row in known if row.arm != low.arm):
+        others = {row.arm: [one for one in known if one.arm == row.arm] for row in known if row.arm != low.arm}
+        for row in (strongest(judge, readings) for readings in others.values()):
             pairs = _pairs(judge, row, low)
             lines += difference(f"{row.name} against {low.name}", *pairs, MEASURES[judge])
             if (gap := gain(*pairs, MEASURES[judge])) and not row.control:

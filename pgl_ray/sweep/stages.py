@@ -78,6 +78,7 @@ def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], fold
         # all trials see the same windows, random weights too
         views = (config.base_pretrain or {}).get("views") or {}
         defaults |= {"ends": False, "size": views.get("size") or ViewsConfig().size}
+        defaults |= {"all_readings": bool(overrides.get("pretrain.align.wrong_priors"))}  # a control, in its strongest
     values = defaults | OmegaConf.to_container(merged) | places
     if stage == "pretrain":
         values["health"] = {"stop_on_collapse": True} | values.get("health", {})
