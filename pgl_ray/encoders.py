@@ -1,5 +1,6 @@
 """Encoders with the weights that a probe judges: the one that is asked about, and the ends that it is compared with."""
 
+import json
 from dataclasses import dataclass
 
 from pgl_ray.config import ProbeConfig, ViewsConfig
@@ -45,13 +46,27 @@ class Weighted:
         """
         notes = []
         if self.source:
-            init, loaded = self.source.init, weights.fill(self.encoder, self.source)
+            init = self.source.init
+            try:
+                loaded = weights.fill(self.encoder, self.source)
+            except ValueError as error:
+                raise ValueError(_of_key(str(error), self.key, init)) from None
             if note := spacing_note(loaded.trained_on, index):
                 notes.append(f"{self.key}={init} {note}")
             whose = "" if self.key == "init" else f"{self.key}={init}: "
-            notes += [f"{whose}{note}" for note in seen_notes(loaded.trained_on, tested)]
+            notes += [f"{whose}{note}" for note in [*seen_notes(loaded.trained_on, tested), *self._doubts()]]
             self.encoder.stop_at(self.source.level)
         return self.encoder, notes
+
+    def _doubts(self) -> list[str]:
+        """Why an end that is given is not one, as far as its training is known."""
+        config = json.loads(self.source.meta.config) if self.source and self.source.meta else {}
+        with_labels = "freeze" in config  # a fine-tuning's
+        if self.key == "ceiling" and config and (not with_labels or config["freeze"]):
+            return ["its encoder was trained without labels: it is no upper end"]
+        if self.key == "control" and config and not config.get("align", {}).get("wrong_priors"):
+            return ["it was not trained with align.wrong_priors=true: it is no control"]
+        return []
 
 
 def read(key: str, config: ProbeConfig, index: Index) -> Weighted:
@@ -65,7 +80,17 @@ def read(key: str, config: ProbeConfig, index: Index) -> Weighted:
         encoder = build_encoder(**(settings or {}))
         init_kaiming_uniform(encoder, config.seed)
         return Weighted(key, encoder, None)
-    return Weighted(key, *weights.read(init, settings, index.hu_window))
+    try:
+        return Weighted(key, *weights.read(init, settings if key == "init" else None, index.hu_window))
+    except ValueError as error:
+        raise ValueError(_of_key(str(error), key, init)) from None
+
+
+def _of_key(text: str, key: str, init: str) -> str:
+    """What `train.weights` says of an init, as said of another key, without a mend that a probe has not."""
+    for mend in (", or take what fits", "; allow_partial"):
+        text = text.partition(mend)[0]
+    return text.replace(f"init={init}", f"{key}={init}")
 
 
 def read_ends(config: ProbeConfig, index: Index, own: Weighted) -> dict[str, Weighted]:
@@ -77,9 +102,13 @@ def read_ends(config: ProbeConfig, index: Index, own: Weighted) -> dict[str, Wei
         own: the encoder that is judged.
 
     Raises:
-        ValueError: as for `read`, or an encoder of another size.
+        ValueError: as for `read`, an encoder of another size, or the one that is judged.
     """
-    ends = {key: read(key, config, index) for key in ENDS if config.ends and getattr(config, key)}
+    given = [key for key in ENDS if config.ends and getattr(config, key)]
+    for key in given:
+        if getattr(config, key) == config.init:
+            raise ValueError(f"{key}={config.init} is init itself: give another, or leave it out")
+    ends = {key: read(key, config, index) for key in given}
     for key, one in ends.items():
         theirs, ours = one.encoder.settings, own.encoder.settings
         if theirs != ours:

@@ -14,7 +14,7 @@ import torch
 from pgl_ray.config import ProbeSettings
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index
-from pgl_ray.judge import decoder, matching, readings, voxels
+from pgl_ray.judge import decoder, matching, readings, shortcomings, voxels
 from pgl_ray.model import metrics
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
@@ -77,13 +77,14 @@ class Judges:
         self.probe = voxels.VoxelProbe(index, config)
         train, test = self.probe.scans
         check_number(test, config, judges)
-        self.notes = voxels.shortcomings(self.probe, config)
+        self.notes = shortcomings.shortcomings(self.probe, config)
         unlabelled = [scan for scan in index.scans if scan.split == config.split]
         self.size = voxels.window_size(config)
         self.views = readings.unlabelled_views(index, unlabelled, self.size, config.seed)
         both = "decoder" in judges, "matching" in judges
         self.train = [decoder.LabelledScan(index, scan) for scan in train] if both[0] else []
         self.test = [decoder.LabelledScan(index, scan) for scan in test] if any(both) else []
+        self.notes += shortcomings.nowhere_to_search(self.test) if both[1] else []
         self.names = [voxels.BACKGROUND, *sorted(index.labels, key=lambda name: index.labels[name])]
         if any(both) and not any(scan.voxels for scan in self.test):
             raise ValueError(

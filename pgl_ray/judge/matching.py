@@ -17,7 +17,7 @@ from pgl_ray.data.random_numbers import generator
 from pgl_ray.data.rendering import AIR, normalise
 from pgl_ray.judge.decoder import LabelledScan
 from pgl_ray.judge.dense import dense_maps
-from pgl_ray.judge.readings import StandardisedMaps, body_points
+from pgl_ray.judge.readings import StandardisedMaps, body_points, has_body
 from pgl_ray.judge.voxels import read_map
 
 GRID_MM = 8.0  # between candidate points; half of it is the best median that can be
@@ -106,6 +106,7 @@ def organ_errors(
         A row per ordered pair of scans and organ that both have: source, target, organ, error_mm, and found_mm, the
         place that was found along the target's own axes.
     """
+    scans = [scan for scan in scans if has_body(scan.volume)]
     grids: list[Points] = []
     queries: list[Points] = []
     organs = [centroids(scan, names) for scan in scans]
@@ -138,7 +139,7 @@ def deformation_errors(
 ) -> list[dict[str, Any]]:
     """Finds drawn places of every scan in its own deformed, noisy copy; rows as of `organ_errors`, the organ "any"."""
     rows = []
-    for scan in scans:
+    for scan in [scan for scan in scans if has_body(scan.volume)]:
         rng = generator(seed, 2, scan.record.scan_id, 0)
         source = deformation(rng, scan.volume.shape, scan.record.spacing_mm)
         copy = ndimage.map_coordinates(scan.volume.astype(np.float32), source, order=1, cval=float(AIR))

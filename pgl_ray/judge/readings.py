@@ -149,9 +149,15 @@ def body_points(volume: np.ndarray, spacing_mm: tuple[float, ...], every_mm: flo
     from scipy import ndimage
 
     step = [max(1, round(every_mm / size)) for size in spacing_mm]
-    coarse = volume[tuple(slice(by // 2, None, by) for by in step)] > BODY_HU
+    first = [min(by // 2, length - 1) for by, length in zip(step, volume.shape)]  # a scan may be thinner than a step
+    coarse = volume[tuple(slice(start, None, by) for start, by in zip(first, step))] > BODY_HU
     closed = ndimage.binary_closing(np.pad(coarse, 1, mode="edge"), iterations=1)[1:-1, 1:-1, 1:-1] | coarse
-    return np.argwhere(closed) * step + np.array(step) // 2
+    return np.argwhere(closed) * step + first
+
+
+def has_body(volume: np.ndarray) -> bool:
+    """Whether a scan shows more than air, HU [D, H, W]."""
+    return bool((volume > BODY_HU).any())
 
 
 class StandardisedMaps(nn.Module):

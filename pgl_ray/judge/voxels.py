@@ -320,31 +320,3 @@ def fit_linear(features: Tensor, classes: Tensor, num_classes: int) -> tuple[Ten
 
     optimizer.step(loss)
     return weight.detach(), bias.detach()
-
-
-# -- what is not as asked ---------------------------------------------------------------------------------------------
-
-
-def shortcomings(probe: VoxelProbe, config: ProbeSettings) -> list[str]:
-    """What of a probe's scans is not as asked, a sentence each."""
-    train, test = probe.scans
-    lines = []
-    if len(train) < config.num_scans:
-        lines.append(f"num_scans={config.num_scans}: split={config.split!r} has {len(train)} labelled scans")
-    if len(test) < config.num_test_scans:
-        have = f"test_split={config.test_split!r} has {len(test)} labelled scans that are not learnt from"
-        lines.append(f"num_test_scans={config.num_test_scans}: {have}")
-    organs = [name for name in probe.unseen if name != BACKGROUND]
-    if organs:
-        count = "it counts" if len(organs) == 1 else "they count"
-        lines.append(f"no scan to learn from shows {', '.join(organs)}: {count} as never recognised; raise num_scans")
-    if BACKGROUND in probe.unseen:
-        lines.append(
-            "no scan to learn from has every organ annotated, so nothing there is known to be background, which counts "
-            "as never recognised; raise num_scans"
-        )
-    seen = {scan.content_hash: scan.scan_id for scan in train}
-    same = [f"{scan.scan_id} and {seen[scan.content_hash]}" for scan in test if scan.content_hash in seen]
-    if same:
-        lines.append(f"the same voxels are learnt from and tested on: {', '.join(same[:3])}; the figures are too good")
-    return lines

@@ -35,7 +35,9 @@ def check_stores(config: TuneConfig, trials: list[Point]) -> None:
                 if config.scheduler.kind == "pbt":
                     _check_checkpoints(config.scheduler.grace, configs["finetune"], train_ids)
             if "evaluate" in configs:
-                tested = tested + _evaluated(configs["evaluate"], read(configs["evaluate"].index))
+                evaluated = _evaluated(configs["evaluate"], read(configs["evaluate"].index))
+                notes += _chosen_by(config, tested, evaluated)
+                tested = tested + evaluated
             if "pretrain" in configs:
                 pool = read(configs["pretrain"].index)
                 plan = pretrain.make_plan(configs["pretrain"], pool)
@@ -59,6 +61,22 @@ def _evaluated(config: EvaluateConfig, index: Index) -> list[ScanRecord]:
     if not records:
         raise ValueError(f"index={config.index} has no labelled scan in split={config.split!r}")
     return records
+
+
+def _chosen_by(config: TuneConfig, probed: list[ScanRecord], evaluated: list[ScanRecord]) -> list[str]:
+    """What to say of scans whose labels choose among the trials and then judge the best of these.
+
+    Args:
+        config: of the sweep.
+        probed: scans that each trial's probe tests on.
+        evaluated: scans that each trial's network is evaluated on.
+    """
+    key = "first_judge" if config.first_judge else "judge"
+    by_probe = (getattr(config, key) or "").startswith("probe/")
+    hashes = {scan.content_hash for scan in evaluated}
+    both = {scan.content_hash for scan in probed} & hashes if by_probe else set()
+    line = f"{len(both)} of the {len(hashes)} scans to evaluate on also choose among the trials ({key}=probe/...)"
+    return [f"{line}: give base_probe.test_split another split than base_evaluate.split"] if both else []
 
 
 def _overlap(pool: Index, plan: stream.Plan, tested: list[ScanRecord]) -> list[str]:
