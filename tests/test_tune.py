@@ -177,6 +177,15 @@ def test_equal_pretrainings_share_a_folder(tmp_path):
     assert stages.stage_configs(healthier, {"arm": "pgl"}, tmp_path)["pretrain"].run == pgl["pretrain"].run
 
 
+def test_wrong_priors_are_judged_in_every_reading(tmp_path):
+    """A control counts in its strongest; a base that says otherwise is followed."""
+    arms = {"wrong priors": {"pretrain.align.wrong_priors": True}, "pgl": {}}
+    for base, expected in (({}, [True, False]), ({"all_readings": False}, [False, False])):
+        config = sweep(tmp_path, arms=arms, base_probe={"num_scans": 2, **base})
+        probes = [stages.stage_configs(config, {"arm": arm}, tmp_path)["probe"] for arm in arms]
+        assert [one.all_readings for one in probes] == expected
+
+
 def test_the_second_of_two_equal_pretrainings_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     order, inside = [], threading.Event()
@@ -642,6 +651,12 @@ def test_scans_both_trained_and_tested_on_are_said_before(tmp_path, capsys):
         config = sweep(tmp_path, index=str(tmp_path / "own"), space=LR, num_trials=3, base_pretrain=base, **bases)
         stores.check_stores(config, checks.check(config))
         assert capsys.readouterr().out.count(line) == expected
+    chosen = "2 of the 2 scans to evaluate on also choose among the trials (first_judge=probe/...)"
+    for first_judge, expected in ((None, 0), ("probe/matching_mm", 1)):
+        own = {"base_pretrain": {**geometry, "split": "train"}, "first_judge": first_judge, **bases}
+        config = sweep(tmp_path, index=str(tmp_path / "own"), space=LR, num_trials=3, **own)
+        stores.check_stores(config, checks.check(config))
+        assert capsys.readouterr().out.count(chosen) == expected
     config = sweep(
         tmp_path, index=str(tmp_path / "own"), space=LR, base_probe={"judges": "matching", "num_test_scans": 1}
     )

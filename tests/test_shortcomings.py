@@ -1,0 +1,136 @@
+"""Scans and weights that judges cannot use as asked: each is said in one line, or done without a word being needed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_judges import LABELS, SIZE, SPACING, TINY, config, few_steps, one_thread, paint, store  # noqa: F401
+
+from pgl_ray import encoders, probe
+from pgl_ray.config import EncoderConfig
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import write_index
+from pgl_ray.judge import judges, matching, readings
+from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.resnet import Encoder
+
+SETTINGS = {"kind": "resnet", "depths": [1, 1, 1, 1], "width": 4, "stage_strides": "early"}
+
+
+def scans(folder, painted: list[tuple], spacing=SPACING):
+    """A store of (split, HU, labels) each."""
+    for number, (split, volume, label) in enumerate(painted):
+        more = {"label": label, "labelled": (2, 5), "split": split}
+        write_scan(folder, f"s{number}", volume, np.diag([*spacing, 1]), **more)
+    return write_index(folder, LABELS, (-1024.0, 325.0))
+
+
+def weights(place, told: dict, window=(-1024.0, 325.0), **changes) -> str:
+    """A run's checkpoint whose training is told by its config."""
+    settings = SETTINGS | changes
+    meta = {"door": "pretrain", "encoder": settings, "hu_window": list(window), "config": json.dumps(told)}
+    model = {f"online.encoder.{key}": value for key, value in build_encoder(**settings).state_dict().items()}
+    place.mkdir()
+    torch.save({"meta": meta, "model": model}, place / "state.pt")
+    return str(place)
+
+
+# -- scans ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_scans_that_show_no_organ_are_counted(tmp_path):
+    """Of those to learn from and of those to test on; the others are used."""
+    painted = [("train", *paint(0)), ("train", paint(1)[0], np.zeros_like(paint(1)[1])), ("test", *paint(2))]
+    painted += [("test", paint(number)[0], np.zeros_like(paint(number)[1])) for number in (3, 4)]
+    index = scans(tmp_path, painted)
+    told = judges.Judges(index, config(index), ("voxels", "decoder"))
+    assert "1 of the 2 scans to learn from show no organ: s1" in told.notes
+    assert "2 of the 3 scans to test on show no organ: s3, s4" in told.notes
+    torch.manual_seed(0)
+    assert set(told.judge(Encoder(**TINY), "off")) == {"voxels", "decoder"}
+
+
+def test_no_place_is_searched_in_a_scan_without_a_body(tmp_path):
+    """It is left out and named, the others are matched as if it were not there."""
+    painted = [("train", *paint(0)), *(("test", *paint(number)) for number in (1, 2))]
+    plain = scans(tmp_path / "plain", painted)
+    air = np.full_like(painted[0][1], -1000)
+    more = scans(tmp_path / "more", [*painted, ("test", air, painted[0][2])])
+    torch.manual_seed(0)
+    encoder = Encoder(**TINY)
+    scores = []
+    for index in (plain, more):
+        judge = judges.Judges(index, config(index), ("matching",))
+        scores.append(judge.judge(encoder, "off")["matching"].value)
+        said = "no place is searched in scans with nothing above -500 HU: s3"
+        assert (said in judge.notes) == (index is more)
+        assert judge.body_box_mm() > 0
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_points_of_a_body_thinner_than_their_distance(depth):
+    """One slice of 1 mm under a grid of 8 mm: the grid stands in the scan, on the body."""
+    volume = np.full((depth, 30, 40), -1000)
+    volume[:, 5:25, 10:30] = 0
+    points = readings.body_points(volume, (1.0, 2.0, 2.0), 8.0)
+    assert len(points) and (points < volume.shape).all() and (points >= 0).all()
+    assert set(points[:, 0]) == {min(4, depth - 1)}
+    assert (volume[tuple(points.T)] == 0).all()
+
+
+def test_thin_scans_are_matched(tmp_path):
+    """A slice or two of each body, 2 mm apart: places are found in them as in others."""
+    thin = [(split, *(part[13:15] for part in paint(i))) for i, split in enumerate(("train", "test", "test"))]
+    index = scans(tmp_path, thin, spacing=(2.0, 1.0, 2.0))
+    torch.manual_seed(0)
+    judge = judges.Judges(index, config(index), ("matching",))
+    assert 0 < judge.judge(Encoder(**TINY), "off")["matching"].value < 200
+    assert len(matching.organ_errors(None, judge.test, judge.names, SIZE)) == 4  # two organs, there and back
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "told", "said"),
+    [
+        ("ceiling", {"align": {"wrong_priors": False}}, "its encoder was trained without labels: it is no upper end"),
+        ("ceiling", {"freeze": True}, "its encoder was trained without labels: it is no upper end"),
+        ("ceiling", {"freeze": False}, None),
+        ("control", {"align": {"wrong_priors": False}}, "it was not trained with align.wrong_priors=true: it is no"),
+        ("control", {"align": {"wrong_priors": True}}, None),
+        ("control", {}, None),  # nothing is known of its training
+        ("init", {"align": {"wrong_priors": False}}, None),
+    ],
+)
+def test_ends_that_are_none_are_told(store, tmp_path, key, told, said):  # noqa: F811 - pytest's way
+    own = {"init": "random"} if key != "init" else {}
+    asked = config(store, **own, encoder=None, **{key: weights(tmp_path / key, told)})
+    notes = encoders.read(key, asked, store).ready(store, [])[1]
+    if said is None:
+        assert notes == []
+    else:
+        assert [note.startswith(f"{key}={tmp_path / key}: {said}") for note in notes] == [True]
+
+
+@pytest.mark.parametrize("key", ["control", "ceiling"])
+def test_what_is_judged_is_no_end_of_itself(store, tmp_path, key):  # noqa: F811
+    place = weights(tmp_path / "run", {})
+    with pytest.raises(ValueError, match=rf"^{key}={place} is init itself: give another, or leave it out$"):
+        probe.run(config(store, init=place, encoder=None, **{key: place}))
+
+
+def test_refusals_name_the_key_and_a_mend_that_helps(store, tmp_path):  # noqa: F811
+    """A probe takes no part of what fits, and of an end the words are about the end."""
+    run, wide = weights(tmp_path / "run", {}), weights(tmp_path / "wide", {}, width=8)
+    other = weights(tmp_path / "other", {}, window=(-200.0, 300.0))
+    eight, four = (EncoderConfig(depths=(1, 1, 1, 1), width=width) for width in (8, 4))
+    with pytest.raises(ValueError, match=rf"^init={run} holds .* the config asks for .*: leave encoder\.\* out$"):
+        probe.run(config(store, init=run, encoder=eight))
+    with pytest.raises(ValueError, match=rf"^control={wide} holds .*init=random.*give encoder\.\* of that size$"):
+        probe.run(config(store, init="random", encoder=four, control=wide))
+    with pytest.raises(ValueError, match=rf"^ceiling={other} was trained with hu_window="):
+        probe.run(config(store, init=run, encoder=None, ceiling=other))
