@@ -11,7 +11,7 @@ from pgl_ray import encoders, probe
 from pgl_ray.config import EncoderConfig
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
-from pgl_ray.judge import judges, matching, readings
+from pgl_ray.judge import dense, judges, matching, readings
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder
 
@@ -134,3 +134,18 @@ def test_refusals_name_the_key_and_a_mend_that_helps(store, tmp_path):  # noqa: 
         probe.run(config(store, init="random", encoder=four, control=wide))
     with pytest.raises(ValueError, match=rf"^ceiling={other} was trained with hu_window="):
         probe.run(config(store, init=run, encoder=None, ceiling=other))
+
+
+def test_a_channel_that_only_this_scan_wakes_stays_finite():
+    """Standardised by next to nothing it is far above what 16 bits hold: the highest of them, and no infinity."""
+
+    class Huge:
+        strides = ((1, 1, 1),)
+
+        def __call__(self, x):
+            return [torch.cat([x, x * 1e9, -x * 1e9], 1)]
+
+    volume = torch.linspace(1, 2, 4 * 8 * 8).reshape(4, 8, 8)
+    (values,) = dense.dense_maps(Huge(), volume, (4, 8, 8), [0], 0.0)
+    assert values.isfinite().all() and values[1].min() == 65504 and values[2].max() == -65504
+    torch.testing.assert_close(values[0], volume.half())

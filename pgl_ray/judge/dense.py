@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HIGHEST = torch.finfo(torch.float16).max
 SCALE = 2  # a window's size as a multiple of the training views': what lies near its border sees too little
 
 
@@ -55,7 +56,7 @@ def dense_maps(
         box = tuple(slice(start, start + int(w)) for (start, _, _), w in zip(parts, window))
         maps = encoder(volume[box][None, None])
         for number, (level, stride) in enumerate(zip(levels, strides)):
-            values = maps[level][0].half()
+            values = maps[level][0].clamp(-HIGHEST, HIGHEST).half()  # a channel nearly dead in the views may be huge
             if number == len(whole_maps):  # the first window
                 cells = [n // s for n, s in zip(volume.shape, stride)]
                 whole_maps.append(values.new_empty(len(values), *cells))
