@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pgl_ray import encoders
-from pgl_ray.config import PRETRAINED, ProbeConfig
+from pgl_ray.config import PRETRAINED, FailedRun, ProbeConfig
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.store import Index, read_index
 from pgl_ray.judge import readings
@@ -102,7 +102,7 @@ def run(config: ProbeConfig) -> ProbeResult:
     _note(notes, *more)
     if not readings.norms(encoder):
         _note(notes, f"the encoder of init={config.init} has no BatchNorm: there is one reading of it")
-    judged = _read(judges, encoder, config.init != "random", config.all_readings)
+    judged = _read(judges, encoder, config.init != "random", config.all_readings, notes)
     controls, ceiling = _ends(config, index, judges, encoder, judged, ends, notes)
     first = next(iter(judged.values()))
     standing = {
@@ -142,16 +142,26 @@ def _note(notes: list[str], *lines: str) -> None:
     notes += lines
 
 
-def _read(judges: Judges, encoder: Encoder, trained: bool, all_readings: bool) -> dict[str, dict[str, Score]]:
+def _read(
+    judges: Judges, encoder: Encoder, trained: bool, all_readings: bool, notes: list[str], whose: str = ""
+) -> dict[str, dict[str, Score]]:
     """Reading -> what the judges say; the one that counts comes first.
 
     A trained encoder's other readings are only those of the voxel probe, which is quick, unless all are asked for; of
-    controls, whose strongest reading counts, all judges read all.
+    controls, whose strongest reading counts, all judges read all. A reading that the network does not survive (without
+    BatchNorm a deep one's values may grow beyond all bounds) is left out and said, unless it is the one that counts.
     """
     first, *others = readings.possible(encoder, trained)
     judged = {first: judges.judge(encoder, first)}
     only = JUDGES if all_readings or not trained else ("voxels",)
-    return judged | {reading: scores for reading in others if (scores := judges.judge(encoder, reading, only))}
+    for reading in others:
+        try:
+            scores = judges.judge(encoder, reading, only)
+        except FailedRun as error:
+            _note(notes, f"{whose}{readings.IN_WORDS[reading]}: {error}: not judged so")
+            continue
+        judged |= {reading: scores} if scores else {}
+    return judged
 
 
 def _ends(
@@ -169,7 +179,7 @@ def _ends(
     if config.init == "random":
         chance = judged
     else:
-        chance = _read(judges, _random_like(encoder, config.seed), False, True)
+        chance = _read(judges, _random_like(encoder, config.seed), False, True, notes, "random: ")
     controls = {f"random, {in_words(chance)[reading]}": scores for reading, scores in chance.items()}
     ceiling: dict[str, Score] = {}
     for key, one in ends.items():
@@ -178,7 +188,7 @@ def _ends(
         if key == "ceiling":
             ceiling = judges.judge(to_device(other), FIRST)
             continue
-        of_control = _read(judges, to_device(other), True, True)
+        of_control = _read(judges, to_device(other), True, True, notes, f"{key}: ")
         controls |= {f"control, {in_words(of_control)[reading]}": scores for reading, scores in of_control.items()}
     return controls, ceiling
 

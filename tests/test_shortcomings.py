@@ -149,3 +149,17 @@ def test_a_channel_that_only_this_scan_wakes_stays_finite():
     (values,) = dense.dense_maps(Huge(), volume, (4, 8, 8), [0], 0.0)
     assert values.isfinite().all() and values[1].min() == 65504 and values[2].max() == -65504
     torch.testing.assert_close(values[0], volume.half())
+
+
+def test_a_side_reading_that_overflows_is_left_out(store, tmp_path, capsys):  # noqa: F811
+    """Without statistics of its own maps the layers' gains multiply; what counts is judged all the same."""
+    encoder = build_encoder(**SETTINGS)
+    model = {f"online.encoder.{k}": v * (1e10 if "conv" in k else 1) for k, v in encoder.state_dict().items()}
+    meta = {"door": "pretrain", "encoder": SETTINGS, "hu_window": [-1024.0, 325.0]}
+    torch.save({"meta": meta, "model": model}, tmp_path / "run.pt")
+    result = probe.run(config(store, init=str(tmp_path / "run.pt"), encoder=None, ends=False, all_readings=True))
+    assert list(result.readings) == ["reestimated"] and 0 < result.value("voxels") < 1
+    printed = capsys.readouterr().out
+    for reading in ("BatchNorm as trained", "BatchNorm off"):
+        said = f"{reading}: the encoder's features are not finite: not judged so"
+        assert said in result.notes and f"probe: note: {said}" in printed
