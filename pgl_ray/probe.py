@@ -44,6 +44,7 @@ class ProbeResult:
         init: the encoder, as in the config.
         num_train_scans, num_test_scans: scans used.
         size: window that the encoder saw, voxels (D, H, W).
+        steps: that the encoder's training had done; none: not known.
         readings: reading -> judge -> score, plain values.
         controls: name -> judge -> score, of random weights in each reading and of the control.
         ceiling: judge -> score of the encoder that was trained with all labels; empty: none was given.
@@ -60,6 +61,7 @@ class ProbeResult:
     num_train_scans: int
     num_test_scans: int
     size: tuple[int, int, int]
+    steps: int | None
     readings: dict[str, dict[str, Any]]
     controls: dict[str, dict[str, Any]]
     ceiling: dict[str, Any]
@@ -118,6 +120,7 @@ def run(config: ProbeConfig) -> ProbeResult:
         num_train_scans=len(judges.probe.train),
         num_test_scans=len(judges.probe.test),
         size=judges.size,
+        steps=own.source.meta.steps if own.source and own.source.meta else None,
         readings={reading: _plain(scores) for reading, scores in judged.items()},
         controls={name: _plain(scores) for name, scores in controls.items()},
         ceiling=_plain(ceiling),

@@ -1,5 +1,6 @@
 """The answers at the top of a report of runs, on made-up runs: every verdict, its figures, and what is missing."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from scipy import stats
 from test_report import CHANCE, judged, score_rows
 
-from pgl_ray import config
+from pgl_ray import config, shipped
 from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
 from pgl_ray.pages import answers, next_steps, run_folders, speeds
 from pgl_ray.pages.pages import NO, OPEN, YES, percent
@@ -211,6 +212,49 @@ def test_fine_tunings_that_cannot_be_compared(runs, words):
     assert line.verdict == OPEN and words in line.text
 
 
+def test_no_seed_counts_twice():
+    """Three rates of one seed beside one run from random weights are no three seeds; nothing says which to take."""
+    mine = [tuned(BASE + 0.05, optim={"lr": lr}) for lr in (0.1, 0.2, 0.3)]
+    (line,) = answers.better_tuned([*mine, tuned(BASE, "random", optim={"lr": 0.5})])
+    assert line.verdict == OPEN and "of several such, the same settings" in line.text
+    (line,) = answers.better_tuned([*mine, tuned(BASE, "random", optim={"lr": 0.2})])
+    assert line.verdict == YES and "one training each" in line.text and "differ in" not in line.text
+
+
+def test_runs_of_one_seed_meet_those_of_their_own_settings():
+    """Whatever their order; what differs in any pair is said."""
+    paper, light = {"decoder": "paper"}, {"decoder": "light"}
+    runs = [tuned(BASE + 0.3, **paper), tuned(BASE + 0.1, **light)]
+    runs += [tuned(BASE, "random", **light), tuned(BASE + 0.25, "random", **paper)]
+    (line,) = answers.better_tuned(runs)
+    assert "+0.075 (" in line.text and "differ in" not in line.text  # 0.05 and 0.10
+    two = [tuned(BASE + 0.1), tuned(BASE + 0.1, seed=1, decoder="light")]
+    two += [tuned(BASE, "random"), tuned(BASE, "random", seed=1)]
+    assert "they differ in decoder, too" in answers.better_tuned(two)[0].text
+
+
+def test_invented_organs_are_no_gain():
+    """What both scored is better; the mean Dice, to which an organ that is not there counts 0, is worse."""
+    better, base = (tuned(BASE + gain, init) for gain, init in ((0.02, PGL), (0.0, "random")))
+    better.summary["dice"] = base.summary["dice"] - 0.02
+    (line,) = answers.better_tuned([better, base])
+    assert line.verdict == OPEN and "+0.020 (95 % interval +0.020 to +0.020" in line.text
+
+
+def test_a_judge_of_an_earlier_checkpoint_does_not_speak_for_the_run(tmp_path):
+    run = run_of("pretrain", health_rows(LEARNED))
+    file = tmp_path / "probe.json"
+    file.write_text("{}")
+    for steps, verdict in ((None, YES), (100, YES), (50, OPEN)):
+        said = judged(PGL, ahead=AHEAD) | {"steps": steps}
+        (frozen, _) = answers.of_runs([run], [(file, said)])[1].lines
+        assert frozen.verdict == verdict
+        assert ("no judge has looked" in frozen.text) == (verdict == OPEN)
+    moved = judged("/old/place", ahead=AHEAD)
+    inside = dataclasses.replace(run, path=tmp_path)
+    assert answers.of_runs([inside], [(file, moved)])[1].lines[0].verdict == YES  # its folder was moved with it
+
+
 def test_other_settings_that_differ_are_named():
     (line,) = answers.better_tuned([tuned(BASE, "random", optim={"lr": 0.5}), tuned(BASE + 0.1)])
     assert line.text.endswith("; they differ in optim.lr, too")
@@ -333,6 +377,16 @@ def test_the_first_step_that_is_open(runs, said, verdict, words):
     for door, rest in re.findall(r"python -m pgl_ray\.(\w+)((?: '?[\w.\[]+[=/][^ ]+)+)", line.text):
         args = [arg.rstrip(",") for arg in shlex.split(rest) if "=" in arg]
         load(getattr(config, f"{door.title()}Config"), args)
+
+
+@pytest.mark.parametrize("encoder", [{}, {"width": 8, "depths": [1, 1, 2, 1]}, {"width": 16}])
+def test_the_fine_tuning_to_type_has_the_run_s_encoder(encoder):
+    """Whatever was pre-trained: the file that is named has another one."""
+    run = run_of("pretrain", health_rows(LEARNED), encoder=encoder)
+    line = next_steps.first([run], {run.name: judged(PGL, ahead=AHEAD)})
+    words = shlex.split(re.search(r"python -m pgl_ray\.finetune (.+?),? and once", line.text)[1])
+    asked = load(FinetuneConfig, [str(shipped.path_of(words[0])), *words[1:]])
+    assert asked.encoder.model_dump(mode="json") == run.config["encoder"]
 
 
 def test_more_scans_are_asked_for_by_number():

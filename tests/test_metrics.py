@@ -8,7 +8,16 @@ import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
 from scipy import ndimage, stats
 
-from pgl_ray.model.metrics import compare, intervals, mask_metrics, organ_metrics, paired_by_scan, summarise
+from pgl_ray.model.metrics import (
+    compare,
+    for_few,
+    intervals,
+    mask_metrics,
+    organ_metrics,
+    paired_by_scan,
+    percentile_bounds,
+    summarise,
+)
 
 SPACING = (3.0, 0.7, 1.3)
 AXES = np.diag(SPACING)  # mm
@@ -208,3 +217,16 @@ def test_a_paired_comparison_is_scipys():
     assert (same["difference"], same["ci95"], same["p"]) == (0, [0, 0], 1)
     single = compare(rows_of(theirs[:1]), rows_of(theirs[:1] / 2))["dice"]
     assert single["p"] is single["ci95"] is None and single["difference"] > 0
+
+
+@pytest.mark.parametrize("num", [2, 5, 12])
+def test_bounds_of_few_values_call_noise_a_finding_no_more_often_than_student(num):
+    """Noise of no mean, often: one time in twenty, where the bootstrap alone would far more often."""
+    rng, wrong, plain = np.random.default_rng(num), 0, 0
+    for _ in range(400):
+        values = rng.normal(size=num)
+        drawn = values[rng.integers(num, size=(400, num))].mean(1)
+        bounds = percentile_bounds(drawn)
+        low, high = for_few(bounds, float(values.mean()), num)
+        wrong, plain = wrong + (not low <= 0 <= high), plain + (not bounds[0] <= 0 <= bounds[1])
+    assert wrong <= 0.09 * 400 and plain > wrong

@@ -43,12 +43,14 @@ class Score:
             "organs", "deformed_mm", and "rows".
         drawn: the value in bootstrap draws of test scans and decoders, [draws], the same draws for every encoder, so
             that differences are paired; none for a single scan. Not written to files.
+        num_scans: that were drawn.
     """
 
     value: float
     ci95: list[float] | None
     details: dict[str, Any] = field(default_factory=dict)
     drawn: np.ndarray | None = field(default=None, compare=False, repr=False)
+    num_scans: int = field(default=0, compare=False)
 
     def plain(self) -> dict[str, Any]:
         """For a JSON file."""
@@ -130,7 +132,7 @@ class Judges:
         details = {"recall": score.recall, "last_map": last.balanced_accuracy}
         details |= {"hits": score.hits.tolist(), "counts": score.counts.tolist()}
         details |= {"scans": [scan.scan_id for scan in self.probe.scans[1]], "classes": list(self.probe.names.values())}
-        return Score(score.balanced_accuracy, _bounds(drawn), details, drawn)
+        return Score(score.balanced_accuracy, _bounds(drawn), details, drawn, len(score.hits))
 
     def _decoder(self, maps: readings.StandardisedMaps) -> Score:
         seeds, size = range(self.config.seed, self.config.seed + self.num_seeds), self.size
@@ -141,7 +143,7 @@ class Judges:
         organs = {organ: {key: one[key] for key in ("dice", "hd95_mm")} for organ, one in summary["organs"].items()}
         details = {"organs": organs, "hd95_mm": summary["hd95_mm"], "rows": together}
         details["seeds"] = [metrics.summarise(part)["dice"] for part in rows]
-        return Score(summary["dice"], _bounds(drawn), details, drawn)
+        return Score(summary["dice"], _bounds(drawn), details, drawn, len(self.test))
 
     def _matching(self, maps: readings.StandardisedMaps) -> Score:
         rows = matching.organ_errors(maps, self.test, self.names, self.size)
@@ -151,7 +153,8 @@ class Judges:
         deformed_mm = matching.median_error(moved) if moved else None
         details = {"organs": matching.by_organ(rows), "deformed_mm": deformed_mm, "rows": by_target(rows)}
         drawn = drawn_medians(rows, self.config.seed)
-        return Score(matching.median_error(rows), _bounds(drawn), details, drawn)
+        num_searched = len({row["target"] for row in rows})
+        return Score(matching.median_error(rows), _bounds(drawn), details, drawn, num_searched)
 
     def body_box_mm(self) -> float:
         """Median matching error of the place in the body's box, which needs no encoder."""
@@ -231,7 +234,8 @@ class Standing:
         low: the strongest of the controls.
         low_is: which that is, e.g. "random, BatchNorm off".
         ahead: by how much the value is better than that, in the judge's unit; below 0 it is worse.
-        ahead_ci95: [low, high] of it, paired over bootstrap draws of the test scans; none for a single scan.
+        ahead_ci95: [low, high] of it, paired over bootstrap draws of the test scans, wider where these are few; none
+            for a single scan.
         high: of the encoder that was trained with all labels; none: not given.
         closed: share of the room between them that is closed; none without an upper end, or without room.
     """
@@ -255,10 +259,13 @@ class Standing:
         sign, value = 1 if HIGHER_IS_BETTER[judge] else -1, score.value
         low_is = max(lows, key=lambda name: sign * lows[name].value)
         low, other = lows[low_is].value, lows[low_is].drawn
-        paired = None if score.drawn is None or other is None else sign * (score.drawn - other)
+        ahead, paired = sign * (value - low), None
+        if score.drawn is not None and other is not None:
+            paired = metrics.percentile_bounds(sign * (score.drawn - other))
+            paired = metrics.for_few(paired, ahead, score.num_scans) if score.num_scans > 1 else paired
         has_room = high is not None and sign * (high - low) >= LEAST_ROOM[judge]
         closed = (value - low) / (high - low) if high is not None and has_room else None
-        return cls(low, low_is, sign * (value - low), _bounds(paired), high, closed)
+        return cls(low, low_is, ahead, paired, high, closed)
 
     @property
     def is_ahead(self) -> bool | None:

@@ -47,9 +47,16 @@ def _named(run: Run, several: bool, line: Line) -> Line:
 
 
 def _judged(run: Run, probes: list[Judged]) -> dict[str, Any] | None:
-    """What the judges say of a run's encoder: of several results that with the most judges, the newest of these."""
+    """What the judges say of a run's encoder: of several results that with the most judges, the newest of these. One of
+    a checkpoint that training went on from does not count."""
     names = {str(run.path), run_paths.origin(run.path)}
-    results = [(path, one) for path, one in probes if one["init"] in names or os.path.realpath(one["init"]) in names]
+    results = [
+        (path, one)
+        for path, one in probes
+        if path == run.path / "probe.json" or one["init"] in names or os.path.realpath(one["init"]) in names
+    ]
+    step = run.rows[-1]["step"] if run.rows else 0
+    results = [(path, one) for path, one in results if (one.get("steps") or step) >= step]
     best = max(results, key=lambda it: (len(it[1]["standing"]), it[0].stat().st_mtime), default=None)
     return best and best[1]
 
@@ -183,7 +190,8 @@ def _tuned(tuned: list[Run], random: list[Run]) -> Line:
         return Line(OPEN, "no evaluated run from random weights is on this page")
     pairs = arms.same_seed(tuned, random)
     if not pairs:
-        return Line(OPEN, "no run from random weights has the same seed and as many labelled scans")
+        same = "the same seed and as many labelled scans, or, of several such, the same settings"
+        return Line(OPEN, f"no run from random weights has {same}")
     gain = arms.dice_gain(pairs)
     if gain is None:
         return Line(OPEN, "fewer than two scans were scored with both")
@@ -198,6 +206,7 @@ def _tuned(tuned: list[Run], random: list[Run]) -> Line:
         text += f", ahead with {gain.ahead} of {len(pairs)} seeds ({over} over these)"
     else:
         text += ", one training each: another seed may move it by more"
-    others = [key for key, _ in run_folders.differing_settings(list(pairs[0])) if key not in ("init", "run", "seed")]
+    differing = [key for pair in pairs for key, _ in run_folders.differing_settings(list(pair))]
+    others = [key for key in dict.fromkeys(differing) if key not in ("init", "run", "seed")]
     text += f"; they differ in {', '.join(others)}, too" if others else ""
     return Line({True: YES, False: NO, None: OPEN}[gain.is_better], text)

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgl_ray.model.metrics import percentile_bounds, reach
+from pgl_ray.config import flattened
+from pgl_ray.model.metrics import for_few, percentile_bounds, reach
 from pgl_ray.pages import tables
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
@@ -64,9 +65,12 @@ class Gain(NamedTuple):
 
     @property
     def is_better(self) -> bool | None:
-        """Whether it is; none: within the noise of the scans, or of the seeds where there are several."""
+        """Whether it is; none: within the noise of the scans, or of the seeds where there are several, or the means say
+        the opposite of the scans and organs that both have (an invented organ costs the mean alone)."""
         half, mean = reach(self.by_seed), float(np.mean(self.by_seed)) if self.by_seed else 0.0
         if self.low <= 0 <= self.high or (half is not None and abs(mean) <= half):
+            return None
+        if self.by_seed and self.mean * mean <= 0:
             return None
         return sweeps.merit(self.measure.figure, self.mean) > 0
 
@@ -117,7 +121,7 @@ def _median_gap(
         for these in (draws, all_once)
     )
     mean = float(np.mean(by_seed))
-    low, high = percentile_bounds(drawn - once + mean)
+    low, high = for_few(percentile_bounds(drawn - once + mean), mean, len(scans))
     return measure.factor * mean, measure.factor * low, measure.factor * high, len(scans)
 
 
@@ -137,14 +141,28 @@ def difference(
 
 
 def same_seed(runs: list[Run], others: list[Run]) -> list[tuple[Run, Run]]:
-    """Fine-tuning runs in pairs of one seed and as many labelled scans."""
+    """Fine-tuning runs in pairs: those that differ in nothing but what they began with; else those of one seed, store
+    and number of labelled scans where each side has a single one, so that none is counted twice."""
+    pairs: list[tuple[Run, Run]] = []
+    for point in (_settings, _draw):
+        mine, theirs = (
+            [run for run in side if not any(run is one for pair in pairs for one in pair)] for side in (runs, others)
+        )
+        for run in mine:
+            alike, same = ([one for one in side if point(one) == point(run)] for side in (mine, theirs))
+            if len(alike) == len(same) == 1:
+                pairs.append((run, same[0]))
+    return pairs
 
-    def point(run: Run) -> tuple[Any, Any]:
-        return run.record.seed, run.config.get("num_scans")
 
-    known = {point(run): run for run in others}
-    pairs = [(run, known.get(point(run))) for run in runs]
-    return [(run, other) for run, other in pairs if other]
+def _settings(run: Run) -> dict[str, Any]:
+    """All but where a training lies and what it began with."""
+    return {key: value for key, value in flattened(run.config).items() if key not in ("run", "init")}
+
+
+def _draw(run: Run) -> tuple[Any, ...]:
+    """What decides the labelled scans."""
+    return run.record.seed, run.config.get("num_scans"), run.record.index
 
 
 def dice_gain(pairs: list[tuple[Run, Run]]) -> Gain | None:

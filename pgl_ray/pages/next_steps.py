@@ -3,8 +3,11 @@
 import math
 from typing import Any
 
+import yaml
 from scipy import stats
 
+from pgl_ray import shipped
+from pgl_ray.config import EncoderConfig
 from pgl_ray.judge.judges import Standing
 from pgl_ray.outlook import MAX_CLAMPED, MIN_TURNOVER
 from pgl_ray.pages import arms, speeds, tables
@@ -13,6 +16,7 @@ from pgl_ray.pages.pages import Line, command, percent, plural
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.train import health, run_paths
 
+TUNING = "conf/finetune_small.yaml"
 MOST_SCANS = 2000  # that anybody would label to tell two runs apart
 
 
@@ -100,7 +104,7 @@ def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
     random = [run for run in tuned if run.record.init == "random"]
     if pretrained and not starts:
         run = pretrained[0]
-        args = "conf/finetune_small.yaml", "index=STORE", "run=RUN", f"init={run_paths.origin(run.path)}"
+        args = [TUNING, "index=STORE", "run=RUN", f"init={run_paths.origin(run.path)}", *_encoder(run)]
         return Line("Fine-tune", f"{command('finetune', *args)}, and once from random weights (without init)")
     if not starts:
         return Line(
@@ -120,6 +124,13 @@ def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
             "fine-tune from random weights with the same seed, scans and settings, and evaluate on the same scans",
         )
     return _more(gain)
+
+
+def _encoder(run: Run) -> list[str]:
+    """What of a run's encoder differs from that of TUNING, as a command's arguments."""
+    own = yaml.safe_load(shipped.path_of(TUNING).read_text())["encoder"]
+    theirs, named = (EncoderConfig(**one).model_dump(mode="json") for one in (run.config["encoder"], own))
+    return [f"encoder.{key}={value}".replace(" ", "") for key, value in theirs.items() if value != named[key]]
 
 
 def _more(gain: Gain) -> Line:

@@ -36,11 +36,13 @@ def of_sweep(config: dict[str, Any], trials: list[Trial], grid: dict[str, Any] |
         grid: `sweep_report.grid`, of arms that were fine-tuned.
         judged: `arms.judged`, of frozen arms.
     """
+    leading = best(config, trials)
+    better = of_frozen(judged) + of_tuned(config, grid) or [_best_probed(trials)]
     return [
-        Answer(BEST, best(config, trials)),
-        Answer(BETTER, of_frozen(judged) + of_tuned(config, grid) or [_best_probed(trials)]),
+        Answer(BEST, leading),
+        Answer(BETTER, better),
         Answer(SPEED, speeds.limits(_runs(trials)) or [Line(OPEN, "no training has begun")]),
-        Answer(NEXT, [next_step(config, trials)]),
+        Answer(NEXT, [next_step(config, trials, leading, better)]),
     ]
 
 
@@ -72,20 +74,23 @@ def best(config: dict[str, Any], trials: list[Trial]) -> list[Line]:
         if not others:
             lines.append(Line(OPEN, f"{first} with {text} has nothing beside it", point))
             continue
-        lines.append(_lead(first, others[0], text, mean[first] - mean[others[0]], titles)._replace(of=point))
+        text += f", the second is {others[0]}, {mean[first] - mean[others[0]]:+.4f} away"
+        lines.append(_lead(judge, first, text, titles[first], titles[others[0]])._replace(of=point))
     return lines or [Line(OPEN, f"no trial is done with a score: {_states(trials)}")]
 
 
-def _lead(first: str, second: str, text: str, lead: float, titles: dict[str, dict[str, float]]) -> Line:
-    scores, others = titles[first], titles[second]
+def _lead(judge: str, first: str, text: str, scores: dict[str, float], others: dict[str, float]) -> Line:
+    """Whether the first is better than the second by the seeds that both have."""
     by_seed = [scores[seed] - others[seed] for seed in scores if seed in others]
-    text += f", the second is {second}, {lead:+.4f} away"
     half = reach(by_seed)
     if half is None:
-        return Line(OPEN, f"{first} leads with {text}; each ran with one seed, so chance cannot be told from a gain")
+        return Line(
+            OPEN, f"{first} leads with {text}; they share fewer than two seeds, so chance cannot be told from a gain"
+        )
     mean = float(np.mean(by_seed))
     over = f"95 % interval {mean - half:+.4f} to {mean + half:+.4f} over {len(by_seed)} seeds"
-    if abs(mean) <= half:
+    over += "" if len(by_seed) == len(scores) == len(others) else f", those of both, with {mean:+.4f}"
+    if sweeps.merit(judge, mean) <= half:
         return Line(OPEN, f"{first} leads with {text} ({over})")
     return Line(first, f"{text} ({over})")
 
@@ -111,15 +116,16 @@ def of_frozen(judged: Blocks) -> list[Line]:
 
 
 def of_tuned(config: dict[str, Any], grid: dict[str, Any] | None) -> list[Line]:
-    """Per arm and point the Dice after fine-tuning against the first arm, if that began from random weights."""
+    """Per arm and point the Dice after fine-tuning against the first arm there, if that began from random weights."""
     lines = []
     for block in grid["blocks"] if grid else []:
-        names = list(config["arms"])
         at = f", {block['point']}" if len(grid["blocks"]) > 1 else ""
-        if not block["gains"] or config["arms"][names[0]].get("finetune.init") != "random":
-            text = "the first arm, which others are set against, is not one of random weights"
+        if config["arms"][block["first"]].get("finetune.init") != "random":
+            text = f"others are set against {block['first']}, the first arm evaluated, which is not of random weights"
             lines.append(Line(OPEN, text, f"fine-tuned{at}"))
             continue
+        if not block["gains"]:
+            lines.append(Line(OPEN, "random weights alone are evaluated so far", f"fine-tuned{at}"))
         for arm, gain in block["gains"].items():
             name = f"fine-tuned, {arm}{at}"
             none = Line(OPEN, "no seed and scans in common with random weights", name)
@@ -167,8 +173,14 @@ def _runs(trials: list[Trial]) -> list[Run]:
     return runs
 
 
-def next_step(config: dict[str, Any], trials: list[Trial]) -> Line:
-    """The first of what is open."""
+def next_step(config: dict[str, Any], trials: list[Trial], leading: list[Line], better: list[Line]) -> Line:
+    """The first of what is open.
+
+    Args:
+        config: sweep.json.
+        trials: of the sweep.
+        leading, better: what the first two questions were answered by.
+    """
     failed = [trial for trial in trials if trial.state == "failed"]
     done = sweeps.judged(trials)
     if any(trial.state == "running" for trial in trials) or not trials:
@@ -184,12 +196,21 @@ def next_step(config: dict[str, Any], trials: list[Trial]) -> Line:
     edges = [text for key in config["space"] if (text := at_edge(key, config["space"][key], top.values.get(key)))]
     if edges and len(done) > 2:
         return Line("Widen the space", f"the best trial lies at its edge: {'; '.join(edges)}")
-    if max(len(scores) for titles in _groups(done).values() for scores in titles.values()) < 3:
+    if any(len(scores) < 3 for titles in _groups(done).values() for scores in _best_two(config["judge"], titles)):
         return Line("Repeat", "the best settings and the second with three seeds or more: a grid_search of the seed")
     if not config["arms"]:
         args = [str(Path(config["run"], "best.yaml")), "index=STORE", "run=RUN"]
-        return Line("Use it", command("pretrain", *args))
+        return Line("Use it", command("finetune" if config["base_pretrain"] is None else "pretrain", *args))
+    if any(line.verdict == NO for line in better):
+        return Line("Train on", "an arm is worse than random weights or no places: longer pre-training, larger views")
+    if any(line.verdict == OPEN for line in [*leading, *better]):
+        return Line("Repeat", "more seeds, or more test scans: what is open above is within their noise")
     return Line("Use it", "nothing that these figures could tell is open")
+
+
+def _best_two(judge: str, titles: dict[str, dict[str, float]]) -> list[dict[str, float]]:
+    """Scores per seed of the best settings and of the second."""
+    return sorted(titles.values(), key=lambda scores: -sweeps.merit(judge, float(np.mean([*scores.values()]))))[:2]
 
 
 def at_edge(key: str, entry: dict[str, list], value: Any) -> str | None:

@@ -306,6 +306,7 @@ def _block(point: str, cells: dict[str, list[Run]], published: dict[str, Any], c
         bars.append((colors[arm], heights, errors))
     return {
         "point": point,
+        "first": next(iter(cells)),
         "tables": score_tables,
         "sentences": _differences(cells),
         "gains": {arm: arms.dice_gain(_against_first(cells, runs)[1]) for arm, runs in list(cells.items())[1:]},
