@@ -241,7 +241,7 @@ def test_invented_organs_are_no_gain():
     assert line.verdict == OPEN and "+0.020 (95 % interval +0.020 to +0.020" in line.text
 
 
-def test_a_judge_of_an_earlier_checkpoint_does_not_speak_for_the_run(tmp_path):
+def test_a_judge_of_an_earlier_checkpoint_does_not_count(tmp_path):
     run = run_of("pretrain", health_rows(LEARNED))
     file = tmp_path / "probe.json"
     file.write_text("{}")

@@ -220,7 +220,7 @@ def test_a_paired_comparison_is_scipys():
 
 
 @pytest.mark.parametrize("num", [2, 5, 12])
-def test_bounds_of_few_values_call_noise_a_finding_no_more_often_than_student(num):
+def test_bounds_of_few_values_are_as_wide_as_student_s(num):
     """Noise of no mean, often: one time in twenty, where the bootstrap alone would far more often."""
     rng, wrong, plain = np.random.default_rng(num), 0, 0
     for _ in range(400):
