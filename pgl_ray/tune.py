@@ -85,7 +85,7 @@ def collect(config: TuneConfig, folder: Path) -> Result:
     """Writes the table of all trials, the best settings and the report."""
     trials = sweeps.read_trials(folder)
     sweeps.write_table(folder)
-    done = sweeps.judged(trials)
+    done = [trial for trial in sweeps.judged(trials) if trial.values.get("arm") in (None, *config.arms)]
     if not done:
         failed = next((trial.error for trial in trials if trial.error), "no result")
         raise FailedRun(f"no trial of {len(trials)} came to a score; the first: {failed}")

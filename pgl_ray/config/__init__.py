@@ -40,6 +40,9 @@ from pgl_ray.config.stores import PartConfig as PartConfig
 from pgl_ray.config.stores import PrepareConfig as PrepareConfig
 from pgl_ray.config.stores import RecipeConfig as RecipeConfig
 from pgl_ray.config.stores import StoreConfig as StoreConfig
+from pgl_ray.config.sweep import STAGES as STAGES
+from pgl_ray.config.sweep import SchedulerConfig as SchedulerConfig
+from pgl_ray.config.sweep import TuneConfig as TuneConfig
 from pgl_ray.config.training import METHOD_OPTIM as METHOD_OPTIM
 from pgl_ray.config.training import OPTIM_DEFAULTS as OPTIM_DEFAULTS
 from pgl_ray.config.training import FinetuneOptimConfig as FinetuneOptimConfig
@@ -58,8 +61,6 @@ from pgl_ray.config.trainings import CheckAlignConfig as CheckAlignConfig
 from pgl_ray.config.trainings import FinetuneConfig as FinetuneConfig
 from pgl_ray.config.trainings import PretrainConfig as PretrainConfig
 from pgl_ray.config.trainings import ProbeConfig as ProbeConfig
-from pgl_ray.config.trainings import SchedulerConfig as SchedulerConfig
-from pgl_ray.config.trainings import TuneConfig as TuneConfig
 from pgl_ray.config.uses import DemoConfig as DemoConfig
 from pgl_ray.config.uses import DoctorConfig as DoctorConfig
 from pgl_ray.config.uses import EmbedConfig as EmbedConfig

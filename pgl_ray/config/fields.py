@@ -1,5 +1,6 @@
 """What the knobs' values are: paths, seeds, shares, lengths; the section that all of them stand in."""
 
+import contextlib
 import math
 import os
 from typing import Annotated, Any, Literal
@@ -10,6 +11,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    TypeAdapter,
+    ValidationError,
 )
 from pydantic_core import PydanticCustomError
 
@@ -81,6 +84,32 @@ class Section(BaseModel):
     """A frozen group of knobs: unknown keys are refused, attribute docstrings are the descriptions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a key holds; none: it holds a value."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def with_absolute_paths(model: type[Section], values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a section, its keys dotted or nested, with paths made absolute; what is refused stays as it is."""
+    absolute = {}
+    for name, value in values.items():
+        key, _, rest = str(name).partition(".")
+        field = model.model_fields.get(key)
+        section = section_of(field.annotation) if field else None
+        if section and rest:
+            value = with_absolute_paths(section, {rest: value})[rest]
+        elif section and isinstance(value, dict):
+            value = with_absolute_paths(section, value)
+        elif field and isinstance(value, str):
+            kind: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+            with contextlib.suppress(ValidationError):
+                read = TypeAdapter[Any](kind).validate_python(value)
+                value = read if isinstance(read, str) else value
+        absolute[name] = value
+    return absolute
 
 
 def listed(value: Any) -> Any:

@@ -12,7 +12,7 @@ from pydantic import (
     ValidationError,
 )
 
-from pgl_ray.config.fields import Section
+from pgl_ray.config.fields import Section, section_of
 from pgl_ray.config.trainings import CheckAlignConfig, FinetuneConfig, PretrainConfig
 
 Model = TypeVar("Model", bound=Section)
@@ -58,7 +58,7 @@ def _annotation_at(model: Any, key: str) -> Any:
     for part in re.findall(r"[^.\[\]]+", key):
         if part.isdecimal():  # of a list
             continue
-        section = _section_of(annotation) if annotation else None
+        section = section_of(annotation) if annotation else None
         field = section.model_fields.get(part) if section else None
         annotation = field.annotation if field else None
     return annotation
@@ -116,7 +116,7 @@ def _load_file(model: type[Section], path: str) -> Any:
 
 def _with_texts(annotation: Any, read: Any, written: Any) -> Any:
     """`read` with what was written wherever a text is wanted and YAML made a number or a truth of it."""
-    section = _section_of(annotation)
+    section = section_of(annotation)
     if isinstance(read, dict) and isinstance(written, dict) and section:
         fields = section.model_fields
         return {
@@ -164,13 +164,8 @@ def _describe(model: type[Section], item: Any) -> str:
 def _fields_at(model: Any, loc: tuple) -> list[str]:
     for part in (part for part in loc if isinstance(part, str)):
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        model = _section_of(field.annotation) if field else None
+        model = section_of(field.annotation) if field else None
     return list(model.model_fields) if model else []
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
 def _field_doc(model: type[Section], loc: tuple) -> str:
@@ -187,7 +182,7 @@ def keys(model: type[Section], prefix: str = "") -> list[tuple[str, str, str]]:
     """All dotted keys of a model as (key, default, description)."""
     rows = []
     for name, field in model.model_fields.items():
-        section = _section_of(field.annotation)
+        section = section_of(field.annotation)
         if section and section is not model and get_origin(field.annotation) is not tuple:
             rows += keys(section, f"{prefix}{name}.")
             continue

@@ -1,4 +1,4 @@
-"""Knobs of the doors that train or measure a training: pretrain, bench, check_align, finetune, probe, tune."""
+"""Knobs of the doors that train or measure a training: pretrain, bench, check_align, finetune, probe."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -19,9 +19,7 @@ from pgl_ray.config.fields import (
     Share,
     StorePath,
     Triple,
-    Verb,
     listed,
-    without_null,
 )
 from pgl_ray.config.training import (
     METHOD_OPTIM,
@@ -108,7 +106,13 @@ class PretrainConfig(Section):
                 f"{self.pairs_per_scan}: raise pairs_per_scan and lower epochs"
             )
         if self.method != "pgl" and (self.loss != PretrainLossConfig() or self.align.more_strides):
-            raise ValueError(f"loss.* and align.more_strides are of method=pgl, not {self.method}: leave them out")
+            own, plain = self.loss.model_dump(), PretrainLossConfig().model_dump()
+            mend = [f"loss.{key}={plain[key]}" for key, value in own.items() if value != plain[key]]
+            mend += ["align.more_strides=[]"] if self.align.more_strides else []
+            raise ValueError(
+                f"loss.* and align.more_strides are of method=pgl, not {self.method}: leave them out, or where a file "
+                f"gives them take {' '.join(mend)}"
+            )
         if self.align.mask_clamped and self.beyond_paper:
             raise ValueError(
                 "align.mask_clamped masks whole maps; with loss.kind, loss.displacement or align.more_strides bins are "
@@ -267,60 +271,3 @@ class ProbeConfig(ProbeSettings):
     output: FilePath | None = None
     """JSON file for the result; none: <init>/probe.json, X.probe.json beside a file X, or no file for random
     and pretrained:NAME."""
-
-
-class SchedulerConfig(Section):
-    """Which trials of a sweep are stopped early."""
-
-    kind: Literal["none", "asha", "pbt"] = "none"
-    """asha: at each rung the worse trials are stopped (Li et al. 2020); pbt: the worst quarter goes on from one of the
-    best, with its learning rate changed (Jaderberg et al. 2017); its trials run all at a time."""
-    grace: Annotated[int, Field(ge=1, le=99)] = 25
-    """Percent of a judged stage: where the first rung stands, or between two changes of pbt."""
-    reduction: Annotated[float, Field(gt=1)] = 2.0
-    """asha keeps about one in so many trials at a rung; the next one stands so many times further."""
-
-
-class TuneConfig(Section):
-    """Trials of pretrain, probe, finetune and evaluate, those stages that have a base: a sweep, or a grid of arms."""
-
-    run: FilePath
-    """Folder of the sweep; the same command again continues an interrupted one, one with a larger space adds to it."""
-    index: StorePath
-    """Store written by prepare, with labels; a stage may take another: base_pretrain.index."""
-    base_pretrain: dict[str, Any] | None = None
-    """What the trials' pre-training config says beyond the defaults; none: no pre-training."""
-    base_probe: dict[str, Any] | None = None
-    """The same of a probe of the pre-trained encoder; none: no probe. Its `ends` is false where it is not given: random
-    weights are an arm of the sweep (probe.init: random), judged once, in every reading, as wrong priors are
-    (pretrain.align.wrong_priors: true). Its `size` is that of base_pretrain.views, for all trials alike."""
-    base_finetune: dict[str, Any] | None = {}
-    """The same of fine-tuning. With `init` (or where an arm sets finetune.init) there is no pre-training before it."""
-    base_evaluate: dict[str, Any] | None = None
-    """The same of the evaluation of the fine-tuned network; none: no evaluation."""
-    arms: Annotated[dict[str, dict[str, Any]], BeforeValidator(without_null)] = {}
-    """Name -> dotted keys and values that belong together; every arm meets every point of the space. `arms.NAME=null`
-    leaves one out."""
-    space: Annotated[dict[str, dict[Verb, list[Any]]], BeforeValidator(without_null)] = {}
-    """Dotted key (pretrain.ema_decay, finetune.optim.lr) -> one of Ray Tune's verbs and its arguments. `a + b` gives
-    two keys one value. On a command line: 'space[finetune.optim.lr].choice=[1,2]'."""
-    judge: str = "val/dice"
-    """Figure of the last stage that trials are judged by: of the metrics, higher is better; where a probe comes last,
-    probe/balanced_accuracy, probe/decoder_dice, or probe/matching_mm, of which lower is better."""
-    first_judge: str | None = None
-    """Figure of a probe (as above) that the scheduler may stop trials by before fine-tuning; none: pre-training is not
-    judged, only a collapse ends it."""
-    scheduler: SchedulerConfig = SchedulerConfig()
-    search: Literal["random", "optuna"] = "random"
-    """How values are drawn: at random, or by Optuna's TPE from what earlier trials gave (extra `tune`)."""
-    num_trials: Positive = 1
-    """Draws from the space; a grid_search and the arms multiply them."""
-    max_trials: Positive = 64
-    """Largest number of trials that is accepted."""
-    max_concurrent: Positive | None = None
-    """Trials at a time; none: as many as the cluster's CPUs and GPUs hold, with those that its autoscaler can add."""
-    published: Literal["bcv", "liver", "kits", "spleen"] | None = None
-    """Tables of conf/published.yaml that the report sets beside the arms of the same name."""
-    seed: Seed = 0
-    """Seed of the draws."""
-    ray: RayConfig = RayConfig()

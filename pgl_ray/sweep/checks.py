@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from pgl_ray.config import Section, TuneConfig, keys
+from pgl_ray.config import STAGES, Section, TuneConfig, keys
 from pgl_ray.sweep.points import LEARNING_RATE, Point, draw, named, num_trials_of, title_of
-from pgl_ray.sweep.stages import STAGES, dotted, stage_config, stage_configs
+from pgl_ray.sweep.stages import dotted, stage_config, stage_configs
 from pgl_ray.sweep.sweeps import FIGURES, PROBE
 
 

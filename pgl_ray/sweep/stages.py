@@ -7,22 +7,10 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from pgl_ray.config import (
-    EncoderConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    PretrainConfig,
-    ProbeConfig,
-    Section,
-    TuneConfig,
-    ViewsConfig,
-    build,
-)
+from pgl_ray.config import STAGES, EncoderConfig, Section, TuneConfig, ViewsConfig, build
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import feature_geometry
 from pgl_ray.sweep.points import hash_of
-
-STAGES = {"pretrain": PretrainConfig, "probe": ProbeConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig}
 
 
 def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> dict[str, Section]:
@@ -40,21 +28,29 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
     overrides |= {name: value for key, value in values.items() if key != "arm" for name in dotted(key)}
     configs = {stage: stage_config(config, stage, overrides, folder) for stage in STAGES}
     tuning, shared = configs["finetune"], configs["pretrain"]
+    own = {name.partition(".")[0] for name in overrides if name.split(".")[1:2] == ["encoder"]}
+    encoder = shared.encoder if shared else None  # the pre-training's, whatever was swept
     if tuning and ("init" in (config.base_finetune or {}) or "finetune.init" in overrides):
         shared = configs["pretrain"] = None
     if not tuning and "probe.init" in overrides:
         shared = configs["pretrain"] = None
-    init = tuning.init if tuning else overrides.get("probe.init", "random")
+    init = tuning.init if tuning else configs["probe"].init if configs["probe"] else "random"
     if shared:
-        _check_geometry(shared.method, shared.encoder, shared.views.size, shared.align.output_stride)
-        same = shared.model_dump(mode="json", exclude={"run", "ray", "health", "probe"})
+        strides = [*shared.align.more_strides, shared.align.output_stride] if shared.method == "pgl" else [None]
+        for stride in strides:
+            _check_geometry(shared.encoder, shared.views.size, stride)
+        judges = () if config.base_probe is not None else (config.judge, config.first_judge)
+        curve = {"probe"} if not any((judge or "").startswith("probe/") for judge in judges) else set()
+        same = shared.model_dump(mode="json", exclude={"run", "ray", "health"} | curve)
         init = str(Path(config.run).absolute() / "pretrain" / hash_of(same)[:12])
         configs["pretrain"] = shared.model_copy(update={"run": init})
-    if configs["probe"]:
-        configs["probe"] = configs["probe"].model_copy(update={"init": init, "output": str(folder / "probe.json")})
-    if tuning:
-        changes = {"encoder": shared.encoder} if shared else {}  # the pre-training's, whatever was swept
-        configs["finetune"] = tuning.model_copy(update={"init": init} | changes)
+    more = {"probe": {"output": str(folder / "probe.json")}, "finetune": {}}
+    for stage, changes in more.items():
+        if configs[stage]:
+            # random weights are as large as what they are held against, unless an arm or the space says otherwise
+            alike = encoder and (shared or (init == "random" and stage not in own))
+            changes |= {"init": init} | ({"encoder": encoder} if alike else {})
+            configs[stage] = configs[stage].model_copy(update=changes)
     return {stage: stage_config for stage, stage_config in configs.items() if stage_config}
 
 
@@ -86,11 +82,12 @@ def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], fold
 
 
 @functools.cache
-def _check_geometry(method: str, encoder: EncoderConfig, view_size: tuple, output_stride: tuple) -> None:
-    """Refuses an output stride that the encoder has no map of."""
-    if method == "pgl":
-        with torch.device("meta"):
-            feature_geometry(build_encoder(**encoder.model_dump()), view_size, output_stride)
+def _check_geometry(encoder: EncoderConfig, view_size: tuple, output_stride: tuple | None) -> None:
+    """Refuses an output stride that the encoder has no map of, or that views are no multiple of; none: the last map's,
+    which methods other than PGL take."""
+    with torch.device("meta"):
+        network = build_encoder(**encoder.model_dump())
+        feature_geometry(network, view_size, output_stride or network.strides[-1])
 
 
 def dotted(key: str) -> list[str]:

@@ -169,8 +169,8 @@ def check_same(config: TuneConfig, folder: Path) -> None:
         earlier = json.loads(path.read_text())
         fixed = ["index", "judge", *(key for key in wanted if key.startswith("base_"))]
         changed = [key for key in fixed if earlier.get(key) != wanted[key]]
-        both = set(earlier["arms"]) & set(wanted["arms"])
-        changed += [f"arms.{arm}" for arm in sorted(both) if wanted["arms"][arm] != earlier["arms"][arm]]
+        arms = earlier.get("earlier_arms", {}) | earlier["arms"]
+        changed += [f"arms.{arm}" for arm, own in sorted(wanted["arms"].items()) if own != arms.get(arm, own)]
         if changed:
             raise ValueError(
                 f"run={config.run} is a sweep with another {', '.join(changed)} (sweep.json there): choose another "
@@ -181,10 +181,12 @@ def check_same(config: TuneConfig, folder: Path) -> None:
 
 
 def remember(config: TuneConfig, folder: Path) -> None:
-    """Writes sweep.json, after `check_same`."""
+    """Writes sweep.json, after `check_same`; arms that are left out now stay known as `earlier_arms`."""
     check_same(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SWEEP, json.loads(config.model_dump_json()))
+    earlier = read_json(folder / SWEEP) if (folder / SWEEP).exists() else {"arms": {}}
+    arms = earlier.get("earlier_arms", {}) | earlier["arms"]
+    write_json(folder / SWEEP, json.loads(config.model_dump_json()) | {"earlier_arms": arms})
 
 
 def note(folder: Path, **facts: Any) -> None:
