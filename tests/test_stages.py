@@ -16,7 +16,7 @@ PROBED = {"base_finetune": None, "judge": "probe/balanced_accuracy"}
 
 
 @pytest.mark.parametrize("stage", list(c.STAGES))
-def test_relative_paths_of_bases_and_arms_are_those_of_the_command(tmp_path, monkeypatch, stage):
+def test_relative_paths_are_those_of_the_command(tmp_path, monkeypatch, stage):
     """Ray Tune runs trials in folders of their own; whichever keys take a path, nested and dotted alike."""
     door = c.STAGES[stage]
     known = {"pretrain": {"index", "run", "probe.index"}, "evaluate": {"index", "run", "output"}}
@@ -91,7 +91,7 @@ def test_maps_that_an_encoder_has_not_are_refused_before(tmp_path, arm, views, m
         checks.check(config)
 
 
-def test_an_arm_that_was_left_out_keeps_its_name_and_gives_no_best(tmp_path):
+def test_an_arm_that_was_left_out_keeps_its_name(tmp_path):
     """Its results stay in the table; the best settings are of an arm that the sweep has."""
     folder = tmp_path / "sweep"
     both = {"a": {"finetune.optim.lr": 0.1}, "b": {"finetune.optim.lr": 0.2}}
