@@ -101,6 +101,7 @@ def test_the_closing_lines_answer_whether_pgl_helps(capsys):
             5,
             12,
             (16, 48, 48),
+            100,
             {"reestimated": {"voxels": score}},
             {"random, BatchNorm off": {"voxels": chance}},
         ),

@@ -184,6 +184,9 @@ def test_the_cards_commands_parse(path):
     assert len(commands) >= 4
     for line in commands:
         python, m, door, *args = shlex.split(line)
+        if m != "-m":  # a script of the repository
+            assert python == "python" and (ROOT / m).is_file()
+            continue
         args = [str(ROOT / arg) if arg.endswith(".yaml") else arg for arg in args]
         assert (python, m) == ("python", "-m") and c.load(models[door.removeprefix("pgl_ray.")], args)
 
