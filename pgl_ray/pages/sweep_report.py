@@ -13,6 +13,7 @@ from scipy import stats
 from pgl_ray import shipped
 from pgl_ray.model.metrics import reach
 from pgl_ray.pages import arms, figures, plots, sweep_answers, sweep_plots, tables
+from pgl_ray.pages.pages import plural
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.sweeps import Trial
@@ -112,7 +113,8 @@ def _totals(trials: list[Trial]) -> str:
     gpu_s = sum(cost["pretrain_gpu_s"] for cost in unique.values()) + sum(cost["finetune_gpu_s"] for cost in every)
     num = len({trial.pretrain for trial in trials if trial.pretrain})
     return (
-        f"{num} pre-trainings with {pairs:,} view pairs in {pretrain_s / 60:.1f} min and {len(trials)} trials with "
+        f"{plural(num, 'pre-training')} with {pairs:,} view pairs in {pretrain_s / 60:.1f} min and "
+        f"{plural(len(trials), 'trial')} with "
         f"{patches:,} patches in {finetune_s / 60:.1f} min: {gpu_s / 3600:.2f} GPU-hours."
     )
 
