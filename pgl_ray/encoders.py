@@ -60,9 +60,10 @@ class Weighted:
 
     def _doubts(self) -> list[str]:
         """Why an end that is given is not one, as far as its training is known."""
-        config = json.loads(self.source.meta.config) if self.source and self.source.meta else {}
-        with_labels = "freeze" in config  # a fine-tuning's
-        if self.key == "ceiling" and config and (not with_labels or config["freeze"]):
+        meta = self.source.meta if self.source else None
+        config, door = (json.loads(meta.config), meta.door) if meta else ({}, "")
+        with_labels = (door == "finetune" or "freeze" in config) and not config.get("freeze")
+        if self.key == "ceiling" and (door or config) and not with_labels:
             return ["its encoder was trained without labels: it is no upper end"]
         if self.key == "control" and config and not config.get("align", {}).get("wrong_priors"):
             return ["it was not trained with align.wrong_priors=true: it is no control"]
