@@ -113,9 +113,8 @@ def _totals(trials: list[Trial]) -> str:
     gpu_s = sum(cost["pretrain_gpu_s"] for cost in unique.values()) + sum(cost["finetune_gpu_s"] for cost in every)
     num = len({trial.pretrain for trial in trials if trial.pretrain})
     return (
-        f"{plural(num, 'pre-training')} with {pairs:,} view pairs in {pretrain_s / 60:.1f} min and "
-        f"{plural(len(trials), 'trial')} with "
-        f"{patches:,} patches in {finetune_s / 60:.1f} min: {gpu_s / 3600:.2f} GPU-hours."
+        f"{plural(num, 'pre-training')} with {pairs:,} view pairs in {pretrain_s / 60:.1f} min and {len(trials)} "
+        f"trials with {patches:,} patches in {finetune_s / 60:.1f} min: {gpu_s / 3600:.2f} GPU-hours."
     )
 
 
@@ -321,16 +320,15 @@ def _differences(cells: dict[str, list[Run]]) -> list[str]:
     lines = []
     for arm, runs in list(cells.items())[1:]:
         first, pairs = _against_first(cells, runs)
-        rows = [(mine.scores, other.scores) for mine, other in pairs]
         by_seed = [(mine.summary["dice"] or 0.0) - (other.summary["dice"] or 0.0) for mine, other in pairs]
-        lines += arms.difference(f"{arm} against {first}", rows, by_seed, arms.DICE)
+        lines += arms.difference(f"{arm} against {first}", [(a.scores, b.scores) for a, b in pairs], by_seed, arms.DICE)
     return lines
 
 
 def _against_first(cells: dict[str, list[Run]], runs: list[Run]) -> tuple[str, list[tuple]]:
     """The first arm, and its runs beside those of another, in pairs of a seed."""
-    first, others = next(iter(cells.items()))
-    by_seed = {run.record.seed: run for run in others}
+    first = next(iter(cells))
+    by_seed = {run.record.seed: run for run in cells[first]}
     return first, [(run, by_seed[run.record.seed]) for run in runs if run.record.seed in by_seed]
 
 
