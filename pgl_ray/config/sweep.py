@@ -52,7 +52,8 @@ class TuneConfig(Section):
     weights are an arm of the sweep (probe.init: random), judged once, in every reading, as wrong priors are
     (pretrain.align.wrong_priors: true). Its `size` is that of base_pretrain.views, for all trials alike."""
     base_finetune: dict[str, Any] | None = {}
-    """The same of fine-tuning. With `init` (or where an arm sets finetune.init) there is no pre-training before it."""
+    """The same of fine-tuning. With `init` (or where an arm sets finetune.init) there is no pre-training before it. Its
+    encoder and the probe's are base_pretrain's, those of random weights, too, unless an arm or the space sets them."""
     base_evaluate: dict[str, Any] | None = None
     """The same of the evaluation of the fine-tuned network; none: no evaluation."""
     arms: Annotated[dict[str, dict[str, Any]], BeforeValidator(without_null)] = {}
