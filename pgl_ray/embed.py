@@ -31,7 +31,7 @@ from pgl_ray.files.accounts import skipped
 from pgl_ray.files.scans import ScanFile, StoredScan, scan_files, stored_scans
 from pgl_ray.files.source import Fault
 from pgl_ray.judge import vectors
-from pgl_ray.judge.embedding import NO_MEMORY, Embedder, dense_hashes
+from pgl_ray.judge.embedding import NO_MEMORY, Embedder, made_by, made_of
 from pgl_ray.judge.features import ScanEncoder, spacing_of
 from pgl_ray.judge.readings import NUM_VIEWS
 from pgl_ray.model.inference import pick_device
@@ -84,7 +84,7 @@ def run(config: EmbedConfig) -> Result:
     spacing = spacing_of(config, encoder)
     names = tuple(encoder.names[level] for level in encoder.levels(config.maps))
     facts = vectors.about(config, encoder, names, reading)
-    before = _finished(config, output, scans, facts)
+    before = _finished(config, output, scans, facts, spacing)
     todo = [scan for scan in scans if scan.scan_id not in before]
     known = f", {len(before)} of them done before" if before else ""
     print(f"embed: {len(scans)} scan{'s' * (len(scans) != 1)}{known}; maps {', '.join(names)}; {reading}", flush=True)
@@ -103,7 +103,7 @@ def run(config: EmbedConfig) -> Result:
     ordered = [rows[scan.scan_id] for scan in scans if scan.scan_id in rows]
     _note(ordered)
     if rows:
-        _finish(output, ordered, facts, {scan.scan_id for scan in scans})
+        _finish(output, ordered, facts, {scan.scan_id for scan in scans}, spacing)
     for line in skipped(starmap(Fault, failed.items()), [*left_out, *starmap(Fault, label_maps.items())]):
         print(f"embed: {line}", flush=True)
     if not rows:
@@ -173,7 +173,7 @@ def _embedded(
             if began is None:  # Ray is running
                 began = saved_at = row
                 continue
-            if "failed" not in row and config.dense and not dense_hashes(output, row["scan_id"]):
+            if "failed" not in row and config.dense and not made_of(output, row["scan_id"]):
                 row["failed"] = f"its maps are not in {output}: all nodes must share that folder"
             if "failed" in row:
                 (label_maps if "no_ct" in row else failed)[row["scan_id"]] = row["failed"]
@@ -259,7 +259,11 @@ def _most_voxels(todo: list[StoredScan | ScanFile]) -> int:
 
 
 def _finished(
-    config: EmbedConfig, output: Path, scans: list[StoredScan | ScanFile], facts: dict[str, Any]
+    config: EmbedConfig,
+    output: Path,
+    scans: list[StoredScan | ScanFile],
+    facts: dict[str, Any],
+    spacing: tuple[float, float, float] | None,
 ) -> dict[str, dict]:
     """Rows of an earlier call that still hold: the same encoder and maps, and a scan that is what it was."""
     earlier, faults = vectors.read_earlier(output, facts)
@@ -273,25 +277,42 @@ def _finished(
         except OSError:  # the file is gone or unreadable: its row of today will say so
             whole = False
         if whole and config.dense:
-            wanted = {"maps": names, "encoder_hash": row["encoder_hash"], "scan_hash": row["scan_hash"]}
-            whole = dense_hashes(output, scan.scan_id) == wanted
+            wanted = {"maps": names} | made_by(row["encoder_hash"], row["scan_hash"], spacing)
+            whole = made_of(output, scan.scan_id) == wanted
         if whole:
             finished[scan.scan_id] = row
     return finished
 
 
-def _finish(output: Path, rows: list[dict], facts: dict[str, Any], asked: set[str]) -> None:
-    """Writes the table; says what of an earlier one is not in it."""
+def _finish(
+    output: Path,
+    rows: list[dict],
+    facts: dict[str, Any],
+    asked: set[str],
+    spacing: tuple[float, float, float] | None,
+) -> None:
+    """Writes the table; says what of an earlier one is not in it, and which maps beside it are not of its making."""
     replaced, gone = vectors.write_table(output, rows, facts, asked)
     if replaced:
         what = f"{output / vectors.TABLE} held vectors of another encoder, window (size=), maps or spacing"
         print(f"embed: note: {what}: it is replaced", flush=True)
     if gone:
         print(f"embed: note: no longer in the table, for they are not asked for: {_some(gone)}", flush=True)
-    current = {f"{row['scan_id']}.zarr" for row in rows}
-    left = sorted(name for name in open_place(output).names("dense") if name not in current)
+    current = {f"{row['scan_id']}.zarr": row for row in rows}
+    there = sorted(open_place(output).names("dense"))
+    left = [name for name in there if name not in current]
     if left:
         print(f"embed: note: {output / 'dense'} holds maps of scans that are not in the table: {_some(left)}")
+    other = [name for name in there if name in current and not _made_alike(output, current[name], spacing)]
+    if other:
+        what = f"{output / 'dense'} holds maps of another encoder, scan or voxel size than the table"
+        print(f"embed: note: {what}, which dense=true makes anew: {_some(other)}")
+
+
+def _made_alike(output: Path, row: dict, spacing: tuple[float, float, float] | None) -> bool:
+    """Whether a scan's maps were made as its row was."""
+    wanted = made_by(row["encoder_hash"], row["scan_hash"], spacing)
+    return wanted.items() <= made_of(output, row["scan_id"]).items()
 
 
 # -- what is said -----------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from pgl_ray.train.metrics import whole_lines
 from pgl_ray.train.progress import Stage
 from pgl_ray.train.records import CheckpointMeta
 from pgl_ray.train.run_files import write_json
+from pgl_ray.train.stops import BEST
 from pgl_ray.train.weights import load_segmenter
 
 SCANS, TABLE = "scans.jsonl", "metrics.parquet"
@@ -71,10 +72,11 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     model, meta = load_segmenter(config.run, device)
     index = read_index(config.index)
     records = _choose(config, meta, index)
-    others = _read_others(config.compare, records) if config.compare else None
+    identity = _identity(config, device)
+    others = _read_others(config, records, identity) if config.compare else None
     notes = seen_notes(meta.data, records)
     folder.mkdir(parents=True, exist_ok=True)
-    rows_by_scan = _continue(folder, _identity(config, device), records)
+    rows_by_scan = _continue(folder, identity, records, config.save_predictions)
     left = [record for record in records if record.scan_id not in rows_by_scan]
 
     known = f", {len(rows_by_scan)} of them known already" if rows_by_scan else ""
@@ -95,7 +97,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
 
     rows = [row for record in records for row in rows_by_scan[record.scan_id]]
     if left or not (folder / "summary.json").exists():
-        seconds = (time.monotonic() - began) / max(1, len(left))
+        seconds = (time.monotonic() - began) / len(left) if left else None
         summary = summarise(rows) | {
             "ci95": intervals(rows, config.seed),
             "seed": config.seed,
@@ -165,12 +167,13 @@ def _choose(config: EvaluateConfig, meta: CheckpointMeta, index: Index) -> list[
     return records
 
 
-def _read_others(run: str, records: list[ScanRecord]) -> list[dict[str, Any]]:
+def _read_others(config: EvaluateConfig, records: list[ScanRecord], identity: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of another evaluation of the same scans.
 
     Raises:
-        ValueError: there is none, or it is one of other scans.
+        ValueError: there is none, or it is one of other scans, made in another way, or of a network that has changed.
     """
+    run = config.compare
     place = run_paths.fetch_for_report(run)
     path = next((p for p in (place / "evaluation" / TABLE, place / TABLE) if p.is_file()), None)
     if path is None:
@@ -182,6 +185,16 @@ def _read_others(run: str, records: list[ScanRecord]) -> list[dict[str, Any]]:
             f"compare={run} was evaluated on {len(theirs)} scans, {len(theirs - ours)} of which are not among the "
             f"{len(ours)} of this evaluation: evaluate both with the same index, split and num_scans"
         )
+    made = _done_before(path.with_name(SCANS))[0]
+    for key in sorted((identity.keys() | made.keys()) - {"checkpoint"}) if made else ():
+        their, our = made.get(key, False), identity.get(key, False)
+        if their != our:
+            raise ValueError(f"compare={run} was evaluated with {key}={their}, here {our}: evaluate both alike")
+    newest = place / BEST
+    if made and newest.is_file() and made["checkpoint"] != _sha256(newest):
+        raise ValueError(
+            f"compare={run} has been trained on since its evaluation: python -m pgl_ray.evaluate run={run} first"
+        )
     return rows
 
 
@@ -190,10 +203,12 @@ def _read_others(run: str, records: list[ScanRecord]) -> list[dict[str, Any]]:
 
 def _identity(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     """All that decides what a scan's rows and prediction are, but the scan."""
-    checkpoint = hashlib.sha256(file_of(config.run).read_bytes()).hexdigest()
-    settings = {"tta": config.tta, "save_predictions": config.save_predictions, "overlap": config.inference.overlap}
-    settings |= {"bfloat16": True} if on.in_bfloat16(device, config.inference.precision) else {}
-    return {"checkpoint": checkpoint} | settings
+    settings = {"checkpoint": _sha256(file_of(config.run)), "tta": config.tta, "overlap": config.inference.overlap}
+    return settings | ({"bfloat16": True} if on.in_bfloat16(device, config.inference.precision) else {})
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _content(record: ScanRecord) -> str:
@@ -203,28 +218,52 @@ def _content(record: ScanRecord) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _continue(folder: Path, identity: dict[str, Any], records: list[ScanRecord]) -> dict[str, list[dict[str, Any]]]:
+def _done_before(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """How the scans of a scans.jsonl were evaluated, {} where there is none, and a line for each."""
+    made, *lines = [json.loads(line) for line in whole_lines(path)] or [{}]
+    made.pop("save_predictions", None)  # which earlier versions wrote
+    return made, lines
+
+
+def _continue(
+    folder: Path, identity: dict[str, Any], records: list[ScanRecord], with_predictions: bool
+) -> dict[str, list[dict[str, Any]]]:
     """Rows by scan_id of the records that were evaluated before, by the same network in the same way.
 
-    All else that an evaluation left in the folder is removed, so that no prediction lies beside another's scores.
+    What this network said of scans that are not asked for now stays. All else that an evaluation left in the folder is
+    removed, so that no prediction lies beside another's scores.
 
     Raises:
         ValueError: the folder holds predictions that no evaluation wrote.
     """
-    first, *lines = (list(map(json.loads, whole_lines(folder / SCANS))) if (folder / SCANS).exists() else []) or [None]
-    wanted = {record.scan_id: _content(record) for record in records}
-    same = [line for line in lines if wanted.get(line["scan_id"]) == line["scan"]] if first == identity else []
-    rows_by_scan = {line["scan_id"]: line["rows"] for line in same}
-    predictions = list((folder / "predictions").glob("*.nii.gz"))
-    if first is None and predictions and not (folder / "summary.json").exists():
+    made, lines = _done_before(folder / SCANS)
+    predictions = {path.name.removesuffix(".nii.gz"): path for path in (folder / "predictions").glob("*.nii.gz")}
+    if not made and predictions and not (folder / "summary.json").exists():
         raise ValueError(f"output={folder} holds predictions/ that are not of an evaluation: choose another output=...")
-    if len(rows_by_scan) < len(records) or len(lines) > len(rows_by_scan) or first != identity:
-        stale = [folder / TABLE, folder / "summary.json", *folder.glob("compare_*.json")]
-        for path in stale + [p for p in predictions if p.name.removesuffix(".nii.gz") not in rows_by_scan]:
+    wanted = {record.scan_id: _content(record) for record in records}
+    same = [line for line in lines if wanted.get(line["scan_id"], line["scan"]) == line["scan"]]
+    same = [line for line in same if line["scan_id"] in predictions or not with_predictions] if made == identity else []
+    lines_by_scan = {line["scan_id"]: line for line in same}
+    rows_by_scan = {scan_id: lines_by_scan[scan_id]["rows"] for scan_id in wanted if scan_id in lines_by_scan}
+    if len(rows_by_scan) < len(records) or _summed(folder / TABLE) != {
+        key for key, rows in rows_by_scan.items() if rows
+    }:
+        for path in (folder / TABLE, folder / "summary.json", *folder.glob("compare_*.json")):
             path.unlink(missing_ok=True)
-    text = "".join(json.dumps(line) + "\n" for line in [identity, *same])
-    write_aside(folder / SCANS, text.encode())
+    for scan_id in predictions.keys() - lines_by_scan.keys():
+        predictions[scan_id].unlink()
+    write_aside(
+        folder / SCANS, "".join(json.dumps(line) + "\n" for line in [identity, *lines_by_scan.values()]).encode()
+    )
     return rows_by_scan
+
+
+def _summed(path: Path) -> set[str] | None:
+    """Scans of a table; none where there is no whole one."""
+    try:
+        return {*pq.read_table(path, columns=["scan_id"])["scan_id"].to_pylist()}
+    except (OSError, pa.ArrowException):
+        return None
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

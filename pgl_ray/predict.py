@@ -170,22 +170,23 @@ def _work(source: Path, output: Path) -> tuple[list[Job], list[Fault], list[Faul
     for one, target in zip(scans, targets):
         if target.resolve() == one.path.resolve():
             raise ValueError(f"output={output} would replace the CT {one.path}: choose another")
+        if target.exists() and not _is_made(target):
+            raise ValueError(f"output={output}: {target} is there, and predict has not written it: choose another")
     return [Job(one, target) for one, target in zip(scans, targets)], faults, left_out
 
 
 def _without_made(tree: Tree) -> tuple[Tree, list[Fault]]:
     """A folder's files but for what an earlier call wrote."""
-    made = [path for path in tree.paths if path.endswith(".nii.gz") and _is_label_map(path, tree)]
+    made = [path for path in tree.paths if path.endswith(".nii.gz") and _is_made(Path(path))]
     ends = (".nii.gz", ".json", ".html", ".png")
     tree = tree.without(path.removesuffix(".nii.gz") + end for path in made for end in ends)
     return tree, [Fault(path, "a label map that predict has written") for path in made]
 
 
-def _is_label_map(path: str, tree: Tree) -> bool:
-    """Whether predict has written a file, by the facts beside it."""
-    facts = f"{path.removesuffix('.nii.gz')}.json"
+def _is_made(path: Path) -> bool:
+    """Whether predict has written a label map, by the facts beside it."""
     try:
-        return facts in tree.files and "maker" in json.loads(Path(facts).read_text())
+        return "maker" in json.loads(path.with_name(f"{path.name.removesuffix('.nii.gz')}.json").read_text())
     except (OSError, ValueError, TypeError):
         return False
 
@@ -233,6 +234,9 @@ def predict_one(
     aside = job.target.with_name(f".part{os.getpid()}.{job.target.name}")
     try:
         ct.write_label(aside, label, job.scan.path, job.scan.slices)
+        write_json(job.with_suffix(".json"), {"maker": ""})  # ours, and not whole: what is beside it may be another's
+        for end in (".html", ".png"):
+            job.with_suffix(end).unlink(missing_ok=True)
         put_in_place(aside, job.target)
     finally:
         aside.unlink(missing_ok=True)

@@ -352,6 +352,20 @@ def test_other_spacing_is_said_once_and_resampled_on_request(tmp_path, cts, caps
     np.testing.assert_allclose(said["spacing_mm"], (2.5, 4.488, 4.488), rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_maps_of_another_voxel_size_are_made_anew(tmp_path, cts, capsys):
+    """The table of the one, then of the other without maps, then with them."""
+    embed.run(config(tmp_path / "o", input=str(cts), dense=True))
+    embed.run(config(tmp_path / "o", input=str(cts), spacing="weights"))
+    said = "dense holds maps of another encoder, scan or voxel size than the table, which dense=true makes anew: s0"
+    assert said in capsys.readouterr().out
+    embed.run(config(tmp_path / "o", input=str(cts), spacing="weights", dense=True))
+    assert "dense holds" not in capsys.readouterr().out
+    for name in ("s0", "s1", "s2", "s3"):
+        made = zarr.open_group(tmp_path / f"o/dense/{name}.zarr", mode="r").attrs["pgl_ray"]
+        np.testing.assert_allclose(made["spacing_mm"], (2.5, 4.488, 4.488), rtol=1e-5)
+
+
 def test_an_encoder_is_what_export_wrote():
     network, expected = export.load(INIT)
     encoder = api.load_encoder(INIT)

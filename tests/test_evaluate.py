@@ -281,14 +281,20 @@ def test_what_was_evaluated_is_not_evaluated_again(folder, monkeypatch):
 
     evaluate.run(config(folder, num_scans=1))
     assert pq.read_table(out / "metrics.parquet").num_rows == 2 and len(segmented) == 4
-    assert [p.name for p in (out / "predictions").iterdir()] == ["a.nii.gz"]
+    assert sorted(p.name for p in (out / "predictions").iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    assert (
+        evaluate.run(config(folder)).summary["num_scans"] == 3 and len(segmented) == 4
+    )  # what was finished has stayed
+    assert evaluate.run(config(folder, save_predictions=False)).summary["num_scans"] == 3 and len(segmented) == 4
+    (out / "predictions/b.nii.gz").unlink()
     evaluate.run(config(folder))
+    assert segmented[4:] == [(13, 21, 30)] and (out / "predictions/b.nii.gz").exists()
     (folder / "r/best.pt").write_bytes(b"another network")
     monkeypatch.setattr(evaluate, "_write_prediction", lambda *_: None)
     evaluate.run(config(folder))
-    assert len(segmented) == 9 and not list((out / "predictions").iterdir())
+    assert len(segmented) == 8 and not list((out / "predictions").iterdir())
     evaluate.run(config(folder, inference={"overlap": 0.25}))
-    assert len(segmented) == 12
+    assert len(segmented) == 11
     assert not [p for p in out.rglob("*") if ".part" in p.name]
 
 
@@ -343,6 +349,26 @@ def test_two_runs_are_compared_on_the_same_scans(folder, monkeypatch, capsys):
     assert "r minus other" in printed and "with 2 scans it is at least 0.5" in printed
     pq.write_table(pa.Table.from_pylist(rows[:1]), other / "metrics.parquet")
     with pytest.raises(ValueError, match="evaluated on 1 scans, 0 of which are not among the 3"):
+        evaluate.run(config(folder, compare=str(other)))
+
+
+@pytest.mark.parametrize(
+    "theirs, said", [({"tta": True}, "tta=True"), ({"inference": {"overlap": 0.1}}, "overlap=0.1")]
+)
+def test_what_is_compared_was_made_alike(folder, monkeypatch, theirs, said):
+    """Else flips, overlap or further training would pass for a difference of the networks."""
+    known_run(monkeypatch, folder)
+    other = folder / "other"
+    other.mkdir()
+    (other / "best.pt").write_bytes(b"theirs")
+    evaluate.run(config(folder, run=str(other), **theirs))
+    with pytest.raises(ValueError, match=f"compare=.*other was evaluated with {said}, here .*: evaluate both alike"):
+        evaluate.run(config(folder, compare=str(other)))
+    evaluate.run(config(folder, compare=str(other), **theirs))
+    evaluate.run(config(folder, run=str(other)))
+    evaluate.run(config(folder, compare=str(other)))
+    (other / "best.pt").write_bytes(b"trained on")
+    with pytest.raises(ValueError, match=r"other has been trained on since its evaluation: python -m pgl_ray.evaluate"):
         evaluate.run(config(folder, compare=str(other)))
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from types import SimpleNamespace
 
@@ -236,6 +237,74 @@ def test_what_is_finished_is_not_done_again(tmp_path, known, monkeypatch, capsys
     other = lambda run, device: (Bands(volume(7)).eval(), META)  # noqa: E731 (another network)
     monkeypatch.setattr(predict, "load_segmenter", other)
     assert predict.run(config(source, out, inference={"overlap": 0.2})).num_finished_before == 0
+
+
+def network(monkeypatch, seed):
+    monkeypatch.setattr(predict, "load_segmenter", lambda run, device: (Bands(volume(seed)).eval(), META))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("how", ["without pages", "killed at the page", "killed at the facts"])
+def test_no_network_s_map_beside_another_s_page(tmp_path, monkeypatch, how):
+    """A's whole output, B's in between, then either again: what lies there is always one network's."""
+    write(tmp_path / "ct.nii.gz")
+    asked = config(tmp_path / "ct.nii.gz", tmp_path / "o/label.nii.gz", viewer=True)
+    whole = {}
+    for name, seed in (("B", 7), ("A", 0)):
+        network(monkeypatch, seed)
+        predict.run(asked)
+        whole[name] = contents(tmp_path / "o")
+    network(monkeypatch, 7)
+    if how == "without pages":
+        predict.run(asked.model_copy(update={"viewer": False}))
+    else:
+        stopped = {"killed at the page": (predict.viewer, "make_page"), "killed at the facts": (predict, "write_aside")}
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(*stopped[how], lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            predict.run(asked)
+    assert not (tmp_path / "o/label.html").exists() and not (tmp_path / "o/label.png").exists()
+    between = contents(tmp_path / "o")
+    for name, seed in (("A", 0), ("B", 7)):
+        for path in (tmp_path / "o").iterdir():
+            path.unlink()
+        for path, content in between.items():
+            (tmp_path / "o" / path).write_bytes(content)
+        network(monkeypatch, seed)
+        predict.run(asked)
+        assert contents(tmp_path / "o") == whole[name]
+
+
+@pytest.mark.parametrize("facts", [None, "{}", "[]", "no json"])
+def test_label_maps_of_others_are_not_replaced(tmp_path, known, facts):
+    """As nnU-Net has them: imagesTs/case_0000.nii.gz is segmented as case, whose drawn label map lies in labelsTs."""
+    (tmp_path / "imagesTs").mkdir()
+    (tmp_path / "labelsTs").mkdir()
+    for name in ("case1", "case2"):
+        write(tmp_path / f"imagesTs/{name}_0000.nii.gz")
+    drawn = tmp_path / "labelsTs/case2.nii.gz"
+    drawn.write_bytes(b"drawn by hand")
+    if facts:
+        drawn.with_name("case2.json").write_text(facts)
+    with pytest.raises(ValueError, match=r"labelsTs/case2.nii.gz is there, and predict has not written it: choose"):
+        predict.run(config(tmp_path / "imagesTs", tmp_path / "labelsTs"))
+    assert drawn.read_bytes() == b"drawn by hand" and not (tmp_path / "labelsTs/case1.nii.gz").exists()
+
+
+def test_another_patient_s_file_of_that_name_and_time(tmp_path, known):
+    """As archives with one time for all files have them: only what is in them differs."""
+    other = np.roll(volume(), 1)  # of the same HU, which `known` goes by
+    for name, hu in (("p1", volume()), ("p2", other)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "ct.nii", hu)
+        os.utime(tmp_path / name / "ct.nii", (1e9, 1e9))
+    predict.run(config(tmp_path / "p1/ct.nii", tmp_path / "q.nii.gz"))
+    predict.run(config(tmp_path / "p2/ct.nii", tmp_path / "q.nii.gz"))
+    assert np.array_equal(np.asarray(nib.load(tmp_path / "q.nii.gz").dataobj), expected(other))
+    (tmp_path / "p2").rename(tmp_path / "moved")  # the same file is not done again
+    assert predict.run(config(tmp_path / "moved/ct.nii", tmp_path / "q.nii.gz")).num_finished_before == 1
 
 
 def test_page_and_facts_of_the_label_map(tmp_path, known):

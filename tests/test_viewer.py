@@ -121,10 +121,23 @@ def test_nothing_sticks_out_in_a_browser(tmp_path):
 )
 def test_the_answers_say_what_to_look_at_first(voxels, notes, expected):
     organs = [Organ(name, k, n, float(n)) for k, (name, n) in enumerate(zip(("small", "large"), voxels), 1)]
-    present, first, sure = viewer.answers(organs, notes)
+    present, first, sure = viewer.answers(organs, notes, float(sum(voxels)))
     assert (present.lines[0].verdict, first.lines[0].verdict) == expected[:2] and expected[2] in first.lines[0].text
     assert sure.lines[0].verdict == "Can't tell" and "pgl_ray.evaluate" in sure.lines[0].text
     assert f"{sum(voxels):.1f} mL in all" in present.lines[0].text or "no voxel has a label" in present.lines[0].text
+
+
+def test_what_lies_in_another_organ_counts_once(monkeypatch):
+    """Of task=binary: the organ includes its tumour."""
+    label, affine = np.zeros((4, 5, 6), np.uint8), np.diag([10.0, 10.0, 10.0, 1.0])
+    label[:2], label[1] = 1, 2  # 30 mL, and 30 mL of tumour in 60 mL of organ
+    given = {}
+    monkeypatch.setattr(viewer.pages, "render", lambda name, **texts: given.update(texts) or "")
+    for nested, whole in ((True, 60.0), (False, 30.0)):
+        organs = viewer.legend(label, {"liver": 1, "tumour": 2}, affine, nested=nested)
+        viewer.make_page(np.zeros(label.shape, np.int16), label, affine, organs, {}, [])
+        assert [organ.volume_ml for organ in organs] == [whole, 30.0]
+        assert "60.0 mL in all" in given["answers"][0].lines[0].text
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

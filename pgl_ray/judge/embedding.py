@@ -5,6 +5,7 @@ No Ray here: the door calls it in this process, or hands it to Ray as an actor.
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Embedder:
         if not np.isfinite(vector).all():
             raise ValueError("its features are not finite")
         if self.folder:
-            write_dense(Path(self.folder), scan, seen, maps, {"encoder_hash": self.hash, "scan_hash": stamp})
+            write_dense(Path(self.folder), scan, seen, maps, made_by(self.hash, stamp, self.spacing_mm))
         return {
             "scan_id": scan.scan_id,
             "source": scan.source,
@@ -87,8 +88,17 @@ class Embedder:
         }
 
 
+def made_by(encoder_hash: str, scan_hash: str, spacing_mm: Sequence[float] | None) -> dict[str, Any]:
+    """What dense maps of a scan depend on, but for which they are."""
+    return {
+        "encoder_hash": encoder_hash,
+        "scan_hash": scan_hash,
+        "resampled_mm": list(spacing_mm) if spacing_mm else None,
+    }
+
+
 def write_dense(
-    folder: Path, scan: StoredScan | ScanFile, seen: Scan, maps: list[FeatureMap], hashes: dict[str, str]
+    folder: Path, scan: StoredScan | ScanFile, seen: Scan, maps: list[FeatureMap], made: dict[str, Any]
 ) -> None:
     """Writes a scan's maps as a Zarr v3 group, whole or not at all.
 
@@ -97,7 +107,7 @@ def write_dense(
     RAS+ mm). The group says which scan it is, its shape, voxel size and affine.
     """
     attributes = {"scan_id": scan.scan_id, "source": scan.source, "scan_shape": list(seen.voxels.shape)}
-    attributes |= {"spacing_mm": list(seen.spacing_mm), "affine": seen.affine.tolist(), **hashes}
+    attributes |= {"spacing_mm": list(seen.spacing_mm), "affine": seen.affine.tolist(), **made}
     with Folder(folder.absolute()).replaced(f"dense/{scan.scan_id}.zarr") as place:
         group = zarr.open_group(str(place.root), mode="w", zarr_format=3, attributes={"pgl_ray": attributes})
         for one in maps:
@@ -112,13 +122,13 @@ def write_dense(
             array[:] = values
 
 
-def dense_hashes(folder: Path, scan_id: str) -> dict[str, Any]:
-    """Names of the maps that are stored of a scan, and the hashes that they were made with; {} where there are none."""
+def made_of(folder: Path, scan_id: str) -> dict[str, Any]:
+    """Names of the maps that are stored of a scan, and what `made_by` said of them; {} where there are none."""
     place = folder / "dense" / f"{scan_id}.zarr"
     try:
         attributes = json.loads((place / "zarr.json").read_text())["attributes"]["pgl_ray"]
         names = sorted(path.parent.name for path in place.glob("*/zarr.json"))
-        return {"maps": names, "encoder_hash": attributes["encoder_hash"], "scan_hash": attributes["scan_hash"]}
+        return {"maps": names} | {key: attributes[key] for key in made_by("", "", None)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -67,7 +67,7 @@ def make_page(
     ]
     page = pages.render(
         "viewer.html",
-        answers=answers(organs, notes),
+        answers=answers(organs, notes, np.count_nonzero(label) * _voxel_ml(affine)),
         **texts,
         notes=notes,
         organs=rows,
@@ -105,12 +105,12 @@ def _niivue_data(
     }
 
 
-def answers(organs: Sequence[Organ], notes: Sequence[str]) -> list[Answer]:
-    """What was found, what to look at first, and how sure it is."""
+def answers(organs: Sequence[Organ], notes: Sequence[str], total_ml: float) -> list[Answer]:
+    """What was found, `total_ml` of it, what to look at first, and how sure it is."""
     present = [organ for organ in organs if organ.voxels]
     missed = [organ.name for organ in organs if not organ.voxels]
     what = f"{len(present)} of {plural(len(organs), 'organ')}"
-    where = f"{sum(organ.volume_ml for organ in present):,.1f} mL in all" if present else "no voxel has a label"
+    where = f"{total_ml:,.1f} mL in all" if present else "no voxel has a label"
     where += f"; not found: {', '.join(missed)}" if missed else ""
     if notes:
         first = Line("The scan", f"{plural(len(notes), 'note')} on it, first: {notes[0].rstrip('.')}")
@@ -154,7 +154,7 @@ def _nifti(array: np.ndarray, affine: np.ndarray, scaling: tuple[float, float]) 
     header.set_xyzt_units("mm")
     header["scl_slope"], header["scl_inter"], header["vox_offset"] = *scaling, 352
     content = header.binaryblock + b"\0" * 4 + np.ascontiguousarray(array).tobytes()
-    return base64.b64encode(igzip.compress(content, 2)).decode()
+    return base64.b64encode(igzip.compress(content, 2, mtime=0)).decode()
 
 
 def _centre_mm(numbers: np.ndarray, affine: np.ndarray) -> list[float] | None:
@@ -170,6 +170,10 @@ def _profile(numbers: np.ndarray, axis: int) -> np.ndarray:
     return np.count_nonzero(numbers, axis=tuple(k for k in range(3) if k != axis))
 
 
+def _voxel_ml(affine: np.ndarray) -> float:
+    return abs(np.linalg.det(affine[:3, :3])) / 1000
+
+
 def legend(label: np.ndarray, names: dict[str, int], affine: np.ndarray, nested: bool) -> list[Organ]:
     """How large the organs of a label map are.
 
@@ -180,8 +184,7 @@ def legend(label: np.ndarray, names: dict[str, int], affine: np.ndarray, nested:
         nested: whether a smaller value includes the larger ones, as organ includes tumour (task=binary).
     """
     counts = np.bincount(label.ravel(), minlength=max(names.values()) + 1)
-    voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
-    organs = []
+    voxel_ml, organs = _voxel_ml(affine), []
     for name, value in sorted(names.items(), key=lambda item: item[1]):
         voxels = int(counts[value:].sum() if nested else counts[value])
         organs.append(Organ(name, value, voxels, round(voxels * voxel_ml, 3)))
