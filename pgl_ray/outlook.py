@@ -2,6 +2,8 @@
 sum of the rates, the share of clamped bins, and what to change where these are off. `pretrain` prints it."""
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,9 +22,11 @@ from pgl_ray.prior import Geometry, clamped_bins, clamped_shares, triple
 from pgl_ray.train import optim
 
 MIN_TURNOVER = 4.0  # runs of less (200 steps at 0.99: 1) learned little
+MIN_REACH = 0.5  # of a weight's norm, that LARS can move it by in a run: with less, layers stay nearly as they were
+MAX_STEP = 0.1  # of it in a step: a rate of 7.2 trained well at momentum 0.9, of 24 and 72 collapsed (health_controls)
 MAX_CLAMPED = 0.2  # of the bins of an axis
 SHORT_DECAY = 0.9  # no lower one is recommended: BYOL's lowest that still learns (Grill et al. 2020, Table 5a)
-PAPER = "the paper's: 14 and 706"  # 7,060 steps, omega 0.996, rate 0.2
+PAPER_TURNOVER, PAPER_RATES = "the paper's: 14", "the paper's: 706"  # 7,060 steps, omega 0.996, LARS at 0.2
 EPSILON = 1e-6  # of the sums
 NUM_PAIRS = 512  # that clamping is counted on
 AT_A_TIME = 32  # pairs
@@ -55,13 +59,15 @@ def of(
         index, plan, renderer: its scans, what is drawn of them when, and how.
         encoder, geometry: its encoder, and the frame of the map that is compared.
     """
-    warmup = optim.warmup_steps(config.optim, plan.rows_per_epoch, plan.global_batch_size, plan.num_steps)
-    facts = {"sum_of_rates": optim.sum_of_rates(config.optim.lr, warmup, plan.num_steps)}
+    facts = {"sum_of_rates": _sum_of_rates(config, plan, plan.num_steps)}
     rates, notes = f"the rates add up to {facts['sum_of_rates']:.1f}", []
+    if config.optim.kind == "lars":
+        rates += f" ({PAPER_RATES})"
+        notes += _rates_off(config, plan, facts["sum_of_rates"])
     if config.method == "genesis":
-        return Outlook(facts, [f"in {plan.num_steps} steps {rates}"])
+        return Outlook(facts, [f"in {plan.num_steps} steps {rates}", *notes])
     turned = facts["target_turnover"] = optim.turnover(plan.num_steps, config.ema_decay)
-    lines = [f"in {plan.num_steps} steps the target turns over {turned:.1f} times and {rates} ({PAPER})"]
+    lines = [f"in {plan.num_steps} steps the target turns over {turned:.1f} times ({PAPER_TURNOVER}) and {rates}"]
     if turned < MIN_TURNOVER - EPSILON:
         notes.append(f"note: {_slow_target(config, plan.num_steps, turned)}")
     if config.method == "pgl":
@@ -78,6 +84,45 @@ def of(
         if max(shares) > MAX_CLAMPED:
             notes.append(f"note: {_clamped(compared, shares, encoder, geometry)}")
     return Outlook(facts, lines + notes)
+
+
+def _sum_of_rates(config: PretrainConfig, plan: Plan, num_steps: int) -> float:
+    """Of the run's rate, or of as many steps."""
+    warmup = optim.warmup_steps(config.optim, plan.rows_per_epoch, plan.global_batch_size, num_steps)
+    return optim.sum_of_rates(config.optim.lr, warmup, num_steps)
+
+
+def _rates_off(config: PretrainConfig, plan: Plan, rates: float) -> list[str]:
+    """That LARS gets nowhere, or too far at once, and which settings would mend it; nothing where neither is so."""
+    reach, step = (optim.lars_reach(config.optim, one) for one in (rates, config.optim.lr))
+    if step > MAX_STEP + EPSILON:
+        most = _two_digits(config.optim.lr * MAX_STEP / step, math.floor)
+        return [
+            f"note: the rate is high: LARS at {config.optim.lr:g} moves a weight by up to {step:.2g} of its norm a "
+            f"step, more than {MAX_STEP}, where features may collapse: take optim.lr={most:g} or less"
+        ]
+    if reach >= MIN_REACH - EPSILON:
+        return []
+    lr = _two_digits(config.optim.lr * MIN_REACH / reach, math.ceil)
+    mend = f"optim.lr={lr:g} would"
+    if optim.lars_reach(config.optim, lr) > MAX_STEP:
+        needed = (
+            num
+            for num in itertools.count(plan.num_steps)
+            if optim.lars_reach(config.optim, _sum_of_rates(config, plan, num)) * MAX_STEP / step >= MIN_REACH
+        )
+        most = _two_digits(config.optim.lr * MAX_STEP / step, math.floor)
+        mend = f"max_steps={next(needed)} with optim.lr={most:g} would"
+    return [
+        f"note: the rates are low: LARS moves a weight by at most {reach:.2g} of its norm in {plan.num_steps} steps, "
+        f"and should be able to by {MIN_REACH:g}: {mend}"
+    ]
+
+
+def _two_digits(value: float, rounded: Callable[[float], int]) -> float:
+    """A number of two digits, rounded up or down."""
+    places = 1 - math.floor(math.log10(value))
+    return rounded(round(value * 10**places, 6)) / 10**places
 
 
 def _slow_target(config: PretrainConfig, num_steps: int, turned: float) -> str:

@@ -143,6 +143,13 @@ def phantoms(tmp_path_factory) -> Path:
 
 ENCODER = {"width": 4, "depths": [1, 1, 1, 1]}
 STEPS = 200
+BY_PLACE = {"flip": False, "output_stride": [8, 16, 16], "more_strides": [[2, 4, 4], [4, 8, 8]]}
+METHODS = {
+    "pgl": {"method": "pgl"},
+    "pgl, by place": {"method": "pgl", "align": BY_PLACE, "loss": {"kind": "contrast", "displacement": 1.0}},
+    "byol": {"method": "byol"},
+    "genesis": {"method": "genesis"},
+}
 
 
 def tensors(renderer, plan, num):
@@ -153,7 +160,7 @@ def tensors(renderer, plan, num):
 
 def pretrained(phantoms, method, **settings):
     """A method's network after STEPS steps on eight batches in turn, and four of those."""
-    values = {"index": str(phantoms), "run": "r", "method": method, "max_steps": STEPS, "global_batch_size": 4}
+    values = {"index": str(phantoms), "run": "r", **METHODS[method], "max_steps": STEPS, "global_batch_size": 4}
     values |= {"encoder": ENCODER, "heads": {"hidden": 32, "out": 16}, "views": {"size": [16, 32, 32]}}
     config = build(PretrainConfig, {**values, "optim": settings})
     index = store.read_index(config.index)
@@ -174,10 +181,15 @@ def genesis(phantoms):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["pgl", "byol"])
-def test_hardly_a_channel_of_an_encoder_is_dead_after_lars(phantoms, method):
-    net, pairs = pretrained(phantoms, method)
-    assert dead_channels(net.online["encoder"], [pair.views for pair in pairs]) <= 0.02
+@pytest.mark.parametrize(
+    ("method", "lr"),
+    [("pgl", 0.2), ("byol", 0.2), ("pgl", 1.5), ("byol", 1.5), ("pgl, by place", 1.5), ("pgl, by place", 7.2)],
+)
+def test_hardly_a_channel_of_an_encoder_is_dead_after_lars(phantoms, method, lr):
+    """At the paper's rate, and as high as the presets and the tables of tune_spaces/README.md have it, where 3 to 9 in
+    100 die at this size; see judge/README.md."""
+    net, pairs = pretrained(phantoms, method, lr=lr)
+    assert dead_channels(net.online["encoder"], [pair.views for pair in pairs]) <= (0.02 if lr < 1 else 0.12)
 
 
 @pytest.mark.slow

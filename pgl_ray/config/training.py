@@ -7,7 +7,7 @@ from pydantic import (
     model_validator,
 )
 
-from pgl_ray.config.fields import NonNegative, Positive, Section, Seed, Share, StorePath, Triple
+from pgl_ray.config.fields import NonNegative, Positive, Section, Seed, StorePath, Triple
 
 
 class PretrainLossConfig(Section):
@@ -78,7 +78,7 @@ class PretrainOptimConfig(Section):
     Nesterov's momentum; their steps of the rate are replaced by the warm-up and the cosine of all methods)."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate after the warm-up; none: the kind's, lars 0.2 (the paper's), sgd 0.1, adamw 0.001."""
-    momentum: Share = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of lars and sgd."""
     weight_decay: NonNegative | None = None
     """Weight decay; none: the kind's, lars 1.5e-6 (BYOL's; the paper gives none), sgd 0, adamw 0.01. LARS exempts
@@ -124,7 +124,7 @@ class FinetuneOptimConfig(Section):
     """Initial learning rate; of kind=adamw 0.003 where not said otherwise."""
     encoder_lr_factor: Annotated[float, Field(gt=0)] = 1.0
     """The encoder's rate as a multiple of `lr`, e.g. 0.1 to keep close to pre-trained weights; freeze=true for none."""
-    momentum: Share = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Nesterov momentum of sgd (the paper gives none)."""
     weight_decay: NonNegative = 1e-4
     """Weight decay (the paper gives none); of kind=adamw 0.01 where not said otherwise."""

@@ -109,6 +109,12 @@ def sum_of_rates(lr: float, warmup_steps: int, num_steps: int) -> float:
     return lr * sum(rate_factor(step, warmup_steps, num_steps) for step in range(num_steps))
 
 
+def lars_reach(config: PretrainOptimConfig, rates: float) -> float:
+    """How far LARS can move a weight while the rates add up to `rates`, relative to its norm: a step is a rate's
+    thousandth of that (TRUST_COEFFICIENT), and momentum adds steps of one direction up."""
+    return rates * TRUST_COEFFICIENT / (1 - config.momentum)
+
+
 def polynomial(optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:
     """The full rate times (1 - step / num_steps) ** DECAY_POWER; per step."""
     return LambdaLR(optimizer, lambda step: max(0.0, 1 - step / num_steps) ** DECAY_POWER)
