@@ -18,7 +18,7 @@ import torch
 
 from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build
 from pgl_ray.data import patch_renderer, store, stream
-from pgl_ray.data.facts import spacing_note, training_facts
+from pgl_ray.data.facts import same_voxels, some, spacing_note, training_facts
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.trainings import split_scans
 from pgl_ray.judge import readings, scoring
@@ -89,7 +89,9 @@ def run(config: FinetuneConfig) -> Result:
             nodes.await_nodes(config.train, done)
             feed = _feed(config, index, plan)
             numbers = f"{len(train_ids)} scans to train on, {len(val_ids)} to validate, steps {done[1] if done else 0}"
-            _say_what_begins(config, index, model, meta, loaded, train_ids, f"{numbers} to {plan.num_steps}, {folder}")
+            _say_what_begins(
+                config, index, model, meta, loaded, facts["scans"], f"{numbers} to {plan.num_steps}, {folder}"
+            )
             worker_config = {"config": config.model_dump_json(), "run": folder, "plan": plan, "meta": meta}
             _fit(config, plan, feed, worker_config | {"val_ids": set(val_ids)}, held)
     best, steps = checkpoint.state_of(folder), checkpoint.committed_step(folder)
@@ -294,10 +296,10 @@ def _say_what_begins(
     model: Segmenter | LightSegmenter,
     meta: CheckpointMeta,
     loaded: weights.Report | None,
-    train_ids: list[str],
+    scan_ids: dict[str, list[str]],
     numbers: str,
 ) -> None:
-    """What is trained, from which weights, and what is doubtful about them."""
+    """What is trained, from which weights, and what is doubtful about them and about the scans."""
     print(
         f"finetune: init={config.init}{_frozen(config, model)}, {config.decoder} decoder, "
         f"{optim.describe(config.optim)}, {numbers}",
@@ -307,8 +309,11 @@ def _say_what_begins(
         print(f"  weights: {line}", flush=True)
     if note := loaded and spacing_note(loaded.trained_on, index):
         print(f"finetune: note: init={config.init} {note}", flush=True)
-    trained = set(train_ids)
-    seen_labels = {label for scan in index.scans if scan.scan_id in trained for label in scan.label_voxels}
+    train, val = ([scan for scan in index.scans if scan.scan_id in {*scan_ids[use]}] for use in ("train", "val"))
+    if same := same_voxels(train, val):
+        twice = f"the same voxels are trained on and validated on: {some(same)}"
+        print(f"finetune: note: {twice}; val/dice is too good, and what is best by it may not be", flush=True)
+    seen_labels = {label for scan in train for label in scan.label_voxels}
     if missing := sorted(name for name, label in index.labels.items() if label not in seen_labels):
         count = "it is" if len(missing) == 1 else "they are"
         mend = "annotate it in more scans" + (f", or raise num_scans={config.num_scans}" * (config.num_scans != 1.0))

@@ -411,7 +411,7 @@ def test_probe_and_finetune_print_the_note_once(tmp_path, capsys, monkeypatch):
         finetune.run(tuning(index, "max_steps=1", "global_batch_size=1", run=str(tmp_path / "run")))
     said = capsys.readouterr().out
     assert said.count(f"finetune: note: init={INIT} was trained on voxels of") == 1 and "5 x 0.8 x 0.8 mm" in said
-    assert "no scan to train on shows" not in said
+    assert "no scan to train on shows" not in said and "the same voxels" not in said
     write_index(tmp_path / "s", {"organ": 1, "tip": 7}, WINDOW)
     for more, mend in (("num_scans=1.0", "annotate it in more scans\n"), ("num_scans=2", ", or raise num_scans=2\n")):
         with pytest.raises(c.FailedRun, match="far enough"):
@@ -422,6 +422,33 @@ def test_probe_and_finetune_print_the_note_once(tmp_path, capsys, monkeypatch):
         assert mend in said_now
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["config"]["init"] == INIT and record["weights"]["trained_on"]["num_scans"] > 0
+
+
+def test_the_same_voxels_trained_on_and_validated_on_are_said(tmp_path, capsys, monkeypatch):
+    """A scan under two names, as a case that two hospitals have sent."""
+    index = write_store(tmp_path / "s")
+    volume, label = np.zeros((12, 36, 36), np.int16), np.zeros((12, 36, 36), np.uint8)
+    volume[4:8], label[4:8] = 90, 1
+    for name in ("twice", "again"):
+        write_scan(tmp_path / "s", name, volume, np.eye(4), label=label, labelled=(1,), split="train", hu_window=WINDOW)
+    index = write_index(tmp_path / "s", {"organ": 1}, WINDOW)
+    for room, name in ((finetune.launch, "connect"), (finetune.nodes, "await_nodes"), (finetune.stream, "too_large")):
+        monkeypatch.setattr(room, name, lambda *args: None)
+    monkeypatch.setattr(finetune.launch, "fit", lambda *args, **kwargs: "far enough")
+    said = {}
+    for seed in range(8):
+        with pytest.raises(c.FailedRun, match="far enough"):
+            finetune.run(
+                tuning(index, "max_steps=1", "global_batch_size=1", f"seed={seed}", run=str(tmp_path / f"{seed}"))
+            )
+        record = json.loads((tmp_path / f"{seed}" / "run.json").read_text())
+        apart = any(one in record["scans"]["val"] for one in ("twice", "again"))
+        line = re.search(
+            "finetune: note: the same voxels are trained on and validated on: (.*);", capsys.readouterr().out
+        )
+        assert (line is not None) == apart and (line is None or {*line[1].split(" and ")} == {"twice", "again"})
+        said[seed] = apart
+    assert {*said.values()} == {True, False}  # both were drawn
 
 
 # -- making such a file -----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ RESAMPLED_MARGIN = 1.05  # the same where all training scans were resampled to o
 SPACING_NOTED = 1.5  # factor between two stores' voxel sizes from which initial weights may be of less use
 LEAST_MARGIN_HU = 100.0  # how far beyond the training scans' mean and standard deviation a scan may always lie
 HASH_BYTES = 8  # of a scan's voxels that a checkpoint keeps: 1 MB of text for 100,000 scans
+NUM_NAMES = 3  # of scans that a sentence names
 KINDS = {  # of training, and what it makes of figures on the same scans
     "without_labels": "pre-trained on (without labels): figures may be optimistic",
     "with_labels": "trained or validated on (with labels): figures are too good",
@@ -87,6 +88,17 @@ def seen_notes(facts: dict[str, Any], scans: Iterable[ScanRecord]) -> list[str]:
         if num:
             notes.append(f"{num} of the {len(evaluated)} evaluated scans {'was' if num == 1 else 'were'} {what}")
     return notes
+
+
+def same_voxels(scans: Iterable[ScanRecord], others: Iterable[ScanRecord]) -> list[str]:
+    """Which of `others` have the voxels of one of `scans`: "ID and ID" each."""
+    seen = {scan.content_hash: scan.scan_id for scan in scans}
+    return [f"{other.scan_id} and {seen[other.content_hash]}" for other in others if other.content_hash in seen]
+
+
+def some(names: list[str]) -> str:
+    """The first few of them, in a list."""
+    return ", ".join(names[:NUM_NAMES]) + (", ..." if len(names) > NUM_NAMES else "")
 
 
 def disagreements(

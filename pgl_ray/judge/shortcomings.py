@@ -1,12 +1,11 @@
 """What of the scans that judges are given is not as asked: a sentence each, to be printed and kept."""
 
 from pgl_ray.config import ProbeSettings
+from pgl_ray.data.facts import same_voxels, some
 from pgl_ray.data.voxel_statistics import BODY_HU
 from pgl_ray.judge.decoder import LabelledScan
 from pgl_ray.judge.readings import has_body
 from pgl_ray.judge.voxels import BACKGROUND, VoxelProbe
-
-NUM_NAMES = 3  # of scans that a sentence names
 
 
 def shortcomings(probe: VoxelProbe, config: ProbeSettings) -> list[str]:
@@ -27,22 +26,16 @@ def shortcomings(probe: VoxelProbe, config: ProbeSettings) -> list[str]:
             "no scan to learn from has every organ annotated, so nothing there is known to be background, which counts "
             "as never recognised; raise num_scans"
         )
-    seen = {scan.content_hash: scan.scan_id for scan in train}
-    same = [f"{scan.scan_id} and {seen[scan.content_hash]}" for scan in test if scan.content_hash in seen]
-    if same:
-        lines.append(f"the same voxels are learnt from and tested on: {_some(same)}; the figures are too good")
+    if same := same_voxels(train, test):
+        lines.append(f"the same voxels are learnt from and tested on: {some(same)}; the figures are too good")
     for scans, samples, purpose in ((train, probe.train, "learn from"), (test, probe.test, "test on")):
         none = [scan.scan_id for scan, sample in zip(scans, samples) if not sample.classes.any()]
         if none and len(none) < len(scans):
-            lines.append(f"{len(none)} of the {len(scans)} scans to {purpose} show no organ: {_some(none)}")
+            lines.append(f"{len(none)} of the {len(scans)} scans to {purpose} show no organ: {some(none)}")
     return lines
 
 
 def nowhere_to_search(scans: list[LabelledScan]) -> list[str]:
     """What to say of scans without a body, in a list."""
     none = [scan.record.scan_id for scan in scans if not has_body(scan.volume)]
-    return [f"no place is searched in scans with nothing above {BODY_HU} HU: {_some(none)}"] if none else []
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:NUM_NAMES]) + (", ..." if len(names) > NUM_NAMES else "")
+    return [f"no place is searched in scans with nothing above {BODY_HU} HU: {some(none)}"] if none else []
