@@ -23,7 +23,7 @@ import torch
 from pgl_ray.config import CheckAlignConfig, FailedRun, build
 from pgl_ray.data import scan_files, store
 from pgl_ray.data.batch_views import resize_and_flip
-from pgl_ray.data.durable import put_in_place
+from pgl_ray.data.durable import check_writable, put_in_place
 from pgl_ray.data.rendering import AIR, normalise, read_padded
 from pgl_ray.data.sampling import ablated, sample_pair
 from pgl_ray.judge.alignment import centre_taps, look, pair_of_ramps, residuals_of, summary_of
@@ -79,6 +79,7 @@ def run(config: CheckAlignConfig) -> Result:
         FailedRun: the residual is larger than the geometry allows.
     """
     config, folder = _resolve(config)
+    check_writable(f"output={folder}", folder.absolute())
     num_scans, scan_of = _scans(config)
     encoder = build_encoder(**{**config.encoder.model_dump(), "width": 1})
     stride, size = config.align.output_stride, config.views.size

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pgl_ray.config import EvaluateConfig, FailedRun
-from pgl_ray.data.durable import write_aside
+from pgl_ray.data.durable import check_writable, write_aside
 from pgl_ray.data.facts import seen_notes
 from pgl_ray.data.store import Index, ScanRecord, check_labelled, read_index
 from pgl_ray.judge.scoring import Scored, score_scans
@@ -68,6 +68,8 @@ def run(config: EvaluateConfig) -> Result:
 
 
 def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
+    if config.output:
+        check_writable(f"output={config.output}", folder.absolute())
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
     index = read_index(config.index)

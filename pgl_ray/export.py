@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import pgl_ray
 from pgl_ray.config import ExportConfig, FailedRun, PatchConfig
-from pgl_ray.data.durable import check_writable, put_in_place
+from pgl_ray.data.durable import check_writable_file, put_in_place
 from pgl_ray.data.facts import disagreements
 from pgl_ray.data.rendering import normalise
 from pgl_ray.data.voxel_statistics import statistics
@@ -125,7 +125,7 @@ def run(config: ExportConfig) -> Result:
     writers |= {".onnx": formats.write_onnx, ".pth": formats.write_nnunet}
     if output.suffix not in writers:
         raise ValueError(f"output={config.output}: expected a name that ends in {', '.join(writers)}")
-    check_writable(f"output={config.output}", output.absolute().parent)
+    check_writable_file(f"output={config.output}", output)
     network, part, meta = _network(config, nnunet=output.suffix == ".pth")
     metadata = _metadata(network, part, meta)
     trained = json.loads(meta.config)

@@ -23,7 +23,7 @@ from scipy import ndimage
 
 from pgl_ray.config import InspectConfig
 from pgl_ray.data import scan_files, store, store_settings
-from pgl_ray.data.durable import write_aside
+from pgl_ray.data.durable import check_writable_file, write_aside
 from pgl_ray.data.place import open_place
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index
@@ -69,6 +69,8 @@ def run(config: InspectConfig) -> str:
     Raises:
         ValueError: no store there.
     """
+    if config.output:
+        check_writable_file(f"output={config.output}", Path(config.output))
     index, settings = store.read_index(config.store), store_settings.read_settings(config.store)
     notes = {record.scan_id: warnings(record) for record in index.scans}
     for line in read_notes(open_place(config.store)):

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from pgl_ray import encoders
 from pgl_ray.config import PRETRAINED, FailedRun, ProbeConfig
-from pgl_ray.data.durable import write_aside
+from pgl_ray.data.durable import check_writable_file, write_aside
 from pgl_ray.data.store import Index, read_index
 from pgl_ray.judge import readings
 from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, answer, to_device
@@ -92,6 +92,8 @@ def run(config: ProbeConfig) -> ProbeResult:
         FailedRun: the encoder's features are not finite.
     """
     began = time.monotonic()
+    if config.output:
+        check_writable_file(f"output={config.output}", Path(config.output))
     index = read_index(config.index)
     own = encoders.read("init", config, index)
     ends = encoders.read_ends(config, index, own)

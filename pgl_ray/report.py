@@ -18,7 +18,7 @@ import numpy as np
 from pgl_ray.config import ReportConfig
 from pgl_ray.data.array_reader import ArrayReader
 from pgl_ray.data.batch_views import resize_and_flip
-from pgl_ray.data.durable import write_aside
+from pgl_ray.data.durable import check_writable_file, write_aside
 from pgl_ray.data.rendering import AIR, normalise, read_padded
 from pgl_ray.data.scan_files import open_label, open_source_label, open_volume
 from pgl_ray.data.scan_record import ScanRecord
@@ -53,8 +53,10 @@ def run(config: ReportConfig) -> str:
     """Writes the page and returns its path.
 
     Raises:
-        ValueError: a folder that is no run.
+        ValueError: a folder that is no run, or an output that cannot be written.
     """
+    if config.output:
+        check_writable_file(f"output={config.output}", Path(config.output))
     if sweep_report.is_sweep(config.run):
         of_sweep = sweep_report.content(Path(config.run[0]).absolute(), overlays)
         return _write(config, {"title": config.title, "notes": config.notes, **of_sweep}, "sweep.html")

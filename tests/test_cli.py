@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from pgl_ray import cli, knobs
 from pgl_ray import config as c
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import write_index
 
 HEAVY = ("torch", "monai", "matplotlib", "ray", "zarr", "numba", "nibabel")
 # Runs `python -m MODULE` with each list of arguments, every module in a fork of a process that has the command line
@@ -237,3 +241,34 @@ def test_a_reader_that_leaves_early_costs_nothing(args):
         ["bash", "-c", f"set -o pipefail; {sys.executable} -m {' '.join(args)} | true"], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("door", "given"),
+    [
+        ("probe", ["index=s", "init=random"]),
+        ("inspect", ["store=s"]),
+        ("report", ["run=[r]"]),
+        ("export", ["run=r"]),
+        ("evaluate", ["run=r", "index=s"]),
+        ("embed", ["init=pretrained:openkbp_small", "input=i"]),
+        ("check_align", []),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_the_work(tmp_path, capsys, monkeypatch, door, given):
+    """Not after an hour; a file where a folder is meant, and the other way round."""
+    monkeypatch.chdir(tmp_path)
+    label, volume = np.ones((4, 8, 8), np.uint8), np.zeros((4, 8, 8), np.int16)
+    write_scan(tmp_path / "s", "a", volume, np.eye(4), label=label, labelled=(1,), split="train")
+    write_index(tmp_path / "s", {"organ": 1}, (-1024.0, 325.0))
+    (tmp_path / "i").mkdir()
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "i/a.nii.gz")
+    (tmp_path / "a_folder.pt2").mkdir()
+    (tmp_path / "a_file").write_text("")
+    to_folder = door in ("evaluate", "embed", "check_align")
+    for output in ("a_file", "a_file/deeper") if to_folder else ("a_folder.pt2", "a_file/deeper.pt2"):
+        with pytest.raises(SystemExit) as stop:
+            cli.call(door, [*given, f"output={output}"])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith(f"pgl_ray.{door}: output=") and said.count("\n") == 1, said
+        assert "name a file" in said or "cannot be written" in said

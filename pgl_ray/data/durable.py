@@ -44,6 +44,17 @@ def check_writable(given: str, folder: Path) -> None:
         raise ValueError(f"{given} cannot be written: {error.strerror or error}") from None
 
 
+def check_writable_file(given: str, path: Path) -> None:
+    """The same for a file.
+
+    Raises:
+        ValueError: a folder of that name is there, or its own folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"{given} is a folder: name a file")
+    check_writable(given, path.absolute().parent)
+
+
 def write_parts_aside(path: Path, parts: Iterable[bytes], aside: Path) -> None:
     """`write_aside` of content in parts; `aside` is the name until it is whole."""
     try:
