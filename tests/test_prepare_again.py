@@ -115,6 +115,55 @@ def test_a_label_that_comes_later_is_taken(tmp_path, serial):
     assert index.labels == {"liver": 1} and index.labelled("train")[0].labelled == (1,)
 
 
+def exchange(one, other):
+    """Two files change places as `mv` does it: each keeps its bytes and its time."""
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+@pytest.mark.parametrize("seconds", [0, 60])  # between the files' times: of one archive they may agree
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_labels_that_change_places_are_read_anew(tmp_path, serial, suffix, seconds):
+    raw, values = tmp_path / "raw", {"a": [1], "b": [0, 1]}
+    for k, (name, inside) in enumerate(values.items()):
+        put(raw / f"images/{name}{suffix}", seed=k)
+        put(raw / f"labels/{name}{suffix}", label_array(inside))
+        os.utime(raw / f"labels/{name}{suffix}", (1e9 + seconds * k,) * 2)
+    assert counts(go(raw, tmp_path / "s")) == (2, 0, 0)
+    before = {name: record.label_boxes for name, record in records(tmp_path / "s").items()}
+    assert before["a"] != before["b"] and counts(go(raw, tmp_path / "s")) == (0, 2, 0)
+    exchange(*(raw / f"labels/{name}{suffix}" for name in values))
+    assert counts(go(raw, tmp_path / "s")) == (2, 0, 0)
+    after = {name: record.label_boxes for name, record in records(tmp_path / "s").items()}
+    assert after == {"a": before["b"], "b": before["a"]}
+    (raw / f"labels/a{suffix}").chmod(0o600)  # a new time of change, and the same bytes
+    assert counts(go(raw, tmp_path / "s")) == (0, 2, 0)
+
+
+MASKS = {"images": "{id}/ct.nii.gz", "labels": "{id}/segmentations/{organ}.nii.gz"}
+
+
+def test_masks_that_change_places_are_read_anew(tmp_path, serial):
+    folder, names = tmp_path / "raw/p/segmentations", {"left": 1, "middle": 2, "right": 3}
+    options = {"labels": {"names": names}, "recipe": {"name": "x", "parts": [MASKS]}}
+    put(tmp_path / "raw/p/ct.nii.gz")
+    boxes = {"left": label_array([1]), "right": label_array([0, 1])}
+    for organ, box in boxes.items():
+        put(folder / f"{organ}.nii.gz", box)
+    go(tmp_path / "raw", tmp_path / "s", **options)
+
+    def voxels():
+        (record,) = records(tmp_path / "s").values()
+        return record.label_boxes
+
+    before = voxels()
+    exchange(folder / "left.nii.gz", folder / "right.nii.gz")
+    assert counts(go(tmp_path / "raw", tmp_path / "s", **options)) == (1, 0, 0)
+    assert voxels() == {1: before[3], 3: before[1]}
+
+
 def test_adding_a_folder(tmp_path, serial):
     put(tmp_path / "one/images/a.nii.gz")
     put(tmp_path / "one/labels/a.nii.gz", label_array([1]))
