@@ -162,6 +162,9 @@ def test_masks_that_change_places_are_read_anew(tmp_path, serial):
     exchange(folder / "left.nii.gz", folder / "right.nii.gz")
     assert counts(go(tmp_path / "raw", tmp_path / "s", **options)) == (1, 0, 0)
     assert voxels() == {1: before[3], 3: before[1]}
+    (folder / "left.nii.gz").rename(folder / "middle.nii.gz")  # the files' order stays
+    assert counts(go(tmp_path / "raw", tmp_path / "s", **options)) == (1, 0, 0)
+    assert voxels() == {2: before[3], 3: before[1]}
 
 
 def test_adding_a_folder(tmp_path, serial):

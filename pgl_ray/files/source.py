@@ -122,12 +122,15 @@ class Source:
         return size, int.from_bytes(hashlib.sha256(repr(rows).encode()).digest()[:8]) >> 1
 
     def digest(self) -> str:
-        """sha256 of the file's bytes; of several files, that of their hashes."""
+        """sha256 of the file's bytes; of several files, that of their hashes and of the values of masks."""
         digests = []
         for file in self.files():
             with file.open("rb") as stream:
                 digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        if len(digests) == 1:
+            return digests[0]
+        values = [str(value) for _, value in self.masks]
+        return hashlib.sha256("".join([*digests, *values]).encode()).hexdigest()
 
 
 class Fault(NamedTuple):
