@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pgl_ray.files import ct, itk, structures
+from pgl_ray.files import ct, itk, slicer, structures
 from pgl_ray.files.walk import Tree
 
 NUM_NAMED = 5  # of things that a message names
@@ -67,10 +67,10 @@ class Source:
         """The scan, its label map if it has one, and what is worth saying of both.
 
         Args:
-            names: organ name -> label value, which structures need.
+            names: organ name -> label value, which structures and named segments need.
 
         Raises:
-            ValueError: see ct.read_scan, ct.read_label, ct.read_masks.
+            ValueError: see ct.read_scan, ct.read_label, ct.read_masks, slicer.by_names.
         """
         scan = ct.read_scan(self.image, self.slices)
         notes = (*self.notes, *((self.image, note) for note in scan.notes))
@@ -82,7 +82,8 @@ class Source:
             return Reading(scan, None, notes=notes)
         if self.masks:
             return Reading(scan, ct.read_masks(self.label, dict(self.masks), scan), notes=notes)
-        label = ct.read_label(self.label, scan, self.label_slices)
+        label, note = slicer.by_names(ct.read_label(self.label, scan, self.label_slices), self.label, names or {})
+        notes += ((self.label, note),) if note else ()
         if self.ignored is not None and (num := int(np.count_nonzero(label == self.ignored))):
             raise ValueError(
                 f"{self.label}: {num} voxels are marked as not annotated (dataset.json's ignore, {self.ignored}), "
