@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import zarr
+from dicom_files import ct_series, save, structure_set
 from preparing import counts, ct_array, flip, go, label_array, put, records, tree
 
 from pgl_ray import prepare
@@ -113,6 +114,46 @@ def test_a_label_that_comes_later_is_taken(tmp_path, serial):
     assert counts(go(tmp_path / "raw", tmp_path / "s", labels={"names": {"liver": 1}})) == (1, 0, 0)
     index = store.read_index(tmp_path / "s")
     assert index.labels == {"liver": 1} and index.labelled("train")[0].labelled == (1,)
+
+
+TAKEN = "prepare: labels.names is not given: those of the store are taken, "
+
+
+def test_structures_keep_the_names_that_the_store_has(tmp_path, serial, capsys):
+    files = ct_series(np.full((6, 12, 14), 1024, np.uint16), origin=(0, 0, 0), spacing=(1, 1))
+    save(files, tmp_path / "raw/ct")
+    boxes = [[(2, 3, z), (8, 3, z), (8, 9, z), (2, 9, z)] for z in (2.5, 5, 7.5)]
+    save([structure_set({"Liver": boxes, "Couch": boxes}, files[0].SeriesInstanceUID)], tmp_path / "raw/rs")
+    go(tmp_path / "raw", tmp_path / "s", labels={"names": {"Liver": 1}})
+    before = tree(tmp_path / "s/scans")
+    assert TAKEN not in capsys.readouterr().out
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (0, 1, 0)
+    assert tree(tmp_path / "s/scans") == before and TAKEN + "{'Liver': 1}" in capsys.readouterr().out
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    assert counts(go(tmp_path / "moved", tmp_path / "s")) == (0, 1, 0)
+    (record,) = records(tmp_path / "s").values()
+    assert record.labelled == (1,) and record.label_voxels.keys() == {1}
+
+
+@pytest.mark.parametrize("named", ["", "store", "folder", "both"])
+def test_names_taken_from_the_store_are_said(tmp_path, serial, capsys, named):
+    """Of the first folder's labels, and by the second's own dataset.json."""
+    for k, folder in enumerate("ab"):
+        put(tmp_path / f"{folder}/images/{folder}.nii", seed=k)
+        put(tmp_path / f"{folder}/labels/{folder}.nii", label_array([1, 2]))
+    names = {"liver": 1, "tumour": 2}
+    go(tmp_path / "a", tmp_path / "s", labels={"names": names} if named in ("store", "both") else {})
+    if named in ("folder", "both"):
+        (tmp_path / "b/dataset.json").write_text(json.dumps({"labels": names}))
+    if named == "folder":  # the store's are called by their values
+        with pytest.raises(ValueError, match="use another"):
+            go(tmp_path / "b", tmp_path / "s")
+    else:
+        assert counts(go(tmp_path / "b", tmp_path / "s")) == (1, 0, 0)
+    assert (f"{TAKEN}{names}" in capsys.readouterr().out) == (named == "store")
+    put(tmp_path / "c/c.nii", seed=5)
+    go(tmp_path / "c", tmp_path / "s")  # without labels there is nothing to name
+    assert TAKEN not in capsys.readouterr().out
 
 
 def exchange(one, other):
