@@ -88,7 +88,8 @@ def read_layout(
             inventory.missing.extend(stated.absent(root / "dataset.json", volume_names))
     scans, faults = [replace(scan, ignored=ignored) for scan in with_ids(inventory)], inventory.faults
     if recipe.split_sizes:
-        scans = draw_split(scans, recipe)
+        scans, undrawn = draw_split(scans, recipe)
+        inventory.missing.extend(undrawn)
     if labels.table:
         scans, table_faults, table_notes = with_table(scans, root / labels.table, names)
         faults += table_faults
