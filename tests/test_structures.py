@@ -459,6 +459,36 @@ def test_segments_beyond_the_ct_are_cut_with_a_note(tmp_path):
     assert reasons(reading) == ["segment 'a' (number 1): 30 voxels lie outside the CT and are not used"]
 
 
+STEPS = [
+    ((1, 3, 5), 2),
+    ((0, 2, 4, 6, 8, 9), 2),
+    ((0, 1, 3, 5, 7, 9), 2),
+    ((0, 3, 6, 9), 3),
+    ((2, 5, 9), 3),
+    ((1, 2, 3, 5, 6), 1),
+    ((1, 8, 9), 1),  # two lesions
+    ((0, 1, 2, 7, 8, 9), 1),
+    ((4,), 1),
+    ((2, 7), 1),  # of two, each is whole for all that is known
+]
+
+
+@pytest.mark.parametrize("slices, step", STEPS)
+@pytest.mark.parametrize("kind", ["RTSTRUCT", "SEG", "SEG flipped"])
+def test_structures_on_every_nth_slice_are_refused(tmp_path, slices, step, kind):
+    boxes = [(*A[:2], place) for place in slices]
+    if kind == "RTSTRUCT":
+        _, reading = read(tmp_path, [(1, "a", [box(*one) for one in boxes])], {"a": 1})
+    else:
+        _, reading = read_seg(tmp_path, {"a": mask(*boxes)}, {"a": 1}, flip=kind != "SEG")
+    if step == 1:
+        assert_label(reading, {1: mask(*boxes)})
+        assert not reading.notes
+    else:
+        assert_label(reading, {})
+        assert f"only one slice in {step} has " in reasons(reading)[0] and "interpolate them" in reasons(reading)[0]
+
+
 SEG_REFUSED = {
     "fractional": ({"kind": "FRACTIONAL"}, "a segmentation that is FRACTIONAL, expected BINARY: threshold it first"),
     "between": ({"places": lambda k: k + 0.5}, "it has another grid: resample it onto the CT's first"),
