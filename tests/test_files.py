@@ -331,6 +331,48 @@ def test_further_axes_of_one_voxel_are_dropped(tmp_path):
         assert nib.load(tmp_path / "l.nii.gz").shape == SHAPE
 
 
+DIRECTIONS = "space directions: (0.75,0,0) (0,0.75,0) (0,0,2.5)"
+
+
+@pytest.mark.parametrize("unknown", ["none", "(nan,nan,nan)", "(NaN, NaN, NaN)", "(0,0,nan)", "(inf,0,0)"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_axis_without_a_direction_is_refused(tmp_path, axis, unknown):
+    vectors = DIRECTIONS.partition(": ")[2].split()
+    vectors[axis] = unknown
+    text = NRRD.replace(DIRECTIONS, f"space directions: {' '.join(vectors)}") + "\n"
+    (tmp_path / "a.nrrd").write_bytes(text.encode() + body().tobytes(order="F"))
+    for read in (ct.read_scan, ct.extent):
+        with pytest.raises(ValueError, match=r"a.nrrd: (no voxel spacing in its header: add it|not a readable image)"):
+            read(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize("spacings", ["0.75 0.75 NaN", "nan nan nan", "nan 0.75 2.5", "0.75 -nan 2.5"])
+def test_an_axis_without_a_spacing_is_refused(tmp_path, spacings):
+    bare = "".join(line for line in NRRD.splitlines(True) if not line.startswith("space"))
+    (tmp_path / "a.nrrd").write_bytes((bare + f"spacings: {spacings}\n\n").encode() + body().tobytes(order="F"))
+    with pytest.raises(ValueError, match=r"a.nrrd: no voxel spacing in its header: add it, or take the original file"):
+        ct.read_scan(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("unknown", ["none", "(nan,nan,nan)"])
+def test_an_axis_of_one_voxel_needs_no_spacing(tmp_path, unknown, place):
+    """And another that is long has to have one, whatever the short one states."""
+    sizes, vectors, words = ["12", "10", "8"], DIRECTIONS.split()[2:], ["domain"] * 3
+    for fields, one in ((sizes, "1"), (vectors, unknown), (words, "list" if place else "vector")):
+        fields.insert(place, one)
+    text = NRRD.replace("dimension: 3", "dimension: 4").replace("12 10 8", " ".join(sizes))
+    text += f"kinds: {' '.join(words)}\n"
+    whole = text.replace(DIRECTIONS, f"space directions: {' '.join(vectors)}")
+    (tmp_path / "a.nrrd").write_bytes((whole + "\n").encode() + body().tobytes(order="F"))
+    check(ct.read_scan(tmp_path / "a.nrrd"))
+    vectors[place], vectors[2] = vectors[2], vectors[place]
+    moved = text.replace(DIRECTIONS, f"space directions: {' '.join(vectors)}")
+    (tmp_path / "a.nrrd").write_bytes((moved + "\n").encode() + body().tobytes(order="F"))
+    with pytest.raises(ValueError, match=r"a.nrrd: "):
+        ct.read_scan(tmp_path / "a.nrrd")
+
+
 def test_negative_spacing_of_a_metaimage_runs_down(tmp_path):
     text = MHD.replace("0.75 2.5", "0.75 -2.5") + "ElementDataFile = LOCAL\n"
     (tmp_path / "a.mha").write_bytes(text.encode() + body().tobytes(order="F"))
