@@ -24,7 +24,7 @@ from typing import Any
 
 from pgl_ray.config import FailedRun, PrepareConfig, StoreConfig, build
 from pgl_ray.convert import finish
-from pgl_ray.convert.agreement import agreed_names, check_labels, preparations, settings_of
+from pgl_ray.convert.agreement import agreed_names, check_labels, preparations, settings_of, stored_names
 from pgl_ray.convert.one_scan import outcomes
 from pgl_ray.convert.todo import Todo, known_sources, shares_folder, vanished, what_to_do
 from pgl_ray.convert.whole import Verified, is_whole, look_through, read_index
@@ -82,10 +82,12 @@ def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
     """
     began = time.monotonic()
     place = store.open_place(config.store)
-    settings_of(config)  # looking through a large source takes minutes: what does not agree is said before
+    stored = stored_names(config)  # looking through a large source takes minutes: what does not agree is said before
     cache = _read_header_cache(place)
     known = known_sources(place)
-    layout = read_layout(config.source, config.labels, config.recipe, config.series, cache, known)
+    layout = read_layout(config.source, config.labels, config.recipe, config.series, cache, known, stored)
+    if layout.names is stored and any(scan.label for scan in layout.scans):
+        print(f"prepare: labels.names is not given: those of the store are taken, {stored}", flush=True)
     try:
         with place.locked() as token:
             if cache.changed:

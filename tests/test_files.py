@@ -13,6 +13,7 @@ import SimpleITK as sitk
 
 from pgl_ray.files import ct, detached
 from pgl_ray.files.resample import new_shape, resample
+from pgl_ray.files.source import Source
 
 AFFINE = np.array([[-0.75, 0, 0, 90.0], [0, -0.75, 0, 80.0], [0, 0, 2.5, -300.0], [0, 0, 0, 1]])
 SHAPE = (12, 10, 8)
@@ -330,6 +331,48 @@ def test_further_axes_of_one_voxel_are_dropped(tmp_path):
         assert nib.load(tmp_path / "l.nii.gz").shape == SHAPE
 
 
+DIRECTIONS = "space directions: (0.75,0,0) (0,0.75,0) (0,0,2.5)"
+
+
+@pytest.mark.parametrize("unknown", ["none", "(nan,nan,nan)", "(NaN, NaN, NaN)", "(0,0,nan)", "(inf,0,0)"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_axis_without_a_direction_is_refused(tmp_path, axis, unknown):
+    vectors = DIRECTIONS.partition(": ")[2].split()
+    vectors[axis] = unknown
+    text = NRRD.replace(DIRECTIONS, f"space directions: {' '.join(vectors)}") + "\n"
+    (tmp_path / "a.nrrd").write_bytes(text.encode() + body().tobytes(order="F"))
+    for read in (ct.read_scan, ct.extent):
+        with pytest.raises(ValueError, match=r"a.nrrd: (no voxel spacing in its header: add it|not a readable image)"):
+            read(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize("spacings", ["0.75 0.75 NaN", "nan nan nan", "nan 0.75 2.5", "0.75 -nan 2.5"])
+def test_an_axis_without_a_spacing_is_refused(tmp_path, spacings):
+    bare = "".join(line for line in NRRD.splitlines(True) if not line.startswith("space"))
+    (tmp_path / "a.nrrd").write_bytes((bare + f"spacings: {spacings}\n\n").encode() + body().tobytes(order="F"))
+    with pytest.raises(ValueError, match=r"a.nrrd: no voxel spacing in its header: add it, or take the original file"):
+        ct.read_scan(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("unknown", ["none", "(nan,nan,nan)"])
+def test_an_axis_of_one_voxel_needs_no_spacing(tmp_path, unknown, place):
+    """And another that is long has to have one, whatever the short one states."""
+    sizes, vectors, words = ["12", "10", "8"], DIRECTIONS.split()[2:], ["domain"] * 3
+    for fields, one in ((sizes, "1"), (vectors, unknown), (words, "list" if place else "vector")):
+        fields.insert(place, one)
+    text = NRRD.replace("dimension: 3", "dimension: 4").replace("12 10 8", " ".join(sizes))
+    text += f"kinds: {' '.join(words)}\n"
+    whole = text.replace(DIRECTIONS, f"space directions: {' '.join(vectors)}")
+    (tmp_path / "a.nrrd").write_bytes((whole + "\n").encode() + body().tobytes(order="F"))
+    check(ct.read_scan(tmp_path / "a.nrrd"))
+    vectors[place], vectors[2] = vectors[2], vectors[place]
+    moved = text.replace(DIRECTIONS, f"space directions: {' '.join(vectors)}")
+    (tmp_path / "a.nrrd").write_bytes((moved + "\n").encode() + body().tobytes(order="F"))
+    with pytest.raises(ValueError, match=r"a.nrrd: "):
+        ct.read_scan(tmp_path / "a.nrrd")
+
+
 def test_negative_spacing_of_a_metaimage_runs_down(tmp_path):
     text = MHD.replace("0.75 2.5", "0.75 -2.5") + "ElementDataFile = LOCAL\n"
     (tmp_path / "a.mha").write_bytes(text.encode() + body().tobytes(order="F"))
@@ -414,8 +457,9 @@ def test_another_sampling_is_to_be_resampled(tmp_path, affine):
 
 def segmentation(path, array, first=(0, 0, 0), more=""):
     origin = ",".join(str(start * size + zero) for start, size, zero in zip(first, (0.75, 0.75, 2.5), (-90, -80, -300)))
-    text = NRRD.replace("short", "uchar").replace("12 10 8", " ".join(map(str, array.shape)))
-    text = text.replace("-90,-80,-300", origin) + "Segment0_ID:=Segment_1\nSegment0_LabelValue:=1\n"
+    text = NRRD.replace("short", {1: "uchar", 2: "ushort"}[array.itemsize])
+    text = text.replace("12 10 8", " ".join(map(str, array.shape))).replace("-90,-80,-300", origin)
+    text += more or "Segment0_ID:=Segment_1\nSegment0_LabelValue:=1\n"
     path.write_bytes((text + "\n").encode() + array.tobytes(order="F"))
 
 
@@ -432,6 +476,72 @@ def test_a_segmentation_of_slicer_may_be_cropped(tmp_path):
             ct.read_label(tmp_path / f"{name}.seg.nrrd", scan)
     with pytest.raises(ValueError, match="segmentation of 3D Slicer, no CT"):
         ct.read_scan(tmp_path / "whole.seg.nrrd")
+
+
+def read_segments(folder, segments, names, array=None, ends=("Name", "LabelValue")):
+    """The label map [i, j, k] of a CT's segmentation of (name, value), and what is said of it."""
+    saved(folder / "a.nii", body())
+    label = label_of() if array is None else array
+    stated = [dict(zip(("Name", "LabelValue"), segment)) for segment in segments]
+    more = "".join(f"Segment{k}_{end}:={one[end]}\n" for k, one in enumerate(stated) for end in ends)
+    segmentation(folder / "a.seg.nrrd", label, more=more)
+    reading = Source("a", str(folder / "a.nii"), str(folder / "a.seg.nrrd"), "train").read(names)
+    return reading.label.transpose(2, 1, 0), [reason for _, reason in reading.notes]
+
+
+SEGMENT_NAMES = [("liver", "spleen"), ("Spleen ", "LIVER"), ("liver", "aorta"), ("aorta", "liver"), ("liver", "Liver")]
+
+
+@pytest.mark.parametrize("given", SEGMENT_NAMES)
+@pytest.mark.parametrize("values", [(1, 2), (2, 1), (7, 300)])
+def test_segments_of_slicer_go_by_their_names(tmp_path, given, values):
+    names = {"liver": 2, "spleen": 1, "aorta": 1000}
+    expected = label_of().astype(np.uint16)
+    array = label_of().astype(np.uint16 if max(values) > 255 else np.uint8)
+    for number, (name, value) in enumerate(zip(given, values), 1):
+        array[label_of() == number] = value
+        expected[label_of() == number] = names[name.strip().lower()]
+    label, notes = read_segments(tmp_path, zip(given, values), names, array)
+    np.testing.assert_array_equal(label, expected)
+    assert not notes
+
+
+@pytest.mark.parametrize("names", [{"liver": 1, "spleen": 2}, {"a": 5, "b": 6, "c": 2, "d": 1}, {}, None])
+def test_segments_that_nobody_named_are_said(tmp_path, names):
+    label, notes = read_segments(tmp_path, [("Segment_1", 2), ("Segment_2", 1), ("Segment_3", 9)], names)
+    np.testing.assert_array_equal(label, label_of())
+    assert notes == [
+        "labels.names has none of its segments 'Segment_2' (1), 'Segment_1' (2): they are taken by these values"
+    ]
+
+
+@pytest.mark.parametrize(
+    "segments, message",
+    [
+        ([("liver", 1), ("cyst", 2)], "its segment 'cyst', value 2, is none of .* which has 'liver', another of its"),
+        ([("cyst", 1), ("liver", 2)], "its segment 'cyst', value 1, is none of .* which has 'liver', another of its"),
+        ([("liver", 1)], "its value 2, no segment's, is none of .* which has 'liver'"),
+        (
+            [("right-kidney", 1), ("Segment_2", 2)],
+            "its segment 'right-kidney'.* which has 'right kidney': is that meant",
+        ),
+        (
+            [("liver", 1), ("right kidney", 1)],
+            "its segments 'liver' and 'right kidney' have one value, 1: in 3D Slicer",
+        ),
+        ([("a", 2), ("b", 2)], "its segments 'a' and 'b' have one value, 2: in 3D Slicer"),
+    ],
+)
+def test_segments_of_which_some_are_named_are_refused(tmp_path, segments, message):
+    with pytest.raises(ValueError, match=r"a\.seg\.nrrd: " + message):
+        read_segments(tmp_path, segments, {"liver": 1, "right kidney": 2})
+
+
+def test_a_segment_without_a_value_has_slicers(tmp_path):
+    one = (label_of() == 1).astype(np.uint8)
+    label, notes = read_segments(tmp_path, [("spleen", 1)], {"liver": 1, "spleen": 2}, one, ends=("Name",))
+    np.testing.assert_array_equal(label, 2 * one)
+    assert not notes
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import zarr
+from dicom_files import ct_series, save, structure_set
 from preparing import counts, ct_array, flip, go, label_array, put, records, tree
 
 from pgl_ray import prepare
@@ -113,6 +114,98 @@ def test_a_label_that_comes_later_is_taken(tmp_path, serial):
     assert counts(go(tmp_path / "raw", tmp_path / "s", labels={"names": {"liver": 1}})) == (1, 0, 0)
     index = store.read_index(tmp_path / "s")
     assert index.labels == {"liver": 1} and index.labelled("train")[0].labelled == (1,)
+
+
+TAKEN = "prepare: labels.names is not given: those of the store are taken, "
+
+
+def test_structures_keep_the_names_that_the_store_has(tmp_path, serial, capsys):
+    files = ct_series(np.full((6, 12, 14), 1024, np.uint16), origin=(0, 0, 0), spacing=(1, 1))
+    save(files, tmp_path / "raw/ct")
+    boxes = [[(2, 3, z), (8, 3, z), (8, 9, z), (2, 9, z)] for z in (2.5, 5, 7.5)]
+    save([structure_set({"Liver": boxes, "Couch": boxes}, files[0].SeriesInstanceUID)], tmp_path / "raw/rs")
+    go(tmp_path / "raw", tmp_path / "s", labels={"names": {"Liver": 1}})
+    before = tree(tmp_path / "s/scans")
+    assert TAKEN not in capsys.readouterr().out
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (0, 1, 0)
+    assert tree(tmp_path / "s/scans") == before and TAKEN + "{'Liver': 1}" in capsys.readouterr().out
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    assert counts(go(tmp_path / "moved", tmp_path / "s")) == (0, 1, 0)
+    (record,) = records(tmp_path / "s").values()
+    assert record.labelled == (1,) and record.label_voxels.keys() == {1}
+
+
+@pytest.mark.parametrize("named", ["", "store", "folder", "both"])
+def test_names_taken_from_the_store_are_said(tmp_path, serial, capsys, named):
+    """Of the first folder's labels, and by the second's own dataset.json."""
+    for k, folder in enumerate("ab"):
+        put(tmp_path / f"{folder}/images/{folder}.nii", seed=k)
+        put(tmp_path / f"{folder}/labels/{folder}.nii", label_array([1, 2]))
+    names = {"liver": 1, "tumour": 2}
+    go(tmp_path / "a", tmp_path / "s", labels={"names": names} if named in ("store", "both") else {})
+    if named in ("folder", "both"):
+        (tmp_path / "b/dataset.json").write_text(json.dumps({"labels": names}))
+    if named == "folder":  # the store's are called by their values
+        with pytest.raises(ValueError, match="use another"):
+            go(tmp_path / "b", tmp_path / "s")
+    else:
+        assert counts(go(tmp_path / "b", tmp_path / "s")) == (1, 0, 0)
+    assert (f"{TAKEN}{names}" in capsys.readouterr().out) == (named == "store")
+    put(tmp_path / "c/c.nii", seed=5)
+    go(tmp_path / "c", tmp_path / "s")  # without labels there is nothing to name
+    assert TAKEN not in capsys.readouterr().out
+
+
+def exchange(one, other):
+    """Two files change places as `mv` does it: each keeps its bytes and its time."""
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+@pytest.mark.parametrize("seconds", [0, 60])  # between the files' times: of one archive they may agree
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_labels_that_change_places_are_read_anew(tmp_path, serial, suffix, seconds):
+    raw, values = tmp_path / "raw", {"a": [1], "b": [0, 1]}
+    for k, (name, inside) in enumerate(values.items()):
+        put(raw / f"images/{name}{suffix}", seed=k)
+        put(raw / f"labels/{name}{suffix}", label_array(inside))
+        os.utime(raw / f"labels/{name}{suffix}", (1e9 + seconds * k,) * 2)
+    assert counts(go(raw, tmp_path / "s")) == (2, 0, 0)
+    before = {name: record.label_boxes for name, record in records(tmp_path / "s").items()}
+    assert before["a"] != before["b"] and counts(go(raw, tmp_path / "s")) == (0, 2, 0)
+    exchange(*(raw / f"labels/{name}{suffix}" for name in values))
+    assert counts(go(raw, tmp_path / "s")) == (2, 0, 0)
+    after = {name: record.label_boxes for name, record in records(tmp_path / "s").items()}
+    assert after == {"a": before["b"], "b": before["a"]}
+    (raw / f"labels/a{suffix}").chmod(0o600)  # a new time of change, and the same bytes
+    assert counts(go(raw, tmp_path / "s")) == (0, 2, 0)
+
+
+MASKS = {"images": "{id}/ct.nii.gz", "labels": "{id}/segmentations/{organ}.nii.gz"}
+
+
+def test_masks_that_change_places_are_read_anew(tmp_path, serial):
+    folder, names = tmp_path / "raw/p/segmentations", {"left": 1, "middle": 2, "right": 3}
+    options = {"labels": {"names": names}, "recipe": {"name": "x", "parts": [MASKS]}}
+    put(tmp_path / "raw/p/ct.nii.gz")
+    boxes = {"left": label_array([1]), "right": label_array([0, 1])}
+    for organ, box in boxes.items():
+        put(folder / f"{organ}.nii.gz", box)
+    go(tmp_path / "raw", tmp_path / "s", **options)
+
+    def voxels():
+        (record,) = records(tmp_path / "s").values()
+        return record.label_boxes
+
+    before = voxels()
+    exchange(folder / "left.nii.gz", folder / "right.nii.gz")
+    assert counts(go(tmp_path / "raw", tmp_path / "s", **options)) == (1, 0, 0)
+    assert voxels() == {1: before[3], 3: before[1]}
+    (folder / "left.nii.gz").rename(folder / "middle.nii.gz")  # the files' order stays
+    assert counts(go(tmp_path / "raw", tmp_path / "s", **options)) == (1, 0, 0)
+    assert voxels() == {2: before[3], 3: before[1]}
 
 
 def test_adding_a_folder(tmp_path, serial):

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from pgl_ray.config import PrepareConfig, load
+from pgl_ray.config import LabelsConfig, PrepareConfig, RecipeConfig, load
 from pgl_ray.files.layout import read_layout
 
 RECIPES = Path(__file__).resolve().parents[1] / "data_prep"
@@ -136,6 +136,45 @@ def test_the_draw_is_fixed_and_a_missing_scan_hardly_moves_it(tmp_path):
     assert sum(one[key] != two[key] for key in two) <= 1
     other = layout_of("msd_liver", tmp_path / "all", "recipe.split_seed=1")
     assert sum(one[scan.scan_id] != scan.split for scan in other.scans) > 30
+
+
+def nnunet(root, num_train, num_test):
+    """A folder of nnU-Net with label maps of all scans, and of more that have none."""
+    for end, num in (("Tr", num_train), ("Ts", num_test)):
+        ids = [f"{end.lower()}{k}" for k in range(num)]
+        touch(root, [*(f"images{end}/{one}_0000.nii.gz" for one in ids), *(f"labels{end}/{one}.nii.gz" for one in ids)])
+        touch(root, [f"images{end}/bare{end}_0000.nii.gz"])
+
+
+@pytest.mark.parametrize(
+    "sizes, num_train, num_test, drawn, said",
+    [
+        ({"train": 3, "validation": 2}, 5, 3, {"train": 3, "validation": 2, "test": 3}, False),
+        ({"validation": 2, "train": 1}, 5, 1, {"train": 3, "validation": 2, "test": 1}, False),
+        ({"train": 2, "test": 3}, 5, 2, {"train": 2, "test": 5}, False),
+        ({"train": 4, "validation": 3}, 4, 3, {"train": 4, "test": 3}, True),
+        ({"train": 4, "validation": 3}, 4, 0, {"train": 4}, False),
+    ],
+)
+def test_scans_of_a_test_folder_are_not_drawn(tmp_path, sizes, num_train, num_test, drawn, said):
+    nnunet(tmp_path, num_train, num_test)
+    layout = read_layout(str(tmp_path), LabelsConfig(names={"a": 1}), RecipeConfig(name="x", split_sizes=sizes))
+    labelled = [scan for scan in layout.scans if scan.label]
+    assert Counter(scan.split for scan in labelled) == drawn
+    assert {scan.split for scan in labelled if "imagesTs" in scan.image} <= {"test"}
+    assert layout.missing == said * [
+        "recipe.split_sizes={'train': 4, 'validation': 3} draws 7 scans, 4 with labels can be drawn: 3 scans of a test "
+        "folder stay test"
+    ]
+
+
+def test_a_part_of_test_scans_is_not_drawn(tmp_path):
+    files = [f"{folder}/{k}.nii.gz" for folder in ("one", "two") for k in (f"{folder}{n}" for n in range(4))]
+    touch(tmp_path, [*files, *(f"labels/{name.split('/')[1]}" for name in files)])
+    parts = [{"images": f"{folder}/{{id}}.nii.gz", "labels": "labels/{id}.nii.gz"} for folder in ("one", "two")]
+    recipe = RecipeConfig(name="x", parts=(parts[0], parts[1] | {"split": "test"}), split_sizes={"train": 8})
+    splits = {scan.scan_id: scan.split for scan in read_layout(str(tmp_path), LabelsConfig(), recipe).scans}
+    assert splits == {f"one{k}": "train" for k in range(4)} | {f"two{k}": "test" for k in range(4)}
 
 
 def test_a_copy_of_a_scan_is_wrong_use(tmp_path):

@@ -300,6 +300,65 @@ def test_where_that_is_ambiguous_the_set_is_named(tmp_path, frames, patients, re
     assert source == str(folder / "000.dcm") and reason in said
 
 
+FRAMES = {"A": "1.2.1", "B": "1.2.2", "C": "1.2.3"}
+IN_A, IN_B = (1, "a", [box(*A)], "A"), (2, "b", [box(*B)], "B")
+
+
+@pytest.mark.parametrize("cts", [("1.2.1", "1.2.2"), ("1.3.1", "1.3.2"), ("1.2.2", "1.2.1")])
+@pytest.mark.parametrize(
+    ("rois", "listed", "expected"),
+    [
+        ([IN_A], "AB", (1, None)),
+        ([IN_A], "BA", (1, None)),
+        ([IN_B], "AB", (None, 2)),
+        ([IN_A, (3, "c", [], "B")], "AB", (1, None)),
+        ([IN_A], "A", (1, None)),
+        ([IN_A], "B", (None, 1)),  # the one series that it lists, whatever its ROIs call its frame
+        ([(1, "a", [box(*A)], None)], "A", (1, None)),
+        ([(1, "a", [box(*A)], None)], "AB", "2 frames of reference"),
+        ([(1, "a", [box(*A)], "C")], "AB", "2 frames of reference"),
+        ([IN_A, IN_B], "AB", "2 frames of reference"),
+        ([IN_A, IN_B], "A", "2 frames of reference"),
+    ],
+)
+def test_of_two_frames_that_of_the_structures_counts(tmp_path, rois, listed, expected, cts):
+    """Whatever frames the CTs state themselves: an anonymiser may have given them others."""
+    series = {}
+    for letter, frame in zip("AB", cts):
+        files = ct_files("AB".index(letter), FrameOfReferenceUID=frame, SeriesNumber=ord(letter))
+        series[letter] = files[0].SeriesInstanceUID
+        save(files, tmp_path / f"ct{letter}")
+    file = structure_set([roi[:3] for roi in rois], None)
+    for item, (*_, frame) in zip(file.StructureSetROISequence, rois):
+        if frame:
+            item.ReferencedFrameOfReferenceUID = FRAMES[frame]
+    file.ReferencedFrameOfReferenceSequence = [
+        structure_set([], series[letter], frame=FRAMES[letter]).ReferencedFrameOfReferenceSequence[0]
+        for letter in listed
+    ]
+    folder = save([file], tmp_path / "rs")
+    layout = read_layout(str(tmp_path), LabelsConfig(names={"a": 1, "b": 2, "c": 3}))
+    if isinstance(expected, str):
+        assert labelled(layout) == {"ctA": None, "ctB": None}
+        ((source, reason),) = layout.left_out
+        assert source == str(folder / "000.dcm") and expected in reason
+    else:
+        assert labelled(layout) == {f"ct{one}": value and (value,) for one, value in zip("AB", expected)}
+        assert not layout.left_out and not layout.faults
+
+
+def test_the_frame_of_the_structures_stands_in_for_a_series(tmp_path):
+    two_series(tmp_path, ("1.2.9", "1.2.8"))
+    file = structure_set([(1, "a", [box(*A)])], "1.2.3.4.5", FrameOfReferenceUID="1.2.8")
+    file.StructureSetROISequence[0].ReferencedFrameOfReferenceUID = "1.2.9"
+    file.ReferencedFrameOfReferenceSequence += structure_set(
+        [], "1.2.3", frame="1.2.8"
+    ).ReferencedFrameOfReferenceSequence
+    save([file], tmp_path / "rs")
+    layout = read_layout(str(tmp_path), LabelsConfig(names={"a": 1}))
+    assert labelled(layout) == {"ct0": (1,), "ct1": None} and not layout.left_out
+
+
 def test_sets_of_a_series_that_is_not_chosen_are_named(tmp_path):
     for k, word in enumerate(("thin", "thick")):
         files = ct_files(k, SeriesDescription=word, SeriesNumber=k)
@@ -398,6 +457,36 @@ def test_segments_beyond_the_ct_are_cut_with_a_note(tmp_path):
     _, reading = read_seg(tmp_path, masks, {"a": 1}, places=lambda k: k + 5)
     assert_label(reading, {1: mask((*A[:2], 8))})
     assert reasons(reading) == ["segment 'a' (number 1): 30 voxels lie outside the CT and are not used"]
+
+
+STEPS = [
+    ((1, 3, 5), 2),
+    ((0, 2, 4, 6, 8, 9), 2),
+    ((0, 1, 3, 5, 7, 9), 2),
+    ((0, 3, 6, 9), 3),
+    ((2, 5, 9), 3),
+    ((1, 2, 3, 5, 6), 1),
+    ((1, 8, 9), 1),  # two lesions
+    ((0, 1, 2, 7, 8, 9), 1),
+    ((4,), 1),
+    ((2, 7), 1),  # of two, each is whole for all that is known
+]
+
+
+@pytest.mark.parametrize("slices, step", STEPS)
+@pytest.mark.parametrize("kind", ["RTSTRUCT", "SEG", "SEG flipped"])
+def test_structures_on_every_nth_slice_are_refused(tmp_path, slices, step, kind):
+    boxes = [(*A[:2], place) for place in slices]
+    if kind == "RTSTRUCT":
+        _, reading = read(tmp_path, [(1, "a", [box(*one) for one in boxes])], {"a": 1})
+    else:
+        _, reading = read_seg(tmp_path, {"a": mask(*boxes)}, {"a": 1}, flip=kind != "SEG")
+    if step == 1:
+        assert_label(reading, {1: mask(*boxes)})
+        assert not reading.notes
+    else:
+        assert_label(reading, {})
+        assert f"only one slice in {step} has " in reasons(reading)[0] and "interpolate them" in reasons(reading)[0]
 
 
 SEG_REFUSED = {

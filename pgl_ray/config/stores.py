@@ -55,7 +55,7 @@ class RecipeConfig(Section):
     parts: tuple[PartConfig, ...] = ()
     """Where the scans lie; none: one of the layouts that prepare knows."""
     split_sizes: dict[str, Positive] = {}
-    """Split -> number of labelled scans, drawn by split_seed; what is left over goes to the last."""
+    """Split -> number of labelled scans that are in no test folder, drawn by split_seed; the rest goes to the last."""
     split_seed: Seed = 0
     """Seed of that draw."""
 

@@ -45,6 +45,16 @@ def settings_of(config: PrepareConfig) -> store_settings.Settings | None:
     return known
 
 
+def stored_names(config: PrepareConfig) -> dict[str, int]:
+    """Organ names that a store was given; empty: no store is there, or its organs are called by their values.
+
+    Raises:
+        ValueError: as settings_of.
+    """
+    known = settings_of(config)
+    return known.labels if known and known.labels != names_of_values(known.labels.values()) else {}
+
+
 def agreed_names(config: PrepareConfig, layout: Layout) -> dict[str, int] | None:
     """Organ names of source and store; none: nobody names them, so they will be called by the values found.
 

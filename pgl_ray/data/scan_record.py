@@ -31,7 +31,8 @@ class ScanRecord:
         mean_hu, std_hu: of all voxels after clipping to the store's HU window.
         foreground_box: the voxels above -500 HU; the whole volume where there is none.
         source, source_size, source_mtime_ns, source_hash: the file it was made from (path, bytes, time, sha256 over
-            the bytes); size, time and hash cover the label file too.
+            the bytes); size and hash cover the label's files too, and for several files the time is a hash, see
+            Source.stamp.
         content_hash: sha256 of the int16 HU that a reader gives, in C order.
         rounding_error_hu: largest change by rounding to int16; 0 for integer sources.
         encoding_rms_hu: root mean square change by 8-bit codes of the voxels inside the HU window; 0 for int16.

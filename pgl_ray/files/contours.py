@@ -143,10 +143,8 @@ def _place(contours: list[np.ndarray], shape: tuple[int, int, int], placed: Plac
     if not slices:
         placed.refused = f"it lies at slice {_span(beyond)} of {shape[axis]}, outside its CT: is it another's?"
         return
-    steps = Counter(np.diff(sorted(slices)).tolist())
-    if len(slices) > 2 and 1 not in steps:
-        step = steps.most_common(1)[0][0]
-        placed.refused = f"only one slice in {step} has contours: interpolate them to all slices first"
+    if reason := gaps(slices, "contours"):
+        placed.refused = reason
         return
     placed.pieces = [(axis, place, inside_of(polygons, size)) for place, polygons in sorted(slices.items())]
     if not any(mask.any() for _, _, mask in placed.pieces):
@@ -164,6 +162,20 @@ def _place(contours: list[np.ndarray], shape: tuple[int, int, int], placed: Plac
     if wide:
         verbs = ("reaches", "is") if wide == 1 else ("reach", "are")
         placed.notes.append(f"{_contours(wide)} {verbs[0]} beyond the CT's field of view, and {verbs[1]} cut there")
+
+
+def gaps(slices: Iterable[int], what: str) -> str:
+    """Why slices are too few for a structure: of more than two, most lie further apart than one; "" where they do not.
+
+    Args:
+        slices: the numbers of those that have something of it.
+        what: they have.
+    """
+    steps = Counter(np.diff(sorted(slices)).tolist())
+    step = min(steps, key=lambda one: (-steps[one], one), default=1)
+    if step == 1 or steps.total() < 2:
+        return ""
+    return f"only one slice in {step} has {what}: interpolate them to all slices first"
 
 
 def _contours(count: int) -> str:

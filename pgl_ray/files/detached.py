@@ -4,6 +4,7 @@ The voxels follow the header, or lie in a file that it names, in a list of files
 ("slice%03d.raw 1 40 1"). Reading, the stamp of a file's content and the check of its size all go by this one parser.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -90,6 +91,25 @@ def is_segmentation(path: Path) -> bool:
     if not path.name.lower().endswith((".nrrd", ".nhdr")) or not path.is_file():
         return False
     return any(key.startswith("Segment0_") for key in read_header(path).keys)
+
+
+def states_spacing(header: TextHeader) -> bool:
+    """Whether a header says how far voxels lie apart, of at least three axes and of every one that has several. NRRD
+    writes "none" or nan where that is not known, which ITK takes for 1."""
+    stated = header.fields.get("spacedirections") or header.fields.get("spacings")
+    if not stated:
+        return bool(header.fields.keys() & {"elementspacing", "elementsize"})
+    known = [_is_finite(entry) for entry in re.findall(r"\([^)]*\)|[^\s()]+", stated)]
+    lengths = header.fields.get("sizes", "").split()
+    return sum(known) >= 3 and all(one or length == "1" for one, length in zip(known, lengths))
+
+
+def _is_finite(entry: str) -> bool:
+    """Whether an axis' spacing, or its direction (x,y,z), is made of finite numbers."""
+    try:
+        return all(math.isfinite(float(part)) for part in entry.strip("()").split(","))
+    except ValueError:
+        return False
 
 
 # -- units of length --------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def open_header(path: Path) -> "ImageFileReader":
         raise ValueError(f"{path}: {number} values per voxel (colours or a vector), expected one: no CT in HU")
     if reader.GetDimension() < 3 or any(size != 1 for size in reader.GetSize()[3:]):
         raise ValueError(f"{path}: shape {reader.GetSize()}, expected one 3D volume: split or select it first")
-    if not header.fields.keys() & {"spacedirections", "spacings", "elementspacing", "elementsize"}:
+    if not detached.states_spacing(header):
         raise ValueError(f"{path}: no voxel spacing in its header: add it, or take the original file")
     if missing:
         raise unreadable(path, f"its voxels should lie in {missing[0]}, which is not there")

@@ -55,6 +55,7 @@ def read_layout(
     series: tuple[str, ...] = (),
     cache: HeaderCache | None = None,
     known: Collection[str] = (),
+    stored: dict[str, int] | None = None,
 ) -> Layout:
     """Finds the scans of a source folder.
 
@@ -62,6 +63,7 @@ def read_layout(
         series: UIDs or descriptions of the DICOM series to take; none: all.
         cache: headers of DICOM files that are known already.
         known: files and folders that the store's scans were made from; of copies, these stay.
+        stored: organ names of the store; they become the layout's where neither labels nor dataset.json name any.
 
     Raises:
         ValueError: no such folder, no volume in it, or a table, dataset.json or series that cannot be used.
@@ -72,7 +74,7 @@ def read_layout(
     if series and recipe.parts:
         raise ValueError(f"series={list(series)}: a recipe says where its scans lie: leave series out")
     stated_names, ignored = ({}, None) if recipe.parts or labels.names else stated.organs(root / "dataset.json")
-    names = labels.names or stated_names
+    names = labels.names or stated_names or stored or {}
     if len(set(names.values())) < len(names):
         raise ValueError(f"labels.names={names}: two organs have one value")
     tree = walk(root)
@@ -86,7 +88,8 @@ def read_layout(
             inventory.missing.extend(stated.absent(root / "dataset.json", volume_names))
     scans, faults = [replace(scan, ignored=ignored) for scan in with_ids(inventory)], inventory.faults
     if recipe.split_sizes:
-        scans = draw_split(scans, recipe)
+        scans, undrawn = draw_split(scans, recipe)
+        inventory.missing.extend(undrawn)
     if labels.table:
         scans, table_faults, table_notes = with_table(scans, root / labels.table, names)
         faults += table_faults

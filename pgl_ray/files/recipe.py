@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pgl_ray.config import PartConfig, RecipeConfig
 from pgl_ray.files import identity
-from pgl_ray.files.source import Fault, Inventory, Source, some, volume_files
+from pgl_ray.files.source import Fault, Inventory, Source, counted, some, volume_files
 from pgl_ray.files.walk import Tree
 
 
@@ -102,12 +102,23 @@ def _note_missing(inventory: Inventory, part: PartConfig, recipe: RecipeConfig, 
         inventory.missing.append("the split is drawn from the labelled scans that are there, it is not the whole set's")
 
 
-def draw_split(scans: list[Source], recipe: RecipeConfig) -> list[Source]:
-    """Splits the labelled scans. The order comes from a hash of seed and scan_id, so that a scan which is missing or
-    added moves hardly any other one to another split."""
-    labelled = [scan.scan_id for scan in scans if scan.label]
-    order = sorted(labelled, key=lambda scan_id: hashlib.sha256(f"{recipe.split_seed} {scan_id}".encode()).digest())
+def draw_split(scans: list[Source], recipe: RecipeConfig) -> tuple[list[Source], list[str]]:
+    """Splits the labelled scans, but for those of a test folder: these stay "test". The order comes from a hash of seed
+    and scan_id, so that a scan which is missing or added moves hardly any other one to another split.
+
+    Returns:
+        All scans, and what is missing for the draw because test scans are not drawn.
+    """
+    labelled = [scan for scan in scans if scan.label]
+    drawable = [scan.scan_id for scan in labelled if scan.split != "test"]
+    order = sorted(drawable, key=lambda scan_id: hashlib.sha256(f"{recipe.split_seed} {scan_id}".encode()).digest())
     splits = [split for split, size in recipe.split_sizes.items() for _ in range(size)]
+    missing, num_test = [], len(labelled) - len(drawable)
+    if num_test and len(order) < len(splits):
+        missing.append(
+            f"recipe.split_sizes={recipe.split_sizes} draws {counted(len(splits), 'scan')}, {len(order)} with labels "
+            f"can be drawn: {counted(num_test, 'scan')} of a test folder {'stays' if num_test == 1 else 'stay'} test"
+        )
     splits += splits[-1:] * (len(order) - len(splits))
     drawn = dict(zip(order, splits))
-    return [replace(scan, split=drawn.get(scan.scan_id, scan.split)) for scan in scans]
+    return [replace(scan, split=drawn.get(scan.scan_id, scan.split)) for scan in scans], missing

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgl_ray.files import dicom_pixels
-from pgl_ray.files.contours import TOLERANCE, Placed
+from pgl_ray.files.contours import TOLERANCE, Placed, gaps
 from pgl_ray.files.dicom_values import Refused, Tagged
 from pgl_ray.files.structure_header import segment_names, whole
 
@@ -31,7 +31,7 @@ class Segment:
             to_index: [4, 4], LPS mm -> voxel index of the grid (three axes in any order).
             shape: of the grid.
         """
-        placed, outside, filled = Placed(), 0, np.zeros((0, 3), np.int64)
+        placed, outside, filled, slices = Placed(), 0, np.zeros((0, 3), np.int64), set()
         for mask, to_mm in self._frames:
             if not mask.any():
                 continue
@@ -49,10 +49,14 @@ class Segment:
             inside = ((voxels >= 0) & (voxels < shape)).all(1)
             outside += int((~inside).sum())
             filled = np.r_[filled, voxels[inside]]
+            across = ~np.rint(steps).any(1)  # of the axes, that of which the frame is a slice
+            slices |= set(voxels[inside][:, across].ravel().tolist())
         if not self._frames or not (len(filled) or outside):
             placed.notes.append("is empty")
         elif not len(filled):
             placed.refused = "it lies outside its CT: is it another's?"
+        elif reason := gaps(slices, "frames"):
+            placed.refused = reason
         else:
             if outside:
                 placed.notes.append(f"{outside} voxels lie outside the CT and are not used")

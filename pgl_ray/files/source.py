@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pgl_ray.files import ct, itk, structures
+from pgl_ray.files import ct, itk, slicer, structures
 from pgl_ray.files.walk import Tree
 
 NUM_NAMED = 5  # of things that a message names
@@ -67,10 +67,10 @@ class Source:
         """The scan, its label map if it has one, and what is worth saying of both.
 
         Args:
-            names: organ name -> label value, which structures need.
+            names: organ name -> label value, which structures and named segments need.
 
         Raises:
-            ValueError: see ct.read_scan, ct.read_label, ct.read_masks.
+            ValueError: see ct.read_scan, ct.read_label, ct.read_masks, slicer.by_names.
         """
         scan = ct.read_scan(self.image, self.slices)
         notes = (*self.notes, *((self.image, note) for note in scan.notes))
@@ -82,7 +82,8 @@ class Source:
             return Reading(scan, None, notes=notes)
         if self.masks:
             return Reading(scan, ct.read_masks(self.label, dict(self.masks), scan), notes=notes)
-        label = ct.read_label(self.label, scan, self.label_slices)
+        label, note = slicer.by_names(ct.read_label(self.label, scan, self.label_slices), self.label, names or {})
+        notes += ((self.label, note),) if note else ()
         if self.ignored is not None and (num := int(np.count_nonzero(label == self.ignored))):
             raise ValueError(
                 f"{self.label}: {num} voxels are marked as not annotated (dataset.json's ignore, {self.ignored}), "
@@ -110,17 +111,27 @@ class Source:
         return images + (labels or (list(map(str, files_of(Path(self.label)))) if self.label else []))
 
     def stamp(self) -> tuple[int, int]:
-        """Bytes of all files, and the newest one's time in ns."""
-        stats = [os.stat(path) for path in self.paths()]
-        return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
+        """Bytes of all files, and what tells them from those that may take their place: of one file its time in ns, of
+        several a hash below 2^63 over the path, bytes and times of each, which files that change places alter. The time
+        of the last rename is among these: where only that differs, the price is one reading for the digest."""
+        paths = self.paths()
+        stats = [os.stat(path) for path in paths]
+        size = sum(stat.st_size for stat in stats)
+        if len(stats) == 1:
+            return size, stats[0].st_mtime_ns
+        rows = [(path, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for path, one in zip(paths, stats)]
+        return size, int.from_bytes(hashlib.sha256(repr(rows).encode()).digest()[:8]) >> 1
 
     def digest(self) -> str:
-        """sha256 of the file's bytes; of several files, that of their hashes."""
+        """sha256 of the file's bytes; of several files, that of their hashes and of the values of masks."""
         digests = []
         for file in self.files():
             with file.open("rb") as stream:
                 digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        if len(digests) == 1:
+            return digests[0]
+        values = [str(value) for _, value in self.masks]
+        return hashlib.sha256("".join([*digests, *values]).encode()).hexdigest()
 
 
 class Fault(NamedTuple):

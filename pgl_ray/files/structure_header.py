@@ -1,6 +1,7 @@
 """What DICOM objects that hold structures, RTSTRUCT (contours) and SEG (segmentations), say in their headers."""
 
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")  # contours that bound a surface
 class Contours(NamedTuple):
     """A structure set (RTSTRUCT, or SEG): its path, the UIDs of the series it is drawn on, the names of the structures
     that have closed contours or are segments, the UIDs of its frames of reference, its patient, the names of those that
-    have none, and why it cannot be read ("": it can)."""
+    have none, why it cannot be read ("": it can), and why it is not used though it can."""
 
     path: str
     series: frozenset[str]
@@ -27,6 +28,7 @@ class Contours(NamedTuple):
     patient: str = ""
     undrawn: tuple[str, ...] = ()
     broken: str = ""
+    unused: str = ""
 
 
 def summarise(path: Path, header: "Dataset") -> Contours:
@@ -34,8 +36,9 @@ def summarise(path: Path, header: "Dataset") -> Contours:
     try:
         is_seg = str(header.get("SOPClassUID", "")) == SEGMENTATION
         organs, undrawn = (_segments(header), ()) if is_seg else _drawn(header)
-        series, frames = _references(header)
-        return Contours(str(path), series, organs, frames, str(header.get("PatientID") or ""), undrawn)
+        series, frames, unused = _references(header)
+        patient = str(header.get("PatientID") or "")
+        return Contours(str(path), series, organs, frames, patient, undrawn, unused=unused)
     except Exception as error:  # pydicom has no common base for what a damaged header can cause
         return broken(path, str(error) or type(error).__name__)
 
@@ -122,15 +125,34 @@ def segment_names(header: "Dataset") -> dict[int | None, str]:
     return {whole(one.get("SegmentNumber")): str(one.get("SegmentLabel") or "").strip() for one in segments}
 
 
-def _references(header: "Dataset") -> tuple[frozenset[str], frozenset[str]]:
-    """UIDs of the series that structures are drawn on, and of their frames of reference."""
-    series, frames = set(), {str(header.get("FrameOfReferenceUID") or "")}
-    series |= {str(one.get("SeriesInstanceUID") or "") for one in header.get("ReferencedSeriesSequence") or []}
+def _references(header: "Dataset") -> tuple[frozenset[str], frozenset[str], str]:
+    """UIDs of the series that structures are drawn on, and of their frames of reference; why these are unknown, or "".
+    Of several frames that a set lists, each with its series, that counts in which its ROIs are drawn."""
+    listed: dict[str, set[str]] = defaultdict(set)  # frame -> its series
     for frame in header.get("ReferencedFrameOfReferenceSequence") or []:
-        frames.add(str(frame.get("FrameOfReferenceUID") or ""))
-        for study in frame.get("RTReferencedStudySequence") or []:
-            for one in study.get("RTReferencedSeriesSequence") or []:
-                series.add(str(one.get("SeriesInstanceUID") or ""))
-    for roi in header.get("StructureSetROISequence") or []:
-        frames.add(str(roi.get("ReferencedFrameOfReferenceUID") or ""))
-    return frozenset(series - {""}), frozenset(frames - {""})
+        studies = frame.get("RTReferencedStudySequence") or []
+        inside = [one for study in studies for one in study.get("RTReferencedSeriesSequence") or []]
+        listed[_uid(frame, "FrameOfReferenceUID")] |= {_uid(one, "SeriesInstanceUID") for one in inside}
+    drawn = _frames_of_rois(header)
+    known = drawn & listed.keys() or {frame for frame in listed if listed[frame]}
+    direct = {_uid(one, "SeriesInstanceUID") for one in header.get("ReferencedSeriesSequence") or []}
+    series = direct.union(*(listed[frame] for frame in known))
+    frames = drawn & listed.keys() or {_uid(header, "FrameOfReferenceUID"), *drawn, *listed}
+    num, unused = max(len(drawn), len(known)), ""
+    if num > 1:
+        unused = (
+            f"{num} frames of reference, and not a single one that its structures are drawn in: write a set for each"
+        )
+    return frozenset(series - {""}), frozenset(frames - {""}), unused
+
+
+def _frames_of_rois(header: "Dataset") -> set[str]:
+    """UIDs of the frames of reference that the ROIs with contours state for themselves."""
+    contours = header.get("ROIContourSequence") or []
+    drawn = {whole(one.get("ReferencedROINumber")) for one in contours if one.get("ContourSequence")}
+    rois = [one for one in header.get("StructureSetROISequence") or [] if whole(one.get("ROINumber")) in drawn]
+    return {_uid(one, "ReferencedFrameOfReferenceUID") for one in rois} - {""}
+
+
+def _uid(item: "Dataset", tag: str) -> str:
+    return str(item.get(tag) or "")

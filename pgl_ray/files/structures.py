@@ -152,6 +152,9 @@ def assign(sets: Sequence[Contours], series: Sequence[dicom.Series], names: dict
             reason = f"its structures cannot be read ({one.broken}), so it labels no scan: copy it again"
             (assigned.faults if names else assigned.left_out).append((one.path, reason))
             continue
+        if one.unused:
+            assigned.left_out.append((one.path, one.unused))
+            continue
         matched, note = _series_of(one, series)
         if isinstance(matched, str):
             assigned.left_out.append((one.path, matched))
