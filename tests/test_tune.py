@@ -301,6 +301,34 @@ def test_what_the_stores_cannot_give_is_refused_before_training(tmp_path):
     stores.check_stores(config, checks.check(config))
 
 
+@pytest.mark.parametrize("space", [LR, {"pretrain.probe.every": {"grid_search": [2, 4]}}])
+@pytest.mark.parametrize("named", [False, True])
+def test_the_curve_of_a_pool_has_the_sweeps_labels(tmp_path, space, named):
+    """The pool has none; a curve that names its store keeps it."""
+    for name in ("pool", "own", "third"):
+        for i, split in enumerate(("train", "train", "test")):
+            volume = np.random.default_rng(i).integers(-200, 200, (24, 40, 40)).astype(np.int16)
+            kept = {"label": np.ones_like(volume, np.uint8), "labelled": (1,)} if name != "pool" else {}
+            write_scan(tmp_path / name, f"{name}{i}", volume, np.eye(4), split=split, **kept)
+        write_index(tmp_path / name, {"a": 1} if name != "pool" else {}, (-1024.0, 325.0))
+    own, pool, third = (str(tmp_path / name) for name in ("own", "pool", "third"))
+    geometry = {"views": {"size": [16, 32, 32]}, "global_batch_size": 1, "max_steps": 4, "encoder": ENCODER}
+    curve = {"every": 2} | ({"index": third} if named else {})
+    bases = {"base_pretrain": {**geometry, "index": pool, "probe": curve}, "first_judge": sweeps.PROBE}
+    config = sweep(tmp_path, index=own, space=space, **bases)
+    trials = checks.check(config)
+    stores.check_stores(config, trials)
+    for one in trials or [SimpleNamespace(values={})]:
+        found = stages.stage_configs(config, one.values, tmp_path / "t")["pretrain"]
+        assert found.index == pool and found.probe.index == (third if named else own)
+
+
+def test_a_curve_on_the_sweeps_own_store_stays_as_it_was():
+    """What is trained alike has the same folder as in earlier versions."""
+    config = c.build(c.TuneConfig, {"index": "s", "run": "r", "space": LR, **BASE, **CURVE})
+    assert stages.stage_configs(config, {}, Path("t"))["pretrain"].probe.index is None
+
+
 def test_asha_remembers_the_rungs_of_ended_trials(tmp_path):
     """Ray Tune saves no scheduler: after a restart the reports of the trials that ended stand in."""
     config = sweep(tmp_path, space=LR, scheduler={"kind": "asha", "grace": 25})
