@@ -67,7 +67,12 @@ def run(config: PretrainConfig) -> Result:
         "num_parameters": sum(p.numel() for p in encoder.parameters()),
         "num_steps": plan.num_steps,
         "plan": plan.identity,
-        "store": {"num_scans": len(plan.scan_ids), "labels": index.labels, "hu_window": index.hu_window},
+        "store": {
+            "num_scans": len(plan.scan_ids),
+            "labels": index.labels,
+            "hu_window": index.hu_window,
+            "splits": index.labelled_splits,
+        },
         "outlook": ahead.facts,
     }
     trained_on = training_facts(index, plan.scan_ids)

@@ -10,10 +10,14 @@ import pytest
 from scipy import stats
 from test_report import CHANCE, judged, score_rows
 
-from pgl_ray import config, shipped
+from pgl_ray import config, finetune, pretrain, shipped
 from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import write_index
+from pgl_ray.judge import voxels
 from pgl_ray.pages import answers, next_steps, run_folders, speeds
 from pgl_ray.pages.pages import NO, OPEN, YES, percent
+from pgl_ray.train import runs
 from pgl_ray.train.records import RunRecord
 
 PGL = "/runs/pgl"
@@ -377,6 +381,79 @@ def test_the_first_step_that_is_open(runs, said, verdict, words):
     for door, rest in re.findall(r"python -m pgl_ray\.(\w+)((?: '?[\w.\[]+[=/][^ ]+)+)", line.text):
         args = [arg.rstrip(",") for arg in shlex.split(rest) if "=" in arg]
         load(getattr(config, f"{door.title()}Config"), args)
+
+
+def typed(line, door):
+    """The arguments of the command that a line says."""
+    command = re.search(rf"python -m pgl_ray\.{door} ((?:'?[\w.]+=[^ ]* ?)+)", line)[1]
+    return [arg.rstrip(",") for arg in shlex.split(command)]
+
+
+LABELLED = [("train", "test"), ("train", "validation"), ("a", "b", "train"), ("test",), ("validation",), ("", "train")]
+
+
+@pytest.mark.parametrize("splits", LABELLED)
+def test_the_commands_to_type_find_scans_to_test_on(tmp_path, splits):
+    """Whatever the splits that a store has labels in: neither the judges nor an evaluation has to refuse."""
+    store = tmp_path / "store"
+    for number, split in enumerate([split for split in splits for _ in range(8)]):
+        label = np.ones((4, 6, 6), np.uint8)
+        more = {"label": label, "labelled": (1,), "split": split}
+        write_scan(store, f"s{number}", np.zeros((4, 6, 6), np.int16), np.eye(4), **more)
+    write_scan(store, "bare", np.zeros((4, 6, 6), np.int16), np.eye(4), split="held")  # without labels
+    index = write_index(store, {"liver": 1}, (-1024.0, 325.0))
+    noted = {"store": {"labels": {"liver": 1}, "splits": index.labelled_splits}}
+    assert set(index.labelled_splits) == set(splits)
+    run = run_of("pretrain", health_rows(LEARNED), index=str(store), record=noted)
+    line = next_steps.first([run], {run.name: None})
+    assert line.verdict == "Judge it"
+    asked = load(config.ProbeConfig, typed(line.text, "probe"))
+    train, test = voxels.choose_scans(index, asked)
+    assert train and len(test) > 1 and ("test" not in splits or asked.test_split == "test")
+    trained = next((split for split in splits if split != "test"), None)
+    if trained is not None and len(splits) > 1:
+        tuned_on = run_of("finetune", index=str(store), record=noted, split=trained)
+        asked = load(config.EvaluateConfig, typed(next_steps.evaluation(tuned_on), "evaluate"))
+        assert index.labelled(asked.split) and asked.split != trained
+        assert asked.split == ("test" if "test" in splits else asked.split)
+
+
+def test_where_no_labels_are_left_to_test_on_it_is_said():
+    noted = {"store": {"labels": {"liver": 1}, "splits": ["train"]}}
+    said = next_steps.evaluation(run_of("finetune", record=noted))
+    assert typed(said, "evaluate") == ["run=/runs/tuned", "index=/store"]
+    assert "once its store has labelled scans beside those of split train: prepare some as split test" in said
+    run = run_of("pretrain", health_rows(LEARNED), record=noted)
+    assert "prepare some as split test" in next_steps.first([run], {run.name: None}).text
+
+
+def test_runs_without_a_note_of_splits_have_plain_commands():
+    """Those of earlier versions."""
+    assert next_steps.evaluation(run_of("finetune")) == "python -m pgl_ray.evaluate run=/runs/tuned index=/store"
+
+
+@pytest.mark.parametrize("door", [pretrain, finetune])
+def test_a_run_notes_in_which_splits_labels_are(tmp_path, monkeypatch, door):
+    noted = {}
+
+    class Opened(Exception):
+        pass
+
+    def open_run(config, name, facts):
+        noted.update(facts["store"])
+        raise Opened
+
+    for number, split in enumerate(("train", "train", "held", "open")):
+        volume = np.random.default_rng(number).integers(-200, 200, (18, 36, 36)).astype(np.int16)
+        more = {"label": np.ones(volume.shape, np.uint8), "labelled": (1,)} if split != "open" else {}
+        write_scan(tmp_path / "store", f"s{number}", volume, np.eye(4), split=split, **more)
+    write_index(tmp_path / "store", {"organ": 1}, (-1024.0, 325.0))
+    monkeypatch.setattr(runs, "open_run", open_run)
+    values = {"index": str(tmp_path / "store"), "run": str(tmp_path / "run"), "encoder": {"width": 4}, "max_steps": 1}
+    values |= {"global_batch_size": 1} | ({"views": {"size": [8, 16, 32]}} if door is pretrain else {})
+    with pytest.raises(Opened):
+        door.run(build({pretrain: PretrainConfig, finetune: FinetuneConfig}[door], values))
+    assert noted["splits"] == ["held", "train"]
 
 
 @pytest.mark.parametrize("encoder", [{}, {"width": 8, "depths": [1, 1, 2, 1]}, {"width": 16}])
