@@ -357,7 +357,7 @@ def seeds(gains):
         ([pretrained(rank=1.0)], None, "Train again", "lower optim.lr than"),
         ([pretrained(blank_share=1.0)], None, "Look at the scans", "100% of the views have one value throughout; "),
         ([unfinished()], None, "Let it end", "step 100 of 900"),
-        ([starved()], None, "Feed it", "pgl_ray.bench index=/store"),
+        ([starved()], None, "Feed it", "pgl_ray.bench /runs/pgl/config.yaml index=/store"),
         ([pretrained()], None, "Judge it", f"pgl_ray.probe init={PGL}"),
         ([pretrained(record={"store": {"labels": {}}})], None, "Judge it", "this run's has no labels"),
         ([pretrained()], BEHIND, "Train on", "after 100 steps, on 4 test scans"),
@@ -387,6 +387,28 @@ def typed(line, door):
     """The arguments of the command that a line says."""
     command = re.search(rf"python -m pgl_ray\.{door} ((?:'?[\w.]+=[^ ]* ?)+)", line)[1]
     return [arg.rstrip(",") for arg in shlex.split(command)]
+
+
+@pytest.mark.parametrize("method", ["pgl", "byol", "genesis"])
+@pytest.mark.parametrize("folder", ["runs", "my runs"])
+def test_bench_is_of_the_training_that_waited(tmp_path, method, folder):
+    """The command takes the run's own file, whatever differs from the defaults."""
+    changes = {"method": method, "encoder": {"width": 8}, "global_batch_size": 6, "views": {"size": [16, 64, 64]}}
+    changes |= {"train": {"num_workers": 2}, "pairs_per_scan": 3, "optim": {"kind": "sgd", "lr": 0.3}}
+    asked = build(PretrainConfig, {"index": "/store", "run": str(tmp_path / folder), "max_steps": 50, **changes})
+    place = Path(runs.open_run(asked, "pretrain", {"plan": "p"}))
+    waiting = dataclasses.replace(starved(), path=place)
+    line = next_steps.first([waiting], {waiting.name: None})
+    words = shlex.split(re.search(r"python -m pgl_ray\.bench (.+) says which part", line.text)[1])
+    timed = load(config.BenchConfig, words).model_dump(exclude={"run", "bench_s"})
+    assert line.verdict == "Feed it" and timed == asked.model_dump(exclude={"run"})
+
+
+def test_bench_of_a_run_in_a_bucket_reads_the_copy_here(tmp_path, monkeypatch):
+    """A file of settings is one of this machine: the copy that the page was made of."""
+    monkeypatch.setattr(next_steps.run_paths, "origin", lambda path: "s3://bucket/runs/pgl")
+    waiting = dataclasses.replace(starved(), path=tmp_path)
+    assert f"bench {tmp_path}/config.yaml " in next_steps.first([waiting], {waiting.name: None}).text
 
 
 LABELLED = [("train", "test"), ("train", "validation"), ("a", "b", "train"), ("test",), ("validation",), ("", "train")]

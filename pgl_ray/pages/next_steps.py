@@ -61,7 +61,9 @@ def _mends(pretrained: list[Run]) -> Line | None:
                 f"{run.name} collapsed: a new run=... with a lower optim.lr than {rate:g}, or a larger batch",
             )
         if (wait := speeds.wait_of(run)) and wait.verdict == speeds.DATA:
-            text = command("bench", f"index={run.record.index}")
+            text = command(
+                "bench", str(run.path / "config.yaml"), f"index={run.record.index}"
+            )  # here, of a bucket's too
             return Line("Feed it", f"{text} says which part of the data's way is dear, and what helps")
     return None
 
