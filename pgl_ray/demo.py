@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pgl_ray import evaluate, finetune, prepare, pretrain, probe, report
 from pgl_ray.config import (
@@ -26,12 +27,15 @@ from pgl_ray.config import (
 )
 from pgl_ray.pages import run_folders, tables
 from pgl_ray.phantom.phantom import write_phantoms
+from pgl_ray.train.records import RunRecord, read_json
+from pgl_ray.train.run_files import RECORD, write_json
 
 SHAPE, SPACING_MM = (40, 96, 96), (6.0, 3.5, 3.5)
 VIEW = (24, 48, 48)
 ENCODER = {"width": 8, "depths": [1, 1, 2, 1]}  # 0.26 M parameters instead of 46 M, as in conf/pretrain_small.yaml
 TRAIN = {"num_workers": 1, "log_every": 10, "checkpoint_every": 1000}
 INITS = ("random", "pgl")
+SETTINGS = "demo.json"  # what the phantoms, the store and the trainings of a folder were made with
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,16 @@ class Result:
 
 
 def run(config: DemoConfig) -> Result:
-    """Runs all steps; phantoms, store and trainings that are finished already in `config.out` are not made again."""
+    """Runs all steps; phantoms, store and trainings that are finished already in `config.out` are not made again.
+
+    Raises:
+        ValueError: they were made with other settings.
+    """
     began, out = time.monotonic(), Path(config.out).absolute()
+    settings = config.model_dump(mode="json", exclude={"out", "ray"})
+    check_same(out, settings)
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / SETTINGS, settings)
     store, pgl = str(out / "store"), str(out / "pretrain_pgl")
 
     def step(number: int, text: str) -> None:
@@ -92,6 +103,33 @@ def run(config: DemoConfig) -> Result:
     dice = dict(zip(INITS, dice, strict=True))
     page = report.run(_report(config, out, pgl, list(runs.values())))
     return Result(str(page), judged, dice, gain, time.monotonic() - began)
+
+
+def check_same(out: Path, settings: dict[str, Any]) -> None:
+    """Refuses a folder that holds a demo with other settings, before anything in it is changed."""
+    earlier = made_with(out)
+    changed = [key for key in settings if key in earlier and earlier[key] != settings[key]]
+    if changed:
+        there, here = (", ".join(f"{key}={values[key]}" for key in changed) for values in (earlier, settings))
+        raise ValueError(f"out={out} holds a demo with {there}, here {here}: choose another out=...")
+
+
+def made_with(out: Path) -> dict[str, Any]:
+    """The settings of the demo that lies there, {} where none does. Earlier versions wrote no demo.json: what their
+    trainings and phantoms say."""
+    if (out / SETTINGS).is_file():
+        return read_json(out / SETTINGS)
+    known: dict[str, Any] = {}
+    for name, key in {"pretrain_pgl": "pretrain_steps", **{f"finetune_{i}": "finetune_steps" for i in INITS}}.items():
+        if (out / name / RECORD).is_file():
+            trained = RunRecord.read(out / name).config
+            known |= {"seed": trained["seed"], key: trained["max_steps"]}
+    if known and (out / "phantoms").is_dir():
+        scans, labels, test = (
+            len([*(out / "phantoms").glob(f"{part}/*.gz")]) for part in ("imagesTr", "labelsTr", "labelsTs")
+        )
+        known |= {"num_unlabelled": scans - labels, "num_labelled": labels, "num_test": test}
+    return known
 
 
 def pretraining(config: DemoConfig, store: str, run: str, shared: dict) -> PretrainConfig:

@@ -76,7 +76,12 @@ def run(config: FinetuneConfig) -> Result:
         "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "num_steps": plan.num_steps,
         "plan": plan.identity,
-        "store": {"num_scans": len(index.scans), "labels": index.labels, "hu_window": index.hu_window},
+        "store": {
+            "num_scans": len(index.scans),
+            "labels": index.labels,
+            "hu_window": index.hu_window,
+            "splits": index.labelled_splits,
+        },
         "scans": {"train": train_ids, "val": val_ids},
         "weights": dataclasses.asdict(loaded) if loaded else None,
     }

@@ -67,7 +67,12 @@ def run(config: PretrainConfig) -> Result:
         "num_parameters": sum(p.numel() for p in encoder.parameters()),
         "num_steps": plan.num_steps,
         "plan": plan.identity,
-        "store": {"num_scans": len(plan.scan_ids), "labels": index.labels, "hu_window": index.hu_window},
+        "store": {
+            "num_scans": len(plan.scan_ids),
+            "labels": index.labels,
+            "hu_window": index.hu_window,
+            "splits": index.labelled_splits,
+        },
         "outlook": ahead.facts,
     }
     trained_on = training_facts(index, plan.scan_ids)
@@ -110,6 +115,10 @@ def make_probe(config: PretrainConfig) -> Judges:
     """
     where = config.probe.index or config.index
     index, window = store.read_index(where), store.read_index(config.index).hu_window
+    if not index.labels:
+        key = "probe.index" if config.probe.index else "index"
+        need = f"probe.every={config.probe.every} needs some: give a store that has as probe.index=..."
+        raise ValueError(f"{key}={where} holds no labels, and {need}")
     if index.hu_window != window:
         raise ValueError(f"probe.index={where} has hu_window={index.hu_window}, index={config.index} has {window}")
     settings = {"index": where, "size": config.probe.size or config.views.size}

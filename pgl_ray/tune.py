@@ -62,7 +62,7 @@ def run_trials(config: TuneConfig, trials: list[Point], folder: Path) -> Result:
     """Runs what is not done yet on the cluster; several rounds where trials died with their workers."""
     launch.connect(config.ray)
     room, num = room_for(config, trials), len(trials) or config.num_trials
-    done = _ended_trials(folder)
+    done = _ended_trials(config, folder)
     varied = ", ".join([*(["arms"] if config.arms else []), *config.space])
     print(f"tune: {num} trials over {varied}; {len(done)} done, {room} at a time; {folder}", flush=True)
     if nodes.cluster().grows:
@@ -73,19 +73,19 @@ def run_trials(config: TuneConfig, trials: list[Point], folder: Path) -> Result:
     for again in range(0 if trials else REDRAWS):  # what Optuna draws a second time is no new trial
         if len(done) < num:
             search.fit(config, folder, [], num, room, list(done.values()), again)
-            done = _ended_trials(folder)
+            done = _ended_trials(config, folder)
     return collect(config, folder)
 
 
-def _ended_trials(folder: Path) -> dict[str, sweeps.Trial]:
-    return {trial.name: trial for trial in sweeps.read_trials(folder) if trial.state in sweeps.ENDED}
+def _ended_trials(config: TuneConfig, folder: Path) -> dict[str, sweeps.Trial]:
+    return {trial.name: trial for trial in sweeps.read_trials(folder, config.arms) if trial.state in sweeps.ENDED}
 
 
 def collect(config: TuneConfig, folder: Path) -> Result:
-    """Writes the table of all trials, the best settings and the report."""
-    trials = sweeps.read_trials(folder)
+    """Writes the table of all trials, and of those of the arms that there are now the best settings and the report."""
+    trials = sweeps.read_trials(folder, config.arms)
     sweeps.write_table(folder)
-    done = [trial for trial in sweeps.judged(trials) if trial.values.get("arm") in (None, *config.arms)]
+    done = sweeps.judged(trials)
     if not done:
         failed = next((trial.error for trial in trials if trial.error), "no result")
         raise FailedRun(f"no trial of {len(trials)} came to a score; the first: {failed}")

@@ -10,10 +10,14 @@ import pytest
 from scipy import stats
 from test_report import CHANCE, judged, score_rows
 
-from pgl_ray import config, shipped
+from pgl_ray import config, finetune, pretrain, shipped
 from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import write_index
+from pgl_ray.judge import voxels
 from pgl_ray.pages import answers, next_steps, run_folders, speeds
 from pgl_ray.pages.pages import NO, OPEN, YES, percent
+from pgl_ray.train import runs
 from pgl_ray.train.records import RunRecord
 
 PGL = "/runs/pgl"
@@ -353,7 +357,7 @@ def seeds(gains):
         ([pretrained(rank=1.0)], None, "Train again", "lower optim.lr than"),
         ([pretrained(blank_share=1.0)], None, "Look at the scans", "100% of the views have one value throughout; "),
         ([unfinished()], None, "Let it end", "step 100 of 900"),
-        ([starved()], None, "Feed it", "pgl_ray.bench index=/store"),
+        ([starved()], None, "Feed it", "pgl_ray.bench /runs/pgl/config.yaml index=/store"),
         ([pretrained()], None, "Judge it", f"pgl_ray.probe init={PGL}"),
         ([pretrained(record={"store": {"labels": {}}})], None, "Judge it", "this run's has no labels"),
         ([pretrained()], BEHIND, "Train on", "after 100 steps, on 4 test scans"),
@@ -377,6 +381,101 @@ def test_the_first_step_that_is_open(runs, said, verdict, words):
     for door, rest in re.findall(r"python -m pgl_ray\.(\w+)((?: '?[\w.\[]+[=/][^ ]+)+)", line.text):
         args = [arg.rstrip(",") for arg in shlex.split(rest) if "=" in arg]
         load(getattr(config, f"{door.title()}Config"), args)
+
+
+def typed(line, door):
+    """The arguments of the command that a line says."""
+    command = re.search(rf"python -m pgl_ray\.{door} ((?:'?[\w.]+=[^ ]* ?)+)", line)[1]
+    return [arg.rstrip(",") for arg in shlex.split(command)]
+
+
+@pytest.mark.parametrize("method", ["pgl", "byol", "genesis"])
+@pytest.mark.parametrize("folder", ["runs", "my runs"])
+def test_bench_is_of_the_training_that_waited(tmp_path, method, folder):
+    """The command takes the run's own file, whatever differs from the defaults."""
+    changes = {"method": method, "encoder": {"width": 8}, "global_batch_size": 6, "views": {"size": [16, 64, 64]}}
+    changes |= {"train": {"num_workers": 2}, "pairs_per_scan": 3, "optim": {"kind": "sgd", "lr": 0.3}}
+    asked = build(PretrainConfig, {"index": "/store", "run": str(tmp_path / folder), "max_steps": 50, **changes})
+    place = Path(runs.open_run(asked, "pretrain", {"plan": "p"}))
+    waiting = dataclasses.replace(starved(), path=place)
+    line = next_steps.first([waiting], {waiting.name: None})
+    words = shlex.split(re.search(r"python -m pgl_ray\.bench (.+) says which part", line.text)[1])
+    timed = load(config.BenchConfig, words).model_dump(exclude={"run", "bench_s"})
+    assert line.verdict == "Feed it" and timed == asked.model_dump(exclude={"run"})
+
+
+def test_bench_of_a_run_in_a_bucket_reads_the_copy_here(tmp_path, monkeypatch):
+    """A file of settings is one of this machine: the copy that the page was made of."""
+    monkeypatch.setattr(next_steps.run_paths, "origin", lambda path: "s3://bucket/runs/pgl")
+    waiting = dataclasses.replace(starved(), path=tmp_path)
+    assert f"bench {tmp_path}/config.yaml " in next_steps.first([waiting], {waiting.name: None}).text
+
+
+LABELLED = [("train", "test"), ("train", "validation"), ("a", "b", "train"), ("test",), ("validation",), ("", "train")]
+
+
+@pytest.mark.parametrize("splits", LABELLED)
+def test_the_commands_to_type_find_scans_to_test_on(tmp_path, splits):
+    """Whatever the splits that a store has labels in: neither the judges nor an evaluation has to refuse."""
+    store = tmp_path / "store"
+    for number, split in enumerate([split for split in splits for _ in range(8)]):
+        label = np.ones((4, 6, 6), np.uint8)
+        more = {"label": label, "labelled": (1,), "split": split}
+        write_scan(store, f"s{number}", np.zeros((4, 6, 6), np.int16), np.eye(4), **more)
+    write_scan(store, "bare", np.zeros((4, 6, 6), np.int16), np.eye(4), split="held")  # without labels
+    index = write_index(store, {"liver": 1}, (-1024.0, 325.0))
+    noted = {"store": {"labels": {"liver": 1}, "splits": index.labelled_splits}}
+    assert set(index.labelled_splits) == set(splits)
+    run = run_of("pretrain", health_rows(LEARNED), index=str(store), record=noted)
+    line = next_steps.first([run], {run.name: None})
+    assert line.verdict == "Judge it"
+    asked = load(config.ProbeConfig, typed(line.text, "probe"))
+    train, test = voxels.choose_scans(index, asked)
+    assert train and len(test) > 1 and ("test" not in splits or asked.test_split == "test")
+    trained = next((split for split in splits if split != "test"), None)
+    if trained is not None and len(splits) > 1:
+        tuned_on = run_of("finetune", index=str(store), record=noted, split=trained)
+        asked = load(config.EvaluateConfig, typed(next_steps.evaluation(tuned_on), "evaluate"))
+        assert index.labelled(asked.split) and asked.split != trained
+        assert asked.split == ("test" if "test" in splits else asked.split)
+
+
+def test_where_no_labels_are_left_to_test_on_it_is_said():
+    noted = {"store": {"labels": {"liver": 1}, "splits": ["train"]}}
+    said = next_steps.evaluation(run_of("finetune", record=noted))
+    assert typed(said, "evaluate") == ["run=/runs/tuned", "index=/store"]
+    assert "once its store has labelled scans beside those of split train: prepare some as split test" in said
+    run = run_of("pretrain", health_rows(LEARNED), record=noted)
+    assert "prepare some as split test" in next_steps.first([run], {run.name: None}).text
+
+
+def test_runs_without_a_note_of_splits_have_plain_commands():
+    """Those of earlier versions."""
+    assert next_steps.evaluation(run_of("finetune")) == "python -m pgl_ray.evaluate run=/runs/tuned index=/store"
+
+
+@pytest.mark.parametrize("door", [pretrain, finetune])
+def test_a_run_notes_in_which_splits_labels_are(tmp_path, monkeypatch, door):
+    noted = {}
+
+    class Opened(Exception):
+        pass
+
+    def open_run(config, name, facts):
+        noted.update(facts["store"])
+        raise Opened
+
+    for number, split in enumerate(("train", "train", "held", "open")):
+        volume = np.random.default_rng(number).integers(-200, 200, (18, 36, 36)).astype(np.int16)
+        more = {"label": np.ones(volume.shape, np.uint8), "labelled": (1,)} if split != "open" else {}
+        write_scan(tmp_path / "store", f"s{number}", volume, np.eye(4), split=split, **more)
+    write_index(tmp_path / "store", {"organ": 1}, (-1024.0, 325.0))
+    monkeypatch.setattr(runs, "open_run", open_run)
+    values = {"index": str(tmp_path / "store"), "run": str(tmp_path / "run"), "encoder": {"width": 4}, "max_steps": 1}
+    values |= {"global_batch_size": 1} | ({"views": {"size": [8, 16, 32]}} if door is pretrain else {})
+    with pytest.raises(Opened):
+        door.run(build({pretrain: PretrainConfig, finetune: FinetuneConfig}[door], values))
+    assert noted["splits"] == ["held", "train"]
 
 
 @pytest.mark.parametrize("encoder", [{}, {"width": 8, "depths": [1, 1, 2, 1]}, {"width": 16}])

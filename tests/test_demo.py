@@ -1,6 +1,8 @@
 """The demo's settings and what it says: one geometry throughout, nothing learnt from the phantoms it is judged on."""
 
 import dataclasses
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +74,65 @@ def test_pre_training_begins_without_a_note(tmp_path):
     renderer = trainings.make_renderer(config, index, plan)
     ahead = outlook.of(config, index, plan, renderer, model.get_submodule("online.encoder"), geometry)
     assert len(ahead.lines) == 2 and not any("note" in line for line in ahead.lines)
+
+
+OTHERS = {"seed": 1, "num_unlabelled": 9, "num_labelled": 3, "num_test": 2, "pretrain_steps": 8, "finetune_steps": 7}
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A folder in which a demo has begun, and what makes it go on: it ends where the phantoms would be written."""
+
+    class Begins(Exception):
+        pass
+
+    def write(*args, **kwargs):
+        raise Begins
+
+    def go_on(**changes):
+        with pytest.raises(Begins):
+            demo.run(c.DemoConfig(out=str(tmp_path / "out"), **changes))
+
+    monkeypatch.setattr(demo, "write_phantoms", write)
+    go_on()
+    return tmp_path / "out", go_on
+
+
+@pytest.mark.parametrize("earlier_version", [False, True])
+@pytest.mark.parametrize("key", sorted(c.DemoConfig.model_fields.keys() - {"out", "ray"}))
+def test_a_demo_of_other_settings_needs_another_folder(begun, key, earlier_version):
+    """Whichever setting it is, before anything there is touched; the same ones, and a cluster's, go on."""
+    out, go_on = begun
+    defaults = {name: field.default for name, field in c.DemoConfig.model_fields.items()}
+    if earlier_version:  # which wrote no demo.json
+        (out / "demo.json").unlink()
+        for name, steps in (("pretrain_pgl", "pretrain_steps"), ("finetune_random", "finetune_steps")):
+            (out / name).mkdir()
+            record = {"door": name.split("_")[0], "config": {"seed": 0, "max_steps": defaults[steps], "index": "s"}}
+            (out / name / "run.json").write_text(json.dumps(record))
+        numbers = [defaults[name] for name in ("num_unlabelled", "num_labelled", "num_test")]
+        for folder, num in (("imagesTr", sum(numbers[:2])), ("labelsTr", numbers[1]), ("labelsTs", numbers[2])):
+            (out / "phantoms" / folder).mkdir(parents=True)
+            for k in range(num):
+                (out / "phantoms" / folder / f"{k}.nii.gz").touch()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(ValueError) as caught:
+        demo.run(c.DemoConfig(out=str(out), **{key: OTHERS[key]}))
+    said = f"out={out} holds a demo with {key}={defaults[key]}, here {key}={OTHERS[key]}: choose another out=..."
+    assert str(caught.value) == said
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    go_on(ray={"num_cpus": 4})
+    assert json.loads(Path(out, "demo.json").read_text()).keys() == OTHERS.keys()
+
+
+def test_a_demo_whose_phantoms_were_deleted_goes_on(begun):
+    """Of an earlier version, with its pre-training alone: what cannot be known is not held against it."""
+    out, go_on = begun
+    (out / "demo.json").unlink()
+    (out / "pretrain_pgl").mkdir()
+    record = {"door": "pretrain", "config": {"seed": 0, "max_steps": 120, "index": "s"}}
+    (out / "pretrain_pgl/run.json").write_text(json.dumps(record))
+    go_on(finetune_steps=50)
 
 
 @pytest.mark.parametrize(

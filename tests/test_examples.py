@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import pytest
+import ray
 import SimpleITK as sitk
 import torch
 from test_nnunet import WINDOW, exported
@@ -20,6 +22,7 @@ from pgl_ray.data import scan_files, store
 from pgl_ray.files.ct import read_scan
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.phantom.phantom import ORGANS, make_phantom
+from pgl_ray.train import launch
 
 FOLDER = Path(__file__).resolve().parents[1] / "pgl_ray" / "examples"
 EXAMPLES = {path.stem: path for path in FOLDER.glob("*.py") if path.stem != "__init__"}
@@ -222,6 +225,41 @@ def test_a_sweep(ray_cluster, phantoms, out, monkeypatch):
     check_picture(out / "scores.png")
     said = rf"Best: [^<]*1\.5, probe/balanced_accuracy {names['swept'].score:.4f}"
     assert re.search(said, (out / "sweep/report.html").read_text())
+
+
+@pytest.mark.parametrize("given", [{}, {"PGL_RAY_OUT": "mine/out"}, {"PGL_RAY_STORE": "/data/store"}])
+def test_a_jobs_copy_is_no_place_for_what_it_trains(tmp_path, monkeypatch, given):
+    """A job's working directory is removed with all that lies there: nothing is begun in it."""
+    job = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_0"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    for name in ("PGL_RAY_OUT", "PGL_RAY_STORE", "PGL_RAY_TINY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "connect", lambda config: None)
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(ValueError, match="copy that is removed: give an absolute path"):
+        run("cluster")
+    assert list(job.iterdir()) == []
+
+
+def test_a_jobs_command_brings_its_settings():
+    """A job's environment is the head's, so what is set for it stands behind `--`, with absolute paths."""
+    sent = [
+        (name, shlex.split(command))
+        for name, path in EXAMPLES.items()
+        for command in re.findall(r"`ray job submit ([^`]*)`", path.read_text().replace("\n# ", " "))
+    ]
+    assert {name for name, _ in sent} == {"cluster"}
+    for name, words in sent:
+        behind = words[words.index("--") + 1 :]
+        start = behind.index("python")
+        settings = dict(word.split("=") for word in behind[1:start])
+        assert behind[0] == "env" and behind[start:] == ["python", "-m", f"pgl_ray.examples.{name}"]
+        assert set(settings) == {"PGL_RAY_STORE", "PGL_RAY_OUT"}
+        assert all(Path(value).is_absolute() for value in settings.values())
 
 
 @pytest.mark.soak

@@ -11,7 +11,7 @@ import train_loop as loop
 from scipy import ndimage, optimize
 
 from pgl_ray import pretrain, probe
-from pgl_ray.config import EncoderConfig, FailedRun, ProbeConfig
+from pgl_ray.config import EncoderConfig, FailedRun, PretrainConfig, ProbeConfig, build
 from pgl_ray.data.scan_files import open_label, write_scan
 from pgl_ray.data.store import write_index
 from pgl_ray.judge import judges
@@ -359,6 +359,22 @@ def curve(where, run, **changes):
     """A pre-training that is probed at each step."""
     settings = {"every": 1, "num_scans": 3, "num_test_scans": 3, "test_split": "train", "voxels_per_class": 60}
     return loop.pretraining(where, run, probe=settings, max_steps=2, train={"checkpoint_every": 1}, **changes)
+
+
+@pytest.mark.parametrize("key", ["index", "probe.index"])
+def test_a_curve_without_labels_says_which_store_to_give(planted, tmp_path, key):
+    for name in ("pool", "other"):
+        write_scan(tmp_path / name, "a", np.zeros(SHAPE, np.int16), np.eye(4), split="train", hu_window=HU_WINDOW)
+        write_index(tmp_path / name, {}, HU_WINDOW)
+    pool, other = str(tmp_path / "pool"), str(tmp_path / "other")
+    given = {"every": 7, "test_split": "val"} | ({"index": other} if key == "probe.index" else {})
+    settings = build(PretrainConfig, {"index": pool, "run": str(tmp_path / "run"), "probe": given})
+    with pytest.raises(ValueError) as caught:
+        pretrain.make_probe(settings)
+    value = other if key == "probe.index" else pool
+    assert str(caught.value).startswith(f"{key}={value} holds no labels, and probe.every=7 needs some")
+    mended = build(PretrainConfig, {**settings.model_dump(), "probe": {**given, "index": str(planted.store)}})
+    assert pretrain.make_probe(mended).probe.scans[1]  # what it says to do
 
 
 def recorded(run):

@@ -301,6 +301,34 @@ def test_what_the_stores_cannot_give_is_refused_before_training(tmp_path):
     stores.check_stores(config, checks.check(config))
 
 
+@pytest.mark.parametrize("space", [LR, {"pretrain.probe.every": {"grid_search": [2, 4]}}])
+@pytest.mark.parametrize("named", [False, True])
+def test_the_curve_of_a_pool_has_the_sweeps_labels(tmp_path, space, named):
+    """The pool has none; a curve that names its store keeps it."""
+    for name in ("pool", "own", "third"):
+        for i, split in enumerate(("train", "train", "test")):
+            volume = np.random.default_rng(i).integers(-200, 200, (24, 40, 40)).astype(np.int16)
+            kept = {"label": np.ones_like(volume, np.uint8), "labelled": (1,)} if name != "pool" else {}
+            write_scan(tmp_path / name, f"{name}{i}", volume, np.eye(4), split=split, **kept)
+        write_index(tmp_path / name, {"a": 1} if name != "pool" else {}, (-1024.0, 325.0))
+    own, pool, third = (str(tmp_path / name) for name in ("own", "pool", "third"))
+    geometry = {"views": {"size": [16, 32, 32]}, "global_batch_size": 1, "max_steps": 4, "encoder": ENCODER}
+    curve = {"every": 2} | ({"index": third} if named else {})
+    bases = {"base_pretrain": {**geometry, "index": pool, "probe": curve}, "first_judge": sweeps.PROBE}
+    config = sweep(tmp_path, index=own, space=space, **bases)
+    trials = checks.check(config)
+    stores.check_stores(config, trials)
+    for one in trials or [SimpleNamespace(values={})]:
+        found = stages.stage_configs(config, one.values, tmp_path / "t")["pretrain"]
+        assert found.index == pool and found.probe.index == (third if named else own)
+
+
+def test_a_curve_on_the_sweeps_own_store_stays_as_it_was():
+    """What is trained alike has the same folder as in earlier versions."""
+    config = c.build(c.TuneConfig, {"index": "s", "run": "r", "space": LR, **BASE, **CURVE})
+    assert stages.stage_configs(config, {}, Path("t"))["pretrain"].probe.index is None
+
+
 def test_asha_remembers_the_rungs_of_ended_trials(tmp_path):
     """Ray Tune saves no scheduler: after a restart the reports of the trials that ended stand in."""
     config = sweep(tmp_path, space=LR, scheduler={"kind": "asha", "grace": 25})
@@ -736,6 +764,66 @@ def test_an_arms_difference_is_held_against_the_seeds_noise_too():
         text = f", {worth} their noise ({100 * wanted.low:+.2f} to {100 * wanted.high:+.2f})"
         assert arms.over(values) == text
     assert arms.over([0.02]) == ""
+
+
+@pytest.mark.parametrize("out", [("winner",), ("broken", "halted"), ("winner", "broken", "halted", "runner_up")])
+def test_arms_left_out_later_are_in_no_answer(tmp_path, out):
+    """A sweep that has run goes on without the best arm, one that failed, one that was interrupted, or all that a point
+    has. The page names them in one line, and all else is about the others; the table of trials keeps them."""
+    known = {"random": {"probe.init": "random", "finetune.init": "random"}}
+    levels = {"random": 0.3, "runner_up": 0.5, "winner": 0.7, "broken": None, "halted": None}
+    known |= {arm: {} for arm in levels if arm not in known}
+    states = {"broken": "failed", "halted": "running"}
+    base = {"space": {"probe.num_scans": {"grid_search": [5, 10]}}, "base_probe": PROBED["base_probe"]}
+    sweeps.remember(sweep(tmp_path, arms=known, **base), tmp_path / "sweep")
+    for arm, level in levels.items():
+        for num in (5,) if arm in ("random", "runner_up") else (5, 10):
+            values = {"arm": arm, "probe.num_scans": num}
+            run = tmp_path / "sweep" / "trials" / name_of(values) / "finetune"
+            place = ended(tmp_path, values, level, state=states.get(arm, "done"), finetune=str(run)).folder
+            if level:
+                tuned_run(run, 0, {"liver": {"p": level, "q": level}})
+                write_json(place / "probe.json", said(level, init="random" if arm == "random" else "run"))
+    left = {arm: own for arm, own in known.items() if arm not in out}
+    config = sweep(tmp_path, arms=left, **base)
+    sweeps.remember(config, tmp_path / "sweep")
+    result = tune.collect(config, tmp_path / "sweep")
+    assert result.best["arm"] == max(left, key=lambda arm: levels[arm] or 0)
+    assert sum(result.states.values()) == sum(1 if arm in ("random", "runner_up") else 2 for arm in left)
+    shown = (tmp_path / "sweep/report.html").read_text().partition("<h2>The sweep</h2>")[0]  # sweep.json knows them all
+    assert f"arms that the sweep leaves out now ({', '.join(sorted(out))})" in shown
+    assert all(shown.count(arm) == 1 for arm in out)
+    rows = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
+    assert {row["arm"] for row in rows} == set(known)
+
+
+def test_optuna_knows_nothing_of_arms_left_out(tmp_path, monkeypatch):
+    """Neither what they gave, for it has no such choice, nor that they were interrupted; nor do they count as done."""
+    pytest.importorskip("optuna")
+    config = sweep(tmp_path, arms={"here": {}}, space=LR, search="optuna", num_trials=2)
+    for arm, score, state in (("here", 0.4, "done"), ("gone", 0.9, "done"), ("gone", None, "failed")):
+        ended(tmp_path, {"arm": arm, "finetune.optim.lr": 0.01 if score else 0.02}, score, state=state)
+    searches = []
+
+    class Tuner:
+        def __init__(self, trainable, tune_config, **others):
+            searches.append((tune_config.search_alg, tune_config.num_samples))
+
+        def fit(self):
+            pass
+
+    from ray import tune as ray_tune
+
+    monkeypatch.setattr(ray_tune, "Tuner", Tuner)
+    monkeypatch.setattr(tune.launch, "connect", lambda ray: None)
+    monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({}, ({"CPU": 4.0},)))
+    monkeypatch.setattr(tune, "room_for", lambda config, trials: 1)
+    monkeypatch.setattr(tune, "REDRAWS", 1)
+    monkeypatch.setattr(tune, "collect", lambda config, folder: None)
+    tune.run_trials(config, [], tmp_path / "sweep")
+    ((optuna, num),) = searches
+    assert num == 1 and optuna._ot_study.best_value == 0.4
+    assert values_of(optuna.suggest("w")["trial"])["arm"] == "here"
 
 
 def test_settings_that_matter_and_their_intervals(tmp_path):

@@ -70,6 +70,11 @@ class Index:
         return scans
 
     @property
+    def labelled_splits(self) -> list[str]:
+        """Splits in which scans have a label map."""
+        return sorted({scan.split for scan in self.scans if scan.label_metadata is not None}) if self.labels else []
+
+    @property
     def by_id(self) -> Mapping[str, ScanRecord]:
         """scan_id -> scan."""
         return self.scans.by_name if isinstance(self.scans, Rows) else {scan.scan_id: scan for scan in self.scans}

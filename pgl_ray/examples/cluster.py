@@ -3,13 +3,14 @@
 #
 # The same calls as on one machine: a training takes as many workers as `train.num_workers` says, wherever they are.
 # Join a cluster that runs (`ray start --head` on one node, `ray start --address=FIRST:6379` on the others) by
-# `RAY_ADDRESS=FIRST:6379 python -m pgl_ray.examples.cluster`, or send it as a job:
-# `ray job submit --working-dir . -- python -m pgl_ray.examples.cluster`. Without an address this machine is a cluster
-# of one node. Store and run must lie where all nodes see them: a shared folder, or a bucket. Settings are taken from
-# the environment:
+# `RAY_ADDRESS=FIRST:6379 python -m pgl_ray.examples.cluster`, or send it as a job, whose settings go with the command,
+# for a job has not the environment of the shell that sends it:
+# `ray job submit --working-dir . -- env PGL_RAY_STORE=/data/mine PGL_RAY_OUT=/data/out
+# python -m pgl_ray.examples.cluster`. Without an address this machine is a cluster of one node. Store and run must lie
+# where all nodes see them: a shared folder, or a bucket. Settings are taken from the environment:
 #
 # - `PGL_RAY_STORE`: a store as `prepare` writes it; without it CT phantoms are made
-# - `PGL_RAY_OUT`: a folder that all nodes see; `PGL_RAY_TINY=1`: a few steps, to see that it runs
+# - `PGL_RAY_OUT`: a folder that all nodes see, absolute in a job; `PGL_RAY_TINY=1`: a few steps, to see that it runs
 
 # %%
 import os
@@ -26,7 +27,7 @@ from pgl_ray.train.launch import connect
 from pgl_ray.train.metrics import read_metrics
 
 TINY = "PGL_RAY_TINY" in os.environ
-OUT = Path(os.environ.get("PGL_RAY_OUT", "examples/cluster")).absolute()
+OUT = Path(os.environ.get("PGL_RAY_OUT", "examples/cluster")).expanduser()  # a job's is not made absolute, but refused
 STORE = os.environ.get("PGL_RAY_STORE", f"{OUT}/store")
 
 # %% [markdown]
@@ -48,8 +49,9 @@ print(f"{workers} workers")
 
 # %%
 if "PGL_RAY_STORE" not in os.environ:
+    prepared = load(PrepareConfig, [f"source={OUT}/phantoms", f"store={STORE}"])
     write_phantoms(OUT / "phantoms", 3 if TINY else 24, 0, 0, seed=0, shape=(40, 96, 96), spacing_mm=(6.0, 3.5, 3.5))
-    prepare.run(PrepareConfig(source=f"{OUT}/phantoms", store=STORE))
+    prepare.run(prepared)
 
 # %% [markdown]
 # ## Pre-training on all of them

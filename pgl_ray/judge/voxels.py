@@ -142,9 +142,9 @@ def choose_scans(index: Index, config: ProbeSettings) -> tuple[list[ScanRecord],
     test = pool[: config.num_test_scans]
     for key, split, scans in (("split", config.split, train), ("test_split", config.test_split, test)):
         if not scans:
-            splits = sorted({scan.split for scan in index.scans if scan.label_metadata is not None})
             raise ValueError(
-                f"{key}={split!r}: no labelled scan left there in {config.index}; it has labels in {splits}"
+                f"{key}={split!r}: no labelled scan left there in {config.index}; it has labels in "
+                f"{index.labelled_splits}"
             )
     return train, test
 

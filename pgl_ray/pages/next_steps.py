@@ -16,6 +16,7 @@ from pgl_ray.pages.pages import Line, command, percent, plural
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.train import health, run_paths
 
+TEST = "test"  # the split that doors test on where no other is named
 TUNING = "conf/finetune_small.yaml"
 MOST_SCANS = 2000  # that anybody would label to tell two runs apart
 
@@ -30,13 +31,9 @@ def first(runs: list[Run], judged: dict[str, dict[str, Any] | None]) -> Line:
         if not run.rows:
             return Line("Wait", f"{run.name} has no metrics yet; make this page again when it has")
     for run in pretrained:
-        index, result = run.record.index, judged[run.name]
+        result = judged[run.name]
         if not result or not result["standing"]:
-            labels = run.record.store.labels
-            args = "judges=[voxels,decoder,matching]", f"index={index}" if labels else "index=STORE"
-            text = command("probe", f"init={run_paths.origin(run.path)}", *args)
-            text += "" if labels else ", STORE one of a few labelled scans, for this run's has no labels"
-            return Line("Judge it", f"{run.name} was not set beside random weights by all judges: {text}")
+            return Line("Judge it", f"{run.name} was not set beside random weights by all judges: {_judging(run)}")
         if not any(Standing(**one).is_ahead for one in result["standing"].values()):
             return _no_better(run, result)
     return _after(pretrained, tuned)
@@ -64,7 +61,9 @@ def _mends(pretrained: list[Run]) -> Line | None:
                 f"{run.name} collapsed: a new run=... with a lower optim.lr than {rate:g}, or a larger batch",
             )
         if (wait := speeds.wait_of(run)) and wait.verdict == speeds.DATA:
-            text = command("bench", f"index={run.record.index}")
+            text = command(
+                "bench", str(run.path / "config.yaml"), f"index={run.record.index}"
+            )  # here, of a bucket's too
             return Line("Feed it", f"{text} says which part of the data's way is dear, and what helps")
     return None
 
@@ -89,9 +88,41 @@ def _no_better(run: Run, judged: dict[str, Any]) -> Line:
     )
 
 
+def _judging(run: Run) -> str:
+    """The command that sets a pre-training beside random weights."""
+    args = f"init={run_paths.origin(run.path)}", "judges=[voxels,decoder,matching]"
+    if not run.record.store.labels:
+        text = command("probe", *args, "index=STORE")
+        return f"{text}, STORE one of a few labelled scans, for this run's has no labels"
+    split, text = _tested(run, "train")
+    args += (f"index={run.record.index}",) + ((f"test_split={split}",) if split != TEST else ())
+    if "train" not in (run.record.store.splits or ["train"]):
+        args += (f"split={split}",)  # the judges keep the scans apart
+    return command("probe", *args) + text
+
+
 def evaluation(run: Run) -> str:
     """The command that evaluates a fine-tuning."""
-    return command("evaluate", f"run={run_paths.origin(run.path)}", f"index={run.record.index}")
+    split, text = _tested(run, run.config.get("split", "train"))
+    args = [f"split={split}"] if split != TEST else []
+    return command("evaluate", f"run={run_paths.origin(run.path)}", f"index={run.record.index}", *args) + text
+
+
+def _tested(run: Run, trained: str) -> tuple[str, str]:
+    """The split of a run's store to test on, and what is to be said behind the command where it has none.
+
+    Args:
+        run: whose store the scans are of.
+        trained: the split that labelled scans to train on are taken from.
+    """
+    splits = run.record.store.splits
+    if splits is None or TEST in splits:  # earlier versions did not note them
+        return TEST, ""
+    others = [split for split in splits if split != trained]
+    if others:
+        return others[-1], ""  # one without a name is the first
+    mend = f"prepare some as split {TEST} (imagesTs and labelsTs, or labels.table with a column split)"
+    return TEST, f", once its store has labelled scans beside those of split {trained}: {mend}"
 
 
 def _after(pretrained: list[Run], tuned: list[Run]) -> Line:

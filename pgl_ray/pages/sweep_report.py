@@ -35,14 +35,13 @@ def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any
         folder: of the sweep.
         overlays: draws the labels of several evaluated runs.
     """
-    config, trials = read_json(folder / sweeps.SWEEP), sweeps.read_trials(folder)
+    config = read_json(folder / sweeps.SWEEP)
+    trials = sweeps.read_trials(folder, config["arms"])  # of those that it has now
     scored = [trial for trial in trials if trial.score is not None and trial.state in sweeps.ENDED]
     done = sweeps.judged(trials)
     best = done[0] if done else None
     judges = [judge for judge in tables.JUDGED if any(judge in sweeps.probed(trial.folder) for trial in trials)]
-    drawn = {"parallel": "", "settings": [], "curves": ""}
-    if len(scored) > 1:
-        drawn = _figures(config, scored)
+    drawn = _figures(config, scored) if len(scored) > 1 else {"parallel": "", "settings": [], "curves": ""}
     arms_grid = grid(config, trials, overlays) if config["arms"] else None
     arms_judged = arms.judged(config, trials) if config["arms"] else []
     return {
@@ -51,6 +50,7 @@ def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any
         "judge": config["judge"],
         "lower": sweeps.merit(config["judge"], 1.0) < 0,
         "num": sweeps.num_by_state(trials),
+        "left_out": sorted({trial.values.get("arm") for trial in sweeps.read_trials(folder)} - {None, *config["arms"]}),
         "best": best and {"title": best.title, "score": best.score, "name": best.name},
         "judges": [tables.JUDGED[judge][0] for judge in judges],
         "trials": [_row(trial, judges) for trial in sorted(trials, key=lambda t: (t.state != "done", -t.merit))],

@@ -78,6 +78,8 @@ def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], fold
     values = defaults | OmegaConf.to_container(merged) | places
     if stage == "pretrain":
         values["health"] = {"stop_on_collapse": True} | values.get("health", {})
+        if values["index"] != config.index:  # a pool, which need not have labels
+            values["probe"] = {"index": config.index} | (values.get("probe") or {})
     return build(STAGES[stage], values)
 
 

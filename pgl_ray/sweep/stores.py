@@ -45,7 +45,8 @@ def check_stores(config: TuneConfig, trials: list[Point]) -> None:
                     _check_windows(pool, read((configs.get("finetune") or configs["probe"]).index))
                 curve = configs["pretrain"].probe
                 if curve.every:
-                    tested = tested + voxels.choose_scans(read(curve.index or str(pool.store)), curve)[1]
+                    curve = curve.model_copy(update={"index": curve.index or configs["pretrain"].index})
+                    tested = tested + voxels.choose_scans(read(curve.index), curve)[1]
                 notes += _overlap(pool, plan, tested)
     for note in dict.fromkeys(notes):
         print(f"tune: note: {note}", flush=True)

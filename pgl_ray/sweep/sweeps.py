@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -228,10 +228,10 @@ def read_trial(folder: Path) -> Trial | None:
     return trial
 
 
-def read_trials(folder: Path) -> list[Trial]:
-    """All trials of a sweep that began, in the order in which they did."""
-    trials = [read_trial(path) for path in (folder / "trials").glob("*")]
-    return sorted((trial for trial in trials if trial), key=lambda trial: trial.started)
+def read_trials(folder: Path, arms: Collection[str] | None = None) -> list[Trial]:
+    """Trials of a sweep that began, in the order in which they did: all, or without those of other arms than `arms`."""
+    begun = sorted(filter(None, map(read_trial, (folder / "trials").glob("*"))), key=lambda trial: trial.started)
+    return [trial for trial in begun if arms is None or trial.values.get("arm") in (None, *arms)]
 
 
 def collapsed(run: str) -> str | None:

@@ -53,6 +53,7 @@ class RunStore(BaseModel):
         num_scans: that a pre-training draws from, or of the whole store.
         labels: organ -> label value.
         hu_window: (low, high), HU, that voxels are clipped to.
+        splits: in which scans have labels; none: an earlier version did not note them.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -60,6 +61,7 @@ class RunStore(BaseModel):
     num_scans: int = 0
     labels: dict[str, int] = {}
     hu_window: tuple[float, float] | None = None
+    splits: list[str] | None = None
 
 
 class RunScans(BaseModel):
