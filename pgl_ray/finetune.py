@@ -18,7 +18,7 @@ import torch
 
 from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build
 from pgl_ray.data import patch_renderer, store, stream
-from pgl_ray.data.facts import spacing_note, training_facts
+from pgl_ray.data.facts import spacing_note, store_facts, training_facts
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.trainings import split_scans
 from pgl_ray.judge import readings, scoring
@@ -76,7 +76,7 @@ def run(config: FinetuneConfig) -> Result:
         "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "num_steps": plan.num_steps,
         "plan": plan.identity,
-        "store": {"num_scans": len(index.scans), "labels": index.labels, "hu_window": index.hu_window},
+        "store": store_facts(index, trained_on, len(index.scans)),
         "scans": {"train": train_ids, "val": val_ids},
         "weights": dataclasses.asdict(loaded) if loaded else None,
     }

@@ -53,6 +53,8 @@ class RunStore(BaseModel):
         num_scans: that a pre-training draws from, or of the whole store.
         labels: organ -> label value.
         hu_window: (low, high), HU, that voxels are clipped to.
+        spacing_mm: that all scans were resampled to (D, H, W); none: each has its own.
+        scans_hash: over names and voxels of the scans that the run trains on, and validates on.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -60,6 +62,8 @@ class RunStore(BaseModel):
     num_scans: int = 0
     labels: dict[str, int] = {}
     hu_window: tuple[float, float] | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+    scans_hash: str = ""
 
 
 class RunScans(BaseModel):
