@@ -344,6 +344,23 @@ def test_an_elastic_run_that_cannot_start_ends(here, controller, monkeypatch):
     assert len(starts) > 4 and set(starts) == {4}
 
 
+@pytest.mark.parametrize(
+    ("cluster", "most"),
+    [
+        (FIXED, 8),  # others may be joined by hand
+        (Cluster({"CPU": 2.0}, unknown=True), 8),
+        (Cluster({"CPU": 2.0}, (), (GPU._replace(most=3),), 8), 3),
+        (HEAD, 8),
+    ],
+)
+def test_elastic_runs_are_bounded_by_what_can_be(here, capsys, cluster, most):
+    here(cluster)
+    use_gpu = cluster is not FIXED
+    scaling = launch._scaling(train(min_workers=2, max_workers=8, cpus_per_worker=3), use_gpu)
+    said = capsys.readouterr().out
+    assert scaling.num_workers == (2, most) and said.startswith("note: there can be room for 3 of") == (most == 3)
+
+
 def test_a_cluster_of_ones_own_can_have_more_cpus_by_name(here, monkeypatch):
     here(Cluster({"CPU": 4.0}))
     monkeypatch.setenv(WATCH, "0")

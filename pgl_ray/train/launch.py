@@ -144,7 +144,7 @@ def _scaling(train: TrainConfig, use_gpu: bool) -> Any:
     import ray.train
 
     here, each, most = nodes.cluster(), nodes.needs(train, use_gpu), train.num_workers
-    if train.min_workers and not here.unknown:
+    if train.min_workers and here.kinds:  # others may be joined by hand: nobody knows how many
         # Ray asks for all of them at once, and an autoscaler that cannot start all it is asked for starts none
         most = max(train.min_workers, min(most, here.room(each, nodes.FEED_CPUS)))
         if most < train.num_workers:
