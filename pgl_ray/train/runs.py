@@ -78,7 +78,8 @@ def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str
     RunRecord(door=door, config=wanted, versions=versions(), started=started, **facts).write(folder)
     write_aside(folder / "config.yaml", to_yaml(config).encode())
     if mirror:
-        mirror.put(RECORD, "config.yaml")
+        with mirror.locked():  # or another one may be about to begin there
+            mirror.put(RECORD, "config.yaml")
     return place
 
 
