@@ -163,7 +163,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
 
         # what this step owes
         logs, validates = session.due(config.train.log_every), session.is_last or session.step % steps_per_val == 0
-        keeps = session.keeps(logs)
+        keeps = session.keeps()
         if not (logs or validates or keeps):
             continue
         values, unseen = np.mean(ranks.of_all_workers(torch.stack(unseen).tolist()), 0), []

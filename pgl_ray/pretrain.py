@@ -149,7 +149,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
 
         # what this step owes
         logs, checks, probes = map(session.due, (config.train.log_every, config.health.every, config.probe.every))
-        keeps = probes or session.keeps(logs)
+        keeps = probes or session.keeps()
         if not (logs or checks or keeps):
             continue
 
