@@ -333,6 +333,7 @@ def test_an_elastic_run_below_its_least_size_ends(here, controller):
     here(Cluster({"CPU": 2.0}, ({"CPU": 8.0, "GPU": 1.0},)))
     told, starts = controller({"node": {"CPU": 8.0, "GPU": 1.0}})
     assert told.startswith("after 0:00 there is room for 1 of train.min_workers=2 workers of") and not starts
+    assert told.endswith(": add nodes, or lower train.min_workers, and type the command again: it continues")
 
 
 def test_an_elastic_run_that_cannot_start_ends(here, controller, monkeypatch):

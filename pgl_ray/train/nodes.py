@@ -176,7 +176,8 @@ def check_wait(train: TrainConfig, use_gpu: bool, most_s: float, waited_s: float
         FailedRun: it has waited for longer than `most_s`.
     """
     if not has_room and waited_s > most_s:
-        raise FailedRun(f"after {clock(waited_s)} {_lacking(train, use_gpu)}")
+        mend = "add nodes, or lower train.min_workers, and type the command again: it continues"
+        raise FailedRun(f"after {clock(waited_s)} {_lacking(train, use_gpu)}: {mend}")
     if has_room and waited_s > most_s + START_S:
         why = "other work holds it, or a node cannot start them: python -m pgl_ray.doctor looks at each node"
         raise FailedRun(f"after {clock(waited_s)} no workers have started, though Ray sees room for them: {why}")
