@@ -277,7 +277,7 @@ def test_a_start_that_fails_at_each_loss_ends_no_run(tmp_path, elastic):
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 
-    config = launch._run_config(str(tmp_path / "r"), train(max_failures=20, **elastic))
+    config = launch.run_config(str(tmp_path / "r"), train(max_failures=20, **elastic))
     policy, errors = DefaultFailurePolicy(config.failure_config), v2.api.exceptions
     lost = errors.WorkerGroupError("a node is lost", {0: RuntimeError("gloo")})
     stale = errors.ControllerError(WorkerGroupStartupTimeoutError(num_workers=8))
@@ -312,12 +312,12 @@ def controller(monkeypatch, tmp_path):
     def ends(reserved: dict) -> tuple[str, list[int]]:
         end = partial(nodes.check_wait, wished, True, 0.2)
         with ray_internals.whole_parts(8, nodes.FEED_CPUS, end):
-            policy = trainer.create_scaling_policy(launch._scaling(wished, True))
+            policy = trainer.create_scaling_policy(launch.scaling(wished, True))
         policy._maybe_send_resource_request, policy._get_reserved_resources = lambda: None, lambda: reserved
         run = controller.TrainController.__new__(controller.TrainController)
         run._state = state.RestartingState(training_failed_error=errors.WorkerGroupError("x", {}))
         run._scaling_policy, run._controller_callback_manager = policy, CallbackManager([])
-        run._failure_policy = DefaultFailurePolicy(launch._run_config(str(tmp_path / "r"), wished).failure_config)
+        run._failure_policy = DefaultFailurePolicy(launch.run_config(str(tmp_path / "r"), wished).failure_config)
         run._worker_group, run._manages_replica_groups, run._start_worker_group = None, False, start
         for _ in range(1000):
             asyncio.run(run._run_control_loop_iteration())
@@ -357,7 +357,7 @@ def test_an_elastic_run_that_cannot_start_ends(here, controller, monkeypatch):
 def test_elastic_runs_are_bounded_by_what_can_be(here, capsys, cluster, most):
     here(cluster)
     use_gpu = cluster is not FIXED
-    scaling = launch._scaling(train(min_workers=2, max_workers=8, cpus_per_worker=3), use_gpu)
+    scaling = launch.scaling(train(min_workers=2, max_workers=8, cpus_per_worker=3), use_gpu)
     said = capsys.readouterr().out
     assert scaling.num_workers == (2, most) and said.startswith("note: there can be room for 3 of") == (most == 3)
 

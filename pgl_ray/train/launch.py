@@ -112,8 +112,8 @@ def fit(
         partial(_joined, worker, train),
         train_loop_config=worker_config,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=train.timeout_s),  # type: ignore[arg-type] # parts too
-        scaling_config=_scaling(train, use_gpu),
-        run_config=_run_config(held.run, train),
+        scaling_config=scaling(train, use_gpu),
+        run_config=run_config(held.run, train),
         datasets={"train": start},  # type: ignore[dict-item] # the feed makes the stream of it
         dataset_config=_feed(stream),
     )
@@ -139,7 +139,7 @@ def _feed(stream: Callable[..., Any]) -> Any:
     return Feed(execution_options=ExecutionOptions(preserve_order=True))
 
 
-def _scaling(train: TrainConfig, use_gpu: bool) -> Any:
+def scaling(train: TrainConfig, use_gpu: bool) -> Any:
     """How many workers with which resources; of a cluster that grows, no more than it can have."""
     import ray.train
 
@@ -153,7 +153,7 @@ def _scaling(train: TrainConfig, use_gpu: bool) -> Any:
     return ray.train.ScalingConfig(num_workers=num, use_gpu=use_gpu, resources_per_worker=each)
 
 
-def _run_config(run: str, train: TrainConfig) -> Any:
+def run_config(run: str, train: TrainConfig) -> Any:
     """Ray Train's folder, log and patience. It makes an empty file in the folder, and needs it on no other node.
 
     Starts that fail are counted together over the whole run. An elastic run has one at about each loss, for Ray asks
