@@ -18,7 +18,7 @@ import torch
 
 from pgl_ray.config import FailedRun, FinetuneConfig, InferenceConfig, build
 from pgl_ray.data import patch_renderer, store, stream
-from pgl_ray.data.facts import same_voxels, some, spacing_note, training_facts
+from pgl_ray.data.facts import same_voxels, some, spacing_note, store_facts, training_facts
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.trainings import split_scans
 from pgl_ray.judge import readings, scoring
@@ -76,12 +76,7 @@ def run(config: FinetuneConfig) -> Result:
         "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "num_steps": plan.num_steps,
         "plan": plan.identity,
-        "store": {
-            "num_scans": len(index.scans),
-            "labels": index.labels,
-            "hu_window": index.hu_window,
-            "splits": index.labelled_splits,
-        },
+        "store": store_facts(index, trained_on, len(index.scans)),
         "scans": {"train": train_ids, "val": val_ids},
         "weights": dataclasses.asdict(loaded) if loaded else None,
     }
@@ -170,7 +165,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
 
         # what this step owes
         logs, validates = session.due(config.train.log_every), session.is_last or session.step % steps_per_val == 0
-        keeps = session.keeps(logs)
+        keeps = session.keeps()
         if not (logs or validates or keeps):
             continue
         values, unseen = np.mean(ranks.of_all_workers(torch.stack(unseen).tolist()), 0), []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pgl_ray import outlook
 from pgl_ray.config import FailedRun, PretrainConfig, build
 from pgl_ray.data import batch_views, store, stream
-from pgl_ray.data.facts import seen_notes, training_facts
+from pgl_ray.data.facts import seen_notes, store_facts, training_facts
 from pgl_ray.data.trainings import make_plan, make_renderer
 from pgl_ray.judge.judges import Judges
 from pgl_ray.judge.readings import READINGS
@@ -63,19 +63,14 @@ def run(config: PretrainConfig) -> Result:
     model, geometry = build_pretraining(config)
     encoder = model.get_submodule("online.encoder")
     ahead = outlook.of(config, index, plan, make_renderer(config, index, plan), encoder, geometry)
+    trained_on = training_facts(index, plan.scan_ids)
     facts = {
         "num_parameters": sum(p.numel() for p in encoder.parameters()),
         "num_steps": plan.num_steps,
         "plan": plan.identity,
-        "store": {
-            "num_scans": len(plan.scan_ids),
-            "labels": index.labels,
-            "hu_window": index.hu_window,
-            "splits": index.labelled_splits,
-        },
+        "store": store_facts(index, trained_on, len(plan.scan_ids)),
         "outlook": ahead.facts,
     }
-    trained_on = training_facts(index, plan.scan_ids)
     if config.probe.every and checkpoint.committed_step(config.run) < plan.num_steps:
         judges = make_probe(config)  # refuses what would only fail in the first worker
         for note in [*judges.notes, *seen_notes(trained_on, judges.probe.scans[1])]:
@@ -158,7 +153,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
 
         # what this step owes
         logs, checks, probes = map(session.due, (config.train.log_every, config.health.every, config.probe.every))
-        keeps = probes or session.keeps(logs)
+        keeps = probes or session.keeps()
         if not (logs or checks or keeps):
             continue
 

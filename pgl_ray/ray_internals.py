@@ -15,10 +15,11 @@ import os
 import pkgutil
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+WAIT_S = 0.5  # between two looks of Ray Train at whether there is room for workers
 IDLE_S = 0.05  # between two looks of Ray Data's executor at what there is to do while nothing runs
 
 _EXECUTION = "ray.data._internal.execution"
@@ -58,9 +59,12 @@ WORKERS = Use(
     (
         "ray.train.v2.api.data_parallel_trainer:create_scaling_policy",
         f"{_TRAIN}.scaling_policy:ElasticScalingPolicy._count_possible_workers",
+        f"{_TRAIN}.scaling_policy:ElasticScalingPolicy.make_decision_for_non_running_worker_group",
+        f"{_TRAIN}.scaling_policy:ElasticScalingPolicy.make_decision_for_running_worker_group",
+        f"{_TRAIN}.scaling_policy:NoopDecision",
     ),
-    "Ray Train alone decides how many workers an elastic run has; with a number that does not divide "
-    "global_batch_size it ends with an error: leave out train.min_workers then",
+    "Ray Train alone decides how many workers an elastic run has, and waits for them without end; with a number that "
+    "does not divide global_batch_size it ends with an error: leave out train.min_workers then",
 )
 REPORTS = Use((f"{_TRAIN}.context:logger",), "each worker logs a line at each of its reports")
 CLEANER = Use((f"{_TRAIN}.controller.placement_group_cleaner:logger",), "Ray Train may log a line each second")
@@ -177,8 +181,9 @@ def _keep_ahead(base: type, laid_out: str, most_laid_out: int, least: int, room:
 
 
 @contextlib.contextmanager
-def whole_parts(batch_size: int, spare_cpus: float) -> Iterator[None]:
-    """While it lasts, Ray's elastic trainers take only numbers of workers that divide a global batch.
+def whole_parts(batch_size: int, spare_cpus: float, check_wait: Callable[[float, bool], None]) -> Iterator[None]:
+    """While it lasts, Ray's elastic trainers take only numbers of workers that divide a global batch, and do not wait
+    for ever.
 
     ScalingConfig has a least and a most number and nothing between: by public names, the workers beyond a divisor
     could only stand by, with a GPU each, and on CPUs nothing would be left for the views. A trainer makes its policy by
@@ -188,20 +193,37 @@ def whole_parts(batch_size: int, spare_cpus: float) -> Iterator[None]:
     Args:
         batch_size: global.
         spare_cpus: Ray CPUs that the workers leave free.
+        check_wait: called in Ray Train's controller while there are no workers, with the seconds since there were, and
+            whether Ray sees room for them; raises where that ends the run.
     """
     if missing(WORKERS):
         yield
         return
     import ray
     import ray.train.v2.api.data_parallel_trainer as trainer
-    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+    from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision
 
     class WholeParts(ElasticScalingPolicy):
+        since: float | None = None  # that there are no workers
+
         def _count_possible_workers(self, *args: Any) -> int:
             room = ray.cluster_resources().get("CPU", 0) - spare_cpus  # or nothing would make the views
             own = self.scaling_config.resources_per_worker["CPU"]
             possible = min(super()._count_possible_workers(*args), int(room // own))
             return max((num for num in range(1, possible + 1) if batch_size % num == 0), default=0)
+
+        def make_decision_for_running_worker_group(self, *args: Any, **kwargs: Any) -> Any:
+            self.since = None
+            return super().make_decision_for_running_worker_group(*args, **kwargs)
+
+        def make_decision_for_non_running_worker_group(self) -> Any:
+            decision = super().make_decision_for_non_running_worker_group()
+            has_room = not isinstance(decision, NoopDecision)
+            self.since = time.monotonic() if self.since is None else self.since
+            check_wait(time.monotonic() - self.since, has_room)
+            if not has_room:
+                time.sleep(WAIT_S)  # Ray asks again at once
+            return decision
 
     def policy(config: Any) -> Any:
         return WholeParts(config) if config.elasticity_enabled else original(config)

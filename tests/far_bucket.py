@@ -1,6 +1,6 @@
 """A bucket at the end of a long wire, for tests and benchmarks: a folder on disk served as S3 does, each answer some
-milliseconds late, in a process of its own. It reads, lists, removes, and writes small objects, with conditions that
-hold among any number of clients at once; moto's threads look first and write then.
+milliseconds late, in a process of its own. It reads, lists, removes, and writes objects that memory holds, with
+conditions that hold among any number of clients at once; moto's threads look first and write then.
 
     with Served(folder, latency_s=0.03) as far:  # the folder's files are s3://far/...
         ...
@@ -18,6 +18,7 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
 
@@ -54,6 +55,10 @@ class Served:
         """For some time all is answered with an error."""
         self._say(f"fail?status={status}&seconds={seconds}&code={code}")
 
+    def take_conditions(self, how: str) -> None:
+        """What becomes of If-Match and If-None-Match: "kept", "ignored", or "501", as stores do that lack them."""
+        self._say(f"conditions?how={how}")
+
     def _say(self, what: str) -> bytes:
         with urllib.request.urlopen(f"{self.url}/_{what}") as answer:
             return answer.read()
@@ -79,12 +84,21 @@ def _tag(stat: os.stat_result) -> str:
     return f'"{stat.st_mtime_ns}-{stat.st_size}"'
 
 
+def _store(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_bytes(content)
+    os.utime(aside, ns=(time.time_ns(),) * 2)  # the kernel's own ticks are too coarse to tell versions apart
+    aside.replace(path)
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection, which stays open."""
 
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     folder, latency_s, failing = Path(), 0.0, (200, 0.0, "")
-    writing = threading.Lock()
+    writing, conditions = threading.Lock(), "kept"
+    parts: ClassVar[dict[str, dict[int, bytes]]] = {}  # of objects that come in parts, one upload each at a time
     counted = dict.fromkeys(("GET", "HEAD", "LIST", "FAILED", "BYTES"), 0)
 
     def do_GET(self) -> None:
@@ -96,6 +110,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(200, content)
         if parts.path == "/_fail":
             Handler.failing = int(query["status"]), time.monotonic() + float(query["seconds"]), query["code"]
+            return self._answer(200, b"")
+        if parts.path == "/_conditions":
+            Handler.conditions = query["how"]
             return self._answer(200, b"")
         time.sleep(self.latency_s)
         bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
@@ -116,31 +133,48 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
         time.sleep(self.latency_s)
-        path = self.folder / unquote(urlsplit(self.path).path).lstrip("/").partition("/")[2]
+        key, query = self._asked()
+        if "partNumber" in query:
+            self.parts[key][int(query["partNumber"])] = content
+            return self._head(200, 0, {"ETag": '"part"'})
+        path = self.folder / key
+        asked = self.headers if self.conditions != "ignored" else {}
+        if self.conditions == "501" and (asked.get("If-Match") or asked.get("If-None-Match")):
+            return self._fault(501, "NotImplemented")
         with self.writing:
-            there, wanted = path.exists(), self.headers.get("If-Match")
-            if (there and self.headers.get("If-None-Match")) or (wanted and there and wanted != _tag(path.stat())):
+            there, wanted = path.exists(), asked.get("If-Match")
+            if (there and asked.get("If-None-Match")) or (wanted and there and wanted != _tag(path.stat())):
                 return self._answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
             if wanted and not there:
                 return self._fault(404, "NoSuchKey")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f"{path.name}.part")
-            aside.write_bytes(content)
-            os.utime(aside, ns=(time.time_ns(),) * 2)  # the kernel's own ticks are too coarse to tell versions apart
-            aside.replace(path)
+            _store(path, content)
             self._head(200, 0, {"ETag": _tag(path.stat())})
         return None
 
     def do_POST(self) -> None:
-        """Removes the objects that a list names; nothing else is posted."""
-        content = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        """Begins or ends an object that comes in parts, or removes the objects that a list names."""
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         time.sleep(self.latency_s)
+        key, query = self._asked()
+        if "uploads" in query:
+            self.parts[key] = {}
+            return self._answer(200, b"<R><Bucket>far</Bucket><Key>k</Key><UploadId>1</UploadId></R>")
+        if "uploadId" in query:
+            with self.writing:
+                _store(self.folder / key, b"".join(part for _, part in sorted(self.parts.pop(key).items())))
+            return self._answer(200, b"<CompleteMultipartUploadResult><ETag>x</ETag></CompleteMultipartUploadResult>")
         keys = [unescape(key) for key in re.findall(r"<Key>(.*?)</Key>", content)]
         with self.writing:
             for key in keys:
                 (self.folder / key).unlink(missing_ok=True)
         done = "".join(f"<Deleted><Key>{escape(key)}</Key></Deleted>" for key in keys)
-        self._answer(200, f"<DeleteResult>{done}</DeleteResult>".encode())
+        return self._answer(200, f"<DeleteResult>{done}</DeleteResult>".encode())
+
+    def _asked(self) -> tuple[str, dict[str, str]]:
+        """Key and options of a request."""
+        parts = urlsplit(self.path)
+        query = parse_qs(parts.query, keep_blank_values=True)
+        return unquote(parts.path).lstrip("/").partition("/")[2], {name: values[0] for name, values in query.items()}
 
     def _send(self, path: Path) -> None:
         if not path.is_file():

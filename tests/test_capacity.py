@@ -2,6 +2,8 @@
 
 import itertools
 import threading
+import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgl_ray import config as c
+from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun
 from pgl_ray.model import device as on
 from pgl_ray.train import autoscaler, capacity, checkpoint, follow, launch, nodes
@@ -262,6 +265,101 @@ def test_fixed_nodes_that_are_lost_are_named(here, group, capsys):
     """A node more may be joined by hand."""
     here(Cluster({"CPU": 1.5}))
     assert nodes.missing(train(num_workers=2), False).endswith("0.5 CPU each; the cluster has 1.5 CPUs and 0 GPUs")
+
+
+# -- elastic runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elastic", [{"min_workers": 2, "max_workers": 8}, {"num_workers": 8}])
+def test_a_start_that_fails_at_each_loss_ends_no_run(tmp_path, elastic):
+    """Ray asks for the workers of before, in vain, and does so at every loss; losses alone end a run."""
+    from ray.train import v2
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+
+    config = launch.run_config(str(tmp_path / "r"), train(max_failures=20, **elastic))
+    policy, errors = DefaultFailurePolicy(config.failure_config), v2.api.exceptions
+    lost = errors.WorkerGroupError("a node is lost", {0: RuntimeError("gloo")})
+    stale = errors.ControllerError(WorkerGroupStartupTimeoutError(num_workers=8))
+    decided = [policy.make_decision(error).name for _ in range(20) for error in (lost, stale)]
+    assert decided == ["RETRY"] * 40 and policy.make_decision(lost).name == "RAISE"
+
+
+@pytest.fixture
+def controller(monkeypatch, tmp_path):
+    """Ray Train's own, of an elastic run that has lost its workers; called with the nodes that Ray sees, it goes on
+    until the run ends, and gives the run's last words and the starts that it has tried."""
+    import asyncio
+
+    import ray
+    import ray.train.v2.api.data_parallel_trainer as trainer
+    from ray.train import v2
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.execution.callback_manager import CallbackManager
+    from ray.train.v2._internal.execution.controller import controller, state
+    from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 99})
+    monkeypatch.setattr(ray_internals, "WAIT_S", 0.01)
+    wished, starts = train(min_workers=2, max_workers=8, max_failures=0), []
+    errors = v2.api.exceptions
+
+    def start(num_workers, resources_per_worker):
+        starts.append(num_workers)
+        time.sleep(0.01)
+        raise WorkerGroupStartupTimeoutError(num_workers=num_workers)
+
+    def ends(reserved: dict) -> tuple[str, list[int]]:
+        end = partial(nodes.check_wait, wished, True, 0.2)
+        with ray_internals.whole_parts(8, nodes.FEED_CPUS, end):
+            policy = trainer.create_scaling_policy(launch.scaling(wished, True))
+        policy._maybe_send_resource_request, policy._get_reserved_resources = lambda: None, lambda: reserved
+        run = controller.TrainController.__new__(controller.TrainController)
+        run._state = state.RestartingState(training_failed_error=errors.WorkerGroupError("x", {}))
+        run._scaling_policy, run._controller_callback_manager = policy, CallbackManager([])
+        run._failure_policy = DefaultFailurePolicy(launch.run_config(str(tmp_path / "r"), wished).failure_config)
+        run._worker_group, run._manages_replica_groups, run._start_worker_group = None, False, start
+        for _ in range(1000):
+            asyncio.run(run._run_control_loop_iteration())
+            if isinstance(run._state, state.ShuttingDownState):
+                return launch.first_cause(run._state.next_state.training_failed_error), starts
+        raise AssertionError("it goes on")
+
+    return ends
+
+
+def test_an_elastic_run_below_its_least_size_ends(here, controller):
+    """After the wait that it has said, in which Ray asks now and then."""
+    here(Cluster({"CPU": 2.0}, ({"CPU": 8.0, "GPU": 1.0},)))
+    told, starts = controller({"node": {"CPU": 8.0, "GPU": 1.0}})
+    assert told.startswith("after 0:00 there is room for 1 of train.min_workers=2 workers of") and not starts
+    assert told.endswith(": add nodes, or lower train.min_workers, and type the command again: it continues")
+
+
+def test_an_elastic_run_that_cannot_start_ends(here, controller, monkeypatch):
+    """Ray sees room, for it knows nothing of other work there; its own limit of failed starts is none."""
+    monkeypatch.setattr(nodes, "START_S", 0.1)
+    here(Cluster({"CPU": 2.0}, ({"CPU": 8.0, "GPU": 4.0},)))
+    told, starts = controller({"node": {"CPU": 8.0, "GPU": 4.0}})
+    assert told.startswith("after 0:00 no workers have started, though Ray sees room") and "pgl_ray.doctor" in told
+    assert len(starts) > 4 and set(starts) == {4}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "most"),
+    [
+        (FIXED, 8),  # others may be joined by hand
+        (Cluster({"CPU": 2.0}, unknown=True), 8),
+        (Cluster({"CPU": 2.0}, (), (GPU._replace(most=3),), 8), 3),
+        (HEAD, 8),
+    ],
+)
+def test_elastic_runs_are_bounded_by_what_can_be(here, capsys, cluster, most):
+    here(cluster)
+    use_gpu = cluster is not FIXED
+    scaling = launch.scaling(train(min_workers=2, max_workers=8, cpus_per_worker=3), use_gpu)
+    said = capsys.readouterr().out
+    assert scaling.num_workers == (2, most) and said.startswith("note: there can be room for 3 of") == (most == 3)
 
 
 def test_a_cluster_of_ones_own_can_have_more_cpus_by_name(here, monkeypatch):

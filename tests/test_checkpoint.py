@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from pgl_ray.config import FinetuneConfig, PretrainConfig, load
-from pgl_ray.data.store import Index
+from pgl_ray.data.facts import store_facts, training_facts
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import Index, read_index, write_index
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
@@ -33,6 +36,52 @@ def test_a_run_is_continued_by_its_own_config_only(tmp_path):
         runs.open_run(config(tmp_path / "r", "optim.lr=0.3"), "pretrain", {})
     with pytest.raises(ValueError, match="is a pretrain run"):
         runs.open_run(config(tmp_path / "r"), "finetune", {})
+
+
+STORE = {"num_scans": 2, "hu_window": (-1024.0, 325.0), "spacing_mm": None, "labels": {"liver": 1, "spleen": 2}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"hu_window": (-160.0, 240.0)}, r"hu_window \(.*-1024.* there, .*-160.* here\)"),
+        ({"spacing_mm": (3.0, 1.0, 1.0)}, r"spacing_mm \(None there, .*3.0.* here\)"),
+        ({"labels": {"liver": 2, "spleen": 1}}, r"labels.liver \(1 there, 2 here\), labels.spleen"),
+        ({"labels": {"liver": 1}}, r"labels.spleen \(2 there, None here\)"),
+        ({"labels": {"liver": 1, "spleen": 2, "aorta": 3}}, r"labels.aorta \(None there, 3 here\)"),
+        ({"scans_hash": "b"}, "content of its scans"),
+    ],
+)
+def test_a_run_is_continued_on_its_own_store_only(tmp_path, changed, said):
+    """Also where the plan, that is which scans in which order, is the same."""
+    known = load(FinetuneConfig, ["index=s", f"run={tmp_path / 'r'}"])
+    moved = load(FinetuneConfig, ["index=elsewhere", f"run={tmp_path / 'r'}"])
+    store = STORE | {"scans_hash": "a"}
+    folder = runs.open_run(known, "finetune", {"plan": "p", "store": store})
+    more = store | {"num_scans": 3, "labels": dict(reversed(STORE["labels"].items()))}
+    assert runs.open_run(moved, "finetune", {"plan": "p", "store": more}) == folder
+    with pytest.raises(ValueError, match=rf"another {said}.*: choose another run=..., or the index= of"):
+        runs.open_run(moved, "finetune", {"plan": "p", "store": store | changed})
+
+
+def test_what_a_run_has_not_recorded_of_its_store_may_differ(tmp_path):
+    """A run of an earlier version; and a pre-training does without labels."""
+    known, other = config(tmp_path / "r"), {"spacing_mm": (3.0, 1.0, 1.0), "scans_hash": "b", "labels": {"aorta": 5}}
+    folder = runs.open_run(known, "pretrain", {"plan": "p", "store": {"num_scans": 2, "labels": {"liver": 1}}})
+    assert runs.open_run(known, "pretrain", {"plan": "p", "store": STORE | other}) == folder
+
+
+def test_the_facts_of_a_store_are_those_of_its_content(tmp_path):
+    """A copy of a store is the same; a voxel more is another one."""
+
+    def facts(name: str, value: int) -> dict:
+        voxels = np.full((4, 5, 6), value, np.int16)
+        write_scan(tmp_path / name, "a", voxels, np.eye(4), split="train")
+        write_index(tmp_path / name, {}, (-1024.0, 325.0))
+        index = read_index(str(tmp_path / name))
+        return store_facts(index, training_facts(index, ["a"]), 1)
+
+    assert facts("a", 1) == facts("b", 1) != facts("c", 2)
 
 
 def test_a_run_of_settings_that_are_unknown_is_refused(tmp_path):

@@ -7,9 +7,13 @@ import time
 import pytest
 from far_bucket import Served
 
+from pgl_ray import config as c
+from pgl_ray.checkup import doctor_places, doctor_storage
+from pgl_ray.checkup.doctor_places import Sight
 from pgl_ray.config import FailedRun
 from pgl_ray.data import lease
 from pgl_ray.data.bucket import Bucket
+from pgl_ray.train import runs
 
 obstore = pytest.importorskip("obstore", reason="no obstore: pip install 'pgl_ray[cloud]'")
 
@@ -172,3 +176,42 @@ def test_a_place_whose_lock_is_gone_is_not_joined(bucket, monkeypatch):
 
 def _small(store, key, content):
     obstore.put(store, key, content, use_multipart=False)
+
+
+# -- stores without conditional puts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conditions(server):
+    yield server.take_conditions
+    server.take_conditions("kept")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("501", "answers 501, Not Implemented, to cond"), ("ignored", "does not keep to cond")]
+)
+def test_the_doctor_finds_a_store_without_conditions(bucket, conditions, how, said):
+    """Which takes, gives and removes an object all the same."""
+    mark = doctor_places.leave_mark(bucket.url)
+    assert "fault" not in doctor_places.look_at_run(mark)
+    conditions(how)
+    [line] = doctor_storage.place("run", bucket.url, [Sight("here", **doctor_places.look_at_run(mark))])
+    assert (
+        line.state == "wrong"
+        and said in line.text
+        and line.mend == "take a bucket with conditional writes, or a folder"
+    )
+    doctor_places.remove_mark(mark)
+    assert bucket.names("") == []
+
+
+def test_a_run_without_conditions_is_refused_before_it_writes(bucket, conditions, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    conditions("501")
+    config = c.load(c.PretrainConfig, ["index=s", f"run={bucket.url}"])
+    with pytest.raises(ValueError, match=f"^{bucket.url}: the store answers 501.*: take a bucket .*, or a folder$"):
+        runs.open_run(config, "pretrain", {"plan": "p"})
+    assert bucket.names("") == []
+    conditions("kept")
+    assert runs.open_run(config, "pretrain", {"plan": "p"}) == bucket.url
+    assert bucket.names("") == ["config.yaml", "run.json"]

@@ -1,6 +1,7 @@
 """What the package takes from inside Ray is there, as it was; and without it a run goes on with Ray's own ways."""
 
 import inspect
+import math
 import pkgutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +185,10 @@ def test_blocks_are_bounded_by_their_number(now, may_lay_out, may_render):
     assert policy.max_task_output_bytes_to_read(render) is None
 
 
+def no_end(waited_s: float, has_room: bool) -> None:
+    """The wait for workers is never over."""
+
+
 @pytest.mark.parametrize(("cpus", "batch", "workers"), [(9, 12, 4), (4, 8, 2), (4, 12, 3), (4, 7, 1), (1, 8, 0)])
 def test_elastic_runs_take_divisors_of_the_batch(monkeypatch, cpus, batch, workers):
     import ray.train
@@ -192,12 +197,34 @@ def test_elastic_runs_take_divisors_of_the_batch(monkeypatch, cpus, batch, worke
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus})
     theirs, scaling = trainer.create_scaling_policy, ray.train.ScalingConfig
     each = {"resources_per_worker": {"CPU": 1.0}}
-    with ray_internals.whole_parts(batch, 1):
+    with ray_internals.whole_parts(batch, 1, no_end):
         policy = trainer.create_scaling_policy(scaling(num_workers=(1, 4), **each))
         assert policy._count_possible_workers({"node": {"CPU": 8.0}}) == workers
         fixed = trainer.create_scaling_policy(scaling(num_workers=3, **each))
         assert type(fixed).__name__ == "FixedScalingPolicy"
     assert trainer.create_scaling_policy is theirs
+
+
+def test_the_wait_begins_when_there_are_no_workers(monkeypatch):
+    """And anew when there have been some; whether there is room is told, too."""
+    import ray.train
+    import ray.train.v2.api.data_parallel_trainer as trainer
+
+    told, clock = [], iter(range(100, 200))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 9})
+    monkeypatch.setattr(ray_internals, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=told.append))
+    with ray_internals.whole_parts(4, 1, lambda *words: told.append(words)):
+        scaling = ray.train.ScalingConfig(num_workers=(2, 4), resources_per_worker={"CPU": 1.0})
+        policy = trainer.create_scaling_policy(scaling)
+    policy._maybe_send_resource_request = lambda: None
+    for cpus in (1.0, 1.0, 2.0, None, 1.0):
+        if cpus is None:  # looked at by Ray a while after they have started
+            policy.make_decision_for_running_worker_group(SimpleNamespace(start_time=math.inf), None)
+            continue
+        policy._get_reserved_resources = lambda cpus=cpus: {"node": {"CPU": cpus}}
+        policy.make_decision_for_non_running_worker_group()
+    pause = ray_internals.WAIT_S
+    assert told == [(1, False), pause, (2, False), pause, (3, True), (1, False), pause]
 
 
 # -- clusters that grow -----------------------------------------------------------------------------------------------
@@ -333,7 +360,7 @@ def test_without_a_name_ray_counts_workers_itself(monkeypatch, name):
 
     theirs = trainer.create_scaling_policy
     breaks(monkeypatch, name)
-    with ray_internals.whole_parts(8, 1):
+    with ray_internals.whole_parts(8, 1, no_end):
         assert getattr(trainer, "create_scaling_policy", theirs) is theirs
 
 

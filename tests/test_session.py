@@ -1,7 +1,9 @@
 """A training loop's session: what is due when, whose reason to stop stands, what a checkpoint holds."""
 
+import threading
 import time
-from itertools import permutations
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise, permutations
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from pgl_ray.config import FailedRun, TrainConfig
 from pgl_ray.model import device as on
 from pgl_ray.train import checkpoint
+from pgl_ray.train import session as training
 from pgl_ray.train.metrics import read_metrics
+from pgl_ray.train.quiet import WATCH
 from pgl_ray.train.session import Place, Session
 
 CPU = torch.device("cpu")
@@ -41,11 +45,54 @@ def test_what_is_due_after_each_step(tmp_path):
     one.begin()
     for _ in one.batches(set()):
         one.advance()
-        due.append((one.step, one.due(3), one.due(0), one.keeps(False)))
+        due.append((one.step, one.due(3), one.due(0), one.keeps()))
     assert [step for step, logs, _, _ in due if logs] == [1, 3, 6, 9, 10]  # the first, every third, the last
     assert [step for step, _, _, keeps in due if keeps] == [4, 8, 10]
     assert not any(never for _, _, never, _ in due)
     assert one.is_last and one.end() is None
+
+
+@pytest.mark.parametrize(("step_s", "gap"), [(0.01, 9), (0.5, 4), (1.5, 1), (7.0, 1)])
+def test_notices_are_looked_at_every_two_seconds(monkeypatch, step_s, gap):
+    """Of steps, at the same ones on all workers, however fast their clocks go; and a checkpoint comes at once."""
+    import ray.train
+
+    monkeypatch.setenv(WATCH, "1")
+    mine, both, given = threading.local(), threading.Barrier(2, timeout=20), {}
+
+    def of_all_workers(value):
+        mine.looks.append(mine.step)
+        given[mine.rank] = value
+        both.wait()
+        values = [given[0], given[1]]
+        both.wait()
+        return values
+
+    def info():
+        return SimpleNamespace(preempted_ranks=[1]) if mine.rank and mine.step >= 40 else None
+
+    monkeypatch.setattr(ray.train, "get_preemption_info", info)
+    monkeypatch.setattr(training, "of_all_workers", of_all_workers)
+    clock = SimpleNamespace(monotonic=lambda: mine.step * step_s * (1 + 9 * mine.rank))
+    monkeypatch.setattr(training, "time", clock)
+
+    def work(rank):
+        mine.rank, mine.looks, notice = rank, [], training.Notice()
+        due = []
+        for mine.step in range(1, 61):
+            if notice.wants_checkpoint(mine.step, 9):
+                due.append(mine.step)
+        return mine.looks, due
+
+    with ThreadPoolExecutor(2) as pool:
+        (looks, due), other = pool.map(work, (0, 1))
+    assert (looks, due) == other
+    before = [step for step in looks if step < 40]
+    assert before[:2] == [1, 2] and {b - a for a, b in pairwise(before[1:])} == {gap}
+    assert looks[len(before) + 1 :] == list(range(looks[len(before)] + 1, 61))  # at each, for the time that is left
+    assert 40 <= due[0] < 40 + gap
+    wait = -(-5 // step_s)
+    assert all(b - a == wait for a, b in pairwise(due))
 
 
 REASONS = {
@@ -91,7 +138,7 @@ def test_a_checkpoint_brings_everything_back_and_is_let_go(tmp_path):
         optimizer.step()
         schedule.step()
         one.advance()
-        if one.keeps(False):
+        if one.keeps():
             one.save({"own": one.step}, {"train/loss": 0.5})
     one.end()
     assert checkpoint.committed_step(str(tmp_path)) == 10

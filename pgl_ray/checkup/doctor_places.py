@@ -87,10 +87,13 @@ def remove_mark(mark: str) -> None:
 
 
 def look_at_run(mark: str) -> dict[str, Any]:
-    """Reads what another machine has left, and writes and removes a file next to it; facts by their names in Sight."""
-    from pgl_ray.data.place import open_place
+    """Reads what another machine has left, and writes and removes a file next to it, in a bucket as a lock, too; facts
+    by their names in Sight."""
 
     def look() -> dict[str, Any]:
+        from pgl_ray.data import lease
+        from pgl_ray.data.place import open_place
+
         folder, key = mark.rsplit("/", 1)
         place, until = open_place(folder), time.monotonic() + SHARED_S
         while True:
@@ -107,6 +110,8 @@ def look_at_run(mark: str) -> dict[str, Any]:
             place.write(trial, [content])
             if place.read(trial) != content:
                 return {"fault": f"reads something else than it has written to {folder}"}
+            if is_url(folder) and (fault := lease.fault_of(place.ask, f"{trial}-lock")):
+                return {"fault": fault}
         except OSError as error:
             facts["read_only"] = error.strerror or str(error)
         finally:

@@ -40,6 +40,10 @@ def place(what: str, url: str, sights: Sequence[Sight]) -> list[Line]:
 def _mend(url: str, fault: str) -> str:
     if "obstore" in fault:
         return "there: pip install 'pgl_ray[cloud]', or obstore"
+    if "conditional writes" in fault:
+        from pgl_ray.data.lease import MEND  # not at the top: it needs packages, and this says which ones lack
+
+        return MEND
     if is_url(url):
         return "make the bucket" if "no such bucket" in fault else CREDENTIALS
     if any(word in fault.lower() for word in ("permission", "read-only")):

@@ -59,6 +59,18 @@ def training_facts(
     }
 
 
+def store_facts(index: Index, trained_on: dict[str, Any], num_scans: int) -> dict[str, Any]:
+    """What run.json keeps of a run's store; by most of it the store is known when the run is continued. Plain values.
+
+    Args:
+        index: of the store.
+        trained_on: `training_facts` of the run's scans.
+        num_scans: to say.
+    """
+    facts = {"labels": index.labels, "hu_window": index.hu_window, "spacing_mm": index.spacing_mm}
+    return {"num_scans": num_scans, "splits": index.labelled_splits, **facts, "scans_hash": trained_on["hash"]}
+
+
 def _seen(scans: list[ScanRecord], with_labels: bool, before: dict[str, Any]) -> dict[str, str]:
     hashes = {kind: _hashes(before, kind) for kind in KINDS}
     hashes["with_labels" if with_labels else "without_labels"] |= {_short(scan) for scan in scans}

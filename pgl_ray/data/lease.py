@@ -19,6 +19,8 @@ from typing import Any
 from pgl_ray.data.system import every
 
 LEAVING = b"leaving"
+LOCKS = "conditional writes (If-None-Match, If-Match), by which one process at a time has a lock"
+MEND = "take a bucket with conditional writes, or a folder"
 
 
 class Lease:
@@ -46,6 +48,7 @@ class Lease:
 
         Raises:
             OSError: the store fails.
+            ValueError: it has no conditional puts.
         """
         seen, since = None, 0.0
         while True:
@@ -127,11 +130,44 @@ class Lease:
             except refused:
                 return None
 
-        done = self._ask(put, self._key)
+        try:
+            done = self._ask(put, self._key)
+        except OSError as error:
+            if "501 Not Implemented" not in str(error):
+                raise
+            url = str(error).split(": ")[0]
+            raise ValueError(f"{url}: the store answers 501, Not Implemented, to {LOCKS}: {MEND}") from None
         if done is None:
             return False
         self._version = _version(done)
         return True
+
+
+def fault_of(ask: Callable, key: str) -> str:
+    """Why a store's conditional puts make no lock; "": they do. They are tried on an object that is removed again.
+
+    Args:
+        ask: as Lease's.
+        key: of no object yet.
+
+    Raises:
+        OSError: the store fails.
+    """
+    import obstore
+
+    lease = Lease(ask, key, 0, 0)
+    try:
+        made, made_again = lease._put(b"1", {}), lease._put(b"2", {})
+        first = lease._version
+        replaced, replaced_again = lease._put(b"3", first), lease._put(b"4", first)
+    except ValueError as error:
+        return str(error).removesuffix(f": {MEND}")
+    finally:
+        with suppress(OSError):
+            ask(obstore.delete, key)
+    if (made, made_again, replaced, replaced_again) == (True, False, True, False):
+        return ""
+    return f"the store does not keep to {LOCKS}"
 
 
 def _version(meta: dict[str, Any]) -> dict[str, Any]:

@@ -112,13 +112,14 @@ def fit(
         partial(_joined, worker, train),
         train_loop_config=worker_config,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=train.timeout_s),  # type: ignore[arg-type] # parts too
-        scaling_config=_scaling(train, use_gpu),
-        run_config=_run_config(held.run, train.max_failures),
+        scaling_config=scaling(train, use_gpu),
+        run_config=run_config(held.run, train),
         datasets={"train": start},  # type: ignore[dict-item] # the feed makes the stream of it
         dataset_config=_feed(stream),
     )
     missing = partial(nodes.missing, train, use_gpu)
-    with Progress(held.run, num_steps, missing), ray_internals.whole_parts(batch_size, nodes.FEED_CPUS):
+    check_wait = partial(nodes.check_wait, train, use_gpu, nodes.wait_s())
+    with Progress(held.run, num_steps, missing), ray_internals.whole_parts(batch_size, nodes.FEED_CPUS, check_wait):
         try:
             return trainer.fit().return_value  # type: ignore[attr-defined]
         except ray.train.TrainingFailedError as error:
@@ -138,12 +139,12 @@ def _feed(stream: Callable[..., Any]) -> Any:
     return Feed(execution_options=ExecutionOptions(preserve_order=True))
 
 
-def _scaling(train: TrainConfig, use_gpu: bool) -> Any:
+def scaling(train: TrainConfig, use_gpu: bool) -> Any:
     """How many workers with which resources; of a cluster that grows, no more than it can have."""
     import ray.train
 
     here, each, most = nodes.cluster(), nodes.needs(train, use_gpu), train.num_workers
-    if train.min_workers and not here.unknown:
+    if train.min_workers and here.kinds:  # others may be joined by hand: nobody knows how many
         # Ray asks for all of them at once, and an autoscaler that cannot start all it is asked for starts none
         most = max(train.min_workers, min(most, here.room(each, nodes.FEED_CPUS)))
         if most < train.num_workers:
@@ -152,16 +153,23 @@ def _scaling(train: TrainConfig, use_gpu: bool) -> Any:
     return ray.train.ScalingConfig(num_workers=num, use_gpu=use_gpu, resources_per_worker=each)
 
 
-def _run_config(run: str, max_failures: int) -> Any:
-    """Ray Train's folder, log and patience. It makes an empty file in the folder, and needs it on no other node."""
+def run_config(run: str, train: TrainConfig) -> Any:
+    """Ray Train's folder, log and patience. It makes an empty file in the folder, and needs it on no other node.
+
+    Starts that fail are counted together over the whole run. An elastic run has one at about each loss, for Ray asks
+    for the workers of before; it ends by `nodes.check_wait`.
+    """
     import ray.train
 
+    failed_starts = -1 if train.min_workers else max(3, train.max_failures)  # -1: any number
     mirror = run_paths.mirror(run)
     folder = mirror.folder if mirror else Path(run)
     return ray.train.RunConfig(  # type: ignore[call-arg]
         name=folder.name,
         storage_path=str(folder.parent),
-        failure_config=ray.train.FailureConfig(max_failures=max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
+        failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
+            max_failures=train.max_failures, controller_failure_limit=failed_starts
+        ),
         logging_config=ray.train.LoggingConfig(log_level="ERROR"),
     )
 
@@ -207,6 +215,8 @@ def _logged(
 
 def first_cause(error: Exception) -> str:
     """The error of the lowest failing rank as one line, without Ray's wrapping."""
+    if isinstance(ended := getattr(error, "controller_failure", None), FailedRun):  # a sentence of ours
+        return str(ended)
     failures = getattr(error, "worker_failures", None) or {0: getattr(error, "controller_failure", error)}
     # When one rank dies the others fail in gloo or nccl: show the rank that failed by itself.
     rank, cause = min(failures.items(), key=lambda item: ("gloo" in str(item[1]) or "nccl" in str(item[1]), item[0]))

@@ -6,34 +6,55 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LOG = logging.getLogger("pgl_ray")
+WAITING_BYTES = 2**20  # of lines that storage does not take
 
 
 class JsonLines(logging.Handler):
     """Writes each record as one line with time, run, rank, epoch, step, level and message; what `extra={"facts": {}}`
-    holds stands in it, too. `place` says where the loop stands."""
+    holds stands in it, too. `place` says where the loop stands.
+
+    Lines that storage does not take wait for the next one. Those beyond WAITING_BYTES are lost, and the line after them
+    says how many in `lost_lines`: nothing is raised, for no training shall end because of its log."""
 
     def __init__(self, path: Path, run: str, rank: int):
         super().__init__()
-        self.file = path.open("a")
+        self.path, self.lost = path, 0
+        self.file: IO[bytes] | None = None
         self.place: dict[str, Any] = {"run": run, "rank": rank, "epoch": None, "step": None}
 
     def emit(self, record: logging.LogRecord) -> None:
         """As logging.Handler's."""
         row = {"time": round(record.created, 3), **self.place, "level": record.levelname}
         row |= {"message": " ".join(record.getMessage().split()), **getattr(record, "facts", {})}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        row |= {"lost_lines": self.lost} if self.lost else {}
+        try:
+            self._opened().write(json.dumps(row).encode() + b"\n")
+            self.lost = 0
+        except OSError:
+            self.lost += 1
+            return
+        with suppress(OSError):
+            self._opened().flush()
+
+    def _opened(self) -> IO[bytes]:
+        if not self.file:
+            self.path.parent.mkdir(exist_ok=True)
+            self.file = self.path.open("ab", WAITING_BYTES)
+        return self.file
 
     def close(self) -> None:
         """As logging.Handler's."""
-        self.file.close()
+        if self.file:
+            with suppress(OSError):
+                self.file.close()
         super().close()
 
 
@@ -48,12 +69,15 @@ def written(run: str, rank: int, world: int) -> Iterator[None]:
         rank, world: of this worker.
     """
     folder = Path(run) / "logs"
-    folder.mkdir(exist_ok=True)
     lines = JsonLines(folder / f"rank_{rank}.jsonl", Path(run).name, rank)
     logging.captureWarnings(True)
     logging.getLogger().addHandler(lines)
     LOG.setLevel(logging.INFO)
-    with (folder / f"rank_{rank}.stack").open("a") as stacks:
+    with ExitStack() as opened:
+        stacks: IO[str] = sys.stderr  # a signal that nobody takes would end the worker
+        with suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            stacks = opened.enter_context((folder / f"rank_{rank}.stack").open("a"))
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
         say("start", world=world, host=socket.gethostname(), pid=os.getpid())
         began = time.monotonic()

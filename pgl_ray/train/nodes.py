@@ -17,6 +17,7 @@ from pgl_ray.train.quiet import WATCH
 NODES_S = 1800  # that workers wait for nodes; spot instances take minutes to come back
 WAIT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"  # Ray's name for it, in the environment
 ASKED_S = 12.0  # that tasks ask for nodes: an autoscaler looks every five seconds
+START_S = 60.0  # beyond the wait, in which a start may fail that Ray has seen room for: it looks every 20 s
 LOOK_S = 5.0  # between two looks at a cluster that is waited for
 FEED_CPUS = 1  # that the stream must have at least: it lays out its plan with one
 
@@ -159,6 +160,27 @@ def missing(train: TrainConfig, use_gpu: bool) -> str | None:
     if os.environ.get(WATCH) != "1" or cluster().room_now(needs(train, use_gpu), FEED_CPUS) >= least(train)[1]:
         return None
     return f"  waiting for nodes, at most {clock(wait_s())}: {_lacking(train, use_gpu)}"
+
+
+def check_wait(train: TrainConfig, use_gpu: bool, most_s: float, waited_s: float, has_room: bool) -> None:
+    """Ends an elastic run that has had no workers for too long; Ray Train would wait without end.
+
+    Args:
+        train: of the run.
+        use_gpu: whether the workers get GPUs.
+        most_s: `wait_s` of the driver.
+        waited_s: since there were workers.
+        has_room: whether Ray sees room for them, and has tried to start them there if that took long.
+
+    Raises:
+        FailedRun: it has waited for longer than `most_s`.
+    """
+    if not has_room and waited_s > most_s:
+        mend = "add nodes, or lower train.min_workers, and type the command again: it continues"
+        raise FailedRun(f"after {clock(waited_s)} {_lacking(train, use_gpu)}: {mend}")
+    if has_room and waited_s > most_s + START_S:
+        why = "other work holds it, or a node cannot start them: python -m pgl_ray.doctor looks at each node"
+        raise FailedRun(f"after {clock(waited_s)} no workers have started, though Ray sees room for them: {why}")
 
 
 def _lacking(train: TrainConfig, use_gpu: bool) -> str:

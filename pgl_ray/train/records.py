@@ -54,6 +54,8 @@ class RunStore(BaseModel):
         labels: organ -> label value.
         hu_window: (low, high), HU, that voxels are clipped to.
         splits: in which scans have labels; none: an earlier version did not note them.
+        spacing_mm: that all scans were resampled to (D, H, W); none: each has its own.
+        scans_hash: over names and voxels of the scans that the run trains on, and validates on.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -62,6 +64,8 @@ class RunStore(BaseModel):
     labels: dict[str, int] = {}
     hu_window: tuple[float, float] | None = None
     splits: list[str] | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+    scans_hash: str = ""
 
 
 class RunScans(BaseModel):

@@ -20,7 +20,7 @@ from pgl_ray.data.system import lock_file
 from pgl_ray.train import run_paths
 from pgl_ray.train.checkpoint import damage_of, named, set_aside, versions
 from pgl_ray.train.events import Notes
-from pgl_ray.train.records import RunRecord
+from pgl_ray.train.records import RunRecord, RunStore
 from pgl_ray.train.retry import retried
 from pgl_ray.train.run_files import RECORD
 
@@ -66,6 +66,10 @@ def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str
             raise ValueError(
                 f"run={config.run} was started on other scans than index={config.index} has now: choose another run=..."
             )
+        others = _other_store(earlier, RunStore.model_validate(facts.get("store", {})))
+        if others:
+            mend = "choose another run=..., or the index= of before"
+            raise ValueError(f"run={config.run} was started on a store with another {', '.join(others)}: {mend}")
         return place
     if taken:
         raise ValueError(f"run={config.run} exists and is not a run of pgl_ray: choose another run=...")
@@ -74,8 +78,24 @@ def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str
     RunRecord(door=door, config=wanted, versions=versions(), started=started, **facts).write(folder)
     write_aside(folder / "config.yaml", to_yaml(config).encode())
     if mirror:
-        mirror.put(RECORD, "config.yaml")
+        with mirror.locked():  # or another one may be about to begin there
+            mirror.put(RECORD, "config.yaml")
     return place
+
+
+def _other_store(earlier: RunRecord, now: RunStore) -> list[str]:
+    """In what a run's store would change its numbers; a store that was moved is the same, and what a run of another
+    version has not recorded is not compared. A pre-training has no use for labels."""
+    skip = {"num_scans", "splits"} | (set() if earlier.door == "finetune" else {"labels"})
+    both = (earlier.store.model_fields_set & now.model_fields_set & set(RunStore.model_fields)) - skip
+    before, after = (store.model_dump(include=both) for store in (earlier.store, now))
+    if "labels" in both:  # also organs that are no longer there
+        organs = before["labels"] | after["labels"]
+        for known in (before, after):
+            known["labels"] = {organ: known["labels"].get(organ) for organ in organs}
+    if before.pop("scans_hash", "") != after.pop("scans_hash", ""):
+        return [*_differences(after, before), "content of its scans"]
+    return _differences(after, before)
 
 
 def _differences(wanted: Any, stored: Any, path: str = "") -> list[str]:

@@ -26,6 +26,7 @@ from pgl_ray.train.ranks import of_all_workers
 from pgl_ray.train.watch import BATCH, METRICS, STEP, Watch
 from pgl_ray.train.writer import Writer
 
+LOOK_S = 2.0  # between two looks whether a node is about to be taken away
 NOTICE_S = 5  # between two checkpoints while a node is about to be taken away
 PARTS = ("model", "optimizer", "schedule")  # of a checkpoint's state that are loaded back by `resume`
 
@@ -145,10 +146,10 @@ class Session:
         """Whether something that comes every so many steps, and after the first and the last one, is due; 0: never."""
         return every > 0 and (self.step == 1 or self.is_last or self.step % every == 0)
 
-    def keeps(self, logs: bool) -> bool:
-        """Whether a checkpoint is due: by the config, at the end, or, looked at where a row `logs`, because a node is
-        about to be taken away."""
-        return self.is_last or self.step % self.train.checkpoint_every == 0 or (logs and self.notice.wants_checkpoint())
+    def keeps(self) -> bool:
+        """Whether a checkpoint is due: by the config, at the end, or because a node is about to be taken away."""
+        by_config = self.is_last or self.step % self.train.checkpoint_every == 0
+        return by_config or self.notice.wants_checkpoint(self.step, self.train.log_every)
 
     # -- what the other workers hear ----------------------------------------------------------------------------------
 
@@ -322,19 +323,24 @@ class Notice:
     """
 
     def __init__(self) -> None:
-        self.known, self.saved = None, -math.inf
+        self.known, self.saved, self.next = None, -math.inf, 0
+        self.looked = 0, -math.inf  # step and time
 
-    def wants_checkpoint(self) -> bool:
-        """Whether a checkpoint is due: at the notice, and from then on every few seconds. All workers call this and get
-        the same answer."""
+    def wants_checkpoint(self, step: int, most: int) -> bool:
+        """Whether a checkpoint is due: at the notice, and from then on every few seconds. All workers call this after
+        each step and get the same answer; they look every LOOK_S by rank 0's clock, at least every `most` steps."""
         import ray.train
 
-        if os.environ.get(WATCH) != "1":
+        if os.environ.get(WATCH) != "1" or step < self.next:
             return False
+        (last, then), self.looked = self.looked, (step, time.monotonic())
+        pace = min(most, max(1, int(LOOK_S * (step - last) / max(1e-9, self.looked[1] - then))))
         before, self.known = self.known, ray.train.get_preemption_info()
         if before is None and self.known is not None:
             logs.LOG.warning("nodes of ranks %s are about to be taken away", self.known.preempted_ranks)
-        answers = of_all_workers((self.known is not None, time.monotonic() - self.saved >= NOTICE_S))
-        due = any(known for known, _ in answers) and answers[0][1]  # the notice does not reach all at the same time
+        answers = of_all_workers((self.known is not None, time.monotonic() - self.saved >= NOTICE_S, pace))
+        noticed = any(known for known, _, _ in answers)  # it does not reach all at the same time
+        due = noticed and answers[0][1]
+        self.next = step + (1 if noticed else answers[0][2])
         self.saved = time.monotonic() if due else self.saved
         return due
