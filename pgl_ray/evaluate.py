@@ -31,15 +31,14 @@ from pgl_ray.model.inference import out_of_memory, pick_device, time_forward
 from pgl_ray.model.metrics import SCORES, compare, intervals, summarise
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train import run_paths
-from pgl_ray.train.checkpoint import file_of
+from pgl_ray.train.checkpoint import file_of, outdated, sha256_of
 from pgl_ray.train.metrics import whole_lines
 from pgl_ray.train.progress import Stage
 from pgl_ray.train.records import CheckpointMeta
-from pgl_ray.train.run_files import write_json
-from pgl_ray.train.stops import BEST
+from pgl_ray.train.run_files import SCANS, write_json
 from pgl_ray.train.weights import load_segmenter
 
-SCANS, TABLE = "scans.jsonl", "metrics.parquet"
+TABLE = "metrics.parquet"
 MEAN = "mean of organs"
 FORWARD_SIZE = (64, 192, 192)  # D, H, W, that the paper gives its 30 ms for
 
@@ -192,8 +191,7 @@ def _read_others(config: EvaluateConfig, records: list[ScanRecord], identity: di
         their, our = made.get(key, False), identity.get(key, False)
         if their != our:
             raise ValueError(f"compare={run} was evaluated with {key}={their}, here {our}: evaluate both alike")
-    newest = place / BEST
-    if made and newest.is_file() and made["checkpoint"] != _sha256(newest):
+    if outdated(place):
         raise ValueError(
             f"compare={run} has been trained on since its evaluation: python -m pgl_ray.evaluate run={run} first"
         )
@@ -205,12 +203,8 @@ def _read_others(config: EvaluateConfig, records: list[ScanRecord], identity: di
 
 def _identity(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     """All that decides what a scan's rows and prediction are, but the scan."""
-    settings = {"checkpoint": _sha256(file_of(config.run)), "tta": config.tta, "overlap": config.inference.overlap}
+    settings = {"checkpoint": sha256_of(file_of(config.run)), "tta": config.tta, "overlap": config.inference.overlap}
     return settings | ({"bfloat16": True} if on.in_bfloat16(device, config.inference.precision) else {})
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _content(record: ScanRecord) -> str:
@@ -321,6 +315,10 @@ def comparison(compared: dict[str, Any]) -> str:
         cells = _text(dice["difference"], 8, 3, "+") + f"{_interval(dice['ci95'], '+'):>18}" + _text(dice["p"], 8, 3)
         lines.append(f"{organ[:27]:<28}{cells}{_text(hd95, 9, 1, '+')}{dice['num_scans']:>7}")
     num = compared["dice"]["num_scans"]
+    left_out = {name: compared[name]["num_left_out"] for name in ("dice", "hd95_mm") if compared[name]["num_left_out"]}
+    if left_out:
+        counts = ", ".join(f"{name} {count}" for name, count in left_out.items())
+        lines.append(f"left out, for one of the two has no score: {counts} (pairs of scan and organ)")
     if num > 1:
         lines.append(
             "p: Wilcoxon's signed-rank test over scans, two-sided, not corrected for the number of organs; with "

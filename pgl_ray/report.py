@@ -63,7 +63,7 @@ def run(config: ReportConfig) -> str:
     runs = run_folders.read_runs(config.run)
     pretrained, tuned = ([r for r in runs if r.door == door] for door in ("pretrain", "finetune"))
     evaluated = [r for r in tuned if r.summary]
-    missing = [f"{r.name} is not evaluated: {next_steps.evaluation(r)}" for r in tuned if not r.summary]
+    missing = [f"{r.name} {_unevaluated(r)}: {next_steps.evaluation(r)}" for r in tuned if not r.summary]
     missing += [f"{r.name} has no metrics yet" for r in runs if not r.rows]
     probes, old = probe_tables.read(runs)
     missing += old
@@ -100,6 +100,10 @@ def run(config: ReportConfig) -> str:
         "missing": missing,
     }
     return _write(config, content)
+
+
+def _unevaluated(run: Run) -> str:
+    return "has been trained on since it was evaluated" if run.outdated else "is not evaluated"
 
 
 def _or_missing(missing: list[str], what: str, draw: Callable[[], Any]) -> Any:

@@ -347,6 +347,13 @@ def test_two_runs_are_compared_on_the_same_scans(folder, monkeypatch, capsys):
     assert compared["dice"]["num_scans"] == 2 and compared["dice"]["p"] == 0.5
     printed = capsys.readouterr().out
     assert "r minus other" in printed and "with 2 scans it is at least 0.5" in printed
+    assert "left out" not in printed  # c has neither organ in either run
+    rows[0] |= {"dice": math.nan, "hd95_mm": math.nan}  # a's first organ is scored in one of them alone
+    rows[1] |= {"hd95_mm": math.nan}
+    pq.write_table(pa.Table.from_pylist(rows), other / "metrics.parquet")
+    evaluate.run(config(folder, compare=str(other)))
+    said = "left out, for one of the two has no score: dice 1, hd95_mm 2 (pairs of scan and organ)"
+    assert said in capsys.readouterr().out
     pq.write_table(pa.Table.from_pylist(rows[:1]), other / "metrics.parquet")
     with pytest.raises(ValueError, match="evaluated on 1 scans, 0 of which are not among the 3"):
         evaluate.run(config(folder, compare=str(other)))

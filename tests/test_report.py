@@ -1,5 +1,6 @@
 """The report: what it says of planted numbers, that it stands alone, and that its pictures show the right place."""
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -360,6 +361,25 @@ def test_what_is_missing_is_said(scans, tmp_path):
     assert f"tuned is not evaluated: python -m pgl_ray.evaluate run={two}" in text
     assert "overlays: pictures left out" in text
     assert "A pair of views" not in text and "Predicted and true labels" not in text and "0.550" in text
+
+
+def test_figures_of_an_earlier_network_are_not_shown(scans, tmp_path):
+    """Evaluated, then trained on: the page says so instead of showing what the earlier network scored."""
+    run = finetuned(tmp_path / "tuned", scans, [0.5, 0.6])
+    (run / "best.pt").write_bytes(b"as evaluated")
+    for made, shown in (
+        ({"checkpoint": hashlib.sha256(b"as evaluated").hexdigest(), "tta": False}, True),
+        ({"checkpoint": hashlib.sha256(b"earlier").hexdigest(), "tta": False}, False),
+        ({}, True),
+    ):
+        (run / "evaluation" / "scans.jsonl").write_text(json.dumps(made) + "\n" if made else "")
+        text = Reader(write_page(run)).text
+        assert ("0.550" in text) == shown
+        said = f"tuned has been trained on since it was evaluated: python -m pgl_ray.evaluate run={run}"
+        assert (said in text) == (not shown)
+    (run / "evaluation" / "scans.jsonl").write_text('{"checkpoint": "of another machine"}\n')
+    (run / "best.pt").unlink()  # as of a run in a bucket: nothing to go by here
+    assert "0.550" in Reader(write_page(run)).text
 
 
 def test_damaged_pictures_are_left_out(scans, tmp_path):

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from pgl_ray.config import flattened
 from pgl_ray.paths import is_url
-from pgl_ray.train import run_paths
+from pgl_ray.train import checkpoint, run_paths
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.records import RunRecord, read_json
 from pgl_ray.train.run_files import RECORD
@@ -26,7 +26,9 @@ class Run:
         number: its place among them, from 0 on.
         record: run.json.
         rows: metrics.jsonl.
-        summary, scores: evaluation/summary.json and the rows of metrics.parquet; none and [] without an evaluation.
+        summary, scores: evaluation/summary.json and the rows of metrics.parquet; none and [] without an evaluation of
+            its network.
+        outdated: whether there is one of a network that has been trained on since.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Run:
     rows: list[dict[str, float]]
     summary: dict[str, Any] | None
     scores: list[dict[str, Any]]
+    outdated: bool = False
 
     @property
     def door(self) -> str:
@@ -71,11 +74,11 @@ def _read_run(folder: str, name: str, place: str, number: int) -> Run:
     record = RunRecord.read(path)
     if record.door not in ("pretrain", "finetune"):
         raise ValueError(f"run={folder} is a run of {record.door}: give one of pretrain or finetune")
-    evaluation, summary, scores = path / "evaluation", None, []
-    if (evaluation / "summary.json").is_file() and (evaluation / "metrics.parquet").is_file():
+    evaluation, outdated, summary, scores = path / "evaluation", checkpoint.outdated(path), None, []
+    if not outdated and all((evaluation / name).is_file() for name in ("summary.json", "metrics.parquet")):
         summary = read_json(evaluation / "summary.json")
         scores = pq.read_table(evaluation / "metrics.parquet").to_pylist()
-    return Run(name, path, number, record, read_metrics(path), summary, scores)
+    return Run(name, path, number, record, read_metrics(path), summary, scores, outdated)
 
 
 def overview(run: Run) -> dict[str, str]:

@@ -18,9 +18,10 @@ import torch
 import pgl_ray
 from pgl_ray.data.durable import put_in_place
 from pgl_ray.train import run_paths
+from pgl_ray.train.metrics import whole_lines
 from pgl_ray.train.records import CheckpointMeta, parse
 from pgl_ray.train.retry import retried
-from pgl_ray.train.run_files import MANIFEST, NAME, STATE, write_json
+from pgl_ray.train.run_files import BEST, MANIFEST, NAME, SCANS, STATE, write_json
 
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
 
@@ -226,13 +227,26 @@ def file_of(run: str) -> Path:
     path = run_paths.network(run)
     if not path.exists():
         raise ValueError(f"run {run} does not exist")
-    for file in (path, path / "best.pt", path / STATE):
+    for file in (path, path / BEST, path / STATE):
         if file.is_file():
             return file
     newest = committed(path)
     if not newest:
         raise ValueError(f"{run} holds no checkpoint: is it a run folder, and did the run get as far as its first one?")
     return newest[0] / STATE
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def outdated(run: Path) -> bool:
+    """Whether a fine-tuning's best network is another one than that which its evaluation is of, which has been trained
+    on since; not where this machine does not have both."""
+    made = json.loads((whole_lines(run / "evaluation" / SCANS) or ["{}"])[0])
+    return "checkpoint" in made and (run / BEST).is_file() and made["checkpoint"] != sha256_of(run / BEST)
 
 
 def below(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

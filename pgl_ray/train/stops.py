@@ -7,9 +7,8 @@ import numpy as np
 from pgl_ray.config import FailedRun, FinetuneConfig
 from pgl_ray.model.inference import out_of_memory
 from pgl_ray.train import health
+from pgl_ray.train.run_files import BEST
 from pgl_ray.train.session import Session
-
-BEST = "best.pt"  # of a fine-tuning, the best network so far
 
 
 def not_finite(row: dict[str, float], step: int, mend: str) -> str | None:
