@@ -171,7 +171,10 @@ def _work(source: Path, output: Path) -> tuple[list[Job], list[Fault], list[Faul
         if target.resolve() == one.path.resolve():
             raise ValueError(f"output={output} would replace the CT {one.path}: choose another")
         if target.exists() and not _is_made(target):
-            raise ValueError(f"output={output}: {target} is there, and predict has not written it: choose another")
+            raise ValueError(
+                f"output={output}: {target} is there, and predict has not written it: choose another "
+                "output, or delete that file if a version of before was ended while it wrote"
+            )
     return [Job(one, target) for one, target in zip(scans, targets)], faults, left_out
 
 

@@ -1,5 +1,6 @@
 """Runs in a bucket: what is there counts, whatever happens to the machines that work on it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -357,6 +358,28 @@ def test_a_start_that_failed_between_two_objects_starts_again(run, monkeypatch):
         runs.open_run(config, "pretrain", {"plan": "p"})
     monkeypatch.setattr(Bucket, "write", write)
     assert runs.open_run(config, "pretrain", {"plan": "p"}) == run
+
+
+def test_a_driver_killed_before_its_first_object_is_no_run(run):
+    """It has taken the lock, and no more."""
+    for key in (".lock", ".part/owner"):
+        Bucket(run).write(key, [b"process 1 on gone, 0123"])
+    config = c.build(c.PretrainConfig, {"index": "/s", "run": run})
+    mirror = run_paths.mirror(run)
+    assert not mirror.match()
+    Bucket(run).remove(".lock")  # or its silence is waited for
+    assert runs.open_run(config, "pretrain", {"plan": "p"}) == run
+
+
+def test_an_evaluation_in_a_bucket_is_not_held_against_a_copy(run):
+    """This machine's best.pt may be of before; what lies in the bucket belongs together."""
+    Bucket(run).write("best.pt", [b"first"])
+    assert run_paths.network(run).is_dir()
+    Bucket(run).write("best.pt", [b"second"])
+    made = {"checkpoint": hashlib.sha256(b"second").hexdigest()}
+    Bucket(run).write("evaluation/scans.jsonl", [json.dumps(made).encode() + b"\n"])
+    copy = run_paths.fetch_for_report(run)
+    assert (copy / "evaluation/scans.jsonl").is_file() and not checkpoint.outdated(copy)
 
 
 def test_a_bucket_that_fails_for_a_while_holds_nothing_up(run, monkeypatch, capsys):

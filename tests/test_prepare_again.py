@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -156,6 +158,26 @@ def test_names_taken_from_the_store_are_said(tmp_path, serial, capsys, named):
     assert TAKEN not in capsys.readouterr().out
 
 
+def test_names_of_the_store_lose_no_scan(tmp_path, serial):
+    """A pool whose structure sets contradict each other, by two readers: nobody asked for its labels."""
+    for number, folder in enumerate(("a", "b")):
+        files = ct_series(
+            np.full((6, 12, 14), 1024, np.uint16), origin=(0, 0, 0), spacing=(1, 1), SeriesNumber=number + 1
+        )
+        save(files, tmp_path / folder / "ct")
+        for reader in range(1 + number):
+            boxes = [[(2 + reader, 3, z), (8, 3, z), (8, 9, z), (2, 9, z)] for z in (2.5, 5, 7.5)]
+            save([structure_set({"Liver": boxes}, files[0].SeriesInstanceUID)], tmp_path / f"{folder}/rs{reader}")
+    go(tmp_path / "a", tmp_path / "s", labels={"names": {"Liver": 1}})
+    asked = go(tmp_path / "b", tmp_path / "asked", labels={"names": {"Liver": 1}})
+    assert counts(asked) == (0, 0, 1)  # it must be one of them
+    unasked = go(tmp_path / "b", tmp_path / "s")
+    assert (
+        counts(unasked) == (1, 0, 0) and ["used for no label" in one.reason for one in unasked.left_out] == [True] * 2
+    )
+    assert sorted(record.labelled for record in records(tmp_path / "s").values()) == [(), (1,)]
+
+
 def exchange(one, other):
     """Two files change places as `mv` does it: each keeps its bytes and its time."""
     aside = one.with_name("aside")
@@ -206,6 +228,23 @@ def test_masks_that_change_places_are_read_anew(tmp_path, serial):
     (folder / "left.nii.gz").rename(folder / "middle.nii.gz")  # the files' order stays
     assert counts(go(tmp_path / "raw", tmp_path / "s", **options)) == (1, 0, 0)
     assert voxels() == {2: before[3], 3: before[1]}
+
+
+def test_masks_of_an_earlier_version_in_a_moved_folder(tmp_path, serial):
+    """Its hashes were of the files alone: converted once more, not refused."""
+    options = {"labels": {"names": {"left": 1}}, "recipe": {"name": "x", "parts": [MASKS]}}
+    put(tmp_path / "raw/p/ct.nii.gz")
+    put(tmp_path / "raw/p/segmentations/left.nii.gz", label_array([1]))
+    go(tmp_path / "raw", tmp_path / "s", **options)
+    (record,) = records(tmp_path / "s").values()
+    files = [tmp_path / "raw/p/ct.nii.gz", tmp_path / "raw/p/segmentations/left.nii.gz"]
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    earlier = replace(record, source_hash=hashlib.sha256("".join(digests).encode()).hexdigest())
+    store.update_record(tmp_path / "s", earlier)
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    assert counts(go(tmp_path / "moved", tmp_path / "s", **options)) == (1, 0, 0)
+    assert counts(go(tmp_path / "moved", tmp_path / "s", **options)) == (0, 1, 0)
+    assert next(iter(records(tmp_path / "s").values())).source == str(tmp_path / "moved/p/ct.nii.gz")
 
 
 def test_adding_a_folder(tmp_path, serial):

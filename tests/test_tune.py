@@ -323,9 +323,14 @@ def test_the_curve_of_a_pool_has_the_sweeps_labels(tmp_path, space, named):
         assert found.index == pool and found.probe.index == (third if named else own)
 
 
-def test_a_curve_on_the_sweeps_own_store_stays_as_it_was():
-    """What is trained alike has the same folder as in earlier versions."""
+def test_a_curve_on_the_sweeps_own_store_stays_as_it_was(tmp_path):
+    """What is trained alike has the same folder as in earlier versions; so has a pool with labels of its own."""
     config = c.build(c.TuneConfig, {"index": "s", "run": "r", "space": LR, **BASE, **CURVE})
+    assert stages.stage_configs(config, {}, Path("t"))["pretrain"].probe.index is None
+    write_scan(tmp_path / "pool", "a", np.zeros((4, 8, 8), np.int16), np.eye(4), label=np.ones((4, 8, 8), np.uint8))
+    write_index(tmp_path / "pool", {"a": 1}, (-1024.0, 325.0))
+    pool = {"base_pretrain": {**CURVE["base_pretrain"], "index": str(tmp_path / "pool")}}
+    config = c.build(c.TuneConfig, {"index": "s", "run": "r", "space": LR, **BASE, **pool})
     assert stages.stage_configs(config, {}, Path("t"))["pretrain"].probe.index is None
 
 

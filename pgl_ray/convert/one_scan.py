@@ -111,7 +111,8 @@ def _convert(
             known = replace(known, source_size=size, source_mtime_ns=time_ns)
             store.update_record(folder, known)
         return "unchanged", [], known
-    if known and known.source != source.image:
+    was_moved = bool(source.masks) and source.digest(with_values=False) == (known and known.source_hash)
+    if known and known.source != source.image and not was_moved:
         raise ValueError(
             f"{source.image}: the store has another {source.scan_id!r}, from {known.source}: rename it, or prepare it "
             "into another store"

@@ -165,7 +165,8 @@ def _place(contours: list[np.ndarray], shape: tuple[int, int, int], placed: Plac
 
 
 def gaps(slices: Iterable[int], what: str) -> str:
-    """Why slices are too few for a structure: of more than two, most lie further apart than one; "" where they do not.
+    """Why slices are too few for a structure: of more than two, most lie equally far apart, and further than one; ""
+    where they do not.
 
     Args:
         slices: the numbers of those that have something of it.
@@ -173,7 +174,7 @@ def gaps(slices: Iterable[int], what: str) -> str:
     """
     steps = Counter(np.diff(sorted(slices)).tolist())
     step = min(steps, key=lambda one: (-steps[one], one), default=1)
-    if step == 1 or steps.total() < 2:
+    if step == 1 or steps.total() < 2 or 2 * steps[step] <= steps.total():  # no pattern: a few lesions
         return ""
     return f"only one slice in {step} has {what}: interpolate them to all slices first"
 

@@ -33,8 +33,13 @@ def find_by_folders(
     series: tuple[str, ...] = (),
     cache: HeaderCache | None = None,
     known: Collection[str] = (),
+    asked: bool = True,
 ) -> Inventory:
     """Finds the scans of a folder that no recipe describes; arguments as of read_layout.
+
+    Args:
+        asked: whether the names are the source's own or the user's: then structures of these names must be usable.
+            Where they are but the store's, a scan whose structures cannot be used is taken without a label.
 
     Raises:
         ValueError: a series that is not there.
@@ -42,9 +47,9 @@ def find_by_folders(
     objects = dicom.find(root, tree, cache, known)
     inventory, parts = Inventory({}, [], [], [], set()), _parts(root, tree, objects)
     chosen, assigned = _chosen(objects.series, series, root), structures.assign(objects.contours, objects.series, names)
-    faults = (*tree.faults, *objects.unreadable, *assigned.faults)
+    faults = (*tree.faults, *objects.unreadable, *(assigned.faults if asked else ()))
     inventory.faults.extend(Fault(path, reason) for path, reason in faults)
-    left_out = (*tree.left_out, *objects.left_out, *assigned.left_out)
+    left_out = (*tree.left_out, *objects.left_out, *assigned.left_out, *(() if asked else assigned.faults))
     inventory.left_out.extend(Fault(path, reason) for path, reason in left_out)
     inner = [folder for part in parts for folder in (part.images, part.labels) if folder and part.images != root]
     sets = {id(one): assigned.sets.get(k, []) for k, one in enumerate(objects.series)}
@@ -59,7 +64,7 @@ def find_by_folders(
         _take_volumes(_volumes(tree, part.images, without, known, inventory), part, maps, masks, inventory)
         part_series = [one for one in chosen if _below(Path(one.folder), part.images, without)]
         for one, scan, place in _scans_of_series(part_series, objects, part, maps, masks, inventory):
-            _add(inventory, place, scan, sets[id(one)], assigned.notes, names)
+            _add(inventory, place, scan, sets[id(one)], assigned.notes, names, asked)
         inventory.faults.extend(Fault(str(path), "label map without a volume of its name") for path in maps.values())
     labels = {scan.label for scan in inventory.scans.values() if scan.label_slices}
     inventory.left_out[:] = [fault for fault in inventory.left_out if str(Path(fault.source).parent) not in labels]
@@ -285,6 +290,7 @@ def _add(
     sets: list[dicom.Contours],
     set_notes: dict[str, str],
     names: dict,
+    must: bool,
 ) -> None:
     """Adds a DICOM scan with the structure sets that label it.
 
@@ -292,11 +298,16 @@ def _add(
         sets: that belong to its series and have structures which are asked for, drawn or not.
         set_notes: path of a set -> what to say of its use.
         names: organ name -> label value.
+        must: whether sets that contradict each other are a fault; else none of them is used.
     """
     asked = {structures.key_of(name) for name in names}
     drawn = [one for one in sets if asked & {structures.key_of(organ) for organ in one.organs}]
     clash = structures.conflict(drawn, names)
-    if clash or (scan.label and drawn):
+    if clash and not must and not scan.label:
+        reason = f"beside another with {clash!r}, which labels.names does not ask for: used for no label"
+        inventory.left_out.extend(Fault(one.path, reason) for one in sets)
+        sets, drawn = [], []
+    elif clash or (scan.label and drawn):
         paths = ", ".join(filter(None, [scan.label, *(one.path for one in drawn)]))
         what = f" of {clash!r}" if clash else ""
         inventory.faults.append(Fault(scan.image, f"has several labels{what} ({paths}): keep one of them"))

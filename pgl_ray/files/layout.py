@@ -81,7 +81,7 @@ def read_layout(
     if recipe.parts:
         inventory = find_scans(root, tree, recipe, names)
     else:
-        inventory = find_by_folders(root, tree, names, series, cache, known)
+        inventory = find_by_folders(root, tree, names, series, cache, known, asked=bool(labels.names or stated_names))
         refuse_empty(inventory, f"source={root}")
         volume_names = {name: {ct.bare_name(path) for path in volume_files(tree, root / name)} for name in NNUNET}
         if any(volume_names.values()):

@@ -122,15 +122,16 @@ class Source:
         rows = [(path, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for path, one in zip(paths, stats)]
         return size, int.from_bytes(hashlib.sha256(repr(rows).encode()).digest()[:8]) >> 1
 
-    def digest(self) -> str:
-        """sha256 of the file's bytes; of several files, that of their hashes and of the values of masks."""
+    def digest(self, with_values: bool = True) -> str:
+        """sha256 of the file's bytes; of several files, that of their hashes and of the values of masks, which earlier
+        versions left out."""
         digests = []
         for file in self.files():
             with file.open("rb") as stream:
                 digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
         if len(digests) == 1:
             return digests[0]
-        values = [str(value) for _, value in self.masks]
+        values = [str(value) for _, value in self.masks] if with_values else []
         return hashlib.sha256("".join([*digests, *values]).encode()).hexdigest()
 
 

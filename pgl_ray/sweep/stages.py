@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from pgl_ray.config import STAGES, EncoderConfig, Section, TuneConfig, ViewsConfig, build
+from pgl_ray.data.store_settings import read_settings
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import feature_geometry
 from pgl_ray.sweep.points import hash_of
@@ -78,9 +79,18 @@ def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], fold
     values = defaults | OmegaConf.to_container(merged) | places
     if stage == "pretrain":
         values["health"] = {"stop_on_collapse": True} | values.get("health", {})
-        if values["index"] != config.index:  # a pool, which need not have labels
+        if values["index"] != config.index and not _has_labels(values["index"]):  # a pool
             values["probe"] = {"index": config.index} | (values.get("probe") or {})
     return build(STAGES[stage], values)
+
+
+@functools.cache
+def _has_labels(index: str) -> bool:
+    """Whether a store has labels; where there is none, `check_stores` says so."""
+    try:
+        return bool(read_settings(index).labels)
+    except (ValueError, OSError):
+        return True
 
 
 @functools.cache

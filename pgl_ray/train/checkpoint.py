@@ -17,6 +17,7 @@ import torch
 
 import pgl_ray
 from pgl_ray.data.durable import put_in_place
+from pgl_ray.paths import is_url
 from pgl_ray.train import run_paths
 from pgl_ray.train.metrics import whole_lines
 from pgl_ray.train.records import CheckpointMeta, parse
@@ -244,7 +245,9 @@ def sha256_of(path: Path) -> str:
 
 def outdated(run: Path) -> bool:
     """Whether a fine-tuning's best network is another one than that which its evaluation is of, which has been trained
-    on since; not where this machine does not have both."""
+    on since; not of a run in a bucket, of whose network this machine may have an earlier copy."""
+    if is_url(run_paths.origin(run)):
+        return False
     made = json.loads((whole_lines(run / "evaluation" / SCANS) or ["{}"])[0])
     return "checkpoint" in made and (run / BEST).is_file() and made["checkpoint"] != sha256_of(run / BEST)
 

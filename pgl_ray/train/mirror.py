@@ -111,7 +111,7 @@ class Mirror:
             self.folder.mkdir(parents=True)
             if record is not None:
                 write_aside(record_file, record)
-        return record is not None or bool(self.place.names(""))
+        return record is not None or any(not name.startswith(".") for name in self.place.names(""))  # a lock is no run
 
     def put(self, *names: str) -> None:
         """Brings files of the working copy to the bucket."""
