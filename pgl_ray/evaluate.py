@@ -36,7 +36,7 @@ from pgl_ray.train.metrics import whole_lines
 from pgl_ray.train.progress import Stage
 from pgl_ray.train.records import CheckpointMeta
 from pgl_ray.train.run_files import SCANS, write_json
-from pgl_ray.train.weights import load_segmenter
+from pgl_ray.train.weights import check_flips, load_segmenter
 
 TABLE = "metrics.parquet"
 MEAN = "mean of organs"
@@ -71,6 +71,8 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         check_writable(f"output={config.output}", folder.absolute())
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
+    if config.tta:
+        check_flips(config.run, meta)
     index = read_index(config.index)
     records = _choose(config, meta, index)
     identity = _identity(config, device)

@@ -318,6 +318,13 @@ def _say_what_begins(
         count = "it is" if len(missing) == 1 else "they are"
         mend = "annotate it in more scans" + (f", or raise num_scans={config.num_scans}" * (config.num_scans != 1.0))
         print(f"finetune: note: no scan to train on shows {', '.join(missing)}: {count} not learnt; {mend}", flush=True)
+    if isinstance(model, Segmenter) and (skip := min(model.skips)) > 1:
+        stride, finer = model.encoder.strides[skip], model.encoder.strides[0]
+        print(
+            f"finetune: note: decoder=paper ends at stride {stride} of this encoder, which has maps down to {finer}: "
+            "decoder=light takes its finest one, too",
+            flush=True,
+        )
     if meta.init_level < len(model.encoder.channels) - 1:
         print(
             f"finetune: {config.init} was trained up to stage {meta.init_level} of the encoder "

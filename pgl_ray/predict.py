@@ -35,7 +35,7 @@ from pgl_ray.pages import viewer
 from pgl_ray.train.progress import Stage, num_of
 from pgl_ray.train.records import CheckpointMeta
 from pgl_ray.train.run_files import write_json
-from pgl_ray.train.weights import load_segmenter
+from pgl_ray.train.weights import check_flips, load_segmenter
 
 
 class Result(NamedTuple):
@@ -71,6 +71,8 @@ def run(config: PredictConfig) -> Result:
     jobs, faults, left_out = _work(Path(config.input), Path(config.output))
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
+    if config.tta:
+        check_flips(config.run, meta)
     check_writable(f"output={config.output}", _folder_of(config.output))
     maker = _maker(model, meta, config, device)
     many = Path(config.input).is_dir()

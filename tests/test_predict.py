@@ -1,5 +1,6 @@
 """predict: label maps on exactly the input's grid, whatever its orientation and format."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -14,8 +15,10 @@ import torch
 from dicom_files import ct_series, itk_series, save
 from torch import nn
 
-from pgl_ray import cli, predict
-from pgl_ray.config import FailedRun, PredictConfig, build
+from pgl_ray import cli, evaluate, predict
+from pgl_ray.config import EvaluateConfig, FailedRun, PredictConfig, build
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import write_index
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import progress
@@ -356,6 +359,27 @@ def test_too_little_memory_names_what_to_change(tmp_path, known, monkeypatch, er
     for batch_size, mend in ((4, "inference.batch_size=2"), (1, "a machine with more memory")):
         with pytest.raises(FailedRun, match=rf"ct.nii.gz: .*\(9, 23, 19\) voxels and .*={batch_size} windows.*{mend}"):
             predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "x.nii.gz", inference={"batch_size": batch_size}))
+
+
+@pytest.mark.parametrize("door", [predict, evaluate])
+def test_flips_of_a_network_trained_without_are_refused(tmp_path, monkeypatch, door):
+    """It has never seen a mirrored body: seven of the eight passes would outvote the one that means something."""
+    write(tmp_path / "ct.nii.gz")
+    write_scan(tmp_path / "s", "a", volume(), np.eye(4), label=np.full(SHAPE, 4, np.uint8), labelled=(4,), split="test")
+    write_index(tmp_path / "s", LABELS, WINDOW)
+    for flip_prob, allowed in ((0, False), (0.0, False), (0.5, True), (None, True)):
+        trained = json.dumps({"patch": {} if flip_prob is None else {"flip_prob": flip_prob}})
+        meta = META.model_copy(update={"config": trained})
+        monkeypatch.setattr(door, "load_segmenter", lambda run, device, meta=meta: (Bands(volume()).eval(), meta))
+        (tmp_path / "r").mkdir(exist_ok=True)
+        (tmp_path / "r/best.pt").write_bytes(b"what Bands stands for")
+        refused = pytest.raises(ValueError, match=r"trained without them .*leave tta out")
+        with contextlib.nullcontext() if allowed else refused:
+            if door is predict:
+                predict.run(config(tmp_path / "ct.nii.gz", tmp_path / "l.nii.gz", tta=True))
+            else:
+                given = {"run": str(tmp_path / "r"), "index": str(tmp_path / "s"), "tta": True}
+                evaluate.run(build(EvaluateConfig, given))
 
 
 def test_test_time_augmentation_is_another_label_map(tmp_path, known, monkeypatch, capsys):

@@ -6,8 +6,10 @@ import torch
 from test_resnet import check_centers
 from torch import nn
 
-from pgl_ray import check_align
-from pgl_ray.config import CheckAlignConfig, EncoderConfig, PretrainConfig, build, load
+from pgl_ray import check_align, finetune
+from pgl_ray.config import CheckAlignConfig, EncoderConfig, FailedRun, FinetuneConfig, PretrainConfig, build, load
+from pgl_ray.data.scan_files import write_scan
+from pgl_ray.data.store import write_index
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import Pair, feature_geometry
 from pgl_ray.model.resenc import ResEncoder
@@ -112,6 +114,35 @@ def test_segmenter_on_top(num_stages):
     net = Segmenter(build_encoder("resenc", (1,) * num_stages, 4), 3).eval()
     with torch.no_grad():
         assert net(torch.randn(2, 1, 18, 70, 64)).shape == (2, 3, 18, 70, 64)
+
+
+@pytest.mark.parametrize(
+    "encoder, coarse",
+    [
+        ({"kind": "resenc", "depths": (1,) * 7}, "(4, 8, 8)"),
+        ({"kind": "resenc", "depths": (1,) * 6}, "(2, 4, 4)"),
+        ({"kind": "resenc", "depths": (1,) * 5}, None),
+        ({"depths": (1, 1, 1, 1)}, None),
+    ],
+)
+@pytest.mark.parametrize("decoder", ["paper", "light"])
+def test_a_decoder_that_ends_on_a_coarse_map_is_said(tmp_path, capsys, monkeypatch, encoder, coarse, decoder):
+    """Three steps up from six or seven stages do not reach the stride 1,2,2 that the paper's decoder ends at."""
+    label = np.ones((8, 16, 16), np.uint8)
+    for name in "ab":
+        volume = np.full(label.shape, ord(name), np.int16)
+        write_scan(tmp_path / "s", name, volume, np.eye(4), label=label, labelled=(1,), split="train")
+    write_index(tmp_path / "s", {"organ": 1}, (-1024.0, 325.0))
+    for room, name in ((finetune.launch, "connect"), (finetune.nodes, "await_nodes"), (finetune.stream, "too_large")):
+        monkeypatch.setattr(room, name, lambda *args: None)
+    monkeypatch.setattr(finetune.launch, "fit", lambda *args, **kwargs: "far enough")
+    values = {"index": str(tmp_path / "s"), "run": str(tmp_path / "r"), "max_steps": 1, "global_batch_size": 1}
+    config = build(FinetuneConfig, {**values, "encoder": {"width": 2, **encoder}, "decoder": decoder})
+    with pytest.raises(FailedRun, match="far enough"):
+        finetune.run(config)
+    said = capsys.readouterr().out
+    assert ("decoder=paper ends at stride" in said) == (decoder == "paper" and coarse is not None)
+    assert coarse is None or decoder == "light" or f"ends at stride {coarse} of this encoder" in said
 
 
 @pytest.mark.parametrize("method, stride", [("pgl", [8, 16, 16]), ("pgl", [4, 8, 8]), ("byol", None)])

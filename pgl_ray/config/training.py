@@ -19,8 +19,8 @@ class PretrainLossConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 0.1
     """Of kind=contrast: what cosines are divided by."""
     negatives: Literal["pair", "batch"] = "pair"
-    """Of kind=contrast: other places of the same pair, or of the whole batch, whose scans can be told apart by their
-    looks instead of by place."""
+    """Of kind=contrast: other places of the same pair, or of all pairs of a worker's batch, whose scans can be told
+    apart by their looks instead of by place; so with batch the loss depends on the number of workers."""
     num_bins: Positive = 64
     """Bins per pair and map that are compared where kind, more_strides or displacement are not the paper's, which
     compares all."""

@@ -215,8 +215,8 @@ class FinetuneConfig(Section):
     encoder: EncoderConfig | None = None
     """Encoder; none: the checkpoint's, or the default for init=random."""
     decoder: Literal["paper", "light"] = "paper"
-    """paper: ASPP and three steps with skips (Appendix B); light: a feature pyramid of width 32 on four of the
-    encoder's maps, which learns in a few hundred steps."""
+    """paper: ASPP and three steps with skips (Appendix B), which from a deeper encoder than the paper's end on a coarse
+    map; light: a feature pyramid of width 32 on four of the encoder's maps, which learns in a few hundred steps."""
     optim: FinetuneOptimConfig = FinetuneOptimConfig()
     loss: LossConfig = LossConfig()
     validate_every: Positive = 5

@@ -54,7 +54,8 @@ class EvaluateConfig(Section):
     save_predictions: bool = True
     """Write each predicted label map as NIfTI beside the metrics."""
     tta: bool = False
-    """Test-time augmentation: average the logits of all eight flips of every window (eight times the work)."""
+    """Test-time augmentation: average the logits of all eight flips of every window (eight times the work); refused
+    where the network was trained without flips."""
     compare: RunPath | None = None
     """Another run (or folder of results) that was evaluated on the same scans: differences, their 95 % intervals, and
     Wilcoxon's signed-rank test over the scans."""
@@ -75,7 +76,8 @@ class PredictConfig(Section):
     viewer: bool = True
     """Beside each label map, an HTML page with the scan, the labels and the organs' volumes, and pictures (PNG)."""
     tta: bool = False
-    """Test-time augmentation: average the logits of all eight flips of every window (eight times the work)."""
+    """Test-time augmentation: average the logits of all eight flips of every window (eight times the work); refused
+    where the network was trained without flips."""
     inference: InferenceConfig = InferenceConfig()
 
 

@@ -103,7 +103,7 @@ class EncoderConfig(Section):
 
 
 class HeadsConfig(Section):
-    """Projector and predictor: Conv1x1(hidden)-BN-ReLU-Conv1x1(out) (paper, Sec. 3.3)."""
+    """Projector and predictor: Conv1x1(hidden)-BN-ReLU-Conv1x1(out) (paper, Sec. 3.3). Not used by genesis."""
 
     hidden: Positive = 4096
     """Channels of the hidden layer."""
@@ -124,7 +124,8 @@ class AlignConfig(Section):
     """Where a feature cell sits: at its receptive field's centre, or in the middle of its cell (the paper's)."""
     mask_clamped: bool = False
     """Leave bins out of the loss that lie beyond the outermost feature centres in either view, instead of clamping, and
-    pairs that have no other bin (at 16x96x96 and 8,16,16 more than half of them: align/valid_pairs_share)."""
+    pairs that have no other bin (at 16x96x96 and 8,16,16 more than half of them: align/valid_pairs_share). The mean
+    is over a worker's pairs that have one, so it depends on the number of workers."""
     flip: bool = True
     """false = the paper's `w/o F`: views are not flipped, so nothing is to undo."""
     crop: bool = True

@@ -43,7 +43,7 @@ def place_contrast_loss(query: Tensor, key: Tensor, temperature: float, negative
         key: [N, C, places] of the target path, at the same places.
         temperature: that cosines are divided by.
         negatives: pair: the other places of the same pair, which cannot be told apart by the look of their scan;
-            batch: those of all pairs.
+            batch: those of all pairs given, so of a worker's batch, or of a part of it.
 
     Returns:
         Scalar; the logarithm of the number of places, or of places times N, where nothing is told apart.

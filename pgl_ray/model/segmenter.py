@@ -41,6 +41,7 @@ class Segmenter(nn.Module):
 
     Attributes:
         encoder: the `Encoder`; a pre-trained state dict loads into it directly.
+        skips: numbers of the encoder's maps that the decoder takes, coarse to fine; the last one's are the logits.
     """
 
     def __init__(self, encoder: Encoder | ResEncoder, num_outputs: int):

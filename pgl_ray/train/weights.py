@@ -61,6 +61,23 @@ def load_segmenter(run: str, device: torch.device | str = "cpu") -> tuple[Segmen
     return on.lay_out(model, torch.device(device)).eval(), meta
 
 
+def check_flips(run: str, meta: CheckpointMeta) -> None:
+    """Refuses test-time augmentation of a network that has never seen a mirrored body.
+
+    Args:
+        run: as the user named it.
+        meta: of the network.
+
+    Raises:
+        ValueError: it was trained without flips.
+    """
+    patch = json.loads(meta.config or "{}").get("patch") or {}
+    if patch.get("flip_prob") == 0:
+        raise ValueError(
+            f"tta=true averages over flips, and run={run} was trained without them (patch.flip_prob=0): leave tta out"
+        )
+
+
 def _fill(module: nn.Module, weights: dict[str, Tensor], run: str) -> None:
     """Loads weights whose keys and shapes must all fit."""
     try:
