@@ -130,6 +130,12 @@ def test_fewer_mm_are_better():
     assert "| wrong priors | +20.0 [+20.0, +20.0], 2 of 2 |" in text
 
 
+def test_arms_without_a_control_have_their_values_alone():
+    rows = [row(0, [20] * 3, tables.BEST, "matching")]
+    text = tables.tables(rows, [tables.BEST])
+    assert "no control" in text and "| pgl, by place (1) | 20.0 |" in text
+
+
 def test_each_arm_stands_in_its_strongest_reading():
     rows = [row(0, [0.1], "random"), row(0, [0.2], "random", reading="off"), row(0, [0.4], tables.BEST)]
     text = tables.tables(rows, [tables.BEST])

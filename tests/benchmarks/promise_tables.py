@@ -209,8 +209,9 @@ def tables(rows: list[dict], order: list[str]) -> str:
             continue
         arms = [arm for arm in (RANDOM, *order, CEILING) if any(row["arm"] == arm for row in here)]
         lows = {judge: strongest(here, CONTROLS, judge, num_scans) for judge in judges}
-        named = "; ".join(f"of the {JUDGE_NAMES[judge].split(',')[0]} {named_arm(*low)}" for judge, low in lows.items())
-        text.append(f"\n{num_scans} labelled scan{'s' * (num_scans > 1)}; strongest control {named}\n")
+        named = [f"of the {JUDGE_NAMES[judge].split(',')[0]} {named_arm(*low)}" for judge, low in lows.items() if low]
+        controls = f"strongest control {'; '.join(named)}" if named else "no control"
+        text.append(f"\n{num_scans} labelled scan{'s' * (num_scans > 1)}; {controls}\n")
         text += table_head("arm (seeds)", judges)
         for arm in arms:
             best = {judge: strongest(here, (arm,), judge, num_scans) for judge in judges}
@@ -248,7 +249,7 @@ def table_head(first: str, judges: list[str]) -> list[str]:
     return [f"| {first} | {' | '.join(JUDGE_NAMES[judge] for judge in judges)} |", "|---" * (len(judges) + 1) + "|"]
 
 
-def cell(rows: list[dict], ours: list[dict], low: tuple[str, str]) -> str:
+def cell(rows: list[dict], ours: list[dict], low: tuple[str, str] | None) -> str:
     """Mean over seeds; what that is better than the strongest control by, with the interval; in how many seeds it is
     ahead; the share of the room up to the encoder with all labels, with its interval."""
     if not ours:
