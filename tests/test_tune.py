@@ -301,6 +301,21 @@ def test_what_the_stores_cannot_give_is_refused_before_training(tmp_path):
     stores.check_stores(config, checks.check(config))
 
 
+@pytest.mark.parametrize("organ", ["lievr", "spleen", "liver "])
+def test_a_judged_organ_that_validation_lacks_is_refused(tmp_path, organ):
+    """A mistyped one, and one that has a name but is labelled in no scan."""
+    volume = np.zeros((24, 40, 40), np.int16)
+    for number in range(3):
+        kept = {"label": np.ones_like(volume, np.uint8), "labelled": (1, 3)}
+        write_scan(tmp_path / "own", f"s{number}", volume, np.eye(4), split="train", **kept)
+    write_index(tmp_path / "own", {"liver": 1, "spleen": 2, "left_kidney": 3}, (-1024.0, 325.0))
+    bases = {"index": str(tmp_path / "own"), "space": LR, "base_pretrain": None}
+    for known in ("val/dice", "val/dice_liver", "val/dice_left_kidney"):
+        stores.check_stores(sweep(tmp_path, judge=known, **bases), [])
+    with pytest.raises(ValueError, match=rf"judge=val/dice_{organ}: .*: liver, left_kidney; take val/dice, or"):
+        stores.check_stores(sweep(tmp_path, judge=f"val/dice_{organ}", **bases), [])
+
+
 @pytest.mark.parametrize("space", [LR, {"pretrain.probe.every": {"grid_search": [2, 4]}}])
 @pytest.mark.parametrize("named", [False, True])
 def test_the_curve_of_a_pool_has_the_sweeps_labels(tmp_path, space, named):
