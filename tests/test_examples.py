@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,7 @@ import SimpleITK as sitk
 import torch
 from test_nnunet import WINDOW, exported
 
-from pgl_ray import export
+from pgl_ray import api, export
 from pgl_ray.config import ExportConfig
 from pgl_ray.data import scan_files, store
 from pgl_ray.files.ct import read_scan
@@ -106,8 +107,24 @@ def test_an_example_says_what_it_reads_of_the_environment(name):
     assert read == set(re.findall(r"`(PGL_RAY_[A-Z]+)(?:=1)?`", text))
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that NumPy, and so Matplotlib, cannot read before it is brought to the CPU."""
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
 @pytest.mark.slow
-def test_what_the_encoder_sees(out):
+def test_what_the_encoder_sees(out, monkeypatch):
+    dense = api.dense_features
+
+    def far(*args):
+        return [replace(one, values=one.values.as_subclass(OnGpu)) for one in dense(*args)]
+
+    monkeypatch.setattr(api, "dense_features", far)
     names = run("what_it_sees")
     first, second = names["scans"]
     assert len(names["matches"]) == 4
