@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import threading
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from pgl_ray import report, tune
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
 from pgl_ray.pages import arms, sweep_plots, sweep_report
-from pgl_ray.sweep import checks, population, search, stages, stores, sweeps, trial
+from pgl_ray.sweep import checks, population, progress_table, search, stages, stores, sweeps, trial
 from pgl_ray.sweep.points import name_of, values_of
 from pgl_ray.sweep.room import room_for
 from pgl_ray.train import capacity, checkpoint, nodes, optim
@@ -748,11 +749,41 @@ def test_a_continued_trial_replaces_what_it_reports_again(tmp_path):
     found = sweeps.read_trial(tmp_path)
     assert found.reports == [(10, 0.1), (20, 0.25)] and found.score == 0.25
     assert found.title == "x, lr 0.01235" and 9 <= found.took_s < 60
-    assert "stopped in" in sweeps.table([found])
+    assert "stopped in" in progress_table.table([found])
     sweeps.note(tmp_path, judged_from=100)
     assert sweeps.read_trial(tmp_path).score is None  # the first judge's figure is no score
-    line = sweeps.counts([found], 3)
+    line = progress_table.counts([found], 3, 1, began=0.0)
     assert line.startswith("  1 stopped; about ") and line.endswith(" left, of 3")
+
+
+def left_s(line: str) -> int:
+    """The time left in a line, "1:02" or "1:02:03", in seconds."""
+    (words,) = re.findall(r"[\d:]*\d:\d\d\b", line)
+    return sum(int(part) * 60**place for place, part in enumerate(reversed(words.split(":"))))
+
+
+@pytest.mark.parametrize("newest", [420, 500, 700, 990])
+@pytest.mark.parametrize("earlier_s", [0.2, 1.0, 5.0])
+def test_time_left_of_a_continued_stage_is_of_its_own_pace(tmp_path, earlier_s, newest):
+    """It went on at step 400 of 1000, at a second per step; before and after its clock has passed the earlier one's."""
+    starts = [(0, 200, 9.0), (200, 400, earlier_s), (400, newest, 1.0)]
+    rows = [(step, (step - first) * pace) for first, last, pace in starts for step in range(first + 10, last + 1, 10)]
+    metrics_path(tmp_path).write_text("".join(json.dumps({"step": s, "time_s": t}) + "\n" for s, t in rows))
+    write_json(tmp_path / "run.json", {"door": "pretrain", "config": {}, "num_steps": 1000})
+    running = {"state": "running", "stage": "pretrain", "pretrain": str(tmp_path)}
+    one = sweeps.Trial(name="x", folder=tmp_path, values={"seed": 1}, **running)
+    assert left_s(progress_table.table([one], head=False)) == 1000 - newest
+
+
+def test_an_interrupted_trial_saves_no_time_before_it_goes_on(tmp_path):
+    """Six of a hundred seconds each are left; one of them runs for 40 s."""
+    now = time.time()
+
+    def one(state, **facts):
+        return sweeps.Trial(name="x", folder=tmp_path, values={}, state=state, **facts)
+
+    begun = [one("done", took_s=100.0), one("running", since=now - 40), one("running", since=now - 86400)]
+    assert 555 <= left_s(progress_table.counts(begun, 7, 1, began=now - 60)) <= 560
 
 
 def test_a_collapse_is_told_from_other_ends(tmp_path):

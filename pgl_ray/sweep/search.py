@@ -13,6 +13,7 @@ from typing import Any
 from pgl_ray.config import TuneConfig
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.points import LEARNING_RATE, Point, domain, own_name
+from pgl_ray.sweep.progress_table import counts, table
 from pgl_ray.sweep.stages import end_of
 from pgl_ray.sweep.trial import run as run_trial
 
@@ -119,6 +120,7 @@ def _callback(config: TuneConfig, folder: Path, num: int, room: int) -> Any:
     class Table(tune.Callback):
         def __init__(self) -> None:
             self.printed, self.looked, self.before = time.monotonic(), -math.inf, None
+            self.began = time.time()
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             _ended(config, folder, trial, "stopped", None)
@@ -136,8 +138,8 @@ def _callback(config: TuneConfig, folder: Path, num: int, room: int) -> Any:
             due = time.monotonic() - self.printed > SHOW_S
             listed = [t for t in known.values() if (t.name in new and self.before is not None) or t.state == "running"]
             if listed and (new or due):
-                print(sweeps.table(listed, head=self.before is None or not any(self.before.values())), flush=True)
-                print(sweeps.counts(list(known.values()), num, room), flush=True)
+                print(table(listed, head=self.before is None or not any(self.before.values())), flush=True)
+                print(counts(list(known.values()), num, room, self.began), flush=True)
                 self.printed = time.monotonic()
             self.before = states
 
