@@ -98,6 +98,17 @@ def test_what_would_only_fail_in_a_trial_is_refused(tmp_path, changes, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("judge", ["val/dice", sweeps.PROBE])
+@pytest.mark.parametrize("section", ["probe", "views", "optim"])
+@pytest.mark.parametrize("given", [200, None, [1], "x"])
+def test_a_base_of_another_kind_is_refused_in_a_line(tmp_path, given, section, judge):
+    """Whatever is asked of it later on, among it whether it says what trials are judged by."""
+    last = {} if judge == "val/dice" else {"base_finetune": None}
+    config = sweep(tmp_path, space=LR, judge=judge, base_pretrain={"max_steps": 4, section: given}, **last)
+    with pytest.raises(ValueError, match=r"^base_pretrain: .*: Input should be a valid dictionary"):
+        checks.check(config)
+
+
 SPACES = sorted((ROOT / "tune_spaces").glob("*.yaml"))
 
 
