@@ -385,6 +385,34 @@ def test_optuna_knows_what_ended_trials_gave(tmp_path):
     assert drawn["finetune.patch.crop_scale"] in ([0.9, 1.1], [1.1, 1.4])
 
 
+@pytest.mark.parametrize(
+    "key, wide, narrow, value",
+    [
+        ("optim.lr", {"loguniform": [0.01, 1.0]}, {"loguniform": [0.01, 0.1]}, 0.5),
+        ("global_batch_size", {"choice": [4, 8, 16]}, {"choice": [8, 16]}, 4),
+        ("patience", {"randint": [1, 9]}, {"randint": [1, 5]}, 7),
+        ("val_share", {"uniform": [0.0, 0.3]}, {"uniform": [0.1, 0.3]}, 0.05),
+        ("patch.crop_scale", {"choice": [[1.0, 1.0], [0.9, 1.1]]}, {"choice": [[0.9, 1.1]]}, [1.0, 1.0]),
+    ],
+)
+def test_optuna_is_not_told_of_what_left_the_space(tmp_path, capsys, key, wide, narrow, value):
+    """Ended or interrupted, it is said; in a space that holds them nothing is."""
+    pytest.importorskip("optuna")
+    begun = [
+        sweeps.Trial(name=name, folder=tmp_path, values={f"finetune.{key}": value}, state=state, score=score)
+        for name, state, score in (("first", "done", 0.7), ("second", "failed", None))
+    ]
+    trials, said = [], []
+    for verbs in (wide, narrow):
+        config = sweep(tmp_path, space={f"finetune.{key}": verbs}, search="optuna", num_trials=4)
+        optuna = search.make_optuna(config, begun)
+        drawn = values_of(optuna.suggest("w")["trial"])[f"finetune.{key}"]
+        trials.append((sum(one.state.is_finished() for one in optuna._ot_study.trials), drawn == value))
+        said.append(capsys.readouterr().out)
+    assert trials == [(1, True), (0, False)] and said[0] == ""
+    assert said[1].count("\n") == 1 and "2 earlier trials" in said[1] and said[1].endswith("them: first, second\n")
+
+
 def test_what_optuna_draws_again_is_no_new_trial(tmp_path, monkeypatch):
     """Three different points of five draws are asked for; there are three."""
     pytest.importorskip("optuna")
