@@ -34,7 +34,7 @@ from pgl_ray.model.resnet import Encoder
 from pgl_ray.pages import pair_pictures, slices
 from pgl_ray.paths import is_url
 from pgl_ray.phantom.phantom import make_phantom
-from pgl_ray.prior import Prior, interpolation_matrices, overlap_share
+from pgl_ray.prior import Geometry, Prior, interpolation_matrices, overlap_share
 from pgl_ray.train import run_paths
 from pgl_ray.train.records import RunRecord
 from pgl_ray.train.run_files import RECORD, write_json
@@ -85,11 +85,9 @@ def run(config: CheckAlignConfig) -> Result:
     num_scans, scan_of = _scans(config)
     encoder = build_encoder(**{**config.encoder.model_dump(), "width": 1})
     stride, size = config.align.output_stride, config.views.size
-    geometries = {name: feature_geometry(encoder, size, stride, name) for name in CONVENTIONS}
-    _check_more_strides(encoder, config)
+    geometries = _geometries(encoder, config)
     encoder.stop_at(geometries["cell"][0])
     centre_taps(encoder)
-
     rng, drawn = np.random.default_rng(config.seed), []
     for i in range(config.num_pairs):
         drawn.append(_draw(rng, scan_of(rng.integers(num_scans)), config, FLIP_PAIRS[i % len(FLIP_PAIRS)]))
@@ -153,13 +151,15 @@ def _resolve(config: CheckAlignConfig) -> tuple[CheckAlignConfig, Path]:
     return checked, Path(folder)
 
 
-def _check_more_strides(encoder: Encoder | ResEncoder, config: CheckAlignConfig) -> None:
-    """Other strides that pre-training compares maps of are possible; they are not looked at."""
-    for stride in config.align.more_strides:
+def _geometries(encoder: Encoder | ResEncoder, config: CheckAlignConfig) -> dict[str, tuple[int, Geometry]]:
+    """By convention, of the output stride; the others that pre-training compares maps of are possible, too."""
+    size, stride = config.views.size, config.align.output_stride
+    for other in config.align.more_strides:
         try:
-            feature_geometry(encoder, config.views.size, stride)
+            feature_geometry(encoder, size, other)
         except ValueError as error:
             raise ValueError(str(error).replace("align.output_stride=", "align.more_strides: ")) from None
+    return {name: feature_geometry(encoder, size, stride, name) for name in CONVENTIONS}
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
