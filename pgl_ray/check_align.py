@@ -29,16 +29,18 @@ from pgl_ray.data.sampling import ablated, sample_pair
 from pgl_ray.judge.alignment import centre_taps, look, pair_of_ramps, residuals_of, summary_of
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import align, feature_geometry
+from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.pages import pair_pictures, slices
 from pgl_ray.paths import is_url
 from pgl_ray.phantom.phantom import make_phantom
-from pgl_ray.prior import Prior, interpolation_matrices, overlap_share
+from pgl_ray.prior import Geometry, Prior, interpolation_matrices, overlap_share
 from pgl_ray.train import run_paths
 from pgl_ray.train.records import RunRecord
 from pgl_ray.train.run_files import RECORD, write_json
 
 AXES = ("D", "H", "W")
+CHECKED = ("index", "split", "views", "encoder", "align")  # the settings whose geometry it is
 CONVENTIONS = ("receptive_field", "cell")
 BATCH = 16  # pairs at a time
 FLIP_PAIRS = list(itertools.product(itertools.product((False, True), repeat=3), repeat=2))
@@ -75,7 +77,7 @@ def run(config: CheckAlignConfig) -> Result:
     """Checks both conventions; writes table and picture.
 
     Raises:
-        ValueError: an output stride that the encoder does not have, a run or a store that is none.
+        ValueError: an output stride that the encoder or the views do not have, a run or a store that is none.
         FailedRun: the residual is larger than the geometry allows.
     """
     config, folder = _resolve(config)
@@ -83,10 +85,9 @@ def run(config: CheckAlignConfig) -> Result:
     num_scans, scan_of = _scans(config)
     encoder = build_encoder(**{**config.encoder.model_dump(), "width": 1})
     stride, size = config.align.output_stride, config.views.size
-    geometries = {name: feature_geometry(encoder, size, stride, name) for name in CONVENTIONS}
+    geometries = _geometries(encoder, config)
     encoder.stop_at(geometries["cell"][0])
     centre_taps(encoder)
-
     rng, drawn = np.random.default_rng(config.seed), []
     for i in range(config.num_pairs):
         drawn.append(_draw(rng, scan_of(rng.integers(num_scans)), config, FLIP_PAIRS[i % len(FLIP_PAIRS)]))
@@ -106,6 +107,7 @@ def run(config: CheckAlignConfig) -> Result:
     facts = {
         "view_size": list(size),
         "output_stride": list(stride),
+        "not_looked_at": [list(other) for other in config.align.more_strides if other != stride],
         "stage_strides": config.encoder.stage_strides,
         "crop_scale": list(ablated(config.views, config.align).crop_scale),
         "num_pairs": config.num_pairs,
@@ -143,8 +145,21 @@ def _resolve(config: CheckAlignConfig) -> tuple[CheckAlignConfig, Path]:
         raise ValueError(f"run={config.run} is no pre-training run: give the folder of one, or a config file")
     started = {key: value for key, value in record.config.items() if key in CheckAlignConfig.model_fields}
     values = _merged(started, config.model_dump(mode="json", exclude_unset=True))
-    folder = config.output if "output" in config.model_fields_set or is_url(config.run) else config.run
-    return build(CheckAlignConfig, values), Path(folder)
+    checked, own = build(CheckAlignConfig, values), build(CheckAlignConfig, started)
+    another = any(getattr(checked, key) != getattr(own, key) for key in CHECKED)  # no check of the run, then
+    folder = config.output if another or "output" in config.model_fields_set or is_url(config.run) else config.run
+    return checked, Path(folder)
+
+
+def _geometries(encoder: Encoder | ResEncoder, config: CheckAlignConfig) -> dict[str, tuple[int, Geometry]]:
+    """By convention, of the output stride; the others that pre-training compares maps of are possible, too."""
+    size, stride = config.views.size, config.align.output_stride
+    for other in config.align.more_strides:
+        try:
+            feature_geometry(encoder, size, other)
+        except ValueError as error:
+            raise ValueError(str(error).replace("align.output_stride=", "align.more_strides: ")) from None
+    return {name: feature_geometry(encoder, size, stride, name) for name in CONVENTIONS}
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -265,4 +280,8 @@ def _table(facts: dict[str, Any]) -> str:
 
 def describe(result: Result) -> str:
     """The table and the closing line."""
-    return f"{_table(result.facts)}\ncheck_align: the aligner is right for this geometry; picture in {result.folder}"
+    others = "".join(
+        f"; stride {stride} of align.more_strides was not looked at" for stride in result.facts["not_looked_at"]
+    )
+    done = f"check_align: the aligner is right for this geometry; picture in {result.folder}{others}"
+    return f"{_table(result.facts)}\n{done}"

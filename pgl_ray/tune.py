@@ -23,6 +23,7 @@ from pgl_ray.config import FailedRun, ReportConfig, TuneConfig, build
 from pgl_ray.data.durable import write_aside
 from pgl_ray.sweep import checks, search, stores, sweeps
 from pgl_ray.sweep.points import Point, title_of
+from pgl_ray.sweep.progress_table import table
 from pgl_ray.sweep.room import room_for
 from pgl_ray.sweep.stages import stage_configs
 from pgl_ray.train import launch, nodes
@@ -104,7 +105,7 @@ def collect(config: TuneConfig, folder: Path) -> Result:
         text += "# fine-tuning starts from the other's run: init=...\n"
     write_aside(folder / "best.yaml", (text + OmegaConf.to_yaml(OmegaConf.create(sections))).encode())
     report.run(build(ReportConfig, {"run": [str(folder)], "title": f"Sweep {folder.name}"}))
-    print("\n" + sweeps.table(sorted(trials, key=lambda trial: -trial.merit)))
+    print("\n" + table(sorted(trials, key=lambda trial: -trial.merit)))
     states = dict(Counter(trial.state for trial in trials))
     return Result(str(folder), best.values, best.score, states)
 

@@ -70,6 +70,21 @@ def test_the_readmes_examples_run(here, capsys, number):
         assert names["one"].shape == names["other"].shape == (256, 2, 6, 6) and said.startswith("tensor(")
 
 
+def test_the_readmes_views_go_where_the_encoder_is(here, monkeypatch):
+    """Meta stands for a GPU: a network there takes no tensor of the CPU either."""
+    (example,) = (text for text in EXAMPLES if "encoder.network" in text)
+    load_encoder, names = api.load_encoder, {}
+
+    def far(*args):
+        encoder = load_encoder(*args)
+        encoder.network.to("meta").register_forward_hook(lambda _, seen, maps: [torch.zeros(m.shape) for m in maps])
+        return encoder
+
+    monkeypatch.setattr(api, "load_encoder", far)
+    exec(compile(example, "example", "exec"), names)
+    assert names["encoder"].device.type == "meta" and names["one"].shape == (256, 2, 6, 6)
+
+
 def test_every_name_is_documented():
     text = README.read_text()
     for name in (

@@ -8,12 +8,22 @@ import pytest
 from pgl_ray import check_align
 from pgl_ray.config import CheckAlignConfig, FailedRun, PretrainConfig, load
 from pgl_ray.data import scan_files, store
+from pgl_ray.pages import tables
 
 SMALL = ["views.size=[16,48,32]", "encoder.depths=[1,1,2,1]", "num_pairs=64"]
 
 
 def check(tmp_path, *args):
     return check_align.run(load(CheckAlignConfig, [*SMALL, f"output={tmp_path}/out", *args]))
+
+
+def a_run(tmp_path, *args):
+    """The folder of a pre-training, as far as its config goes; without a store."""
+    small = ["index=s", "run=r", "align.output_stride=[4,8,8]", "encoder.depths=[1,1,1,1]"]
+    values = json.loads(load(PretrainConfig, [*small, *args]).model_dump_json()) | {"index": None}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"door": "pretrain", "config": values}))
+    return tmp_path / "run"
 
 
 @pytest.mark.slow
@@ -76,16 +86,48 @@ def test_of_a_store_only_the_drawn_scans_are_opened(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_typed_settings_override_a_runs_config(tmp_path):
-    config = load(PretrainConfig, ["index=s", "run=r", "views.size=[16,32,48]", "align.output_stride=[4,8,8]"])
-    values = json.loads(config.model_dump_json()) | {"index": None}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"door": "pretrain", "config": values}))
-    run = [f"run={tmp_path}/run", "num_pairs=64", "encoder.depths=[1,1,1,1]"]
+    run = [f"run={a_run(tmp_path, 'views.size=[16,32,48]')}", "num_pairs=64"]
     facts = check_align.run(load(CheckAlignConfig, run)).facts
     assert (facts["view_size"], facts["output_stride"]) == ([16, 32, 48], [4, 8, 8])
     assert (tmp_path / "run" / "check_align.png").is_file()
-    facts = check_align.run(load(CheckAlignConfig, [*run, "align.output_stride=[8,16,16]"])).facts
+    other = [*run, "align.output_stride=[8,16,16]", f"output={tmp_path}/other"]
+    facts = check_align.run(load(CheckAlignConfig, other)).facts
     assert (facts["view_size"], facts["output_stride"]) == ([16, 32, 48], [8, 16, 16])
+
+
+@pytest.mark.parametrize(
+    "typed, is_the_runs",
+    [
+        (["seed=5", "num_pairs=65"], True),
+        (["align.output_stride=[4,8,8]"], True),
+        (["align.output_stride=[8,16,16]"], False),
+        (["encoder.stage_strides=late", "seed=5"], False),
+    ],
+)
+def test_what_a_run_did_not_do_is_no_check_of_it(tmp_path, monkeypatch, typed, is_the_runs):
+    """The run's own table stays; what is typed beside it goes to `output`, and either says what it is of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(check_align, "_draw_picture", lambda *_: None)
+    run = a_run(tmp_path, "views.size=[16,32,32]")
+    (run / "check_align.json").write_text("the run's")
+    result = check_align.run(load(CheckAlignConfig, [f"run={run}", "num_pairs=64", *typed]))
+    table = (run if is_the_runs else tmp_path / "check_align") / "check_align.json"
+    assert json.loads(table.read_text()) == result.facts and str(table.parent) in check_align.describe(result)
+    assert is_the_runs or (run / "check_align.json").read_text() == "the run's"
+    stride = "/".join(map(str, result.facts["output_stride"]))
+    assert f"views 16x32x32, output stride {stride})." in tables.alignment(result.facts)["verdict"]
+
+
+def test_other_strides_are_possible_and_not_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_align, "_draw_picture", lambda *_: None)
+    with pytest.raises(ValueError, match=r"^align\.more_strides: \[3, 5, 7\]: a resnet encoder .* take one of them$"):
+        check(tmp_path, "align.output_stride=[4,8,8]", "align.more_strides=[[2,4,4],[3,5,7]]")
+    result = check(tmp_path, "align.output_stride=[4,8,8]", "align.more_strides=[[2,4,4],[8,16,16]]")
+    line = check_align.describe(result).splitlines()[-1]
+    assert all(
+        f"stride {other} of align.more_strides was not looked at" in line for other in ("[2, 4, 4]", "[8, 16, 16]")
+    )
+    assert "Stride 2/4/4 was not looked at. Stride 8/16/16 was" in tables.alignment(result.facts)["verdict"]
 
 
 def test_a_file_of_a_pre_training_is_read_for_what_counts_here(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,7 @@ import SimpleITK as sitk
 import torch
 from test_nnunet import WINDOW, exported
 
-from pgl_ray import export
+from pgl_ray import api, export
 from pgl_ray.config import ExportConfig
 from pgl_ray.data import scan_files, store
 from pgl_ray.files.ct import read_scan
@@ -26,6 +27,7 @@ from pgl_ray.train import launch
 
 FOLDER = Path(__file__).resolve().parents[1] / "pgl_ray" / "examples"
 EXAMPLES = {path.stem: path for path in FOLDER.glob("*.py") if path.stem != "__init__"}
+KEYS_SHOWN = ("orientation", "normalisation", "median_spacing_mm")  # of a file of weights, by nnunet_dataset
 MARKER = re.compile(r"^# %%( \[markdown\])?$", re.M)
 
 
@@ -105,8 +107,24 @@ def test_an_example_says_what_it_reads_of_the_environment(name):
     assert read == set(re.findall(r"`(PGL_RAY_[A-Z]+)(?:=1)?`", text))
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that NumPy, and so Matplotlib, cannot read before it is brought to the CPU."""
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
 @pytest.mark.slow
-def test_what_the_encoder_sees(out):
+def test_what_the_encoder_sees(out, monkeypatch):
+    dense = api.dense_features
+
+    def far(*args):
+        return [replace(one, values=one.values.as_subclass(OnGpu)) for one in dense(*args)]
+
+    monkeypatch.setattr(api, "dense_features", far)
     names = run("what_it_sees")
     first, second = names["scans"]
     assert len(names["matches"]) == 4
@@ -188,6 +206,35 @@ def test_nnunet_sees_scans_as_in_pre_training(tmp_path_factory, out, monkeypatch
     assert np.array_equal(stored, scan.voxels > 0)
     assert json.loads((out / "Dataset007_PGL/dataset.json").read_text())["numTraining"] == 1
     check_picture(out / "values.png")
+
+
+def given_cts(folder: Path, names: str, organ: str) -> str:
+    """CTs of noise in nnU-Net's folders, with one organ."""
+    for name in names:
+        for part, file in (("imagesTr", f"{name}_0000"), ("labelsTr", name)):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            voxels = np.random.default_rng(ord(name)).integers(0, 2, (12, 12, 12)).astype(np.int16)
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / part / f"{file}.nii.gz")
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, organ: 1}, "file_ending": ".nii.gz"}))
+    return str(folder)
+
+
+def test_nnunet_never_gets_cases_of_two_sources(tmp_path_factory, out, monkeypatch):
+    """The same source again may grow; what another left there is neither kept beside it nor touched."""
+    home = tmp_path_factory.mktemp("given")
+    torch.save({"metadata": {"hu_window": "[-1024.0, 325.0]"} | dict.fromkeys(KEYS_SHOWN, "")}, home / "e.pth")
+    monkeypatch.setenv("PGL_RAY_FILE", str(home / "e.pth"))
+    target = out / "Dataset007_PGL"
+    for names in ("a", "ab"):
+        monkeypatch.setenv("PGL_RAY_CTS", given_cts(home / "first", names, "liver"))
+        run("nnunet_dataset")
+        assert {path.name for path in (target / "labelsTr").iterdir()} == {f"{name}.nii.gz" for name in names}
+        assert json.loads((target / "dataset.json").read_text())["numTraining"] == len(names)
+    left = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    monkeypatch.setenv("PGL_RAY_CTS", given_cts(home / "second", "bc", "spleen"))
+    with pytest.raises(SystemExit, match=r"holds 2 files of other scans .*: choose another PGL_RAY_OUT, or delete"):
+        run("nnunet_dataset")
+    assert left == {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
 
 
 def test_a_file_for_nnunet_is_asked_for(out):

@@ -1,12 +1,15 @@
 """Progress of a stage: a bar in a terminal, plain lines elsewhere; speed and time left by a clock set by hand."""
 
+import json
 import re
 import sys
+import time
 
 import pytest
 from terminal import in_terminal, screen
 
-from pgl_ray.train import progress
+from pgl_ray.train import follow, progress
+from pgl_ray.train.metrics import metrics_path
 
 
 class Clock:
@@ -138,3 +141,20 @@ def test_a_bar_fits_into_a_narrow_terminal():
     command = [sys.executable, "-c", SCRIPT.replace("STARTS", "True").replace("a is small", "a")]
     written = in_terminal(command, 0, 40, 24)
     assert max(len(part.rstrip()) for part in re.split(r"[\r\n]+", written) if "/4 scans |" in part) < 40
+
+
+@pytest.mark.parametrize(
+    "key, name, own_row", [("val/dice", "val Dice", True), ("probe/balanced_accuracy", "probe", False)]
+)
+def test_the_newest_look_at_a_network_stays_in_its_line(tmp_path, capsys, monkeypatch, key, name, own_row):
+    """Validations have rows of their own, a probe has not; rows of the training come after either."""
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    rows = []
+    for step, look in ((10, {key: 0.25}), (20, {key: 0.5}), (30, {})):
+        trained = {"step": step, "time_s": 0.0, "train/loss": 1.0}
+        rows += [trained, {"step": step, "time_s": 0.0, **look}] if own_row and look else [trained | look]
+    with follow.Progress(str(tmp_path), 100, every_s=60):
+        time.sleep(0.05)  # a file's time is coarser than the clock
+        metrics_path(tmp_path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = lines_of(capsys)[-1]
+    assert "step 30/100" in line and f"{name} 0.500" in line

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import sys
 import time
+import types
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +60,37 @@ def test_wandb(run, monkeypatch):
         time.sleep(0.1)
 
 
+@pytest.fixture
+def opened(monkeypatch) -> list[str]:
+    """Stands in for both clients, which are not needed here: under which names they were asked for a run."""
+    asked = []
+    wandb, mlflow, variables = (types.ModuleType(name) for name in ("wandb", "mlflow", "mlflow.environment_variables"))
+    wandb.Settings = lambda **_: None
+    wandb.init = lambda id, **_: asked.append(id) or SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    def start_run(run_id=None, **_):
+        asked.append(run_id or "new")
+        return SimpleNamespace(info=SimpleNamespace(run_id="made"))
+
+    mlflow.start_run, mlflow.log_params, mlflow.set_experiment = start_run, lambda _: None, lambda _: None
+    variables.MLFLOW_EXPERIMENT_NAME = SimpleNamespace(is_set=lambda: False)
+    for module in (wandb, mlflow, variables):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return asked
+
+
+@pytest.mark.parametrize("kinds", [("mlflow", "wandb", "mlflow", "wandb"), ("wandb", "mlflow", "wandb", "mlflow")])
+def test_a_run_that_changes_its_tracker_is_known_to_both(run, opened, kinds):
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["run"] = str(run)
+    (run / "run.json").write_text(json.dumps(record))
+    for kind in kinds:
+        assert Tracker(kind, str(run)).record is not None
+    names = dict(zip(kinds[:2], opened[:2], strict=True))
+    assert names.pop("mlflow") == "new" and len(names["wandb"]) == 16
+    assert opened[2:] == [{"mlflow": "made", **names}[kind] for kind in kinds[2:]]
+
+
 def test_a_tracker_that_fails_ends_nothing(run, monkeypatch, caplog):
     class Away:
         def write(self, step, row):
@@ -71,9 +105,11 @@ def test_a_tracker_that_fails_ends_nothing(run, monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "the tracker fails and is left out from now on: no answer"
     ]
+    (event,) = (run / "events.jsonl").read_text().splitlines()  # which the driver shows
+    assert json.loads(event)["text"] == "the tracker fails and is left out from now on: no answer"
 
 
 def test_a_tracker_that_is_not_installed(run, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"train\.tracker=wandb needs its package: pip install 'pgl_ray\[wandb\]'"):
         Tracker("wandb", str(run))

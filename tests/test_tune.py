@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import threading
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from pgl_ray import report, tune
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
 from pgl_ray.pages import arms, sweep_plots, sweep_report
-from pgl_ray.sweep import checks, population, search, stages, stores, sweeps, trial
+from pgl_ray.sweep import checks, population, progress_table, search, stages, stores, sweeps, trial
 from pgl_ray.sweep.points import name_of, values_of
 from pgl_ray.sweep.room import room_for
 from pgl_ray.train import capacity, checkpoint, nodes, optim
@@ -95,6 +96,17 @@ def test_what_would_only_fail_in_a_trial_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError) as caught:
         checks.check(sweep(tmp_path, **changes))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("judge", ["val/dice", sweeps.PROBE])
+@pytest.mark.parametrize("section", ["probe", "views", "optim"])
+@pytest.mark.parametrize("given", [200, None, [1], "x"])
+def test_a_base_of_another_kind_is_refused_in_a_line(tmp_path, given, section, judge):
+    """Whatever is asked of it later on, among it whether it says what trials are judged by."""
+    last = {} if judge == "val/dice" else {"base_finetune": None}
+    config = sweep(tmp_path, space=LR, judge=judge, base_pretrain={"max_steps": 4, section: given}, **last)
+    with pytest.raises(ValueError, match=r"^base_pretrain: .*: Input should be a valid dictionary"):
+        checks.check(config)
 
 
 SPACES = sorted((ROOT / "tune_spaces").glob("*.yaml"))
@@ -301,6 +313,21 @@ def test_what_the_stores_cannot_give_is_refused_before_training(tmp_path):
     stores.check_stores(config, checks.check(config))
 
 
+@pytest.mark.parametrize("organ", ["lievr", "spleen", "liver "])
+def test_a_judged_organ_that_validation_lacks_is_refused(tmp_path, organ):
+    """A mistyped one, and one that has a name but is labelled in no scan."""
+    volume = np.zeros((24, 40, 40), np.int16)
+    for number in range(3):
+        kept = {"label": np.ones_like(volume, np.uint8), "labelled": (1, 3)}
+        write_scan(tmp_path / "own", f"s{number}", volume, np.eye(4), split="train", **kept)
+    write_index(tmp_path / "own", {"liver": 1, "spleen": 2, "left_kidney": 3}, (-1024.0, 325.0))
+    bases = {"index": str(tmp_path / "own"), "space": LR, "base_pretrain": None}
+    for known in ("val/dice", "val/dice_liver", "val/dice_left_kidney"):
+        stores.check_stores(sweep(tmp_path, judge=known, **bases), [])
+    with pytest.raises(ValueError, match=rf"judge=val/dice_{organ}: .*: liver, left_kidney; take val/dice, or"):
+        stores.check_stores(sweep(tmp_path, judge=f"val/dice_{organ}", **bases), [])
+
+
 @pytest.mark.parametrize("space", [LR, {"pretrain.probe.every": {"grid_search": [2, 4]}}])
 @pytest.mark.parametrize("named", [False, True])
 def test_the_curve_of_a_pool_has_the_sweeps_labels(tmp_path, space, named):
@@ -361,6 +388,34 @@ def test_optuna_knows_what_ended_trials_gave(tmp_path):
     drawn = values_of(optuna.suggest("x")["trial"])
     assert 0.001 <= drawn["finetune.optim.lr"] <= 0.1
     assert drawn["finetune.patch.crop_scale"] in ([0.9, 1.1], [1.1, 1.4])
+
+
+@pytest.mark.parametrize(
+    "key, wide, narrow, value",
+    [
+        ("optim.lr", {"loguniform": [0.01, 1.0]}, {"loguniform": [0.01, 0.1]}, 0.5),
+        ("global_batch_size", {"choice": [4, 8, 16]}, {"choice": [8, 16]}, 4),
+        ("patience", {"randint": [1, 9]}, {"randint": [1, 5]}, 7),
+        ("val_share", {"uniform": [0.0, 0.3]}, {"uniform": [0.1, 0.3]}, 0.05),
+        ("patch.crop_scale", {"choice": [[1.0, 1.0], [0.9, 1.1]]}, {"choice": [[0.9, 1.1]]}, [1.0, 1.0]),
+    ],
+)
+def test_optuna_is_not_told_of_what_left_the_space(tmp_path, capsys, key, wide, narrow, value):
+    """Ended or interrupted, it is said; in a space that holds them nothing is."""
+    pytest.importorskip("optuna")
+    begun = [
+        sweeps.Trial(name=name, folder=tmp_path, values={f"finetune.{key}": value}, state=state, score=score)
+        for name, state, score in (("first", "done", 0.7), ("second", "failed", None))
+    ]
+    trials, said = [], []
+    for verbs in (wide, narrow):
+        config = sweep(tmp_path, space={f"finetune.{key}": verbs}, search="optuna", num_trials=4)
+        optuna = search.make_optuna(config, begun)
+        drawn = values_of(optuna.suggest("w")["trial"])[f"finetune.{key}"]
+        trials.append((sum(one.state.is_finished() for one in optuna._ot_study.trials), drawn == value))
+        said.append(capsys.readouterr().out)
+    assert trials == [(1, True), (0, False)] and said[0] == ""
+    assert said[1].count("\n") == 1 and "2 earlier trials" in said[1] and said[1].endswith("them: first, second\n")
 
 
 def test_what_optuna_draws_again_is_no_new_trial(tmp_path, monkeypatch):
@@ -738,11 +793,41 @@ def test_a_continued_trial_replaces_what_it_reports_again(tmp_path):
     found = sweeps.read_trial(tmp_path)
     assert found.reports == [(10, 0.1), (20, 0.25)] and found.score == 0.25
     assert found.title == "x, lr 0.01235" and 9 <= found.took_s < 60
-    assert "stopped in" in sweeps.table([found])
+    assert "stopped in" in progress_table.table([found])
     sweeps.note(tmp_path, judged_from=100)
     assert sweeps.read_trial(tmp_path).score is None  # the first judge's figure is no score
-    line = sweeps.counts([found], 3)
+    line = progress_table.counts([found], 3, 1, began=0.0)
     assert line.startswith("  1 stopped; about ") and line.endswith(" left, of 3")
+
+
+def left_s(line: str) -> int:
+    """The time left in a line, "1:02" or "1:02:03", in seconds."""
+    (words,) = re.findall(r"[\d:]*\d:\d\d\b", line)
+    return sum(int(part) * 60**place for place, part in enumerate(reversed(words.split(":"))))
+
+
+@pytest.mark.parametrize("newest", [420, 500, 700, 990])
+@pytest.mark.parametrize("earlier_s", [0.2, 1.0, 5.0])
+def test_time_left_of_a_continued_stage_is_of_its_own_pace(tmp_path, earlier_s, newest):
+    """It went on at step 400 of 1000, at a second per step; before and after its clock has passed the earlier one's."""
+    starts = [(0, 200, 9.0), (200, 400, earlier_s), (400, newest, 1.0)]
+    rows = [(step, (step - first) * pace) for first, last, pace in starts for step in range(first + 10, last + 1, 10)]
+    metrics_path(tmp_path).write_text("".join(json.dumps({"step": s, "time_s": t}) + "\n" for s, t in rows))
+    write_json(tmp_path / "run.json", {"door": "pretrain", "config": {}, "num_steps": 1000})
+    running = {"state": "running", "stage": "pretrain", "pretrain": str(tmp_path)}
+    one = sweeps.Trial(name="x", folder=tmp_path, values={"seed": 1}, **running)
+    assert left_s(progress_table.table([one], head=False)) == 1000 - newest
+
+
+def test_an_interrupted_trial_saves_no_time_before_it_goes_on(tmp_path):
+    """Six of a hundred seconds each are left; one of them runs for 40 s."""
+    now = time.time()
+
+    def one(state, **facts):
+        return sweeps.Trial(name="x", folder=tmp_path, values={}, state=state, **facts)
+
+    begun = [one("done", took_s=100.0), one("running", since=now - 40), one("running", since=now - 86400)]
+    assert 555 <= left_s(progress_table.counts(begun, 7, 1, began=now - 60)) <= 560
 
 
 def test_a_collapse_is_told_from_other_ends(tmp_path):

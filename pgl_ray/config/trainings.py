@@ -152,12 +152,12 @@ class CheckAlignConfig(Section):
     index: StorePath | None = None
     """Store whose scans are cropped; none: a phantom scan."""
     run: RunPath | None = None
-    """Pre-training run whose config is checked, and whose folder and report get table and picture; of a run in a bucket
-    they go to `output`."""
+    """Pre-training run whose config is checked, and whose folder and report get table and picture; of a run in a
+    bucket, or with settings typed that are not the run's, they go to `output`."""
     num_pairs: Annotated[int, Field(ge=64)] = 128
     """Random pairs of views; all 64 pairs of flips come up in turn."""
     output: Annotated[FilePath, Field(validate_default=True)] = "check_align"
-    """Folder for check_align.json and check_align.png where no run is given."""
+    """Folder for check_align.json and check_align.png where they go to no run."""
     seed: Seed = 0
     """Seed of the pairs, and of the phantom."""
     split: str | None = None

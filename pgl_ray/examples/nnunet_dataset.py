@@ -61,17 +61,24 @@ def turned(path):
     return image.as_reoriented(ornt_transform(io_orientation(image.affine), LPS))
 
 
+paths = [path for kind in ("images", "labels") for path in sorted(CTS.glob(f"{kind}T[rs]/*.nii.gz"))]
+others = {path.relative_to(target) for path in target.glob("*T[rs]/*")} - {path.relative_to(CTS) for path in paths}
+if others:
+    raise SystemExit(
+        f"PGL_RAY_OUT={OUT}: Dataset007_PGL holds {len(others)} files of other scans ({min(others)}, ...) than "
+        f"PGL_RAY_CTS={CTS}, and nnU-Net would train on both: choose another PGL_RAY_OUT, or delete {target}"
+    )
 before, after = [], []
-for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
-    for path in sorted((CTS / folder).glob("*.nii.gz")):
-        image = turned(path)
-        values = np.rint(np.asanyarray(image.dataobj)).astype(np.int16)
-        if folder.startswith("images"):
-            before.append(values[::4, ::4, ::4].ravel())
-            values = values.clip(round(low), round(high))
-            after.append(values[::4, ::4, ::4].ravel())
-        (target / folder).mkdir(parents=True, exist_ok=True)
-        nibabel.save(nibabel.Nifti1Image(values, image.affine), target / folder / path.name)
+for path in paths:
+    image = turned(path)
+    values = np.rint(np.asanyarray(image.dataobj)).astype(np.int16)
+    if path.parent.name.startswith("images"):
+        before.append(values[::4, ::4, ::4].ravel())
+        values = values.clip(round(low), round(high))
+        after.append(values[::4, ::4, ::4].ravel())
+    file = target / path.relative_to(CTS)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(values, image.affine), file)
 dataset = json.loads((CTS / "dataset.json").read_text())
 cases = len(list((target / "labelsTr").iterdir()))
 (target / "dataset.json").write_text(json.dumps(dataset | {"numTraining": cases}, indent=1))

@@ -64,7 +64,7 @@ for number, name in enumerate(names):
         places = slice_places(scan)
         features = of_scan[number].at(places.reshape(-1, 3)) - cells.mean(1)  # [voxels, C]
         colours = 0.5 + (features @ directions) / (4 * strength)
-        row[1 + number].imshow(colours.clip(0, 1).reshape(places.shape))
+        row[1 + number].imshow(colours.clip(0, 1).reshape(places.shape).cpu())
         row[1 + number].set_title(f"{name}, stride {','.join(map(str, of_scan[number].stride))}", fontsize=9)
 for row, scan in zip(axes, scans):
     for ax in row:

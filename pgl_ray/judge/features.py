@@ -34,7 +34,7 @@ class FeatureMap:
 
     Attributes:
         name: "stem", "layer1", ... of a ResNet, "stage1", ... of a ResEnc.
-        values: float16 [C, d, h, w].
+        values: float16 [C, d, h, w], on the encoder's device.
         stride: voxels of the scan per cell (D, H, W).
         center: where cell 0's receptive field is centred, in edge coordinates of the scan: voxel v is v to v + 1.
         affine: float64 [4, 4], cell index (d, h, w, 1) -> RAS+ mm of the receptive field's centre.
@@ -53,7 +53,7 @@ class FeatureMap:
             places_mm: [places, 3], RAS+.
 
         Returns:
-            float32 [places, C].
+            float32 [places, C], on the device of `values`.
         """
         homogeneous = np.column_stack([places_mm, np.ones(len(places_mm))])
         cells = (homogeneous @ np.linalg.inv(self.affine).T)[:, :3]
@@ -117,6 +117,11 @@ class ScanEncoder:
         tensors = {name: torch.from_numpy(np.array(one)) for name, one in statistics.items()}
         other.network.load_state_dict(tensors, strict=False)
         return other
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is, and its maps are."""
+        return next(self.network.parameters()).device
 
     @property
     def hash(self) -> str:

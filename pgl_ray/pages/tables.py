@@ -220,4 +220,7 @@ def alignment(facts: dict[str, Any]) -> dict[str, Any]:
         rows.append((name, "allowed, bins not clamped", [f"{allowed:.2f}" for allowed in residuals["allowed_voxels"]]))
         rows.append((name, "share of clamped bins", [f"{share:.0%}" for share in residuals["clamped_share"]]))
     verdict = "as small as this geometry allows" if facts["passed"] else "LARGER than this geometry allows"
-    return {"rows": rows, "verdict": f"The residual is {verdict} ({facts['num_pairs']} pairs of {facts['scans']})."}
+    size, stride = "x".join(map(str, facts["view_size"])), "/".join(map(str, facts["output_stride"]))
+    of_what = f"{facts['num_pairs']} pairs of {facts['scans']}, views {size}, output stride {stride}"
+    others = [f" Stride {'/'.join(map(str, other))} was not looked at." for other in facts.get("not_looked_at", ())]
+    return {"rows": rows, "verdict": f"The residual is {verdict} ({of_what}).{''.join(others)}"}

@@ -20,10 +20,11 @@ def check(config: TuneConfig) -> list[Point]:
         raise ValueError("base_finetune and base_pretrain are both null: there is nothing to run")
     if config.base_finetune is None and config.base_evaluate is not None:
         raise ValueError("base_evaluate needs base_finetune: what is evaluated is its network")
-    _check_judges(config)
+    bases = {}
     for stage in STAGES:
         with named(f"base_{stage}"):
-            stage_config(config, stage, {}, Path(config.run))
+            bases[stage] = stage_config(config, stage, {}, Path(config.run))
+    _check_judges(config, bases["pretrain"])
     for key, verbs in config.space.items():
         for name in dotted(key):
             _check_key(config, name, f"space key {key!r}", ("index", "run", "init", "output"))
@@ -48,7 +49,7 @@ def check(config: TuneConfig) -> list[Point]:
     return [] if config.search == "optuna" else trials  # what Optuna draws is of the same kind
 
 
-def _check_judges(config: TuneConfig) -> None:
+def _check_judges(config: TuneConfig, pretraining: Section | None) -> None:
     for name in ("judge", "first_judge"):
         figure = getattr(config, name)
         if figure and figure.startswith("train/"):
@@ -61,7 +62,7 @@ def _check_judges(config: TuneConfig) -> None:
         raise ValueError(
             f"judge={config.judge} is no figure of fine-tuning, which comes last: take val/dice, or base_finetune=null"
         )
-    curve = bool((config.base_pretrain or {}).get("probe", {}).get("every"))
+    curve = bool(pretraining and pretraining.probe.every)
     for name, figure in (("judge", config.judge), ("first_judge", config.first_judge)):
         if figure and (name == "first_judge" or figure in FIGURES):
             probed = config.base_probe is not None or (curve and figure == PROBE)

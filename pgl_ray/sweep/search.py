@@ -13,6 +13,7 @@ from typing import Any
 from pgl_ray.config import TuneConfig
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.points import LEARNING_RATE, Point, domain, own_name
+from pgl_ray.sweep.progress_table import counts, table
 from pgl_ray.sweep.stages import end_of
 from pgl_ray.sweep.trial import run as run_trial
 
@@ -76,16 +77,35 @@ def make_optuna(config: TuneConfig, begun: list[sweeps.Trial], again: int = 0) -
     if config.arms:
         space["arm"] = domain({"choice": list(config.arms)})
     space = OptunaSearch.convert_search_space({"trial": {"values": space}})
-    ended, interrupted = [], []
+    ended, interrupted, outside = [], [], []
     for trial in begun:
         point = {f"trial/values/{key}": value for key, value in sweeps.plain_values(trial).items()}
-        if set(point) == set(space):  # of the space as it is now
+        if _holds(space, point):
             (ended if trial.state in sweeps.ENDED else interrupted).append((point, trial.score))
+        else:
+            outside.append(trial.name)
+    if outside and not again:
+        print(
+            f"tune: note: {len(outside)} earlier trials are not of the space as it is now, and Optuna is not told of "
+            f"them: {', '.join(outside)}",
+            flush=True,
+        )
     seed, first = config.seed + len(begun) + 1000 * again, [point for point, _ in interrupted] or None
     search = OptunaSearch(space=space, metric="score", mode="max", points_to_evaluate=first, seed=seed)
     for point, score in ended:
         search.add_evaluated_point(point, sweeps.merit(config.judge, score))  # a collapsed one has none
     return search
+
+
+def _holds(space: dict[str, Any], point: dict[str, Any]) -> bool:
+    """Whether a point has a value of each key of Optuna's space, and no other."""
+    import optuna
+
+    try:
+        optuna.trial.create_trial(params=point, distributions=space, value=0.0)
+    except ValueError:
+        return False
+    return True
 
 
 def make_scheduler(config: TuneConfig, done: list[sweeps.Trial]) -> Any:
@@ -119,6 +139,7 @@ def _callback(config: TuneConfig, folder: Path, num: int, room: int) -> Any:
     class Table(tune.Callback):
         def __init__(self) -> None:
             self.printed, self.looked, self.before = time.monotonic(), -math.inf, None
+            self.began = time.time()
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             _ended(config, folder, trial, "stopped", None)
@@ -136,8 +157,8 @@ def _callback(config: TuneConfig, folder: Path, num: int, room: int) -> Any:
             due = time.monotonic() - self.printed > SHOW_S
             listed = [t for t in known.values() if (t.name in new and self.before is not None) or t.state == "running"]
             if listed and (new or due):
-                print(sweeps.table(listed, head=self.before is None or not any(self.before.values())), flush=True)
-                print(sweeps.counts(list(known.values()), num, room), flush=True)
+                print(table(listed, head=self.before is None or not any(self.before.values())), flush=True)
+                print(counts(list(known.values()), num, room, self.began), flush=True)
                 self.printed = time.monotonic()
             self.before = states
 

@@ -31,7 +31,8 @@ def check_stores(config: TuneConfig, trials: list[Point]) -> None:
                 _, tested = voxels.choose_scans(read(configs["probe"].index), configs["probe"])
                 check_number(tested, configs["probe"], configs["probe"].judges)
             if "finetune" in configs:
-                train_ids, _ = finetune.split_scans(configs["finetune"], read(configs["finetune"].index))
+                train_ids, val_ids = finetune.split_scans(configs["finetune"], read(configs["finetune"].index))
+                _check_organ(config.judge, read(configs["finetune"].index), val_ids)
                 if config.scheduler.kind == "pbt":
                     _check_checkpoints(config.scheduler.grace, configs["finetune"], train_ids)
             if "evaluate" in configs:
@@ -50,6 +51,18 @@ def check_stores(config: TuneConfig, trials: list[Point]) -> None:
                 notes += _overlap(pool, plan, tested)
     for note in dict.fromkeys(notes):
         print(f"tune: note: {note}", flush=True)
+
+
+def _check_organ(judge: str, index: Index, val_ids: list[str]) -> None:
+    """The judged organ is one that fine-tuning's validation gives a figure of."""
+    if judge != "val/dice":
+        labelled = {value for scan_id in val_ids for value in index.by_id[scan_id].labelled}
+        organs = [organ for organ, value in index.labels.items() if value in labelled]
+        if judge.removeprefix("val/dice_") not in organs:
+            raise ValueError(
+                f"judge={judge}: of the scans that fine-tuning validates on in index={index.store} these organs are "
+                f"labelled: {', '.join(organs)}; take val/dice, or val/dice_ and one of them"
+            )
 
 
 def _evaluated(config: EvaluateConfig, index: Index) -> list[ScanRecord]:

@@ -88,9 +88,9 @@ def _figures(row: dict, rows: list[dict]) -> str:
     parts += [f"{row[key]:.1f} {key.rsplit('/', 1)[1][:-6]}/s" for key in row if key.endswith("_per_s")]
     parts += [f"waiting for data {row[key]:.0%}" for key in row if key == "data/wait_share"]
     parts += [f"{row[key]:.2%} of the pairs skipped" for key in row if key == "data/skipped_share" and row[key]]
-    parts += [f"val Dice {row['val/dice']:.3f}" for row in rows[-1:] if "val/dice" in row]
-    probed = [row["probe/balanced_accuracy"] for row in rows if "probe/balanced_accuracy" in row]
-    parts += [f"probe {accuracy:.3f}" for accuracy in probed[-1:]]
+    for key, name in (("val/dice", "val Dice"), ("probe/balanced_accuracy", "probe")):
+        looks = [row[key] for row in rows if key in row]
+        parts += [f"{name} {score:.3f}" for score in looks[-1:]]
     judged = [row["health/collapsed"] for row in rows if "health/collapsed" in row]
     parts += ["features COLLAPSED" for share in judged[-1:] if share >= 0.5]
     return ", ".join(parts)

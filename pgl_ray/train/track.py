@@ -1,9 +1,8 @@
 """A run's metrics to MLflow or Weights & Biases, in addition to its own files, through their own clients; a run that
 continues goes on in the same record. Server, project and key come from their own environment variables
-(MLFLOW_TRACKING_URI, WANDB_MODE, ...), as for any program. A tracker that fails does not end the training: a warning,
-and no more of it."""
+(MLFLOW_TRACKING_URI, WANDB_MODE, ...), as for any program. A tracker that fails does not end the training: a line for
+the user, and no more of it."""
 
-import json
 import logging
 import os
 import secrets
@@ -13,9 +12,16 @@ from typing import Any
 
 from pgl_ray.config import flattened
 from pgl_ray.paths import is_url
-from pgl_ray.train.records import RunRecord
+from pgl_ray.train.events import Notes
+from pgl_ray.train.records import RunRecord, read_json
+from pgl_ray.train.run_files import write_json
 
-ID = "tracker.json"  # in the run's folder: under which name the tracker knows the run
+ID = "tracker.json"  # in the run's folder: under which name each tracker knows the run
+
+
+def known_as(run: Path) -> dict[str, str]:
+    """Tracker -> the run's name there; a run may have gone on with another."""
+    return read_json(run / ID) if (run / ID).exists() else {}
 
 
 class Tracker:
@@ -31,6 +37,7 @@ class Tracker:
 
     def __init__(self, kind: str, run: str):
         self.record: MLflow | WandB | None = None
+        self.notes = Notes(run)
         if kind != "none":
             try:
                 self._try(self._open, {"mlflow": MLflow, "wandb": WandB}[kind], Path(run))
@@ -46,7 +53,9 @@ class Tracker:
         except ImportError:
             raise
         except Exception as error:  # their classes are many, and a server that is away is no reason to stop
-            logging.getLogger("pgl_ray").warning("the tracker fails and is left out from now on: %s", error)
+            text = f"the tracker fails and is left out from now on: {' '.join(str(error).split())}"
+            logging.getLogger("pgl_ray").warning(text)
+            self.notes.add(text)
             self.record = None
 
     def write(self, step: int, row: dict[str, float]) -> None:
@@ -70,15 +79,15 @@ class MLflow:
         self.client = mlflow
         if not MLFLOW_EXPERIMENT_NAME.is_set():
             mlflow.set_experiment("pgl_ray")
-        known = run / ID
-        if known.exists():
-            mlflow.start_run(run_id=json.loads(known.read_text())["mlflow"])
+        known = known_as(run)
+        if "mlflow" in known:
+            mlflow.start_run(run_id=known["mlflow"])
             return
         typed = record.config["run"]
         tags = {"door": record.door, "folder": typed if is_url(typed) else str(run)}
         started = mlflow.start_run(run_name=run.name, tags=tags)
         mlflow.log_params(flattened(record.config))
-        known.write_text(json.dumps({"mlflow": started.info.run_id}))
+        write_json(run / ID, known | {"mlflow": started.info.run_id})
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """Sends a row."""
@@ -95,11 +104,10 @@ class WandB:
     def __init__(self, run: Path, record: RunRecord):
         import wandb
 
-        known = run / ID
-        if not known.exists():
-            known.write_text(json.dumps({"wandb": secrets.token_hex(8)}))
+        known = {"wandb": secrets.token_hex(8)} | known_as(run)
+        write_json(run / ID, known)
         options = {"project": os.environ.get("WANDB_PROJECT", "pgl_ray"), "name": run.name, "dir": str(run)}
-        options |= {"id": json.loads(known.read_text())["wandb"], "resume": "allow", "job_type": record.door}
+        options |= {"id": known["wandb"], "resume": "allow", "job_type": record.door}
         self.run = wandb.init(config=record.config, settings=wandb.Settings(silent=True), **options)
         self.run.define_metric("*", step_metric="step")  # steps since the last checkpoint are written again
 
