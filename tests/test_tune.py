@@ -99,7 +99,7 @@ def test_what_would_only_fail_in_a_trial_is_refused(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("judge", ["val/dice", sweeps.PROBE])
-@pytest.mark.parametrize("section", ["probe", "views", "optim"])
+@pytest.mark.parametrize("section", ["probe", "views", "optim", "health"])
 @pytest.mark.parametrize("given", [200, None, [1], "x"])
 def test_a_base_of_another_kind_is_refused_in_a_line(tmp_path, given, section, judge):
     """Whatever is asked of it later on, among it whether it says what trials are judged by."""

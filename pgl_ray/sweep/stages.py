@@ -78,9 +78,12 @@ def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], fold
         defaults |= {"all_readings": bool(overrides.get("pretrain.align.wrong_priors"))}  # a control, in its strongest
     values = defaults | OmegaConf.to_container(merged) | places
     if stage == "pretrain":
-        values["health"] = {"stop_on_collapse": True} | values.get("health", {})
+        more: dict[str, dict[str, Any]] = {"health": {"stop_on_collapse": True}}
         if values["index"] != config.index and not _has_labels(values["index"]):  # a pool
-            values["probe"] = {"index": config.index} | (values.get("probe") or {})
+            more["probe"] = {"index": config.index}
+        for key, own in more.items():
+            if isinstance(values.get(key, {}), dict):  # what else it may be, its own model refuses
+                values[key] = own | values.get(key, {})
     return build(STAGES[stage], values)
 
 
