@@ -80,7 +80,11 @@ def run(config: ReportConfig) -> str:
         ],
         "comparison": tables.comparison(evaluated) if evaluated else None,
         "probes": probe_tables.table(probes),
-        "probe_pictures": [picture for path, result in probes for picture in probe_pictures(path, result)],
+        "probe_pictures": [
+            picture
+            for name, (path, result) in zip(probe_tables.names_of(probes), probes)
+            for picture in probe_pictures(name, path, result)
+        ],
         "pretrained": pretrained,
         "verdicts": [tables.verdict(r) for r in pretrained],
         "health": tables.health(pretrained),
@@ -155,14 +159,14 @@ PROBE_CAPTIONS = {
 }
 
 
-def probe_pictures(path: Path, result: dict[str, Any]) -> list[dict[str, str]]:
+def probe_pictures(encoder: str, path: Path, result: dict[str, Any]) -> list[dict[str, str]]:
     """What probe drew with its result, as data URIs with captions."""
     drawn = []
     for name in result["pictures"]:
         kind = Path(name).stem.rpartition(".")[2]
         if kind in PROBE_CAPTIONS and (path.parent / name).is_file():
             src = figures.data_uri((path.parent / name).read_bytes(), "image/png")
-            drawn.append({"src": src, "caption": f"{probe_tables.name_of(result)}. {PROBE_CAPTIONS[kind]}"})
+            drawn.append({"src": src, "caption": f"{encoder}. {PROBE_CAPTIONS[kind]}"})
     return drawn
 
 

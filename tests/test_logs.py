@@ -3,10 +3,13 @@
 import json
 import logging
 import resource
+import subprocess
+import sys
+from contextlib import suppress
 
 import pytest
 
-from pgl_ray.train import logs
+from pgl_ray.train import events, logs
 
 
 def rows(path) -> list[dict]:
@@ -51,6 +54,25 @@ def test_a_folder_that_cannot_be_made_ends_nothing(tmp_path):
     first, last = rows(tmp_path / "logs" / "rank_0.jsonl")
     assert (first["loss"], first["lost_lines"]) == (2.0, 2)  # the start and the row before
     assert last["message"] == "end" and "lost_lines" not in last
+
+
+def test_notes_that_do_not_fit_are_written_when_there_is_room(tmp_path, full, capsys):
+    """A write that ends in the middle of a line says so by its length alone; the file can be read at any time."""
+    notes, path = events.Notes(tmp_path), tmp_path / "events.jsonl"
+    notes.add("first")
+    full(path.stat().st_size + 20)
+    notes.add("second")
+    assert len(path.read_text().splitlines()) == 2 and events.read_events(tmp_path)[0] == []
+    full(-1)
+    notes.add("third")
+    texts = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):
+            texts.append(json.loads(line)["text"])
+    assert texts == ["first", "second", "third"]
+    code = "import sys; from pgl_ray.train.events import read_events; print(*read_events(sys.argv[1])[0])"
+    read = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert read.stdout.split() == ["first", "second", "third"]  # noted by another process than that
 
 
 def test_lines_wait_for_room_and_lost_ones_are_counted(tmp_path, full, monkeypatch):

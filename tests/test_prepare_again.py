@@ -160,11 +160,13 @@ def test_names_taken_from_the_store_are_said(tmp_path, serial, capsys, named):
 
 def test_names_of_the_store_lose_no_scan(tmp_path, serial):
     """A pool whose structure sets contradict each other, by two readers: nobody asked for its labels."""
+    series = {}
     for number, folder in enumerate(("a", "b")):
         files = ct_series(
             np.full((6, 12, 14), 1024, np.uint16), origin=(0, 0, 0), spacing=(1, 1), SeriesNumber=number + 1
         )
         save(files, tmp_path / folder / "ct")
+        series[folder] = files[0].SeriesInstanceUID
         for reader in range(1 + number):
             boxes = [[(2 + reader, 3, z), (8, 3, z), (8, 9, z), (2, 9, z)] for z in (2.5, 5, 7.5)]
             save([structure_set({"Liver": boxes}, files[0].SeriesInstanceUID)], tmp_path / f"{folder}/rs{reader}")
@@ -175,6 +177,10 @@ def test_names_of_the_store_lose_no_scan(tmp_path, serial):
     assert (
         counts(unasked) == (1, 0, 0) and ["used for no label" in one.reason for one in unasked.left_out] == [True] * 2
     )
+    assert sorted(record.labelled for record in records(tmp_path / "s").values()) == [(), (1,)]
+    second = [[(4, 3, z), (8, 3, z), (8, 9, z), (4, 9, z)] for z in (2.5, 5, 7.5)]
+    save([structure_set({"Liver": second}, series["a"])], tmp_path / "a/second")
+    assert counts(go(tmp_path / "a", tmp_path / "s"))[2] == 1  # of a scan that has a label, one is to be chosen
     assert sorted(record.labelled for record in records(tmp_path / "s").values()) == [(), (1,)]
 
 

@@ -309,6 +309,22 @@ def test_page_has_every_section(page):
     assert "left out" not in text and "not evaluated" not in text
 
 
+def test_encoders_of_one_name_are_told_apart(scans, tmp_path):
+    """Two runs whose folders are called alike, and one that was judged twice: each has its own row and column."""
+    for folder, values in (("contrast", (0.9, 0.5, 20.0)), ("paper", (0.6, 0.4, 30.0))):
+        one = write_run(tmp_path / folder / "pretrain", "pretrain", scans, pretrain_rows())
+        (one / "probe.json").write_text(json.dumps(judged(one, values)))
+    again = judged(one, (0.7, 0.4, 30.0), ["voxels"])
+    (one / "probe_8.json").write_text(json.dumps(again))
+    page = write_page(tmp_path / "contrast/pretrain", tmp_path / "paper/pretrain")
+    rows = table_rows(page, "balanced accuracy")
+    assert rows["contrast/pretrain, BatchNorm re-estimated"][0].startswith("0.900")
+    assert rows["paper/pretrain, probe, BatchNorm re-estimated"][0].startswith("0.600")
+    assert rows["paper/pretrain, probe_8, BatchNorm re-estimated"][0].startswith("0.700")
+    columns = table_rows(page, "recall of voxels", head=1)["class"]
+    assert {"contrast/pretrain", "paper/pretrain, probe", "paper/pretrain, probe_8"} <= set(columns)
+
+
 def test_page_says_what_the_judges_say(page):
     """Readings, controls, intervals and the standing sentences; pictures beside the result, once each."""
     read, rows = Reader(page), table_rows(page, "balanced accuracy")

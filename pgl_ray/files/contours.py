@@ -5,6 +5,7 @@ contours and keyholes are holes (DICOM PS3.3, C.8.8.6). Own code, for no library
 and rounds the points to pixels, platipy holds pydicom below 3, dcmrtstruct2nii takes one series in one folder.
 """
 
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -165,16 +166,18 @@ def _place(contours: list[np.ndarray], shape: tuple[int, int, int], placed: Plac
 
 
 def gaps(slices: Iterable[int], what: str) -> str:
-    """Why slices are too few for a structure: of more than two, most lie equally far apart, and further than one; ""
-    where they do not.
+    """Why slices are too few for a structure: of more than two, most lie about equally far apart, and further than one;
+    "" where they do not.
 
     Args:
         slices: the numbers of those that have something of it.
         what: they have.
     """
-    steps = Counter(np.diff(sorted(slices)).tolist())
-    step = min(steps, key=lambda one: (-steps[one], one), default=1)
-    if step == 1 or steps.total() < 2 or 2 * steps[step] <= steps.total():  # no pattern: a few lesions
+    steps = np.diff(sorted(slices)).tolist()
+    if len(steps) < 2:
+        return ""
+    step, slack = statistics.median_low(steps), int(len(steps) > 2)  # of three slices only an even pattern is one
+    if step == 1 or 2 * sum(abs(one - step) <= slack for one in steps) <= len(steps):  # whole, or a few lesions
         return ""
     return f"only one slice in {step} has {what}: interpolate them to all slices first"
 

@@ -2,12 +2,13 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from pgl_ray.judge.judges import HIGHER_IS_BETTER, IN_FULL
 from pgl_ray.judge.readings import in_words
-from pgl_ray.pages.run_folders import Run
+from pgl_ray.pages.run_folders import Run, told_apart
 from pgl_ray.pages.tables import JUDGED, counted, gathered, number
 from pgl_ray.train import run_paths
 
@@ -61,8 +62,9 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
         return None
     judges = [judge for judge in JUDGED if any(judge in counted(result) for _, result in probes)]
     rows: list[dict[str, Any]] = []
-    for _, result in probes:
-        for name, scores in scored(result).items():
+    named = list(zip(names_of(probes), (result for _, result in probes)))
+    for encoder, result in named:
+        for name, scores in scored(encoder, result).items():
             row = {"name": name, "cells": [cell for judge in judges for cell in _cells(judge, scores.get(judge))]}
             row |= {"window": window_of(result)}
             row |= {"num_scans": f"{result['num_train_scans']} / {result['num_test_scans']}"}
@@ -80,9 +82,9 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
     return {
         "heads": [head for judge in judges for head in (JUDGED[judge][0], MORE[judge][1])],
         "rows": rows,
-        "sentences": [f"{name_of(result)}, {line}." for _, result in probes for line in result["sentences"]],
-        "notes": gathered((name_of(result), note) for _, result in probes for note in result["notes"]),
-        "organs": by_organ(probes, judges),
+        "sentences": [f"{name}, {line}." for name, result in named for line in result["sentences"]],
+        "notes": gathered((name, note) for name, result in named for note in result["notes"]),
+        "organs": by_organ(named, judges),
         "body_box": ", ".join(sorted(boxes)),
         "files": list(dict.fromkeys(str(path) for path, _ in probes)),
     }
@@ -93,14 +95,15 @@ def window_of(result: dict[str, Any]) -> str:
     return "x".join(map(str, result.get("size") or ["?"]))
 
 
-def name_of(result: dict[str, Any]) -> str:
-    """Short name of the encoder that was judged."""
-    return os.path.basename(result["init"].rstrip("/"))
+def names_of(probes: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """Short names of the encoders that were judged, with the file's where one was judged several times."""
+    names = told_apart([result["init"].rstrip("/") for _, result in probes])
+    several = {name for name, count in Counter(names).items() if count > 1} - {"random"}  # which are all the same
+    return [f"{name}, {path.stem}" if name in several else name for name, (path, _) in zip(names, probes)]
 
 
-def scored(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def scored(name: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Name -> judge -> score: the readings, the one that counts first, then what they are to be compared with."""
-    name = name_of(result)
     words = in_words(result["readings"])
     rows = {f"{name}, {words[reading]}": scores for reading, scores in result["readings"].items()}
     rows |= result["controls"]  # of random weights that are judged themselves, the same rows
@@ -119,8 +122,12 @@ def _cells(judge: str, score: dict[str, Any] | None) -> list[dict[str, Any]]:
     ]
 
 
-def by_organ(probes: list[tuple[Path, dict[str, Any]]], judges: list[str]) -> dict[str, Any]:
+def by_organ(probes: list[tuple[str, dict[str, Any]]], judges: list[str]) -> dict[str, Any]:
     """Organ by organ: recall, Dice and matching error of each encoder that counts and of its strongest control.
+
+    Args:
+        probes: name of the encoder and result of each.
+        judges: that any has asked.
 
     Returns:
         groups: (judge in full, names of its columns); rows: (organ, texts).
@@ -128,13 +135,16 @@ def by_organ(probes: list[tuple[Path, dict[str, Any]]], judges: list[str]) -> di
     groups, columns, several = [], [], len({window_of(result) for _, result in probes}) > 1
     for judge in judges:
         named: dict[str, dict[str, float]] = {}
-        for _, result in probes:
+        for encoder, result in probes:
             if judge in counted(result):
-                named[name_of(result)] = _organs(judge, counted(result)[judge])
+                named[encoder] = _organs(judge, counted(result)[judge])
             if judge in result["standing"]:
                 low_is = result["standing"][judge]["low_is"]
                 name = f"{low_is}, {window_of(result)}" if several else low_is
-                named[name] = _organs(judge, result["controls"][low_is][judge])
+                scores = _organs(judge, result["controls"][low_is][judge])
+                if named.get(name, scores) != scores:  # of an encoder of another size
+                    name = f"{name}, beside {encoder}"
+                named[name] = scores
         groups.append((IN_FULL[judge].replace("balanced accuracy of", "recall of"), list(named)))
         columns += [(judge, values) for values in named.values()]
     organs = list(dict.fromkeys(organ for _, values in columns for organ in values))

@@ -60,11 +60,16 @@ def read_runs(folders: list[str]) -> list[Run]:
     places = [folder.rstrip("/") if is_url(folder) else str(Path(folder).resolve()) for folder in folders]
     if len(set(places)) < len(places):
         raise ValueError(f"run={folders} names a run twice: give each once")
+    return [_read_run(*one) for one in zip(folders, told_apart(places), places, range(len(places)))]
+
+
+def told_apart(places: list[str]) -> list[str]:
+    """Short names of paths or URLs: the last part, or as much as tells those apart that are not the same."""
     names = [os.path.basename(place) for place in places]
-    if len(set(names)) < len(names):
-        paths = ["/" + place.replace("://", "/").lstrip("/") for place in places]
-        names = [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
-    return [_read_run(*one) for one in zip(folders, names, places, range(len(places)))]
+    if len(set(names)) == len(set(places)):
+        return names
+    paths = ["/" + place.replace("://", "/").lstrip("/") for place in places]
+    return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
 
 
 def _read_run(folder: str, name: str, place: str, number: int) -> Run:

@@ -46,6 +46,8 @@ def check(config: TuneConfig) -> list[Point]:
             if config.first_judge and "pretrain" not in configs and "probe" not in configs:
                 raise ValueError(f"it is not pre-trained: for first_judge={config.first_judge} it needs a base_probe")
             _check_probe(config, configs)
+            if "evaluate" in configs and configs["evaluate"].tta and configs["finetune"].patch.flip_prob == 0:
+                raise ValueError("evaluate.tta=true averages over flips: it needs finetune.patch.flip_prob above 0")
     return [] if config.search == "optuna" else trials  # what Optuna draws is of the same kind
 
 

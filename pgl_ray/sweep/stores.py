@@ -32,7 +32,7 @@ def check_stores(config: TuneConfig, trials: list[Point]) -> None:
                 check_number(tested, configs["probe"], configs["probe"].judges)
             if "finetune" in configs:
                 train_ids, val_ids = finetune.split_scans(configs["finetune"], read(configs["finetune"].index))
-                _check_organ(config.judge, read(configs["finetune"].index), val_ids)
+                _check_organ(config.judge, configs["finetune"].task, read(configs["finetune"].index), val_ids)
                 if config.scheduler.kind == "pbt":
                     _check_checkpoints(config.scheduler.grace, configs["finetune"], train_ids)
             if "evaluate" in configs:
@@ -53,15 +53,16 @@ def check_stores(config: TuneConfig, trials: list[Point]) -> None:
         print(f"tune: note: {note}", flush=True)
 
 
-def _check_organ(judge: str, index: Index, val_ids: list[str]) -> None:
-    """The judged organ is one that fine-tuning's validation gives a figure of."""
+def _check_organ(judge: str, task: str, index: Index, val_ids: list[str]) -> None:
+    """The judged organ is one that fine-tuning's validation gives a figure of: some scan shows it."""
     if judge != "val/dice":
-        labelled = {value for scan_id in val_ids for value in index.by_id[scan_id].labelled}
-        organs = [organ for organ, value in index.labels.items() if value in labelled]
+        shown = {value for scan_id in val_ids for value in index.by_id[scan_id].label_voxels}
+        inner = max(shown, default=0) if task == "binary" else 0  # an organ includes its tumour
+        organs = [organ for organ, value in index.labels.items() if value in shown or value < inner]
         if judge.removeprefix("val/dice_") not in organs:
             raise ValueError(
-                f"judge={judge}: of the scans that fine-tuning validates on in index={index.store} these organs are "
-                f"labelled: {', '.join(organs)}; take val/dice, or val/dice_ and one of them"
+                f"judge={judge}: the scans that fine-tuning validates on in index={index.store} show "
+                f"{', '.join(organs) or 'no organ'}; take val/dice, or val/dice_ and one of them"
             )
 
 

@@ -23,8 +23,7 @@ from pgl_ray.data.bucket import Bucket
 from pgl_ray.data.durable import write_aside
 from pgl_ray.data.system import every, lock_file
 from pgl_ray.paths import cache_folder
-from pgl_ray.train.run_files import MANIFEST, METRICS, NAME, STATE
-from pgl_ray.train.track import ID as TRACKER
+from pgl_ray.train.run_files import MANIFEST, METRICS, NAME, STATE, TRACKER
 
 OLD = "checkpoint_manager_snapshot.json"  # Ray Train's, of runs whose checkpoints had no manifest
 OWNER = ".part/start"  # token of the start whose workers may write; goes with the driver's lock

@@ -16,6 +16,7 @@ STATE = "state.pt"
 MANIFEST = "checkpoint.json"
 EVENTS = "events.jsonl"
 METRICS = "metrics.jsonl"
+TRACKER = "tracker.json"  # under which name each tracker knows the run
 BEST = "best.pt"  # of a fine-tuning, the best network so far
 SCANS = "scans.jsonl"  # of evaluation/: how and of which network, then a line per scan
 NAME = re.compile(r"checkpoint_(\d{8,})")  # of a checkpoint's folder

@@ -14,14 +14,12 @@ from pgl_ray.config import flattened
 from pgl_ray.paths import is_url
 from pgl_ray.train.events import Notes
 from pgl_ray.train.records import RunRecord, read_json
-from pgl_ray.train.run_files import write_json
-
-ID = "tracker.json"  # in the run's folder: under which name each tracker knows the run
+from pgl_ray.train.run_files import TRACKER, write_json
 
 
 def known_as(run: Path) -> dict[str, str]:
     """Tracker -> the run's name there; a run may have gone on with another."""
-    return read_json(run / ID) if (run / ID).exists() else {}
+    return read_json(run / TRACKER) if (run / TRACKER).exists() else {}
 
 
 class Tracker:
@@ -87,7 +85,7 @@ class MLflow:
         tags = {"door": record.door, "folder": typed if is_url(typed) else str(run)}
         started = mlflow.start_run(run_name=run.name, tags=tags)
         mlflow.log_params(flattened(record.config))
-        write_json(run / ID, known | {"mlflow": started.info.run_id})
+        write_json(run / TRACKER, known | {"mlflow": started.info.run_id})
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """Sends a row."""
@@ -105,7 +103,7 @@ class WandB:
         import wandb
 
         known = {"wandb": secrets.token_hex(8)} | known_as(run)
-        write_json(run / ID, known)
+        write_json(run / TRACKER, known)
         options = {"project": os.environ.get("WANDB_PROJECT", "pgl_ray"), "name": run.name, "dir": str(run)}
         options |= {"id": known["wandb"], "resume": "allow", "job_type": record.door}
         self.run = wandb.init(config=record.config, settings=wandb.Settings(silent=True), **options)
