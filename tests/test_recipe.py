@@ -118,8 +118,25 @@ def test_what_is_missing_is_said(tmp_path, recipe):
         assert "(case_00003 not there)" in lines
 
 
+def test_msds_other_tasks_beside_a_set_are_not_taken(tmp_path):
+    tasks = ("hepaticvessel", "colon", "pancreas", "lung", "spleen", "liver")
+    ids = {task: [Path(name).name[:-7] for name in SETS[f"msd_{task}"][0]] for task in tasks}
+    for task in tasks:
+        touch(tmp_path / task, [f"{folder}/{one}.nii.gz" for folder in ("imagesTr", "labelsTr") for one in ids[task]])
+    for task in tasks[:-1]:
+        assert sorted(scan.scan_id for scan in layout_of(f"msd_{task}", tmp_path).scans) == sorted(ids[task])
+
+
+def test_more_scans_than_the_set_has_are_said(tmp_path):
+    touch(tmp_path, [name for pair in SETS["msd_spleen"][0].items() for name in pair])
+    assert not layout_of("msd_spleen", tmp_path).missing
+    touch(tmp_path, ["more/imagesTr/spleen_900.nii.gz", "more/labelsTr/spleen_900.nii.gz"])
+    layout = layout_of("msd_spleen", tmp_path)
+    assert "42 scans **/imagesTr/spleen_{id}.nii.gz found, MSD Task09 Spleen has 41" in layout.missing[0]
+
+
 def test_an_empty_folder_says_what_was_expected(tmp_path):
-    with pytest.raises(ValueError, match=r"no scan of MSD Task09 Spleen in it, expected \*\*/imagesTr/\{id\}.nii"):
+    with pytest.raises(ValueError, match=r"no scan of MSD Task09 Spleen in it, expected \*\*/imagesTr/spleen_\{id\}"):
         layout_of("msd_spleen", tmp_path)
 
 

@@ -95,6 +95,11 @@ def _note_missing(inventory: Inventory, part: PartConfig, recipe: RecipeConfig, 
         inventory.missing.append(
             f"{len(scans)} of {part.num_scans} scans {part.images} found{listed}; get the others: {recipe.origin}"
         )
+    if part.num_scans and len(scans) > part.num_scans:
+        inventory.missing.append(
+            f"nothing, but {len(scans)} scans {part.images} found, {recipe.name} has {part.num_scans}: all are taken; "
+            "move those of other sets out of source"
+        )
     bare = [name for name, scan in scans.items() if part.labels and not scan.label]
     if bare:
         inventory.missing.append(f"{len(bare)} label maps {part.labels} ({some(bare)}); get them: {recipe.origin}")
