@@ -102,6 +102,56 @@ def test_tables_that_lose_something_are_refused(labelled, table, message):
         layout_of(labelled, table, NAMES)
 
 
+def as_table(*rows):
+    return "".join(f"{row}\n" for row in rows)
+
+
+@pytest.mark.parametrize("mark", ["sep=;", '"sep=;"', "\ufeffsep=;"])
+def test_a_spreadsheets_line_on_its_delimiter_is_skipped(labelled, mark):
+    rows = [f"{case};{split};liver, kidney" for case, split in WANTED.items()]
+    layout = layout_of(labelled, as_table(mark, "scan_id;split;labelled_organs", *rows), NAMES)
+    assert {scan.scan_id: (scan.split, scan.labelled) for scan in layout.scans} == {
+        case: (split, (1, 3)) for case, split in WANTED.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["labeled_organs", "labelled organs", "LabelledOrgans", "Labeled-Organs"])
+def test_other_spellings_of_labelled_organs_are_taken(labelled, name):
+    layout = layout_of(labelled, as_table(f"scan_id,{name},,", *(f"{case},liver,," for case in WANTED)), NAMES)
+    assert [scan.labelled for scan in layout.scans] == [(1,)] * 3
+
+
+@pytest.mark.parametrize(
+    "header, cells, message",
+    [
+        ("scan_id,split,split", "train,test", "two columns are called 'split': keep one"),
+        ("scan_id,labelled_organs,labeled_organs", "liver,liver", "two columns are called 'labelled_organs'"),
+        ("scan_id,split,labelled_organs", "train,liver,kidney", r"'case_1,train,liver,kidney' has more .* 3 columns"),
+        ("scan_id,split", "train,,liver", "'case_1,train,,liver' has more cells than the 2 columns"),
+        ("case_0,train", "train", "column 'train': is split meant"),
+        ("case_0,other", "first", "split or labelled_organs, its first row is 'case_0, other'"),
+        ("scan_id,liver,kidney", "1,0", "none of its columns is split or labelled_organs"),
+        *((f"scan_id,{name}", "a", f"column '{name}': is split meant") for name in ("subset", "set", "fold")),
+        ("scan_id,purpose", "train", "column 'purpose': is split meant"),
+        ("scan_id,partition,labelled_organs", "a,liver", "column 'partition': is split meant"),
+        ("scan_id,split,organs", "train,liver", "column 'organs': is labelled_organs meant"),
+        *(("scan_id,split", word, f"split '{word}': is 'train' meant") for word in ("training", "Tr", "Train set")),
+        *(("scan_id,split", word, f"split '{word}': is 'test' meant") for word in ("testing", "ts", "test_set")),
+        ("scan_id,split", "valid", "split 'valid': is 'validation' meant"),
+    ],
+)
+def test_what_a_table_may_mean_otherwise_is_refused(labelled, header, cells, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        layout_of(labelled, as_table(header, *(f"{case},{cells}" for case in WANTED)), NAMES)
+    assert str(caught.value).startswith("labels.table=") and "\n" not in str(caught.value)
+
+
+def test_other_columns_beside_a_split_are_no_matter(labelled):
+    rows = (f"{case},{number},site {number},{split}" for number, (case, split) in enumerate(WANTED.items()))
+    layout = layout_of(labelled, as_table("scan_id,fold,site,split", *rows))
+    assert {scan.scan_id: scan.split for scan in layout.scans} == WANTED
+
+
 def test_rows_and_scans_that_fit_nothing_are_said(tmp_path):
     touch(tmp_path, "images/a", "images/b", "labels/a")
     layout = layout_of(tmp_path, "scan_id,split\na,train\nx,train\ny,test\n")

@@ -21,7 +21,7 @@ class LabelsConfig(Section):
     here."""
     table: str | None = None
     """CSV inside the source folder (comma, semicolon or tab) with a row per scan, by its id, file name or path; columns
-    `split` and `labelled_organs` (separated by blanks, or by ; or |) are optional. An organ that a row does not list is
+    `split` or `labelled_organs` (separated by blanks, or by ; or |), or both. An organ that a row does not list is
     unlabelled in that scan, not absent."""
 
 

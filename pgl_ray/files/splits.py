@@ -26,6 +26,15 @@ ID_COLUMNS = (
 )
 DELIMITERS = (",", ";", "\t")
 SPLITS = ("train", "val", "validation", "test")  # whose capitals do not matter
+NEAR_SPLITS = {  # what people write instead, which no door looks for
+    **dict.fromkeys(("training", "trn", "tr"), "train"),
+    **dict.fromkeys(("valid", "validating", "vl"), "validation"),
+    **dict.fromkeys(("testing", "tst", "ts"), "test"),
+}
+NEAR_COLUMNS = {  # without blanks, _ and -
+    **dict.fromkeys(("subset", "set", "partition", "fold", "splits", "datasplit"), "split"),
+    **dict.fromkeys(("organs", "annotatedorgans"), "labelled_organs"),
+}
 
 
 class Table(NamedTuple):
@@ -55,8 +64,9 @@ def with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[
         said of the table.
 
     Raises:
-        ValueError: not a table, no row fits a scan, several rows or scans for one id, an organ without a name, a
-            labelled scan that would get no split, or one of a test folder that would be trained on.
+        ValueError: not a table, columns or splits that it may mean otherwise, no row fits a scan, several rows or scans
+            for one id, an organ without a name, a labelled scan that would get no split, or one of a test folder that
+            would be trained on.
     """
     table, where = _read(path, scans), f"labels.table={path}"
     updated, faults, notes = [], [], []
@@ -66,7 +76,7 @@ def with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[
             faults.append(Fault(scan.image, f"has a label map but no row {scan.scan_id!r} in {path.name}"))
             continue
         if row and "split" in table.columns:
-            split = row["split"].lower() if row["split"].lower() in SPLITS else row["split"]
+            split = _split(row["split"], f"{where}: {scan.scan_id}")
             if scan.split == "test" and split in ("train", "val", "validation"):
                 raise ValueError(f"{where}: puts {scan.scan_id!r}, of a folder of test scans, into {split!r}: mend it")
             scan = replace(scan, split=split)
@@ -93,12 +103,30 @@ def _count(names: list[str], what: str) -> str:
     return f"{counted(len(names), what)} ({some(sorted(names))})"
 
 
-def _read(path: Path, scans: list[Source]) -> Table:
+def _split(text: str, where: str) -> str:
+    """The split of a cell; ValueError where it is a word that only looks like one."""
+    words = re.sub(r"[\s_-]*(set|split)$", "", text.lower())
+    if words in SPLITS and words == text.lower():
+        return words
+    if meant := NEAR_SPLITS.get(words) or (words if words in SPLITS else ""):
+        raise ValueError(f"{where}: split {text!r}: is {meant!r} meant? Then write that")
+    return text
+
+
+def _cells(path: Path) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The names of a table's columns and its rows, which have a cell for each.
+
+    Raises:
+        ValueError: nothing to be read, or a row with more cells.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             first = file.readline()
-            file.seek(0)
-            delimiter = max(DELIMITERS, key=lambda one: len(next(csv.reader([first], delimiter=one), [])))
+            if stated := re.fullmatch(r'"?sep=([^\w" \r\n])"?\s*', first, re.IGNORECASE):  # a spreadsheet's own line
+                delimiter = stated[1]
+            else:
+                file.seek(0)
+                delimiter = max(DELIMITERS, key=lambda one: len(next(csv.reader([first], delimiter=one), [])))
             lines = [
                 [cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter, skipinitialspace=True)
             ]
@@ -107,8 +135,46 @@ def _read(path: Path, scans: list[Source]) -> Table:
     lines = [row for row in lines if any(row)]
     if not lines:
         raise ValueError(f"labels.table={path}: is empty")
-    columns = tuple(name.lower() for name in lines[0])
-    rows = [dict(zip(columns, [*row, *[""] * len(columns)])) for row in lines[1:]]
+    width = max(number for number, name in enumerate(lines[0], 1) if name)
+    for row in lines:
+        if any(row[width:]):
+            raise ValueError(
+                f"labels.table={path}: row {delimiter.join(row)!r} has more cells than the {width} columns "
+                f"{delimiter.join(lines[0][:width])!r}: quote a cell that has {delimiter!r} in it, or separate organs "
+                f"by blanks or {'|' if delimiter == ';' else ';'}"
+            )
+    return tuple(map(_column, lines[0][:width])), [[*row, *[""] * width][:width] for row in lines[1:]]
+
+
+def _column(name: str) -> str:
+    short = re.sub(r"[\s_-]", "", name.lower())
+    return "labelled_organs" if short in ("labelledorgans", "labeledorgans") else name.lower()
+
+
+def _check_columns(path: Path, columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    """Refuses columns that one cannot tell the meaning of.
+
+    Raises:
+        ValueError: two of one name, one that is probably meant to be another, or none that says anything.
+    """
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise ValueError(f"labels.table={path}: two columns are called {twice[0]!r}: keep one of them")
+    for number, name in enumerate(columns):
+        words = {row[number].lower() for row in rows} - {""}
+        meant = NEAR_COLUMNS.get(re.sub(r"[\s_-]", "", name), "split" if words and words <= {*SPLITS} else name)
+        if meant not in columns:
+            raise ValueError(f"labels.table={path}: column {name!r}: is {meant} meant? Then call it so, else remove it")
+    if not {"split", "labelled_organs"} & {*columns}:
+        raise ValueError(
+            f"labels.table={path}: none of its columns is split or labelled_organs, its first row is "
+            f"{', '.join(columns)!r}: name the columns in it"
+        )
+
+
+def _read(path: Path, scans: list[Source]) -> Table:
+    columns, cells = _cells(path)
+    _check_columns(path, columns, cells)
+    rows = [dict(zip(columns, row)) for row in cells]
     keys = _keys(scans)
     fits = {name: sum(_scan_of(row[name], keys) is not None for row in rows) for name in columns}
     by_name = [name for name in ID_COLUMNS if name in columns]
