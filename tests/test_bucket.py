@@ -73,7 +73,7 @@ def test_a_prepare_that_lost_its_lock_writes_no_index(tmp_path, s3, serial, monk
         return finish_store(*args)
 
     monkeypatch.setattr(finish, "finish_store", stand_still)
-    nib.save(nib.Nifti1Image(np.zeros((70, 72, 30), np.int16), np.eye(4)), tmp_path / "raw/d.nii.gz")
+    nib.save(nib.Nifti1Image(np.full((70, 72, 30), 40, np.int16), np.eye(4)), tmp_path / "raw/d.nii.gz")
     with pytest.raises(FailedRun, match=rf"the run that writes into s3://.*/{tmp_path.name}/Fälle 1 is over"):
         prepare.run(PrepareConfig(source=f"{tmp_path}/raw", store=url))
     assert place.read("index.parquet") == before and place.read(taken) == b"another"

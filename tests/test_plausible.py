@@ -3,6 +3,7 @@
 import nibabel as nib
 import numpy as np
 import pytest
+from dicom_files import ct_series, save
 from scipy import ndimage
 
 from pgl_ray.files import ct
@@ -118,6 +119,40 @@ def test_small_structures_in_a_large_volume_are_seen(tmp_path):
     label[50:55, 60:65, 701:704] = 1
     with pytest.raises(LabelMap):
         read(tmp_path / "a.nii.gz", label)
+
+
+TINY = {  # slices of a mask's structure
+    "a voxel": np.s_[30, 30, 20],
+    "2 x 2 x 2": np.s_[30:32, 30:32, 20:22],
+    "3 x 3": np.s_[30:33, 30:33, 20],
+    **{f"a line along {axis}": tuple(slice(None) if a == axis else 30 for a in range(3)) for axis in range(3)},
+}
+
+
+@pytest.mark.parametrize("value", [1, 255])
+@pytest.mark.parametrize("place", TINY.values(), ids=TINY)
+def test_masks_of_few_voxels_are_no_cts(tmp_path, place, value):
+    mask = np.zeros((60, 60, 40), np.uint8)
+    mask[place] = value
+    with pytest.raises(LabelMap, match=f"whole numbers from 0 to {value} in patches"):
+        read(tmp_path / "a.nii.gz", mask)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_empty_masks_are_no_cts(tmp_path, dtype):
+    with pytest.raises(LabelMap, match="all its voxels are 0: an empty label map or mask"):
+        read(tmp_path / "a.nii.gz", np.zeros((60, 60, 40), dtype))
+
+
+def test_an_empty_series_of_dicom_stays_a_ct(tmp_path):
+    folder = save(ct_series(np.full((4, 6, 7), 1024, np.int16)), tmp_path / "a")
+    assert ct.read_scan(folder).notes == ("all its voxels are 0: is it empty?",)
+
+
+@pytest.mark.parametrize("values", [(0, 256), (-1000, 40), (1, 2)])
+def test_two_values_that_are_no_masks_give_a_note(tmp_path, values):
+    volume = np.where(np.random.default_rng(0).random((30, 30, 20)) < 0.5, *values).astype(np.int16)
+    assert read(tmp_path / "a.nii.gz", volume).voxels.min() == values[0]
 
 
 def test_no_real_ct_gives_a_note_and_no_label_map_passes(real_data):

@@ -92,7 +92,7 @@ def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
     axes = orientations.io_orientation(geometry.affine)
     stored, stored_affine = _to_stored(voxels, geometry.affine, axes)
     voxels = np.ascontiguousarray(stored)
-    doubts = plausible.check_values(path, voxels)
+    doubts = plausible.check_values(path, voxels, of_a_ct=path.is_dir())
     return Scan(
         voxels=voxels,
         affine=stored_affine,

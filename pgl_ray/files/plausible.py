@@ -14,6 +14,7 @@ from pgl_ray.files.raw import Raw
 LONGEST_MM = 5000.0  # along an axis; no table moves further
 FLATTEST = 0.2  # share of a box' volume that sheared axes must leave; a gantry tilt of 30 degrees leaves 0.87
 MOST_LABELS = 200  # of a label map; an 8-bit picture has more values, and patches where it is saturated
+LARGEST_OF_MASKS = 255  # value of the one structure in a mask
 PLANES = 64  # that are looked at for patches
 SAMPLED = 2**15  # voxels whose values are looked at
 AIR = -1024  # what lies below has been raised to it (see ct)
@@ -82,17 +83,18 @@ def check_fractions(path: str | Path, raw: Raw, rounding_error: float) -> None:
         )
 
 
-def check_values(path: str | Path, voxels: np.ndarray) -> list[str]:
+def check_values(path: str | Path, voxels: np.ndarray, of_a_ct: bool = False) -> list[str]:
     """Looks whether whole values can be HU, on a sample of the volume.
 
     Args:
         voxels: int16, any shape of three axes, -1024 and above.
+        of_a_ct: whether their file says so, as a DICOM series does: then it may be as empty as a mask.
 
     Returns:
         What is doubtful, a sentence each.
 
     Raises:
-        LabelMap: whole numbers from 0 on that stand in patches.
+        LabelMap: zeros alone, or whole numbers from 0 on that stand in patches or are two.
     """
     step = max(1, math.ceil((voxels.size / SAMPLED) ** (1 / 3)))
     sample = voxels[::step, ::step, ::step].ravel()
@@ -100,12 +102,19 @@ def check_values(path: str | Path, voxels: np.ndarray) -> list[str]:
     high = int(sample.max())
     if low >= 0 or low == high:  # a CT has air, in every sample
         low, high = int(voxels.min()), int(voxels.max())
-    if low >= 0 and high > low and _stands_in_patches(voxels):
+    if low == high == 0 and not of_a_ct:
+        raise LabelMap(f"{path}: all its voxels are 0: an empty label map or mask, no CT")
+    if low >= 0 and high > low and ((not of_a_ct and _is_mask(voxels, low, high)) or _stands_in_patches(voxels)):
         raise LabelMap(f"{path}: whole numbers from {low} to {high} in patches: a label map or mask, no CT")
     if low == high:
         return [f"all its voxels are {low}: is it empty?"]
     sample = sample[sample > AIR] if low == AIR else sample
     return _doubts(sample, low, high) if sample.size else []
+
+
+def _is_mask(voxels: np.ndarray, low: int, high: int) -> bool:
+    """Whether there are but 0 and one small value, in however few voxels."""
+    return low == 0 and high <= LARGEST_OF_MASKS and bool(((voxels == low) | (voxels == high)).all())
 
 
 def _stands_in_patches(voxels: np.ndarray) -> bool:
