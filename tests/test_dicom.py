@@ -346,6 +346,17 @@ def test_a_series_in_many_folders_is_one_scan(tmp_path):
     assert ct.read_scan(tmp_path / "arch").voxels.shape == (5, 6, 7)
 
 
+@pytest.mark.parametrize("sites", [("siteA",), ("siteA", "siteB")])
+def test_a_bare_name_of_two_folders_labels_neither(tmp_path, sites):
+    for site in sites:
+        save(series(), tmp_path / "images" / site / "p1")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/p1.nii.gz").touch()
+    layout = read_layout(str(tmp_path), LabelsConfig())
+    assert [bool(scan.label) for scan in layout.scans] == ([True] if len(sites) == 1 else [False, False])
+    assert [fault.reason for fault in layout.faults] == ["label map without a volume of its name"] * (len(sites) - 1)
+
+
 def test_a_damaged_file_may_be_a_slice_so_its_series_waits(tmp_path):
     folder = save(series(), tmp_path / "a")
     save(series(), tmp_path / "b")

@@ -102,11 +102,12 @@ def _scans_of_series(
 ) -> Iterator[tuple[dicom.Series, Source, tuple[str, ...]]]:
     """The DICOM series of a part that can be used, each with its scan and the scan's key."""
     num_series = Counter(one.folder for one in series)
+    num_folders = Counter(Path(folder).name for folder in num_series)
     for one in series:
         place = Path(one.folder).relative_to(part.images).parts
         label = _label_of(maps, (*place, one.id_part), False)
         if not label and num_series[one.folder] == 1:
-            label = _label_of(maps, place or (part.images.name,), True)
+            label = _label_of(maps, place or (part.images.name,), num_folders[Path(one.folder).name] == 1)
         inventory.seen.update(one.paths())
         if doubt := objects.doubt(one):
             inventory.faults.append(Fault(one.folder, doubt))
