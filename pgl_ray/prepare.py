@@ -24,7 +24,14 @@ from typing import Any
 
 from pgl_ray.config import FailedRun, PrepareConfig, StoreConfig, build
 from pgl_ray.convert import finish
-from pgl_ray.convert.agreement import agreed_names, check_labels, preparations, settings_of, stored_names
+from pgl_ray.convert.agreement import (
+    agreed_names,
+    check_labels,
+    check_repeated,
+    preparations,
+    settings_of,
+    stored_names,
+)
 from pgl_ray.convert.one_scan import outcomes
 from pgl_ray.convert.todo import Todo, known_sources, shares_folder, vanished, what_to_do
 from pgl_ray.convert.whole import Verified, is_whole, look_through, read_index
@@ -35,7 +42,7 @@ from pgl_ray.files.accounts import grouped, json_lines
 from pgl_ray.files.header_cache import HeaderCache
 from pgl_ray.files.layout import Layout, read_layout
 from pgl_ray.files.notes import NOTES_FILE, keep_notes
-from pgl_ray.files.source import Fault, counted
+from pgl_ray.files.source import Fault, counted, some
 from pgl_ray.train.progress import Stage, num_of
 
 HEADERS = "dicom_headers.parquet"  # in the store: what is known of DICOM files
@@ -53,6 +60,7 @@ class Result:
         converted, skipped: scans written now, and scans that lay in the store unchanged.
         failed: files that could not be used; also in failed.jsonl.
         vanished: scans of this source folder that lie in the store while their files are gone.
+        unlabelled: scans that stay in the store as they are, for their source has no label map any more.
         seconds: wall time.
         left_out: files that were not used, and why; also in left_out.jsonl.
     """
@@ -66,6 +74,7 @@ class Result:
     vanished: tuple[str, ...]
     seconds: float
     left_out: tuple[Fault, ...] = ()
+    unlabelled: tuple[str, ...] = ()
 
 
 def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
@@ -83,6 +92,8 @@ def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
     began = time.monotonic()
     place = store.open_place(config.store)
     stored = stored_names(config)  # looking through a large source takes minutes: what does not agree is said before
+    if only is None:
+        check_repeated(config)
     cache = _read_header_cache(place)
     known = known_sources(place)
     layout = read_layout(config.source, config.labels, config.recipe, config.series, cache, known, stored)
@@ -122,7 +133,7 @@ def _run(
 
     # what is new or changed
     records = _records(place)
-    todo = what_to_do(layout, records, only)
+    before, todo = dict(records), what_to_do(layout, records, only)
     what = "new or changed" if only is None else "to convert again"
     print(f"prepare: {counted(len(layout.scans), 'scan')} in {config.source}, {len(todo.tasks)} {what}", flush=True)
     for missing in layout.missing:
@@ -137,6 +148,8 @@ def _run(
     failed = sorted([*failed, *_unreadable(place, records)])
     _note(place, notes)
     names = finish.finish_store(folder, records, todo.stored, names)
+    for line in finish.changes(before, records):
+        print(f"prepare: {line}", flush=True)
     _tell_same_content(finish.same_content(records, {source.scan_id for source in layout.scans}))
     others = {"encoding": config.encoding, "spacing_mm": config.spacing_mm}
     with place.joined(token):  # or another prepare has taken over, whose index it is now
@@ -146,9 +159,10 @@ def _run(
     place.write("failed.jsonl", [json_lines(failed)])
     place.write("left_out.jsonl", [json_lines(sorted(layout.left_out))])
     gone = () if only is not None else tuple(sorted(vanished(config, layout, records.values())))
-    seconds, path, skipped = time.monotonic() - began, f"{folder}/index.parquet", len(todo.stored) - converted
+    seconds, path = time.monotonic() - began, f"{folder}/index.parquet"
+    skipped, bare = len(todo.stored) - converted + len(todo.unlabelled), tuple(todo.unlabelled)
     left_out = tuple(layout.left_out) if only is None else ()
-    return Result(folder, path, len(index.scans), converted, skipped, tuple(failed), gone, seconds, left_out)
+    return Result(folder, path, len(index.scans), converted, skipped, tuple(failed), gone, seconds, left_out, bare)
 
 
 def _records(place: store.Place) -> dict[str, store.ScanRecord]:
@@ -291,6 +305,11 @@ def describe(result: Result) -> str:
         which, verb = ("its", "stays") if len(result.vanished) == 1 else ("their", "stay")
         gone = f"{counted(len(result.vanished), 'scan')} {verb} in the store while {which} files are gone"
         print(f"prepare: {gone}: {names}")
+    if num := len(result.unlabelled):
+        print(f"prepare: {counted(num, 'scan')} whose label map is gone stay with it: {some([*result.unlabelled])}")
+        print(
+            f"prepare: put it back, or delete its scan's folder in {result.store}/scans to take it without", flush=True
+        )
     for line in grouped(result.left_out):
         print(f"prepare: {line}")
     if result.left_out:

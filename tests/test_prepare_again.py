@@ -118,6 +118,74 @@ def test_a_label_that_comes_later_is_taken(tmp_path, serial):
     assert index.labels == {"liver": 1} and index.labelled("train")[0].labelled == (1,)
 
 
+NAMES = {"liver": 1, "spleen": 2}
+
+
+def labelled_folder(raw, table="scan_id,split,labelled_organs\na,train,liver\nb,test,liver\n"):
+    """Two scans with label maps of two organs, and a table of theirs."""
+    for k, name in enumerate("ab"):
+        put(raw / f"images/{name}.nii.gz", seed=k)
+        put(raw / f"labels/{name}.nii.gz", label_array([1, 2]))
+    (raw / "t.csv").write_text(table)
+
+
+def test_a_table_is_given_again(tmp_path, serial):
+    raw, target, named = tmp_path / "raw", tmp_path / "s", {"names": NAMES, "table": "t.csv"}
+    labelled_folder(raw)
+    go(raw, target, labels=named)
+    before = tree(target)
+    with pytest.raises(ValueError, match=r"was prepared from source=.*/raw with labels.table=t.csv: give it again or"):
+        go(raw, target, labels={"names": NAMES})
+    assert tree(target) == before and counts(go(raw, target, labels=named)) == (0, 2, 0)
+    labelled_folder(tmp_path / "other")  # of another folder it asks for none
+    go(tmp_path / "other", target)
+
+
+@pytest.mark.parametrize("more", [{}, {"name": "x"}])
+def test_a_recipe_is_given_again(tmp_path, serial, more):
+    raw, target = tmp_path / "raw", tmp_path / "s"
+    labelled_folder(raw)
+    part = {"images": "images/{id}.nii.gz", "labels": "labels/{id}.nii.gz"}
+    go(raw, target, labels={"names": NAMES}, recipe={"parts": [part], "split_sizes": {"train": 1, "test": 1}} | more)
+    before = tree(target)
+    with pytest.raises(ValueError, match=r"with recipe.parts of the recipe (x|without a name): give it again"):
+        go(raw, target)
+    with pytest.raises(ValueError, match=r"with recipe.split_sizes=\{'train': 1, 'test': 1\}: give it again"):
+        go(raw, target, recipe={"parts": [part]} | more)
+    assert tree(target) == before
+    go(raw, target, recipe={"name": "other", "parts": [part | {"ids": ["b"]}]})  # which says what is its own
+
+
+def test_another_split_of_stored_scans_is_said(tmp_path, serial, capsys):
+    raw, target, named = tmp_path / "raw", tmp_path / "s", {"names": NAMES, "table": "t.csv"}
+    labelled_folder(raw)
+    go(raw, target, labels=named)
+    assert "changed: " not in capsys.readouterr().out
+    (raw / "t.csv").write_text("scan_id,split,labelled_organs\na,train,liver spleen\nb,train,liver spleen\n")
+    go(raw, target, labels=named)
+    said = capsys.readouterr().out
+    assert "prepare: changed: split test -> train of 1 stored scan: b\n" in said
+    assert "prepare: changed: labelled [1] -> [1, 2] of 2 stored scans: a, b\n" in said
+
+
+def test_a_label_map_that_is_gone_costs_no_label(tmp_path, serial, capsys):
+    raw, target = tmp_path / "raw", tmp_path / "s"
+    labelled_folder(raw)
+    go(raw, target)
+    before = tree(target / "scans")
+    (raw / "labels").rename(tmp_path / "elsewhere")
+    result = go(raw, target)
+    assert counts(result) == (0, 2, 0) and result.unlabelled == ("a", "b") and tree(target / "scans") == before
+    assert [record.split for record in records(target).values()] == ["train", "train"]
+    prepare.describe(result)
+    assert "2 scans whose label map is gone stay with it: a, b\n" in capsys.readouterr().out
+    shutil.rmtree(target / "scans/a")  # as it says
+    assert counts(go(raw, target)) == (1, 1, 0) and records(target)["a"].label_metadata is None
+    (tmp_path / "elsewhere").rename(raw / "labels")
+    result = go(raw, target)
+    assert counts(result) == (1, 1, 0) and not result.unlabelled and records(target)["a"].label_metadata
+
+
 TAKEN = "prepare: labels.names is not given: those of the store are taken, "
 
 

@@ -72,12 +72,45 @@ def agreed_names(config: PrepareConfig, layout: Layout) -> dict[str, int] | None
     return None if unnamed else names
 
 
+def check_repeated(config: PrepareConfig) -> None:
+    """Refuses to go on without what an earlier run took this source's splits, labels or scans from.
+
+    Raises:
+        ValueError: it had a table, a recipe's parts or a drawn split, and this one has not.
+    """
+    known = settings_of(config)
+    for earlier in known.preparations if known else ():
+        recipe, series = earlier.get("recipe", {}), {*earlier.get("series", ())}
+        others = config.recipe.parts and recipe.get("parts") and recipe.get("name") != config.recipe.name
+        if earlier["source"] != config.source or others or (series and config.series and not series & {*config.series}):
+            continue
+        table, name = earlier.get("labels", {}).get("table"), recipe.get("name") or "without a name"
+        for given, again, what in (
+            (table, config.labels.table, f"labels.table={table}"),
+            (recipe.get("parts"), config.recipe.parts, f"recipe.parts of the recipe {name}"),
+            (
+                recipe.get("split_sizes"),
+                config.recipe.split_sizes or config.labels.table,
+                f"recipe.split_sizes={recipe.get('split_sizes')}",
+            ),
+        ):
+            if given and not again:
+                raise ValueError(
+                    f"store={config.store} was prepared from source={config.source} with {what}: give it again or "
+                    "another, or prepare into another store"
+                )
+
+
 def preparations(config: PrepareConfig, known: store_settings.Settings | None) -> tuple[dict[str, Any], ...]:
-    """What the store was made with so far, one config per source folder, the newest of each."""
+    """What the store was made with so far, the newest config of each source folder, its series and recipe."""
     new, earlier = config.model_dump(mode="json", exclude={"store", "ray"}), known.preparations if known else ()
-    if any(preparation["source"] == config.source for preparation in earlier):
-        return tuple(new if preparation["source"] == config.source else preparation for preparation in earlier)
+    if any(_identity(one) == _identity(new) for one in earlier):
+        return tuple(new if _identity(one) == _identity(new) else one for one in earlier)
     return (*earlier, new)
+
+
+def _identity(preparation: dict[str, Any]) -> tuple[str, list[str], str]:
+    return preparation["source"], preparation.get("series", []), preparation.get("recipe", {}).get("name", "")
 
 
 def names_of_values(values: Iterable[int]) -> dict[str, int]:

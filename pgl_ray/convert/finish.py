@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from pgl_ray.convert.agreement import names_of_values
 from pgl_ray.data import store
-from pgl_ray.files.source import Source
+from pgl_ray.files.source import Source, counted, some
 
 
 def same_content(records: dict[str, store.ScanRecord], scan_ids: set[str]) -> list[list[store.ScanRecord]]:
@@ -15,6 +15,18 @@ def same_content(records: dict[str, store.ScanRecord], scan_ids: set[str]) -> li
         same[record.content_hash].append(record)
     groups = [group for group in same.values() if len(group) > 1 and scan_ids & {record.scan_id for record in group}]
     return sorted(groups, key=lambda group: len({record.split for record in group}) == 1)
+
+
+def changes(before: dict[str, store.ScanRecord], records: dict[str, store.ScanRecord]) -> list[str]:
+    """Lines on the splits and annotated organs of stored scans that a run has changed, a line per kind."""
+    scans = defaultdict(list)
+    for scan_id, old in before.items():
+        new = records.get(scan_id, old)
+        if new.split != old.split:
+            scans[f"split {old.split or 'none'} -> {new.split or 'none'}"].append(scan_id)
+        if old.label_metadata and new.labelled != old.labelled:
+            scans[f"labelled {list(old.labelled)} -> {list(new.labelled)}"].append(scan_id)
+    return [f"changed: {what} of {counted(len(ids), 'stored scan')}: {some(ids)}" for what, ids in scans.items()]
 
 
 def finish_store(

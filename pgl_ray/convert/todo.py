@@ -31,11 +31,14 @@ class Todo(NamedTuple):
         tasks: scans to convert.
         stored: sources whose scans lie in the store unchanged.
         renamed: id -> ids that the store has the same source under.
+        unlabelled: ids of scans of the store that have a label map while their source has none any more; they stay as
+            they are.
     """
 
     tasks: list[Task]
     stored: list[Source]
     renamed: dict[str, list[str]]
+    unlabelled: list[str]
 
 
 def what_to_do(layout: Layout, records: dict[str, store.ScanRecord], only: dict[str, str] | None) -> Todo:
@@ -47,13 +50,28 @@ def what_to_do(layout: Layout, records: dict[str, store.ScanRecord], only: dict[
         only: scans to convert whatever the store has of them, and no others, each with what it is made from.
     """
     if only is not None:
-        return Todo([(source, None) for source in _own_sources(layout, only)], [], {})
+        return Todo([(source, None) for source in _own_sources(layout, only)], [], {}, [])
     renamed = _renamed(layout.scans, records)
+    losing = {
+        source.scan_id: losers
+        for source in layout.scans
+        if (losers := _losing_labels(source, records, renamed.get(source.scan_id, [])))
+    }
+    renamed = {new: olds for new, olds in renamed.items() if new not in losing}
+    scans = [source for source in layout.scans if source.scan_id not in losing]
     moving = {old for olds in renamed.values() for old in olds}
-    pairs = [(one, None if one.scan_id in moving else records.get(one.scan_id)) for one in layout.scans]
+    pairs = [(one, None if one.scan_id in moving else records.get(one.scan_id)) for one in scans]
     stored = [source for source, record in pairs if record and _unchanged(source, record)]
     whole = {source.scan_id for source in stored}
-    return Todo([(source, record) for source, record in pairs if source.scan_id not in whole], stored, renamed)
+    tasks = [(source, record) for source, record in pairs if source.scan_id not in whole]
+    return Todo(tasks, stored, renamed, sorted({scan_id for losers in losing.values() for scan_id in losers}))
+
+
+def _losing_labels(source: Source, records: dict[str, store.ScanRecord], olds: list[str]) -> list[str]:
+    """Scans of the store whose label maps would go if a source without one were converted in their place."""
+    own = records.get(source.scan_id)
+    same = [*([own] if own and own.source == source.image else []), *(records[old] for old in olds)]
+    return [record.scan_id for record in same if record.label_metadata and not source.label]
 
 
 def _own_sources(layout: Layout, only: dict[str, str]) -> list[Source]:

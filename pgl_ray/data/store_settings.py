@@ -32,7 +32,7 @@ class Settings:
         hu_window: of the statistics, of the views and of 8-bit codes.
         encoding: "int16" or "uint8".
         spacing_mm: that all scans were resampled to (D, H, W); none: each has its own.
-        preparations: config of every prepare that added to the store, one per source folder.
+        preparations: config of every prepare that added to the store, one per source folder, series and recipe.
     """
 
     labels: dict[str, int]
