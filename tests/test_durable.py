@@ -59,6 +59,21 @@ def disk(monkeypatch) -> Disk:
     return Disk(monkeypatch)
 
 
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_leaves_what_lay_there(tmp_path, monkeypatch, call):
+    record = scan_files.write_scan(tmp_path, "a", np.full((4, 9, 9), 40, np.int16), np.eye(4))
+
+    def full(*_, **__):
+        raise OSError(errno.EDQUOT, "quota")
+
+    place = Folder(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="quota"), place.replaced("scans/a") as part:
+        part.write("zarr.json", [b"new"])
+        patch.setattr(os, call, full)
+    scan_files.check_scan(tmp_path, "a")
+    assert store.read_records(tmp_path) == {"a": record} and not list(tmp_path.glob(".part/*"))
+
+
 def test_files(disk, tmp_path):
     write_aside(tmp_path / "a", b"1")
     write_json(tmp_path / "b.json", {"k": 1})

@@ -82,6 +82,8 @@ class Folder:
                 target.rename(old)
             put_in_place(part, target)
         finally:
+            if old.exists() and not target.exists():  # storage failed: what lay there is put back
+                old.rename(target)
             for left in (part, old):
                 shutil.rmtree(left, ignore_errors=True)
 
