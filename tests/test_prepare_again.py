@@ -498,6 +498,29 @@ def test_the_store_says_how_it_was_made(tmp_path, serial):
     assert [one["recipe"]["licence"] for one in said["preparations"]] == ["CC BY 4.0", ""]
 
 
+def test_a_folder_prepared_in_two_ways_is_said_twice(tmp_path, serial):
+    put(tmp_path / "raw/one/a.nii.gz")
+    put(tmp_path / "raw/two/b.nii.gz", seed=1)
+    named = [{"name": name, "licence": name, "parts": [{"images": f"{name}/{{id}}.nii.gz"}]} for name in ("one", "two")]
+    for recipe in (*named, named[0] | {"licence": "CC BY 4.0"}):
+        go(tmp_path / "raw", tmp_path / "s", recipe=recipe)
+    said = json.loads((tmp_path / "s/store.json").read_text())["preparations"]
+    assert [(one["recipe"]["name"], one["recipe"]["licence"]) for one in said] == [("one", "CC BY 4.0"), ("two", "two")]
+
+
+def test_series_of_a_folder_are_preparations_of_their_own(tmp_path, serial):
+    for number, name in enumerate(("thin", "thick")):
+        files = ct_series(ct_array(number, (6, 12, 14)), intercept=0, SeriesDescription=name, SeriesNumber=number)
+        save(files, tmp_path / "raw" / name)
+        go(tmp_path / "raw", tmp_path / "s", series=[name])
+    said = json.loads((tmp_path / "s/store.json").read_text())["preparations"]
+    assert [one["series"] for one in said] == [["thin"], ["thick"]]
+    for record in records(tmp_path / "s").values():
+        (tmp_path / "s/scans" / record.scan_id / "0/c/0/0/0").write_bytes(b"damage")
+    verified, left = prepare.repair(StoreConfig(store=str(tmp_path / "s")))  # each as it was prepared
+    assert len(verified.damaged) == 2 and not left
+
+
 @pytest.mark.parametrize("key, value", [("encoding", "uint8"), ("spacing_mm", (3.0, 1.5, 1.5))])
 def test_a_store_has_one_encoding_and_one_spacing(tmp_path, serial, key, value):
     put(tmp_path / "raw/a.nii.gz")
