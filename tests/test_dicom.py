@@ -224,7 +224,23 @@ def at(*places):
     return files
 
 
+def acquired(*numbers):
+    """Even slices, each of an acquisition."""
+    files = ct_series(raw((len(numbers), 6, 7)))
+    for file, number in zip(files, numbers):
+        file.AcquisitionNumber = number
+    return files
+
+
 REFUSED = {
+    "phases half a slice apart": (
+        lambda: acquired(*[4, 7] * 4),
+        r"2 acquisitions \(AcquisitionNumber 4, 7\) whose slices",
+    ),
+    "three woven phases": (
+        lambda: acquired(*[1, 2, 3] * 3),
+        "3 acquisitions .* several phases in one series, separate",
+    ),
     "one slice": (lambda: series()[:1], "1 slice is not a volume"),
     "gantry tilt": (
         lambda: series(step=(0, 0, 2.5), iop=(1, 0, 0, 0, np.cos(TURN), -np.sin(TURN))),
@@ -266,6 +282,22 @@ def test_what_is_no_even_stack_of_hu_is_refused_with_the_reason(tmp_path, make, 
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [1] * 8,
+        [1, 1, 1, 1, 2, 2, 2, 2],  # two blocks of slices
+        [1, 1, 2, 2, 3, 3, 4, 4],  # a table that moves on, by two slices
+        [1, 2, 3, 4, 5, 6, 7, 8],  # and by one
+        [8, 7, 6, 5, 4, 3, 2, 1],
+        [1, 5, 2, 6, 3, 7, 4, 8],  # odd slices first
+        [1, None] * 4,
+    ],
+)
+def test_acquisitions_that_follow_each_other_are_a_volume(tmp_path, numbers):
+    assert ct.read_scan(save(acquired(*numbers), tmp_path / "a")).voxels.shape[0] == 8
+
+
 @pytest.mark.parametrize("jitter, fine", [(0.05, True), (0.4, False)])
 def test_rounded_positions_are_no_varying_distance(tmp_path, jitter, fine):
     folder = save(at(*(2.5 * k + jitter * (k % 2) for k in range(8))), tmp_path / "a")
@@ -274,6 +306,16 @@ def test_rounded_positions_are_no_varying_distance(tmp_path, jitter, fine):
     else:
         with pytest.raises(ValueError, match=r"vary from 2.1 to 2.9 mm"):
             ct.read_scan(folder)
+
+
+@pytest.mark.parametrize("text", [b"1\\2 ", b"first "])
+def test_an_acquisition_that_is_no_number_is_no_matter(tmp_path, text):
+    folder = save(acquired(*[12345] * 6), tmp_path / "a")
+    for path in sorted(folder.iterdir())[::2]:
+        content = path.read_bytes()
+        assert content.count(b"12345 ") == 1
+        path.write_bytes(content.replace(b"12345 ", text.ljust(6)))
+    assert ct.read_scan(folder).voxels.shape[0] == 6
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ an enhanced (multi-frame) file are slices as those of single files are, where ea
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -65,7 +67,7 @@ def read_grid(folder: str | os.PathLike, slices: tuple[str, ...], as_hu: bool = 
     """
     if not slices:
         raise ValueError(f"{folder}: no DICOM slice in it")
-    places, name, unspecified, lossy = [], str(folder), False, False
+    places, acquisitions, name, unspecified, lossy = [], [], str(folder), False, False
     for file in slices:
         path = os.path.join(folder, file)
         try:
@@ -76,6 +78,7 @@ def read_grid(folder: str | os.PathLike, slices: tuple[str, ...], as_hu: bool = 
                 (values.encoding if as_hu else values.stored_encoding)(frame)
                 unspecified |= as_hu and values.is_unspecified(frame)
                 places.append((file, k, _slice_geometry(frame)))
+                acquisitions.append(_acquisition(frame))
             lossy |= dicom_pixels.is_lossy(header, dicom_pixels.syntax_of(header))
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file") from None
@@ -85,6 +88,7 @@ def read_grid(folder: str | os.PathLike, slices: tuple[str, ...], as_hu: bool = 
             raise ValueError(dicom.unreadable(path, error)) from None
     try:
         order, affine, notes = _ordered([(_frame_name(slices, file, k), one) for file, k, one in places])
+        _check_phases([acquisitions[k] for k in order])
     except Refused as error:
         raise ValueError(f"{name}: {error}") from None
     if lossy and not as_hu:
@@ -244,6 +248,29 @@ def _check_spacing(files: list[str], along: np.ndarray) -> list[str]:
         f"{varying}: resample it to even ones first; of the two files that dcm2niix writes, take the one whose name "
         "ends in _Eq_1, for the other has the uneven slices; or leave it out"
     )
+
+
+def _acquisition(header: Tagged) -> int | None:
+    """A slice's AcquisitionNumber; none where there is none, or it is no whole number."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, on a text that is no number
+        return whole(header.get("AcquisitionNumber"))
+
+
+def _check_phases(acquisitions: list[int | None]) -> None:
+    """Refuses slices of several phases that lie between each other: their acquisitions take turns, where those of a
+    table that moves on follow each other.
+
+    Args:
+        acquisitions: number of each slice in order.
+    """
+    changes, numbers = sum(one != other for one, other in pairwise(acquisitions)), {*acquisitions}
+    if None not in numbers and 2 * changes > len(acquisitions) - 1 and changes >= len(numbers) > 1:
+        named = ", ".join(map(str, sorted(numbers)[:5])) + ", ..." * (len(numbers) > 5)
+        raise Refused(
+            f"{len(numbers)} acquisitions (AcquisitionNumber {named}) whose slices lie between each other's: several "
+            "phases in one series, separate them"
+        )
 
 
 def read_slices(folder: str | os.PathLike, grid: Grid, as_hu: bool = True) -> Iterator[np.ndarray]:
