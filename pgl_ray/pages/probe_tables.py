@@ -8,7 +8,7 @@ from typing import Any
 
 from pgl_ray.judge.judges import HIGHER_IS_BETTER, IN_FULL
 from pgl_ray.judge.readings import in_words
-from pgl_ray.pages.run_folders import Run, told_apart
+from pgl_ray.pages.run_folders import Run, short_names
 from pgl_ray.pages.tables import JUDGED, counted, gathered, number
 from pgl_ray.train import run_paths
 
@@ -97,7 +97,7 @@ def window_of(result: dict[str, Any]) -> str:
 
 def names_of(probes: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     """Short names of the encoders that were judged, with the file's where one was judged several times."""
-    names = told_apart([result["init"].rstrip("/") for _, result in probes])
+    names = short_names([result["init"].rstrip("/") for _, result in probes])
     several = {name for name, count in Counter(names).items() if count > 1} - {"random"}  # which are all the same
     return [f"{name}, {path.stem}" if name in several else name for name, (path, _) in zip(names, probes)]
 

@@ -60,10 +60,10 @@ def read_runs(folders: list[str]) -> list[Run]:
     places = [folder.rstrip("/") if is_url(folder) else str(Path(folder).resolve()) for folder in folders]
     if len(set(places)) < len(places):
         raise ValueError(f"run={folders} names a run twice: give each once")
-    return [_read_run(*one) for one in zip(folders, told_apart(places), places, range(len(places)))]
+    return [_read_run(*one) for one in zip(folders, short_names(places), places, range(len(places)))]
 
 
-def told_apart(places: list[str]) -> list[str]:
+def short_names(places: list[str]) -> list[str]:
     """Short names of paths or URLs: the last part, or as much as tells those apart that are not the same."""
     names = [os.path.basename(place) for place in places]
     if len(set(names)) == len(set(places)):
