@@ -152,10 +152,9 @@ def _run(
         print(f"prepare: {line}", flush=True)
     _tell_same_content(finish.same_content(records, {source.scan_id for source in layout.scans}))
     others = {"encoding": config.encoding, "spacing_mm": config.spacing_mm}
+    others["preparations"] = known.preparations if known and only is not None else preparations(config, known)
     with place.joined(token):  # or another prepare has taken over, whose index it is now
-        index = store.write_index(
-            folder, names, config.hu_window, records, preparations=preparations(config, known), **others
-        )
+        index = store.write_index(folder, names, config.hu_window, records, **others)
     place.write("failed.jsonl", [json_lines(failed)])
     place.write("left_out.jsonl", [json_lines(sorted(layout.left_out))])
     gone = () if only is not None else tuple(sorted(vanished(config, layout, records.values())))
@@ -252,7 +251,7 @@ def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
     known = read_index(place)[0] | store.read_records(place.url)
     wanted = {name: known[name].source for name in verified.damaged if name in known}
     left = dict.fromkeys(verified.damaged, "nothing is left that says where it was made from: prepare its folder again")
-    for preparation in store_settings.read_settings(config.store).preparations:
+    for preparation in reversed(store_settings.read_settings(config.store).preparations):  # the newest first
         values = preparation | {"store": config.store, "ray": config.ray.model_dump()}
         try:
             result = run(build(PrepareConfig, values), only={name: wanted[name] for name in left if name in wanted})
@@ -260,6 +259,7 @@ def repair(config: StoreConfig) -> tuple[Verified, dict[str, str]]:
             reasons[preparation["source"]] = str(error)
         else:
             reasons |= {fault.source: fault.reason for fault in result.failed}
+            reasons |= {wanted[name]: "its label map is gone: put it back" for name in result.unlabelled}
         for name in list(left):
             if name in wanted and is_whole(config.store, name):
                 del left[name]
@@ -306,7 +306,8 @@ def describe(result: Result) -> str:
         gone = f"{counted(len(result.vanished), 'scan')} {verb} in the store while {which} files are gone"
         print(f"prepare: {gone}: {names}")
     if num := len(result.unlabelled):
-        print(f"prepare: {counted(num, 'scan')} whose label map is gone stay with it: {some([*result.unlabelled])}")
+        scans = f"{counted(num, 'scan')} whose label map is gone stay with it, in their split"
+        print(f"prepare: {scans}: {some([*result.unlabelled])}")
         print(
             f"prepare: put it back, or delete its scan's folder in {result.store}/scans to take it without", flush=True
         )

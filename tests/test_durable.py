@@ -147,6 +147,6 @@ def test_one_function_gives_names():
     calls_of.pop("train/mirror.py")
     assert {name: calls for name, calls in calls_of.items() if calls} == {
         "data/durable.py": ["aside.replace(path)"],
-        "data/folder.py": ["target.rename(old)"],
+        "data/folder.py": ["target.rename(old)", "old.rename(target)"],
         "train/checkpoint.py": ["place.rename(aside)"],
     }

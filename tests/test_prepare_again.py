@@ -178,7 +178,7 @@ def test_a_label_map_that_is_gone_costs_no_label(tmp_path, serial, capsys):
     assert counts(result) == (0, 2, 0) and result.unlabelled == ("a", "b") and tree(target / "scans") == before
     assert [record.split for record in records(target).values()] == ["train", "train"]
     prepare.describe(result)
-    assert "2 scans whose label map is gone stay with it: a, b\n" in capsys.readouterr().out
+    assert "2 scans whose label map is gone stay with it, in their split: a, b\n" in capsys.readouterr().out
     shutil.rmtree(target / "scans/a")  # as it says
     assert counts(go(raw, target)) == (1, 1, 0) and records(target)["a"].label_metadata is None
     (tmp_path / "elsewhere").rename(raw / "labels")
@@ -248,7 +248,9 @@ def test_names_of_the_store_lose_no_scan(tmp_path, serial):
     assert sorted(record.labelled for record in records(tmp_path / "s").values()) == [(), (1,)]
     second = [[(4, 3, z), (8, 3, z), (8, 9, z), (4, 9, z)] for z in (2.5, 5, 7.5)]
     save([structure_set({"Liver": second}, series["a"])], tmp_path / "a/second")
-    assert counts(go(tmp_path / "a", tmp_path / "s"))[2] == 1  # of a scan that has a label, one is to be chosen
+    again = go(tmp_path / "a", tmp_path / "s")
+    assert counts(again) == (0, 1, 0) and len(again.unlabelled) == 1  # a stored label stays
+    assert counts(go(tmp_path / "b", tmp_path / "s")) == (0, 1, 0)
     assert sorted(record.labelled for record in records(tmp_path / "s").values()) == [(), (1,)]
 
 
@@ -495,7 +497,7 @@ def test_the_store_says_how_it_was_made(tmp_path, serial):
     assert said["versions"]["zarr"] == zarr.__version__ and said["versions"]["numpy"] == np.__version__
     go(tmp_path / "one", target, recipe={"licence": "CC BY 4.0"}, labels={"names": {"liver": 1}})
     said = json.loads((target / "store.json").read_text())
-    assert [one["recipe"]["licence"] for one in said["preparations"]] == ["CC BY 4.0", ""]
+    assert [one["recipe"]["licence"] for one in said["preparations"]] == ["", "CC BY 4.0"]  # the newest last
 
 
 def test_a_folder_prepared_in_two_ways_is_said_twice(tmp_path, serial):
@@ -505,7 +507,36 @@ def test_a_folder_prepared_in_two_ways_is_said_twice(tmp_path, serial):
     for recipe in (*named, named[0] | {"licence": "CC BY 4.0"}):
         go(tmp_path / "raw", tmp_path / "s", recipe=recipe)
     said = json.loads((tmp_path / "s/store.json").read_text())["preparations"]
-    assert [(one["recipe"]["name"], one["recipe"]["licence"]) for one in said] == [("one", "CC BY 4.0"), ("two", "two")]
+    assert [(one["recipe"]["name"], one["recipe"]["licence"]) for one in said] == [("two", "two"), ("one", "CC BY 4.0")]
+
+
+def test_repair_goes_by_the_newest_preparation(tmp_path, serial):
+    """The whole folder without labels, then by a recipe with them; and what has lost its label map is not converted."""
+    for name in "ab":
+        put(tmp_path / f"raw/img/{name}.nii.gz", seed=ord(name))
+        put(tmp_path / f"raw/seg/{name}.nii.gz", label_array([1]))
+    go(tmp_path / "raw/img", tmp_path / "s")
+    parts = [{"images": "img/{id}.nii.gz", "labels": "seg/{id}.nii.gz"}]
+    recipe = {"name": "x", "parts": parts, "split_sizes": {"train": 1, "test": 1}}
+    go(tmp_path / "raw", tmp_path / "s", labels={"names": {"liver": 1}}, recipe=recipe)
+    before = tree(tmp_path / "s/scans")
+
+    def damage():
+        for name in "ab":
+            (tmp_path / f"s/scans/{name}/0/c/0/0/0").write_bytes(b"damage")
+
+    damage()
+    verified, left = prepare.repair(StoreConfig(store=str(tmp_path / "s")))
+    assert len(verified.damaged) == 2 and not left and tree(tmp_path / "s/scans") == before
+    (tmp_path / "raw/seg/a.nii.gz").rename(tmp_path / "elsewhere.nii.gz")
+    damage()
+    left = prepare.repair(StoreConfig(store=str(tmp_path / "s")))[1]
+    assert left.keys() == {"a"} and "its label map is gone: put it back" in left["a"]
+    assert all(record.label_metadata and record.split for record in records(tmp_path / "s").values())
+    (tmp_path / "elsewhere.nii.gz").rename(tmp_path / "raw/seg/a.nii.gz")
+    assert not prepare.repair(StoreConfig(store=str(tmp_path / "s")))[1]
+    voxels = [name for name in before if "/c/" in name]  # zarr.json has the time of the file's last rename
+    assert all(tree(tmp_path / "s/scans")[name] == before[name] for name in voxels)
 
 
 def test_series_of_a_folder_are_preparations_of_their_own(tmp_path, serial):

@@ -102,11 +102,10 @@ def check_repeated(config: PrepareConfig) -> None:
 
 
 def preparations(config: PrepareConfig, known: store_settings.Settings | None) -> tuple[dict[str, Any], ...]:
-    """What the store was made with so far, the newest config of each source folder, its series and recipe."""
+    """What the store was made with so far, the newest config of each source folder, its series and recipe; the newest
+    of all last."""
     new, earlier = config.model_dump(mode="json", exclude={"store", "ray"}), known.preparations if known else ()
-    if any(_identity(one) == _identity(new) for one in earlier):
-        return tuple(new if _identity(one) == _identity(new) else one for one in earlier)
-    return (*earlier, new)
+    return (*(one for one in earlier if _identity(one) != _identity(new)), new)
 
 
 def _identity(preparation: dict[str, Any]) -> tuple[str, list[str], str]:

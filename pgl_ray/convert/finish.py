@@ -24,7 +24,7 @@ def changes(before: dict[str, store.ScanRecord], records: dict[str, store.ScanRe
         new = records.get(scan_id, old)
         if new.split != old.split:
             scans[f"split {old.split or 'none'} -> {new.split or 'none'}"].append(scan_id)
-        if old.label_metadata and new.labelled != old.labelled:
+        if old.labelled and new.labelled != old.labelled:  # a run that was killed has not filled it in
             scans[f"labelled {list(old.labelled)} -> {list(new.labelled)}"].append(scan_id)
     return [f"changed: {what} of {counted(len(ids), 'stored scan')}: {some(ids)}" for what, ids in scans.items()]
 

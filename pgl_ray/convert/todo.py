@@ -50,7 +50,9 @@ def what_to_do(layout: Layout, records: dict[str, store.ScanRecord], only: dict[
         only: scans to convert whatever the store has of them, and no others, each with what it is made from.
     """
     if only is not None:
-        return Todo([(source, None) for source in _own_sources(layout, only)], [], {}, [])
+        own = _own_sources(layout, only)
+        bare = {one.scan_id for one in own if one.scan_id in records and _losing_labels(one, records, [])}
+        return Todo([(source, None) for source in own if source.scan_id not in bare], [], {}, sorted(bare))
     renamed = _renamed(layout.scans, records)
     losing = {
         source.scan_id: losers

@@ -39,8 +39,8 @@ def find_by_folders(
 
     Args:
         asked: whether the names are the source's own or the user's: then structures of these names must be usable.
-            Where they are but the store's, a scan of a new folder whose structures cannot be used is taken without a
-            label.
+            Where they are but the store's, a scan whose structures cannot be used is taken without a label (what the
+            store has of it with a label stays: `what_to_do`).
 
     Raises:
         ValueError: a series that is not there.
@@ -48,7 +48,6 @@ def find_by_folders(
     objects = dicom.find(root, tree, cache, known)
     inventory, parts = Inventory({}, [], [], [], set()), _parts(root, tree, objects)
     chosen, assigned = _chosen(objects.series, series, root), structures.assign(objects.contours, objects.series, names)
-    asked = asked or any(Path(path).is_relative_to(root) for path in known)  # nor does a stored scan lose its label
     faults = (*tree.faults, *objects.unreadable, *(assigned.faults if asked else ()))
     inventory.faults.extend(Fault(path, reason) for path, reason in faults)
     left_out = (*tree.left_out, *objects.left_out, *assigned.left_out, *(() if asked else assigned.faults))
