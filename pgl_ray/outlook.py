@@ -23,8 +23,8 @@ from pgl_ray.train import optim
 
 MIN_TURNOVER = 4.0  # runs of less (200 steps at 0.99: 1) learned little
 MIN_REACH = 0.5  # of a weight's norm, that LARS can move it by in a run: with less, layers stay nearly as they were
-# The same in a step, at momentum 0.9 for a rate of 10: PGL by place trained well at 7.2, and of the recorded controls those
-# at ten times their rate collapsed.
+# The same in a step, at momentum 0.9 for a rate of 10: PGL by place trained well at 7.2, and the recorded
+# controls at ten times their rate collapsed.
 MAX_STEP = 0.1
 MAX_CLAMPED = 0.2  # of the bins of an axis
 SHORT_DECAY = 0.9  # no lower one is recommended: BYOL's lowest that still learns (Grill et al. 2020, Table 5a)
