@@ -17,8 +17,8 @@ class LabelsConfig(Section):
     """What the values of a label map mean, where the folder's dataset.json does not say it."""
 
     names: dict[str, Annotated[int, Field(ge=1, le=2**16 - 1)]] = {}
-    """Organ name -> value in the label maps. DICOM contours (RTSTRUCT) become labels where their structures are named
-    here."""
+    """Organ name -> value in the label maps. DICOM contours (RTSTRUCT) become labels where their structures have these
+    names, or the store's where none are given."""
     table: str | None = None
     """CSV inside the source folder (comma, semicolon or tab) with a row per scan, by its id, file name or path; columns
     `split` or `labelled_organs` (separated by blanks, or by ; or |), or both. An organ that a row does not list is
