@@ -497,7 +497,7 @@ def test_the_store_says_how_it_was_made(tmp_path, serial):
     assert said["versions"]["zarr"] == zarr.__version__ and said["versions"]["numpy"] == np.__version__
     go(tmp_path / "one", target, recipe={"licence": "CC BY 4.0"}, labels={"names": {"liver": 1}})
     said = json.loads((target / "store.json").read_text())
-    assert [one["recipe"]["licence"] for one in said["preparations"]] == ["", "CC BY 4.0"]  # the newest last
+    assert [one["recipe"]["licence"] for one in said["preparations"]] == ["CC BY 4.0", ""]
 
 
 def test_a_folder_prepared_in_two_ways_is_said_twice(tmp_path, serial):

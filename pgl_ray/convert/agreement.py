@@ -102,9 +102,12 @@ def check_repeated(config: PrepareConfig) -> None:
 
 
 def preparations(config: PrepareConfig, known: store_settings.Settings | None) -> tuple[dict[str, Any], ...]:
-    """What the store was made with so far, the newest config of each source folder, its series and recipe; the newest
-    of all last."""
+    """What the store was made with so far, the newest config of each source folder, its series and recipe; of one
+    folder the newest last."""
     new, earlier = config.model_dump(mode="json", exclude={"store", "ray"}), known.preparations if known else ()
+    of_folder = [one for one in earlier if one["source"] == config.source]
+    if of_folder and _identity(of_folder[-1]) == _identity(new):
+        return tuple(new if _identity(one) == _identity(new) else one for one in earlier)
     return (*(one for one in earlier if _identity(one) != _identity(new)), new)
 
 
