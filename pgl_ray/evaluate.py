@@ -39,6 +39,7 @@ from pgl_ray.train.run_files import SCANS, write_json
 from pgl_ray.train.weights import check_flips, load_segmenter
 
 TABLE = "metrics.parquet"
+KEYS = {"tta": "tta=...", "overlap": "inference.overlap=...", "bfloat16": "inference.precision=..."}  # of a scan's rows
 MEAN = "mean of organs"
 FORWARD_SIZE = (64, 192, 192)  # D, H, W, that the paper gives its 30 ms for
 
@@ -192,7 +193,8 @@ def _read_others(config: EvaluateConfig, records: list[ScanRecord], identity: di
     for key in sorted((identity.keys() | made.keys()) - {"checkpoint"}) if made else ():
         their, our = made.get(key, False), identity.get(key, False)
         if their != our:
-            raise ValueError(f"compare={run} was evaluated with {key}={their}, here {our}: evaluate both alike")
+            mend = f"evaluate both with one {KEYS.get(key, key)}"
+            raise ValueError(f"compare={run} was evaluated with {key}={their}, here {our}: {mend}")
     if outdated(place):
         raise ValueError(
             f"compare={run} has been trained on since its evaluation: python -m pgl_ray.evaluate run={run} first"
