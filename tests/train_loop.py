@@ -7,6 +7,7 @@ GPU the one worker is this process, and others render ahead of it.
 import collections
 import contextlib
 import faulthandler
+import math
 import multiprocessing
 import os
 import socket
@@ -34,6 +35,10 @@ from pgl_ray.train.run_files import STATE
 from pgl_ray.train.session import Place, Session
 
 ENCODER = {"width": 4, "depths": [1, 1, 1, 1]}
+
+
+SLOW_DISK_S = 5.0  # longer than any disk; storage that a test breaks is not waited for
+ENDLESS_S = math.inf
 
 
 class Killed(Exception):
@@ -112,16 +117,20 @@ def train(
     with _rendering(render, plan, renderers, config.train.timeout_s) as ahead, runs.locked(folder) as (_, _, found):
         start = found[1] if found else 0
 
+        def wait_for_checkpoint(step: int, seconds: float) -> None:
+            """The thread that writes them skips those that a newer one overtakes: which ones, chance would decide."""
+            due, began = step - step % config.train.checkpoint_every, time.monotonic()
+            while checkpoint.committed_step(folder) < due and time.monotonic() - began < seconds:
+                time.sleep(0.001)
+
         def batches(rank: int) -> Iterator[dict]:
             if ahead:
                 yield from ahead(start)
                 return
             size = plan.global_batch_size // world
             for step in range(start, plan.num_steps):
+                wait_for_checkpoint(step, ENDLESS_S if step == until else SLOW_DISK_S)
                 if step == until:
-                    due = step - step % config.train.checkpoint_every
-                    while checkpoint.committed_step(folder) < due:  # the thread that writes it
-                        time.sleep(0.001)
                     raise Killed
                 columns = plan.columns(step, step + 1)
                 batch = render({name: column[rank * size : (rank + 1) * size] for name, column in columns.items()})
