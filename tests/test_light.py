@@ -104,6 +104,17 @@ def test_it_needs_only_a_list_of_maps():
         assert torch.equal(model(x), model.decoder([stages[i] for i in (0, 1, 2, 4)], size))
 
 
+@pytest.mark.parametrize("size", [(13, 30, 37), (1, 64, 2)])
+def test_logits_at_some_planes_are_those_of_all(size):
+    strides = ((2, 4, 4), (8, 16, 16))
+    torch.manual_seed(0)
+    decoder = LightDecoder((6, 10), strides, 5, width=8).double().eval()
+    maps = [torch.randn(2, c, *(-(-n // s) for n, s in zip(size, by))).double() for c, by in zip((6, 10), strides)]
+    places = [torch.arange(0, size[0]), torch.arange(1, size[1], 2), torch.tensor([size[2] - 1, 0])]
+    expected = decoder(maps, size)[:, :, :, 1::2][..., [size[2] - 1, 0]]
+    torch.testing.assert_close(decoder.at(maps, places), expected)
+
+
 def test_every_parameter_takes_part():
     model = light()
     model(torch.randn(2, 1, 16, 32, 48)).square().mean().backward()

@@ -204,3 +204,18 @@ def test_rerun_leaves_whole_files_and_mends_damaged_ones(tmp_path):
     after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()}
     assert {p: c for p, (_, c) in after.items()} == {p: c for p, (_, c) in before.items()}
     assert all(after[p][0] == before[p][0] for p in before if p != damaged)
+
+
+@pytest.mark.parametrize("wavelength_mm", [8, 30, 110])
+def test_a_noise_field_is_a_gaussian_blur_of_its_knots(wavelength_mm):
+    """Voxel by voxel: knots of half a wavelength, weighted by their distance on each axis, of length 1."""
+    pose = Pose(np.array((0.9, 1.1, 1.0)), np.zeros(3), 0, 0)
+    canvas = Canvas(np.random.default_rng(3), SMALL["shape"], SMALL["spacing_mm"], -1000, pose)
+    canvas.rng = np.random.default_rng(7)
+    field, cell = canvas.noise(wavelength_mm), wavelength_mm / 2
+    knots = [np.arange(axis[0] - 2 * cell, axis[-1] + 2 * cell, cell) for axis in canvas.axes]
+    values = np.random.default_rng(7).standard_normal([len(k) for k in knots], dtype=np.float32).astype(float)
+    for at in np.random.default_rng(1).integers(0, SMALL["shape"], (40, 3)):
+        weights = [np.exp(-(((a[i] - k) / (0.6 * cell)) ** 2) / 2) for a, i, k in zip(canvas.axes, at, knots)]
+        d, h, w = (weight / np.sqrt((weight**2).sum()) for weight in weights)
+        assert abs(field[tuple(at)] - d @ (values @ w) @ h) < 1e-5

@@ -207,6 +207,8 @@ def test_read_map_agrees_with_grid_sample():
     grid = (2 * (cell + 0.5) / torch.tensor(sizes) - 1).flip(-1).view(1, -1, 1, 1, 3)
     expected = F.grid_sample(feature_map[None], grid, align_corners=False, padding_mode="border")[0, :, :, 0, 0].T
     torch.testing.assert_close(voxel_judge.read_map(feature_map, point, stride, center), expected)
+    few = voxel_judge.read_map(feature_map, point[:9], stride, center)  # what they read is taken out first
+    torch.testing.assert_close(few, expected[:9])
     one_cell = voxel_judge.read_map(feature_map[:, :1, :1, :1], point, stride, center)
     torch.testing.assert_close(one_cell, feature_map[:, 0, 0, 0].expand(200, 6))
 

@@ -94,11 +94,13 @@ def train_decoder(
     for _ in range(steps):
         parts = [draw_part(rng, scans[i], maps[i], strides, size) for i in rng.integers(len(scans), size=BATCH)]
         several, target, labelled = zip(*parts)
-        at = [slice(rng.integers(2), None, 2) for _ in range(2)]  # every second voxel of H and W is loss enough
-        logits = decoder([torch.stack(one).float() for one in zip(*several)], size)[..., at[0], at[1]]
+        odd = [int(rng.integers(2)) for _ in range(2)]  # every second voxel of H and W is loss enough
+        at = [torch.arange(first, length, by) for first, length, by in zip((0, *odd), size, (1, 2, 2))]
+        logits = decoder.at([torch.stack(one).float() for one in zip(*several)], at)
         target, labelled = (torch.from_numpy(np.stack(part)).to(device) for part in (target, labelled))
+        seen = target[:, None, :, odd[0] :: 2, odd[1] :: 2].long()
         adamw.zero_grad(set_to_none=True)
-        segmentation_loss(logits, target[:, None, :, at[0], at[1]].long(), "multiclass", labelled, 1.0).backward()
+        segmentation_loss(logits, seen, "multiclass", labelled, 1.0).backward()
         adamw.step()
         schedule.step()
     return decoder.eval()

@@ -280,13 +280,14 @@ def read_map(feature_map: Tensor, point: Tensor, stride: tuple[int, ...], center
     position = (point - torch.tensor(center, device=point.device)) / torch.tensor(stride, device=point.device)
     position = torch.minimum(position.clamp_min(0), sizes - 1)
     low = position.long()
-    high, share = torch.minimum(low + 1, sizes - 1), position - low
-    values = feature_map.new_zeros(feature_map.shape[0], len(point))
-    for corner in product((0, 1), repeat=3):
-        upper = torch.tensor(corner, device=point.device, dtype=torch.bool)
-        d, h, w = torch.where(upper, high, low).unbind(1)
-        values += feature_map[:, d, h, w] * torch.where(upper, share, 1 - share).prod(1).to(values.dtype)
-    return values.T
+    high, share = torch.minimum(low + 1, sizes - 1)[:, None], (position - low)[:, None]
+    upper = torch.tensor(list(product((False, True), repeat=3)), device=point.device)  # [corners, axes]
+    d, h, w = torch.where(upper, high, low[:, None]).unbind(2)
+    weights = torch.where(upper, share, 1 - share).prod(2).to(feature_map.dtype)
+    cell, values = (d * sizes[1] + h) * sizes[2] + w, feature_map.flatten(1)
+    if cell.numel() < values.shape[1]:  # few points: what they read is laid out by cells, not the whole map
+        cell, values = torch.arange(cell.numel(), device=cell.device).view_as(cell), values[:, cell.flatten()]
+    return F.embedding_bag(cell, values.T.contiguous(), mode="sum", per_sample_weights=weights)
 
 
 # -- the classifier ---------------------------------------------------------------------------------------------------

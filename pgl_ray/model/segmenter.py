@@ -168,13 +168,38 @@ class LightDecoder(nn.Module):
         Returns:
             [N, num_outputs, D, H, W].
         """
+        return _enlarge(self.finest(maps), self.strides[0], (1, 1, 1), size)
+
+    def at(self, maps: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+        """Logits at some planes of the input's grid alone, which is many times as fast on a CPU as all of them.
+
+        Args:
+            maps: as of `forward`.
+            places: numbers of the planes of each axis, int64, three.
+
+        Returns:
+            [N, num_outputs, places of D, of H, of W], as `forward` has them there, but for rounding.
+        """
+        y = self.finest(maps)
+        d, h, w = (_between(n, by, at).to(y) for n, by, at in zip(y.shape[2:], self.strides[0], places))
+        y = h @ (y @ w.T)
+        return (d @ y.flatten(3)).unflatten(3, y.shape[3:])
+
+    def finest(self, maps: Sequence[Tensor]) -> Tensor:
+        """Logits on the finest map's grid."""
         (lateral, block, above, one), *finer = list(zip(self.laterals, self.blocks, self.strides, maps))[::-1]
         y = block(F.relu(lateral(one)))
         for lateral, block, stride, one in finer:
             z = lateral(one)
             z = z + _enlarge(y, above, stride, z.shape[2:])
             y, above = block(F.relu(z)), stride
-        return _enlarge(self.head(y), above, (1, 1, 1), size)
+        return self.head(y)
+
+
+def _between(num_cells: int, stride: int, at: Tensor) -> Tensor:
+    """Weights of linear interpolation along an axis, [len(at), num_cells], clamped to the outermost cells."""
+    position = ((at + 0.5) / stride - 0.5).clamp(0, num_cells - 1)
+    return (1 - (position[:, None] - torch.arange(num_cells, device=at.device)).abs()).clamp_min(0)
 
 
 def _enlarge(x: Tensor, stride: tuple[int, ...], to: tuple[int, ...], size: Sequence[int]) -> Tensor:

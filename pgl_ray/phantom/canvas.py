@@ -10,12 +10,14 @@ from itertools import pairwise, product
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import sparse
 
 Size = tuple[int, int, int]  # voxels (D, H, W)
 Spacing = tuple[float, float, float]  # mm (D, H, W)
 
 FAR_MM = 1e3  # the distance where a shape was not evaluated
 WARP_MM = (10, 9, 11)  # greatest deformation, axes z, y, x
+NEGLIGIBLE = 1e-8  # weights of far knots, which change no float32
 COAT_MM = 14.0  # shapes are evaluated this far beyond their surface
 
 
@@ -68,11 +70,13 @@ class Canvas:
         for axis in self.axes:
             knots = np.arange(axis[0] - 2 * cell, axis[-1] + 2 * cell, cell)
             weights = np.exp(-0.5 * ((axis[:, None] - knots) / (0.6 * cell)) ** 2)
-            kernels.append((weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32))
+            weights /= np.linalg.norm(weights, axis=1, keepdims=True)
+            kernels.append(sparse.csr_array(np.where(weights > NEGLIGIBLE, weights, 0).astype(np.float32)))
         field = self.rng.standard_normal([k.shape[1] for k in kernels], dtype=np.float32)
-        for kernel in kernels:
-            field = np.tensordot(field, kernel, axes=(0, 1))  # contracts the first axis, appends the new one
-        return field
+        for kernel in kernels:  # contracts the first axis, appends the new one
+            new = kernel @ field.reshape(len(field), -1)
+            field = np.moveaxis(new.reshape(-1, *field.shape[1:]), 0, -1)
+        return np.ascontiguousarray(field)
 
     def curves(self, wavelength_mm: float, thickness: float) -> np.ndarray:
         """Mask of random branching threads: where two smooth fields vanish together."""
