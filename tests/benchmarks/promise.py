@@ -4,9 +4,11 @@ python tests/benchmarks/promise.py search STORE RUNS [steps=300] [arms=0,4,...]
     the same small search for every arm: three rates, then the target's decay (of an arm without target two more rates),
     one training each, chosen by the frozen decoder's Dice on scans of the training split
 python tests/benchmarks/promise.py train STORE RUNS [steps=600] [seeds=0,1,2] [arms=0,...] [scans=1,5,10] [search=RUNS]
+        [decoders=1]
     pre-trains and judges what is not there yet, in this process, one thread; typed again, it goes on where it was ended
     search: the folder of a search, or the file that `table` made of it, whose choices each arm takes
     arms: numbers in ARMS; 6 to 10 are PGL by place without one of its parts, which are trained only where asked for
+    decoders: that learn on each encoder's frozen maps; what one learns by chance weighs less in the mean of several
 python tests/benchmarks/promise.py gpu STORE RUNS [as train] [jobs=6] [renderers=2] [compile=off]
     only pre-trains, on a CUDA device, in float32 without TF32: several trainings at a time, for their steps are small,
     each with processes that make the views as on a CPU. Leaves RUNS/encoders/NAME.safetensors; copied to where `train`
@@ -120,7 +122,7 @@ def judgement(run: Path, num_scans: int) -> Path:
     return run.parent / "judged" / f"{run.name}, {num_scans} scans.json"
 
 
-def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
+def judged(store: str, run: Path, arm: str, seed: int, num_scans: int, decoders: int = 1) -> None:
     """Judges one encoder with so many labelled scans, where it is not done."""
     output = judgement(run, num_scans)
     if output.exists():
@@ -130,6 +132,7 @@ def judged(store: str, run: Path, arm: str, seed: int, num_scans: int) -> None:
     settings |= {"init": RANDOM if arm == RANDOM else str(encoder if encoder.exists() else run)}
     settings |= {"size": BASE["views"]["size"]}
     settings |= {"encoder": BASE["encoder"]} if arm == RANDOM else {}
+    settings["decoder_seeds"] = decoders
     settings["all_readings"] = arm not in PARTS  # an arm stands in its strongest; PGL by place's is the first one
     # matching learns nothing from labelled scans: once is enough
     settings["judges"] = JUDGES if num_scans == NUM_LABELLED else JUDGES[:2]
@@ -145,6 +148,7 @@ def train(
     arms: list[str],
     numbers: list[int],
     searched: Path | None,
+    decoders: int = 1,
 ) -> None:
     """Everything that is not there yet, seed by seed."""
     torch.set_num_threads(1)
@@ -162,7 +166,7 @@ def train(
                     report_stop(run, train_loop.train(config))
             print(f"{arm}, seed {seed}: trained in {time.monotonic() - began:.0f} s", flush=True)
             for num_scans in numbers:
-                judged(store, run, arm, seed, num_scans)
+                judged(store, run, arm, seed, num_scans, decoders)
 
 
 def chosen_pretraining(store: str, run: Path, arm: str, seed: int, steps: int, searched: Path | None) -> PretrainConfig:
@@ -328,7 +332,8 @@ def main() -> None:
             config = chosen_pretraining(places[0], run, arms[0], seeds[0], steps, searched)
             train_on_gpu(config, int(options.get("renderers", 2)), options.get("compile", "off"))
             return
-        train(places[0], Path(places[1]).absolute(), steps, seeds, arms, numbers, searched)
+        decoders = int(options.get("decoders", 1))
+        train(places[0], Path(places[1]).absolute(), steps, seeds, arms, numbers, searched, decoders)
         return
     if verb == "search":
         search(places[0], Path(places[1]).absolute(), int(options.get("steps", 300)), arms)
