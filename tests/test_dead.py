@@ -158,9 +158,9 @@ def tensors(renderer, plan, num):
     return [{name: torch.from_numpy(np.array(value)) for name, value in row.items()} for row in rows]
 
 
-def pretrained(phantoms, method, **settings):
-    """A method's network after STEPS steps on eight batches in turn, and four of those."""
-    values = {"index": str(phantoms), "run": "r", **METHODS[method], "max_steps": STEPS, "global_batch_size": 4}
+def pretrained(phantoms, method, num_steps=STEPS, **settings):
+    """A method's network after some steps on eight batches in turn, and four of those."""
+    values = {"index": str(phantoms), "run": "r", **METHODS[method], "max_steps": num_steps, "global_batch_size": 4}
     values |= {"encoder": ENCODER, "heads": {"hidden": 32, "out": 16}, "views": {"size": [16, 32, 32]}}
     config = build(PretrainConfig, {**values, "optim": settings})
     index = store.read_index(config.index)
@@ -168,9 +168,9 @@ def pretrained(phantoms, method, **settings):
     pairs = [Pair.from_batch(row) for row in tensors(trainings.make_renderer(config, index, plan), plan, 8)]
     net, _ = networks.build_pretraining(config)
     optimizer = optim.build_pretraining(net.train(), config.optim)
-    schedule = optim.warmup_cosine(optimizer, STEPS // 10, STEPS)
-    for step in range(STEPS):
-        decay = optim.ema_decay(step, STEPS, 0.97)
+    schedule = optim.warmup_cosine(optimizer, num_steps // 10, num_steps)
+    for step in range(num_steps):
+        decay = optim.ema_decay(step, num_steps, 0.97)
         one_step.train_step(net, net, optimizer, schedule, pairs[step % 8], decay, FLOAT32)
     return net, pairs[:4]
 
@@ -200,7 +200,7 @@ def test_no_channel_of_models_genesis_is_dead(genesis):
 @pytest.mark.slow
 def test_lars_would_kill_channels_of_models_genesis(phantoms):
     """What the figure is for: with LARS, whose biases and norms move at the raw rate, they die."""
-    assert dead_channels(*pretrained(phantoms, "genesis", kind="lars", lr=1.5)) > 0
+    assert dead_channels(*pretrained(phantoms, "genesis", num_steps=60, kind="lars", lr=1.5)) > 0
 
 
 # -- Models Genesis as a start -----------------------------------------------------------------------------------------
