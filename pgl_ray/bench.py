@@ -34,7 +34,7 @@ from pgl_ray.train.step_cost import await_device, cost_of, median_seconds
 
 STAGES = ("draw", "read", "decode", "resize", "intensity", "transport")  # of the stream
 MORE_CORES = "render on more CPU cores"
-GPU_FLOPS = 200e12  # per s that a training reaches on an H200: a quarter of what its matrix products reach in bfloat16
+GPU_FLOPS = 100e12  # per s that the paper's network reached on an H200, compiled: tests/benchmarks/README.md, "A GPU"
 CPU = torch.device("cpu")
 CPU_PAIRS = 8  # most view pairs of a timed step there; on a GPU all of a worker's
 WAITS = 0.1  # share of the time that the step may wait before the stream counts as what limits the run

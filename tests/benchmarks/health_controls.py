@@ -31,7 +31,6 @@ from pgl_ray.config import PretrainConfig, build
 from pgl_ray.data import store, trainings
 from pgl_ray.model.byol import Byol, pool
 from pgl_ray.model.genesis import Genesis
-from pgl_ray.model.losses import local_consistency_loss
 from pgl_ray.model.pgl import Output, Pair, Pgl, align
 from pgl_ray.prior import Geometry, interpolation_matrices
 from pgl_ray.train import health, networks, one_step, optim
@@ -145,7 +144,8 @@ def without_stop_gradient(net: Pgl | Byol, pair: Pair) -> Output:
     key = net.online["projector"](y)
     key = read(key) if isinstance(net, Pgl) else key
     (query_1, query_2), (key_1, key_2) = net.predictor(key).chunk(2), key.chunk(2)
-    loss = local_consistency_loss(query_1, key_2) + local_consistency_loss(query_2, key_1)
+    # not `local_consistency_loss`, which lets no gradient reach the key
+    loss = sum(4 - 4 * F.cosine_similarity(*both, dim=1).mean() for both in ((query_1, key_2), (query_2, key_1))) / 2
     return Output(loss, maps.detach(), query_1.detach(), key_2.detach())
 
 
