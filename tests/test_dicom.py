@@ -367,6 +367,18 @@ def test_a_hospitals_folder_gives_its_ct_series(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("kind", ["1.2.840.10008.5.1.4.1.1.66", "1.3.12.2.1107.5.9.1"], ids=["raw data", "csa"])
+def test_an_object_without_a_picture_costs_its_series_nothing(tmp_path, kind):
+    """Modality CT and the series of the slices beside it, as scanners write their raw data."""
+    files = save(series(), tmp_path)
+    other = new_file(kind, "CT")
+    other.SeriesInstanceUID = pydicom.dcmread(next(files.iterdir())).SeriesInstanceUID
+    save([other], tmp_path, "raw{}")
+    layout = read_layout(str(tmp_path), LabelsConfig())
+    assert len(layout.scans) == 1 and not layout.faults
+    assert [fault.reason for fault in layout.left_out] == ["no picture in it (raw data, or a maker's own object)"]
+
+
 def test_the_user_names_the_series(tmp_path):
     thin, _ = hospital_folder(tmp_path)
     for name in ("thin", str(thin[0].SeriesInstanceUID)):

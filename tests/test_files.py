@@ -101,6 +101,23 @@ def test_which_form_is_taken_and_what_is_said(tmp_path, given, note):
     assert (len(scan.notes), note in "".join(scan.notes)) == (1, True) if note else scan.notes == ()
 
 
+@pytest.mark.parametrize(
+    "sizes, said", [((0.7, 0.7, 5), True), ((1, 1, 1.01), False), ((1, 1, 0), False), ((2, 3, 5), True)]
+)
+def test_another_voxel_size_than_the_sforms_is_said(tmp_path, sizes, said):
+    """Nifti1Image(array, eye) and set_zooms make such a file: other programs take the size."""
+    image = nib.Nifti1Image(body(), np.eye(4))
+    image.header["pixdim"][1:4] = sizes
+    nib.save(image, tmp_path / "a.nii")
+    scan = ct.read_scan(tmp_path / "a.nii")
+    assert scan.spacing_mm == (1, 1, 1) and len(scan.notes) == said
+    if said:
+        assert (
+            f"its sform makes voxels of 1 x 1 x 1 mm, its header states {' x '.join(map(str, sizes))} mm"
+            in scan.notes[0]
+        )
+
+
 def test_no_orientation_is_said_with_what_is_taken(tmp_path):
     (tmp_path / "a.nii").write_bytes(forms(AFFINE, 0, AFFINE, 0))
     scan = ct.read_scan(tmp_path / "a.nii")

@@ -1,5 +1,6 @@
 """data_prep/*.yaml: every recipe finds its set's scans, labels and split in a folder of the published layout."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -265,3 +266,60 @@ def test_abdomenatlas(tmp_path):
     put(tmp_path / "BDMAP_00000001/segmentations/aorta.nii.gz", np.arange(720).reshape(8, 9, 10).astype(np.int16))
     with pytest.raises(ValueError, match=r"aorta.nii.gz: values up to 719, expected a mask of one organ \(0 and 1\)"):
         scan.read({"aorta": 1, "stomach": 9})
+
+
+def own_recipe(root, *args):
+    return layout_of("nnunet", root, "recipe.prefix=", "recipe.split_sizes={}", *args)
+
+
+@pytest.mark.parametrize("labels", ["masks/{organ}/{id}.nii.gz", "{id}/{organ}/mask.nii.gz", "{organ}/seg_{id}.nii.gz"])
+def test_each_mask_is_read_from_its_own_folder(tmp_path, labels):
+    names = {"liver": 1, "spleen": 2, "aorta": 3}
+    ct = np.random.default_rng(0).integers(-1000, 1000, (8, 9, 10)).astype(np.int16)
+    for case, organs in {"c1": ("liver", "spleen"), "c2": ("aorta",)}.items():
+        put(tmp_path / f"img/{case}.nii.gz", ct)
+        for organ in organs:
+            mask = np.zeros(ct.shape, np.uint8)
+            mask[names[organ]] = 1
+            put(tmp_path / labels.format(organ=organ, id=case), mask)
+    part = "recipe.parts=[{images: 'img/{id}.nii.gz', labels: '" + labels + "', split: train}]"
+    layout = own_recipe(tmp_path, part, *(f"labels.names.{organ}={value}" for organ, value in names.items()))
+    assert not layout.faults and not layout.left_out
+    for scan, values in zip(layout.scans, ({1, 2}, {3})):
+        label = scan.read(names).label
+        assert scan.labelled == tuple(sorted(values)) and set(np.unique(label)) == {0, *values}
+        assert all((label[:, :, value] == value).all() for value in values)
+        assert len(scan.files()) == 1 + len(values) and all(file.is_file() for file in scan.files())
+
+
+def test_scans_of_two_parts_with_one_id_are_named(tmp_path):
+    touch(tmp_path, ["imagesTr/c1.nii.gz", "labelsTr/c1.nii.gz", "imagesTs/c1.nii.gz"])
+    train = "{images: 'imagesTr/{id}.nii.gz', labels: 'labelsTr/{id}.nii.gz', split: train}"
+    layout = own_recipe(tmp_path, f"recipe.parts=[{train}, {{images: 'imagesTs/{{id}}.nii.gz', split: test}}]")
+    assert [(scan.scan_id, scan.split, bool(scan.label)) for scan in layout.scans] == [("c1", "train", True)]
+    (fault,) = layout.faults
+    assert fault.source.endswith("imagesTs/c1.nii.gz") and "imagesTr/c1.nii.gz, too: rename one" in fault.reason
+
+
+def test_what_the_walk_cannot_look_at_is_said_with_a_recipe_too(tmp_path):
+    touch(tmp_path, ["imagesTr/a.nii.gz", "imagesTr/.b.nii.gz"])
+    Path(os.fsdecode(bytes(tmp_path / "imagesTr") + b"/c\xfc.nii.gz")).touch()
+    part = "recipe.parts=[{images: 'imagesTr/{id}.nii.gz', split: train}]"
+    plain, layout = read_layout(str(tmp_path), LabelsConfig()), own_recipe(tmp_path, part)
+    assert plain.faults and plain.left_out
+    assert layout.faults == plain.faults and layout.left_out == plain.left_out
+
+
+def test_an_organ_without_a_mask_is_unlabelled_by_a_table_too(tmp_path):
+    names = {"liver": 1, "spleen": 2, "kidney": 3}
+    touch(tmp_path, ["img/c1.nii.gz", "img/c2.nii.gz", "seg/c1/liver.nii.gz", "seg/c1/spleen.nii.gz"])
+    touch(tmp_path, ["seg/c1/kidney.nii.gz", "seg/c2/liver.nii.gz"])
+    (tmp_path / "seg/c2/spleen.nii.gz").symlink_to("gone.nii.gz")
+    (tmp_path / "t.csv").write_text("id,labelled_organs\nc1,liver kidney\nc2,liver spleen kidney\n")
+    part = "recipe.parts=[{images: 'img/{id}.nii.gz', labels: 'seg/{id}/{organ}.nii.gz', split: train}]"
+    values = [f"labels.names.{organ}={value}" for organ, value in names.items()]
+    layout = own_recipe(tmp_path, part, "labels.table=t.csv", *values)
+    assert [scan.labelled for scan in layout.scans] == [(1, 3), (1,)]
+    (note,) = [fault.reason for fault in layout.left_out if "lists" in fault.reason]
+    assert note == "t.csv lists spleen, kidney, of which it has no mask: unlabelled"
+    assert [fault.reason for fault in layout.faults] == ["a link to a file that is not there"]

@@ -169,6 +169,28 @@ def test_a_test_scan_is_not_trained_on(tmp_path):
         layout_of(tmp_path, "id,split\na,train\nb,train\n")
 
 
+@pytest.mark.parametrize("form", ["{}", "{}.nii.gz", "/data/set/{}.nii.gz", "D:\\set\\{}.nii.gz", "set/{}"])
+@pytest.mark.parametrize("channel", ["", "_0000"])
+def test_a_path_means_the_file_at_that_path(tmp_path, form, channel):
+    """Though file names come twice: each row's scan is the one in its folder."""
+    paths = {f"{folder}/c{k}{channel}": split for folder, split in (("a", "train"), ("b", "val")) for k in (1, 2)}
+    paths |= {f"b/d/c1{channel}": "test"}
+    touch(tmp_path, *paths)
+    cells = {path: path.replace("/", "\\") if "\\" in form else path for path in paths}
+    layout = layout_of(
+        tmp_path, "image,split\n" + "".join(f"{form.format(cells[one])},{paths[one]}\n" for one in paths)
+    )
+    splits = {scan.image.removeprefix(f"{tmp_path}/").removesuffix(".nii.gz"): scan.split for scan in layout.scans}
+    assert splits == paths and not layout.left_out
+
+
+def test_a_path_that_is_not_here_is_no_other_scan_of_that_name(tmp_path):
+    touch(tmp_path, "c1", "b/c1", "only")
+    layout = layout_of(tmp_path, "image,split\nb/c1.nii.gz,test\nelsewhere/c1.nii.gz,val\nelsewhere/only,val\n")
+    assert {scan.scan_id: scan.split for scan in layout.scans} == {"c1": "", "b__c1": "test", "only": "val"}
+    assert any("has 1 row (elsewhere/c1.nii.gz) of no scan" in fault.reason for fault in layout.left_out)
+
+
 @pytest.mark.parametrize(
     "cell, values",
     [

@@ -177,6 +177,8 @@ def _no_ct(text: dict[str, str], kind: str) -> str:
         return "localiser, not a volume"
     if text["SamplesPerPixel"] not in ("", "1"):
         return "colour picture, not CT values"
+    if kind and kind not in CT_CLASSES and not (text["Rows"] or text["Columns"]):
+        return "no picture in it (raw data, or a maker's own object)"
     return ""
 
 

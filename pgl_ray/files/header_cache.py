@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pgl_ray.data.columns import parquet_table
 from pgl_ray.files.dicom_headers import Header, read_header
 
-VERSION = 1  # of the cache; one of another version is read anew
+VERSION = 2  # of the cache; one of another version is read anew
 AT_ONCE = 250  # files that a process is given at a time
 FEW = 1000  # files that are read faster than processes start
 MAX_PROCESSES = 8

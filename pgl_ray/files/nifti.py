@@ -20,6 +20,7 @@ from pgl_ray.files.raw import Geometry, Raw
 
 UNITS = {0: ("mm", 1.0), 1: ("m", 1e3), 2: ("mm", 1.0), 3: ("um", 1e-3)}  # code -> unit of length, mm
 SPATIAL = 7  # bits of xyzt_units; the others are the unit of time
+SAME_SIZE = 0.02  # share by which two statements of a voxel's size may differ unsaid
 ELSEWHERE = 0.5  # voxels by which two forms may differ at a corner unsaid
 PART = 2**20  # bytes
 OF_THE_CT = ("descrip", "aux_file", "db_name", "data_type", "intent_name")  # texts that may name a patient
@@ -123,6 +124,13 @@ def geometry(image: nib.Nifti1Pair) -> Geometry:
     stated = int(header["sform_code"]) > 0
     if sform is not None:
         affine = sform
+        sizes, stated_sizes = np.linalg.norm(sform[:3, :3], axis=0), np.abs(header["pixdim"][1:4].astype(float))
+        if qform is None and stated_sizes.all() and not np.allclose(sizes, stated_sizes, rtol=SAME_SIZE):
+            texts = (" x ".join(f"{size * scale:.3g}" for size in three) for three in (sizes, stated_sizes))
+            notes.append(
+                "its sform makes voxels of {} mm, its header states {} mm (pixdim): the sform is taken; if that is "
+                "wrong, correct the sform".format(*texts)
+            )
         if qform is not None and (apart := shift(sform, qform, image.shape[:3])) > ELSEWHERE * _finest(sform):
             notes.append(
                 f"its sform and qform lie up to {apart * scale:.3g} mm apart, other programs may take the qform: the "

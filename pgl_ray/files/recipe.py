@@ -27,6 +27,8 @@ def find_scans(root: Path, tree: Tree, recipe: RecipeConfig, names: dict[str, in
         where = " or ".join(part.images for part in recipe.parts)
         raise ValueError(f"source={root}: no scan of {recipe.name} in it, expected {where}; get it: {recipe.origin}")
     inventory.seen.update(path for scan in inventory.scans.values() for path in scan.paths())
+    inventory.faults.extend(Fault(path, reason) for path, reason in tree.faults)
+    inventory.left_out.extend(Fault(path, reason) for path, reason in tree.left_out)
     unused = sorted(files.keys() - used)
     inventory.left_out.extend(Fault(str(files[name]), "a volume that the recipe has no use for") for name in unused)
     return inventory
@@ -51,18 +53,26 @@ def _part(
         if part.labels:
             label_name = part.labels.replace("**/", match.groupdict().get("above") or "").replace("{id}", match["id"])
             organs = {label_name.replace("{organ}", organ): value for organ, value in names.items()}
-            present = {file: value for file, value in organs.items() if file in files and files[file].is_file()}
-            used.update(present)
+            here = {file: value for file, value in organs.items() if file in files}
+            present = {file: value for file, value in here.items() if files[file].is_file()}
+            used.update(here)
+            if "{organ}" in part.labels:
+                gone = here.keys() - present.keys()
+                inventory.faults.extend(Fault(str(files[one]), "a link to a file that is not there") for one in gone)
             if present and "{organ}" in part.labels:
-                label = str(files[next(iter(present))].parent)
-                masks = tuple((os.path.basename(file), value) for file, value in present.items())
+                label = os.path.commonpath([files[file].parent for file in present])
+                masks = tuple((os.path.relpath(files[file], label), value) for file, value in present.items())
                 labelled = tuple(sorted(present.values()))
             elif present or label_name in files:
                 label = str(files[label_name])
                 used.add(label_name)
         scans[match["id"]] = Source("", str(path), label, part.split, labelled, masks=masks)
     ids = {one: identity.plain(prefix + one) for one in scans}
-    inventory.scans.update({(ids[one],): replace(scan, scan_id=ids[one]) for one, scan in scans.items()})
+    for one, scan in scans.items():
+        other = inventory.scans.setdefault((ids[one],), replace(scan, scan_id=ids[one]))
+        if other.image != scan.image:
+            reason = f"its id {ids[one]!r} is that of {other.image}, too: rename one of them"
+            inventory.faults.append(Fault(scan.image, reason))
     return scans
 
 

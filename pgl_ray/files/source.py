@@ -44,7 +44,7 @@ class Source:
         split: "" where nothing is said.
         labelled: annotated label values; None = all that have a name.
         slices: paths of the DICOM files in `image`.
-        masks: (file name in `label`, value) of the masks of single organs.
+        masks: (file below `label`, value) of the masks of single organs.
         label_slices: names in `label` of the DICOM slices that are the label map.
         structures: absolute paths of the DICOM structure sets (RTSTRUCT, SEG) that label it.
         notes: (file, what is worth saying of it).

@@ -82,6 +82,10 @@ def with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[
             scan = replace(scan, split=split)
         if row and "labelled_organs" in table.columns:
             organs = _organs(row["labelled_organs"], names, f"{where}: {scan.scan_id}")
+            gone = [one for one in organs if scan.masks and names[one] not in dict(scan.masks).values()]
+            if gone:  # a mask that is not there says nothing of its organ, whatever the table says
+                notes.append(Fault(scan.image, f"{path.name} lists {some(gone)}, of which it has no mask: unlabelled"))
+                organs = [one for one in organs if one not in gone]
             scan = replace(scan, labelled=tuple(sorted(names[organ] for organ in organs)))
         updated.append(scan)
     unused = f"; rows that fit no scan: {some(table.unused)}" if table.unused else ""
@@ -175,13 +179,13 @@ def _read(path: Path, scans: list[Source]) -> Table:
     columns, cells = _cells(path)
     _check_columns(path, columns, cells)
     rows = [dict(zip(columns, row)) for row in cells]
-    keys = _keys(scans)
-    fits = {name: sum(_scan_of(row[name], keys) is not None for row in rows) for name in columns}
+    known = _names(scans)
+    fits = {name: sum(_scan_of(row[name], known) is not None for row in rows) for name in columns}
     by_name = [name for name in ID_COLUMNS if name in columns]
     id_column = max([*by_name, *columns], key=lambda name: fits[name])
     by_id, unused = {}, []
     for row in rows:
-        scan_id = _scan_of(row[id_column], keys)
+        scan_id = _scan_of(row[id_column], known)
         if scan_id is None:
             unused.append(row[id_column])
         elif scan_id in by_id and by_id[scan_id] != row:
@@ -194,26 +198,42 @@ def _read(path: Path, scans: list[Source]) -> Table:
     return Table(columns, by_id, unused, id_column)
 
 
-def _keys(scans: list[Source]) -> dict[str, str]:
-    """What a row may call a scan -> scan_id; names that several scans have are none."""
+class _Names(NamedTuple):
+    """What a row may call a scan -> scan_id, and the names that several scans have."""
+
+    scan_ids: dict[str, str]
+    shared: set[str]
+
+
+def _names(scans: list[Source]) -> _Names:
     keys: dict[str, set[str]] = {}
     for scan in scans:
         path = Path(scan.image)
         bare = _bare(path.name)
         aliases = [path.name, *([] if scan.slices else [bare, bare.removesuffix("_0000"), path.parent.name])]
         aliases += [scan.scan_id.rpartition(JOIN)[0]] if series_mark(scan.scan_id) else []  # nobody types the mark
-        for key in aliases:
+        for name in {path.name, bare}:  # with one folder, two, ...
+            aliases += ["/".join([*path.parts[k:-1], name]) for k in range(1, len(path.parts) - 1)]
+        for key in [*aliases, scan.scan_id]:
             keys.setdefault(_plain(key), set()).add(scan.scan_id)
     unique = {key: next(iter(ids)) for key, ids in keys.items() if len(ids) == 1}
-    return unique | {_plain(scan.scan_id): scan.scan_id for scan in scans}
+    shared = {key for key, ids in keys.items() if len(ids) > 1}
+    return _Names(unique | {_plain(scan.scan_id): scan.scan_id for scan in scans}, shared)
 
 
-def _scan_of(cell: str, keys: dict[str, str]) -> str | None:
-    """The scan that a cell means: its id, with or without suffix, or with its folders."""
+def _scan_of(cell: str, names: _Names) -> str | None:
+    """The scan that a cell means: its id, with or without suffix, or its path or the end of that. A path elsewhere
+    means a scan by its file name only where no two have that."""
     parts = cell.replace("\\", "/").strip("/").split("/")
-    last = _bare(parts[-1])
-    for name in (cell, last, "__".join([*parts[:-1], last]), last.removesuffix("_0000"), parts[-1]):
-        if (scan_id := keys.get(_plain(name))) is not None:
+    last, tails = _bare(parts[-1]), [parts[k:-1] for k in range(len(parts) - 1)]
+    whole = [
+        cell,
+        *("/".join([*tail, name]) for tail in tails for name in (parts[-1], last)),
+        "__".join([*parts[:-1], last]),
+    ]
+    bare = [last, last.removesuffix("_0000"), parts[-1]]
+    for name in [*whole, *(one for one in bare if not tails or _plain(one) not in names.shared)]:
+        if (scan_id := names.scan_ids.get(_plain(name))) is not None:
             return scan_id
     return None
 
