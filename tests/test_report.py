@@ -491,6 +491,23 @@ def test_nothing_is_best_where_runs_are_not_comparable(tmp_path, scans):
     assert best == [[True, True, False, False], [False] * 4] and table["rows"][0]["unscored"] == 2
 
 
+def test_nothing_is_best_where_the_labels_differ(tmp_path, scans):
+    """Of the same scans and organs; one was corrected between the evaluations, or another task has it larger."""
+    planted = [0.5, 0.6], [0.4, 0.5]
+    folders = [finetuned(tmp_path / f"run{i}", scans, dice) for i, dice in enumerate(planted)]
+    for size in (900, 901):
+        for folder, dice, sizes in zip(folders, planted, ([900] * 4, [900, 900, size, 900])):
+            rows = [row | {"target_voxels": num} for row, num in zip(score_rows(dice), sizes)]
+            pq.write_table(pa.Table.from_pylist(rows), folder / "evaluation" / "metrics.parquet")
+        table = tables.comparison(run_folders.read_runs([str(folder) for folder in folders]))
+        assert any(cell["best"] for row in table["rows"] for cell in row["cells"]) == (size == 900)
+        if size == 900:
+            assert table["sentences"][0].startswith("run0 against run1: +0.100 Dice")
+    first, second = table["sentences"]
+    assert "different scans, organs or labels" in first
+    assert second.startswith("run0 and run1 were scored on different labels of liver in scan s1: no statement")
+
+
 def test_a_lead_from_other_scans_is_turned_round(tmp_path, scans):
     """run0 has the higher mean thanks to scans that run1 was not scored on."""
     _, sentence = compare(tmp_path, scans, [0.5, 0.51, 0.99, 0.98], [0.6, 0.61])["sentences"]
