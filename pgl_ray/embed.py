@@ -99,7 +99,7 @@ def run(config: EmbedConfig) -> Result:
     if config.input and len(scans) == 1 and not rows and not faults:
         (reason,) = (label_maps | failed).values()
         raise (FailedRun if reason == NO_MEMORY else ValueError)(f"input={config.input}: {reason}")
-    failed |= {Path(fault.source).name: fault.reason for fault in faults}
+    failed |= {fault.source: fault.reason.removeprefix(f"{fault.source}: ") for fault in faults}
     ordered = [rows[scan.scan_id] for scan in scans if scan.scan_id in rows]
     _note(ordered)
     if rows:
@@ -331,7 +331,7 @@ def _note(rows: list[dict]) -> None:
 
 
 def _failures(failed: dict[str, str], num: int) -> str:
-    return f"{len(failed)} of {num} scans failed: {_some(list(failed))}"
+    return f"{len(failed)} of {num} scans failed: {_some([Path(name).name for name in failed])}"
 
 
 def _some(names: list[str]) -> str:

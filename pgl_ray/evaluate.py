@@ -28,7 +28,7 @@ from pgl_ray.data.store import Index, ScanRecord, check_labelled, read_index
 from pgl_ray.judge.scoring import Scored, score_scans
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import out_of_memory, pick_device, time_forward
-from pgl_ray.model.metrics import SCORES, compare, intervals, summarise
+from pgl_ray.model.metrics import SCORES, compare, intervals, other_truth, summarise
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train import run_paths
 from pgl_ray.train.checkpoint import file_of, outdated, sha256_of
@@ -58,7 +58,8 @@ def run(config: EvaluateConfig) -> Result:
     what another network left in the folder is removed.
 
     Raises:
-        ValueError: run or index cannot be used, or do not belong together, or there is nothing to compare with.
+        ValueError: run or index cannot be used, or do not belong together, or there is nothing to compare with: no
+            other evaluation, or one of other scans, made in another way, or on other labels.
         FailedRun: a scan does not fit into memory.
     """
     into = contextlib.nullcontext(Path(config.output)) if config.output else run_paths.results(config.run, "evaluation")
@@ -117,6 +118,9 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         write_json(folder / "summary.json", summary)
     summary = _summary(config, folder, rows, notes)
     if others is not None:
+        if differs := other_truth(rows, others):
+            what = f"compare={config.compare} was scored on other labels of {differs[1]} in scan {differs[0]}"
+            raise ValueError(f"{what} (changed since, or of another task): evaluate both again, alike")
         compared = compare(rows, others, config.seed) | {"run": config.run, "other": config.compare}
         other = Path(config.compare).absolute()  # trials of sweeps share their names
         write_json(folder / f"compare_{other.parent.name}_{other.name}.json", compared)

@@ -307,7 +307,7 @@ def test_a_bad_file_does_not_stop_the_others(tmp_path, cts, capsys):
     said = capsys.readouterr().out
     assert (
         "embed: 2 left out:\nembed:   bad: " in said
-        and "\nembed:   gone.nii.gz: " in said
+        and f"\nembed:   {cts}/gone.nii.gz: " in said
         and list(table(tmp_path / "o"))
         == [
             "s0",
@@ -321,6 +321,21 @@ def test_a_bad_file_does_not_stop_the_others(tmp_path, cts, capsys):
     with pytest.raises(FailedRun, match="2 of 2 scans failed"):
         embed.run(config(tmp_path / "none", input=str(cts)))
     assert "embed: 2 left out:\nembed:   bad: " in capsys.readouterr().out
+
+
+def test_bad_files_of_one_name_are_counted_and_named_each(tmp_path, cts, capsys):
+    """A scan per patient's folder, all called alike, as data sets have it."""
+    for number in range(4):
+        (cts / f"p{number}").mkdir()
+        (cts / f"s{number}.nii.gz").rename(cts / f"p{number}/ct.nii.gz")
+    bad = [cts / f"p{number}/gone.nii.gz" for number in range(3)]
+    for path in bad:
+        path.symlink_to(cts / "nowhere.nii.gz")
+    with pytest.raises(FailedRun, match=r"3 of 7 scans failed: gone.nii.gz, gone.nii.gz, gone.nii.gz; the others are"):
+        embed.run(config(tmp_path / "o", input=str(cts)))
+    said = capsys.readouterr().out
+    assert "embed: 3 left out:\n" in said and all(f"\nembed:   {path}: a link to" in said for path in bad)
+    assert len(table(tmp_path / "o")) == 4
 
 
 def test_a_label_map_among_cts_is_left_out(tmp_path, cts, capsys):
@@ -444,7 +459,7 @@ def test_one_scan_has_a_page_too(tmp_path, cts):
 def test_the_answers_name_the_alike_and_the_lone():
     vectors = np.array([[1, 0.1], [1, 0.0], [0.9, -0.5], [-1, 0.3]])
     rows = [{"scan_id": name, "notes": []} for name in "abcd"]
-    alike, spread, known, following = embed_page.answers(rows, vectors, (0.5, 0.2))
+    alike, spread, known, following = embed_page.answers(rows, vectors, (0.5, 0.2), True)
     cosine = [[x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in vectors] for x in vectors]
     nearest = [max(cosine[k][j] for j in range(4) if j != k) for k in range(4)]
     assert alike.lines[0] == ("Most alike", f"a and b, cosine {max(nearest):.2f}", "")
@@ -452,11 +467,26 @@ def test_the_answers_name_the_alike_and_the_lone():
     assert spread.lines[0].verdict == "70 %" and known.lines[0].verdict == "Yes"
     assert following.lines[0].verdict == "Look for doubles"  # a and b, cosine 0.995
     rows[1]["notes"] = ["its voxels are large."]
-    known = embed_page.answers(rows, vectors, (0.5, 0.2))[2]
+    known = embed_page.answers(rows, vectors, (0.5, 0.2), True)[2]
     assert known.lines[0] == ("Not all", "1 of 4 scans with a note, the first b: its voxels are large", "")
     for num in (1, 2):
-        few = embed_page.answers(rows[:num], vectors[:num], (1.0, 0.0))
+        few = embed_page.answers(rows[:num], vectors[:num], (1.0, 0.0), True)
         assert few[1].lines[0].verdict == "Can't tell" and len(few[0].lines) == 1
+    unknown = "the weights do not say what scans they were trained on"
+    for number, text in ((1, f"{unknown}; {known.lines[0].text}"), (0, unknown)):  # a note may be of the file itself
+        rows[1]["notes"] = rows[1]["notes"][:number]
+        assert embed_page.answers(rows, vectors, (0.5, 0.2), False)[2].lines[0] == ("Can't tell", text, "")
+
+
+@pytest.mark.slow
+def test_the_page_of_weights_without_metadata_is_open(tmp_path, cts):
+    from pgl_ray.model.resnet import Encoder
+
+    torch.save(Encoder().state_dict(), tmp_path / "plain.pth")
+    for init, known in ((str(tmp_path / "plain.pth"), False), (INIT, True)):
+        embed.run(config(tmp_path / "o", input=str(cts), init=init, hu_window=(-1024.0, 325.0)))
+        text = (tmp_path / "o/embed.html").read_text()
+        assert ("the weights do not say what scans they were trained on" in text) != known
 
 
 @pytest.mark.parametrize("spacing", [(3.0, 1.0, 1.0), (1.0, 2.0, 2.0), (12.0, 1.0, 1.0)])

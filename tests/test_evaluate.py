@@ -78,12 +78,25 @@ class Levels(nn.Module):
         return torch.cat([~spleen & ~liver, spleen, liver], 1).float()
 
 
-def known_run(monkeypatch, folder, labels=LABELS, window=WINDOW, spacing=None):
+class Nested(Levels):
+    """The same as the paper's binary task has it: an organ holds those after it, one output each."""
+
+    def __init__(self, records):
+        super().__init__(records)
+        self.head = SimpleNamespace(out_channels=2)
+
+    def forward(self, x):
+        _, spleen, liver = super().forward(x).split(1, 1)
+        return 2 * torch.cat([spleen + liver, liver], 1) - 1
+
+
+def known_run(monkeypatch, folder, labels=LABELS, window=WINDOW, spacing=None, task="multiclass"):
     monkeypatch.setattr(evaluate, "FORWARD_SIZE", (4, 8, 8))
     records = store.read_index(folder / "s").labelled("test")
-    values = {"labels": labels, "task": "multiclass", "patch_size": (64, 64, 64), "spacing_mm": spacing}
+    values = {"labels": labels, "task": task, "patch_size": (64, 64, 64), "spacing_mm": spacing}
     meta = CheckpointMeta(encoder={}, hu_window=window, **values)
-    monkeypatch.setattr(evaluate, "load_segmenter", lambda run, device: (Levels(records).eval(), meta))
+    network = {"multiclass": Levels, "binary": Nested}[task]
+    monkeypatch.setattr(evaluate, "load_segmenter", lambda run, device: (network(records).eval(), meta))
 
 
 def config(folder, **values):
@@ -379,6 +392,32 @@ def test_what_is_compared_was_made_alike(folder, monkeypatch, theirs, said):
     (other / "best.pt").write_bytes(b"trained on")
     with pytest.raises(ValueError, match=r"other has been trained on since its evaluation: python -m pgl_ray.evaluate"):
         evaluate.run(config(folder, compare=str(other)))
+
+
+@pytest.mark.parametrize("differs", ["task", "labels"])
+def test_scores_on_different_labels_are_not_compared(folder, monkeypatch, differs):
+    """Of a task in which an organ holds others, or corrected since; evaluated again alike, both are compared."""
+    known_run(monkeypatch, folder)
+    other = folder / "other"
+    other.mkdir()
+    (other / "best.pt").write_bytes(b"theirs")
+    evaluate.run(config(folder, run=str(other)))
+    if differs == "labels":
+        volume, label = make_scan(1, (11, 20, 17))
+        label[5, 3:9, 4:9] = 0
+        own = {"label": label, "labelled": (3, 7), "split": "test", "hu_window": WINDOW}
+        scan_files.write_scan(folder / "s", "a", volume, AFFINE, **own)
+        store.write_index(folder / "s", LABELS, WINDOW)
+    known_run(monkeypatch, folder, task="binary" if differs == "task" else "multiclass")
+    said = r"^compare=.*other was scored on other labels of spleen in scan a \(.*\): evaluate both again, alike$"
+    with pytest.raises(ValueError, match=said):
+        evaluate.run(config(folder, compare=str(other)))
+    out = folder / "r/evaluation"
+    assert (out / "summary.json").exists() and not list(out.glob("compare_*"))
+    (other / "best.pt").write_bytes(b"theirs, of the same task")
+    evaluate.run(config(folder, run=str(other)))
+    evaluate.run(config(folder, compare=str(other)))
+    assert len(list(out.glob("compare_*"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -454,6 +454,22 @@ def test_answers_say_which_places_have_a_rival(leads, verdict, words):
     assert ("95 % interval" in apart.lines[0].text) == (len(leads) > 1)
 
 
+@pytest.mark.parametrize(
+    ("leads", "verdict", "words"),
+    [
+        ((0.01, 0.31), "In part", "p (0.010): look"),
+        ((0.31, 0.01), "In part", "p (0.010): look"),
+        ((0.03, 0.01), "No", "p (0.010), p (0.030): look"),
+    ],
+)
+def test_places_of_one_name_are_answered_each(leads, verdict, words):
+    """Whichever of them comes last in the file."""
+    rows = [match.Row("p", np.zeros(3), np.zeros(3), 0.9, None, 0.9 - lead) for lead in leads]
+    apart, first, _ = match_page.answers(rows)
+    assert apart.lines[0].verdict == verdict and words in first.lines[0].text
+    assert f"{np.mean(leads):.2f} in the mean" in apart.lines[0].text and "over 2 places" in apart.lines[0].text
+
+
 @pytest.mark.skipif(not NODE, reason="no node: the page's script cannot be run")
 def test_the_pages_script_gives_the_commands_answer(page, files, tmp_path):
     text, data = page.read_text(), held(page)

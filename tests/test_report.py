@@ -22,7 +22,8 @@ from pgl_ray import cli, report
 from pgl_ray.config import FinetuneConfig, PretrainConfig, ReportConfig, build, load
 from pgl_ray.data import scan_files, store
 from pgl_ray.files.resample import resample
-from pgl_ray.pages import figures, label_pictures, pair_pictures, plots, run_folders, slices, tables
+from pgl_ray.judge.judges import IN_FULL
+from pgl_ray.pages import figures, label_pictures, pair_pictures, plots, probe_tables, run_folders, slices, tables
 
 SHAPE, SPACING, VIEW = (14, 24, 30), (5.0, 2.0, 1.5), (6, 10, 12)
 LABELS = {"liver": 1, "left_kidney": 4}
@@ -129,6 +130,9 @@ def judged(init, values=CHANCE, judges=JUDGES, ceiling=False, ahead=None):
         )
         details = dict(zip(JUDGES, (*details, {"organs": {"liver": 19}, "deformed_mm": 7.7})))
         details["decoder"]["hd95_mm"] = None
+        details["voxels"] |= {"scans": ["a", "b"], "classes": ["background", "liver"], "counts": [[100, 90], [100, 0]]}
+        for judge in ("decoder", "matching"):
+            details[judge]["rows"] = [{"scan_id": scan, "organ": "liver"} for scan in ("a", "b")]
         return {
             judge: {"value": value * share, "ci95": [value * 0.9, value * 1.1], "details": details[judge]}
             for judge, value in zip(JUDGES, planted)
@@ -325,6 +329,30 @@ def test_encoders_of_one_name_are_told_apart(scans, tmp_path):
     assert {"contrast/pretrain", "paper/pretrain, probe", "paper/pretrain, probe_8"} <= set(columns)
 
 
+@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize("other", ["scan", "organ"])
+def test_encoders_judged_on_other_scans_have_no_best(judge, other):
+    """Of one judge alone, whose column then has none; controls are of the same scans as what they are held against."""
+    values = {"a": (0.9, 0.5, 20.0), "b": (0.6, 0.4, 30.0)}
+    probes = [(Path(f"{name}.json"), judged(f"/{name}", planted)) for name, planted in values.items()]
+    table = probe_tables.table(probes)
+    assert [any(row["cells"][k]["best"] for row in table["rows"]) for k in (0, 2, 4)] == [True] * 3
+    assert not any("called best" in line for line in table["sentences"])
+    _, result = probes[1]
+    for scores in (*result["readings"].values(), *result["controls"].values()):
+        if judge == "voxels":
+            more = {"scans": ["a", "c"]} if other == "scan" else {"counts": [[100, 90], [100, 80]]}
+            scores[judge]["details"] |= more
+        elif judge in scores:
+            more = {"scan_id": "c", "organ": "liver"} if other == "scan" else {"scan_id": "a", "organ": "spleen"}
+            scores[judge]["details"]["rows"].append(more)
+    table = probe_tables.table(probes)
+    best = [any(row["cells"][k]["best"] for row in table["rows"]) for k in (0, 2, 4)]
+    assert best == [one != judge for one in JUDGES]
+    said = [line for line in table["sentences"] if "called best" in line]
+    assert len(said) == 1 and said[0].endswith(f"none is called best: {IN_FULL[judge]}.")
+
+
 def test_page_says_what_the_judges_say(page):
     """Readings, controls, intervals and the standing sentences; pictures beside the result, once each."""
     read, rows = Reader(page), table_rows(page, "balanced accuracy")
@@ -489,6 +517,23 @@ def test_nothing_is_best_where_runs_are_not_comparable(tmp_path, scans):
     table = compare(tmp_path / "b", scans, [0.5, 0.6], [0.4, 0.5], missed=1)
     best = [[cell["best"] for cell in row["cells"][:4]] for row in table["rows"]]
     assert best == [[True, True, False, False], [False] * 4] and table["rows"][0]["unscored"] == 2
+
+
+def test_nothing_is_best_where_the_labels_differ(tmp_path, scans):
+    """Of the same scans and organs; one was corrected between the evaluations, or another task has it larger."""
+    planted = [0.5, 0.6], [0.4, 0.5]
+    folders = [finetuned(tmp_path / f"run{i}", scans, dice) for i, dice in enumerate(planted)]
+    for size in (900, 901):
+        for folder, dice, sizes in zip(folders, planted, ([900] * 4, [900, 900, size, 900])):
+            rows = [row | {"target_voxels": num} for row, num in zip(score_rows(dice), sizes)]
+            pq.write_table(pa.Table.from_pylist(rows), folder / "evaluation" / "metrics.parquet")
+        table = tables.comparison(run_folders.read_runs([str(folder) for folder in folders]))
+        assert any(cell["best"] for row in table["rows"] for cell in row["cells"]) == (size == 900)
+        if size == 900:
+            assert table["sentences"][0].startswith("run0 against run1: +0.100 Dice")
+    first, second = table["sentences"]
+    assert "different scans, organs or labels" in first
+    assert second.startswith("run0 and run1 were scored on different labels of liver in scan s1: no statement")
 
 
 def test_a_lead_from_other_scans_is_turned_round(tmp_path, scans):

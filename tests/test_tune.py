@@ -734,6 +734,28 @@ def test_arms_are_compared_to_the_strongest_control_by_all(tmp_path):
     assert f"<p>wrong priors, pgl: {seen}.</p>" in page and "Frozen encoders" in page and ours[2] in page
 
 
+@pytest.mark.parametrize(
+    ("keys", "num"),
+    [(["finetune.seed"], 1), (["finetune.seed", "probe.seed"], 3), (["pretrain.seed + finetune.seed"], 3)],
+)
+def test_frozen_encoders_are_counted_by_their_own_seeds(tmp_path, keys, num):
+    """Judged once more with each fine-tuning, an encoder says what it said before."""
+    space = {key: {"grid_search": [0, 1, 2]} for key in keys}
+    init = {"finetune.init": "random", "probe.init": "random"}
+    config = sweep(tmp_path, arms={"random": init, "pgl": {}}, space=space, base_probe={"judges": ["voxels"]})
+    sweeps.remember(config, tmp_path / "sweep")
+    for seeds in itertools.product(range(3), repeat=len(keys)):
+        for arm, level in (("random", 0.4), ("pgl", 0.5)):
+            values = {"arm": arm, **dict(zip(keys, seeds))}
+            level += 0.01 * next((seed for key, seed in zip(keys, seeds) if not key.startswith("finetune")), 0)
+            write_json(ended(tmp_path, values, level).folder / "probe.json", said(level, init=arm))
+    (block,) = arms.judged(json.loads(config.model_dump_json()), sweeps.read_trials(tmp_path / "sweep"))
+    assert [row["seeds"] for row in block["rows"]] == [num, num]
+    assert [("±" in cell) for row in block["rows"] for cell in row["cells"]] == [num > 1] * 6
+    assert all(f"ahead with {num} of {num} seeds" in line for line in block["sentences"]) and block["sentences"]
+    assert all(len(one.by_seed) == num for one in block["gains"]["pgl"].values())
+
+
 def test_scans_both_trained_and_tested_on_are_said_before(tmp_path, capsys):
     for split, numbers in (("train", range(3)), ("test", range(3, 5))):
         for i in numbers:
@@ -1053,6 +1075,37 @@ def test_a_grid_becomes_the_papers_tables(tmp_path, monkeypatch):
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
     assert "Scan p" in page and "1 liver" in page
     assert [(run.name, run.config["seed"]) for run in shown] == [("random", 1), ("pgl", 1)]
+
+
+@pytest.mark.parametrize(
+    "keys", [["pretrain.seed"], ["pretrain.seed", "finetune.seed"], ["pretrain.seed + finetune.seed", "probe.seed"]]
+)
+def test_fine_tuned_arms_are_paired_by_all_their_seeds(tmp_path, keys):
+    """A training meets that of the other arm with the same seeds, whichever are swept; those of probes do not count."""
+    space = {key: {"grid_search": [0, 1, 2]} for key in keys}
+    config = sweep(tmp_path, arms={"random": {"finetune.init": "random"}, "pgl": {}}, space=space)
+    sweeps.remember(config, tmp_path / "sweep")
+    expected = {}
+    for seeds in itertools.product(range(3), repeat=len(keys)):
+        of_tuning = {key: seed for key, seed in zip(keys, seeds) if key != "probe.seed"}
+        base = 0.2 + sum(0.1 * 2**k * seed for k, seed in enumerate(of_tuning.values()))
+        gain = 0.01 * (1 + sum(3**k * seed for k, seed in enumerate(of_tuning.values())))
+        expected[tuple(of_tuning.values())] = gain
+        for arm, level in (("random", base), ("pgl", base + gain)):
+            values = {"arm": arm, **dict(zip(keys, seeds))}
+            run = tmp_path / "sweep" / "trials" / name_of(values) / "finetune"
+            ended(tmp_path, values, level, finetune=str(run), finetune_gpus=0.0)
+            seed = next((seed for key, seed in of_tuning.items() if "finetune" in key), 0)
+            tuned_run(run, seed, {"liver": {"p": level, "q": level}})
+    shown = []
+    content = sweep_report.content(tmp_path / "sweep", lambda runs: shown.extend(runs) or {"scans": [], "legend": []})
+    (block,) = content["grid"]["blocks"]
+    assert sorted(block["gains"]["pgl"].by_seed) == pytest.approx(sorted(expected.values()))
+    assert f"ahead with {len(expected)} of {len(expected)} seeds" in block["sentences"][0]
+    assert [row["seeds"] for row in block["tables"][0]["rows"]] == [len(expected)] * 2
+    assert [run.name for run in shown] == ["random", "pgl"]
+    gap = shown[1].summary["dice"] - shown[0].summary["dice"]
+    assert gap == pytest.approx(block["gains"]["pgl"].by_seed[0])
 
 
 def test_figures_of_few_labels_have_no_published_ones(tmp_path):

@@ -176,6 +176,17 @@ def compare(rows: list[dict], others: list[dict], seed: int = 0) -> dict:
     return comparison
 
 
+def other_truth(rows: list[dict], others: list[dict]) -> tuple[str, str] | None:
+    """The first (scan_id, organ) of two runs' rows whose true mask has another size in each: labels were changed, or
+    the runs' tasks differ. None where all are alike, as far as rows of earlier versions say it."""
+    sizes = {(row["scan_id"], row["organ"]): row.get("target_voxels") for row in others}
+    for row in rows:
+        key, size = (row["scan_id"], row["organ"]), row.get("target_voxels")
+        if size is not None and sizes.get(key, size) not in (size, None):
+            return key
+    return None
+
+
 def _paired(difference: np.ndarray, either: np.ndarray, drawn: np.ndarray) -> dict:
     """What `compare` says of one score; difference, either [scans, organs], drawn [draws]."""
     by_scan = _per_scan(difference)

@@ -234,10 +234,8 @@ def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
     for trial in trials:
         path = trial.folder / "probe.json"
         if trial.state == "done" and "arm" in trial.values and path.is_file():
-            point, seed = {}, {}
-            for key, value in trial.values.items():
-                if key != "arm":
-                    (seed if sweeps.short(key) == "seed" else point)[key] = value
+            point = {key: v for key, v in trial.values.items() if key != "arm" and sweeps.short(key) != "seed"}
+            seed = sweeps.seeds(trial.values, "pretrain", "probe")
             rows = points.setdefault(sweeps.settings(point) or "all trials", {})
             arm, result = trial.values["arm"], read_json(path)
             random = result["init"] == "random"
@@ -246,7 +244,7 @@ def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
                 if control or not number:
                     name = f"{arm}, BatchNorm {reading}" if number else arm
                     row = rows.setdefault(name, Judged(arm, name, control, {}))
-                    row.seeds[sweeps.settings(seed)] = scores
+                    row.seeds[seed] = scores
     names = list(config["arms"])
     ordered = {point: sorted(rows.values(), key=lambda row: names.index(row.arm)) for point, rows in points.items()}
     return [_block(point, rows) for point, rows in ordered.items()]

@@ -66,7 +66,7 @@ def make_page(
         colors, why = "", f"There is no picture of features as colours: {' '.join(str(error).split())}"
     return pages.render(
         "embed.html",
-        answers=answers(rows, vectors, shares),
+        answers=answers(rows, vectors, shares, bool(encoder.facts)),
         facts=facts,
         num=len(rows),
         num_features=vectors.shape[1],
@@ -81,13 +81,16 @@ def make_page(
     )
 
 
-def answers(rows: Sequence[dict[str, Any]], vectors: np.ndarray, shares: tuple[float, float]) -> list[Answer]:
+def answers(
+    rows: Sequence[dict[str, Any]], vectors: np.ndarray, shares: tuple[float, float], trained_known: bool
+) -> list[Answer]:
     """Which scans are alike, how much the map shows, whether all scans are as the weights know them, what next.
 
     Args:
         rows: of the table.
         vectors: standardised, [scans, features].
         shares: of the variance, of the map's axes.
+        trained_known: whether the weights say what scans they were trained on.
     """
     names, noted = [row["scan_id"] for row in rows], [row for row in rows if row["notes"]]
     alike, following = (
@@ -103,17 +106,20 @@ def answers(rows: Sequence[dict[str, Any]], vectors: np.ndarray, shares: tuple[f
             following = Line("Look at the outlier", f"{names[c]} first, by its pictures below")
         if most > SAME:
             following = Line("Look for doubles", f"{names[a]} and {names[b]} may be one scan")
-    known = f"of {plural(len(rows), 'scan')} none has a note"
+    known = Line(YES, f"of {plural(len(rows), 'scan')} none has a note")
     if noted:
-        known = f"{len(noted)} of {plural(len(rows), 'scan')} with a note, the first {noted[0]['scan_id']}"
-        known += f": {noted[0]['notes'][0].rstrip('.')}"
+        text = f"{len(noted)} of {plural(len(rows), 'scan')} with a note, the first {noted[0]['scan_id']}"
+        known = Line("Not all", f"{text}: {noted[0]['notes'][0].rstrip('.')}")
+    if not trained_known:  # notes are of the files alone
+        unknown = "the weights do not say what scans they were trained on"
+        known = Line(OPEN, f"{unknown}; {known.text}" if noted else unknown)
     axes = Line(percent(sum(shares)), "of the variance between scans lies along its axes, the rest is not seen there")
     if len(rows) < 3:
         axes = Line(OPEN, "fewer than three scans lie on a line anyway")
     return [
         Answer("Which scans are alike?", alike),
         Answer("How much does the map show?", [axes]),
-        Answer("Are they as the weights know scans?", [Line("Not all" if noted else YES, known)]),
+        Answer("Are they as the weights know scans?", [known]),
         Answer("What to do next?", [following]),
     ]
 

@@ -121,16 +121,17 @@ def make_page(
 def answers(rows: Sequence[Any]) -> list[Answer]:
     """Were the places found, which are doubtful, how sure is that: by how far each is ahead of its runner-up."""
     rivalled = [row for row in rows if row.runner_up_similarity is not None]
-    margins = {row.name: row.similarity - row.runner_up_similarity for row in rivalled}
-    doubtful = {name: margin for name, margin in sorted(margins.items(), key=lambda one: one[1]) if margin < CLOSE}
+    margins = [row.similarity - row.runner_up_similarity for row in rivalled]
+    named = [(row.name, margin) for row, margin in zip(rivalled, margins)]  # several places may have one name
+    doubtful = [one for one in sorted(named, key=lambda one: one[1]) if one[1] < CLOSE]
     clear = len(rows) - len(doubtful)
     have = "has" if clear == 1 else "have"
     text = (
         f"{clear} of {plural(len(rows), 'place')} {have} no other place in B that is nearly as similar (within {CLOSE})"
     )
-    half = reach(list(margins.values()))
+    half = reach(margins)
     if margins:
-        mean = float(np.mean(list(margins.values())))
+        mean = float(np.mean(margins))
         over = (
             "" if half is None else f", 95 % interval {mean - half:.2f} to {mean + half:.2f} over {len(margins)} places"
         )
@@ -138,7 +139,7 @@ def answers(rows: Sequence[Any]) -> list[Answer]:
     verdict = YES if not doubtful else NO if not clear else "In part"
     first = Line("None by its runner-up", "look at all once, for a wrong place can be the only similar one")
     if doubtful:
-        names = ", ".join(f"{name} ({margin:.3f})" for name, margin in doubtful.items())
+        names = ", ".join(f"{name} ({margin:.3f})" for name, margin in doubtful)
         first = Line("Doubtful", f"{names}: look there first, at the runner-up, too")
     sure = (
         "nobody has marked these places in B; how many mm such places are off, with an interval, says python -m "

@@ -52,7 +52,8 @@ def _result(path: Path) -> dict[str, Any] | None:
 
 
 def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
-    """Every reading of every encoder that was judged, its controls and its upper end; a value is best of its column.
+    """Every reading of every encoder that was judged, its controls and its upper end; a value is best of its column
+    where all of these were scored on the same test scans, organs and voxels.
 
     Returns:
         heads: of the columns; rows: name, cells (text, ci, best), window, num_scans; sentences, notes and files of the
@@ -62,9 +63,12 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
         return None
     judges = [judge for judge in JUDGED if any(judge in counted(result) for _, result in probes)]
     rows: list[dict[str, Any]] = []
+    tested: dict[str, set[frozenset]] = {judge: set() for judge in judges}
     named = list(zip(names_of(probes), (result for _, result in probes)))
     for encoder, result in named:
         for name, scores in scored(encoder, result).items():
+            for judge in tested.keys() & scores.keys():
+                tested[judge].add(_tested(judge, scores[judge]["details"]))
             row = {"name": name, "cells": [cell for judge in judges for cell in _cells(judge, scores.get(judge))]}
             row |= {"window": window_of(result)}
             row |= {"num_scans": f"{result['num_train_scans']} / {result['num_test_scans']}"}
@@ -74,15 +78,20 @@ def table(probes: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any] | None:
     for column, judge in enumerate(judges):
         values = [row["cells"][2 * column]["value"] for row in rows]
         known = [value for value in values if value is not None]
-        best = (max if HIGHER_IS_BETTER[judge] else min)(known) if len(set(known)) > 1 else None
+        ranked = len(set(known)) > 1 and len(tested[judge]) == 1
+        best = (max if HIGHER_IS_BETTER[judge] else min)(known) if ranked else None
         for row in rows:
             cell = row["cells"][2 * column]
             cell["best"] = best is not None and cell["value"] == best
+    sentences = [f"{name}, {line}." for name, result in named for line in result["sentences"]]
+    if unlike := "; ".join(IN_FULL[judge] for judge in judges if len(tested[judge]) > 1):
+        same = "the same test scans, organs and voxels"
+        sentences = [f"Not all results are of {same}, so none is called best: {unlike}.", *sentences]
     boxes = {f"{result['body_box_mm']:.1f} mm" for _, result in probes if result["body_box_mm"] is not None}
     return {
         "heads": [head for judge in judges for head in (JUDGED[judge][0], MORE[judge][1])],
         "rows": rows,
-        "sentences": [f"{name}, {line}." for name, result in named for line in result["sentences"]],
+        "sentences": sentences,
         "notes": gathered((name, note) for name, result in named for note in result["notes"]),
         "organs": by_organ(named, judges),
         "body_box": ", ".join(sorted(boxes)),
@@ -108,6 +117,14 @@ def scored(name: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     rows = {f"{name}, {words[reading]}": scores for reading, scores in result["readings"].items()}
     rows |= result["controls"]  # of random weights that are judged themselves, the same rows
     return rows | ({"trained with all labels": result["ceiling"]} if result["ceiling"] else {})
+
+
+def _tested(judge: str, details: dict[str, Any]) -> frozenset:
+    """What a judge scored: (scan, organ, number of its voxels as far as it is known) each."""
+    if judge != "voxels":
+        return frozenset((row["scan_id"], row["organ"], row.get("target_voxels")) for row in details.get("rows", []))
+    counts = zip(details.get("scans", []), details.get("counts", []))
+    return frozenset((scan, *one) for scan, of_scan in counts for one in zip(details["classes"], of_scan) if one[1])
 
 
 def _cells(judge: str, score: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -86,6 +86,13 @@ def _read_run(folder: str, name: str, place: str, number: int) -> Run:
     return Run(name, path, number, record, read_metrics(path), summary, scores, outdated)
 
 
+def evaluated(run: Path, name: str) -> Run:
+    """A run with its evaluation alone, which must be there, and without its metrics."""
+    summary = read_json(run / "evaluation" / "summary.json")
+    scores = pq.read_table(run / "evaluation" / "metrics.parquet").to_pylist()
+    return Run(name, run, 0, RunRecord.read(run), [], summary, scores)
+
+
 def overview(run: Run) -> dict[str, str]:
     """One row of the table of runs: text by column."""
     record = run.record

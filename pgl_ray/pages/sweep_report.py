@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import yaml
 from scipy import stats
 
@@ -14,13 +13,14 @@ from pgl_ray import shipped
 from pgl_ray.model.metrics import reach
 from pgl_ray.pages import arms, figures, plots, sweep_answers, sweep_plots, tables
 from pgl_ray.pages.pages import plural
-from pgl_ray.pages.run_folders import Run
+from pgl_ray.pages.run_folders import Run, evaluated
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.sweeps import Trial
-from pgl_ray.train.records import RunRecord, read_json
+from pgl_ray.train.records import read_json
 
 SCORES = {"dice": ("Dice, %", 100.0), "iou": ("IoU, %", 100.0), "hd_mm": ("HD, mm", 1.0)}
 MIN_TRIALS = 8  # for the importance of settings
+Cells = dict[str, dict[str, Run]]  # arm -> seeds of the space in short -> evaluated run
 
 
 def is_sweep(folders: list[str]) -> bool:
@@ -215,19 +215,20 @@ def importance(config: dict[str, Any], trials: list[Trial]) -> list[tuple[str, s
 def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dict[str, Any] | None:
     """Tables of evaluated arms per point of the space, seeds taken together, beside the published figures; the arms'
     Dice over the number of labelled scans; labels of one cell per arm. None without an evaluated trial."""
-    cells: dict[str, dict[str, list[Run]]] = {}
+    cells: dict[str, Cells] = {}
     for trial in trials:
         run = trial.run("finetune")
         if trial.state == "done" and run and (run / "evaluation" / "summary.json").is_file() and "arm" in trial.values:
             point = {key: v for key, v in trial.values.items() if key != "arm" and sweeps.short(key) != "seed"}
             of_point = cells.setdefault(sweeps.settings(point) or "all trials", {})
-            of_point.setdefault(trial.values["arm"], []).append(_evaluated(run, trial.values["arm"]))
+            seed, arm = sweeps.seeds(trial.values, "pretrain", "finetune"), trial.values["arm"]
+            of_point.setdefault(arm, {})[seed] = evaluated(run, arm)
     if not cells:
         return None
     names = list(config["arms"])
     colors = {arm: plots.RUN_COLORS[k % len(plots.RUN_COLORS)] for k, arm in enumerate(names)}
     cells = {point: {arm: by_arm[arm] for arm in names if arm in by_arm} for point, by_arm in cells.items()}
-    points, published = sorted(cells, key=lambda point: _num_scans(cells[point])), _published(config)
+    points, published = sorted(cells, key=lambda point: _num_scans(_runs(cells[point])[0])), _published(config)
     blocks = [_block(point, cells[point], published if _of_all(cells[point]) else {}, colors) for point in points]
     runs = _one_seed(cells[points[-1]])
     try:
@@ -243,28 +244,25 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
     }
 
 
-def _num_scans(cells: dict[str, list[Run]]) -> int:
-    """Labelled scans of a point's trials, validation included."""
-    scans = next(iter(cells.values()))[0].record.scans
-    return len(scans.train) + len(scans.val)
+def _runs(cells: Cells) -> list[Run]:
+    return [run for by_seed in cells.values() for run in by_seed.values()]
 
 
-def _one_seed(cells: dict[str, list[Run]]) -> list[Run]:
+def _num_scans(run: Run) -> int:
+    """Labelled scans that it had, validation included."""
+    return len(run.record.scans.train) + len(run.record.scans.val)
+
+
+def _one_seed(cells: Cells) -> list[Run]:
     """One run per arm, of the first seed that most arms have; an arm without it is left out."""
-    seeds = [run.record.seed for runs in cells.values() for run in runs]
-    chosen = max(sorted(set(seeds)), key=seeds.count)
-    return [run for runs in cells.values() for run in runs if run.record.seed == chosen]
+    seeds = [seed for by_seed in cells.values() for seed in by_seed]
+    chosen = max(seeds, key=seeds.count)
+    return [by_seed[chosen] for by_seed in cells.values() if chosen in by_seed]
 
 
-def _of_all(cells: dict[str, list[Run]]) -> bool:
+def _of_all(cells: Cells) -> bool:
     """Whether a point's trials had all labelled scans, as those that the paper's tables are of."""
-    return all(run.config["num_scans"] == 1.0 for runs in cells.values() for run in runs)
-
-
-def _evaluated(run: Path, arm: str) -> Run:
-    summary = read_json(run / "evaluation" / "summary.json")
-    scores = pq.read_table(run / "evaluation" / "metrics.parquet").to_pylist()
-    return Run(arm, run, 0, RunRecord.read(run), [], summary, scores)
+    return all(run.config["num_scans"] == 1.0 for run in _runs(cells))
 
 
 def _published(config: dict[str, Any]) -> dict[str, Any]:
@@ -281,14 +279,15 @@ def _published(config: dict[str, Any]) -> dict[str, Any]:
     return by_score
 
 
-def _block(point: str, cells: dict[str, list[Run]], published: dict[str, Any], colors: dict[str, str]) -> dict:
+def _block(point: str, cells: Cells, published: dict[str, Any], colors: dict[str, str]) -> dict:
     """The tables of one point of the space."""
-    organs = list(dict.fromkeys(row["organ"] for runs in cells.values() for run in runs for row in run.scores))
+    organs = list(dict.fromkeys(row["organ"] for run in _runs(cells) for row in run.scores))
     columns = [None, *organs] if len(organs) > 1 else [None]
     score_tables = []
     for score, (head, factor) in SCORES.items():
         rows, distance = [], score.startswith("hd")
-        for arm, runs in cells.items():
+        for arm, by_seed in cells.items():
+            runs = list(by_seed.values())
             values = [[tables.mean_score(run, score, organ) for run in runs] for organ in columns]
             texts = [arms.cell([v * factor for v in column if v is not None]) for column in values]
             texts += [arms.cell([tables.unscored(run) for run in runs], 1)] if distance else []
@@ -299,8 +298,8 @@ def _block(point: str, cells: dict[str, list[Run]], published: dict[str, Any], c
         heads = [(organ or "mean").replace("_", " ") for organ in columns] + ["left out"] * distance
         score_tables.append({"head": head, "heads": heads, "rows": rows})
     bars = []
-    for arm, runs in cells.items():
-        dice = [[tables.mean_score(run, "dice", organ) for run in runs] for organ in organs]
+    for arm, by_seed in cells.items():
+        dice = [[tables.mean_score(run, "dice", organ) for run in by_seed.values()] for organ in organs]
         dice = [[value for value in column if value is not None] for column in dice]
         heights = [float(np.mean(column)) if column else math.nan for column in dice]
         errors = [float(np.std(column, ddof=1)) if len(column) > 1 else math.nan for column in dice]
@@ -310,26 +309,25 @@ def _block(point: str, cells: dict[str, list[Run]], published: dict[str, Any], c
         "first": next(iter(cells)),
         "tables": score_tables,
         "sentences": _differences(cells),
-        "gains": {arm: arms.dice_gain(_against_first(cells, runs)[1]) for arm, runs in list(cells.items())[1:]},
+        "gains": {arm: arms.dice_gain(_against_first(cells, arm)) for arm in list(cells)[1:]},
         "bars": figures.to_svg(plots.organ_bars(organs, bars)),
     }
 
 
-def _differences(cells: dict[str, list[Run]]) -> list[str]:
+def _differences(cells: Cells) -> list[str]:
     """Each arm against the first one, in words."""
-    lines = []
-    for arm, runs in list(cells.items())[1:]:
-        first, pairs = _against_first(cells, runs)
+    lines, (first, *others) = [], cells
+    for arm in others:
+        pairs = _against_first(cells, arm)
         by_seed = [(mine.summary["dice"] or 0.0) - (other.summary["dice"] or 0.0) for mine, other in pairs]
         lines += arms.difference(f"{arm} against {first}", [(a.scores, b.scores) for a, b in pairs], by_seed, arms.DICE)
     return lines
 
 
-def _against_first(cells: dict[str, list[Run]], runs: list[Run]) -> tuple[str, list[tuple]]:
-    """The first arm, and its runs beside those of another, in pairs of a seed."""
-    first = next(iter(cells))
-    by_seed = {run.record.seed: run for run in cells[first]}
-    return first, [(run, by_seed[run.record.seed]) for run in runs if run.record.seed in by_seed]
+def _against_first(cells: Cells, arm: str) -> list[tuple[Run, Run]]:
+    """An arm's runs beside those of the first one, in pairs with the same values of all seeds."""
+    first = next(iter(cells.values()))
+    return [(run, first[seed]) for seed, run in cells[arm].items() if seed in first]
 
 
 def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:
@@ -338,7 +336,7 @@ def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:
     for trial in trials:
         dice, run = sweeps.evaluation(trial).get("dice"), trial.run("finetune")
         if trial.state == "done" and dice is not None and "arm" in trial.values:
-            num = _num_scans({"": [_evaluated(run, "")]})
+            num = _num_scans(evaluated(run, ""))
             dice_by_arm.setdefault(trial.values["arm"], {}).setdefault(num, []).append(100 * dice)
     if len({num for points in dice_by_arm.values() for num in points}) < 2:
         return ""

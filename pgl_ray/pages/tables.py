@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgl_ray.model.metrics import paired_by_scan, reach
+from pgl_ray.model.metrics import other_truth, paired_by_scan, reach
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.train.health import collapse, newest_verdict, rise
 
@@ -21,12 +21,13 @@ def comparison(runs: list[Run]) -> dict[str, Any]:
     """The table of evaluated runs, with its best values, and what the differences are worth.
 
     The means are the evaluation's: over scans, then over organs. The standard error is that of the scans' means.
-    Nothing is called best among runs that were scored on different scans or organs, nor a distance where a run missed
-    an organ: HD leaves such an organ out, which flatters the run.
+    Nothing is called best among runs that were scored on different scans, organs or labels, nor a distance where a run
+    missed an organ: HD leaves such an organ out, which flatters the run.
     """
     organs = evaluated_organs(runs)
     columns = [(score, None) for score in SCORES] + [("dice", organ) for organ in organs]
-    alike = len({frozenset((row["scan_id"], row["organ"]) for row in run.scores) for run in runs}) == 1
+    truth = ("scan_id", "organ", "target_voxels")  # rows of earlier versions may lack the last
+    alike = len({frozenset(tuple(map(row.get, truth)) for row in run.scores) for run in runs}) == 1
     left_out = [unscored(run) for run in runs]
     best = []
     for score, organ in columns:
@@ -111,9 +112,8 @@ def paired_difference(first: list[dict], second: list[dict], score: str = "dice"
 
 def sentences(runs: list[Run], alike: bool) -> list[str]:
     """The best run by mean Dice against each other one, in plain words, after what spoils the comparison."""
-    lines = (
-        [] if alike else ["The runs were scored on different scans or organs: the sentences below use the common ones."]
-    )
+    differ = "The runs were scored on different scans, organs or labels: the sentences below use the common ones."
+    lines = [] if alike else [differ]
     if len({run.summary["index"] for run in runs}) > 1:
         lines.append("The runs were scored on different stores: scans are matched by name.")
     for run in runs:
@@ -123,6 +123,10 @@ def sentences(runs: list[Run], alike: bool) -> list[str]:
     lines += gathered((run.name, note) for run in runs for note in run.summary.get("notes", []))
     best, *others = sorted(runs, key=lambda run: -(run.summary["dice"] or 0.0))
     for other in others:
+        if differs := other_truth(best.scores, other.scores):
+            what = f"{best.name} and {other.name} were scored on different labels of {differs[1]} in scan {differs[0]}"
+            lines.append(f"{what}: no statement about their difference.")
+            continue
         gap = paired_difference(best.scores, other.scores)
         if gap is None:
             lines.append(f"{best.name} and {other.name} share fewer than two scans: no statement about noise.")

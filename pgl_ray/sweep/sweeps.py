@@ -135,6 +135,12 @@ def short(key: str) -> str:
     return key.split("+")[-1].strip().rsplit(".", 1)[-1]
 
 
+def seeds(values: dict[str, Any], *stages: str) -> str:
+    """Of a point's values the seeds of these stages, in short; other stages' seeds change nothing of their results."""
+    own = {f"{stage}.seed" for stage in stages}
+    return settings({key: value for key, value in values.items() if own & {part.strip() for part in key.split("+")}})
+
+
 def number(value: Any) -> str:
     """A value of a space as text."""
     if isinstance(value, float):
