@@ -15,7 +15,7 @@ from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
 from pgl_ray.judge import voxels
-from pgl_ray.pages import answers, next_steps, run_folders, speeds
+from pgl_ray.pages import answers, arms, next_steps, run_folders, speeds
 from pgl_ray.pages.pages import NO, OPEN, YES, percent
 from pgl_ray.train import runs
 from pgl_ray.train.records import RunRecord
@@ -214,6 +214,20 @@ def test_a_gain_that_seeds_do_not_share_stays_open():
 def test_fine_tunings_that_cannot_be_compared(runs, words):
     (line,) = answers.better_tuned(runs)
     assert line.verdict == OPEN and words in line.text
+
+
+def test_fine_tunings_scored_on_other_labels_stay_open():
+    """Labels were corrected between two evaluations, or the tasks differ: in the answer and in a sweep's sentence."""
+    runs = [tuned(BASE + 0.05), tuned(BASE, "random")]
+    for run, size in zip(runs, (90, 91)):
+        for row in run.scores:
+            row["target_voxels"] = 900
+        run.scores[3]["target_voxels"] = size
+    (line,) = answers.better_tuned(runs)
+    where = f"different labels of {runs[0].scores[3]['organ']} in scan {runs[0].scores[3]['scan_id']}"
+    assert line.verdict == OPEN and where in line.text
+    (sentence,) = arms.difference("pgl against random", [tuple(run.scores for run in runs)], [0.05], arms.DICE)
+    assert sentence.startswith(f"pgl against random: scored on {where}: no statement")
 
 
 def test_no_seed_counts_twice():

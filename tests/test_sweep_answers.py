@@ -65,6 +65,18 @@ def test_a_leader_by_other_seeds_is_none(judge, sign):
     assert f"over 2 seeds, those of both, with {-0.085 * sign:+.4f}" in line.text
 
 
+@pytest.mark.parametrize(("judge", "stage"), [("val/dice", "probe"), ("probe/matching_mm", "finetune")])
+def test_a_seed_that_changes_nothing_that_is_judged_is_none(judge, stage):
+    """One training that counted once per seed of another stage would look as sure as three."""
+    trials = [
+        trial_of(lr, judge=judge, pretrain__optim__lr=lr, **{f"{stage}__seed": seed})
+        for lr in (0.1, 0.2)
+        for seed in range(3)
+    ]
+    (line,) = sweep_answers.best(config_of(LR, judge), trials)
+    assert line.verdict == OPEN and "they share fewer than two seeds" in line.text
+
+
 def test_the_lower_error_is_the_best():
     trials = [trial_of(mm, judge="probe/matching_mm", pretrain__optim__lr=lr) for mm, lr in ((30.0, 0.1), (20.0, 0.2))]
     (line,) = sweep_answers.best(config_of(LR, "probe/matching_mm"), trials)

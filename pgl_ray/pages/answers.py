@@ -194,7 +194,8 @@ def _tuned(tuned: list[Run], random: list[Run]) -> Line:
         return Line(OPEN, f"no run from random weights has {same}")
     gain = arms.dice_gain(pairs)
     if gain is None:
-        return Line(OPEN, "fewer than two scans were scored with both")
+        why = arms.unlike([(run.scores, other.scores) for run, other in pairs])
+        return Line(OPEN, why or "fewer than two scans were scored with both")
     means = [float(np.mean([run.summary["dice"] or 0.0 for run in side])) for side in zip(*pairs)]
     text = (
         f"Dice {means[0]:.3f} against {means[1]:.3f} from random weights, {gain.mean / 100:+.3f} (95 % interval "

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pgl_ray.config import flattened
-from pgl_ray.model.metrics import for_few, percentile_bounds, reach
+from pgl_ray.model.metrics import for_few, other_truth, percentile_bounds, reach
 from pgl_ray.pages import tables
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
@@ -84,9 +84,9 @@ def gain(pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measu
         measure: of the rows.
 
     Returns:
-        None with fewer than two common scans.
+        None with fewer than two common scans, or where any of them were scored on other labels (`unlike`).
     """
-    if not pairs:
+    if not pairs or unlike(pairs):
         return None
     if measure.median:
         medians = _median_gap(pairs, by_seed, measure)
@@ -125,13 +125,21 @@ def _median_gap(
     return measure.factor * mean, measure.factor * low, measure.factor * high, len(scans)
 
 
+def unlike(pairs: list[tuple[list[dict], list[dict]]]) -> str:
+    """What keeps runs from being compared: labels that differ, in words; "" where none do."""
+    for mine, theirs in pairs:
+        if differs := other_truth(mine, theirs):
+            return f"scored on different labels of {differs[1]} in scan {differs[0]}: no statement about their difference"
+    return ""
+
+
 def difference(
     subject: str, pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measure: Measure
 ) -> list[str]:
     """A sentence about the `gain` of one arm over another, in a list, begun by `subject`; [] where there is none."""
     gap = gain(pairs, by_seed, measure)
     if not gap:
-        return []
+        return [f"{subject}: {why}."] if (why := unlike(pairs)) else []
     worth = "within" if gap.low <= 0 <= gap.high else "more than"
     return [
         f"{subject}: {gap.mean:+.2f} {measure.unit}, {worth} the noise of {gap.num_scans} scans (95 % interval "

@@ -49,17 +49,17 @@ def of_sweep(config: dict[str, Any], trials: list[Trial], grid: dict[str, Any] |
 # -- which is best? ---------------------------------------------------------------------------------------------------
 
 
-def _groups(trials: list[Trial]) -> dict[str, dict[str, dict[str, float]]]:
+def _groups(judge: str, trials: list[Trial]) -> dict[str, dict[str, dict[str, float]]]:
     """Point -> title -> seed -> score of trials that are done. Arms are set against each other at one point of the
     space; without arms all settings are."""
     scores: dict[str, dict[str, dict[str, float]]] = {}
+    last = "probe" if judge.startswith("probe/") else "finetune"  # whose seeds change what is judged
     for trial in trials:
         if trial.state == "done" and trial.score is not None:
-            seed = {key: value for key, value in trial.values.items() if sweeps.short(key) == "seed"}
-            rest = {key: value for key, value in trial.values.items() if key not in seed}
+            rest = {key: value for key, value in trial.values.items() if sweeps.short(key) != "seed"}
             arm = rest.pop("arm", None)
             point, title = (sweeps.settings(rest), str(arm)) if arm else ("", sweeps.settings(rest) or "as the base")
-            scores.setdefault(point, {}).setdefault(title, {})[sweeps.settings(seed)] = trial.score
+            scores.setdefault(point, {}).setdefault(title, {})[sweeps.seeds(trial.values, "pretrain", last)] = trial.score
     return scores
 
 
@@ -67,7 +67,7 @@ def best(config: dict[str, Any], trials: list[Trial]) -> list[Line]:
     """The best of each point, against the second; over seeds where both have the same ones."""
     judge = config["judge"]
     lines = []
-    for point, titles in _groups(trials).items():
+    for point, titles in _groups(judge, trials).items():
         mean = {title: float(np.mean([*scores.values()])) for title, scores in titles.items()}
         first, *others = sorted(mean, key=lambda title: -sweeps.merit(judge, mean[title]))
         text = f"{judge} {mean[first]:.4f}" + (" (lower is better)" if sweeps.merit(judge, 1.0) < 0 else "")
@@ -196,7 +196,7 @@ def next_step(config: dict[str, Any], trials: list[Trial], leading: list[Line], 
     edges = [text for key in config["space"] if (text := at_edge(key, config["space"][key], top.values.get(key)))]
     if edges and len(done) > 2:
         return Line("Widen the space", f"the best trial lies at its edge: {'; '.join(edges)}")
-    if any(len(scores) < 3 for titles in _groups(done).values() for scores in _best_two(config["judge"], titles)):
+    if any(len(scores) < 3 for titles in _groups(config["judge"], done).values() for scores in _best_two(config["judge"], titles)):
         return Line("Repeat", "the best settings and the second with three seeds or more: a grid_search of the seed")
     if not config["arms"]:
         args = [str(Path(config["run"], "best.yaml")), "index=STORE", "run=RUN"]
