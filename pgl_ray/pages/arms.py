@@ -129,7 +129,8 @@ def unlike(pairs: list[tuple[list[dict], list[dict]]]) -> str:
     """What keeps runs from being compared: labels that differ, in words; "" where none do."""
     for mine, theirs in pairs:
         if differs := other_truth(mine, theirs):
-            return f"scored on different labels of {differs[1]} in scan {differs[0]}: no statement about their difference"
+            where = f"{differs[1]} in scan {differs[0]}"
+            return f"scored on different labels of {where}: no statement about their difference"
     return ""
 
 

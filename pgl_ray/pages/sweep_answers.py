@@ -59,7 +59,8 @@ def _groups(judge: str, trials: list[Trial]) -> dict[str, dict[str, dict[str, fl
             rest = {key: value for key, value in trial.values.items() if sweeps.short(key) != "seed"}
             arm = rest.pop("arm", None)
             point, title = (sweeps.settings(rest), str(arm)) if arm else ("", sweeps.settings(rest) or "as the base")
-            scores.setdefault(point, {}).setdefault(title, {})[sweeps.seeds(trial.values, "pretrain", last)] = trial.score
+            seeds = sweeps.seeds(trial.values, "pretrain", last)
+            scores.setdefault(point, {}).setdefault(title, {})[seeds] = trial.score
     return scores
 
 
@@ -196,7 +197,8 @@ def next_step(config: dict[str, Any], trials: list[Trial], leading: list[Line], 
     edges = [text for key in config["space"] if (text := at_edge(key, config["space"][key], top.values.get(key)))]
     if edges and len(done) > 2:
         return Line("Widen the space", f"the best trial lies at its edge: {'; '.join(edges)}")
-    if any(len(scores) < 3 for titles in _groups(config["judge"], done).values() for scores in _best_two(config["judge"], titles)):
+    judge, groups = config["judge"], _groups(config["judge"], done).values()
+    if any(len(scores) < 3 for titles in groups for scores in _best_two(judge, titles)):
         return Line("Repeat", "the best settings and the second with three seeds or more: a grid_search of the seed")
     if not config["arms"]:
         args = [str(Path(config["run"], "best.yaml")), "index=STORE", "run=RUN"]
