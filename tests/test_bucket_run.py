@@ -1,5 +1,6 @@
 """Runs in a bucket: what is there counts, whatever happens to the machines that work on it."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -331,6 +332,88 @@ def test_results_of_another_machine_are_gone_on_with(run):
     with run_paths.results(run, "evaluation") as folder:
         assert (folder / "scans.jsonl").read_text() == "1"
     assert keys(run, "evaluation/") == ["evaluation/compare_x.json", "evaluation/scans.jsonl"]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def in_bucket(run: str) -> dict[str, str]:
+    return {key.removeprefix("evaluation/"): Bucket(run).read(key).decode() for key in keys(run, "evaluation/")}
+
+
+def evaluate_some(folder: Path, name: str) -> None:
+    """As an evaluation does: a log grows, a file of its own is added, one of before may go."""
+    folder.mkdir(exist_ok=True)
+    (folder / "again.txt").unlink(missing_ok=True)
+    with (folder / "scans.jsonl").open("a") as file:
+        file.write(f"{name}\n")
+    (folder / name).write_text(name)
+
+
+@pytest.mark.parametrize("turns", ["121", "1221", "12131", "111"])
+def test_results_of_machines_in_turn_are_those_of_one(run, tmp_path, monkeypatch, turns):
+    for number, machine in enumerate(turns):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"machine_{machine}"))
+        name = "again.txt" if number == 1 else f"{number}.txt"  # the next turn removes it
+        evaluate_some(tmp_path / "one", name)
+        with run_paths.results(run, "evaluation") as folder:
+            evaluate_some(folder, name)
+        assert in_bucket(run) == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("since", ["nothing", "own results", "results of another machine"])
+def test_interrupted_results_go_on_unless_others_are_newer(run, tmp_path, monkeypatch, since):
+    def interrupted():
+        with run_paths.results(run, "evaluation") as folder:
+            evaluate_some(folder, "half.txt")
+            raise KeyboardInterrupt
+
+    if since == "own results":
+        with run_paths.results(run, "evaluation") as folder:
+            evaluate_some(folder, "a.txt")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    if since == "results of another machine":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine_2"))
+        with run_paths.results(run, "evaluation") as folder:
+            evaluate_some(folder, "b.txt")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine_1"))
+    expected = {"nothing": {"half.txt"}, "own results": {"a.txt", "half.txt"}}.get(since, {"b.txt"})
+    with run_paths.results(run, "evaluation") as folder:
+        assert contents(folder).keys() == expected | {"scans.jsonl"}
+    assert in_bucket(run).keys() == expected | {"scans.jsonl"}
+
+
+@pytest.mark.parametrize("calls", range(4))
+def test_a_kill_while_results_are_written_costs_none(run, monkeypatch, calls):
+    """After so many objects: all names of before are still there, and this machine goes on with what it has."""
+    with run_paths.results(run, "evaluation") as folder:
+        for name in ("again.txt", "scans.jsonl"):
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_text("before\n")
+    before, left = in_bucket(run), [calls]
+
+    def until_killed(call):
+        def killed(place, key, *parts):
+            if key.startswith("evaluation"):
+                if not left[0]:
+                    raise SystemExit
+                left[0] -= 1
+            call(place, key, *parts)
+
+        return killed
+
+    with monkeypatch.context() as patched:
+        for name in ("write", "remove"):
+            patched.setattr(Bucket, name, until_killed(getattr(Bucket, name)))
+        with contextlib.suppress(SystemExit), run_paths.results(run, "evaluation") as folder:
+            evaluate_some(folder, "new.txt")
+    after = {"scans.jsonl": "before\nnew.txt\n", "new.txt": "new.txt"}
+    assert in_bucket(run).keys() >= before.keys() or in_bucket(run) == after
+    with run_paths.results(run, "evaluation") as folder:
+        assert contents(folder) == after
+    assert in_bucket(run) == after
 
 
 def test_a_refused_key_is_not_tried_for_minutes(run, monkeypatch):

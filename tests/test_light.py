@@ -233,6 +233,19 @@ def test_the_weight_reaches_the_gradient(parts):
     assert (gradients[1.0] - gradients[0.0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("num, parts", [(1, 2), (1, 6), (3, 4)])
+def test_more_parts_than_patches_are_as_many_as_patches(num, parts):
+    """As an elastic run with accumulate may ask for; InstanceNorm refuses an empty part."""
+    given = {key: value[:num] for key, value in batch().items()}
+    results = []
+    for count in (num, parts):
+        model = light("resenc5")
+        loss = one_step.backward(model, model, given, "multiclass", count, autocast(CPU, "float32"))
+        results.append([loss, *(p.grad for p in model.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 # -- the optimizer -----------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from pgl_ray.model.pgl import Pair, feature_geometry, valid_bins
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.train import optim, ranks
 from pgl_ray.train.networks import build_pretraining
-from pgl_ray.train.one_step import train_step
+from pgl_ray.train.one_step import forward_and_back, train_step
 
 SMALL = ["index=a", "run=b", "encoder.width=8", "encoder.depths=[1,1,1,1]", "heads.hidden=16", "heads.out=12"]
 SMALL += ["views.size=[16,48,32]"]
@@ -114,6 +114,20 @@ def test_a_few_steps_lower_the_loss_of_one_batch(method, args):
     assert steps[-1].output.loss < 0.9 * steps[0].output.loss
     grads = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     assert steps[-1].grad_norm > 0 and torch.isfinite(grads).all()
+
+
+@pytest.mark.parametrize("num, parts", [(1, 2), (2, 5)])
+def test_more_parts_than_pairs_are_as_many_as_pairs(num, parts):
+    """InstanceNorm refuses an empty part."""
+    args = ["encoder.kind=resenc", "encoder.depths=[1,1,1,1,1]", "encoder.width=4", "align.output_stride=[4,8,8]"]
+    results = []
+    for count in (num, parts):
+        net = model_of(*args)[0].train()
+        autocast = on.autocast(torch.device("cpu"), "float32")
+        _, output = forward_and_back(net, net, pair(num=num), count, autocast)
+        results.append([output.loss, *(p.grad for p in net.parameters() if p.grad is not None)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 # -- PGL's own choices ------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What a sweep's trials are given: paths that hold in their own folders, encoders of one size, their own trainings."""
 
+import itertools
 import json
 import shutil
 
@@ -59,6 +60,32 @@ def test_all_arms_have_the_encoder_of_the_pre_training(tmp_path, last):
             point = {"arm": arm, "pretrain.encoder.width": width}
             found = stages.stage_configs(config, point, tmp_path / "t")[last].encoder
             assert (found.width, found.depths) == (expected, (1, 1, 1, 1) if arm != "wide" else found.depths)
+
+
+@pytest.mark.parametrize(
+    "tuning, pretrained", [*itertools.product((None, "random", "/runs/a"), (True, False)), ("no stage", True)]
+)
+def test_a_probe_judges_the_init_it_is_given_or_is_refused(tmp_path, tuning, pretrained):
+    """Given by the base or the arm (which goes before), with a pre-training or a fine-tuning that starts elsewhere."""
+    for of_base, of_arm in itertools.product((None, "random", "/runs/a"), repeat=2):
+        arm = {"probe.init": of_arm} if of_arm else {}
+        bases = {"base_probe": {"init": of_base} if of_base else {}}
+        bases |= {} if pretrained else {"base_pretrain": None}
+        if tuning == "no stage":
+            bases |= PROBED
+            possible = bool(of_arm or not of_base)
+        else:
+            arm |= {"finetune.init": tuning} if tuning else {}
+            start = tuning or ("its pre-training" if pretrained else "random")
+            possible = (of_arm or of_base) in (None, start)
+        config = sweep(tmp_path, arms={"one": {"probe.seed": 1, **arm}}, **bases)
+        if possible:
+            (only,) = checks.check(config)
+            judged = stages.stage_configs(config, only.values, tmp_path / "t")["probe"].init
+            assert judged == (of_arm or of_base) or not (of_arm or of_base)
+            continue
+        with pytest.raises(ValueError, match=rf"^arm=one: (base_)?probe.init={of_arm or of_base}: the probe judges"):
+            checks.check(config)
 
 
 def test_curves_that_are_judged_belong_to_one_trial(tmp_path):

@@ -4,8 +4,10 @@ import base64
 import functools
 import itertools
 import json
+import logging
 import math
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -25,7 +27,7 @@ from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
 from pgl_ray.pages import arms, sweep_plots, sweep_report
 from pgl_ray.sweep import checks, population, progress_table, search, stages, stores, sweeps, trial
-from pgl_ray.sweep.points import name_of, values_of
+from pgl_ray.sweep.points import domain, name_of, values_of
 from pgl_ray.sweep.room import room_for
 from pgl_ray.train import capacity, checkpoint, nodes, optim
 from pgl_ray.train.metrics import metrics_path, read_metrics
@@ -165,6 +167,51 @@ def test_every_point_of_the_space_is_one_trial(tmp_path):
     assert only.values == {"finetune.seed": 7}
 
 
+MIXED = {"pretrain.seed": {"grid_search": [3, 4]}, **LR, "finetune.seed": {"randint": [0, 999]}}
+
+
+def test_arms_and_grids_share_every_draw(tmp_path):
+    """Each arm meets each point: what is drawn, and what the grids say."""
+    config = sweep(tmp_path, arms={"a": {}, "b": {}, "c": {}}, space=MIXED, num_trials=4)
+    points = [one.values for one in checks.check(config)]
+    draws = {(point["finetune.optim.lr"], point["finetune.seed"]) for point in points}
+    cells = {(arm, seed, *draw) for arm, seed, draw in itertools.product("abc", (3, 4), draws)}
+    assert len(draws) == 4 and len(points) == 24
+    assert {(p["arm"], p["pretrain.seed"], p["finetune.optim.lr"], p["finetune.seed"]) for p in points} == cells
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"arms": {"a": {}, "new": {}, "b": {}}},
+        {"space": {**MIXED, "pretrain.seed": {"grid_search": [5, 3, 4]}}},
+        {"space": {"probe.seed": {"grid_search": [0]}, **MIXED}, "of_each": {"probe.seed": 0}},
+        {"num_trials": 5},
+    ],
+)
+def test_a_larger_space_has_all_trials_of_the_smaller(tmp_path, more):
+    """More arms, more points of a grid, another grid, more draws: what is finished stays a trial of the sweep."""
+    of_each = more.pop("of_each", {})
+    known = {"arms": {"a": {}, "b": {}}, "space": MIXED, "num_trials": 3, "base_probe": {}}
+    small, large = (checks.check(sweep(tmp_path, **known | changes)) for changes in ({}, more))
+    assert len(small) == 12 and {name_of(one.values | of_each) for one in small} <= {one.name for one in large}
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_draws_without_arms_and_grids_follow_the_seed_alone(tmp_path, seed):
+    """One after another, each key in its order: sweeps of earlier versions go on."""
+    space = {
+        **LR,
+        "finetune.seed": {"randint": [0, 999]},
+        "finetune.patch.crop_scale": {"choice": [[1, 1], [0.9, 1.1]]},
+    }
+    rng = np.random.RandomState(seed)
+    expected = [[domain(verbs).sample(random_state=rng) for verbs in space.values()] for _ in range(6)]
+    trials = checks.check(sweep(tmp_path, space=space, num_trials=6, seed=seed))
+    found = [list(one.values.values()) for one in trials]
+    assert found == [[lr, number, json.loads(scale)] for lr, number, scale in expected]
+
+
 def test_equal_pretrainings_share_a_folder(tmp_path):
     arms = {"random": {"finetune.init": "random"}, "pgl": {}, "byol": {"pretrain.method": "byol"}}
     config = sweep(tmp_path, arms=arms, base_probe={"num_scans": 2}, base_evaluate={"split": "val"})
@@ -238,6 +285,17 @@ def test_a_sweep_takes_more_trials_and_no_other_base(tmp_path):
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="is no sweep"):
         sweeps.remember(sweep(tmp_path), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "earlier, now", [(None, sweeps.PROBE), (sweeps.PROBE, None), (sweeps.PROBE, "probe/matching_mm")]
+)
+def test_a_sweep_goes_on_by_the_same_first_judge(tmp_path, earlier, now):
+    """Rungs and curves have one scale."""
+    sweeps.remember(sweep(tmp_path, space=LR, first_judge=earlier), tmp_path / "sweep")
+    sweeps.remember(sweep(tmp_path, space=LR, first_judge=earlier), tmp_path / "sweep")
+    with pytest.raises(ValueError, match="is a sweep with another first_judge"):
+        sweeps.remember(sweep(tmp_path, space=LR, first_judge=now), tmp_path / "sweep")
 
 
 def test_a_refused_second_start_leaves_the_sweep_as_it_is(tmp_path, monkeypatch):
@@ -402,6 +460,49 @@ def test_optuna_knows_what_ended_trials_gave(tmp_path):
     assert drawn["finetune.patch.crop_scale"] in ([0.9, 1.1], [1.1, 1.4])
 
 
+@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize("first_judge", [None, sweeps.PROBE])
+def test_optuna_takes_no_figure_of_the_first_judge_for_a_score(tmp_path, first_judge, continued):
+    """What ASHA stopped before its fine-tuning has a higher figure of another kind; what failed is bad all the same."""
+    pytest.importorskip("optuna")
+    config = sweep(tmp_path, space=LR, search="optuna", num_trials=9, first_judge=first_judge, **CURVE)
+    ends = {"pruned": [(40, 0.6)], "at its end": [(50, 0.6), (100, 0.7)], "tuned": [(100, 0.8), (150, 0.3)]}
+    states = dict.fromkeys(ends, "stopped") | {"done": "done", "failed": "failed"}
+    ends |= {"done": [(100, 0.5), (200, 0.4)], "failed": [(60, 0.6), (0, 0.0)]}
+    if continued:
+        del ends["failed"]  # it is tried again
+        facts = {"judged_from": 100 if first_judge else 0, "judge": config.judge}
+        begun = []
+        for k, (name, reports) in enumerate(ends.items()):
+            score = 0.4 if name == "done" else None
+            begun.append(ended(tmp_path, {"finetune.optim.lr": 0.01 + k / 100}, score, reports, states[name], **facts))
+        optuna = search.make_optuna(config, begun)
+    else:
+        optuna = search.make_optuna(config, [])
+        for name, reports in ends.items():
+            optuna.suggest(name)
+            for progress, score in reports:
+                optuna.on_trial_result(name, {"progress": progress, "score": score, "training_iteration": progress})
+            optuna.on_trial_complete(name, {"progress": progress, "score": score})
+    trials = dict(zip(ends, optuna._ot_study.trials, strict=True))
+    told = {name: one.value for name, one in trials.items() if one.state.name == "COMPLETE"}
+    early = {} if first_judge else {"pruned": 0.6, "at its end": 0.7}
+    assert told == {**early, "tuned": 0.3, "done": 0.4, **({} if continued else {"failed": 0.0})}
+    assert {one.state.name for name, one in trials.items() if name not in told} <= {"PRUNED"}
+
+
+def test_a_search_by_optuna_prints_nothing_of_its_own(tmp_path, capsys, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.INFO)  # as in a new process
+    for handler in logging.getLogger("optuna").handlers:
+        if type(handler) is logging.StreamHandler:  # its own
+            monkeypatch.setattr(handler, "stream", sys.stderr)
+    given = search.make_optuna(sweep(tmp_path, space=LR, search="optuna"), [])
+    given.suggest("one")
+    given.on_trial_complete("one", {"progress": 100, "score": 0.5})
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     "key, wide, narrow, value",
     [
@@ -555,8 +656,9 @@ def said(value: float, scans=("p", "q"), init="run", off: float | None = None, a
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Trials without Ray: what is reported is kept; values give what their probes find, none a failure."""
-    told: list[tuple[str, dict]] = []
+    """Trials without Ray: what is reported is kept, with the state of the trial as it is; values give what their probes
+    find, none a failure."""
+    told: list[tuple[str, dict, str]] = []
 
     class Trial:
         def __init__(self, folder):
@@ -574,12 +676,16 @@ def alone(monkeypatch):
                 raise c.FailedRun("out of memory")
             write_json(Path(probed.output), found)
 
+        def report(figures, checkpoint):
+            told.append((folder.name, figures, sweeps.read_trial(folder).state))
+
         folder.mkdir(parents=True)
         monkeypatch.setattr(trial, "_apart", apart)
         monkeypatch.setattr(trial, "_pretrain", lambda config: None)
         monkeypatch.setattr(trial, "_gpus", lambda train: 0.0)
         monkeypatch.setattr(ray_tune, "get_context", lambda: Trial(folder / "ray"))
-        monkeypatch.setattr(ray_tune, "report", lambda figures, checkpoint: told.append((folder.name, figures)))
+        monkeypatch.setattr(ray_tune, "get_checkpoint", lambda: None)
+        monkeypatch.setattr(ray_tune, "report", report)
         trial.run_stages(config, values, folder, 1)
         return sweeps.read_trial(folder)
 
@@ -608,7 +714,7 @@ def test_the_best_trial_is_the_best_whatever_its_judge(tmp_path, alone, figure):
         found[lr].score == pytest.approx(value(level)) for lr, level in levels.items() if level
     )  # in its own unit
     order = [0.2, 0.4, 0.1, 0.3]  # from the best to the failed one
-    last = {lr: next(f["score"] for name, f in reversed(told) if name == one.name) for lr, one in found.items()}
+    last = {lr: next(f["score"] for name, f, _ in reversed(told) if name == one.name) for lr, one in found.items()}
     assert sorted(last, key=last.get, reverse=True) == order and all(map(math.isfinite, last.values()))
     assert sorted(found, key=lambda lr: found[lr].merit, reverse=True) == order
 
@@ -671,9 +777,42 @@ def test_an_arm_may_be_a_probe_of_random_weights_alone(tmp_path, alone, monkeypa
     run, told = alone
     found = run(config, only.values, tmp_path / "trials" / only.name, said(0.4, init="random", off=0.6))
     assert (found.state, found.error, found.score) == ("done", None, 0.2)  # of the reading that counts
-    assert [figures["score"] for _, figures in told] == [0.2, 0.2]
+    assert [(figures["score"], state) for _, figures, state in told] == [(0.2, "done")]
     monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({}, ({"CPU": 4.0},)))
     assert room_for(config, [only]) == 2
+
+
+@pytest.mark.parametrize("last", ["probe", "curve", "curve and probe", "fine-tuning"])
+def test_a_scheduler_hears_of_the_end_when_a_trial_is_done(tmp_path, alone, monkeypatch, last):
+    """Or it would stop what is finished. ASHA has seen better ones; the trial's notes have all figures."""
+
+    def train(config, figure):
+        Path(config.run).mkdir(parents=True)
+        write_json(Path(config.run) / "run.json", {"door": "d", "config": {}, "num_steps": 4})
+        rows = [{"step": step, figure: value} for step, value in ((2, 0.3), (4, 0.2))]
+        metrics_path(config.run).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    run, told = alone
+    bases = {} if last == "fine-tuning" else {"base_finetune": None, "judge": sweeps.PROBE, **CURVE}
+    if "probe" in last:
+        bases |= {"base_probe": {}} | ({} if "curve" in last else {"base_pretrain": BASE["base_pretrain"]})
+    config = sweep(tmp_path, arms={"a": {}}, scheduler={"kind": "asha", "grace": 60}, **bases)
+    place = stages.stage_configs(config, {"arm": "a"}, tmp_path / "t")["pretrain"].run
+    train(SimpleNamespace(run=place), sweeps.PROBE if "curve" in last else "train/loss")
+    monkeypatch.setattr(trial.finetune, "run", lambda config: train(config, "val/dice"))
+    found = run(config, {"arm": "a"}, tmp_path / "trials" / "t", said(0.1))
+    assert found.error is None
+    assert [figures["progress"] for _, figures, state in told if state != "done"] == [50] * (last != "probe")
+    (end,) = (figures for _, figures, state in told if state == "done")
+    best = {"probe": 0.1, "curve": 0.2, "curve and probe": 0.1, "fine-tuning": 0.3}[last]
+    assert (found.state, found.score, end["score"], end["progress"]) == ("done", best, best, 100)
+    assert found.reports == ([] if last == "probe" else [(50, 0.3)]) + [(100, best)]
+
+    better = [found.model_copy(update={"name": str(k), "reports": [(100, 0.8 + k / 10)]}) for k in range(2)]
+    asha, one = search.make_scheduler(config, better), SimpleNamespace(trial_id="new")
+    asha.on_trial_add(None, one)
+    for _, figures, state in told:
+        assert asha.on_trial_result(None, one, figures) == "CONTINUE" or state == "done"
 
 
 def test_the_first_judges_rungs_have_its_own_sign(tmp_path):

@@ -1,6 +1,7 @@
 """What would only fail in a trial, refused before the first one begins: see stores.py for what lies in the stores."""
 
 from pathlib import Path
+from typing import Any
 
 from pgl_ray.config import STAGES, Section, TuneConfig, keys
 from pgl_ray.sweep.points import LEARNING_RATE, Point, draw, named, num_trials_of, title_of
@@ -45,6 +46,7 @@ def check(config: TuneConfig) -> list[Point]:
             configs = stage_configs(config, trial.values, Path(config.run))
             if config.first_judge and "pretrain" not in configs and "probe" not in configs:
                 raise ValueError(f"it is not pre-trained: for first_judge={config.first_judge} it needs a base_probe")
+            _check_init(config, trial.values, configs)
             _check_probe(config, configs)
             if "evaluate" in configs and configs["evaluate"].tta and configs["finetune"].patch.flip_prob == 0:
                 raise ValueError("evaluate.tta=true averages over flips: it needs finetune.patch.flip_prob above 0")
@@ -76,6 +78,20 @@ def _check_judges(config: TuneConfig, pretraining: Section | None) -> None:
                 )
     if config.base_finetune is None and config.judge.startswith("val/"):
         raise ValueError(f"judge={config.judge} is a figure of fine-tuning, and base_finetune is null: take {PROBE}")
+
+
+def _check_init(config: TuneConfig, values: dict[str, Any], configs: dict[str, Section]) -> None:
+    """Refuses a trial whose probe would judge another encoder than it is given."""
+    given = config.arms.get(values.get("arm"), {}).get("probe.init", (config.base_probe or {}).get("init"))
+    if "probe" not in configs or given in (None, configs["probe"].init):
+        return
+    if "finetune" not in configs:
+        raise ValueError(f"base_probe.init={given}: the probe judges the pre-training: give an arm probe.init instead")
+    start = "the pre-training" if "pretrain" in configs else configs["probe"].init
+    raise ValueError(
+        f"probe.init={given}: the probe judges what fine-tuning starts from, here {start}: give finetune.init the same "
+        "value, or leave probe.init out"
+    )
 
 
 def _check_probe(config: TuneConfig, configs: dict[str, Section]) -> None:

@@ -34,7 +34,8 @@ def num_trials_of(config: TuneConfig) -> int:
 
 
 def draw(config: TuneConfig) -> list[Point]:
-    """Every point once; the arms run fastest, so that a sweep that is cut off has the same points of each."""
+    """Every point once; the arms run fastest, so that a sweep that is cut off has the same points of each. All arms and
+    points of the grids share a draw: more of them add trials and change none."""
     import numpy as np
 
     rng = np.random.RandomState(config.seed)
@@ -42,13 +43,14 @@ def draw(config: TuneConfig) -> list[Point]:
     axes = [*grids.values(), list(config.arms)] if config.arms else list(grids.values())
     points = {}
     for _ in range(config.num_trials):
+        drawn = {}
+        for key, verbs in config.space.items():
+            if key not in grids:
+                value = domain(verbs).sample(random_state=rng)
+                drawn[key] = decoded(value.item() if isinstance(value, np.generic) else value)
         for point in itertools.product(*axes):
             values = {"arm": point[-1]} if config.arms else {}
-            values |= dict(zip(grids, point))
-            for key, verbs in config.space.items():
-                if key not in grids:
-                    drawn = domain(verbs).sample(random_state=rng)
-                    values[key] = decoded(drawn.item() if isinstance(drawn, np.generic) else drawn)
+            values |= dict(zip(grids, point)) | drawn
             trial = Point(name_of(values), values)
             points.setdefault(trial.name, trial)
     return list(points.values())

@@ -14,7 +14,7 @@ from pgl_ray.config import TuneConfig
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.points import LEARNING_RATE, Point, domain, own_name
 from pgl_ray.sweep.progress_table import counts, table
-from pgl_ray.sweep.stages import end_of
+from pgl_ray.sweep.stages import end_of, judged_from
 from pgl_ray.sweep.trial import run as run_trial
 
 LOOK_S, SHOW_S = 2.0, 60.0  # between two looks at the trials' folders, between two tables
@@ -70,9 +70,17 @@ def _as_continued(folder: Path, trial: Point) -> dict[str, Any]:
 
 
 def make_optuna(config: TuneConfig, begun: list[sweeps.Trial], again: int = 0) -> Any:
-    """Optuna's search, which knows what ended trials gave and first draws those again that were interrupted."""
+    """Optuna's search, which knows what ended trials gave and first draws those again that were interrupted. One
+    that was stopped before the judged stage counts as pruned: the first judge's figure is no score."""
+    import optuna
     from ray.tune.search.optuna import OptunaSearch
 
+    class Search(OptunaSearch):
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            stopped_early = result and 0 < result.get("progress", 0) <= judged_from(config)  # at 0 it failed
+            super().on_trial_complete(trial_id, None if stopped_early else result, error)
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = {key: domain(verbs) for key, verbs in config.space.items()}
     if config.arms:
         space["arm"] = domain({"choice": list(config.arms)})
@@ -81,7 +89,7 @@ def make_optuna(config: TuneConfig, begun: list[sweeps.Trial], again: int = 0) -
     for trial in begun:
         point = {f"trial/values/{key}": value for key, value in sweeps.plain_values(trial).items()}
         if _holds(space, point):
-            (ended if trial.state in sweeps.ENDED else interrupted).append((point, trial.score))
+            (ended if trial.state in sweeps.ENDED else interrupted).append((point, trial))
         else:
             outside.append(trial.name)
     if outside and not again:
@@ -91,9 +99,10 @@ def make_optuna(config: TuneConfig, begun: list[sweeps.Trial], again: int = 0) -
             flush=True,
         )
     seed, first = config.seed + len(begun) + 1000 * again, [point for point, _ in interrupted] or None
-    search = OptunaSearch(space=space, metric="score", mode="max", points_to_evaluate=first, seed=seed)
-    for point, score in ended:
-        search.add_evaluated_point(point, sweeps.merit(config.judge, score))  # a collapsed one has none
+    search = Search(space=space, metric="score", mode="max", points_to_evaluate=first, seed=seed)
+    for point, trial in ended:
+        pruned = trial.state == "stopped" and trial.score is None
+        search.add_evaluated_point(point, sweeps.merit(config.judge, trial.score), pruned=pruned)  # collapsed: no score
     return search
 
 

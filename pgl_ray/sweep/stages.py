@@ -110,6 +110,11 @@ def dotted(key: str) -> list[str]:
     return [part.strip() for part in key.split("+")]
 
 
+def judged_from(config: TuneConfig) -> int:
+    """Percent of the judged stages up to which the first judge reports another figure."""
+    return 100 if config.first_judge and config.base_finetune is not None else 0
+
+
 def end_of(config: TuneConfig) -> int:
     """Percent at the end of the last judged stage: each has a hundred."""
     return 100 * ((config.base_finetune is not None) + (config.first_judge is not None)) or 100

@@ -171,7 +171,7 @@ def check_same(config: TuneConfig, folder: Path) -> None:
     path = folder / SWEEP
     if path.exists():
         earlier = json.loads(path.read_text())
-        fixed = ["index", "judge", *(key for key in wanted if key.startswith("base_"))]
+        fixed = ["index", "judge", "first_judge", *(key for key in wanted if key.startswith("base_"))]
         changed = [key for key in fixed if earlier.get(key) != wanted[key]]
         arms = earlier.get("earlier_arms", {}) | earlier["arms"]
         changed += [f"arms.{arm}" for arm, own in sorted(wanted["arms"].items()) if own != arms.get(arm, own)]

@@ -19,7 +19,7 @@ from pgl_ray.data.system import lock_file
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.points import own_name, values_of
 from pgl_ray.sweep.population import take_over
-from pgl_ray.sweep.stages import end_of, stage_config, stage_configs
+from pgl_ray.sweep.stages import end_of, judged_from, stage_config, stage_configs
 from pgl_ray.train import nodes
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.quiet import quiet_worker
@@ -49,8 +49,8 @@ def run_stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: i
         if earlier.score is not None:
             _report(config.judge, earlier.score, end_of(config), name)
         return
-    first = 100 if config.first_judge and config.base_finetune is not None else 0
-    facts = {} if earlier else {"values": values, "started": time.time(), "judged_from": first, "judge": config.judge}
+    judges = {"judged_from": judged_from(config), "judge": config.judge}
+    facts = {} if earlier else {"values": values, "started": time.time(), **judges}
     sweeps.note(folder, state="running", error=None, since=time.time(), **facts)
     try:
         score, collapse = _stages(config, values, folder, room)
@@ -68,7 +68,7 @@ def _stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: int)
     figure = config.first_judge if tuning else config.judge  # of the encoder
     if pretraining:
         sweeps.note(folder, stage="pretrain", pretrain=pretraining.run, pretrain_gpus=_gpus(pretraining.train))
-        with locked(pretraining.run), _Follower(folder, pretraining.run, figure, 0) as follower:
+        with locked(pretraining.run), _Follower(folder, pretraining.run, figure, 0, last=not tuning) as follower:
             collapse = _pretrain(pretraining)
         if collapse:
             return None, collapse
@@ -80,12 +80,14 @@ def _stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: int)
             _apart(probe.run, configs["probe"], trained.train if trained else TrainConfig(), room)
         if figure in sweeps.FIGURES:
             score = sweeps.probed(folder)[sweeps.FIGURES[figure]]
-            _report(figure, score, 100, folder.name, folder)
+            sweeps.add_report(folder, 100, score)
+            if tuning:
+                _report(figure, score, 100, folder.name)
     if tuning:
         sweeps.note(folder, stage="finetune", finetune=tuning.run, finetune_gpus=_gpus(tuning.train))
         tuning = take_over(folder, values, tuning)
         offset = 100 if config.first_judge else 0
-        with _Follower(folder, tuning.run, config.judge, offset, last=True) as follower:
+        with _Follower(folder, tuning.run, config.judge, offset, last=True, keeps_best=True) as follower:
             finetune.run(tuning)
         score = follower.best
     if score is None:
@@ -146,12 +148,10 @@ def _with_share_of_cores(door: Any, config: Section, room: int) -> Any:
     return door(config)
 
 
-def _report(figure: str, score: float | None, progress: int, name: str, folder: Path | None = None) -> None:
-    """Tells Ray Tune, and the trial's folder, a figure at a percentage of the judged stages; none: the trial failed."""
+def _report(figure: str, score: float | None, progress: int, name: str) -> None:
+    """Tells Ray Tune a figure at a percentage of the judged stages; none: the trial failed."""
     from ray import tune
 
-    if folder:
-        sweeps.add_report(folder, progress, score)
     # what pbt hands to the trial that is to copy this one
     place = Path(tune.get_context().get_trial_dir(), "source")
     place.mkdir(parents=True, exist_ok=True)
@@ -161,14 +161,17 @@ def _report(figure: str, score: float | None, progress: int, name: str, folder: 
 
 
 class _Follower:
-    """Reports a run's judged figure to Ray Tune while its door runs; `best` is the best so far of the last stage, the
-    newest of an earlier one.
+    """Notes a run's judged figure in the trial's folder while its door runs, and reports it to Ray Tune.
 
-    Of the last stage the end is not reported: a scheduler cannot stop what is done.
+    Of the last training the end is not reported: a scheduler cannot stop what is done.
+
+    Attributes:
+        best: the best figure so far of a training that keeps its best network, else the newest.
     """
 
-    def __init__(self, folder: Path, run: str, figure: str | None, offset: int, last: bool = False):
-        self.folder, self.run, self.figure, self.offset, self.last = folder, Path(run), figure, offset, last
+    def __init__(self, folder: Path, run: str, figure: str | None, offset: int, last: bool, keeps_best: bool = False):
+        self.folder, self.run, self.figure, self.offset = folder, Path(run), figure, offset
+        self.last, self.keeps_best = last, keeps_best
         self.best: float | None = None
         self.step = 0
         self.done = threading.Event()
@@ -198,8 +201,9 @@ class _Follower:
             if row["step"] > self.step and math.isfinite(row.get(self.figure, math.nan)):
                 self.step, value = row["step"], row[self.figure]
                 # fine-tuning keeps its best network; of pre-training the newest encoder counts, not the untrained one
-                known = [self.best] if self.last and self.best is not None else []
+                known = [self.best] if self.keeps_best and self.best is not None else []
                 self.best = max(value, *known, key=functools.partial(sweeps.merit, self.figure)) if known else value
+                progress = self.offset + max(1, int(100 * self.step / num_steps))
+                sweeps.add_report(self.folder, progress, self.best)
                 if not (self.last and self.step >= num_steps):
-                    progress = self.offset + max(1, int(100 * self.step / num_steps))
-                    _report(self.figure, self.best, progress, self.folder.name, self.folder)
+                    _report(self.figure, self.best, progress, self.folder.name)

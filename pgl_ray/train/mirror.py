@@ -130,7 +130,7 @@ class Mirror:
         """
         with _held(self.home / "work.lock"):
             self.match()
-            stored, have = self.place.versions(), _read_index(self.index)
+            stored, have = self.place.versions(), read_versions(self.index)
             checkpoints = whole(stored)
             if not checkpoints and OLD in stored:  # what has no manifest would be removed, as what a killed writer left
                 raise ValueError(
@@ -275,7 +275,7 @@ class Mirror:
         with _held(self.home / "read.lock"):
             self._say_whose()
             stored = self.place.versions()
-            have = _read_index(index)
+            have = read_versions(index)
             for key in choose(stored):
                 path = self.cache / key
                 if have.get(key) != stored[key] or not path.is_file():
@@ -297,7 +297,8 @@ def whole(keys: Iterable[str]) -> list[str]:
     return sorted(filter(NAME.fullmatch, names), key=lambda name: int(name.removeprefix("checkpoint_")))
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_versions(path: Path) -> dict[str, str]:
+    """Versions that were noted in a file, by key; {} where there is none."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):  # none yet, or cut off when this machine lost its power

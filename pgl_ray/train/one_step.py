@@ -41,7 +41,8 @@ def train_step(
         pair: this worker's batch.
         decay: of the target.
         autocast: of the forward pass.
-        parts: that the batch goes through in, one after the other; BatchNorm and the figures see a part at a time.
+        parts: that the batch goes through in, one after the other, at most one for each pair; BatchNorm and the
+            figures see a part at a time.
     """
     optimizer.zero_grad(set_to_none=True)
     pair, output = forward_and_back(model, net, pair, parts, autocast)
@@ -61,6 +62,7 @@ def forward_and_back(
     A model that is a DDP wrapper adds up over the workers at the last part, while that is still under way.
     """
     num, loss = len(pair.view_1), torch.zeros((), device=pair.view_1.device)
+    parts = min(parts, num)
     columns = [[None] * parts if value is None else value.tensor_split(parts) for value in pair]
     for number, part in enumerate(map(Pair._make, zip(*columns)), 1):
         with _no_sync(model, net, number, parts):
@@ -98,11 +100,12 @@ def backward(
         net: the network.
         batch: of a PatchRenderer.
         task: of the loss.
-        parts: divides the batch.
+        parts: that the batch goes through in, at most one for each patch.
         autocast: of the forward passes.
         ce_weight: of the loss.
     """
     target, labelled = batch["target"].long(), batch["labelled"].bool()
+    parts = min(parts, len(target))
     if parts == 1:
         with autocast:
             loss = segmentation_loss(model(batch["patch"].float()), target, task, labelled, ce_weight)

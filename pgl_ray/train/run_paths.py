@@ -1,14 +1,16 @@
 """The path on this machine of what is asked of a run, which lies in a folder or in a bucket."""
 
 import contextlib
+import filecmp
 import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from pgl_ray.data.durable import put_in_place
 from pgl_ray.paths import is_url
-from pgl_ray.train.mirror import Mirror, own_events, parts_of, url_of, whole
-from pgl_ray.train.run_files import EVENTS, MANIFEST, METRICS, STATE
+from pgl_ray.train.mirror import Mirror, own_events, parts_of, read_versions, url_of, whole
+from pgl_ray.train.run_files import EVENTS, MANIFEST, METRICS, STATE, write_json
 
 
 def mirror(run: str | os.PathLike) -> Mirror | None:
@@ -65,20 +67,53 @@ def fetch_for_report(run: str) -> Path:
 @contextlib.contextmanager
 def results(run: str, name: str) -> Iterator[Path]:
     """Path of a file or folder of results in a run; of a run in a bucket it is one of this machine, which is brought
-    there when the block ends well."""
+    there when the block ends well. A folder goes on from what another machine has brought there since."""
     copy = mirror(run)
     if not copy:
         yield Path(run, name)
         return
     path = copy.home / "results" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():  # what another machine has done is not done again
-        earlier = copy.fetched(lambda keys: [key for key in keys if key == name or key.startswith(f"{name}/")]) / name
-        if earlier.is_dir():
-            shutil.copytree(earlier, path)
+    _match(copy, path)
     yield path
-    if path.is_dir():
-        copy.place.remove(name)
+    keys = set()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
-            copy.place.write(file.relative_to(path.parent).as_posix(), parts_of(file))
+            key = file.relative_to(path.parent).as_posix()
+            copy.place.write(key, parts_of(file))
+            keys.add(key)
+    for key in _below(copy, name).keys() - keys:  # at last: whoever is killed before leaves nothing half
+        copy.place.remove(key)
+    write_json(_note(path), _below(copy, name))
+
+
+def _match(copy: Mirror, path: Path) -> None:
+    """Makes this machine's copy of a folder of results the bucket's, unless the bucket has what this machine saw or
+    brought there last: what was interrupted since goes on."""
+    stored, known = _below(copy, path.name), read_versions(_note(path))
+    new = [key for key in stored if stored[key] != known.get(key)]
+    gone = [key for key in known.keys() - stored.keys() if (path.parent / key).exists()]
+    if stored and (new or gone or not path.exists()):
+        cache = copy.fetched({*stored}.intersection)
+        own = path.exists() and not gone and all(_same(cache / key, path.parent / key) for key in new)
+        if not own:
+            aside = path.with_name(f".{path.name}.part")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(cache / path.name, aside)
+            shutil.rmtree(path, ignore_errors=True)
+            put_in_place(aside, path)
+    write_json(_note(path), stored)
+
+
+def _note(path: Path) -> Path:
+    """Where the versions stand that the bucket had of a copy's keys when this machine last saw them."""
+    return path.with_name(f".{path.name}.json")
+
+
+def _below(copy: Mirror, name: str) -> dict[str, str]:
+    """Keys below a folder in the bucket, with their versions."""
+    return {key: version for key, version in copy.place.versions().items() if key.startswith(f"{name}/")}
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
