@@ -143,7 +143,7 @@ def test_bench_says_what_limits_and_what_to_change():
     single = bench.describe(dataclasses.replace(slow_data, num_workers=1))
     assert "The stream limits the run (the step waits for the stream 80% of the time), decode most of all" in single
     assert "stream.pairs_per_region=8" in text and "decode 2.00" in text and "1.90 times the crops' own" in text
-    assert "5 GPU-hours here, about 0.17 GPU-hours on an H200" in text
+    assert "5 GPU-hours here, about 0.34 GPU-hours on an H200" in text
     assert "500.0 pairs/s at most per rendering process, 2.2 requests and 3.0 MB each from s3://b/s" in text
     assert ", its place most of all" in bench.describe(dataclasses.replace(slow_data, place_ms=3.0))
     slow_step = dataclasses.replace(slow_data, data_pairs_per_s=5000.0, wait_share=0.0, limit="step", device="cpu")
