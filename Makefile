@@ -17,9 +17,9 @@ test: .venv/.ready
 	$(BIN)/python -m pytest --durations=4 -n 2 --dist loadfile -m "not (slow or cluster)"
 	$(MAKE) -j 2 test-slow test-cluster
 
-# side by side: Ray jobs leave a core idle a quarter of the time, and both once they have ended
+# side by side: Ray jobs, which take longer, leave a core idle a quarter of the time
 test-slow: .venv/.ready
-	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest --durations=8 -n 2 --dist loadfile -m slow
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest --durations=8 -m slow
 
 test-cluster: .venv/.ready
 	$(BIN)/python -m pytest --durations=8 -m cluster
