@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from omegaconf import OmegaConf
-from test_tune import BASE, CURVE, ENCODER, ended, sweep
+from small_sweeps import BASE, CURVE, ENCODER, ended, sweep
 
 from pgl_ray import config as c
 from pgl_ray import tune
