@@ -9,13 +9,16 @@ from monai.metrics import compute_dice, compute_hausdorff_distance, compute_iou
 from scipy import ndimage, stats
 
 from pgl_ray.model.metrics import (
+    bounds_of,
     compare,
+    drawn_medians,
     for_few,
     intervals,
     mask_metrics,
     organ_metrics,
-    paired_by_scan,
+    paired_difference,
     percentile_bounds,
+    scan_draws,
     summarise,
 )
 
@@ -151,7 +154,8 @@ def test_intervals_against_scipy_and_a_walk_through_the_draws():
     bounds = intervals(rows_of(table))
     for k, organ in enumerate("ab"):
         theirs = stats.bootstrap((table[:, k],), np.mean, method="percentile", n_resamples=5000, rng=1)
-        assert bounds["organs"][organ]["dice"] == pytest.approx(list(theirs.confidence_interval), abs=0.02)
+        wanted = for_few(list(theirs.confidence_interval), table[:, k].mean(), 12)
+        assert bounds["organs"][organ]["dice"] == pytest.approx(wanted, abs=0.02)
     wide = bounds["organs"]["a"]["dice"]
     assert wide[0] < table[:, 0].mean() < wide[1] and bounds["organs"]["a"]["hd_mm"] is None
     # organs of a scan are drawn together, and an organ that is not among the drawn ones does not count
@@ -161,7 +165,8 @@ def test_intervals_against_scipy_and_a_walk_through_the_draws():
         parts = [[holes[i][k] for i in draw if holes[i][k] is not None] for k in (0, 1)]
         means.append(np.mean([np.mean(part) for part in parts if part]))
     bounds = intervals(rows_of(holes))
-    assert bounds["dice"] == pytest.approx(list(np.percentile(means, (2.5, 97.5))), abs=0.02)
+    wanted = for_few(list(np.percentile(means, (2.5, 97.5))), (0.4 + 0.9) / 2, 3)
+    assert bounds["dice"] == pytest.approx(np.clip(wanted, 0, 1), abs=0.05)
     assert bounds["organs"]["b"]["dice"] is None  # one scan tells nothing of its scatter
     assert intervals(rows_of(holes), seed=0) == bounds and intervals(rows_of(holes[:1]))["dice"] is None
     assert intervals([])["dice"] is None
@@ -184,12 +189,35 @@ def test_a_difference_its_interval_and_its_test_are_of_one_thing():
     ours = theirs + np.array([0.1, -0.5])
     compared = compare(rows_of(ours), rows_of(theirs))["dice"]
     means = [summarise(rows_of(table))["dice"] for table in (ours, theirs)]
-    by_scan = paired_by_scan(rows_of(ours), rows_of(theirs))
+    by_scan = np.nansum((ours - theirs) / [10, 1], 1) * 10 / 2  # a tenth of one organ's mean, the whole of the other's
     assert compared["difference"] == pytest.approx(means[0] - means[1]) == pytest.approx(by_scan.mean()) == -0.2
     assert compared["p"] == pytest.approx(stats.wilcoxon(by_scan).pvalue) and compared["num_scans"] == 10
-    wanted = np.full(10, 0.1 / 10 / 2 * 10)
-    wanted[3] += -0.5 / 1 / 2 * 10
-    np.testing.assert_allclose(by_scan, wanted)
+    assert (
+        compared["ci95"][0] - 1e-9 < compared["difference"] < 0.1 < compared["ci95"][1]
+    )  # a third of draws lack that scan
+    mean, bounds, num = paired_difference(rows_of(ours), rows_of(theirs))
+    assert (mean, bounds, num) == (compared["difference"], compared["ci95"], 10)
+
+
+@pytest.mark.parametrize("both", [1, 2, 5, 10])
+def test_which_organs_a_scan_has_is_no_noise(both):
+    """Every pair is 0.05 better; how many scans have the second organ says nothing of that."""
+    rng = np.random.default_rng(both)
+    theirs = rng.uniform(0.3, 0.9, (10, 2))
+    theirs[both:, 1] = math.nan
+    said = paired_difference(rows_of(theirs + 0.05), rows_of(theirs))
+    assert said == (pytest.approx(0.05), pytest.approx([0.05, 0.05]), 10)
+
+
+@pytest.mark.parametrize("num", [2, 3, 5, 10])
+def test_noise_of_few_scans_is_seldom_a_difference(num):
+    """Runs that differ by chance: one time in twenty by the interval, not in five."""
+    rng, wrong = np.random.default_rng(num), 0
+    for _ in range(200):
+        theirs = rng.uniform(0.3, 0.7, (num, 2))
+        low, high = compare(rows_of(theirs + rng.normal(0, 0.05, (num, 2))), rows_of(theirs))["dice"]["ci95"]
+        wrong += not low <= 0 <= high
+    assert wrong <= 0.09 * 200
 
 
 def test_a_paired_comparison_is_scipys():
@@ -201,7 +229,7 @@ def test_a_paired_comparison_is_scipys():
     assert compared["dice"]["difference"] == pytest.approx(by_scan.mean())
     assert compared["dice"]["p"] == pytest.approx(stats.wilcoxon(by_scan).pvalue)
     bounds = stats.bootstrap((by_scan,), np.mean, method="percentile", n_resamples=5000, rng=1).confidence_interval
-    assert compared["dice"]["ci95"] == pytest.approx(list(bounds), abs=0.01)
+    assert compared["dice"]["ci95"] == pytest.approx(for_few(list(bounds), by_scan.mean(), 9), abs=0.01)
     for k, organ in enumerate("ab"):
         mine = compared["organs"][organ]["dice"]
         assert mine["p"] == pytest.approx(stats.wilcoxon(ours[:, k], theirs[:, k]).pvalue)
@@ -217,6 +245,55 @@ def test_a_paired_comparison_is_scipys():
     assert (same["difference"], same["ci95"], same["p"]) == (0, [0, 0], 1)
     single = compare(rows_of(theirs[:1]), rows_of(theirs[:1] / 2))["dice"]
     assert single["p"] is single["ci95"] is None and single["difference"] > 0
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.5])
+@pytest.mark.parametrize("num", [2, 3, 7])
+def test_a_drawn_median_is_that_of_the_rows_repeated(num, missing):
+    """As often as both of a row's scans were drawn; a nested loop repeats them."""
+    rng = np.random.default_rng(num)
+    scans = [f"s{k}" for k in range(num)]
+    rows = [
+        {"scan_id": scan, "source_id": source, "organ": organ, "error_mm": rng.uniform(0, 50)}
+        for scan in scans
+        for source in scans
+        for organ in "ab"
+        if source != scan and rng.random() >= missing
+    ]
+    draws = rng.multinomial(num, np.full(num, 1 / num), 50)
+    for times, median in zip(draws, drawn_medians(rows, scans, draws), strict=True):
+        often, repeated = dict(zip(scans, times)), []
+        for one in rows:
+            repeated += [one["error_mm"]] * (often[one["scan_id"]] * often[one["source_id"]])
+        assert median == pytest.approx(np.median(repeated)) if repeated else np.isnan(median)
+    earlier = [{"scan_id": one["scan_id"], "error_mm": one["error_mm"]} for one in rows]
+    for times, median in zip(draws, drawn_medians(earlier, scans, draws), strict=True):
+        repeated = np.repeat([one["error_mm"] for one in rows], [times[scans.index(one["scan_id"])] for one in rows])
+        assert median == pytest.approx(np.median(repeated)) if len(repeated) else np.isnan(median)
+    common = scans[:-1]  # of scans that are left out nothing counts, in either part
+    inside = [one for one in rows if {one["scan_id"], one["source_id"]} <= set(common)]
+    once = drawn_medians(rows, common, np.ones((1, num - 1), int))
+    assert once == pytest.approx(np.median([one["error_mm"] for one in inside])) if inside else np.isnan(once)
+
+
+@pytest.mark.parametrize("own", ["one effect per scan", "one per part"])
+def test_intervals_of_matching_hold_the_truth(own):
+    """Errors that go with both scans of a pair: drawn in one part alone, 4 of 10 intervals would miss the median."""
+    rng, num, held = np.random.default_rng(0), 12, 0
+    draws = scan_draws(num, 0)[:200]
+    for _ in range(100):
+        searched = rng.normal(0, 5, num)
+        source = searched if own == "one effect per scan" else rng.normal(0, 5, num)
+        rows = [
+            {"scan_id": i, "source_id": j, "error_mm": 30 + searched[i] + source[j] + rng.normal()}
+            for i in range(num)
+            for j in range(num)
+            if i != j
+        ]
+        value = float(np.median([one["error_mm"] for one in rows]))
+        low, high = bounds_of(drawn_medians(rows, range(num), draws), value, num)
+        held += low <= 30 <= high
+    assert held >= 90
 
 
 @pytest.mark.parametrize("num", [2, 5, 12])

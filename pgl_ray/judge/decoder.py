@@ -120,7 +120,7 @@ def draw_part(
     """
     voxels, coarse = scan.voxels[rng.integers(len(scan.voxels))], np.array(strides[-1])
     middle = voxels[rng.integers(len(voxels))] + rng.integers(-JITTER, JITTER + 1, 3)
-    room = np.maximum(np.array(scan.target.shape) - size, 0)
+    room = -(-np.maximum(np.array(scan.target.shape) - size, 0) // coarse) * coarse  # the last part may reach beyond
     start = np.clip(middle - np.array(size) // 2, 0, room) // coarse * coarse
     parts = []
     for one, stride in zip(maps, strides):

@@ -5,6 +5,7 @@ whichever reading is best, and wrong priors as a second control), and an encoder
 all labels.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ IN_FULL = {
     "decoder": "Dice of a decoder on the frozen maps",
     "matching": "median error of point matching in mm",
 }
+NUM_DRAWS = 1000  # of matching's pairs of scans
 LEAST_ROOM = {"voxels": 0.02, "decoder": 0.02, "matching": 2.0}  # between its ends, below which a judge says nothing
 
 
@@ -36,11 +38,11 @@ class Score:
 
     Attributes:
         value: balanced accuracy, mean Dice, or median error in mm.
-        ci95: [low, high] over the test scans (for matching: the scans that are searched) and, where there are several,
-            over decoders; none for a single scan.
+        ci95: [low, high] over the test scans (of matching in both of their parts) and, where there are several, over
+            decoders; none for a single scan.
         details: plain values: of voxels "recall", "last_map", and "hits" of "counts" voxels per "scans" and "classes";
             of the decoder "organs" with Dice and HD95, "hd95_mm", "seeds", and "rows" per scan and organ; of matching
-            "organs", "deformed_mm", and "rows".
+            "organs", "deformed_mm", and "rows" per pair of scans and organ.
         drawn: the value in bootstrap draws of test scans and decoders, [draws], the same draws for every encoder, so
             that differences are paired; none for a single scan. Not written to files.
         num_scans: that were drawn.
@@ -51,6 +53,14 @@ class Score:
     details: dict[str, Any] = field(default_factory=dict)
     drawn: np.ndarray | None = field(default=None, compare=False, repr=False)
     num_scans: int = field(default=0, compare=False)
+
+    @classmethod
+    def of_draws(
+        cls, value: float, details: dict[str, Any], drawn: np.ndarray | None, num_scans: int, most: float = math.inf
+    ) -> "Score":
+        """With the interval that the draws of so many scans give a value between 0 and `most`."""
+        bounds = None if drawn is None else metrics.bounds_of(drawn, value, num_scans, most)
+        return cls(value, bounds, details, drawn, num_scans)
 
     def plain(self) -> dict[str, Any]:
         """For a JSON file."""
@@ -128,11 +138,11 @@ class Judges:
         score = self.probe.score(features)
         last = self.probe.score(features, slice(-encoder.channels[encoder.last], None))
         draws = metrics.scan_draws(len(score.hits), self.config.seed)
-        drawn = voxels.drawn_accuracies(score, draws) if len(score.hits) > 1 else None
+        drawn = voxels.drawn_accuracies(score.hits, score.counts, draws) if len(score.hits) > 1 else None
         details = {"recall": score.recall, "last_map": last.balanced_accuracy}
         details |= {"hits": score.hits.tolist(), "counts": score.counts.tolist()}
         details |= {"scans": [scan.scan_id for scan in self.probe.scans[1]], "classes": list(self.probe.names.values())}
-        return Score(score.balanced_accuracy, _bounds(drawn), details, drawn, len(score.hits))
+        return Score.of_draws(score.balanced_accuracy, details, drawn, len(score.hits), 1.0)
 
     def _decoder(self, maps: readings.StandardisedMaps) -> Score:
         seeds, size = range(self.config.seed, self.config.seed + self.num_seeds), self.size
@@ -143,7 +153,7 @@ class Judges:
         organs = {organ: {key: one[key] for key in ("dice", "hd95_mm")} for organ, one in summary["organs"].items()}
         details = {"organs": organs, "hd95_mm": summary["hd95_mm"], "rows": together}
         details["seeds"] = [metrics.summarise(part)["dice"] for part in rows]
-        return Score(summary["dice"], _bounds(drawn), details, drawn, len(self.test))
+        return Score.of_draws(summary["dice"], details, drawn, len(self.test), 1.0)
 
     def _matching(self, maps: readings.StandardisedMaps) -> Score:
         rows = matching.organ_errors(maps, self.test, self.names, self.size)
@@ -151,10 +161,11 @@ class Judges:
             raise ValueError("judges=matching: no organ occurs in two of the test scans: raise num_test_scans")
         moved = matching.deformation_errors(maps, self.test, self.size, self.config.seed)
         deformed_mm = matching.median_error(moved) if moved else None
-        details = {"organs": matching.by_organ(rows), "deformed_mm": deformed_mm, "rows": by_target(rows)}
-        drawn = drawn_medians(rows, self.config.seed)
-        num_searched = len({row["target"] for row in rows})
-        return Score(matching.median_error(rows), _bounds(drawn), details, drawn, num_searched)
+        scans = sorted({row[key] for row in rows for key in ("scan_id", "source_id")})
+        drawn = metrics.drawn_medians(rows, scans, metrics.scan_draws(len(scans), self.config.seed)[:NUM_DRAWS])
+        plain = [{key: value for key, value in row.items() if key != "found_mm"} for row in rows]
+        details = {"organs": matching.by_organ(rows), "deformed_mm": deformed_mm, "rows": plain}
+        return Score.of_draws(matching.median_error(rows), details, drawn, len(scans))
 
     def body_box_mm(self) -> float:
         """Median matching error of the place in the body's box, which needs no encoder."""
@@ -199,31 +210,6 @@ def drawn_dice(parts: list[list[dict[str, Any]]], seed: int) -> np.ndarray | Non
     drawn = np.stack(of_decoders)  # [decoders, draws]
     chosen = np.random.default_rng((seed, 1)).integers(len(drawn), size=drawn.shape)
     return np.take_along_axis(drawn, chosen, 0).mean(0)
-
-
-def by_target(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Median error per searched scan and organ, for paired comparisons."""
-    keys = sorted({(row["target"], row["organ"]) for row in rows})
-    errors = {key: [row["error_mm"] for row in rows if (row["target"], row["organ"]) == key] for key in keys}
-    return [
-        {"scan_id": scan, "organ": organ, "error_mm": float(np.median(errors[scan, organ]))} for scan, organ in keys
-    ]
-
-
-def drawn_medians(rows: list[dict[str, Any]], seed: int, num_draws: int = 1000) -> np.ndarray | None:
-    """The median error in bootstrap draws of the searched scans, each with all its rows; none for a single scan."""
-    errors: dict[str, list[float]] = {}
-    for row in rows:
-        errors.setdefault(row["target"], []).append(row["error_mm"])
-    if len(errors) < 2:
-        return None
-    parts, rng = list(errors.values()), np.random.default_rng(seed)
-    draws = rng.integers(len(parts), size=(num_draws, len(parts)))
-    return np.array([np.median(np.concatenate([parts[i] for i in draw])) for draw in draws])
-
-
-def _bounds(drawn: np.ndarray | None) -> list[float] | None:
-    return None if drawn is None else metrics.percentile_bounds(drawn)
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,8 @@ def organ_errors(
         size: of the training views.
 
     Returns:
-        A row per ordered pair of scans and organ that both have: source, target, organ, error_mm, and found_mm, the
-        place that was found along the target's own axes.
+        A row per ordered pair of scans and organ that both have: source_id, scan_id, which was searched, organ,
+        error_mm, and found_mm, the place that was found along the searched scan's own axes.
     """
     scans = [scan for scan in scans if has_body(scan.volume)]
     grids: list[Points] = []
@@ -129,7 +129,7 @@ def organ_errors(
                 if organ in target_organs:
                     right = (target_organs[organ] + 0.5) * np.array(target.record.spacing_mm)
                     error = float(np.linalg.norm(place - right))
-                    pair = {"source": source.record.scan_id, "target": target.record.scan_id}
+                    pair = {"source_id": source.record.scan_id, "scan_id": target.record.scan_id}
                     rows.append({**pair, "organ": organ, "error_mm": error, "found_mm": place.tolist()})
     return rows
 
@@ -154,7 +154,7 @@ def deformation_errors(
         (query,) = read_points(maps, scan, scan.volume, [inside[drawn]], size)
         errors = np.linalg.norm(grid.at_mm[nearest(query, grid)] - grid.at_mm[drawn], axis=1)
         own = scan.record.scan_id
-        rows += [{"source": own, "target": own, "organ": "any", "error_mm": float(error)} for error in errors]
+        rows += [{"source_id": own, "scan_id": own, "organ": "any", "error_mm": float(error)} for error in errors]
     return rows
 
 

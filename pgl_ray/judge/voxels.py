@@ -111,19 +111,19 @@ class VoxelProbe:
         return VoxelScore(float(np.mean(list(recall.values()))), recall, hits, counts)
 
 
-def drawn_accuracies(score: VoxelScore, draws: np.ndarray) -> np.ndarray:
+def drawn_accuracies(hits: np.ndarray, counts: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """The balanced accuracy of bootstrap draws of the test scans.
 
     Args:
-        score: of the voxel probe.
+        hits, counts: of a `VoxelScore`.
         draws: how often each scan is drawn, int [draws, test scans].
 
     Returns:
         float [draws].
     """
-    counts = draws @ score.counts
+    num = draws @ counts
     with np.errstate(invalid="ignore"):
-        recall = np.where(counts > 0, draws @ score.hits / counts, np.nan)
+        recall = np.where(num > 0, draws @ hits / num, np.nan)
     return np.nanmean(recall, 1)
 
 

@@ -1,17 +1,21 @@
 """What a sweep's arms differ by: paired differences in words, and tables of what the judges say of frozen encoders."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pgl_ray.config import flattened
-from pgl_ray.model.metrics import for_few, other_truth, percentile_bounds, reach
+from pgl_ray.judge import voxels
+from pgl_ray.model.metrics import drawn_medians, for_few, other_truth, percentile_bounds, reach, scan_draws
 from pgl_ray.pages import tables
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.sweeps import Trial
 from pgl_ray.train.records import read_json
+
+NUM_DRAWS = 1000
 
 
 class Measure(NamedTuple):
@@ -22,21 +26,30 @@ class Measure(NamedTuple):
         unit: of the difference.
         factor: from the column's values to the unit.
         figure: of `sweeps.FIGURES`, which says whether lower is better; none: higher is.
-        median: whether the judge's value is a median over scans and organs, not a mean.
+        drawn: (rows, scans, how often each is drawn [draws, scans]) -> the value [draws], of a judge whose value is no
+            mean over organs of the mean over scans.
     """
 
     score: str
     unit: str
     factor: float
     figure: str | None = None
-    median: bool = False
+    drawn: Callable[[list[dict], list[str], np.ndarray], np.ndarray] | None = None
+
+
+def _drawn_accuracies(rows: list[dict], scans: list[str], draws: np.ndarray) -> np.ndarray:
+    """The balanced accuracy in draws of the scans, [draws]."""
+    organs = list(dict.fromkeys(row["organ"] for row in rows))
+    found = {(row["scan_id"], row["organ"]): (row["hits"], row["count"]) for row in rows}
+    both = np.array([[found.get((scan, organ), (0, 0)) for organ in organs] for scan in scans])
+    return voxels.drawn_accuracies(both[..., 0], both[..., 1], draws)
 
 
 DICE = Measure("dice", "points of Dice", 100.0)
 MEASURES = {
-    "voxels": Measure("recall", "points of balanced accuracy", 100.0, "probe/balanced_accuracy"),
+    "voxels": Measure("hits", "points of balanced accuracy", 100.0, "probe/balanced_accuracy", _drawn_accuracies),
     "decoder": DICE._replace(figure="probe/decoder_dice"),
-    "matching": Measure("error_mm", "mm of error (lower is better)", 1.0, "probe/matching_mm", True),
+    "matching": Measure("error_mm", "mm of error (lower is better)", 1.0, "probe/matching_mm", drawn_medians),
 }
 
 
@@ -88,40 +101,28 @@ def gain(pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measu
     """
     if not pairs or unlike(pairs):
         return None
-    if measure.median:
-        medians = _median_gap(pairs, by_seed, measure)
-        return medians and Gain(*medians, by_seed, measure)
+    if measure.drawn:
+        drawn = _drawn_gap(pairs, by_seed, measure)
+        return drawn and Gain(*drawn, by_seed, measure)
     mine, theirs = ([row for pair in pairs for row in pair[side]] for side in (0, 1))
     together = [_over_seeds(rows, measure.score) for rows in (mine, theirs)]
     paired = tables.paired_difference(*together, measure.score)
     return paired and Gain(*(measure.factor * value for value in paired[:3]), paired.num_scans, by_seed, measure)
 
 
-def _median_gap(
+def _drawn_gap(
     pairs: list[tuple[list[dict], list[dict]]], by_seed: list[float], measure: Measure
 ) -> tuple[float, float, float, int] | None:
-    """Mean over seeds of what two medians differ by, its 95 % interval in draws of the scans, and their number.
-
-    The judge's medians are over pairs of scans, which its rows do not have: the draws are of the median over rows,
-    moved by what that differs in from the judge's.
-    """
+    """Mean over seeds of what two values differ by, its 95 % interval in draws of the scans, and their number."""
+    assert measure.drawn is not None
     known = [{row["scan_id"] for row in rows} for pair in pairs for rows in pair]
     scans = sorted(set.intersection(*known))
     if len(scans) < 2:
         return None
-    draws = np.random.default_rng(0).integers(len(scans), size=(1000, len(scans)))
-    all_once = np.arange(len(scans))[None]
-
-    def medians(rows: list[dict], draws: np.ndarray) -> np.ndarray:
-        by_scan = [[row[measure.score] for row in rows if row["scan_id"] == scan] for scan in scans]
-        return np.array([np.median(np.concatenate([by_scan[i] for i in draw])) for draw in draws])
-
-    drawn, once = (
-        np.mean([medians(mine, these) - medians(theirs, these) for mine, theirs in pairs], 0)
-        for these in (draws, all_once)
-    )
-    mean = float(np.mean(by_seed))
-    low, high = for_few(percentile_bounds(drawn - once + mean), mean, len(scans))
+    draws = np.vstack([np.ones((1, len(scans)), int), scan_draws(len(scans), 0)[:NUM_DRAWS]])
+    drawn = np.mean([np.subtract(*(measure.drawn(rows, scans, draws) for rows in pair)) for pair in pairs], 0)
+    mean = float(np.mean(by_seed))  # of scans that either has, where that is not all once
+    low, high = for_few(percentile_bounds(drawn[1:] - drawn[0] + mean), mean, len(scans))
     return measure.factor * mean, measure.factor * low, measure.factor * high, len(scans)
 
 
@@ -309,7 +310,7 @@ def _rows_of(judge: str, details: dict[str, Any]) -> list[dict[str, Any]]:
     if judge != "voxels":
         return details["rows"]
     return [
-        {"scan_id": scan, "organ": organ, "recall": hit / count}
+        {"scan_id": scan, "organ": organ, "hits": hit, "count": count}
         for scan, hits, counts in zip(details["scans"], details["hits"], details["counts"])
         for organ, hit, count in zip(details["classes"], hits, counts)
         if count

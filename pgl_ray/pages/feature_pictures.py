@@ -136,7 +136,7 @@ def _match(
 ) -> dict[str, np.ndarray]:
     """Organ -> where it is found, of the largest organs of the source."""
     rows = matching.organ_errors(maps, [source, target], names, size)
-    rows = [row for row in rows if row["source"] == source.record.scan_id]
+    rows = [row for row in rows if row["source_id"] == source.record.scan_id]
     voxels = {row["organ"]: np.count_nonzero(source.target == names.index(row["organ"])) for row in rows}
     largest = sorted(sorted(voxels, key=voxels.get)[-NUM_ORGANS:], key=names.index)
     return {

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pgl_ray.model.metrics import other_truth, paired_by_scan, reach
+from pgl_ray.model import metrics
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.train.health import collapse, newest_verdict, rise
 
@@ -99,15 +99,10 @@ class Difference(NamedTuple):
 
 
 def paired_difference(first: list[dict], second: list[dict], score: str = "dice") -> Difference | None:
-    """Mean score of `first` minus that of `second` as `metrics.compare` has it, with Student's interval over the scans.
-
-    None with fewer than two common scans.
-    """
-    by_scan = paired_by_scan(first, second, score)
-    if len(by_scan) < 2:
-        return None
-    mean, half = float(by_scan.mean()), reach(by_scan)
-    return Difference(mean, mean - half, mean + half, len(by_scan))
+    """Mean score of `first` minus that of `second` as `metrics.compare` has it; none with fewer than two common
+    scans."""
+    said = metrics.paired_difference(first, second, score)
+    return said and Difference(said[0], *said[1], said[2])
 
 
 def sentences(runs: list[Run], alike: bool) -> list[str]:
@@ -123,7 +118,7 @@ def sentences(runs: list[Run], alike: bool) -> list[str]:
     lines += gathered((run.name, note) for run in runs for note in run.summary.get("notes", []))
     best, *others = sorted(runs, key=lambda run: -(run.summary["dice"] or 0.0))
     for other in others:
-        if differs := other_truth(best.scores, other.scores):
+        if differs := metrics.other_truth(best.scores, other.scores):
             what = f"{best.name} and {other.name} were scored on different labels of {differs[1]} in scan {differs[0]}"
             lines.append(f"{what}: no statement about their difference.")
             continue

@@ -8,7 +8,7 @@ import numpy as np
 
 from pgl_ray.judge.judges import HIGHER_IS_BETTER, LEAST_ROOM
 from pgl_ray.judge.readings import IN_WORDS, READINGS
-from pgl_ray.model.metrics import percentile_bounds, reach
+from pgl_ray.model.metrics import drawn_medians, percentile_bounds, reach
 
 RANDOM, CEILING, BEST = "random", "all labels", "pgl, by place"
 TWIN = f"{BEST}, wrong priors"
@@ -51,11 +51,16 @@ def figures(runs: Path) -> list[dict]:
 
 def per_scan(judge: str, details: dict) -> dict[str, list]:
     """What a judge says of each test scan: its correct voxels of each class and how many there are; or per organ its
-    Dice, or its median error, none where the organ is not there."""
+    Dice, none where the organ is not there; or of each pair of scans and organ the numbers of the searched one and of
+    the one asked for, and the error."""
     if judge == "voxels":
         return {"hits": details["hits"], "counts": details["counts"]}
-    key = "error_mm" if judge == "matching" else "dice"
-    found = {(row["scan_id"], row["organ"]): row[key] for row in details["rows"]}
+    if judge == "matching":
+        scans = sorted({row[key] for row in details["rows"] for key in ("scan_id", "source_id")})
+        number = {scan: k for k, scan in enumerate(scans)}
+        rows = [(number[row["scan_id"]], number[row["source_id"]], row["error_mm"]) for row in details["rows"]]
+        return {"scans": scans, "pairs": [[scan, source, round(error, 1)] for scan, source, error in rows]}
+    found = {(row["scan_id"], row["organ"]): row["dice"] for row in details["rows"]}
     scans, organs = (sorted({name[i] for name in found}) for i in (0, 1))
     values = [[found.get((scan, organ), float("nan")) for organ in organs] for scan in scans]
     return {"scans": scans, "values": [[None if np.isnan(one) else round(one, 4) for one in row] for row in values]}
@@ -159,11 +164,11 @@ def share_of_room(ours: list[dict], base: list[dict], top: list[dict]) -> tuple[
 def mean_draws(*arms: tuple[dict, ...]) -> list[np.ndarray]:
     """The mean over seeds of each arm's value in draws of seeds and test scans, the same for all arms; [draws] each.
 
-    The values of matching are medians over pairs of scans, which are not kept: its draws are of the median over scans
-    and organs, moved by what that differs in from the value.
+    What is kept of a value is rounded, and of earlier matchings only each searched scan's medians: draws are moved by
+    what all scans once differ in from the value.
     """
     rng, num_seeds, first = np.random.default_rng(0), len(arms[0]), arms[0][0]
-    num_scans = len(first["hits"] if first["judge"] == "voxels" else first["values"])
+    num_scans = len(next(first[key] for key in ("hits", "values", "scans") if key in first))
     scans = rng.integers(num_scans, size=(NUM_DRAWS, num_scans))
     seeds = rng.integers(num_seeds, size=(NUM_DRAWS, num_seeds))
     all_once = np.arange(num_scans)[None]
@@ -175,7 +180,8 @@ def mean_draws(*arms: tuple[dict, ...]) -> list[np.ndarray]:
 
 def of_draws(row: dict, scans: np.ndarray) -> np.ndarray:
     """A judge's value in draws of the test scans, [draws]: balanced accuracy, the mean over organs of the mean Dice, or
-    the median over scans and organs.
+    the median over pairs of scans and organs, each scan drawn in both of its parts (of older files over searched scans
+    and organs, which alone are drawn: intervals narrower than they should be).
 
     Args:
         row: of `figures` or `fine_tuned`.
@@ -184,6 +190,10 @@ def of_draws(row: dict, scans: np.ndarray) -> np.ndarray:
     if row["judge"] == "voxels":
         hits, counts = (np.array(row[key])[scans].sum(1) for key in ("hits", "counts"))
         return np.nanmean(np.where(counts > 0, hits / np.maximum(counts, 1), np.nan), 1)
+    if "pairs" in row:
+        named = [{"scan_id": scan, "source_id": source, "error_mm": error} for scan, source, error in row["pairs"]]
+        times = (scans[..., None] == np.arange(len(row["scans"]))).sum(1)
+        return drawn_medians(named, range(len(row["scans"])), times)
     values = np.array(row["values"], float)[scans]  # [draws, scans, organs]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # an organ that no scan of a draw has
