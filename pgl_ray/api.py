@@ -148,7 +148,7 @@ def match(
         scan: with the places.
         other: that is searched.
         places_mm: [places, 3], RAS+; each is read at the voxel that it lies in.
-        maps: that are compared; none: all but the stem.
+        maps: that are compared; none: all but the finest.
         apart_mm: how far from the matched place the runner-up must lie.
 
     Raises:

@@ -471,11 +471,21 @@ def test_the_answers_name_the_alike_and_the_lone():
     assert known.lines[0] == ("Not all", "1 of 4 scans with a note, the first b: its voxels are large", "")
     for num in (1, 2):
         few = embed_page.answers(rows[:num], vectors[:num], (1.0, 0.0), True)
-        assert few[1].lines[0].verdict == "Can't tell" and len(few[0].lines) == 1
+        assert few[1].lines[0].verdict == few[0].lines[0].verdict == "Can't tell" and len(few[0].lines) == 1
     unknown = "the weights do not say what scans they were trained on"
     for number, text in ((1, f"{unknown}; {known.lines[0].text}"), (0, unknown)):  # a note may be of the file itself
         rows[1]["notes"] = rows[1]["notes"][:number]
         assert embed_page.answers(rows, vectors, (0.5, 0.2), False)[2].lines[0] == ("Can't tell", text, "")
+
+
+@pytest.mark.parametrize(("num", "same"), [(2, True), (2, False), (3, True), (5, True)])
+def test_doubles_are_named_however_few_scans_there_are(num, same):
+    """Two different scans, standardised, are each other's opposites: nothing to say of them."""
+    vectors = np.tile(np.arange(8.0), (num, 1)) + (0 if same else np.random.default_rng(0).normal(size=(num, 8)))
+    rows = [{"scan_id": f"s{k}", "notes": []} for k in range(num)]
+    alike, _, _, following = embed_page.answers(rows, embed_page.standardised(vectors), (1.0, 0.0), True)
+    assert (following.lines[0].verdict == "Look for doubles") == same
+    assert alike.lines[0].verdict == ("All alike" if same else "Can't tell") and "cosine" not in alike.lines[0].text
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from pgl_ray import probe
 from pgl_ray.config import EncoderConfig, FailedRun, ProbeConfig
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import read_index, write_index
-from pgl_ray.judge import decoder, dense, judges, matching, readings, voxels
+from pgl_ray.judge import decoder, dense, judges, matching, readings, search, voxels
+from pgl_ray.judge.features import ScanEncoder
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import LightDecoder
@@ -526,6 +527,23 @@ def test_shortcomings_of_the_scans_are_said(tmp_path):
 
 
 # -- encoders and stores that are not as usual ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "compared"),
+    [
+        ({"kind": "resnet", "depths": [1, 1, 1, 1], "width": 4}, ["layer1", "layer2", "layer3", "layer4"]),
+        ({"kind": "resenc", "depths": [1, 1, 1, 1, 1], "width": 4}, ["stage2", "stage3", "stage4", "stage5"]),
+    ],
+)
+def test_match_and_its_judge_compare_the_same_maps(settings, compared):
+    encoder = build_encoder(**settings)
+    judged = matching.place_levels(encoder.last + 1)
+    match = ScanEncoder("x", encoder, (-1024.0, 325.0), {}, SIZE)
+    assert search.compared_levels(match, ()) == judged and [match.names[level] for level in judged] == compared
+    assert search.compared_levels(match, compared[-1:]) == judged[-1:]
+    encoder.stop_at(0)
+    assert matching.place_levels(encoder.last + 1) == [0]  # the only one
 
 
 @pytest.mark.slow

@@ -568,8 +568,11 @@ def test_an_evaluation_without_any_score_is_reported(tmp_path, scans):
 @pytest.mark.parametrize(
     ("health", "words"),
     [
-        ({"std": 0.03}, "features collapsed: they spread over 0.01 directions, and 1.0 is the least (feature_std 0.03"),
-        ({"rank": 1.2}, "features collapsed: they spread over 0.59 directions, and 1.0 is the least"),
+        (
+            {"std": 0.03},
+            "features collapsed: they spread over 0.01 directions, and 1.02 is the least (feature_std",
+        ),
+        ({"rank": 1.2}, "features collapsed: they spread over 0.59 directions, and 1.02 is the least"),
         (
             {"aligned": 0.4, "shuffled": 0.5},
             "not collapsed (5.9 directions: feature_std 0.70, effective rank 12.0 at step 20); aligned places do not "

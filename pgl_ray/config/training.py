@@ -35,7 +35,7 @@ class HealthConfig(Section):
     """Steps between two rows of health figures (their singular values cost as much as a small step)."""
     stop_on_collapse: bool = False
     """End the run with an error when two health rows in a row say that the features collapsed: what is watched is
-    health/directions (over how many directions features spread), below 1.0; or that most views have one value
+    health/directions (over how many directions features spread), below 1.02; or that most views have one value
     throughout (data/blank_share)."""
 
 

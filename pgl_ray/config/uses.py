@@ -186,7 +186,7 @@ class MatchConfig(FeaturesConfig):
     index: StorePath | None = None
     """Store on whose scans BatchNorm's statistics are estimated, as the judges do it; none: as trained."""
     maps: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
-    """Names of the encoder's maps that are compared, e.g. [layer3,layer4]; none: all but a ResNet's stem."""
+    """Names of the encoder's maps that are compared, e.g. [layer3,layer4]; none: all but the finest."""
     apart_mm: Annotated[float, Field(gt=0)] = 40.0
     """How far from the found place the runner-up must lie."""
     similarity_maps: Annotated[int, Field(ge=0)] = 8

@@ -39,6 +39,12 @@ class Points:
     features: Tensor
 
 
+def place_levels(num_maps: int) -> list[int]:
+    """Numbers of the maps that a place is found by: all but the finest, which sees only what lies about a voxel, where
+    there are others."""
+    return list(range(min(1, num_maps - 1), num_maps))
+
+
 def read_points(
     encoder: StandardisedMaps, scan: LabelledScan, volume: np.ndarray, asked: list[np.ndarray], size: tuple
 ) -> list[Points]:
@@ -52,7 +58,7 @@ def read_points(
         size: of the training views (D, H, W).
     """
     device, air = next(encoder.parameters()).device, float(normalise(np.array(AIR), *scan.scaling))
-    levels = list(range(1, encoder.last + 1))  # not the stem's, which sees no place
+    levels = place_levels(encoder.last + 1)
     voxels = torch.from_numpy(normalise(volume, *scan.scaling)).to(device)
     maps = dense_maps(encoder, voxels, size, levels, air)
     all_points = []

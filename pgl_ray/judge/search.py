@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pgl_ray.files.ct import Scan
 from pgl_ray.judge.features import ScanEncoder, scan_maps, views_of
-from pgl_ray.judge.matching import GRID_MM
+from pgl_ray.judge.matching import GRID_MM, place_levels
 from pgl_ray.judge.readings import StandardisedMaps, body_points
 from pgl_ray.judge.voxels import read_map
 from pgl_ray.prior import triple
@@ -100,6 +100,11 @@ class Hit(NamedTuple):
     similarities: np.ndarray
 
 
+def compared_levels(encoder: ScanEncoder, names: Sequence[str]) -> list[int]:
+    """Numbers of the maps that places are compared by; none named: those of the judge of point matching."""
+    return encoder.levels(names) if names else place_levels(len(encoder.names))
+
+
 def encode(encoder: ScanEncoder, scans: Sequence[Scan], names: Sequence[str] = (), seed: int = 0) -> list[Codes]:
     """Scans that shall be compared as 8-bit features of one scale.
 
@@ -108,10 +113,10 @@ def encode(encoder: ScanEncoder, scans: Sequence[Scan], names: Sequence[str] = (
     Args:
         encoder: frozen.
         scans: in the stored orientation.
-        names: of the maps that are compared; none: all but a ResNet's stem, which sees no place.
+        names: of the maps that are compared; as of `compared_levels`.
         seed: of the views.
     """
-    levels = encoder.levels(names) if names else list(range(int(encoder.names[0] == "stem"), len(encoder.names)))
+    levels = compared_levels(encoder, names)
     views = encoder.views if encoder.views is not None else views_of(encoder, scans, seed)
     standard = StandardisedMaps(encoder.network, views)
     all_maps = [[one.cpu() for one in scan_maps(standard, encoder, scan, levels)] for scan in scans]

@@ -40,8 +40,8 @@ class Measure(NamedTuple):
 def _drawn_accuracies(rows: list[dict], scans: list[str], draws: np.ndarray) -> np.ndarray:
     """The balanced accuracy in draws of the scans, [draws]."""
     organs = list(dict.fromkeys(row["organ"] for row in rows))
-    found = {(row["scan_id"], row["organ"]): (row["hits"], row["count"]) for row in rows}
-    both = np.array([[found.get((scan, organ), (0, 0)) for organ in organs] for scan in scans])
+    by_organ = {(row["scan_id"], row["organ"]): (row["hits"], row["count"]) for row in rows}
+    both = np.array([[by_organ.get((scan, organ), (0, 0)) for organ in organs] for scan in scans])
     return voxels.drawn_accuracies(both[..., 0], both[..., 1], draws)
 
 

@@ -56,7 +56,7 @@ def make_page(
     """
     vectors = standardised(np.stack([row["vector"] for row in rows]))
     chosen = spread(len(rows), most)
-    near = neighbours(vectors, chosen)
+    near = neighbours(vectors, chosen) if len(rows) > 2 else [(k, []) for k in chosen]
     pictured = sorted({*chosen, *(other for _, others in near for other, _ in others)})
     uris = {k: base64.b64encode(rows[k]["picture"]).decode() for k in pictured}
     places, shares = components(vectors)
@@ -97,13 +97,19 @@ def answers(
         [Line(OPEN, "one scan has nobody to be like")],
         Line("Embed more scans", "a map begins with three"),
     )
-    if len(rows) > 1:
+    if len(rows) == 2:
+        alike = [Line(OPEN, "two scans are each other's opposites once they are standardised, whatever they show")]
+    if len(rows) > 1 and not vectors.any():
+        alike = [Line("All alike", f"{plural(len(rows), 'scan')} with the very same features")]
+        following = Line("Look for doubles", f"{names[0]} and {names[1]} may be one scan")
+    elif len(rows) > 2:
         near = [(k, *others[0]) for k, others in neighbours(vectors, spread(len(rows), MOST_COMPARED))]
         (a, b, most), (c, d, least) = max(near, key=lambda one: one[2]), min(near, key=lambda one: one[2])
-        alike = [Line("Most alike", f"{names[a]} and {names[b]}, cosine {most:.2f}")]
-        if len(rows) > 2:
-            alike.append(Line("Most apart", f"{names[c]}, whose nearest is {names[d]} with cosine {least:.2f}"))
-            following = Line("Look at the outlier", f"{names[c]} first, by its pictures below")
+        alike = [
+            Line("Most alike", f"{names[a]} and {names[b]}, cosine {most:.2f}"),
+            Line("Most apart", f"{names[c]}, whose nearest is {names[d]} with cosine {least:.2f}"),
+        ]
+        following = Line("Look at the outlier", f"{names[c]} first, by its pictures below")
         if most > SAME:
             following = Line("Look for doubles", f"{names[a]} and {names[b]} may be one scan")
     known = Line(YES, f"of {plural(len(rows), 'scan')} none has a note")

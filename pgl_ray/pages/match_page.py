@@ -40,8 +40,7 @@ def check_size(encoder: ScanEncoder, scans: Sequence[Scan], names: Sequence[str]
     """
     if not page_mb:
         return
-    first = int(encoder.names[0] == "stem")
-    levels = encoder.levels(names) if names else list(range(first, len(encoder.names)))
+    levels = search.compared_levels(encoder, names)
     num_points = len(search.grid_points(scans[1])[0])
     size = _megabytes(encoder, scans, levels, num_points)
     if size <= page_mb:

@@ -11,11 +11,11 @@ from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.pgl import Output, Pair, align, valid_bins
 from pgl_ray.prior import Geometry, clamped_bins, interpolation_matrices
 
-# Fewer `directions` are a collapse: all features along one line make 1. It lies midway between the recorded trainings
-# (tests/golden/health_controls.json, drawn by tests/benchmarks/health_controls.py): the collapsed ones had at most 0.87
-# in two rows in a row, the sound ones at least 1.15.
-COLLAPSED = 1.0
-ON_A_LINE = 1.02  # a collapse, too: n features along one line, half of them either way, make n / (n - 1)
+# Fewer `directions` are a collapse: all features along one line make 1, and n features, half of them either way,
+# n / (n - 1). It lies about midway between the recorded trainings (tests/golden/health_controls.json, drawn by
+# tests/benchmarks/health_controls.py): the collapsed ones had at most 0.87 in two rows in a row, the sound ones at
+# least 1.15.
+COLLAPSED = 1.02
 BLANK, MANY_BLANK = "data/blank_share", 0.75  # of the views show nothing
 FLAT = 1e-3  # the range of a blank view's voxels, z-scored
 MIN_ROWS = 8  # fewer vectors have neither spread nor rank
@@ -158,7 +158,7 @@ def collapse(row: dict[str, float]) -> str | None:
     if is_blank(row):
         return f"nothing to learn from: {row[BLANK]:.0%} of the views have one value throughout"
     num_directions = directions(row)
-    if num_directions is None or num_directions >= COLLAPSED * ON_A_LINE:
+    if num_directions is None or num_directions >= COLLAPSED:
         return None
     return f"features collapsed: they spread over {num_directions:.2f} directions, and {COLLAPSED} is the least"
 
