@@ -52,11 +52,16 @@ def test_scans_that_show_no_organ_are_counted(tmp_path):
     assert set(told.judge(Encoder(**TINY), "off")) == {"voxels", "decoder"}
 
 
-def test_no_place_is_searched_in_a_scan_without_a_body(tmp_path):
-    """It is left out and named, the others are matched as if it were not there."""
+@pytest.mark.parametrize("solid", [(), np.s_[10, 10, 10], np.s_[:, 5:12, :], np.s_[0::3, 4::8, 2::4]])
+def test_no_place_is_searched_in_a_scan_without_a_body(tmp_path, solid):
+    """It is left out and named, the others are matched as if it were not there: air alone, and what lies between the
+    points of the grid (every 8 mm from 4 mm on, in whole voxels)."""
     painted = [("train", *paint(0)), *(("test", *paint(number)) for number in (1, 2))]
     plain = scans(tmp_path / "plain", painted)
     air = np.full_like(painted[0][1], -1000)
+    if solid:
+        air[solid] = 200
+    assert (air[1::3, 4::8, 2::4] == -1000).all()
     more = scans(tmp_path / "more", [*painted, ("test", air, painted[0][2])])
     torch.manual_seed(0)
     encoder = Encoder(**TINY)
@@ -64,10 +69,27 @@ def test_no_place_is_searched_in_a_scan_without_a_body(tmp_path):
     for index in (plain, more):
         judge = judges.Judges(index, config(index), ("matching",))
         scores.append(judge.judge(encoder, "off")["matching"].value)
-        said = "no place is searched in scans with nothing above -500 HU: s3"
+        said = "no place is searched in scans with nothing above -500 HU on the grid of 8 mm: s3"
         assert (said in judge.notes) == (index is more)
         assert judge.body_box_mm() > 0
     assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("place", [(1, 4, 2), (13, 20, 34), (22, 36, 70)])
+def test_a_deformed_copy_without_a_body_is_skipped(tmp_path, monkeypatch, place):
+    """A voxel on the grid is a body; of its copy, moved by half a step, nothing is left on the grid."""
+    air = np.full_like(paint(0)[0], -1000)
+    air[place] = 200
+    index = scans(tmp_path, [("train", *paint(0)), ("test", *paint(1)), ("test", air, paint(0)[1])])
+    judge = judges.Judges(index, config(index), ("matching",))
+    assert not any("no place is searched" in note for note in judge.notes)
+    moved = np.indices(air.shape).astype(np.float32) + np.array([0, 4, 2], np.float32)[:, None, None, None]
+    monkeypatch.setattr(matching, "deformation", lambda rng, shape, spacing_mm: moved)
+    torch.manual_seed(0)
+    maps = judge.maps(Encoder(**TINY), "off")
+    assert len(matching.organ_errors(maps, judge.test, judge.names, SIZE)) == 4  # two organs, there and back
+    assert matching.deformation_errors(maps, judge.test[1:], SIZE, 0) == []
+    assert len(matching.deformation_errors(maps, judge.test, SIZE, 0)) == matching.NUM_LANDMARKS
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

@@ -4,7 +4,7 @@ from pgl_ray.config import ProbeSettings
 from pgl_ray.data.facts import same_voxels, some
 from pgl_ray.data.voxel_statistics import BODY_HU
 from pgl_ray.judge.decoder import LabelledScan
-from pgl_ray.judge.readings import has_body
+from pgl_ray.judge.matching import GRID_MM, has_body
 from pgl_ray.judge.voxels import BACKGROUND, VoxelProbe
 
 
@@ -37,5 +37,6 @@ def shortcomings(probe: VoxelProbe, config: ProbeSettings) -> list[str]:
 
 def nowhere_to_search(scans: list[LabelledScan]) -> list[str]:
     """What to say of scans without a body, in a list."""
-    none = [scan.record.scan_id for scan in scans if not has_body(scan.volume)]
-    return [f"no place is searched in scans with nothing above {BODY_HU} HU: {some(none)}"] if none else []
+    none = [scan.record.scan_id for scan in scans if not has_body(scan)]
+    where = f"nothing above {BODY_HU} HU on the grid of {GRID_MM:.0f} mm"
+    return [f"no place is searched in scans with {where}: {some(none)}"] if none else []
