@@ -14,6 +14,7 @@ from pgl_ray.data.store import write_index
 from pgl_ray.judge import dense, judges, matching, readings
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder
+from pgl_ray.pages.feature_pictures import draw
 
 SETTINGS = {"kind": "resnet", "depths": [1, 1, 1, 1], "width": 4, "stage_strides": "early"}
 
@@ -90,6 +91,39 @@ def test_a_deformed_copy_without_a_body_is_skipped(tmp_path, monkeypatch, place)
     assert len(matching.organ_errors(maps, judge.test, judge.names, SIZE)) == 4  # two organs, there and back
     assert matching.deformation_errors(maps, judge.test[1:], SIZE, 0) == []
     assert len(matching.deformation_errors(maps, judge.test, SIZE, 0)) == matching.NUM_LANDMARKS
+
+
+@pytest.mark.parametrize("empty", [(1,), (2, 4), (3,)])
+def test_pictures_are_of_scans_with_a_body(tmp_path, monkeypatch, empty):
+    """Scans 1 to 4 are tested on, and those in `empty` show air under their labels: neither asked nor searched."""
+    painted = [("train" if number == 0 else "test", *paint(number)) for number in range(5)]
+    for number in empty:
+        painted[number][1][:] = -1000
+    index = scans(tmp_path / "store", painted)
+    drawn = {}
+    monkeypatch.setattr(probe.feature_pictures, "draw", lambda *args: drawn.update(draw(*args)) or dict(drawn))
+    run = weights(tmp_path / "run", {})
+    more = {"encoder": None, "judges": ["matching"], "ends": False, "num_test_scans": 4}
+    result = probe.run(config(index, init=run, **more))
+    facts = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert facts["pictures"] == result.pictures == ["matching.png", "features.png"]
+    assert all((tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG") for name in facts["pictures"])
+    titles = [ax.get_title() for ax in drawn["matching.png"].axes]
+    first, second = [number for number in range(1, 5) if number not in empty][:2]
+    assert titles[0].startswith(f"asked in s{first},") and titles[1].startswith(f"found in s{second},")
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError, OSError])
+def test_what_was_judged_is_kept_where_a_picture_fails(store, tmp_path, monkeypatch, error):  # noqa: F811
+    def fails(*args):
+        raise error("no picture")
+
+    monkeypatch.setattr(probe.feature_pictures, "draw", fails)
+    run = weights(tmp_path / "run", {})
+    with pytest.raises(error, match="no picture"):
+        probe.run(config(store, init=run, encoder=None, judges=["matching"], ends=False))
+    facts = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert facts["readings"]["reestimated"]["matching"]["value"] > 0 and facts["pictures"] == []
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
