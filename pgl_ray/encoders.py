@@ -105,7 +105,7 @@ def read_ends(config: ProbeConfig, index: Index, own: Weighted) -> dict[str, Wei
     Raises:
         ValueError: as for `read`, an encoder of another size, or the one that is judged.
     """
-    given = [key for key in ENDS if config.ends and getattr(config, key)]
+    given = [key for key in ENDS if getattr(config, key)]
     for key in given:
         if getattr(config, key) == config.init:
             raise ValueError(f"{key}={config.init} is init itself: give another, or leave it out")

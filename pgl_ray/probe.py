@@ -183,8 +183,8 @@ def _ends(
 ) -> tuple[dict[str, dict[str, Score]], dict[str, Score]]:
     """Name -> scores of the controls, and the scores of the upper end."""
     if not config.ends:
-        return {}, {}
-    if config.init == "random":
+        chance = {}
+    elif config.init == "random":
         chance = judged
     else:
         chance = _read(judges, _random_like(encoder, config.seed), False, True, notes, "random: ")

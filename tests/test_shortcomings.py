@@ -172,6 +172,33 @@ def test_ends_that_are_none_are_told(store, tmp_path, key, told, said):  # noqa:
         assert [note.startswith(f"{key}={tmp_path / key}: {said}") for note in notes] == [True]
 
 
+@pytest.mark.parametrize("init", ["random", "run"])
+@pytest.mark.parametrize("given", [("control",), ("ceiling",), ("control", "ceiling")])
+def test_without_random_weights_given_ends_are_judged(store, tmp_path, init, given):  # noqa: F811
+    """ends=false leaves out random weights alone: an end says what it says as the encoder that is asked about."""
+    places = {}
+    for number, name in enumerate(("run", "control", "ceiling")):
+        torch.manual_seed(number)
+        places[name] = weights(tmp_path / name, {})
+    own = EncoderConfig(depths=(1, 1, 1, 1), width=4) if init == "random" else None
+    ends = {key: places[key] for key in given}
+    result = probe.run(config(store, init=places.get(init, init), encoder=own, ends=False, **ends))
+    alone = {
+        key: probe.run(config(store, init=places[key], encoder=None, ends=False, all_readings=True)) for key in given
+    }
+    words = {"reestimated": "re-estimated", "trained": "as trained", "off": "off"}
+    expected = (
+        {f"control, BatchNorm {words[name]}": of for name, of in alone["control"].readings.items()}
+        if ("control" in given)
+        else {}
+    )
+    assert result.controls == expected
+    assert result.ceiling == (alone["ceiling"].readings["reestimated"] if "ceiling" in given else {})
+    assert list(result.standing) == (["voxels"] if "control" in given else [])
+    for one in result.standing.values():
+        assert one["low_is"] in expected and (one["high"] is not None) == ("ceiling" in given)
+
+
 @pytest.mark.parametrize("key", ["control", "ceiling"])
 def test_what_is_judged_is_no_end_of_itself(store, tmp_path, key):  # noqa: F811
     place = weights(tmp_path / "run", {})

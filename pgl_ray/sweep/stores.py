@@ -12,7 +12,7 @@ from pgl_ray.judge import voxels
 from pgl_ray.judge.judges import check_number
 from pgl_ray.sweep.points import Point, named, title_of
 from pgl_ray.sweep.stages import stage_configs
-from pgl_ray.train import weights
+from pgl_ray.train import checkpoint, weights
 
 
 def check_stores(config: TuneConfig, trials: list[Point]) -> None:
@@ -26,7 +26,7 @@ def check_stores(config: TuneConfig, trials: list[Point]) -> None:
     for values in [trial.values for trial in trials] or [{}]:
         with named(title_of(values) or "base"):
             configs, tested = stage_configs(config, values, Path(config.run)), []
-            _check_shipped(configs, read)
+            _check_weights(configs, read)
             if "probe" in configs:
                 _, tested = voxels.choose_scans(read(configs["probe"].index), configs["probe"])
                 check_number(tested, configs["probe"], configs["probe"].judges)
@@ -114,8 +114,13 @@ def _check_windows(pool: Index, labelled: Index) -> None:
         )
 
 
-def _check_shipped(configs: dict[str, Section], read: Callable[[str], Index]) -> None:
-    """Weights that come with pgl_ray are there, and fit encoder and store; those of runs may come into being yet."""
+def _check_weights(configs: dict[str, Section], read: Callable[[str], Index]) -> None:
+    """Weights that come with pgl_ray are there, and fit encoder and store; a probe's control and ceiling are there;
+    those of other runs may come into being yet."""
+    for key in ("control", "ceiling"):
+        if end := "probe" in configs and getattr(configs["probe"], key):
+            with named(f"probe.{key}"):
+                checkpoint.file_of(end)
     for config in (configs[stage] for stage in ("probe", "finetune") if stage in configs):
         if config.init.startswith(PRETRAINED):
             encoder, partial = config.encoder and config.encoder.model_dump(), getattr(config, "allow_partial", False)
