@@ -156,6 +156,10 @@ def test_thin_scans_are_matched(tmp_path):
         ("ceiling", {"align": {"wrong_priors": False}}, "its encoder was trained without labels: it is no upper end"),
         ("ceiling", {"freeze": True}, "its encoder was trained without labels: it is no upper end"),
         ("ceiling", {"freeze": False}, None),
+        ("ceiling", {"freeze": False, "num_scans": 1.0}, None),
+        ("ceiling", {"freeze": False, "num_scans": 0.2}, "it was trained with num_scans=0.2, not with all labels: the"),
+        ("ceiling", {"freeze": False, "num_scans": 5}, "it was trained with num_scans=5: where these were not all la"),
+        ("ceiling", {"freeze": True, "num_scans": 5}, "its encoder was trained without labels: it is no upper end"),
         ("control", {"align": {"wrong_priors": False}}, "it was not trained with align.wrong_priors=true: it is no"),
         ("control", {"align": {"wrong_priors": True}}, None),
         ("control", {}, None),  # nothing is known of its training
@@ -170,6 +174,19 @@ def test_ends_that_are_none_are_told(store, tmp_path, key, told, said):  # noqa:
         assert notes == []
     else:
         assert [note.startswith(f"{key}={tmp_path / key}: {said}") for note in notes] == [True]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])  # of 4 and 3 labelled scans
+@pytest.mark.parametrize("num", [2, 3, 4, 0.5, 0.74, 0.9, 1.0])
+def test_an_upper_end_of_fewer_labels_is_told_by_its_store(store, tmp_path, split, num):  # noqa: F811
+    """A share is rounded to scans, as in fine-tuning."""
+    told = {"freeze": False, "num_scans": num, "index": store.store, "split": split}
+    run = weights(tmp_path / "ceiling", told)
+    notes = encoders.read("ceiling", config(store, ceiling=run), store).ready(store, [])[1]
+    total = {"train": 4, "test": 3}[split]
+    few = num < total if isinstance(num, int) else round(num * total) < total
+    said = f"ceiling={run}: it was trained with num_scans={num}, not with all labels: the upper end lies higher"
+    assert notes == ([said] if few else [])
 
 
 @pytest.mark.parametrize("init", ["random", "run"])
