@@ -126,6 +126,47 @@ def test_what_was_judged_is_kept_where_a_picture_fails(store, tmp_path, monkeypa
     assert facts["readings"]["reestimated"]["matching"]["value"] > 0 and facts["pictures"] == []
 
 
+@pytest.mark.parametrize(
+    ("splits", "num", "ways"),
+    [
+        ({"test": [(2,), (5,), (5,)], "val": []}, 2, ["num_test_scans=3"]),
+        ({"test": [(2,), (), (), (5,), (2, 5)], "val": []}, 3, ["num_test_scans=5"]),
+        ({"test": [(2,), (5,)], "val": [(2,), (2, 5)]}, 4, ["test_split=val"]),
+        ({"test": [(2,), (5,), (2,)], "val": [(2,), (2, 5)]}, 2, ["num_test_scans=3", "test_split=val"]),
+        ({"test": [(2,), (5,)], "val": [(2,), (5,)]}, 4, []),
+        ({"test": [(2, 5), None], "val": [None, (2, 5)]}, 4, []),  # the shared organs lie in air
+        ({"test": [(2, 5), None, (2, 5)], "val": []}, 2, ["num_test_scans=3"]),
+        ({"test": [(), (), (2,), (2,)], "val": []}, 2, ["num_test_scans=4"]),
+    ],
+)
+def test_scans_that_share_no_organ_are_refused_first(tmp_path, monkeypatch, splits, num, ways):
+    """Before any judging; each way out that is named, and no other, is one. Splits give each scan's label values; None:
+    both, in air."""
+    painted = [("train", *paint(0))]
+    for number, (split, values) in enumerate((split, values) for split, of in splits.items() for values in of):
+        volume, label = paint(number + 1)
+        label[~np.isin(label, values or ())] = 0
+        if values is None:
+            volume, label = np.full_like(volume, -1000), paint(number + 1)[1]
+        painted.append((split, volume, label))
+    index = scans(tmp_path / "store", painted)
+    run = weights(tmp_path / "run", {})
+    asked = {"init": run, "encoder": None, "judges": ["voxels", "matching"], "num_test_scans": num}
+    monkeypatch.setattr(judges.Judges, "judge", None)
+    with pytest.raises(ValueError, match=r"^judges=\[voxels,matching\]: no organ occurs in ") as caught:
+        probe.run(config(index, **asked))
+    said = str(caught.value)
+    assert "\n" not in said and f"(num_test_scans={num}, test_split='test')" in said
+    named = said.partition("): ")[2].split(", or ")
+    assert named[-1] == "leave matching out: judges=[voxels]"
+    mends = [way.removeprefix("raise ").removeprefix("choose ").replace(" to ", "=") for way in named[:-1]]
+    assert mends == ways
+    for mend in mends:
+        key, _, value = mend.partition("=")
+        assert judges.Judges(index, config(index, **asked | {key: value}), ("voxels", "matching")).body_box_mm() > 0
+    judges.Judges(index, config(index, **asked), ("voxels",))
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_points_of_a_body_thinner_than_their_distance(depth):
     """One slice of 1 mm under a grid of 8 mm: the grid stands in the scan, on the body."""

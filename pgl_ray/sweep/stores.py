@@ -10,6 +10,7 @@ from pgl_ray.data import stream
 from pgl_ray.data.store import Index, ScanRecord, read_index
 from pgl_ray.judge import voxels
 from pgl_ray.judge.judges import check_number
+from pgl_ray.judge.shortcomings import check_organs
 from pgl_ray.sweep.points import Point, named, title_of
 from pgl_ray.sweep.stages import stage_configs
 from pgl_ray.train import checkpoint, weights
@@ -30,6 +31,7 @@ def check_stores(config: TuneConfig, trials: list[Point]) -> None:
             if "probe" in configs:
                 _, tested = voxels.choose_scans(read(configs["probe"].index), configs["probe"])
                 check_number(tested, configs["probe"], configs["probe"].judges)
+                check_organs(read(configs["probe"].index), configs["probe"], configs["probe"].judges, tested)
             if "finetune" in configs:
                 train_ids, val_ids = finetune.split_scans(configs["finetune"], read(configs["finetune"].index))
                 _check_organ(config.judge, configs["finetune"].task, read(configs["finetune"].index), val_ids)
