@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pgl_ray import evaluate, finetune, prepare, pretrain, probe, report
 from pgl_ray.config import (
@@ -46,14 +46,14 @@ class Result:
         report: where it lies.
         probe: what the judges say of the encoder that was pre-trained, and of random weights.
         dice: initialisation -> mean test Dice after fine-tuning.
-        gain: the paired difference of Dice over the test phantoms; none for a single one.
+        gain: the paired difference of Dice over the test phantoms.
         seconds: wall time.
     """
 
     report: str
     probe: probe.ProbeResult
     dice: dict[str, float]
-    gain: tables.Difference | None
+    gain: tables.Difference
     seconds: float
 
 
@@ -97,7 +97,7 @@ def run(config: DemoConfig) -> Result:
     evaluated = [{"run": run, "index": store, "inference": {"overlap": 0.25}} for run in runs.values()]
     dice = [evaluate.run(build(EvaluateConfig, values)).summary["dice"] or 0.0 for values in evaluated]
     scores = [run.scores for run in run_folders.read_runs(list(runs.values()))]
-    gain = tables.paired_difference(scores[1], scores[0])
+    gain = cast(tables.Difference, tables.paired_difference(scores[1], scores[0]))  # none for a single phantom alone
 
     step(7, "report")
     dice = dict(zip(INITS, dice, strict=True))
@@ -170,11 +170,9 @@ def _report(config: DemoConfig, out: Path, pgl: str, runs: list[str]) -> ReportC
     return build(ReportConfig, {**values, "output": str(out / "report.html")})
 
 
-def fine_tuned(dice: dict[str, float], gain: tables.Difference | None) -> str:
+def fine_tuned(dice: dict[str, float], gain: tables.Difference) -> str:
     """What fine-tuning gained from the pre-training, in a sentence."""
     text = f"Fine-tuned, test Dice is {dice['pgl']:.3f} from PGL and {dice['random']:.3f} from random weights"
-    if gain is None:
-        return f"{text}."
     sure = "within" if gain.low <= 0 <= gain.high else "more than"
     return (
         f"{text}: {gain.mean:+.3f}, {sure} the noise of {gain.num_scans} test scans (95 % interval {gain.low:+.3f} to "

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from pgl_ray.config import ProbeConfig, ViewsConfig
 from pgl_ray.data.facts import seen_notes, spacing_note
@@ -54,20 +55,34 @@ class Weighted:
             if note := spacing_note(loaded.trained_on, index):
                 notes.append(f"{self.key}={init} {note}")
             whose = "" if self.key == "init" else f"{self.key}={init}: "
-            notes += [f"{whose}{note}" for note in [*seen_notes(loaded.trained_on, tested), *self._doubts()]]
+            notes += [f"{whose}{note}" for note in [*seen_notes(loaded.trained_on, tested), *self._doubts(index)]]
             self.encoder.stop_at(self.source.level)
         return self.encoder, notes
 
-    def _doubts(self) -> list[str]:
-        """Why an end that is given is not one, as far as its training is known."""
+    def _doubts(self, index: Index) -> list[str]:
+        """Why an end that is given is not one, as far as its training is known; of the store it may be known how many
+        labels it has."""
         meta = self.source.meta if self.source else None
         config, door = (json.loads(meta.config), meta.door) if meta else ({}, "")
         with_labels = (door == "finetune" or "freeze" in config) and not config.get("freeze")
         if self.key == "ceiling" and (door or config) and not with_labels:
             return ["its encoder was trained without labels: it is no upper end"]
+        if self.key == "ceiling" and (few := _few_labels(config, index)):
+            return [few]
         if self.key == "control" and config and not config.get("align", {}).get("wrong_priors"):
             return ["it was not trained with align.wrong_priors=true: it is no control"]
         return []
+
+
+def _few_labels(config: dict[str, Any], index: Index) -> str | None:
+    """What to say of a fine-tuning that may not have had all labels; none: it had."""
+    num = config.get("num_scans", 1.0)
+    here = index.labelled(config["split"]) if config.get("index") == index.store and "split" in config else []
+    if num == 1.0 or (here and (num if isinstance(num, int) else round(num * len(here))) >= len(here)):
+        return None
+    if isinstance(num, int) and not here:
+        return f"it was trained with num_scans={num}: where these were not all labels, the upper end lies higher"
+    return f"it was trained with num_scans={num}, not with all labels: the upper end lies higher"
 
 
 def read(key: str, config: ProbeConfig, index: Index) -> Weighted:
@@ -105,7 +120,7 @@ def read_ends(config: ProbeConfig, index: Index, own: Weighted) -> dict[str, Wei
     Raises:
         ValueError: as for `read`, an encoder of another size, or the one that is judged.
     """
-    given = [key for key in ENDS if config.ends and getattr(config, key)]
+    given = [key for key in ENDS if getattr(config, key)]
     for key in given:
         if getattr(config, key) == config.init:
             raise ValueError(f"{key}={config.init} is init itself: give another, or leave it out")

@@ -116,7 +116,6 @@ def run(config: ProbeConfig) -> ProbeResult:
         if controls
     }
     voxel, place = first.get("voxels"), _place(config)
-    figures = _figures(config, judges, encoder, judged, controls) if place else {}
     result = ProbeResult(
         init=config.init,
         num_train_scans=len(judges.probe.train),
@@ -132,11 +131,15 @@ def run(config: ProbeConfig) -> ProbeResult:
         balanced_accuracy=voxel and voxel.value,
         recall=voxel and voxel.details["recall"],
         body_box_mm=judges.body_box_mm() if "matching" in config.judges else None,
-        pictures=[picture_name(place[1], name) for name in figures],
+        pictures=[],
         seconds=round(time.monotonic() - began, 2),
     )
     if place:
-        _write(*place, result, figures)
+        _write(*place, result, {})  # what was judged is kept, whatever becomes of the pictures
+        if figures := _figures(config, judges, encoder, judged, controls):
+            pictures, seconds = [picture_name(place[1], name) for name in figures], round(time.monotonic() - began, 2)
+            result = dataclasses.replace(result, pictures=pictures, seconds=seconds)
+            _write(*place, result, figures)
     return result
 
 
@@ -180,8 +183,8 @@ def _ends(
 ) -> tuple[dict[str, dict[str, Score]], dict[str, Score]]:
     """Name -> scores of the controls, and the scores of the upper end."""
     if not config.ends:
-        return {}, {}
-    if config.init == "random":
+        chance = {}
+    elif config.init == "random":
         chance = judged
     else:
         chance = _read(judges, _random_like(encoder, config.seed), False, True, notes, "random: ")
@@ -233,12 +236,13 @@ def _figures(
 
 
 def _write(folder: str, name: str, result: ProbeResult, figures: dict[str, Figure]) -> None:
-    with run_paths.results(folder, name) as path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dataclasses.asdict(result))
+    """The JSON file, after the pictures that it names."""
     for picture, figure in figures.items():
         with run_paths.results(folder, picture_name(name, picture)) as path:
             write_aside(path, to_bytes(figure, "png", dpi=150))
+    with run_paths.results(folder, name) as path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dataclasses.asdict(result))
 
 
 def picture_name(name: str, picture: str) -> str:

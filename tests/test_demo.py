@@ -79,6 +79,18 @@ def test_pre_training_begins_without_a_note(tmp_path):
 OTHERS = {"seed": 1, "num_unlabelled": 9, "num_labelled": 3, "num_test": 2, "pretrain_steps": 8, "finetune_steps": 7}
 
 
+@pytest.mark.parametrize("key", ["num_labelled", "num_test"])
+@pytest.mark.parametrize("number", [-1, 0, 1])
+def test_too_few_phantoms_are_refused_at_once(tmp_path, key, number):
+    """One scan to learn from and one to validate on; one scan to search in another: nothing is begun with fewer."""
+    said = rf"^{key}={number}: Input should be greater than or equal to 2$"
+    with pytest.raises(ValueError, match=said):
+        c.load(c.DemoConfig, [f"out={tmp_path / 'out'}", f"{key}={number}"])
+    least = c.load(c.DemoConfig, [f"out={tmp_path / 'out'}", f"{key}=2"])
+    doors = demo.finetuning(least, "s", "p", "random", "r", {}), demo.probing(least, "s", "p")
+    assert (doors[0].num_scans if key == "num_labelled" else doors[1].num_test_scans) == 2
+
+
 @pytest.fixture
 def begun(tmp_path, monkeypatch):
     """A folder in which a demo has begun, and what makes it go on: it ends where the phantoms would be written."""
@@ -144,7 +156,6 @@ def test_a_demo_whose_phantoms_were_deleted_goes_on(begun):
         ),
         (Difference(-0.1, -0.25, 0.05, 8), "-0.100, within the noise"),
         (Difference(-0.1, -0.15, -0.05, 8), "-0.100, more than the noise"),
-        (None, "from PGL and 0.300 from random weights."),
     ],
 )
 def test_what_fine_tuning_gained_is_said_with_its_noise(gain, said):
@@ -169,7 +180,9 @@ def test_the_closing_lines_answer_whether_pgl_helps(capsys):
         *({}, {"voxels": dataclasses.asdict(standing)}, ["voxels: a sentence"], [], 0.7, {"liver": 0.7}, None, [], 1.0),
     )
     dice = {"random": 0.3, "pgl": 0.4}
-    lines = demo.describe(demo.Result("/x/report.html", judged, dice, None, 12.3)).splitlines()
+    lines = demo.describe(
+        demo.Result("/x/report.html", judged, dice, Difference(0.1, 0.05, 0.15, 8), 12.3)
+    ).splitlines()
     assert any(line.startswith("random, BatchNorm off") and "0.500" in line for line in lines)
     assert any(line.startswith("PGL is ahead of random weights in their strongest reading") for line in lines)
     assert lines[-1] == "demo: done in 12 s; report in /x/report.html"

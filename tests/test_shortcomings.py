@@ -14,6 +14,7 @@ from pgl_ray.data.store import write_index
 from pgl_ray.judge import dense, judges, matching, readings
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder
+from pgl_ray.pages.feature_pictures import draw
 
 SETTINGS = {"kind": "resnet", "depths": [1, 1, 1, 1], "width": 4, "stage_strides": "early"}
 
@@ -52,11 +53,16 @@ def test_scans_that_show_no_organ_are_counted(tmp_path):
     assert set(told.judge(Encoder(**TINY), "off")) == {"voxels", "decoder"}
 
 
-def test_no_place_is_searched_in_a_scan_without_a_body(tmp_path):
-    """It is left out and named, the others are matched as if it were not there."""
+@pytest.mark.parametrize("solid", [(), np.s_[10, 10, 10], np.s_[:, 5:12, :], np.s_[0::3, 4::8, 2::4]])
+def test_no_place_is_searched_in_a_scan_without_a_body(tmp_path, solid):
+    """It is left out and named, the others are matched as if it were not there: air alone, and what lies between the
+    points of the grid (every 8 mm from 4 mm on, in whole voxels)."""
     painted = [("train", *paint(0)), *(("test", *paint(number)) for number in (1, 2))]
     plain = scans(tmp_path / "plain", painted)
     air = np.full_like(painted[0][1], -1000)
+    if solid:
+        air[solid] = 200
+    assert (air[1::3, 4::8, 2::4] == -1000).all()
     more = scans(tmp_path / "more", [*painted, ("test", air, painted[0][2])])
     torch.manual_seed(0)
     encoder = Encoder(**TINY)
@@ -64,10 +70,101 @@ def test_no_place_is_searched_in_a_scan_without_a_body(tmp_path):
     for index in (plain, more):
         judge = judges.Judges(index, config(index), ("matching",))
         scores.append(judge.judge(encoder, "off")["matching"].value)
-        said = "no place is searched in scans with nothing above -500 HU: s3"
+        said = "no place is searched in scans with nothing above -500 HU on the grid of 8 mm: s3"
         assert (said in judge.notes) == (index is more)
         assert judge.body_box_mm() > 0
     assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("place", [(1, 4, 2), (13, 20, 34), (22, 36, 70)])
+def test_a_deformed_copy_without_a_body_is_skipped(tmp_path, monkeypatch, place):
+    """A voxel on the grid is a body; of its copy, moved by half a step, nothing is left on the grid."""
+    air = np.full_like(paint(0)[0], -1000)
+    air[place] = 200
+    index = scans(tmp_path, [("train", *paint(0)), ("test", *paint(1)), ("test", air, paint(0)[1])])
+    judge = judges.Judges(index, config(index), ("matching",))
+    assert not any("no place is searched" in note for note in judge.notes)
+    moved = np.indices(air.shape).astype(np.float32) + np.array([0, 4, 2], np.float32)[:, None, None, None]
+    monkeypatch.setattr(matching, "deformation", lambda rng, shape, spacing_mm: moved)
+    torch.manual_seed(0)
+    maps = judge.maps(Encoder(**TINY), "off")
+    assert len(matching.organ_errors(maps, judge.test, judge.names, SIZE)) == 4  # two organs, there and back
+    assert matching.deformation_errors(maps, judge.test[1:], SIZE, 0) == []
+    assert len(matching.deformation_errors(maps, judge.test, SIZE, 0)) == matching.NUM_LANDMARKS
+
+
+@pytest.mark.parametrize("empty", [(1,), (2, 4), (3,)])
+def test_pictures_are_of_scans_with_a_body(tmp_path, monkeypatch, empty):
+    """Scans 1 to 4 are tested on, and those in `empty` show air under their labels: neither asked nor searched."""
+    painted = [("train" if number == 0 else "test", *paint(number)) for number in range(5)]
+    for number in empty:
+        painted[number][1][:] = -1000
+    index = scans(tmp_path / "store", painted)
+    drawn = {}
+    monkeypatch.setattr(probe.feature_pictures, "draw", lambda *args: drawn.update(draw(*args)) or dict(drawn))
+    run = weights(tmp_path / "run", {})
+    more = {"encoder": None, "judges": ["matching"], "ends": False, "num_test_scans": 4}
+    result = probe.run(config(index, init=run, **more))
+    facts = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert facts["pictures"] == result.pictures == ["matching.png", "features.png"]
+    assert all((tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG") for name in facts["pictures"])
+    titles = [ax.get_title() for ax in drawn["matching.png"].axes]
+    first, second = [number for number in range(1, 5) if number not in empty][:2]
+    assert titles[0].startswith(f"asked in s{first},") and titles[1].startswith(f"found in s{second},")
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError, OSError])
+def test_what_was_judged_is_kept_where_a_picture_fails(store, tmp_path, monkeypatch, error):  # noqa: F811
+    def fails(*args):
+        raise error("no picture")
+
+    monkeypatch.setattr(probe.feature_pictures, "draw", fails)
+    run = weights(tmp_path / "run", {})
+    with pytest.raises(error, match="no picture"):
+        probe.run(config(store, init=run, encoder=None, judges=["matching"], ends=False))
+    facts = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert facts["readings"]["reestimated"]["matching"]["value"] > 0 and facts["pictures"] == []
+
+
+@pytest.mark.parametrize(
+    ("splits", "num", "ways"),
+    [
+        ({"test": [(2,), (5,), (5,)], "val": []}, 2, ["num_test_scans=3"]),
+        ({"test": [(2,), (), (), (5,), (2, 5)], "val": []}, 3, ["num_test_scans=5"]),
+        ({"test": [(2,), (5,)], "val": [(2,), (2, 5)]}, 4, ["test_split=val"]),
+        ({"test": [(2,), (5,), (2,)], "val": [(2,), (2, 5)]}, 2, ["num_test_scans=3", "test_split=val"]),
+        ({"test": [(2,), (5,)], "val": [(2,), (5,)]}, 4, []),
+        ({"test": [(2, 5), None], "val": [None, (2, 5)]}, 4, []),  # the shared organs lie in air
+        ({"test": [(2, 5), None, (2, 5)], "val": []}, 2, ["num_test_scans=3"]),
+        ({"test": [(), (), (2,), (2,)], "val": []}, 2, ["num_test_scans=4"]),
+    ],
+)
+def test_scans_that_share_no_organ_are_refused_first(tmp_path, monkeypatch, splits, num, ways):
+    """Before any judging; each way out that is named, and no other, is one. Splits give each scan's label values; None:
+    both, in air."""
+    painted = [("train", *paint(0))]
+    for number, (split, values) in enumerate((split, values) for split, of in splits.items() for values in of):
+        volume, label = paint(number + 1)
+        label[~np.isin(label, values or ())] = 0
+        if values is None:
+            volume, label = np.full_like(volume, -1000), paint(number + 1)[1]
+        painted.append((split, volume, label))
+    index = scans(tmp_path / "store", painted)
+    run = weights(tmp_path / "run", {})
+    asked = {"init": run, "encoder": None, "judges": ["voxels", "matching"], "num_test_scans": num}
+    monkeypatch.setattr(judges.Judges, "judge", None)
+    with pytest.raises(ValueError, match=r"^judges=\[voxels,matching\]: no organ occurs in ") as caught:
+        probe.run(config(index, **asked))
+    said = str(caught.value)
+    assert "\n" not in said and f"(num_test_scans={num}, test_split='test')" in said
+    named = said.partition("): ")[2].split(", or ")
+    assert named[-1] == "leave matching out: judges=[voxels]"
+    mends = [way.removeprefix("raise ").removeprefix("choose ").replace(" to ", "=") for way in named[:-1]]
+    assert mends == ways
+    for mend in mends:
+        key, _, value = mend.partition("=")
+        assert judges.Judges(index, config(index, **asked | {key: value}), ("voxels", "matching")).body_box_mm() > 0
+    judges.Judges(index, config(index, **asked), ("voxels",))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -100,6 +197,10 @@ def test_thin_scans_are_matched(tmp_path):
         ("ceiling", {"align": {"wrong_priors": False}}, "its encoder was trained without labels: it is no upper end"),
         ("ceiling", {"freeze": True}, "its encoder was trained without labels: it is no upper end"),
         ("ceiling", {"freeze": False}, None),
+        ("ceiling", {"freeze": False, "num_scans": 1.0}, None),
+        ("ceiling", {"freeze": False, "num_scans": 0.2}, "it was trained with num_scans=0.2, not with all labels: the"),
+        ("ceiling", {"freeze": False, "num_scans": 5}, "it was trained with num_scans=5: where these were not all la"),
+        ("ceiling", {"freeze": True, "num_scans": 5}, "its encoder was trained without labels: it is no upper end"),
         ("control", {"align": {"wrong_priors": False}}, "it was not trained with align.wrong_priors=true: it is no"),
         ("control", {"align": {"wrong_priors": True}}, None),
         ("control", {}, None),  # nothing is known of its training
@@ -114,6 +215,46 @@ def test_ends_that_are_none_are_told(store, tmp_path, key, told, said):  # noqa:
         assert notes == []
     else:
         assert [note.startswith(f"{key}={tmp_path / key}: {said}") for note in notes] == [True]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])  # of 4 and 3 labelled scans
+@pytest.mark.parametrize("num", [2, 3, 4, 0.5, 0.74, 0.9, 1.0])
+def test_an_upper_end_of_fewer_labels_is_told_by_its_store(store, tmp_path, split, num):  # noqa: F811
+    """A share is rounded to scans, as in fine-tuning."""
+    told = {"freeze": False, "num_scans": num, "index": store.store, "split": split}
+    run = weights(tmp_path / "ceiling", told)
+    notes = encoders.read("ceiling", config(store, ceiling=run), store).ready(store, [])[1]
+    total = {"train": 4, "test": 3}[split]
+    few = num < total if isinstance(num, int) else round(num * total) < total
+    said = f"ceiling={run}: it was trained with num_scans={num}, not with all labels: the upper end lies higher"
+    assert notes == ([said] if few else [])
+
+
+@pytest.mark.parametrize("init", ["random", "run"])
+@pytest.mark.parametrize("given", [("control",), ("ceiling",), ("control", "ceiling")])
+def test_without_random_weights_given_ends_are_judged(store, tmp_path, init, given):  # noqa: F811
+    """ends=false leaves out random weights alone: an end says what it says as the encoder that is asked about."""
+    places = {}
+    for number, name in enumerate(("run", "control", "ceiling")):
+        torch.manual_seed(number)
+        places[name] = weights(tmp_path / name, {})
+    own = EncoderConfig(depths=(1, 1, 1, 1), width=4) if init == "random" else None
+    ends = {key: places[key] for key in given}
+    result = probe.run(config(store, init=places.get(init, init), encoder=own, ends=False, **ends))
+    alone = {
+        key: probe.run(config(store, init=places[key], encoder=None, ends=False, all_readings=True)) for key in given
+    }
+    words = {"reestimated": "re-estimated", "trained": "as trained", "off": "off"}
+    expected = (
+        {f"control, BatchNorm {words[name]}": of for name, of in alone["control"].readings.items()}
+        if ("control" in given)
+        else {}
+    )
+    assert result.controls == expected
+    assert result.ceiling == (alone["ceiling"].readings["reestimated"] if "ceiling" in given else {})
+    assert list(result.standing) == (["voxels"] if "control" in given else [])
+    for one in result.standing.values():
+        assert one["low_is"] in expected and (one["high"] is not None) == ("ceiling" in given)
 
 
 @pytest.mark.parametrize("key", ["control", "ceiling"])

@@ -12,7 +12,7 @@ import pytest
 from small_sweeps import BASE, CURVE, PROBED, said, sweep
 
 from pgl_ray import config as c
-from pgl_ray import tune
+from pgl_ray import encoders, tune
 from pgl_ray.sweep import checks, progress_table, search, stages, sweeps, trial
 from pgl_ray.sweep.points import name_of
 from pgl_ray.sweep.room import room_for
@@ -32,6 +32,19 @@ def test_a_probe_in_a_trial_takes_the_sweeps_own_ends(tmp_path):
     asked = sweep(tmp_path, arms={"pgl": {}}, judge="probe/matching_mm", base_finetune=None, base_probe=base)
     assert stages.stage_configs(asked, {"arm": "pgl"}, tmp_path)["probe"].ends
     assert c.ProbeConfig(index="s").ends  # of the door itself it stays
+
+
+@pytest.mark.parametrize("given", [("control",), ("ceiling",), ("control", "ceiling")])
+@pytest.mark.parametrize("where", ["base", "arm"])
+def test_ends_that_a_sweep_names_are_judged_in_its_trials(tmp_path, given, where):
+    """Beside no random weights, which are an arm."""
+    ends = {key: str(tmp_path / key) for key in given}
+    base = {"judges": ["matching"], **(ends if where == "base" else {})}
+    arm = {f"probe.{key}": place for key, place in ends.items()} if where == "arm" else {}
+    asked = sweep(tmp_path, arms={"pgl": arm}, judge="probe/matching_mm", base_finetune=None, base_probe=base)
+    found = stages.stage_configs(asked, {"arm": "pgl"}, tmp_path)["probe"]
+    assert {key: getattr(found, key) for key in encoders.ENDS} == dict.fromkeys(encoders.ENDS) | ends
+    assert not found.ends
 
 
 @pytest.fixture

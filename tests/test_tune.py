@@ -175,6 +175,43 @@ def test_what_the_stores_cannot_give_is_refused_before_training(tmp_path):
     stores.check_stores(config, checks.check(config))
 
 
+@pytest.mark.parametrize("key", ["control", "ceiling"])
+@pytest.mark.parametrize(("made", "said"), [(False, "does not exist"), (True, "holds no checkpoint")])
+def test_ends_that_are_not_there_are_refused_first(tmp_path, key, made, said):
+    """Of a trial's probe, before any trial is pre-trained."""
+    for i in range(2):
+        volume = np.zeros((24, 40, 40), np.int16)
+        write_scan(tmp_path, f"s{i}", volume, np.eye(4), split="train", label=volume.astype(np.uint8), labelled=(1,))
+    write_index(tmp_path, {"a": 1}, (-1024.0, 325.0))
+    if made:
+        (tmp_path / "end").mkdir()
+    base = {"num_scans": 1, "test_split": "train", key: str(tmp_path / "end")}
+    config = sweep(tmp_path, index=str(tmp_path), space=LR, base_probe=base)
+    with pytest.raises(ValueError, match=rf"probe\.{key}: (run )?{tmp_path}/end {said}") as caught:
+        stores.check_stores(config, checks.check(config))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_test_scans_that_share_no_organ_are_refused_first(tmp_path, same):
+    """Of a trial's point matching, before any trial is pre-trained."""
+    for i, value in enumerate((1, 1, 1 if same else 2)):
+        volume, split = np.zeros((24, 40, 40), np.int16), "test" if i else "train"
+        label = np.full(volume.shape, value, np.uint8)
+        write_scan(tmp_path, f"s{i}", volume, np.eye(4), split=split, label=label, labelled=(1, 2))
+    write_index(tmp_path, {"a": 1, "b": 2}, (-1024.0, 325.0))
+    base = {"num_scans": 1, "judges": ["matching"]}
+    asked = {"base_pretrain": {"max_steps": 1, "global_batch_size": 1, "split": "train"}, "base_finetune": None}
+    arms, judge = {"pgl": {}}, "probe/matching_mm"
+    config = sweep(tmp_path, index=str(tmp_path), arms=arms, judge=judge, base_probe=base, **asked)
+    if same:
+        stores.check_stores(config, checks.check(config))
+        return
+    with pytest.raises(ValueError, match=r"no organ occurs in two of the 2 scans .* leave matching out") as caught:
+        stores.check_stores(config, checks.check(config))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("swept", [False, True])
 def test_flips_that_evaluation_would_refuse_are_refused_first(tmp_path, swept):
     """A network trained without flips is not evaluated with them: said before it is trained."""

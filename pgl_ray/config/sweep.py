@@ -50,8 +50,8 @@ class TuneConfig(Section):
     base_probe: dict[str, Any] | None = None
     """The same of a probe of the pre-trained encoder; none: no probe. Its `ends` is false where it is not given: random
     weights are an arm of the sweep (probe.init: random; finetune.init where fine-tuning follows), judged once, in every
-    reading, as wrong priors are (pretrain.align.wrong_priors: true). Its `size` is that of base_pretrain.views, for all
-    trials alike."""
+    reading, as wrong priors are (pretrain.align.wrong_priors: true); a `control` or `ceiling` that it names is judged
+    in every trial. Its `size` is that of base_pretrain.views, for all trials alike."""
     base_finetune: dict[str, Any] | None = {}
     """The same of fine-tuning. With `init` (or where an arm sets finetune.init) there is no pre-training before it. Its
     encoder and the probe's are base_pretrain's, those of random weights, too, unless an arm or the space sets them."""

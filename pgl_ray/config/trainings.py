@@ -260,7 +260,8 @@ class ProbeConfig(ProbeSettings):
     decoder_seeds: Positive = 1
     """Decoders that are trained per encoder, each from its own seed; intervals are over them, too."""
     ends: bool = True
-    """Judge random weights of the same size beside it, in every reading: the strongest is what a claim must beat."""
+    """Judge random weights of the same size beside it, in every reading: the strongest is what a claim must beat.
+    false: a control or ceiling that is given is judged without them."""
     all_readings: bool = False
     """Every judge reads the encoder in every state of its BatchNorm; otherwise the other states are the voxel probe's
     alone, which is quick."""

@@ -223,10 +223,10 @@ class DemoConfig(Section):
     """Seed of phantoms and runs."""
     num_unlabelled: Positive = 24
     """Phantoms for pre-training."""
-    num_labelled: Positive = 5
+    num_labelled: Annotated[int, Field(ge=2)] = 5
     """Labelled phantoms for fine-tuning, one of them for validation."""
-    num_test: Positive = 6
-    """Labelled phantoms for the comparison."""
+    num_test: Annotated[int, Field(ge=2)] = 6
+    """Labelled phantoms for the comparison; places of one are searched in another."""
     pretrain_steps: Positive = 120
     """Steps of PGL pre-training."""
     finetune_steps: Positive = 120

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pgl_ray.judge.decoder import LabelledScan
-from pgl_ray.judge.matching import GRID_MM, read_points
-from pgl_ray.judge.readings import StandardisedMaps, body_points
+from pgl_ray.judge.matching import grid_points, read_points
+from pgl_ray.judge.readings import StandardisedMaps
 
 NUM_POINTS = 300  # of the body per scan that the components are fitted on
 MOST_POINTS = 128 * 128  # of a slice that features are read at; a larger one is read at every second, third, ... voxel
@@ -84,7 +84,7 @@ def axial_colors(
     """
     body, wanted = [], []
     for number, scan in enumerate(scans):
-        voxels = body_points(scan.volume, scan.record.spacing_mm, GRID_MM)
+        voxels = grid_points(scan, scan.volume)
         asked = [voxels[np.linspace(0, len(voxels) - 1, min(NUM_POINTS, len(voxels))).round().astype(int)]]
         if number < len(slices):
             step = slice_step(scan.volume.shape)

@@ -98,11 +98,8 @@ class Judges:
         self.test = [decoder.LabelledScan(index, scan) for scan in test] if any(both) else []
         self.notes += shortcomings.nowhere_to_search(self.test) if both[1] else []
         self.names = [voxels.BACKGROUND, *sorted(index.labels, key=lambda name: index.labels[name])]
-        if any(both) and not any(scan.voxels for scan in self.test):
-            raise ValueError(
-                f"judges={','.join(judges)}: no organ occurs in the {len(test)} scans to test on: raise num_test_scans="
-                f"{config.num_test_scans}, or choose another test_split than {config.test_split!r}"
-            )
+        body = {scan.record.scan_id for scan in self.test if matching.has_body(scan)}
+        shortcomings.check_organs(index, config, judges, test, body)
 
     def judge(
         self, encoder: Encoder | ResEncoder, reading: readings.Reading, only: tuple[str, ...] = JUDGES

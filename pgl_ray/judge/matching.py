@@ -17,7 +17,7 @@ from pgl_ray.data.random_numbers import generator
 from pgl_ray.data.rendering import AIR, normalise
 from pgl_ray.judge.decoder import LabelledScan
 from pgl_ray.judge.dense import dense_maps
-from pgl_ray.judge.readings import StandardisedMaps, body_points, has_body
+from pgl_ray.judge.readings import StandardisedMaps, body_points
 from pgl_ray.judge.voxels import read_map
 
 GRID_MM = 8.0  # between candidate points; half of it is the best median that can be
@@ -43,6 +43,16 @@ def place_levels(num_maps: int) -> list[int]:
     """Numbers of the maps that a place is found by: all but the finest, which sees only what lies about a voxel, where
     there are others."""
     return list(range(min(1, num_maps - 1), num_maps))
+
+
+def grid_points(scan: LabelledScan, volume: np.ndarray) -> np.ndarray:
+    """Where places of a scan are searched, of its own volume or of a deformed copy: int64 [points, 3]."""
+    return body_points(volume, scan.record.spacing_mm, GRID_MM)
+
+
+def has_body(scan: LabelledScan) -> bool:
+    """Whether there is any place to search: what lies between the points of the grid alone is no body."""
+    return len(grid_points(scan, scan.volume)) > 0
 
 
 def read_points(
@@ -112,12 +122,12 @@ def organ_errors(
         A row per ordered pair of scans and organ that both have: source_id, scan_id, which was searched, organ,
         error_mm, and found_mm, the place that was found along the searched scan's own axes.
     """
-    scans = [scan for scan in scans if has_body(scan.volume)]
+    scans = [scan for scan in scans if has_body(scan)]
     grids: list[Points] = []
     queries: list[Points] = []
     organs = [centroids(scan, names) for scan in scans]
     for scan, middles in zip(scans, organs):
-        voxels = body_points(scan.volume, scan.record.spacing_mm, GRID_MM)
+        voxels = grid_points(scan, scan.volume)
         asked = np.array(list(middles.values()), np.int64).reshape(-1, 3)
         if maps is None:
             grid, query = box_points(scan, voxels), box_points(scan, asked)
@@ -145,13 +155,13 @@ def deformation_errors(
 ) -> list[dict[str, Any]]:
     """Finds drawn places of every scan in its own deformed, noisy copy; rows as of `organ_errors`, the organ "any"."""
     rows = []
-    for scan in [scan for scan in scans if has_body(scan.volume)]:
+    for scan in [scan for scan in scans if has_body(scan)]:
         rng = generator(seed, 2, scan.record.scan_id, 0)
         source = deformation(rng, scan.volume.shape, scan.record.spacing_mm)
         copy = ndimage.map_coordinates(scan.volume.astype(np.float32), source, order=1, cval=float(AIR))
         copy = (copy + rng.normal(0, NOISE_HU, copy.shape)).astype(np.int16)
-        voxels = body_points(copy, scan.record.spacing_mm, GRID_MM)
-        inside = np.array([source[(slice(None), *voxel)] for voxel in voxels]).round().astype(np.int64)
+        voxels = grid_points(scan, copy)
+        inside = source[(slice(None), *voxels.T)].T.round().astype(np.int64)  # none of a copy without a body
         whole = ((inside >= 0) & (inside < scan.volume.shape)).all(1)
         if not whole.any():
             continue

@@ -155,11 +155,6 @@ def body_points(volume: np.ndarray, spacing_mm: tuple[float, ...], every_mm: flo
     return np.argwhere(closed) * step + first
 
 
-def has_body(volume: np.ndarray) -> bool:
-    """Whether a scan shows more than air, HU [D, H, W]."""
-    return bool((volume > BODY_HU).any())
-
-
 class StandardisedMaps(nn.Module):
     """An encoder whose maps have mean 0 and standard deviation 1 per channel over unlabelled views; frozen.
 

@@ -1,7 +1,7 @@
 """Two pictures of what a frozen encoder's features know of places: what point matching finds, and features as colours.
 
-For the encoder that is judged and, beside it, for random weights. The scans are the first two test scans that share the
-most organs, whatever any encoder makes of them.
+For the encoder that is judged and, beside it, for random weights. The scans are the first two test scans with a body
+that share the most organs, whatever any encoder makes of them.
 """
 
 from typing import NamedTuple
@@ -95,7 +95,7 @@ def draw(
     """Both pictures, by the names of their files.
 
     Args:
-        scans: labelled test scans, two of which share an organ.
+        scans: labelled test scans, two of which have a body and share an organ.
         names: of the classes, background first.
         size: of the training views.
         encoders: title -> maps, the judged one first.
@@ -124,7 +124,8 @@ def draw(
 
 
 def in_order(scans: list[LabelledScan]) -> list[LabelledScan]:
-    """The first two scans that share the most organs, then the others."""
+    """The first two scans with a body that share the most organs, then the others with one: only they are searched."""
+    scans = [scan for scan in scans if matching.has_body(scan)]
     organs = [set(np.unique(scan.target[scan.target > 0])) & set(np.flatnonzero(scan.labelled)) for scan in scans]
     pairs = [(i, j) for i in range(len(scans)) for j in range(i + 1, len(scans))]
     chosen = max(pairs, key=lambda pair: len(organs[pair[0]] & organs[pair[1]]))  # of equals the first

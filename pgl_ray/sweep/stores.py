@@ -10,9 +10,10 @@ from pgl_ray.data import stream
 from pgl_ray.data.store import Index, ScanRecord, read_index
 from pgl_ray.judge import voxels
 from pgl_ray.judge.judges import check_number
+from pgl_ray.judge.shortcomings import check_organs
 from pgl_ray.sweep.points import Point, named, title_of
 from pgl_ray.sweep.stages import stage_configs
-from pgl_ray.train import weights
+from pgl_ray.train import checkpoint, weights
 
 
 def check_stores(config: TuneConfig, trials: list[Point]) -> None:
@@ -26,10 +27,11 @@ def check_stores(config: TuneConfig, trials: list[Point]) -> None:
     for values in [trial.values for trial in trials] or [{}]:
         with named(title_of(values) or "base"):
             configs, tested = stage_configs(config, values, Path(config.run)), []
-            _check_shipped(configs, read)
+            _check_weights(configs, read)
             if "probe" in configs:
                 _, tested = voxels.choose_scans(read(configs["probe"].index), configs["probe"])
                 check_number(tested, configs["probe"], configs["probe"].judges)
+                check_organs(read(configs["probe"].index), configs["probe"], configs["probe"].judges, tested)
             if "finetune" in configs:
                 train_ids, val_ids = finetune.split_scans(configs["finetune"], read(configs["finetune"].index))
                 _check_organ(config.judge, configs["finetune"].task, read(configs["finetune"].index), val_ids)
@@ -114,8 +116,13 @@ def _check_windows(pool: Index, labelled: Index) -> None:
         )
 
 
-def _check_shipped(configs: dict[str, Section], read: Callable[[str], Index]) -> None:
-    """Weights that come with pgl_ray are there, and fit encoder and store; those of runs may come into being yet."""
+def _check_weights(configs: dict[str, Section], read: Callable[[str], Index]) -> None:
+    """Weights that come with pgl_ray are there, and fit encoder and store; a probe's control and ceiling are there;
+    those of other runs may come into being yet."""
+    for key in ("control", "ceiling"):
+        if end := "probe" in configs and getattr(configs["probe"], key):
+            with named(f"probe.{key}"):
+                checkpoint.file_of(end)
     for config in (configs[stage] for stage in ("probe", "finetune") if stage in configs):
         if config.init.startswith(PRETRAINED):
             encoder, partial = config.encoder and config.encoder.model_dump(), getattr(config, "allow_partial", False)
