@@ -30,12 +30,13 @@ from pgl_ray.model import device as on
 from pgl_ray.model.inference import out_of_memory, pick_device, time_forward
 from pgl_ray.model.metrics import SCORES, compare, intervals, other_truth, summarise
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
+from pgl_ray.paths import is_url
 from pgl_ray.train import run_paths
 from pgl_ray.train.checkpoint import file_of, outdated, sha256_of
 from pgl_ray.train.evaluations import SUMMARY, TABLE, check_folder, continued, done_before
 from pgl_ray.train.progress import Stage
-from pgl_ray.train.records import CheckpointMeta
-from pgl_ray.train.run_files import SCANS, write_json
+from pgl_ray.train.records import CheckpointMeta, RunRecord
+from pgl_ray.train.run_files import BEST, RECORD, SCANS, write_json
 from pgl_ray.train.weights import check_flips, load_segmenter
 
 KEYS = {"tta": "tta=...", "overlap": "inference.overlap=...", "bfloat16": "inference.precision=..."}  # of a scan's rows
@@ -185,8 +186,15 @@ def _read_others(config: EvaluateConfig, records: list[ScanRecord], identity: di
     """
     run = config.compare
     place = run_paths.fetch_for_report(run)
+    if not is_url(run) and not place.exists():
+        raise ValueError(f"compare={run} does not exist: give the folder of a fine-tuning run, or of an evaluation")
     path = next((p for p in (place / "evaluation" / TABLE, place / TABLE) if p.is_file()), None)
     if path is None:
+        door = RunRecord.read(place).door if (place / RECORD).is_file() else ""
+        if door not in ("", "finetune"):
+            raise ValueError(f"compare={run} is a {door} run, of which there is no evaluation: give a fine-tuning run")
+        if not door and not (place / BEST).is_file():
+            raise ValueError(f"compare={run} is no fine-tuning run and holds no evaluation: give one of the two")
         raise ValueError(f"compare={run} is not evaluated: python -m pgl_ray.evaluate run={run} on the same scans")
     rows = pq.read_table(path).to_pylist()
     ours, theirs = {record.scan_id for record in records if record.labelled}, {row["scan_id"] for row in rows}

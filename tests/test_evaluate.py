@@ -432,6 +432,32 @@ def test_what_is_compared_was_made_alike(folder, monkeypatch, theirs, said):
         evaluate.run(config(folder, compare=str(other)))
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (None, "does not exist: give the folder of a fine-tuning run, or of an evaluation"),
+        ({}, "is no fine-tuning run and holds no evaluation: give one of the two"),
+        ({"notes.txt": "x"}, "is no fine-tuning run and holds no evaluation: give one of the two"),
+        (
+            {"run.json": '{"door": "pretrain"}'},
+            "is a pretrain run, of which there is no evaluation: give a fine-tuning",
+        ),
+        ({"run.json": '{"door": "finetune"}'}, "is not evaluated: python -m pgl_ray.evaluate run="),
+        ({"best.pt": "x"}, "is not evaluated: python -m pgl_ray.evaluate run="),
+    ],
+)
+def test_what_cannot_be_compared_with_is_named(folder, monkeypatch, files, said):
+    known_run(monkeypatch, folder)
+    for name, content in (files or {}).items():
+        (folder / "other").mkdir(exist_ok=True)
+        (folder / "other" / name).write_text(content)
+    if files == {}:
+        (folder / "other").mkdir()
+    with pytest.raises(ValueError, match=f"^compare={folder}/other {said}"):
+        evaluate.run(config(folder, compare=str(folder / "other")))
+    assert not (folder / "r/evaluation").exists()
+
+
 @pytest.mark.parametrize("differs", ["task", "labels"])
 def test_scores_on_different_labels_are_not_compared(folder, monkeypatch, differs):
     """Of a task in which an organ holds others, or corrected since; evaluated again alike, both are compared."""
