@@ -32,13 +32,12 @@ from pgl_ray.convert.agreement import (
     settings_of,
     stored_names,
 )
-from pgl_ray.convert.leftovers import cleared_records, not_ours, unreadable
+from pgl_ray.convert.leftovers import cleared_records, remove_renamed, unreadable
 from pgl_ray.convert.one_scan import outcomes
 from pgl_ray.convert.todo import Todo, known_sources, shares_folder, vanished, what_to_do
 from pgl_ray.convert.whole import Verified, is_whole, look_through, read_index
 from pgl_ray.data import store, store_settings
 from pgl_ray.data.durable import DISK_FULL
-from pgl_ray.data.own_files import foreign_key
 from pgl_ray.data.place import Place
 from pgl_ray.files.accounts import grouped, json_lines
 from pgl_ray.files.header_cache import HeaderCache
@@ -147,7 +146,7 @@ def _run(
 
     # convert
     converted, failed, notes = _convert(config, place, layout, token, todo, records, names)
-    failed += _rename(place, todo, records)
+    failed += remove_renamed(place, todo, records)
 
     # index
     failed = sorted([*failed, *unreadable(place, records)])
@@ -200,23 +199,6 @@ def _convert(
             else:
                 todo.stored.append(source)
     return converted, failed, notes
-
-
-def _rename(place: store.Place, todo: Todo, records: dict[str, store.ScanRecord]) -> list[Fault]:
-    """Removes what lies in the store under another name by now; what cannot be removed."""
-    faults = []
-    stored = {source.scan_id for source in todo.stored}
-    for new, olds in todo.renamed.items():
-        for old in olds if new in stored else ():
-            print(f"prepare: renamed: {old} -> {new}", flush=True)
-            if old in stored:
-                continue
-            if foreign := foreign_key(place, old):
-                faults.append(Fault(f"{place.url}/scans/{old}", not_ours(place, foreign)))
-                continue
-            place.remove(f"scans/{old}")
-            del records[old]
-    return faults
 
 
 def verify(config: StoreConfig) -> Verified:

@@ -10,6 +10,7 @@ from preparing import counts, go, put, records, tree
 
 from pgl_ray import prepare
 from pgl_ray.config import LabelsConfig, StoreConfig
+from pgl_ray.convert.leftovers import remove_renamed
 from pgl_ray.convert.todo import Todo
 from pgl_ray.data import own_files, scan_files, store
 from pgl_ray.data.owner import part_folder
@@ -131,11 +132,11 @@ def test_a_file_added_to_a_scan_outlives_it(tmp_path, serial, added):
     place, known = open_place(tmp_path / "s"), store.read_records(tmp_path / "s")
     source = read_layout(str(tmp_path / "raw"), LabelsConfig()).scans[0]
     renamed = Todo([], [replace(source, scan_id="new")], {"new": ["a"]}, [])
-    [fault] = prepare._rename(place, renamed, known)
+    [fault] = remove_renamed(place, renamed, known)
     assert "so it stays" in fault.reason and list(known) == ["a"]
     assert (tmp_path / "s/scans/a" / added).read_bytes() == b"mine"
     (tmp_path / "s/scans/a" / added).unlink()
-    assert prepare._rename(place, renamed, known) == [] and not (tmp_path / "s/scans/a").exists()
+    assert remove_renamed(place, renamed, known) == [] and not (tmp_path / "s/scans/a").exists()
 
 
 @pytest.mark.parametrize("files", [HALF, {**HALF, "labels/organs/0/c/0/0/0": b"", "0/zarr.json": b"{}"}])

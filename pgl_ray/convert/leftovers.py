@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from pgl_ray.convert.todo import Todo
 from pgl_ray.data import store
 from pgl_ray.data.own_files import foreign_key, is_half
 from pgl_ray.files.source import Fault
@@ -21,12 +22,29 @@ def unreadable(place: store.Place, records: dict[str, store.ScanRecord]) -> Iter
     for name in set(store.scan_names(place)) - set(records):
         if place.names(f"scans/{name}"):  # else a stray file
             if foreign := foreign_key(place, name):
-                yield Fault(f"{place.url}/scans/{name}", not_ours(place, foreign))
+                yield Fault(f"{place.url}/scans/{name}", _not_ours(place, foreign))
                 continue
             mend = f"its zarr.json is damaged: python -m pgl_ray.prepare repair store={place.url}"
             yield Fault(f"{place.url}/scans/{name}", mend)
 
 
-def not_ours(place: store.Place, key: str) -> str:
+def remove_renamed(place: store.Place, todo: Todo, records: dict[str, store.ScanRecord]) -> list[Fault]:
+    """Removes what lies in the store under another name by now; what cannot be removed."""
+    faults = []
+    stored = {source.scan_id for source in todo.stored}
+    for new, olds in todo.renamed.items():
+        for old in olds if new in stored else ():
+            print(f"prepare: renamed: {old} -> {new}", flush=True)
+            if old in stored:
+                continue
+            if foreign := foreign_key(place, old):
+                faults.append(Fault(f"{place.url}/scans/{old}", _not_ours(place, foreign)))
+                continue
+            place.remove(f"scans/{old}")
+            del records[old]
+    return faults
+
+
+def _not_ours(place: store.Place, key: str) -> str:
     """What is to be done about another's file or folder in a scan's place."""
     return f"pgl_ray has not written {place.url}/{key}, so it stays: move it elsewhere"

@@ -10,7 +10,7 @@ import numpy as np
 from pgl_ray.data.array_reader import ArrayReader, ChunkIndex
 from pgl_ray.data.hu_codes import StoredVoxels, coded
 from pgl_ray.data.own_files import check_scan_place
-from pgl_ray.data.place import open_place
+from pgl_ray.data.place import Place, open_place
 from pgl_ray.data.scan_record import ScanRecord, group_files, parse_record
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD, array_metadata, encode_shard
 from pgl_ray.data.voxel_statistics import (
@@ -75,8 +75,6 @@ def write_scan(
         OSError: the disk is full or not writable; nothing of the scan remains.
     """
     _check(scan_id, volume, label)
-    place = open_place(store)
-    check_scan_place(place, scan_id, place.url)
     counts = count_values(volume.view(np.uint16))
     stored = coded(volume, counts, hu_window) if encoding == "uint8" else StoredVoxels(volume, None, {}, counts)
     arrays = {"volume": (stored.array, stored.attributes, compression)}
@@ -93,12 +91,18 @@ def write_scan(
         **_metadata(arrays, chunk),
         **vars(Known(**known)),
     )
-    with place.replaced(f"scans/{scan_id}") as scan:
+    with _own_place(store, scan_id).replaced(f"scans/{scan_id}") as scan:
         for kind, (array, _, codec) in arrays.items():
             scan.write(f"{ARRAY_PATHS[kind]}/{SHARD}", encode_shard(array, chunk, codec))
         for key, content in group_files(record).items():  # its own zarr.json last: with it a scan is whole
             scan.write(key, [content])
     return record
+
+
+def _own_place(store: str | Path, scan_id: str) -> Place:
+    place = open_place(store)
+    check_scan_place(place, scan_id, place.url)
+    return place
 
 
 def _check(scan_id: str, volume: np.ndarray, label: np.ndarray | None) -> None:

@@ -13,8 +13,8 @@ from pgl_ray.train.metrics import whole_lines
 from pgl_ray.train.run_files import SCANS
 
 TABLE, SUMMARY = "metrics.parquet", "summary.json"
-OF_SUMMARY = {"organs", "ci95", "num_scans", "split", "index"}  # keys by which a summary is an evaluation's
-OF_COMPARISON = {"organs", "run", "other"}
+OF_SUMMARY = frozenset({"organs", "ci95", "num_scans", "split", "index"})  # keys by which a summary is an evaluation's
+OF_COMPARISON = frozenset({"organs", "run", "other"})
 
 
 def done_before(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -85,7 +85,7 @@ def _is_empty(path: Path) -> bool:
     return path.is_file() and not path.stat().st_size
 
 
-def _has(path: Path, keys: set[str]) -> bool:
+def _has(path: Path, keys: frozenset[str]) -> bool:
     """Whether a JSON file holds a dict with some keys."""
     try:
         content = json.loads(path.read_text())
