@@ -16,6 +16,7 @@ from pgl_ray.data import own_files, scan_files, store
 from pgl_ray.data.owner import part_folder
 from pgl_ray.data.place import open_place
 from pgl_ray.files.layout import read_layout
+from pgl_ray.judge import vectors
 
 # -- where a store would be made --------------------------------------------------------------------------------------
 
@@ -174,3 +175,12 @@ def test_every_file_of_a_scan_is_known_as_ones_own(tmp_path):
     written = {path.relative_to(tmp_path / "scans/a").as_posix() for path in (tmp_path / "scans/a").rglob("*")}
     assert written == own_files.FOLDERS | own_files.FILES - {"zarr.json.part"}
     assert json.loads((tmp_path / "scans/a/zarr.json").read_bytes())["attributes"]["pgl_ray"]
+
+
+@pytest.mark.parametrize("name", ["cohort.parquet", "part-0001.parquet", "2024-11.parquet"])
+def test_tables_beside_the_parts_of_an_embedding_stay(tmp_path, name):
+    fill(tmp_path / "parts", {name: b"mine"})
+    vectors.write_part(tmp_path, [{"scan_id": "a", "vector": [1.0]}], {})
+    assert list(vectors.read_earlier(tmp_path, {})[0]) == ["a"] and not vectors.read_earlier(tmp_path, {})[1]
+    vectors.write_table(tmp_path, [{"scan_id": "a", "vector": [1.0]}], {}, {"a"})
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == [name]
