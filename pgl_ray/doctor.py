@@ -25,7 +25,7 @@ from pgl_ray.checkup import doctor_checks as checks
 from pgl_ray.checkup import doctor_storage as storage
 from pgl_ray.checkup.doctor_checks import Line
 from pgl_ray.checkup.doctor_facts import Gpu, Looker, Machine, machine, rays_folder
-from pgl_ray.checkup.doctor_places import Sight, leave_mark, look_at_run, look_at_store, remove_mark
+from pgl_ray.checkup.doctor_places import Sight, leave_mark, look_at_run, look_at_store, remove_mark, taken_by
 from pgl_ray.config import DoctorConfig, FailedRun, RayConfig
 from pgl_ray.paths import is_url
 
@@ -280,9 +280,13 @@ def _seen(look: Callable[[], dict[str, Any]]) -> Sight:
 
 def _of_run(run: str, lookers: _Lookers) -> list[Sight]:
     """What all see of a file that this machine writes there, which is gone afterwards."""
-    marks = _in_time(lambda: [leave_mark(run)], LOOK_S, lambda why: why)
+
+    def look() -> list[str] | str:
+        return taken_by(run) or [leave_mark(run)]
+
+    marks = _in_time(look, LOOK_S, lambda why: f"cannot be written: {why}")
     if isinstance(marks, str):
-        return [Sight(HERE, fault=f"cannot be written: {marks}")]
+        return [Sight(HERE, fault=marks)]
     try:
         return [_seen(lambda: look_at_run(marks[0])), *lookers.sights("look_at_run", marks[0])]
     finally:

@@ -30,15 +30,15 @@ from pgl_ray.model import device as on
 from pgl_ray.model.inference import out_of_memory, pick_device, time_forward
 from pgl_ray.model.metrics import SCORES, compare, intervals, other_truth, summarise
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
+from pgl_ray.paths import is_url
 from pgl_ray.train import run_paths
 from pgl_ray.train.checkpoint import file_of, outdated, sha256_of
-from pgl_ray.train.metrics import whole_lines
+from pgl_ray.train.evaluations import SUMMARY, TABLE, check_folder, continued, done_before
 from pgl_ray.train.progress import Stage
-from pgl_ray.train.records import CheckpointMeta
-from pgl_ray.train.run_files import SCANS, write_json
+from pgl_ray.train.records import CheckpointMeta, RunRecord
+from pgl_ray.train.run_files import BEST, RECORD, SCANS, write_json
 from pgl_ray.train.weights import check_flips, load_segmenter
 
-TABLE = "metrics.parquet"
 KEYS = {"tta": "tta=...", "overlap": "inference.overlap=...", "bfloat16": "inference.precision=..."}  # of a scan's rows
 MEAN = "mean of organs"
 FORWARD_SIZE = (64, 192, 192)  # D, H, W, that the paper gives its 30 ms for
@@ -58,8 +58,9 @@ def run(config: EvaluateConfig) -> Result:
     what another network left in the folder is removed.
 
     Raises:
-        ValueError: run or index cannot be used, or do not belong together, or there is nothing to compare with: no
-            other evaluation, or one of other scans, made in another way, or on other labels.
+        ValueError: run or index cannot be used, or do not belong together; the folder holds what is not of an
+            evaluation; or there is nothing to compare with: no other evaluation, or one of other scans, made in
+            another way, or on other labels.
         FailedRun: a scan does not fit into memory.
     """
     into = contextlib.nullcontext(Path(config.output)) if config.output else run_paths.results(config.run, "evaluation")
@@ -71,6 +72,7 @@ def run(config: EvaluateConfig) -> Result:
 def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     if config.output:
         check_writable(f"output={config.output}", folder.absolute())
+    check_folder(folder)
     device = pick_device(config.inference.device)
     model, meta = load_segmenter(config.run, device)
     if config.tta:
@@ -81,7 +83,8 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
     others = _read_others(config, records, identity) if config.compare else None
     notes = seen_notes(meta.data, records)
     folder.mkdir(parents=True, exist_ok=True)
-    rows_by_scan = _continue(folder, identity, records, config.save_predictions)
+    wanted = {record.scan_id: _content(record) for record in records}
+    rows_by_scan = continued(folder, identity, wanted, config.save_predictions)
     left = [record for record in records if record.scan_id not in rows_by_scan]
 
     known = f", {len(rows_by_scan)} of them known already" if rows_by_scan else ""
@@ -101,7 +104,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
             stage.advance(f"{scored.record.scan_id}: dice {_text(summarise(scored.rows)['dice'], 0, 3)}")
 
     rows = [row for record in records for row in rows_by_scan[record.scan_id]]
-    if left or not (folder / "summary.json").exists():
+    if left or not (folder / SUMMARY).exists():
         seconds = (time.monotonic() - began) / len(left) if left else None
         summary = summarise(rows) | {
             "ci95": intervals(rows, config.seed),
@@ -115,7 +118,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         }
         _write_table(folder / TABLE, rows)
-        write_json(folder / "summary.json", summary)
+        write_json(folder / SUMMARY, summary)
     summary = _summary(config, folder, rows, notes)
     if others is not None:
         if differs := other_truth(rows, others):
@@ -130,11 +133,11 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
 
 def _summary(config: EvaluateConfig, folder: Path, rows: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
     """The summary that lies there, brought to what is asked for now, and printed."""
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / SUMMARY).read_text())
     now = {"seed": config.seed, "split": config.split, "index": config.index, "notes": notes}  # it may have been moved
     if any(summary.get(key) != value for key, value in now.items()):
         summary |= now | {"ci95": intervals(rows, config.seed)}
-        write_json(folder / "summary.json", summary)
+        write_json(folder / SUMMARY, summary)
     print(table(summary), flush=True)
     for note in notes:
         print(f"evaluate: note: {note}", flush=True)
@@ -183,8 +186,15 @@ def _read_others(config: EvaluateConfig, records: list[ScanRecord], identity: di
     """
     run = config.compare
     place = run_paths.fetch_for_report(run)
+    if not is_url(run) and not place.exists():
+        raise ValueError(f"compare={run} does not exist: give the folder of a fine-tuning run, or of an evaluation")
     path = next((p for p in (place / "evaluation" / TABLE, place / TABLE) if p.is_file()), None)
     if path is None:
+        door = RunRecord.read(place).door if (place / RECORD).is_file() else ""
+        if door not in ("", "finetune"):
+            raise ValueError(f"compare={run} is a {door} run, of which there is no evaluation: give a fine-tuning run")
+        if not door and not (place / BEST).is_file():
+            raise ValueError(f"compare={run} is no fine-tuning run and holds no evaluation: give one of the two")
         raise ValueError(f"compare={run} is not evaluated: python -m pgl_ray.evaluate run={run} on the same scans")
     rows = pq.read_table(path).to_pylist()
     ours, theirs = {record.scan_id for record in records if record.labelled}, {row["scan_id"] for row in rows}
@@ -193,7 +203,7 @@ def _read_others(config: EvaluateConfig, records: list[ScanRecord], identity: di
             f"compare={run} was evaluated on {len(theirs)} scans, {len(theirs - ours)} of which are not among the "
             f"{len(ours)} of this evaluation: evaluate both with the same index, split and num_scans"
         )
-    made = _done_before(path.with_name(SCANS))[0]
+    made = done_before(path.with_name(SCANS))[0]
     for key in sorted((identity.keys() | made.keys()) - {"checkpoint"}) if made else ():
         their, our = made.get(key, False), identity.get(key, False)
         if their != our:
@@ -220,54 +230,6 @@ def _content(record: ScanRecord) -> str:
     facts = (record.content_hash, record.source_hash, record.labelled, record.label_voxels, record.spacing_mm)
     facts += (record.source_affine,) if record.source_affine else ()  # scored on the scan's own grid
     return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
-def _done_before(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """How the scans of a scans.jsonl were evaluated, {} where there is none, and a line for each."""
-    made, *lines = [json.loads(line) for line in whole_lines(path)] or [{}]
-    made.pop("save_predictions", None)  # which earlier versions wrote
-    return made, lines
-
-
-def _continue(
-    folder: Path, identity: dict[str, Any], records: list[ScanRecord], with_predictions: bool
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows by scan_id of the records that were evaluated before, by the same network in the same way.
-
-    What this network said of scans that are not asked for now stays. All else that an evaluation left in the folder is
-    removed, so that no prediction lies beside another's scores.
-
-    Raises:
-        ValueError: the folder holds predictions that no evaluation wrote.
-    """
-    made, lines = _done_before(folder / SCANS)
-    predictions = {path.name.removesuffix(".nii.gz"): path for path in (folder / "predictions").glob("*.nii.gz")}
-    if not made and predictions and not (folder / "summary.json").exists():
-        raise ValueError(f"output={folder} holds predictions/ that are not of an evaluation: choose another output=...")
-    wanted = {record.scan_id: _content(record) for record in records}
-    same = [line for line in lines if wanted.get(line["scan_id"], line["scan"]) == line["scan"]]
-    same = [line for line in same if line["scan_id"] in predictions or not with_predictions] if made == identity else []
-    lines_by_scan = {line["scan_id"]: line for line in same}
-    rows_by_scan = {scan_id: lines_by_scan[scan_id]["rows"] for scan_id in wanted if scan_id in lines_by_scan}
-    if len(rows_by_scan) < len(records) or _summed(folder / TABLE) != {
-        key for key, rows in rows_by_scan.items() if rows
-    }:
-        for path in (folder / TABLE, folder / "summary.json", *folder.glob("compare_*.json")):
-            path.unlink(missing_ok=True)
-    for scan_id in predictions.keys() - lines_by_scan.keys():
-        predictions[scan_id].unlink()
-    write_aside(
-        folder / SCANS, "".join(json.dumps(line) + "\n" for line in [identity, *lines_by_scan.values()]).encode()
-    )
-    return rows_by_scan
-
-
-def _summed(path: Path) -> set[str] | None:
-    """Scans of a table; none where there is no whole one."""
-    try:
-        return {*pq.read_table(path, columns=["scan_id"])["scan_id"].to_pylist()}
-    except (OSError, pa.ArrowException):
-        return None
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
 import os
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +26,13 @@ from pgl_ray.convert import finish
 from pgl_ray.convert.agreement import (
     agreed_names,
     check_labels,
+    check_places,
     check_repeated,
     preparations,
     settings_of,
     stored_names,
 )
+from pgl_ray.convert.leftovers import cleared_records, remove_renamed, unreadable
 from pgl_ray.convert.one_scan import outcomes
 from pgl_ray.convert.todo import Todo, known_sources, shares_folder, vanished, what_to_do
 from pgl_ray.convert.whole import Verified, is_whole, look_through, read_index
@@ -86,11 +87,14 @@ def run(config: PrepareConfig, only: dict[str, str] | None = None) -> Result:
             no others; none: what is new or changed.
 
     Raises:
-        ValueError: no volume in the source, no label where labels are named, or source and store do not agree.
+        ValueError: no volume in the source, no label where labels are named, source and store do not agree, or other
+            things lie where the store would.
         FailedRun: the disk is full, or another prepare writes into the store.
     """
     began = time.monotonic()
     place = store.open_place(config.store)
+    if only is None:
+        check_places(config)
     stored = stored_names(config)  # looking through a large source takes minutes: what does not agree is said before
     if only is None:
         check_repeated(config)
@@ -132,7 +136,7 @@ def _run(
         )
 
     # what is new or changed
-    records = _records(place)
+    records = cleared_records(place)
     before, todo = dict(records), what_to_do(layout, records, only)
     what = "new or changed" if only is None else "to convert again"
     print(f"prepare: {counted(len(layout.scans), 'scan')} in {config.source}, {len(todo.tasks)} {what}", flush=True)
@@ -142,10 +146,10 @@ def _run(
 
     # convert
     converted, failed, notes = _convert(config, place, layout, token, todo, records, names)
-    _rename(place, todo, records)
+    failed += remove_renamed(place, todo, records)
 
     # index
-    failed = sorted([*failed, *_unreadable(place, records)])
+    failed = sorted([*failed, *unreadable(place, records)])
     _note(place, notes)
     names = finish.finish_store(folder, records, todo.stored, names)
     for line in finish.changes(before, records):
@@ -162,16 +166,6 @@ def _run(
     skipped, bare = len(todo.stored) - converted + len(todo.unlabelled), tuple(todo.unlabelled)
     left_out = tuple(layout.left_out) if only is None else ()
     return Result(folder, path, len(index.scans), converted, skipped, tuple(failed), gone, seconds, left_out, bare)
-
-
-def _records(place: store.Place) -> dict[str, store.ScanRecord]:
-    """Of the store's scans; what a killed run had of a scan is removed, which a bucket keeps."""
-    records = store.read_records(place.url)
-    for name in set(store.scan_names(place)) - set(records):
-        inside = place.names(f"scans/{name}")
-        if inside and "zarr.json" not in inside:
-            place.remove(f"scans/{name}")
-    return records
 
 
 def _convert(
@@ -205,25 +199,6 @@ def _convert(
             else:
                 todo.stored.append(source)
     return converted, failed, notes
-
-
-def _rename(place: store.Place, todo: Todo, records: dict[str, store.ScanRecord]) -> None:
-    """Removes what lies in the store under another name by now."""
-    stored = {source.scan_id for source in todo.stored}
-    for new, olds in todo.renamed.items():
-        for old in olds if new in stored else ():
-            print(f"prepare: renamed: {old} -> {new}", flush=True)
-            if old not in stored:
-                place.remove(f"scans/{old}")
-                del records[old]
-
-
-def _unreadable(place: store.Place, records: dict[str, store.ScanRecord]) -> Iterator[Fault]:
-    """Scans in the store that have no record."""
-    for name in set(store.scan_names(place)) - set(records):
-        if place.names(f"scans/{name}"):  # else a stray file
-            mend = f"its zarr.json is damaged: python -m pgl_ray.prepare repair store={place.url}"
-            yield Fault(f"{place.url}/scans/{name}", mend)
 
 
 def verify(config: StoreConfig) -> Verified:

@@ -1,6 +1,8 @@
 """Run folders and checkpoints: what is continued, what is refused, what is read back."""
 
 import json
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,9 +196,68 @@ def test_foreign_files_are_refused(saved, tmp_path):
 def test_damaged_and_malicious_files_are_refused(saved, tmp_path):
     (tmp_path / "cut.pt").write_bytes((saved[0] / "pgl.pt").read_bytes()[:3000])
     torch.save({"model": {}, "meta": Progress}, tmp_path / "code.pt")  # a pickled class of ours: never executed
-    for name in ("cut.pt", "code.pt"):
-        with pytest.raises(ValueError, match="damaged or no pgl_ray checkpoint"):
+    for name, said in (
+        ("cut.pt", "is damaged or no file that torch.save wrote"),
+        ("code.pt", "holds more than tensors"),
+    ):
+        with pytest.raises(ValueError, match=said):
             checkpoint.read_state(tmp_path / name)
+
+
+def whole_model(path):
+    torch.save(torch.nn.Linear(2, 2), path)
+
+
+def whole_model_of_old(path):
+    torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=False)
+
+
+def cut_off(path):
+    whole_model(path)
+    path.write_bytes(path.read_bytes()[:900])
+
+
+def script(path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+
+
+def archive(path):
+    with path.open("wb") as file:
+        np.savez(file, weights=np.zeros(3))
+
+
+MORE = r"holds more than tensors, which is not loaded for safety: save its state_dict alone, torch.save\(model.state_di"
+NO_FILE = "is damaged or no file that torch.save wrote: copy it again"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "write", "said"),
+    [
+        ("a.pth", whole_model, MORE),
+        ("a.pth", whole_model_of_old, MORE),
+        ("a.pt", lambda path: path.write_bytes(pickle.dumps({"lr": 0.1, "made": Path("x")})), MORE),
+        ("a.pth", script, MORE),
+        ("a.pth", lambda path: path.write_bytes(b""), r"is empty \(0 bytes\)"),
+        ("a.pth", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), NO_FILE),
+        ("a.pth", lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), NO_FILE),
+        ("a.pth", cut_off, NO_FILE),
+        ("a.pth", archive, NO_FILE),
+        ("a.pt2", lambda path: path.write_bytes(b"PK"), "weights are not read from .pt2: export it as .safetensors"),
+        (
+            "a.onnx",
+            lambda path: path.write_bytes(b"\x08"),
+            "weights are not read from .onnx: export it as .safetensors",
+        ),
+    ],
+)
+def test_another_programs_file_of_weights_is_refused(tmp_path, name, write, said):
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=said) as error:
+        weights.read(str(tmp_path / name), None, None)
+    text = str(error.value)
+    assert text.startswith(f"init={tmp_path / name}") and text.isprintable()
+    assert len(text.replace(str(tmp_path), "")) < 180
 
 
 def test_first_cause_is_the_rank_that_failed_by_itself():

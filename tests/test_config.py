@@ -165,3 +165,21 @@ def test_texts_in_a_yaml_file_are_what_was_written(tmp_path):
 def test_no_number_stands_for_a_path(values, message):
     with pytest.raises(ValueError, match=message):
         c.build(c.PrepareConfig, {"store": "b", **values})
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///", "gs://", "az:///scans", "s3:// /store", "://"])
+@pytest.mark.parametrize(
+    ("door", "key"), [(c.PrepareConfig, "store"), (c.PretrainConfig, "run"), (c.ProbeConfig, "init")]
+)
+def test_a_url_without_a_bucket_is_refused(door, key, url):
+    values = {name: "b" for name, field in door.model_fields.items() if field.is_required()}
+    with pytest.raises(
+        ValueError, match=f"{key}=.*names no bucket after ://, as where a variable .* is empty"
+    ) as error:
+        c.build(door, {**values, key: url})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["s3://lab", "gs://lab/a/", "az://lab//b"])
+def test_a_url_with_a_bucket_stays_a_url(url):
+    assert c.build(c.StoreConfig, {"store": url}).store == url.rstrip("/")

@@ -22,9 +22,10 @@ from pgl_ray import cli, doctor
 from pgl_ray.checkup import doctor_checks, doctor_facts, doctor_places, doctor_storage
 from pgl_ray.checkup.doctor_facts import Gpu, Machine
 from pgl_ray.checkup.doctor_places import Sight
-from pgl_ray.config import DoctorConfig, FailedRun, build
+from pgl_ray.config import DoctorConfig, FailedRun, PretrainConfig, build
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import write_index
+from pgl_ray.train import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = {name: re.search(r"[\d.]+", need)[0] for name, need in doctor_facts.NEEDED.items()}
@@ -459,6 +460,32 @@ def test_a_machine_that_is_well(tmp_path, capsys, monkeypatch):
     assert rows(printed)["index"] == rows(printed)["run"] == rows(printed)["code"] == "ok"
     starts = {len(start) for start in re.findall(r"^  \w[\w ]*? +(?:ok|note|wrong) +", printed, re.M)}
     assert len(starts) == 1 and max(map(len, printed.splitlines())) <= doctor.WIDTH
+
+
+@pytest.mark.parametrize("names", [["store.json", "scans"], ["notes.txt"], ["a", "b", "c", "d"], [".hidden"]])
+def test_a_run_where_other_things_lie_is_wrong(tmp_path, capsys, monkeypatch, names):
+    """pretrain refuses it, too."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in names:
+        (tmp_path / "r").mkdir(exist_ok=True)
+        (tmp_path / "r" / name).write_text("")
+    result = doctor.run(config(run=str(tmp_path / "r")))
+    (line,) = [line for line in result.lines if line.check == "run"]
+    assert line.state == "wrong" and re.search(r"holds .*, and is no run of pgl_ray", line.text)
+    assert f"such as {tmp_path}/r/run1" in line.mend
+    with pytest.raises(FailedRun, match="run would stop a run"):
+        doctor.describe(result)
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == sorted(names)
+    with pytest.raises(ValueError, match="exists and is not a run of pgl_ray"):
+        runs.open_run(build(PretrainConfig, {"index": "s", "run": str(tmp_path / "r")}), "pretrain", {})
+
+
+@pytest.mark.parametrize("names", [[], ["run.json", "best.pt"], ["sweep.json", "trials"], [".lock"]])
+def test_a_run_that_can_go_on_is_well(tmp_path, names):
+    (tmp_path / "r").mkdir()
+    for name in names:
+        (tmp_path / "r" / name).write_text("")
+    assert doctor_places.taken_by(str(tmp_path / "r")) == "" == doctor_places.taken_by(str(tmp_path / "new/r"))
 
 
 def test_a_machine_without_the_packages_says_so(tmp_path):

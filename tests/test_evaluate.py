@@ -311,13 +311,51 @@ def test_what_was_evaluated_is_not_evaluated_again(folder, monkeypatch):
     assert not [p for p in out.rglob("*") if ".part" in p.name]
 
 
-def test_predictions_of_something_else_stay(folder, monkeypatch):
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {},
+        {"summary.json": b'{"mean": 0.9}'},  # nnU-Net's, and scripts'
+        {"summary.json": b"[]"},
+        {"summary.json": b"not JSON"},
+        {"scans.jsonl": b'{"scan": "a"}\n'},
+        {"scans.jsonl": b'["a"]\n', "metrics.parquet": b"PAR1"},
+    ],
+)
+def test_predictions_of_something_else_stay(folder, monkeypatch, beside):
     known_run(monkeypatch, folder)
+    files = {"predictions/x.nii.gz": b"x", "predictions/a.nii.gz": b"a", **beside}
     (folder / "mine/predictions").mkdir(parents=True)
-    (folder / "mine/predictions/x.nii.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match="choose another output"):
+    for name, content in files.items():
+        (folder / "mine" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"^output=.*mine holds .*, which is not of an evaluation: choose another out"):
         evaluate.run(config(folder, output=str(folder / "mine")))
-    assert (folder / "mine/predictions/x.nii.gz").exists()
+    assert {name: (folder / "mine" / name).read_bytes() for name in files} == files
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.parquet", "scans.jsonl"])
+def test_a_file_of_an_evaluations_name_is_not_replaced(folder, monkeypatch, name):
+    known_run(monkeypatch, folder)
+    (folder / "mine").mkdir()
+    (folder / "mine" / name).write_bytes(b"mine")
+    with pytest.raises(ValueError, match=f"mine holds {name}, which is not of an evaluation"):
+        evaluate.run(config(folder, output=str(folder / "mine")))
+    assert (folder / "mine" / name).read_bytes() == b"mine"
+
+
+def test_what_was_laid_beside_an_evaluation_stays(folder, monkeypatch):
+    known_run(monkeypatch, folder)
+    evaluate.run(config(folder))
+    out = folder / "r/evaluation"
+    for name in ("predictions/by_hand.nii.gz", "compare_readers.json"):
+        (out / name).write_bytes(b"{}")
+    (folder / "r/best.pt").write_bytes(b"another network")
+    evaluate.run(config(folder))
+    assert (out / "predictions/by_hand.nii.gz").exists() and (out / "compare_readers.json").exists()
+    (out / "scans.jsonl").unlink()  # as of versions before it
+    (out / "predictions/c.nii.gz").write_bytes(b"an earlier one's")
+    evaluate.run(config(folder, save_predictions=False, num_scans=1))
+    assert sorted(path.name for path in (out / "predictions").iterdir()) == ["by_hand.nii.gz"]
 
 
 def test_too_little_memory_names_the_scan_and_what_to_change(folder, monkeypatch):
@@ -392,6 +430,32 @@ def test_what_is_compared_was_made_alike(folder, monkeypatch, theirs, said):
     (other / "best.pt").write_bytes(b"trained on")
     with pytest.raises(ValueError, match=r"other has been trained on since its evaluation: python -m pgl_ray.evaluate"):
         evaluate.run(config(folder, compare=str(other)))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (None, "does not exist: give the folder of a fine-tuning run, or of an evaluation"),
+        ({}, "is no fine-tuning run and holds no evaluation: give one of the two"),
+        ({"notes.txt": "x"}, "is no fine-tuning run and holds no evaluation: give one of the two"),
+        (
+            {"run.json": '{"door": "pretrain"}'},
+            "is a pretrain run, of which there is no evaluation: give a fine-tuning",
+        ),
+        ({"run.json": '{"door": "finetune"}'}, "is not evaluated: python -m pgl_ray.evaluate run="),
+        ({"best.pt": "x"}, "is not evaluated: python -m pgl_ray.evaluate run="),
+    ],
+)
+def test_what_cannot_be_compared_with_is_named(folder, monkeypatch, files, said):
+    known_run(monkeypatch, folder)
+    for name, content in (files or {}).items():
+        (folder / "other").mkdir(exist_ok=True)
+        (folder / "other" / name).write_text(content)
+    if files == {}:
+        (folder / "other").mkdir()
+    with pytest.raises(ValueError, match=f"^compare={folder}/other {said}"):
+        evaluate.run(config(folder, compare=str(folder / "other")))
+    assert not (folder / "r/evaluation").exists()
 
 
 @pytest.mark.parametrize("differs", ["task", "labels"])

@@ -244,7 +244,7 @@ def test_table_without_splits_keeps_the_layouts(tmp_path, serial):
     "rows, labels, message",
     [
         ([("a", "train", "liver kidney")], {}, "organ 'kidney' is none of"),
-        ([], {"table": "none.csv"}, "none.csv: cannot be read"),
+        ([], {"table": "none.csv"}, "none.csv is not there"),
         ([], {"names": {"liver": 1, "spleen": 1}}, "two organs have one value"),
     ],
 )

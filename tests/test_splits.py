@@ -102,6 +102,29 @@ def test_tables_that_lose_something_are_refused(labelled, table, message):
         layout_of(labelled, table, NAMES)
 
 
+@pytest.mark.parametrize("table", ["gone.csv", "tables/gone.csv", "/nowhere/gone.csv"])
+@pytest.mark.parametrize("near", [True, False])
+def test_a_table_that_is_not_there_is_said_so(labelled, tmp_path, monkeypatch, table, near):
+    """Where a file of that name lies in the folder of the command, that is meant."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    mend = "or give an absolute one"
+    if near:
+        (tmp_path / "here/gone.csv").write_text("scan_id,split\n")
+        mend = f"give labels.table={tmp_path}/here/gone.csv, which is there"
+    with pytest.raises(ValueError) as error:
+        read_layout(str(labelled), LabelsConfig(table=table, names=NAMES))
+    path = labelled / table
+    said = f"labels.table={path} is not there: a path is looked for from the source's folder on; {mend}"
+    assert str(error.value) == said
+
+
+def test_a_folder_in_place_of_a_table_is_said_so(labelled):
+    (labelled / "tables").mkdir()
+    with pytest.raises(ValueError, match=r"tables: cannot be read: Is a directory$"):
+        read_layout(str(labelled), LabelsConfig(table="tables", names=NAMES))
+
+
 def as_table(*rows):
     return "".join(f"{row}\n" for row in rows)
 

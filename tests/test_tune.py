@@ -53,6 +53,8 @@ from pgl_ray.train import capacity, nodes
         ({"space": LR, "scheduler": {"kind": "pbt"}}, "num_trials of at least 4"),
         ({"space": LR, "base_finetune": None, "base_pretrain": None}, "there is nothing to run"),
         ({"arms": {"a": {}}, "base_finetune": None}, "take probe/balanced_accuracy"),
+        ({"space": {"finetune.optim": {"choice": [{"lr": 0.1}]}, **LR}}, "'finetune.optim' is not a key"),
+        ({"space": LR, "arms": {"a": {"finetune": {"optim": {"lr": 0.1}}}}}, "arms.a: 'finetune' is not a key"),
         (
             {
                 "arms": {"random": {"finetune.init": "random"}},
@@ -69,6 +71,24 @@ def test_what_would_only_fail_in_a_trial_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError) as caught:
         checks.check(sweep(tmp_path, **changes))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+SEED, BOTH = {"grid_search": [1]}, "finetune.seed + pretrain.seed"
+
+
+@pytest.mark.parametrize(
+    ("space", "arm", "said"),
+    [
+        (LR, {"finetune.optim.lr": 0.001}, "arms.b and space key 'finetune.optim.lr' both set finetune.optim.lr"),
+        ({BOTH: SEED}, {"pretrain.seed": 2}, f"arms.b and space key {BOTH!r} both set pretrain.seed"),
+        ({BOTH: SEED, "finetune.seed": SEED}, {}, f"space keys {BOTH!r} and 'finetune.seed' both set finetune.seed"),
+        ({"pretrain.seed": SEED, BOTH: SEED}, {}, f"space keys 'pretrain.seed' and {BOTH!r} both set pretrain.seed"),
+    ],
+)
+def test_a_key_that_is_set_in_two_ways_is_refused(tmp_path, space, arm, said):
+    with pytest.raises(ValueError) as caught:
+        checks.check(sweep(tmp_path, space=space, arms={"a": {}, "b": arm}))
+    assert str(caught.value) == f"{said}, of which a trial would have one: leave it to one of them"
 
 
 @pytest.mark.parametrize("judge", ["val/dice", sweeps.PROBE])

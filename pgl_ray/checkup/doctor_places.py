@@ -18,6 +18,7 @@ from typing import Any
 from pgl_ray.paths import is_url
 
 NUM_LOOKS = 5  # at a small object
+NUM_NAMED = 3  # of what lies in a folder
 LEAST_READ_BYTES = 2**22  # below it is no speed
 READ_BYTES, READ_S, PIECE = 2**27, 3.0, 2**22  # of scans, whichever is reached first; read at once
 SHARED_S = 5.0  # within which a network file system shows what another node wrote
@@ -59,6 +60,19 @@ def nearest(path: Path) -> Path:
         if os.path.lexists(folder):
             raise NotADirectoryError(f"{folder} is no folder")
     return folder
+
+
+def taken_by(run: str) -> str:
+    """Why no run can be begun or continued in a folder or below a URL: what lies there; "": nothing is in the way."""
+    from pgl_ray.data.place import open_place
+
+    if not is_url(run) and not os.path.isdir(run):
+        return ""
+    names = [name for name in open_place(run).names("") if not is_url(run) or not name.startswith(".")]
+    if not names or {"run.json", "sweep.json"} & {*names} or {*names} <= {".lock", "pretrain"}:
+        return ""
+    what = "a store" if "store.json" in names else ", ".join(names[:NUM_NAMED]) + ", ..." * (len(names) > NUM_NAMED)
+    return f"holds {what}, and is no run of pgl_ray"
 
 
 def leave_mark(run: str) -> str:

@@ -44,6 +44,8 @@ def _mend(url: str, fault: str) -> str:
         from pgl_ray.data.lease import MEND  # not at the top: it needs packages, and this says which ones lack
 
         return MEND
+    if "no run of pgl_ray" in fault:
+        return f"choose another run=..., a new or empty one, such as {url}/run1"
     if is_url(url):
         return "make the bucket" if "no such bucket" in fault else CREDENTIALS
     if any(word in fault.lower() for word in ("permission", "read-only")):

@@ -37,7 +37,16 @@ def _absolute(value: str) -> str:
 
 
 def _absolute_or_url(value: str) -> str:
-    return value.rstrip("/") if is_url(value) else _absolute(value)
+    if not is_url(value):
+        return _absolute(value)
+    scheme, _, rest = value.partition("://")
+    if scheme != "file" and not rest.partition("/")[0].strip():
+        raise PydanticCustomError(
+            "path",
+            "names no bucket after ://, as where a variable in it is empty: give {given}",
+            {"given": f"{scheme or 's3'}://BUCKET/..."},
+        )
+    return value.rstrip("/")
 
 
 def _absolute_unless_named(value: str) -> str:

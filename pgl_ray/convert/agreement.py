@@ -1,12 +1,45 @@
 """Whether a source folder and the store that it goes into agree on names, HU window, encoding and voxel size."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from pgl_ray.config import PrepareConfig
-from pgl_ray.data import store, store_settings
+from pgl_ray.data import chunks, store, store_settings
+from pgl_ray.data.own_files import SYSTEM
 from pgl_ray.files.layout import Layout
+from pgl_ray.files.notes import NOTES_FILE
 from pgl_ray.files.source import some
+from pgl_ray.paths import is_url
+
+WRITTEN = ("index.parquet", chunks.FILE, "failed.jsonl", "left_out.jsonl", NOTES_FILE)  # into a store, beside its scans
+
+
+def check_places(config: PrepareConfig) -> None:
+    """Refuses a store in a folder or below a URL where other things lie, and a source that is the store's own.
+
+    Raises:
+        ValueError: names what is in the way.
+    """
+    place, source = store.open_place(config.store), f"source={config.source}"
+    if not is_url(config.store):
+        path, target = Path(config.source).resolve(), Path(config.store).resolve()
+        if path == target:
+            raise ValueError(f"{source} is the store's own folder, too: give another store=..., new or empty")
+        if path.is_relative_to(target / "scans") or path.is_relative_to((target / "scans").resolve()):
+            raise ValueError(f"{source} lies in the scans/ of store={config.store}: give another store=..., or source")
+    names = place.names("")
+    if "store.json" in names or not {"scans", *WRITTEN} & {*names}:
+        return
+    taken = [f"scans/{name}" for name in store.scan_names(place) if not name.startswith(SYSTEM)]
+    if taken and store.read_records(place.url):  # of a store whose store.json was damaged, and deleted
+        return
+    taken += ["scans"] if place.is_file("scans") else []
+    if taken := [*taken, *(name for name in WRITTEN if name in names)]:
+        raise ValueError(
+            f"store={config.store} is no store and holds {some(taken)}, which pgl_ray has not written: "
+            "give another store=..., new or empty"
+        )
 
 
 def check_labels(config: PrepareConfig, layout: Layout) -> None:

@@ -102,6 +102,16 @@ class Bucket:
         paths = [*listing["common_prefixes"], *(item["path"] for item in listing["objects"])]
         return sorted(path.rsplit("/", 1)[-1] for path in paths)
 
+    def is_file(self, key: str) -> bool:
+        """As Folder's."""
+        import obstore
+
+        try:
+            self.ask(obstore.head, key)
+        except FileNotFoundError:
+            return False
+        return True
+
     def remove(self, key: str) -> None:
         """As Folder's."""
         import obstore

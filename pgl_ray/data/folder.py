@@ -47,6 +47,10 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def is_file(self, key: str) -> bool:
+        """Whether a key is a file's, and no folder's."""
+        return (self.root / key).is_file()
+
     def remove(self, key: str) -> None:
         """Removes a file or folder with all below it; it need not exist."""
         path = self.root / key

@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from pgl_ray.config import FailedRun
+from pgl_ray.data.own_files import NOT_WHOLE
 
 
 class Place(Protocol):
@@ -24,6 +25,10 @@ class Place(Protocol):
         """Puts a key's content there."""
         ...
 
+    def names(self, key: str, /) -> list[str]:
+        """What lies directly below a key."""
+        ...
+
     def remove(self, key: str, /) -> None:
         """Takes a key, or all below it, away."""
         ...
@@ -36,7 +41,13 @@ def in_use(url: str) -> FailedRun:
 
 @contextmanager
 def part_folder(place: Place) -> Iterator[str]:
-    """Empties and offers STORE/.part, which holds what is not whole yet, and the token of the run that owns it."""
+    """Empties and offers STORE/.part, which holds what is not whole yet, and the token of the run that owns it.
+
+    Raises:
+        ValueError: what pgl_ray has not written lies there.
+    """
+    if foreign := [name for name in place.names(".part") if not NOT_WHOLE.fullmatch(name)]:
+        raise ValueError(f"{place.url}/.part/{foreign[0]} is there, and pgl_ray has not written it: move it elsewhere")
     place.remove(".part")  # of a run that was killed
     token = uuid.uuid4().hex
     place.write(".part/run", [token.encode()])

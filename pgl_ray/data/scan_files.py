@@ -9,7 +9,8 @@ import numpy as np
 
 from pgl_ray.data.array_reader import ArrayReader, ChunkIndex
 from pgl_ray.data.hu_codes import StoredVoxels, coded
-from pgl_ray.data.place import open_place
+from pgl_ray.data.own_files import check_scan_place
+from pgl_ray.data.place import Place, open_place
 from pgl_ray.data.scan_record import ScanRecord, group_files, parse_record
 from pgl_ray.data.shard import ARRAY_PATHS, SHARD, array_metadata, encode_shard
 from pgl_ray.data.voxel_statistics import (
@@ -70,7 +71,7 @@ def write_scan(
         known: fields of Known.
 
     Raises:
-        ValueError: wrong dtype, or a label of another shape.
+        ValueError: wrong dtype, a label of another shape, or what pgl_ray has not written lies there.
         OSError: the disk is full or not writable; nothing of the scan remains.
     """
     _check(scan_id, volume, label)
@@ -90,12 +91,18 @@ def write_scan(
         **_metadata(arrays, chunk),
         **vars(Known(**known)),
     )
-    with open_place(store).replaced(f"scans/{scan_id}") as scan:
+    with _own_place(store, scan_id).replaced(f"scans/{scan_id}") as scan:
         for kind, (array, _, codec) in arrays.items():
             scan.write(f"{ARRAY_PATHS[kind]}/{SHARD}", encode_shard(array, chunk, codec))
         for key, content in group_files(record).items():  # its own zarr.json last: with it a scan is whole
             scan.write(key, [content])
     return record
+
+
+def _own_place(store: str | Path, scan_id: str) -> Place:
+    place = open_place(store)
+    check_scan_place(place, scan_id, place.url)
+    return place
 
 
 def _check(scan_id: str, volume: np.ndarray, label: np.ndarray | None) -> None:

@@ -134,7 +134,15 @@ def _cells(path: Path) -> tuple[tuple[str, ...], list[list[str]]]:
             lines = [
                 [cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter, skipinitialspace=True)
             ]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except FileNotFoundError:
+        near = Path(path.name).absolute()
+        mend = f"give labels.table={near}, which is there" if near.is_file() else "or give an absolute one"
+        raise ValueError(
+            f"labels.table={path} is not there: a path is looked for from the source's folder on; {mend}"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"labels.table={path}: cannot be read: {error.strerror or error}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"labels.table={path}: cannot be read ({error}): save it as CSV in UTF-8") from None
     lines = [row for row in lines if any(row)]
     if not lines:

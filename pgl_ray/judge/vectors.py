@@ -6,6 +6,7 @@ state of BatchNorm.
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from pgl_ray.data.durable import write_aside
 from pgl_ray.judge.features import ScanEncoder
 
 TABLE, PARTS = "embeddings.parquet", "parts"
+PART = re.compile(r"\d{15,}-\d+\.parquet")  # of `write_part`
 SAME = ("encoder_hash", "maps", "spacing")  # of what a table says, without which vectors cannot be compared
 COLUMNS = {
     "scan_id": pa.string(),
@@ -52,6 +54,11 @@ def write_part(folder: Path, rows: list[dict], facts: dict[str, Any]) -> None:
         write_aside(folder / PARTS / f"{time.time_ns()}-{os.getpid()}.parquet", table_bytes(rows, facts))
 
 
+def _parts(folder: Path) -> list[Path]:
+    """The parts that `write_part` has left in a folder; other tables beside them are another's."""
+    return sorted(path for path in (folder / PARTS).glob("*.parquet") if PART.fullmatch(path.name))
+
+
 def read_table(path: Path) -> tuple[list[dict], dict[str, Any]]:
     """Rows of a table, their vectors as float32 arrays, and what it says of them.
 
@@ -71,7 +78,7 @@ def read_earlier(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, dict], 
     """Rows by scan_id of a folder's table and parts whose vectors are of the same kind, and what cannot be read."""
     earlier: dict[str, dict] = {}
     faults = []
-    for path in [folder / TABLE, *sorted((folder / PARTS).glob("*.parquet"))]:
+    for path in [folder / TABLE, *_parts(folder)]:
         if not path.exists():
             continue
         try:
@@ -102,7 +109,7 @@ def write_table(folder: Path, rows: list[dict], facts: dict[str, Any], asked: se
         Whether the table before had vectors of another kind; where not, the scans of it that were not asked for now.
     """
     path, gone = folder / TABLE, []
-    parts = sorted((folder / PARTS).glob("*.parquet"))
+    parts = _parts(folder)
     try:
         earlier, before = read_table(path) if path.exists() else ([], facts)
     except ValueError:

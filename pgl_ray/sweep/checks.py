@@ -36,6 +36,7 @@ def check(config: TuneConfig) -> list[Point]:
     for arm, values in config.arms.items():
         for name in values:
             _check_key(config, name, f"arms.{arm}: {name!r}", ("index", "run", "output"))
+    _check_twice(config)
     num = num_trials_of(config)
     if num > config.max_trials:
         raise ValueError(f"the space has {num} trials, max_trials={config.max_trials}: shrink it or raise the bound")
@@ -110,6 +111,20 @@ def _check_key(config: TuneConfig, name: str, subject: str, fixed: tuple[str, ..
         raise ValueError(f"{subject} is not a key of pretrain.*, probe.*, finetune.* or evaluate.*")
     if getattr(config, f"base_{stage}") is None:
         raise ValueError(f"{subject} needs base_{stage}")
+
+
+def _check_twice(config: TuneConfig) -> None:
+    """Refuses a key that is set in two ways, of which a trial would have only the later one."""
+    setters: dict[str, str] = {}
+    mend = "of which a trial would have one: leave it to one of them"
+    for key in config.space:
+        for name in dotted(key):
+            if setters.setdefault(name, key) != key:
+                raise ValueError(f"space keys {setters[name]!r} and {key!r} both set {name}, {mend}")
+    for arm, values in config.arms.items():
+        for name in values:
+            if name in setters:
+                raise ValueError(f"arms.{arm} and space key {setters[name]!r} both set {name}, {mend}")
 
 
 def _check_search(config: TuneConfig) -> None:

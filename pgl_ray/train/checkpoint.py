@@ -24,6 +24,8 @@ from pgl_ray.train.records import CheckpointMeta, parse
 from pgl_ray.train.retry import retried
 from pgl_ray.train.run_files import BEST, MANIFEST, NAME, SCANS, STATE, write_json
 
+EXPORTED = (".pt2", ".onnx")  # programs, not weights by name
+PICKLE = b"\x80"  # first byte of pickles, as torch.save wrote them before it wrote zip files
 PREFIX = {"pretrain": "online.encoder.", "finetune": "encoder."}  # of the encoder's keys, by door
 
 
@@ -191,21 +193,45 @@ def resumed(run: str) -> dict[str, Any] | None:
     return retried(read, f"run={run} cannot be read")
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, given: str = "") -> dict[str, Any]:
     """Reads a file written by torch.save; never unpickles code.
 
+    Args:
+        given: what the user wrote, for messages; "": "checkpoint" and its path.
+
     Raises:
-        ValueError: missing or damaged.
+        ValueError: missing, damaged, or no such file.
     """
+    given = given or f"checkpoint {path}"
     if not path.is_file():
-        raise ValueError(f"checkpoint {path} does not exist")
+        raise ValueError(f"{given} does not exist")
+    if path.suffix in EXPORTED:
+        raise ValueError(f"{given}: weights are not read from {path.suffix}: export it as .safetensors instead")
     damage = _zip_damage(path) if zipfile.is_zipfile(path) else None
     if damage:
-        raise ValueError(f"checkpoint {path} is damaged or no pgl_ray checkpoint: {damage}")
+        raise ValueError(f"{given} is damaged or no pgl_ray checkpoint: {damage}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds for a damaged zip file
-        raise ValueError(f"checkpoint {path} is damaged or no pgl_ray checkpoint: {str(error)[:120]}") from error
+        raise ValueError(f"{given} {_why_unread(path, error)}") from error
+
+
+def _why_unread(path: Path, error: Exception) -> str:
+    """What a file is that torch.load refuses, and what to give instead; torch's own texts are pages for programmers."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    if not head:
+        return "is empty (0 bytes): copy or save it again"
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    pickled = any(name.endswith("/data.pkl") for name in names) or head[:1] == PICKLE
+    if pickled and (
+        type(error).__name__ == "UnpicklingError" or any(name.endswith("/constants.pkl") for name in names)
+    ):
+        return (
+            "holds more than tensors, which is not loaded for safety: save its state_dict alone, "
+            "torch.save(model.state_dict(), 'weights.pth'), or .safetensors"
+        )
+    return "is damaged or no file that torch.save wrote: copy it again, or give one of torch.save, or .safetensors"
 
 
 def state_of(run: str) -> dict[str, Any]:

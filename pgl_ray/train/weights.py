@@ -256,7 +256,7 @@ def _read(init: str) -> tuple[dict[str, Tensor], CheckpointMeta | None]:
     if path.is_dir() or not path.exists():
         state = checkpoint.state_of(init)
         return state["model"], state["meta"]
-    state = checkpoint.read_state(path)
+    state = checkpoint.read_state(path, f"init={init}")
     if isinstance(state, dict) and isinstance(state.get("meta"), dict):
         state = checkpoint.state_of(init)
         return state["model"], state["meta"]
