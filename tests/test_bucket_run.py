@@ -445,7 +445,7 @@ def test_a_start_that_failed_between_two_objects_starts_again(run, monkeypatch):
 
 def test_a_driver_killed_before_its_first_object_is_no_run(run):
     """It has taken the lock, and no more."""
-    for key in (".lock", ".part/owner"):
+    for key in (".lock", ".part/run"):
         Bucket(run).write(key, [b"process 1 on gone, 0123"])
     config = c.build(c.PretrainConfig, {"index": "/s", "run": run})
     mirror = run_paths.mirror(run)

@@ -385,7 +385,7 @@ def test_two_runs_are_compared_on_the_same_scans(folder, monkeypatch, capsys):
     known_run(monkeypatch, folder)
     other = folder / "other"
     other.mkdir()
-    with pytest.raises(ValueError, match="other is not evaluated"):
+    with pytest.raises(ValueError, match="other is no fine-tuning run and holds no evaluation"):
         evaluate.run(config(folder, compare=str(other)))
     evaluate.run(config(folder))
     rows = pq.read_table(folder / "r/evaluation/metrics.parquet").to_pylist()
