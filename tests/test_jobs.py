@@ -114,7 +114,7 @@ def test_a_job_outlives_a_node(nodes, tmp_path):
     assert len(lines) == 1 and "run='runs/x'" in lines[0] and "Traceback" not in log
 
     assert submit("right", f"run={run}", *TINY, wait=False) == 0
-    until = time.monotonic() + 150
+    until = time.monotonic() + 400  # three nodes start on two cores
     while checkpoint.committed_step(run) < 10 and time.monotonic() < until:
         time.sleep(0.1)
     nodes.kill_one()

@@ -399,8 +399,8 @@ def test_an_encoder_is_not_ahead_of_itself(store):
     for judge in judges.JUDGES:
         standing = judges.Standing.of(judge, one[judge], {"itself": other[judge]}, None)
         assert (standing.ahead, standing.ahead_ci95, standing.is_ahead) == (0, [0, 0], None)
-        low, high = np.percentile(one[judge].drawn, (2.5, 97.5))
-        assert one[judge].ci95 == [low, high] and low < high and "drawn" not in one[judge].plain()
+        low, high = np.nanpercentile(one[judge].drawn, (2.5, 97.5))  # three scans: wider than their draws
+        assert one[judge].ci95[0] <= low < high <= one[judge].ci95[1] and "drawn" not in one[judge].plain()
 
 
 def test_intervals_of_the_decoder_are_over_scans_and_decoders():
