@@ -213,11 +213,11 @@ def test_which_organs_a_scan_has_is_no_noise(both):
 def test_noise_of_few_scans_is_seldom_a_difference(num):
     """Runs that differ by chance: one time in twenty by the interval, not in five."""
     rng, wrong = np.random.default_rng(num), 0
-    for _ in range(200):
+    for _ in range(150):
         theirs = rng.uniform(0.3, 0.7, (num, 2))
-        low, high = compare(rows_of(theirs + rng.normal(0, 0.05, (num, 2))), rows_of(theirs))["dice"]["ci95"]
+        _, (low, high), _ = paired_difference(rows_of(theirs + rng.normal(0, 0.05, (num, 2))), rows_of(theirs))
         wrong += not low <= 0 <= high
-    assert wrong <= 0.09 * 200
+    assert wrong <= 0.09 * 150
 
 
 def test_a_paired_comparison_is_scipys():
