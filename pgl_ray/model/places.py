@@ -99,14 +99,14 @@ class PlacesPgl(nn.Module):
             with torch.no_grad():
                 key = target(read_at(target_maps[level], at))
             (query_1, query_2), (key_1, key_2) = query.flatten(2).chunk(2), key.flatten(2).chunk(2)
-            loss = (self._compare(query_1, key_2) + self._compare(query_2, key_1)) / 2
+            loss = (self.direction_loss(query_1, key_2) + self.direction_loss(query_2, key_1)) / 2
             if self.objective.displacement:
                 regression = self.displacement_loss(number, maps[level], pair, view_hashes)
                 loss = loss + self.objective.displacement * regression
             losses.append(loss)
         return Output(torch.stack(losses).mean(), maps[self.maps[-1][0]].detach(), query_1.detach(), key_2)
 
-    def _compare(self, query: Tensor, key: Tensor) -> Tensor:
+    def direction_loss(self, query: Tensor, key: Tensor) -> Tensor:
         """The loss of one direction; query, key [N, C, bins]."""
         if self.objective.kind == "consistency":
             return local_consistency_loss(query, key)

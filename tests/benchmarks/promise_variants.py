@@ -112,7 +112,7 @@ def screened(store: str, runs: Path, variant: str, seed: int) -> dict[str, float
     run, output = runs / f"{variant}, seed {seed}", runs / f"{variant}, seed {seed}.json"
     if output.exists():
         return json.loads(output.read_text())
-    contrast, plain = PlacesPgl._compare, networks.build_pretraining
+    contrast, plain = PlacesPgl.direction_loss, networks.build_pretraining
 
     def compare(net: PlacesPgl, query: Tensor, key: Tensor) -> Tensor:
         return contrast(net, query, key) + (TERMS[variant](query, key) if variant in TERMS else 0)
@@ -125,7 +125,10 @@ def screened(store: str, runs: Path, variant: str, seed: int) -> dict[str, float
     arm = "pgl, by place, negatives of the batch" if variant == "batch" else BEST
     config = promise.chosen_pretraining(store, run, arm, seed, STEPS, SEARCHED)
     began = time.monotonic()
-    with mock.patch.object(PlacesPgl, "_compare", compare), mock.patch.object(pretrain, "build_pretraining", changed):
+    with (
+        mock.patch.object(PlacesPgl, "direction_loss", compare),
+        mock.patch.object(pretrain, "build_pretraining", changed),
+    ):
         promise.report_stop(run, train_loop.train(config))
     net = changed(config)[0]
     net.load_state_dict(checkpoint.state_of(str(run))["model"])
