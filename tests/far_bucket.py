@@ -47,8 +47,8 @@ class Served:
         return NAMES | {"AWS_ENDPOINT_URL": self.url}
 
     def counts(self) -> dict[str, int]:
-        """Requests so far by kind (GET, HEAD, LIST), answers that were refused (FAILED), and bytes sent (BYTES); begins
-        at 0 again."""
+        """Requests so far by kind (GET, HEAD, LIST), answers that were refused (FAILED), bytes sent (BYTES), and the
+        most that were waited for at a time (MOST); begins at 0 again."""
         return json.loads(self._say("count"))
 
     def fail(self, status: int, seconds: float, code: str = "SlowDown") -> None:
@@ -98,8 +98,9 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
     folder, latency_s, failing = Path(), 0.0, (200, 0.0, "")
     writing, conditions = threading.Lock(), "kept"
+    awaited, waiting = threading.Lock(), 0
     parts: ClassVar[dict[str, dict[int, bytes]]] = {}  # of objects that come in parts, one upload each at a time
-    counted = dict.fromkeys(("GET", "HEAD", "LIST", "FAILED", "BYTES"), 0)
+    counted = dict.fromkeys(("GET", "HEAD", "LIST", "FAILED", "BYTES", "MOST"), 0)
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
@@ -114,7 +115,12 @@ class Handler(BaseHTTPRequestHandler):
         if parts.path == "/_conditions":
             Handler.conditions = query["how"]
             return self._answer(200, b"")
+        with self.awaited:
+            Handler.waiting += 1
+            self.counted["MOST"] = max(self.counted["MOST"], self.waiting)
         time.sleep(self.latency_s)
+        with self.awaited:
+            Handler.waiting -= 1
         bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
         status, until, code = self.failing
         if time.monotonic() < until:

@@ -109,11 +109,10 @@ def test_a_visit_takes_one_request_and_they_overlap(here, far):
     render, rows = pairs("s3://far/hu"), rows_of(96)
     render(rows_of(1))
     far.counts()
-    began = time.monotonic()
     render(rows)
-    seconds, counted = time.monotonic() - began, far.counts()
+    counted = far.counts()
     assert counted["GET"] == 96 and counted["HEAD"] == counted["LIST"] == counted["FAILED"] == 0
-    assert seconds < 96 * LATENCY_S * 0.7
+    assert counted["MOST"] > 1
     per_region = replace(render, pairs_per_region=8)
     per_region(rows_of(96, 8))
     assert far.counts()["GET"] == 12  # 96 pairs of 12 regions
