@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from dicom_files import ct_series, save
 from preparing import counts, ct_array, go, label_array, put, records, tree
 
@@ -238,6 +239,30 @@ def test_table_without_splits_keeps_the_layouts(tmp_path, serial):
     raw, labels = with_table(tmp_path, [("a", "liver")], header=("id", "labelled_organs"))
     go(raw, tmp_path / "s", labels=labels)
     assert records(tmp_path / "s")["a"].split == "train"
+
+
+@pytest.mark.parametrize("names", [{"liver": 1, "spleen": 2}, {"a": 1, "b": 2}, {}])
+@pytest.mark.parametrize("table", [None, "t.csv"])
+def test_a_segment_that_is_not_drawn_is_unlabelled(tmp_path, serial, names, table):
+    organs = list(names) or ["label_1", "label_2"]
+    for scan_id, drawn in (("a", [1, 2]), ("b", [1]), ("c", [])):
+        put(tmp_path / f"raw/images/{scan_id}.nrrd")
+        image = sitk.GetImageFromArray(label_array(drawn))
+        for key, segment in enumerate(drawn or [1]):
+            image.SetMetaData(f"Segment{key}_Name", ("liver", "spleen")[segment - 1])
+            image.SetMetaData(f"Segment{key}_LabelValue", str(segment))
+        (tmp_path / "raw/labels").mkdir(exist_ok=True)
+        sitk.WriteImage(image, str(tmp_path / f"raw/labels/{scan_id}.seg.nrrd"))
+    rows = [f"{scan_id},train,{' '.join(organs if names else [])}" for scan_id in "abc"]
+    (tmp_path / "raw/t.csv").write_text("\n".join(["scan_id,split,labelled_organs", *rows]))
+    labels, right = {"names": names, "table": table}, {"a": (1, 2), "b": (1,), "c": ()}
+    if table and not names:
+        right = dict.fromkeys(right, ())
+    go(tmp_path / "raw", tmp_path / "s", labels=labels)
+    assert {one.scan_id: one.labelled for one in records(tmp_path / "s").values()} == right
+    store.update_record(tmp_path / "s", replace(records(tmp_path / "s")["b"], labelled=(1, 2)))  # of an older version
+    assert counts(go(tmp_path / "raw", tmp_path / "s", labels=labels)) == (0, 3, 0)
+    assert {one.scan_id: one.labelled for one in records(tmp_path / "s").values()} == right
 
 
 @pytest.mark.parametrize(
