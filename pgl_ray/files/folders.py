@@ -12,9 +12,7 @@ from pgl_ray.files.accounts import one_of
 from pgl_ray.files.header_cache import HeaderCache
 from pgl_ray.files.source import Fault, Inventory, Source, volume_files
 from pgl_ray.files.stated import CHANNEL
-from pgl_ray.files.walk import LOST, Tree
-
-NNUNET = ("imagesTr", "imagesVa", "imagesTs")
+from pgl_ray.files.walk import LOST, NNUNET, Tree
 
 
 class Part(NamedTuple):

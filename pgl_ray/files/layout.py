@@ -18,14 +18,12 @@ from typing import NamedTuple
 from pgl_ray.config import LabelsConfig, RecipeConfig
 from pgl_ray.files import ct, identity, stated
 from pgl_ray.files.accounts import unused
-from pgl_ray.files.folders import NNUNET, find_by_folders
+from pgl_ray.files.folders import find_by_folders
 from pgl_ray.files.header_cache import HeaderCache
 from pgl_ray.files.recipe import draw_split, find_scans
 from pgl_ray.files.source import Fault, Inventory, Source, volume_files
 from pgl_ray.files.splits import with_table
-from pgl_ray.files.walk import walk
-
-LABEL_FOLDERS = ("labels", "labelsTr", "labelsVa", "labelsTs")
+from pgl_ray.files.walk import LABEL_FOLDERS, NNUNET, walk
 
 
 class Layout(NamedTuple):
@@ -77,7 +75,7 @@ def read_layout(
     names = labels.names or stated_names or stored or {}
     if len(set(names.values())) < len(names):
         raise ValueError(f"labels.names={names}: two organs have one value")
-    tree = walk(root)
+    tree = walk(root) if recipe.parts else walk(root).by_roles()
     if recipe.parts:
         inventory = find_scans(root, tree, recipe, names)
     else:
