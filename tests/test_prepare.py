@@ -282,12 +282,47 @@ def test_bad_table_or_names_are_wrong_use(tmp_path, serial, rows, labels, messag
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"labels": {"whole": [1, 2]}}', '{"labels": 3}'])
 def test_bad_dataset_json_is_wrong_use(tmp_path, serial, content):
     put(tmp_path / "raw/imagesTr/a.nii.gz")
+    put(tmp_path / "raw/labelsTr/a.nii.gz", label_array())
     (tmp_path / "raw/dataset.json").write_text(content)
     with pytest.raises(
         ValueError,
         match=r"dataset.json: (no label map name -> value|cannot be read|regions).*(labels.names=|mend or remove it)",
     ):
         go(tmp_path / "raw", tmp_path / "s")
+
+
+@pytest.mark.parametrize("stated", ["{}", '{"labels": {"whole": [1, 2]}}', '{"labels": 3}'])
+def test_images_alone_need_no_names_in_dataset_json(tmp_path, serial, stated):
+    put(tmp_path / "raw/imagesTr/a.nii.gz")
+    (tmp_path / "raw/dataset.json").write_text(stated)
+    with pytest.raises(ValueError, match=r"no scan has a label: .*, or leave labels.names out$"):
+        go(tmp_path / "raw", tmp_path / "s", labels={"names": {"liver": 1}})
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "folder, reason",
+    [("", r"Labels/ct.nii.gz: beside images/, where"), ("p1/", "labels/ct.nii.gz: labels of one of several data sets")],
+)
+def test_labels_in_another_place_are_named(tmp_path, serial, folder, reason):
+    put(tmp_path / f"raw/{folder}images/ct.nii.gz")
+    put(tmp_path / f"raw/p2/{folder}images/ct.nii.gz" if folder else tmp_path / "raw/images/b.nii.gz")
+    put(tmp_path / f"raw/{folder}{'labels' if folder else 'Labels'}/ct.nii.gz", label_array())
+    with pytest.raises(ValueError, match=rf"no scan has a label: .* beside images/ .*; not used: .*/{folder}{reason}"):
+        go(tmp_path / "raw", tmp_path / "s", labels={"names": {"liver": 1}})
+
+
+@pytest.mark.parametrize("ignored", [{"ignore": 3}, {"ignore": [3]}, {"3": "ignore"}, {"whole": [1, 2], "ignore": 3}])
+@pytest.mark.parametrize("more", [{}, {"three": 3}])
+def test_what_nobody_annotated_is_no_organ(tmp_path, serial, ignored, more):
+    put(tmp_path / "raw/imagesTr/a.nii.gz")
+    put(tmp_path / "raw/labelsTr/a.nii.gz", label_array([1, 2, 3]))
+    put(tmp_path / "raw/imagesTr/b.nii.gz", seed=1)
+    put(tmp_path / "raw/labelsTr/b.nii.gz", label_array([1, 2]))
+    (tmp_path / "raw/dataset.json").write_text(json.dumps({"labels": {"background": 0, "core": 2} | ignored}))
+    result = go(tmp_path / "raw", tmp_path / "s", labels={"names": {"whole_1": 1, "core": 2} | more})
+    assert ["marked as not annotated (dataset.json's ignore, 3)" in fault.reason for fault in result.failed] == [True]
+    assert list(records(tmp_path / "s")) == ["b"]
 
 
 def test_labels_without_names_are_named_by_their_values(tmp_path, serial, monkeypatch):

@@ -377,7 +377,7 @@ def test_labels_that_are_asked_for_and_nowhere(tmp_path, serial, labels, folder)
     put(tmp_path / "raw/images/a.nii.gz")
     if folder:
         touch(tmp_path, "raw/labels/a.png")
-    with pytest.raises(ValueError, match=r"no scan has a label: name label maps as their scans, or leave"):
+    with pytest.raises(ValueError, match=r"no scan has a label: label maps are looked for in labels/ beside"):
         go(tmp_path / "raw", tmp_path / "s", labels=labels)
 
 

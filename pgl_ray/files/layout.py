@@ -71,7 +71,7 @@ def read_layout(
         raise ValueError(f"source={source}: no such folder")
     if series and recipe.parts:
         raise ValueError(f"series={list(series)}: a recipe says where its scans lie: leave series out")
-    stated_names, ignored = ({}, None) if recipe.parts or labels.names else stated.organs(root / "dataset.json")
+    stated_names, ignored = _stated(root, bool(recipe.parts or labels.names))
     names = labels.names or stated_names or stored or {}
     if len(set(names.values())) < len(names):
         raise ValueError(f"labels.names={names}: two organs have one value")
@@ -97,6 +97,26 @@ def read_layout(
     left_out = [*inventory.left_out, *unused(tree, inventory)]
     folders = [str(root / name) for name in LABEL_FOLDERS if str(root / name) in tree.folders]
     return Layout(scans, names, sorted(faults), sorted(left_out), inventory.missing, folders)
+
+
+def _stated(root: Path, given: bool) -> tuple[dict[str, int], int | None]:
+    """What dataset.json says of organs and of voxels that nobody annotated.
+
+    Args:
+        given: whether the organs are given elsewhere.
+
+    Raises:
+        ValueError: as stated.organs, where there may be label maps.
+    """
+    path = root / "dataset.json"
+    if given:
+        return {}, stated.ignored(path)
+    try:
+        return stated.organs(path)
+    except ValueError:
+        if any((root / name).is_dir() for name in LABEL_FOLDERS):
+            raise
+        return {}, None
 
 
 def refuse_empty(inventory: Inventory, given: str) -> None:

@@ -57,6 +57,17 @@ def organs(path: Path) -> tuple[dict[str, int], int | None]:
     return {name: value for name, value in names.items() if value}, ignored
 
 
+def ignored(path: Path) -> int | None:
+    """The value of voxels that nobody annotated, as `organs` reads it, of a file that need not name organs."""
+    try:
+        labels = read(path).get("labels")
+        by_name = labels if "ignore" in labels else {name: value for value, name in labels.items()}
+        value = by_name["ignore"]
+        return int(value[0] if isinstance(value, list) else value)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return None
+
+
 def _mend_of_regions(labels: dict[str, Any]) -> str:
     """Names for every value of the regions; what has none of its own is called by the regions it is in."""
     single = {value: name for name, value in labels.items() if not isinstance(value, list) and name != "ignore"}
