@@ -187,12 +187,22 @@ def test_a_recipes_licence_and_split_are_stored(tmp_path, serial, capsys):
         ({"training": [{"image": "imagesTr/a.nii.gz"}], "numTest": 0}, ""),
     ],
 )
-def test_volumes_that_dataset_json_names_and_that_are_not_there(tmp_path, stated, message):
+def test_volumes_that_dataset_json_names_are_looked_for(tmp_path, stated, message):
     put(tmp_path / "imagesTr/a_0000.nii.gz")
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"liver": 1, "ignore": 2}} | stated))
     layout = read_layout(str(tmp_path), LabelsConfig())
     assert message in " ".join(layout.missing) and bool(layout.missing) == bool(message)
     assert layout.names == {"liver": 1}
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a_0000.mha", "a.1.NII.GZ", "M\u00fcller.nii", "Mu\u0308ller.nii.gz"])
+@pytest.mark.parametrize("listed", ["./imagesTr/{}", "imagesTr\\{}", "{}"])
+def test_volumes_that_are_there_are_not_missing(tmp_path, name, listed):
+    put(tmp_path / f"imagesTr/{name.replace('NII.GZ', 'nii.gz')}")
+    composed = name.replace("u\u0308", "\u00fc").replace("_0000", "")
+    content = {"labels": {"liver": 1}, "training": [{"image": listed.format(composed)}]}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert read_layout(str(tmp_path), LabelsConfig()).missing == []
 
 
 @pytest.mark.parametrize("channels", [{"0": "MRI"}, {"0": "CT", "1": "PET"}, {"0": "T1"}])

@@ -60,9 +60,9 @@ def is_volume(path: Path) -> bool:
 
 
 def bare_name(path: Path) -> str:
-    """File name without the format's suffix."""
-    suffix = next(s for s in SUFFIXES if path.name.lower().endswith(s))
-    return path.name[: -len(suffix)]
+    """File name without the format's suffix, if it has one."""
+    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), "")
+    return path.name[: len(path.name) - len(suffix)]
 
 
 def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
