@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from dicom_files import ct_series, save
 
 from pgl_ray.files import ct, detached
 from pgl_ray.files.resample import new_shape, resample
@@ -412,7 +413,8 @@ def label_of(shape=SHAPE):
 
 def saved(path, array, affine=AFFINE):
     image = nib.Nifti1Image(array, affine)
-    image.header["pixdim"][1:4] = (0.75, 0.75, 2.5)
+    if affine is None:
+        image.header["pixdim"][1:4] = (0.75, 0.75, 2.5)
     nib.save(image, path)
     return path
 
@@ -440,36 +442,102 @@ def no_origin():
 
 
 LOST = {"identity": np.eye(4), "none": None, "ITK's": np.diag([-1.0, -1, 1, 1]), "no origin": no_origin()}
-OTHER = {"shifted": scaled(1) + np.array([[0, 0, 0, 7.0], [0] * 4, [0] * 4, [0] * 4]), "coarse": scaled(1.5)}
+OTHER = {"shifted": AFFINE + 1.5 * np.eye(4, k=3), "coarse": AFFINE @ np.diag([1.5, 1.5, 1.5, 1])}
 
 
-def run_mend(message, ct_path):
-    """Runs the python of a message's mend, with the CT's path put in."""
-    code = message.split('python -c "')[1].removesuffix('"').replace("'CT'", repr(str(ct_path)))
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ct_path.parent)
+def run_mend(message, folder, scan):
+    """Runs the python of a message's mend; the label map that it makes."""
+    code = message.split('python -c "')[1].removesuffix('"')
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
+    (new,) = folder.glob("NEW.*")
+    return ct.read_label(new, scan)
 
 
+def sheared(path, array):
+    affine = AFFINE.copy()
+    affine[:3, :3] += [[0, 1e-3, 0], [0, 0, 4e-3], [3e-3, 0, 0]]
+    return saved(path, array, affine)
+
+
+def of_two_forms(path, array):
+    image = nib.Nifti1Image(array, None)
+    image.set_sform(AFFINE, 2)
+    image.set_qform(AFFINE + 50 * np.eye(4, k=3), 1)
+    nib.save(image, path)
+    return path
+
+
+def of_itk(path, array):
+    image = sitk.GetImageFromArray(array.transpose(2, 1, 0))
+    image.SetSpacing((0.75, 0.75, 2.5))
+    image.SetOrigin((-90, -80, -300))
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+CTS = {"NIfTI": ("a.nii.gz", saved), "sheared": ("a.nii", sheared), "two forms": ("a.nii", of_two_forms)}
+CTS |= {"NRRD": ("a.nrrd", of_itk), "MHA": ("a.mha", of_itk)}
+
+
+@pytest.mark.parametrize("name, write", CTS.values(), ids=CTS)
 @pytest.mark.parametrize("affine", LOST.values(), ids=LOST)
-def test_a_lost_header_is_no_other_sampling(tmp_path, affine):
-    path = saved(tmp_path / "a.nii.gz", body())
-    scan = ct.read_scan(path)
+def test_a_lost_header_is_no_other_sampling(tmp_path, affine, name, write):
+    scan = ct.read_scan(write(tmp_path / name, body()))
     saved(tmp_path / "l.nii.gz", label_of(), affine)
     with pytest.raises(ValueError, match="lost header: copy the CT's") as caught:
         ct.read_label(tmp_path / "l.nii.gz", scan)
-    run_mend(str(caught.value), path)
-    np.testing.assert_array_equal(ct.read_label(tmp_path / "l.nii.gz", scan), label_of().transpose(2, 1, 0))
+    before = (tmp_path / "l.nii.gz").read_bytes()
+    label = run_mend(str(caught.value), tmp_path, scan)
+    np.testing.assert_array_equal(label, label_of().transpose(2, 1, 0))
+    assert (tmp_path / "l.nii.gz").read_bytes() == before
 
 
+@pytest.mark.parametrize("name, write", CTS.values(), ids=CTS)
 @pytest.mark.parametrize("affine", OTHER.values(), ids=OTHER)
-def test_another_sampling_is_to_be_resampled(tmp_path, affine):
-    path = saved(tmp_path / "a.nii.gz", body())
-    scan = ct.read_scan(path)
+def test_another_sampling_is_to_be_resampled(tmp_path, affine, name, write):
+    scan = ct.read_scan(write(tmp_path / name, body()))
     saved(tmp_path / "l.nii.gz", label_of(), affine)
     with pytest.raises(ValueError, match="resample it onto the CT's grid") as caught:
         ct.read_label(tmp_path / "l.nii.gz", scan)
     assert "lost" not in str(caught.value)
-    run_mend(str(caught.value).replace("'NEW'", "'new.nii.gz'"), path)
-    assert ct.read_label(tmp_path / "new.nii.gz", scan).shape == scan.voxels.shape
+    assert {*np.unique(run_mend(str(caught.value), tmp_path, scan))} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("place", [(0, 0, 0), (-151.2, -133.7, -412.5)])
+def test_what_the_ct_has_too_is_no_lost_header(tmp_path, place):
+    affine = np.eye(4)
+    affine[:3, 3] = place
+    scan = ct.read_scan(saved(tmp_path / "a.nii", body(), affine))
+    saved(tmp_path / "l.nii", label_of(), affine + 3 * np.eye(4, k=3) if any(place) else no_origin())
+    with pytest.raises(ValueError, match="resample it onto the CT's grid"):
+        ct.read_label(tmp_path / "l.nii", scan)
+
+
+@pytest.mark.parametrize("name, write", CTS.values(), ids=CTS)
+def test_a_label_of_itks_on_another_grid(tmp_path, name, write):
+    scan = ct.read_scan(write(tmp_path / name, body()))
+    sitk.WriteImage(sitk.GetImageFromArray(label_of().transpose(2, 1, 0)[:, 2:]), str(tmp_path / "l.mha"))
+    with pytest.raises(ValueError, match="resample it onto the CT's grid") as caught:
+        ct.read_label(tmp_path / "l.mha", scan)
+    if name == "a.nii":  # which ITK reads otherwise
+        assert "with both as NIfTI, this" in str(caught.value) and "python" not in str(caught.value)
+    else:
+        run_mend(str(caught.value), tmp_path, scan)
+
+
+def test_no_command_where_none_works(tmp_path):
+    pixels = body().transpose(2, 1, 0).astype(np.int16)
+    save(ct_series(pixels), tmp_path / "p")
+    scan = ct.read_scan(tmp_path / "p")
+    for affine, mend in ((np.eye(4), "export it again with the CT's"), (scaled(1.5), "dcm2niix makes a NIfTI")):
+        saved(tmp_path / "l.nii", label_of(), affine)
+        with pytest.raises(ValueError, match=mend) as caught:
+            ct.read_label(tmp_path / "l.nii", scan)
+        assert "python" not in str(caught.value)
+    segmentation(tmp_path / "l.seg.nrrd", label_of()[:, 1:], (0.5, 0, 0))
+    with pytest.raises(ValueError, match="as 3D Slicer does") as caught:
+        ct.read_label(tmp_path / "l.seg.nrrd", ct.read_scan(saved(tmp_path / "a.nii", body())))
+    assert "python" not in str(caught.value)
 
 
 def segmentation(path, array, first=(0, 0, 0), more=""):

@@ -173,6 +173,43 @@ def test_a_series_of_an_older_store_is_renamed(tmp_path, serial, monkeypatch, ca
     assert f"renamed: p__old -> {scan_id}" in capsys.readouterr().out
 
 
+FOLDERS_OF_ONE_MARK = {
+    "one UID": ({"series": "1.2.3"}, ["p", "p/smooth"]),
+    "no UID": ({"SeriesInstanceUID": ""}, ["", "b", "c"]),
+}
+
+
+@pytest.mark.parametrize("loss", ["nothing", "cut off", "all cut off", "gone"])
+@pytest.mark.parametrize("tags, folders", FOLDERS_OF_ONE_MARK.values(), ids=FOLDERS_OF_ONE_MARK)
+def test_series_of_one_mark_stay_apart(tmp_path, serial, capsys, tags, folders, loss):
+    for seed, folder in enumerate(folders):
+        save(series(seed, **tags), tmp_path / "raw" / folder)
+    go(tmp_path / "raw", tmp_path / "s")
+    before = records(tmp_path / "s")
+    assert len(before) == len(folders)
+    for folder in folders:
+        files = [path for path in (tmp_path / "raw" / folder).iterdir() if path.is_file()]
+        contents = [path.read_bytes() for path in files]
+        for path in files[: {"nothing": 0, "cut off": 1}.get(loss)]:
+            path.unlink() if loss == "gone" else path.write_bytes(path.read_bytes()[:-40])
+        assert go(tmp_path / "raw", tmp_path / "s").converted == 0
+        assert records(tmp_path / "s").keys() == before.keys()
+        for path, content in zip(files, contents):
+            path.write_bytes(content)
+    assert "renamed: " not in capsys.readouterr().out
+
+
+def test_a_series_follows_its_slices(tmp_path, serial):
+    files, raw = series(0, series="1.2.3", PatientID="1"), tmp_path / "raw/p"
+    save(files[:3], raw / "a")
+    for change in (None, lambda: save(files[3:], raw / "b"), lambda: shutil.rmtree(raw / "a")):
+        if change:
+            change()
+        assert go(tmp_path / "raw", tmp_path / "s").converted == 1
+        (record,) = records(tmp_path / "s").values()
+        assert record.source == os.path.commonpath([path.parent for path in raw.rglob("*.dcm")])
+
+
 def test_the_same_voxels_in_two_splits_are_said(tmp_path, serial, capsys):
     put(tmp_path / "raw/imagesTr/a.nii.gz")
     put(tmp_path / "raw/imagesTs/b.nrrd.nii.gz")

@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from dicom_files import ct_series, save
 from preparing import counts, ct_array, go, label_array, put, records, tree
 
@@ -186,12 +187,22 @@ def test_a_recipes_licence_and_split_are_stored(tmp_path, serial, capsys):
         ({"training": [{"image": "imagesTr/a.nii.gz"}], "numTest": 0}, ""),
     ],
 )
-def test_volumes_that_dataset_json_names_and_that_are_not_there(tmp_path, stated, message):
+def test_volumes_that_dataset_json_names_are_looked_for(tmp_path, stated, message):
     put(tmp_path / "imagesTr/a_0000.nii.gz")
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"liver": 1, "ignore": 2}} | stated))
     layout = read_layout(str(tmp_path), LabelsConfig())
     assert message in " ".join(layout.missing) and bool(layout.missing) == bool(message)
     assert layout.names == {"liver": 1}
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a_0000.mha", "a.1.NII.GZ", "M\u00fcller.nii", "Mu\u0308ller.nii.gz"])
+@pytest.mark.parametrize("listed", ["./imagesTr/{}", "imagesTr\\{}", "{}"])
+def test_volumes_that_are_there_are_not_missing(tmp_path, name, listed):
+    put(tmp_path / f"imagesTr/{name.replace('NII.GZ', 'nii.gz')}")
+    composed = name.replace("u\u0308", "\u00fc").replace("_0000", "")
+    content = {"labels": {"liver": 1}, "training": [{"image": listed.format(composed)}]}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert read_layout(str(tmp_path), LabelsConfig()).missing == []
 
 
 @pytest.mark.parametrize("channels", [{"0": "MRI"}, {"0": "CT", "1": "PET"}, {"0": "T1"}])
@@ -240,6 +251,30 @@ def test_table_without_splits_keeps_the_layouts(tmp_path, serial):
     assert records(tmp_path / "s")["a"].split == "train"
 
 
+@pytest.mark.parametrize("names", [{"liver": 1, "spleen": 2}, {"a": 1, "b": 2}, {}])
+@pytest.mark.parametrize("table", [None, "t.csv"])
+def test_a_segment_that_is_not_drawn_is_unlabelled(tmp_path, serial, names, table):
+    organs = list(names) or ["label_1", "label_2"]
+    for scan_id, drawn in (("a", [1, 2]), ("b", [1]), ("c", [])):
+        put(tmp_path / f"raw/images/{scan_id}.nrrd")
+        image = sitk.GetImageFromArray(label_array(drawn))
+        for key, segment in enumerate(drawn or [1]):
+            image.SetMetaData(f"Segment{key}_Name", ("liver", "spleen")[segment - 1])
+            image.SetMetaData(f"Segment{key}_LabelValue", str(segment))
+        (tmp_path / "raw/labels").mkdir(exist_ok=True)
+        sitk.WriteImage(image, str(tmp_path / f"raw/labels/{scan_id}.seg.nrrd"))
+    rows = [f"{scan_id},train,{' '.join(organs if names else [])}" for scan_id in "abc"]
+    (tmp_path / "raw/t.csv").write_text("\n".join(["scan_id,split,labelled_organs", *rows]))
+    labels, right = {"names": names, "table": table}, {"a": (1, 2), "b": (1,), "c": ()}
+    if table and not names:
+        right = dict.fromkeys(right, ())
+    go(tmp_path / "raw", tmp_path / "s", labels=labels)
+    assert {one.scan_id: one.labelled for one in records(tmp_path / "s").values()} == right
+    store.update_record(tmp_path / "s", replace(records(tmp_path / "s")["b"], labelled=(1, 2)))  # of an older version
+    assert counts(go(tmp_path / "raw", tmp_path / "s", labels=labels)) == (0, 3, 0)
+    assert {one.scan_id: one.labelled for one in records(tmp_path / "s").values()} == right
+
+
 @pytest.mark.parametrize(
     "rows, labels, message",
     [
@@ -257,12 +292,47 @@ def test_bad_table_or_names_are_wrong_use(tmp_path, serial, rows, labels, messag
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"labels": {"whole": [1, 2]}}', '{"labels": 3}'])
 def test_bad_dataset_json_is_wrong_use(tmp_path, serial, content):
     put(tmp_path / "raw/imagesTr/a.nii.gz")
+    put(tmp_path / "raw/labelsTr/a.nii.gz", label_array())
     (tmp_path / "raw/dataset.json").write_text(content)
     with pytest.raises(
         ValueError,
         match=r"dataset.json: (no label map name -> value|cannot be read|regions).*(labels.names=|mend or remove it)",
     ):
         go(tmp_path / "raw", tmp_path / "s")
+
+
+@pytest.mark.parametrize("stated", ["{}", '{"labels": {"whole": [1, 2]}}', '{"labels": 3}'])
+def test_images_alone_need_no_names_in_dataset_json(tmp_path, serial, stated):
+    put(tmp_path / "raw/imagesTr/a.nii.gz")
+    (tmp_path / "raw/dataset.json").write_text(stated)
+    with pytest.raises(ValueError, match=r"no scan has a label: .*, or leave labels.names out$"):
+        go(tmp_path / "raw", tmp_path / "s", labels={"names": {"liver": 1}})
+    assert counts(go(tmp_path / "raw", tmp_path / "s")) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "folder, reason",
+    [("", r"Labels/ct.nii.gz: beside images/, where"), ("p1/", "labels/ct.nii.gz: labels of one of several data sets")],
+)
+def test_labels_in_another_place_are_named(tmp_path, serial, folder, reason):
+    put(tmp_path / f"raw/{folder}images/ct.nii.gz")
+    put(tmp_path / f"raw/p2/{folder}images/ct.nii.gz" if folder else tmp_path / "raw/images/b.nii.gz")
+    put(tmp_path / f"raw/{folder}{'labels' if folder else 'Labels'}/ct.nii.gz", label_array())
+    with pytest.raises(ValueError, match=rf"no scan has a label: .* beside images/ .*; not used: .*/{folder}{reason}"):
+        go(tmp_path / "raw", tmp_path / "s", labels={"names": {"liver": 1}})
+
+
+@pytest.mark.parametrize("ignored", [{"ignore": 3}, {"ignore": [3]}, {"3": "ignore"}, {"whole": [1, 2], "ignore": 3}])
+@pytest.mark.parametrize("more", [{}, {"three": 3}])
+def test_what_nobody_annotated_is_no_organ(tmp_path, serial, ignored, more):
+    put(tmp_path / "raw/imagesTr/a.nii.gz")
+    put(tmp_path / "raw/labelsTr/a.nii.gz", label_array([1, 2, 3]))
+    put(tmp_path / "raw/imagesTr/b.nii.gz", seed=1)
+    put(tmp_path / "raw/labelsTr/b.nii.gz", label_array([1, 2]))
+    (tmp_path / "raw/dataset.json").write_text(json.dumps({"labels": {"background": 0, "core": 2} | ignored}))
+    result = go(tmp_path / "raw", tmp_path / "s", labels={"names": {"whole_1": 1, "core": 2} | more})
+    assert ["marked as not annotated (dataset.json's ignore, 3)" in fault.reason for fault in result.failed] == [True]
+    assert list(records(tmp_path / "s")) == ["b"]
 
 
 def test_labels_without_names_are_named_by_their_values(tmp_path, serial, monkeypatch):

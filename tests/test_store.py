@@ -201,7 +201,13 @@ def test_index_comes_back_and_does_not_depend_on_the_order(tmp_path):
     for name, order in (("one", "abc"), ("two", "cab")):
         for scan_id in order:
             scan_files.write_scan(
-                tmp_path / name, scan_id, make_volume(SHAPES[0]), AFFINE, label=scans[scan_id], split="train"
+                tmp_path / name,
+                scan_id,
+                make_volume(SHAPES[0]),
+                AFFINE,
+                label=scans[scan_id],
+                split="train",
+                labelled=(1,),
             )
         written = store.write_index(tmp_path / name, {"x": 3, "y": 1, "z": 2}, (-1024.0, 325.0))
         index = store.read_index(tmp_path / name)
@@ -210,6 +216,17 @@ def test_index_comes_back_and_does_not_depend_on_the_order(tmp_path):
         assert [scan.scan_id for scan in index.labelled("train")] == ["a", "c"] and not index.labelled("test")
         assert list(index.label_values) == [1, 2, 3]
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_a_scan_that_annotates_nothing_counts_as_unlabelled(tmp_path):
+    label = np.ones(SHAPES[0], np.uint8)
+    for scan_id, labelled in (("a", (1,)), ("b", ()), ("c", (1, 2))):
+        options = {"label": label, "labelled": labelled, "split": "test" if scan_id == "b" else "train"}
+        scan_files.write_scan(tmp_path, scan_id, make_volume(SHAPES[0]), AFFINE, **options)
+    store.write_index(tmp_path, {"x": 1, "y": 2}, (-1024.0, 325.0))
+    index = store.read_index(tmp_path)
+    assert [scan.scan_id for scan in index.labelled("train")] == ["a", "c"]
+    assert index.labelled("test") == [] and index.labelled_splits == ["train"]
 
 
 def test_updated_record_is_in_the_index(tmp_path):

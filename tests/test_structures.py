@@ -530,12 +530,16 @@ def label_files(values, modality, **tags):
 
 @pytest.mark.parametrize("modality", ["CT", "OT", "SEG"])
 @pytest.mark.parametrize("dtype, intercept", [(np.uint8, 0), (np.uint16, 0), (np.uint16, -1024), (np.int16, 0)])
-def test_dicom_slices_in_labels_are_a_label_map(tmp_path, modality, dtype, intercept):
+@pytest.mark.parametrize("link", ["", "in/labels/p1", "in/labels"])
+def test_dicom_slices_in_labels_are_a_label_map(tmp_path, modality, dtype, intercept, link):
     values = (mask(A, B) + 2 * mask(((1, 3), (1, 5), 8))).astype(dtype)
-    save(ct_files(), tmp_path / "images/p1")
+    save(ct_files(), tmp_path / "in/images/p1")
     stored = values - np.array(intercept, int)
-    save(label_files(stored.astype(dtype), modality, intercept=intercept), tmp_path / "labels/p1")
-    layout = read_layout(str(tmp_path), LabelsConfig(names={"a": 1, "b": 2}))
+    save(label_files(stored.astype(dtype), modality, intercept=intercept), tmp_path / "in/labels/p1")
+    if link:
+        (tmp_path / link).rename(tmp_path / "elsewhere")
+        (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+    layout = read_layout(str(tmp_path / "in"), LabelsConfig(names={"a": 1, "b": 2}))
     (scan,) = layout.scans
     np.testing.assert_array_equal(scan.read(layout.names).label, values)
     assert not layout.faults and not layout.left_out and len(scan.files()) == 2 * SHAPE[0]

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -66,7 +67,35 @@ def test_links_to_folders_are_followed_once_and_never_in_circles(tmp_path):
     assert [one.split("__series")[0] for one in ids(root)] == ["again__ct", "p1__ct", "p3__deep__ct", "p4"]
     reasons = said(root)
     assert set(reasons) == {"a_p1", "p2", "p1/round", "p3/up"}
-    assert "would never end" in reasons["p3/up"] and "looked at as: " in reasons["a_p1"]
+    assert "would never end" in reasons["p3/up"] and f"looked at already: {root}/p1" in reasons["a_p1"]
+
+
+LINKED = {
+    "labels": (["images/a", "segs/a"], {"labels": "segs"}, {"a": "labels"}),
+    "both": (["ct/a", "segs/a"], {"images": "ct", "labels": "segs"}, {"ct__a": "labels"}),
+    "nnU-Net's": (["ct/a_0000", "segs/a"], {"imagesTr": "ct", "labelsTr": "segs"}, {"a": "labelsTr"}),
+    "of a part": (["images/a", "work/old/a"], {"labels": "work/old"}, {"a": "labels"}),
+    "a role already": (["imagesTr/a", "labels/a"], {"labelsTr": "labels"}, {"a": None}),
+    "of two": (
+        ["imagesTr/a", "imagesTs/b", "labelsTr/a"],
+        {"labelsTs": "labelsTr"},
+        {"a": "labelsTr", "imagesTs__b": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("files, links, labels", LINKED.values(), ids=LINKED)
+def test_a_links_name_says_what_lies_in_a_folder(tmp_path, files, links, labels):
+    touch(tmp_path, *(f"{name}.nii" for name in files))
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(tmp_path / target)
+    layout = layout_of(tmp_path)
+    assert {one.scan_id: one.label and Path(one.label).parent.name for one in layout.scans} == labels
+    unused = {} if None not in labels.values() else {Path(path).name: why for path, why in layout.left_out}
+    for name, target in links.items() if unused else ():
+        mend = f"which is looked at there and not as {name}: make {name} a folder, with links to the files in it"
+        assert unused[name] == f"a link to {tmp_path}/{target}, {mend}"
+        assert any(mend in line for line in grouped(layout.left_out))
 
 
 def test_names_that_are_no_text_cost_their_own_file(tmp_path, serial, capsys):
@@ -348,7 +377,7 @@ def test_labels_that_are_asked_for_and_nowhere(tmp_path, serial, labels, folder)
     put(tmp_path / "raw/images/a.nii.gz")
     if folder:
         touch(tmp_path, "raw/labels/a.png")
-    with pytest.raises(ValueError, match=r"no scan has a label: name label maps as their scans, or leave"):
+    with pytest.raises(ValueError, match=r"no scan has a label: label maps are looked for in labels/ beside"):
         go(tmp_path / "raw", tmp_path / "s", labels=labels)
 
 

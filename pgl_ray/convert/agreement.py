@@ -56,9 +56,12 @@ def check_labels(config: PrepareConfig, layout: Layout) -> None:
         given = f"there is {some(layout.label_folders)}"
     else:
         return
+    near = sorted(layout.left_out, key=lambda fault: "label" not in fault.source.lower())[:1]
+    unused = "".join(f"; not used: {fault.source}: {fault.reason}" for fault in near)
     raise ValueError(
-        f"source={config.source}: {given}, and no scan has a label: name label maps as their scans, or "
-        "leave the labels out"
+        f"source={config.source}: {given}, and no scan has a label: label maps are looked for in labels/ beside "
+        "images/ (labelsTr/ beside imagesTr/), under their scans' names: put them there, or leave "
+        f"{'labels.names' if config.labels.names else 'the labels'} out{unused}"
     )
 
 

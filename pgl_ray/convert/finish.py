@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 from pgl_ray.convert.agreement import names_of_values
 from pgl_ray.data import store
+from pgl_ray.files import detached
 from pgl_ray.files.source import Source, counted, some
 
 
@@ -43,11 +45,18 @@ def finish_store(
             new = replace(new, source=source.image, split=source.split)
         if record.label_metadata and (source or unnamed):
             stated = source.labelled if source else None
-            if source and source.structures:  # no more than what was filled, whatever a table says
-                filled = {*record.labelled, *record.label_voxels}
-                stated = record.labelled if stated is None else tuple(value for value in stated if value in filled)
+            if source and _is_drawn(source):  # no more than what was filled, whatever a table says
+                filled = {*record.label_voxels}
+                if source.structures or record.source_label_metadata:  # resampling may cost an organ its voxels
+                    filled |= {*record.labelled}
+                stated = tuple(sorted(filled if stated is None else filled & {*stated}))
             new = replace(new, labelled=tuple(sorted(names.values())) if stated is None else stated)
         if new != record:
             store.update_record(folder, new)
             records[new.scan_id] = new
     return names
+
+
+def _is_drawn(source: Source) -> bool:
+    """Whether its label is of structures, each drawn or not: then one that is not drawn is unlabelled, not absent."""
+    return bool(source.structures) or (bool(source.label) and detached.is_segmentation(Path(source.label)))

@@ -10,7 +10,7 @@ from pgl_ray.config import PrepareConfig
 from pgl_ray.data import store
 from pgl_ray.files import identity
 from pgl_ray.files.layout import Layout
-from pgl_ray.files.source import Source
+from pgl_ray.files.source import Fault, Source
 
 # A scan to convert, unless its files have the hash of what the store has under its scan_id.
 Task = tuple[Source, store.ScanRecord | None]
@@ -53,7 +53,7 @@ def what_to_do(layout: Layout, records: dict[str, store.ScanRecord], only: dict[
         own = _own_sources(layout, only)
         bare = {one.scan_id for one in own if one.scan_id in records and _losing_labels(one, records, [])}
         return Todo([(source, None) for source in own if source.scan_id not in bare], [], {}, sorted(bare))
-    renamed = _renamed(layout.scans, records)
+    renamed = _renamed(layout, records)
     losing = {
         source.scan_id: losers
         for source in layout.scans
@@ -86,32 +86,38 @@ def _own_sources(layout: Layout, only: dict[str, str]) -> list[Source]:
     return sources
 
 
-def _renamed(sources: list[Source], records: dict[str, store.ScanRecord]) -> dict[str, list[str]]:
+def _renamed(layout: Layout, records: dict[str, store.ScanRecord]) -> dict[str, list[str]]:
     """id -> ids of other scans of the store that were made from the same source."""
     by_path, by_mark = defaultdict(list), defaultdict(list)
     for record in records.values():
         by_path[record.source].append(record)
         if mark := identity.series_mark(record.scan_id):
             by_mark[mark].append(record)
-    renamed = {}
-    for source in sources:
+    renamed, images = {}, {source.scan_id: source.image for source in layout.scans}
+    for source in layout.scans:
         mark = identity.series_mark(source.scan_id) if source.slices else ""
         near = {record.scan_id: record for record in (*by_path[source.image], *by_mark.get(mark, ()))}
-        near.pop(source.scan_id, None)
-        olds = [scan_id for scan_id, record in near.items() if _is_same_source(source, mark, record)]
+        own = near.pop(source.scan_id, None)
+        others = [record for record in near.values() if images.get(record.scan_id) != record.source]
+        olds = [one.scan_id for one in others if _is_same_source(source, mark, one, own, layout.faults)]
         if olds:
             renamed[source.scan_id] = olds
     return renamed
 
 
-def _is_same_source(source: Source, mark: str, record: store.ScanRecord) -> bool:
-    if not source.slices:
-        return record.source == source.image
+def _is_same_source(
+    source: Source, mark: str, record: store.ScanRecord, own: store.ScanRecord | None, faults: Sequence[Fault]
+) -> bool:
     stored_mark = identity.series_mark(record.scan_id)
-    if stored_mark:  # slices that came or went may have moved the folder that holds all of them
-        one, other = Path(source.image), Path(record.source)
-        return stored_mark == mark and (one.is_relative_to(other) or other.is_relative_to(one))
-    return record.source == source.image and _unchanged(source, record)
+    if not source.slices or not stored_mark:
+        return record.source == source.image and (not source.slices or _unchanged(source, record))
+    if stored_mark != mark or record.source == source.image:
+        return stored_mark == mark
+    # slices that came or went may have moved the folder that holds all of them; one mark may stand for several series
+    if Path(record.source).is_relative_to(source.image):
+        return any(path.startswith(f"{record.source}/") for path in source.paths())
+    waits = any(Path(fault.source).is_relative_to(record.source) for fault in faults)
+    return Path(source.image).is_relative_to(record.source) and not own and not waits
 
 
 def vanished(config: PrepareConfig, layout: Layout, records: Iterable[store.ScanRecord]) -> Iterator[str]:

@@ -53,12 +53,12 @@ class Index:
     data_sets: tuple[dict[str, str], ...] = ()
 
     def labelled(self, split: str) -> list[ScanRecord]:
-        """Scans of a split that have a label map.
+        """Scans of a split that have a label map, and an organ that is annotated in it.
 
         Raises:
             ValueError: a map holds a value without a name: it would pass for background.
         """
-        scans = [scan for scan in self.scans if scan.split == split and scan.label_metadata is not None]
+        scans = [scan for scan in self.scans if scan.split == split and _is_labelled(scan)]
         known = set(self.label_values)
         for scan in scans:
             unknown = sorted(set(scan.label_voxels) - known)
@@ -71,8 +71,8 @@ class Index:
 
     @property
     def labelled_splits(self) -> list[str]:
-        """Splits in which scans have a label map."""
-        return sorted({scan.split for scan in self.scans if scan.label_metadata is not None}) if self.labels else []
+        """Splits that have `labelled` scans."""
+        return sorted({scan.split for scan in self.scans if _is_labelled(scan)}) if self.labels else []
 
     @property
     def by_id(self) -> Mapping[str, ScanRecord]:
@@ -97,6 +97,10 @@ class Index:
     def label_values(self) -> tuple[int, ...]:
         """Label values in ascending order; class k of a network is the k-th of them, class 0 is background."""
         return tuple(sorted(self.labels.values()))
+
+
+def _is_labelled(scan: ScanRecord) -> bool:
+    return scan.label_metadata is not None and bool(scan.labelled)
 
 
 def check_labelled(index: Index, given: str | None) -> None:

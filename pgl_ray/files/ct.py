@@ -41,6 +41,7 @@ class Scan:
         rounding_error_hu: largest change by rounding to int16; 0 for integer sources.
         num_padding: voxels that were below -1024 HU.
         notes: what is worth saying of it; a sentence each.
+        path: of its file or folder; "" of a store's.
     """
 
     voxels: np.ndarray
@@ -50,6 +51,7 @@ class Scan:
     rounding_error_hu: float
     num_padding: int
     notes: tuple[str, ...] = ()
+    path: str = ""
 
 
 def is_volume(path: Path) -> bool:
@@ -58,9 +60,9 @@ def is_volume(path: Path) -> bool:
 
 
 def bare_name(path: Path) -> str:
-    """File name without the format's suffix."""
-    suffix = next(s for s in SUFFIXES if path.name.lower().endswith(s))
-    return path.name[: -len(suffix)]
+    """File name without the format's suffix, if it has one."""
+    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), "")
+    return path.name[: len(path.name) - len(suffix)]
 
 
 def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
@@ -101,6 +103,7 @@ def read_scan(path: str | Path, slices: tuple[str, ...] = ()) -> Scan:
         rounding_error_hu=rounding_error,
         num_padding=num_padding,
         notes=(*geometry.notes, *shear_notes(geometry.affine), *doubts),
+        path=str(path),
     )
 
 
@@ -135,7 +138,8 @@ def read_label(path: str | Path, like: Scan, slices: tuple[str, ...] = ()) -> np
         label, label_affine = _pasted(label, label_affine, like)
     reason = grids.difference(label.shape, label_affine, like.voxels.shape, like.affine)
     if reason:
-        raise ValueError(f"{path}: {reason}: {grids.mend(path, label.shape, label_affine, like.voxels.shape)}")
+        mend = grids.mend(path, label.shape, label_affine, like.voxels.shape, like.affine, like.path)
+        raise ValueError(f"{path}: {reason}: {mend}")
     return smallest(label)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgl_ray.files import dicom, dicom_grid, structure_header
+from pgl_ray.files.walk import Tree
 
 
 class MaskSeries(NamedTuple):
@@ -19,14 +20,17 @@ class MaskSeries(NamedTuple):
     slices: tuple[str, ...]
 
 
-def find(folder: Path) -> tuple[dict[tuple[str, ...], MaskSeries], list[tuple[str, str]]]:
+def find(folder: Path, tree: Tree) -> tuple[dict[tuple[str, ...], MaskSeries], list[tuple[str, str]]]:
     """The DICOM label maps below a folder of labels.
+
+    Args:
+        tree: what lies there.
 
     Returns:
         Path of their folder in `folder` -> label map; and (folder, reason) of those that cannot be one.
     """
     masks, faults, by_folder = {}, [], defaultdict(lambda: defaultdict(list))
-    for path, header in _images(folder):
+    for path, header in _images(tree.below(folder)):
         by_folder[path.parent][str(header.get("SeriesInstanceUID", ""))].append(path.name)
     for below, series in sorted(by_folder.items()):
         if len(series) > 1:
@@ -38,10 +42,10 @@ def find(folder: Path) -> tuple[dict[tuple[str, ...], MaskSeries], list[tuple[st
     return masks, faults
 
 
-def _images(folder: Path) -> Iterator[tuple[Path, object]]:
-    """DICOM images below a folder with their headers; what is damaged is named by dicom.find."""
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts) or not dicom.is_dicom(path):
+def _images(paths: list[str]) -> Iterator[tuple[Path, object]]:
+    """The DICOM images of some files with their headers; what is damaged is named by dicom.find."""
+    for path in map(Path, paths):
+        if not dicom.is_dicom(path):
             continue
         try:
             header = dicom.read(

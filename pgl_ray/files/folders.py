@@ -12,9 +12,7 @@ from pgl_ray.files.accounts import one_of
 from pgl_ray.files.header_cache import HeaderCache
 from pgl_ray.files.source import Fault, Inventory, Source, volume_files
 from pgl_ray.files.stated import CHANNEL
-from pgl_ray.files.walk import LOST, Tree
-
-NNUNET = ("imagesTr", "imagesVa", "imagesTs")
+from pgl_ray.files.walk import LOST, NNUNET, Tree
 
 
 class Part(NamedTuple):
@@ -61,7 +59,7 @@ def find_by_folders(
             inventory.left_out.extend(Fault(path, reason) for path in tree.below(part.labels))
             part = part._replace(labels=None, split="")
         maps = _label_maps(tree, part.labels, known, inventory) if part.labels else {}
-        masks = _masks(part.labels, maps, inventory) if part.labels else {}
+        masks = _masks(tree, part.labels, maps, inventory) if part.labels else {}
         _take_volumes(_volumes(tree, part.images, without, known, inventory), part, maps, masks, inventory)
         part_series = [one for one in chosen if _below(Path(one.folder), part.images, without)]
         for one, scan, place in _scans_of_series(part_series, objects, part, maps, masks, inventory):
@@ -159,10 +157,10 @@ def _label_of(maps: dict[tuple[str, ...], Path], place: tuple[str, ...], by_name
 
 
 def _masks(
-    label_folder: Path, maps: dict[tuple[str, ...], Path], inventory: Inventory
+    tree: Tree, label_folder: Path, maps: dict[tuple[str, ...], Path], inventory: Inventory
 ) -> dict[Path | None, tuple[str, ...]]:
     """Adds the DICOM label maps below a folder of labels to its label maps; their slices by their folders."""
-    masks, faults = dicom_masks.find(label_folder)
+    masks, faults = dicom_masks.find(label_folder, tree)
     inventory.faults.extend(Fault(*fault) for fault in faults)
     for parts, mask in masks.items():
         if parts in maps:

@@ -18,14 +18,12 @@ from typing import NamedTuple
 from pgl_ray.config import LabelsConfig, RecipeConfig
 from pgl_ray.files import ct, identity, stated
 from pgl_ray.files.accounts import unused
-from pgl_ray.files.folders import NNUNET, find_by_folders
+from pgl_ray.files.folders import find_by_folders
 from pgl_ray.files.header_cache import HeaderCache
 from pgl_ray.files.recipe import draw_split, find_scans
 from pgl_ray.files.source import Fault, Inventory, Source, volume_files
 from pgl_ray.files.splits import with_table
-from pgl_ray.files.walk import walk
-
-LABEL_FOLDERS = ("labels", "labelsTr", "labelsVa", "labelsTs")
+from pgl_ray.files.walk import LABEL_FOLDERS, NNUNET, walk
 
 
 class Layout(NamedTuple):
@@ -73,11 +71,11 @@ def read_layout(
         raise ValueError(f"source={source}: no such folder")
     if series and recipe.parts:
         raise ValueError(f"series={list(series)}: a recipe says where its scans lie: leave series out")
-    stated_names, ignored = ({}, None) if recipe.parts or labels.names else stated.organs(root / "dataset.json")
+    stated_names, ignored = _stated(root, bool(recipe.parts or labels.names))
     names = labels.names or stated_names or stored or {}
     if len(set(names.values())) < len(names):
         raise ValueError(f"labels.names={names}: two organs have one value")
-    tree = walk(root)
+    tree = walk(root) if recipe.parts else walk(root).by_roles()
     if recipe.parts:
         inventory = find_scans(root, tree, recipe, names)
     else:
@@ -99,6 +97,26 @@ def read_layout(
     left_out = [*inventory.left_out, *unused(tree, inventory)]
     folders = [str(root / name) for name in LABEL_FOLDERS if str(root / name) in tree.folders]
     return Layout(scans, names, sorted(faults), sorted(left_out), inventory.missing, folders)
+
+
+def _stated(root: Path, given: bool) -> tuple[dict[str, int], int | None]:
+    """What dataset.json says of organs and of voxels that nobody annotated.
+
+    Args:
+        given: whether the organs are given elsewhere.
+
+    Raises:
+        ValueError: as stated.organs, where there may be label maps.
+    """
+    path = root / "dataset.json"
+    if given:
+        return {}, stated.ignored(path)
+    try:
+        return stated.organs(path)
+    except ValueError:
+        if any((root / name).is_dir() for name in LABEL_FOLDERS):
+            raise
+        return {}, None
 
 
 def refuse_empty(inventory: Inventory, given: str) -> None:

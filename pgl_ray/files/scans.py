@@ -157,7 +157,7 @@ def scan_files(
             return Listed([_series_of(source.absolute(), key)], [], [])
         raise ValueError(f"{key}={source}: not a supported format ({', '.join(ct.SUFFIXES)}, DICOM): convert it")
     folder = source.resolve()
-    tree, others = trim(walk(folder, without=[path.resolve() for path in without]))
+    tree, others = trim(walk(folder, without=[path.resolve() for path in without]).by_roles())
     inventory = find_by_folders(folder, tree, {})
     inventory.left_out.extend([*unused(tree, inventory), *others])
     refuse_empty(inventory, f"{key}={source}")

@@ -10,7 +10,9 @@ from pgl_ray.files import detached
 from pgl_ray.files.structure_header import key_of, near, whole
 
 
-def by_names(label: np.ndarray, path: str | Path, names: dict[str, int]) -> tuple[np.ndarray, str]:
+def by_names(
+    label: np.ndarray, path: str | Path, names: dict[str, int]
+) -> tuple[np.ndarray, str, tuple[int, ...] | None]:
     """Gives the voxels of segments that are asked for by name the values of these names.
 
     Args:
@@ -20,12 +22,15 @@ def by_names(label: np.ndarray, path: str | Path, names: dict[str, int]) -> tupl
             "Segment_1" has none, the values stay.
 
     Returns:
-        uint8 or uint16 [D, H, W], and what is worth saying of it; "" where nothing is.
+        uint8 or uint16 [D, H, W]; what is worth saying of it, "" where nothing is; and the values that are annotated,
+        those that have a voxel, for what is not drawn is unlabelled, not absent (None: the file is no segmentation).
 
     Raises:
         ValueError: a segment without a name in `names` beside one that has one, or near to one; two segments of one
             value.
     """
+    if not detached.is_segmentation(Path(path)):
+        return label, "", None
     present, stated = set(count_labels(label)), {}
     for name, value in _segments(Path(path)):
         if value in present and stated.setdefault(value, name) != name:
@@ -34,7 +39,7 @@ def by_names(label: np.ndarray, path: str | Path, names: dict[str, int]) -> tupl
                 "as a label map (Segmentations, Export to files)"
             )
     if not stated:
-        return label, ""
+        return label, "", tuple(sorted(present))
     values = {value: _value_of(stated.get(value, ""), names) for value in sorted(present)}
     known = [stated[value] for value, new in values.items() if new]
     strange = [value for value, new in values.items() if not new]
@@ -48,20 +53,19 @@ def by_names(label: np.ndarray, path: str | Path, names: dict[str, int]) -> tupl
         raise ValueError(f"{path}: {what} is none of {names}, which has {why}: give it a name of these, or delete it")
     if not known:
         listed = ", ".join(f"{name!r} ({value})" for value, name in sorted(stated.items()))
-        return label, f"labels.names has none of its segments {listed}: they are taken by these values"
+        note = f"labels.names has none of its segments {listed}: they are taken by these values"
+        return label, note, tuple(sorted(present))
     table = np.zeros(max(present) + 1, label.dtype if max(names.values()) <= np.iinfo(label.dtype).max else np.uint16)
     for value, new in values.items():
         table[value] = new
     renumbered = np.empty(label.shape, table.dtype)
     for part, target in zip(label, renumbered):  # an index takes 8 bytes a voxel
         target[:] = table[part]
-    return renumbered, ""
+    return renumbered, "", tuple(sorted(set(values.values())))
 
 
 def _segments(path: Path) -> list[tuple[str, int | None]]:
     """Name and value of each segment; 3D Slicer's value of one that states none is 1."""
-    if not detached.is_segmentation(path):
-        return []
     keys = detached.read_header(path).keys
     starts = dict.fromkeys(match[0] for key in keys if (match := re.match(r"Segment\d+_", key)))
     names = [keys.get(f"{start}Name") or keys.get(f"{start}ID", "") for start in starts]

@@ -82,14 +82,15 @@ class Source:
             return Reading(scan, None, notes=notes)
         if self.masks:
             return Reading(scan, ct.read_masks(self.label, dict(self.masks), scan), notes=notes)
-        label, note = slicer.by_names(ct.read_label(self.label, scan, self.label_slices), self.label, names or {})
+        label = ct.read_label(self.label, scan, self.label_slices)
+        label, note, labelled = slicer.by_names(label, self.label, names or {})
         notes += ((self.label, note),) if note else ()
         if self.ignored is not None and (num := int(np.count_nonzero(label == self.ignored))):
             raise ValueError(
                 f"{self.label}: {num} voxels are marked as not annotated (dataset.json's ignore, {self.ignored}), "
                 "which a store cannot keep: annotate them, or leave this label map out"
             )
-        return Reading(scan, label, notes=notes)
+        return Reading(scan, label, labelled, notes)
 
     def extent(self) -> tuple[int, float]:
         """Number of voxels, and the size of one in mm^3, from the headers only.

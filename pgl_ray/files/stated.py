@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pgl_ray.files import ct, identity
 from pgl_ray.files.source import some
 
 OTHER_MODALITIES = ("MR", "T1", "T2", "FLAIR", "PET", "PT", "US", "ADC", "DWI")
@@ -57,6 +58,17 @@ def organs(path: Path) -> tuple[dict[str, int], int | None]:
     return {name: value for name, value in names.items() if value}, ignored
 
 
+def ignored(path: Path) -> int | None:
+    """The value of voxels that nobody annotated, as `organs` reads it, of a file that need not name organs."""
+    try:
+        labels = read(path).get("labels")
+        by_name = labels if "ignore" in labels else {name: value for value, name in labels.items()}
+        value = by_name["ignore"]
+        return int(value[0] if isinstance(value, list) else value)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return None
+
+
 def _mend_of_regions(labels: dict[str, Any]) -> str:
     """Names for every value of the regions; what has none of its own is called by the regions it is in."""
     single = {value: name for name, value in labels.items() if not isinstance(value, list) and name != "ignore"}
@@ -86,8 +98,8 @@ def absent(path: Path, volume_names: dict[str, set[str]]) -> list[str]:
         listed, number = stated.get(key.lower()), stated.get(f"num{key}")
         if isinstance(listed, list):
             paths = [str(one["image"] if isinstance(one, dict) and "image" in one else one) for one in listed]
-            ids = {one.rsplit("/", 1)[-1].split(".nii")[0].removesuffix(CHANNEL) for one in paths}
-            gone = sorted(ids - {name.removesuffix(CHANNEL) for name in volume_names[folder]})
+            ids = {_case(ct.bare_name(Path(one.replace("\\", "/")))) for one in paths}
+            gone = sorted(ids - set(map(_case, volume_names[folder])))
             if gone:
                 missing.append(f"{len(gone)} of {len(ids)} volumes of {folder} that dataset.json lists: {some(gone)}")
         elif isinstance(number, int) and len(volume_names[folder]) < number:
@@ -95,3 +107,7 @@ def absent(path: Path, volume_names: dict[str, set[str]]) -> list[str]:
                 f"{number - len(volume_names[folder])} of {number} volumes of {folder} that dataset.json counts"
             )
     return missing
+
+
+def _case(name: str) -> str:
+    return identity.plain(name).removesuffix(CHANNEL)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 IMAGES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".dcm", ".dcm.gz")
 DOCUMENTS = (".pdf", ".txt", ".doc", ".docx", ".jpg", ".jpeg", ".png", ".csv", ".xls", ".xlsx", ".xml", ".json")
+NNUNET = ("imagesTr", "imagesVa", "imagesTs")
+LABEL_FOLDERS = ("labels", "labelsTr", "labelsVa", "labelsTs")
 LOST = (-1, 0)  # stamp of a link that leads nowhere, or of a file that cannot be looked at
 
 
@@ -21,6 +23,7 @@ class Tree(NamedTuple):
         left_out: (path, reason) of links to folders that are not followed, of hidden volumes and folders, and of
             what is no file.
         faults: (path, reason) of what cannot be looked at: folders without permission, names that are no UTF-8.
+        links: path of a link to a folder of the tree -> that folder's path.
     """
 
     files: dict[str, tuple[int, int]]
@@ -28,6 +31,7 @@ class Tree(NamedTuple):
     folders: set[str]
     left_out: list[tuple[str, str]]
     faults: list[tuple[str, str]]
+    links: dict[str, str]
 
     def below(self, folder: str | Path, without: Iterable[str | Path] = ()) -> list[str]:
         """Paths of the files below a folder, but not below others."""
@@ -44,6 +48,35 @@ class Tree(NamedTuple):
         gone = set(paths)
         files = {path: stamp for path, stamp in self.files.items() if path not in gone}
         return self._replace(files=files, paths=list(files))
+
+    def by_roles(self) -> "Tree":
+        """The tree with folders under the names of links to them that say what lies there (labels/), where the folder's
+        own place does not. Of images/ that need not be: volumes lie anywhere, and their ids stay."""
+        tree, top = self, min(self.folders, key=len, default="")
+        for link, folder in sorted(self.links.items()):
+            name = os.path.basename(link)
+            if name not in LABEL_FOLDERS + NNUNET:
+                continue
+            inside = [one for one in tree.folders if f"{one}/".startswith(f"{folder}/")]
+            names = {part for one in inside for part in one[len(top) :].split("/")}
+            if inside and not names & {*LABEL_FOLDERS, *NNUNET, "images"}:
+                tree = tree._moved(folder, link)
+            else:
+                mend = f"make {name} a folder, with links to the files in it"
+                reason = f"a link to {folder}, which is looked at there and not as {name}: {mend}"
+                tree.left_out[:] = [(path, reason if path == link else why) for path, why in tree.left_out]
+        return tree
+
+    def _moved(self, folder: str, link: str) -> "Tree":
+        """The tree with a folder under a link's path."""
+
+        def place(path: str) -> str:
+            return link + path[len(folder) :] if f"{path}/".startswith(f"{folder}/") else path
+
+        files = dict(sorted((place(path), stamp) for path, stamp in self.files.items()))
+        left_out = [(place(path), reason) for path, reason in self.left_out if path != link]
+        faults = [(place(path), reason) for path, reason in self.faults]
+        return Tree(files, list(files), set(map(place, self.folders)), left_out, faults, self.links)
 
 
 def _bounds(paths: list[str], folder: str | Path) -> tuple[int, int]:
@@ -62,7 +95,7 @@ def walk(root: str | Path, without: Iterable[str | Path] = ()) -> Tree:
         without: absolute paths of folders that are passed over.
     """
     top, passed = os.fspath(root), {os.fspath(path) for path in without}
-    files, folders, left_out, faults = {}, set(), [], []
+    files, folders, left_out, faults, inner = {}, set(), [], [], {}
     seen, todo = {}, [(top, os.path.realpath(top))]
     while todo:
         links = []
@@ -98,13 +131,14 @@ def walk(root: str | Path, without: Iterable[str | Path] = ()) -> Tree:
             if f"{os.path.realpath(os.path.dirname(path))}/".startswith(f"{real.rstrip('/')}/"):
                 left_out.append((path, "a link to a folder that it lies in: not followed, it would never end"))
             elif real in seen or real in chosen:
-                left_out.append((path, f"a link to a folder that is looked at as: {seen.get(real) or chosen[real]}"))
+                inner[path] = seen.get(real) or chosen[real]
+                left_out.append((path, f"a link to a folder that is looked at already: {inner[path]}"))
             else:
                 chosen[real] = path
         todo = [(path, real) for real, path in chosen.items()]
         todo.reverse()
     paths = sorted(files)
-    return Tree({path: files[path] for path in paths}, paths, folders, left_out, faults)
+    return Tree({path: files[path] for path in paths}, paths, folders, left_out, faults, inner)
 
 
 def _entries(path: str, faults: list[tuple[str, str]]) -> list[os.DirEntry]:
