@@ -76,7 +76,7 @@ def run(config: FinetuneConfig) -> Result:
         "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "num_steps": plan.num_steps,
         "plan": plan.identity,
-        "store": store_facts(index, trained_on, len(index.scans)),
+        "store": store_facts(index, trained_on, len(index.scans), [*train_ids, *val_ids]),
         "scans": {"train": train_ids, "val": val_ids},
         "weights": dataclasses.asdict(loaded) if loaded else None,
     }

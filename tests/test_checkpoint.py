@@ -52,13 +52,15 @@ STORE = {"num_scans": 2, "hu_window": (-1024.0, 325.0), "spacing_mm": None, "lab
         ({"labels": {"liver": 1}}, r"labels.spleen \(2 there, None here\)"),
         ({"labels": {"liver": 1, "spleen": 2, "aorta": 3}}, r"labels.aorta \(None there, 3 here\)"),
         ({"scans_hash": "b"}, "content of its scans"),
+        ({"labels_hash": "b"}, "content of its label maps, or of their files"),
+        ({"scans_hash": "b", "labels_hash": "b"}, "content of its scans"),
     ],
 )
 def test_a_run_is_continued_on_its_own_store_only(tmp_path, changed, said):
     """Also where the plan, that is which scans in which order, is the same."""
     known = load(FinetuneConfig, ["index=s", f"run={tmp_path / 'r'}"])
     moved = load(FinetuneConfig, ["index=elsewhere", f"run={tmp_path / 'r'}"])
-    store = STORE | {"scans_hash": "a"}
+    store = STORE | {"scans_hash": "a", "labels_hash": "a"}
     folder = runs.open_run(known, "finetune", {"plan": "p", "store": store})
     more = store | {"num_scans": 3, "labels": dict(reversed(STORE["labels"].items()))}
     assert runs.open_run(moved, "finetune", {"plan": "p", "store": more}) == folder
