@@ -85,7 +85,7 @@ class PatchRenderer:
         return 3 * math.prod(self.patch.size)
 
     def _prior(self, rng: np.random.Generator, record: ScanRecord) -> Prior:
-        """A crop as the views', or with `foreground_share` one whose middle lies in the box of a random organ that is annotated."""
+        """A crop as the views', or with `foreground_share` one whose middle lies in an annotated organ's box."""
         prior = sample_prior(rng, record.shape, self.patch, record.foreground_box)
         centred = rng.random() < self.foreground_share
         boxes = sorted((value, box) for value, box in record.label_boxes.items() if value in record.labelled)
