@@ -63,6 +63,8 @@ def run(config: EvaluateConfig) -> Result:
             another way, or on other labels.
         FailedRun: a scan does not fit into memory.
     """
+    if not config.output and run_paths.is_checkpoint(config.run):
+        raise ValueError(f"run={config.run} is one checkpoint: give output=FOLDER for the results")
     into = contextlib.nullcontext(Path(config.output)) if config.output else run_paths.results(config.run, "evaluation")
     with into as folder:
         summary = _evaluate(config, folder)

@@ -76,7 +76,7 @@ def run(config: FinetuneConfig) -> Result:
         "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "num_steps": plan.num_steps,
         "plan": plan.identity,
-        "store": store_facts(index, trained_on, len(index.scans)),
+        "store": store_facts(index, trained_on, len(index.scans), [*train_ids, *val_ids]),
         "scans": {"train": train_ids, "val": val_ids},
         "weights": dataclasses.asdict(loaded) if loaded else None,
     }
@@ -313,7 +313,7 @@ def _say_what_begins(
     if same := same_voxels(train, val):
         twice = f"the same voxels are trained on and validated on: {some(same)}"
         print(f"finetune: note: {twice}; val/dice is too good, and what is best by it may not be", flush=True)
-    seen_labels = {label for scan in train for label in scan.label_voxels}
+    seen_labels = {label for scan in train for label in scan.label_voxels if label in scan.labelled}
     if missing := sorted(name for name, label in index.labels.items() if label not in seen_labels):
         count = "it is" if len(missing) == 1 else "they are"
         mend = "annotate it in more scans" + (f", or raise num_scans={config.num_scans}" * (config.num_scans != 1.0))

@@ -252,12 +252,12 @@ def picture_name(name: str, picture: str) -> str:
 
 
 def _place(config: ProbeConfig) -> tuple[str, str] | None:
-    """Folder and name of the result: a run has one, files with weights one each, for several may lie in a folder."""
+    """Folder and name of the result: a run has one, checkpoints one each beside them, for a folder may hold several."""
     if config.output:
         return os.path.split(os.path.abspath(config.output))
     if config.init == "random" or config.init.startswith(PRETRAINED):  # the package is no place for results
         return None
-    if not run_paths.network(config.init).is_file():
+    if not run_paths.is_checkpoint(config.init):
         return config.init, "probe.json"
     folder, name = os.path.split(config.init)
     return folder, f"{name}.probe.json"

@@ -219,7 +219,8 @@ def view_pair(views: dict[str, np.ndarray], i: int, index: Index, record: ScanRe
 
 
 def overlays(runs: list[Run]) -> dict[str, Any]:
-    """Predicted against true labels of scans that all runs were evaluated on, side by side.
+    """Predicted against true labels of scans that all runs were evaluated on, side by side; what lies there of others,
+    of an evaluation on another split, is in none of the figures.
 
     Raises:
         ValueError, OSError, KeyError, ...: no such scan, or the store or a prediction cannot be read.
@@ -229,6 +230,7 @@ def overlays(runs: list[Run]) -> dict[str, Any]:
     index, records = _open(runs[0].summary["index"])
     common = set(records)
     for r in runs:
+        common &= {row["scan_id"] for row in r.scores}
         common &= {path.name.removesuffix(".nii.gz") for path in _predictions(r).glob("*.nii.gz")}
     if not common:
         raise ValueError("no scan has predictions of all runs (evaluate with save_predictions=true)")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
-from test_report import CHANCE, judged, score_rows
+from test_report import CHANCE, ORGANS, judged, score_rows
 
 from pgl_ray import config, finetune, pretrain, shipped
 from pgl_ray.config import FinetuneConfig, PretrainConfig, build, load
@@ -256,10 +256,36 @@ def test_runs_of_one_seed_meet_those_of_their_own_settings():
 
 def test_invented_organs_are_no_gain():
     """What both scored is better; the mean Dice, to which an organ that is not there counts 0, is worse."""
-    better, base = (tuned(BASE + gain, init) for gain, init in ((0.02, PGL), (0.0, "random")))
-    better.summary["dice"] = base.summary["dice"] - 0.02
+    of_none = ((0.02, 0.0, PGL), (0.0, np.nan, "random"))
+    better, base = (tuned(np.append(BASE + gain, dice), init) for gain, dice, init in of_none)
     (line,) = answers.better_tuned([better, base])
     assert line.verdict == OPEN and "+0.020 (95 % interval +0.020 to +0.020" in line.text
+
+
+@pytest.mark.parametrize("without", [PGL, "random"])
+@pytest.mark.parametrize(
+    ("key", "names", "said"), [("scan_id", ("s0", "s1"), "over 4 scans)"), ("organ", ORGANS[:1], "over 6 scans)")]
+)
+def test_what_one_side_was_not_scored_on_is_no_gain(without, key, names, said):
+    """Hard scans, or a hard organ, that one side did without; where both were scored the seeds disagree."""
+    shifts, sides = (0.06, -0.03, 0.03), {}
+    for init in (PGL, "random"):
+        sides[init] = [tuned(BASE + shift * (init == PGL), init, seed) for seed, shift in enumerate(shifts)]
+        for run in sides[init]:
+            hard = [row for row in run.scores if row[key] in names]
+            for row in hard:
+                row["dice"] -= 0.4
+            run.scores[:] = [row for row in run.scores if init != without or row not in hard]
+            run.summary["dice"] = float(np.mean([row["dice"] for row in run.scores]))
+    (line,) = answers.better_tuned([*sides[PGL], *sides["random"]])
+    low, high = stats.t.interval(0.95, 2, np.mean(shifts), stats.sem(shifts))
+    assert line.verdict == OPEN and said in line.text and "ahead with 2 of 3 seeds" in line.text
+    assert f"({low:+.3f} to {high:+.3f} over these)" in line.text
+    mine, theirs = map(
+        float,
+        re.search(r"Dice ([0-9.]+) against ([0-9.]+) from random weights where both were scored, ", line.text).groups(),
+    )
+    assert mine - theirs == pytest.approx(np.mean(shifts), abs=0.0011)
 
 
 def test_a_judge_of_an_earlier_checkpoint_does_not_count(tmp_path):

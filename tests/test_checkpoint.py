@@ -52,13 +52,15 @@ STORE = {"num_scans": 2, "hu_window": (-1024.0, 325.0), "spacing_mm": None, "lab
         ({"labels": {"liver": 1}}, r"labels.spleen \(2 there, None here\)"),
         ({"labels": {"liver": 1, "spleen": 2, "aorta": 3}}, r"labels.aorta \(None there, 3 here\)"),
         ({"scans_hash": "b"}, "content of its scans"),
+        ({"labels_hash": "b"}, "content of its label maps, or of their files"),
+        ({"scans_hash": "b", "labels_hash": "b"}, "content of its scans"),
     ],
 )
 def test_a_run_is_continued_on_its_own_store_only(tmp_path, changed, said):
     """Also where the plan, that is which scans in which order, is the same."""
     known = load(FinetuneConfig, ["index=s", f"run={tmp_path / 'r'}"])
     moved = load(FinetuneConfig, ["index=elsewhere", f"run={tmp_path / 'r'}"])
-    store = STORE | {"scans_hash": "a"}
+    store = STORE | {"scans_hash": "a", "labels_hash": "a"}
     folder = runs.open_run(known, "finetune", {"plan": "p", "store": store})
     more = store | {"num_scans": 3, "labels": dict(reversed(STORE["labels"].items()))}
     assert runs.open_run(moved, "finetune", {"plan": "p", "store": more}) == folder
@@ -161,7 +163,7 @@ def test_fine_tuning_takes_all_but_the_head_from_a_genesis_run(saved, tmp_path):
     index = Index(store="s", scans=[], labels={"a": 1, "b": 2}, hu_window=(-1024.0, 325.0))
     config = load(FinetuneConfig, ["index=s", "run=r", f"init={tmp_path}/genesis.pt"])
     model, _, report = networks.build_finetuning(config, index)
-    num = len(model.state_dict()) - 2  # all but the head
+    num = sum("num_batches_tracked" not in name for name in model.state_dict()) - 2  # all but the head
     assert report.lines()[0].startswith(f"{num} of {num} tensors")
     assert report.left_out == ["online.head.weight", "online.head.bias"]
     given, own = restorer.online.state_dict(), model.state_dict()

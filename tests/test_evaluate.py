@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -20,7 +21,7 @@ from pgl_ray.files.resample import resample
 from pgl_ray.judge import scoring
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
-from pgl_ray.train import progress
+from pgl_ray.train import checkpoint, progress
 from pgl_ray.train.checkpoint import write_state
 from pgl_ray.train.records import CheckpointMeta
 
@@ -498,6 +499,19 @@ def test_wrong_use_is_one_clear_line(folder, monkeypatch, values, known, message
     with pytest.raises(ValueError, match=message) as error:
         evaluate.run(config(folder, **values))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "checkpoint_00000002"])
+def test_one_checkpoint_is_no_place_for_results(folder, monkeypatch, name):
+    """A later checkpoint removes an earlier one's folder with all that lies in it."""
+    known_run(monkeypatch, folder)
+    run = config(folder).run
+    checkpoint.write_checkpoint(Path(run), 2, {}, {})
+    given = config(folder, run=f"{run}/{name}")
+    with pytest.raises(ValueError, match=rf"run=.*{name} is one checkpoint: give output=FOLDER"):
+        evaluate.run(given)
+    evaluate.run(given.model_copy(update={"output": str(folder / "out")}))
+    assert (folder / "out" / "summary.json").exists() and not (Path(run) / "evaluation").exists()
 
 
 def test_an_index_without_labels(folder, monkeypatch):

@@ -138,6 +138,26 @@ def test_the_doors_keep_it_in_their_checkpoints(pool, other, untrained, tmp_path
     assert again.data["seen"] == meta.data["seen"]
 
 
+def test_a_fine_tuning_goes_on_with_its_own_labels_only(untrained, tmp_path):
+    """The label maps' files tell, and else what lies in them; the same store again, or with more scans, is the same."""
+    store_path, changed = tmp_path / "s", "was started on a store with another content of its label maps, .*: choose an"
+    values = {"index": str(store_path), "run": str(tmp_path / "run"), "patch": {"size": [16, 32, 32]}, "split": "train"}
+    settings = c.build(c.FinetuneConfig, values | {"encoder": ENCODER, "global_batch_size": 2, "max_steps": 1})
+    make(store_path, train=(0, 1, 2))
+    given(finetune, settings)
+    record, seen = tmp_path / "run" / "run.json", make(store_path, train=(0, 1, 2), test=(3,)).by_id["train1"]
+    assert given(finetune, settings)
+    for label in ({"source_hash": "f00"}, {"label_voxels": {1: 3199}}, {"label_boxes": {1: (4, 12, 8, 28, 8, 27)}}):
+        store.update_record(store_path, dataclasses.replace(seen, **label))
+        store.write_index(store_path, {"organ": 1}, WINDOW)
+        with pytest.raises(ValueError, match=changed):
+            finetune.run(settings)
+    of_earlier_version = json.loads(record.read_text())
+    del of_earlier_version["store"]["labels_hash"]
+    write_json(record, of_earlier_version)
+    assert given(finetune, settings)
+
+
 @pytest.mark.slow
 def test_a_probe_says_it_of_every_encoder(pool, other, tmp_path, capsys):
     init, ceiling = (

@@ -277,6 +277,17 @@ def test_a_place_in_the_air_is_named(tmp_path, files, capsys):
     assert "outside of A's body" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("hu", [0, -1000])
+def test_a_place_of_a_thin_scan_is_found(tmp_path, files, capsys, hu):
+    """A is not searched: a slice is enough, which may be air throughout."""
+    save(tmp_path / "a.nii.gz", body()[12:13] if not hu else np.full((1, *SHAPE[1:]), hu, np.int16))
+    for voxel, is_away in (((40, 32, 0), False), ((0, 0, 0), not hu)):
+        given = {"a": str(tmp_path / "a.nii.gz"), "maps": ["layer4"], "similarity_maps": 0}
+        match.run(config(files, tmp_path / "out", voxel=voxel, **given))
+        assert len(rows_of(tmp_path / "out")) == 1 and (tmp_path / "out" / "match.html").exists()
+        assert ("note: outside of A's body" in capsys.readouterr().out) == is_away
+
+
 def test_a_second_call_leaves_nothing_of_the_first(tmp_path, files):
     match.run(config(files, tmp_path, labels=str(files / "label.nii.gz")))
     assert len(list(tmp_path.glob("similarity_*"))) == 2 and (tmp_path / "match.html").exists()

@@ -1,6 +1,7 @@
 """Weights that come with the package: file, card and metadata agree, they load wherever an init is taken and into
 MONAI, and what is wrong with them is one line."""
 
+import dataclasses
 import importlib.resources
 import json
 import re
@@ -22,7 +23,7 @@ from pgl_ray import config as c
 from pgl_ray import encoders, export, finetune, probe
 from pgl_ray.data.facts import spacing_note, training_facts
 from pgl_ray.data.scan_files import write_scan
-from pgl_ray.data.store import Index, read_index, write_index
+from pgl_ray.data.store import Index, read_index, update_record, write_index
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.pages import probe_tables, run_folders
 from pgl_ray.sweep import checks, stages, stores
@@ -420,6 +421,12 @@ def test_probe_and_finetune_print_the_note_once(tmp_path, capsys, monkeypatch):
         said_now = capsys.readouterr().out
         assert "finetune: note: no scan to train on shows tip: it is not learnt; annotate it in more scans" in said_now
         assert mend in said_now
+    for scan in read_index(tmp_path / "s").scans:  # what is drawn, but not annotated, is not learnt
+        update_record(tmp_path / "s", dataclasses.replace(scan, labelled=(7,)))
+    write_index(tmp_path / "s", {"organ": 1, "tip": 7}, WINDOW)
+    with pytest.raises(c.FailedRun, match="far enough"):
+        finetune.run(tuning(read_index(tmp_path / "s"), *asked[:2], run=str(tmp_path / "drawn")))
+    assert "note: no scan to train on shows organ, tip: they are not learnt" in capsys.readouterr().out
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["config"]["init"] == INIT and record["weights"]["trained_on"]["num_scans"] > 0
 

@@ -332,7 +332,11 @@ def test_run_reads_a_checkpoint(planted, tmp_path):
     for name in ("one.pt", "two.pt"):
         torch.save({"meta": meta, "model": weights}, tmp_path / name)
         assert probe.run(config(planted.store, init=str(tmp_path / name))).recall == result.recall
-    assert {path.name for path in tmp_path.glob("*.json")} == {"one.pt.probe.json", "probe.json", "two.pt.probe.json"}
+    one = checkpoint.folder_of(tmp_path, 2)  # which a later one removes with all that lies in it
+    checkpoint.write_checkpoint(tmp_path, 2, {"meta": meta, "model": weights}, {})
+    assert probe.run(config(planted.store, init=f"{one}/")).recall == result.recall and len(list(one.iterdir())) == 2
+    names = {path.name for path in tmp_path.glob("*.json")}
+    assert names == {f"{name}probe.json" for name in ("", "one.pt.", "two.pt.", f"{one.name}.")}
     torch.save({"meta": meta | {"hu_window": [-500.0, 500.0]}, "model": weights}, tmp_path / "state.pt")
     with pytest.raises(ValueError, match=r"trained with hu_window=\[-500.0, 500.0\]"):
         probe.run(config(planted.store, init=str(tmp_path)))

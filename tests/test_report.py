@@ -755,6 +755,13 @@ def test_overlay_shows_the_slice_with_most_organs_and_its_errors(scans, tmp_path
     np.testing.assert_allclose(colors[layers.true == 4][0, :3], matplotlib.colors.to_rgb(label_pictures.organ_color(2)))
 
 
+def test_overlays_are_of_the_scans_that_are_scored(scans, tmp_path):
+    """Predictions of an evaluation on another split, as on the training scans, stay in the folder."""
+    (run,) = run_folders.read_runs([str(finetuned(tmp_path / "run", scans, [0.5] * 6))])
+    run = replace(run, scores=[row for row in run.scores if row["scan_id"] in ("s1", "s4")])
+    assert [text.partition(",")[0] for _, text in report.overlays([run])["scans"]] == ["Scan s1", "Scan s4"]
+
+
 @pytest.mark.slow
 def test_a_curve_of_only_zeros_is_drawn():
     for y, scale in (([0.0, 0.0], "linear"), ([0.0, 0.5], "log")):

@@ -261,6 +261,8 @@ def test_patches_carry_classes_and_what_is_labelled(small_store):
     assert set(np.unique(batch["target"])) == {0, 1, 2}  # label values 2 and 7
     assert batch["labelled"][:3].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
     assert (batch["target"] > 0).any((1, 2, 3, 4)).all()  # foreground_share=1: an organ in every patch
+    drawn_only = renderer(index_rows(np.array([[e, 2, d] for e in range(6) for d in range(2)])))
+    assert (drawn_only["target"] == 1).any((1, 2, 3, 4)).all()  # and one that is annotated
 
 
 def test_augmenting_on_the_training_device_gives_the_same_views(small_store):

@@ -246,10 +246,12 @@ def test_flips_that_evaluation_would_refuse_are_refused_first(tmp_path, swept):
 
 @pytest.mark.parametrize("organ", ["lievr", "spleen", "liver ", "left_kidney"])
 def test_a_judged_organ_that_validation_lacks_is_refused(tmp_path, organ):
-    """A mistyped one, one that is labelled in no scan, and one that no scan shows."""
+    """A mistyped one, one that is labelled in no scan, though it is drawn, and one that no scan shows."""
     volume = np.zeros((24, 40, 40), np.int16)
+    label = np.ones_like(volume, np.uint8)
+    label[:4] = 2
     for number in range(3):
-        kept = {"label": np.ones_like(volume, np.uint8), "labelled": (1, 3)}
+        kept = {"label": label, "labelled": (1, 3)}
         write_scan(tmp_path / "own", f"s{number}", volume, np.eye(4), split="train", **kept)
     write_index(tmp_path / "own", {"liver": 1, "spleen": 2, "left_kidney": 3}, (-1024.0, 325.0))
     bases = {"index": str(tmp_path / "own"), "space": LR, "base_pretrain": None}

@@ -78,9 +78,27 @@ def test_a_mismatch_is_an_error_that_names_it_unless_allowed(tmp_path):
     assert json.loads(json.dumps(dataclasses.asdict(report)))["other_shape"] == {
         "encoder.conv1.weight": [[4, 3, 7, 7, 7], [4, 1, 7, 7, 7]]
     }
+    with pytest.raises(
+        ValueError,
+        match=r"freeze=true: .*resnet.pth .* 2 tensors of the encoder \(encoder.conv1.weight, .*bn3.weight\)",
+    ):
+        finetuning(tmp_path / "resnet.pth", *ENCODER, "allow_partial=true", "freeze=true")
     torch.save({"other.weight": torch.zeros(3)}, tmp_path / "else.pth")
-    with pytest.raises(ValueError, match="holds nothing that fits"):
-        finetuning(tmp_path / "else.pth", *ENCODER, "allow_partial=true")
+    wider = [*ENCODER[::2], "encoder.width=8"]  # of which BatchNorm's counters alone fit
+    for name, encoder in (("else", ENCODER), ("resnet", wider)):
+        with pytest.raises(ValueError, match="holds nothing that fits"):
+            finetuning(tmp_path / f"{name}.pth", *encoder, "allow_partial=true")
+
+
+def test_counters_of_batches_are_no_weights(tmp_path):
+    """As many tensors are counted of a file with them as of one without."""
+    held = monai_resnet(feed_forward=False).state_dict()
+    counts = []
+    for name, without in (("with", "nothing"), ("without", "num_batches")):
+        torch.save({key: value for key, value in held.items() if without not in key}, tmp_path / f"{name}.pth")
+        (line,) = finetuning(tmp_path / f"{name}.pth", *ENCODER)[2].lines()
+        counts.append(line.partition(" tensors ")[0])
+    assert counts[0] == counts[1] and int(counts[0].split()[0]) == sum("num_batches" not in key for key in held)
 
 
 @pytest.fixture(scope="module")

@@ -270,5 +270,5 @@ class ProbeConfig(ProbeSettings):
     ceiling: RunPath | None = None
     """A run of the same size that was fine-tuned with all labels: its encoder is the upper end."""
     output: FilePath | None = None
-    """JSON file for the result; none: <init>/probe.json, X.probe.json beside a file X, or no file for random
-    and pretrained:NAME."""
+    """JSON file for the result; none: <init>/probe.json, X.probe.json beside a file or checkpoint X, or no file for
+    random and pretrained:NAME."""

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import nibabel as nib
@@ -59,16 +59,27 @@ def training_facts(
     }
 
 
-def store_facts(index: Index, trained_on: dict[str, Any], num_scans: int) -> dict[str, Any]:
+def store_facts(
+    index: Index, trained_on: dict[str, Any], num_scans: int, labels_of: Collection[str] = ()
+) -> dict[str, Any]:
     """What run.json keeps of a run's store; by most of it the store is known when the run is continued. Plain values.
 
     Args:
         index: of the store.
         trained_on: `training_facts` of the run's scans.
         num_scans: to say.
+        labels_of: scans whose labels the run uses.
     """
     facts = {"labels": index.labels, "hu_window": index.hu_window, "spacing_mm": index.spacing_mm}
-    return {"num_scans": num_scans, "splits": index.labelled_splits, **facts, "scans_hash": trained_on["hash"]}
+    facts |= {"num_scans": num_scans, "splits": index.labelled_splits, "scans_hash": trained_on["hash"]}
+    return facts | ({"labels_hash": _labels_hash(index, {*labels_of})} if labels_of else {})
+
+
+def _labels_hash(index: Index, scan_ids: set[str]) -> str:
+    """Over what is labelled in some scans; the hash of the source covers the label map's file, too."""
+    names = ("scan_id", "source_hash", "labelled", "label_boxes", "label_voxels")
+    labels = [[getattr(scan, name) for name in names] for scan in index.scans if scan.scan_id in scan_ids]
+    return hashlib.sha256(json.dumps(labels, sort_keys=True).encode()).hexdigest()
 
 
 def _seen(scans: list[ScanRecord], with_labels: bool, before: dict[str, Any]) -> dict[str, str]:

@@ -85,10 +85,10 @@ class PatchRenderer:
         return 3 * math.prod(self.patch.size)
 
     def _prior(self, rng: np.random.Generator, record: ScanRecord) -> Prior:
-        """A crop as the views', or with `foreground_share` one whose middle lies in a random organ's box."""
+        """A crop as the views', or with `foreground_share` one whose middle lies in an annotated organ's box."""
         prior = sample_prior(rng, record.shape, self.patch, record.foreground_box)
         centred = rng.random() < self.foreground_share
-        boxes = sorted(record.label_boxes.items())
+        boxes = sorted((value, box) for value, box in record.label_boxes.items() if value in record.labelled)
         if not centred or not boxes:
             return prior
         length = prior.box[:, 1] - prior.box[:, 0]

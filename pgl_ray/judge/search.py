@@ -156,8 +156,11 @@ def grid_points(scan: Scan) -> tuple[np.ndarray, tuple[int, int, int]]:
 
 
 def away_from_body(scan: Scan, voxels: np.ndarray) -> np.ndarray:
-    """Whether voxels [points, 3] lie two steps of the grid, or farther, from all of it in the body: bool [points]."""
-    middles, spacing = grid_points(scan)[0], np.array(scan.spacing_mm)
+    """Whether voxels [points, 3] lie two steps of the grid, or farther, from all of it in the body: bool [points]; none
+    does where nothing is body. The scan may be thinner than a step."""
+    middles, spacing = body_points(scan.voxels, scan.spacing_mm, GRID_MM), np.array(scan.spacing_mm)
+    if not len(middles):
+        return np.zeros(len(voxels), bool)
     return np.asarray(cKDTree(middles * spacing).query(np.asarray(voxels) * spacing)[0] > 2 * GRID_MM)
 
 

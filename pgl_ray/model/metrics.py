@@ -103,8 +103,15 @@ def summarise(rows: list[dict]) -> dict:
             "num_missed": sum(row["target_voxels"] > 0 and row["predicted_voxels"] == 0 for row in of_organ),
             "num_invented": sum(row["target_voxels"] == 0 and row["predicted_voxels"] > 0 for row in of_organ),
         }
-    means = {score: _mean([o[score] for o in organs.values() if o[score] is not None]) for score in SCORES}
-    return means | {"organs": organs}
+    return {score: mean_of_organs(rows, score) for score in SCORES} | {"organs": organs}
+
+
+def mean_of_organs(rows: list[dict], score: str) -> float | None:
+    """A score's mean over organs of its means over scans, as `summarise` gives it; none where no row has it."""
+    by_organ: dict[str, list[float]] = {}
+    for row in rows:
+        by_organ.setdefault(row["organ"], []).append(row[score])
+    return _mean([mean for values in by_organ.values() if (mean := _mean(values)) is not None])
 
 
 def _mean(values: list[float]) -> float | None:

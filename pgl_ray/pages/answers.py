@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pgl_ray.judge.judges import Standing, answer
-from pgl_ray.model.metrics import reach
+from pgl_ray.model.metrics import mean_of_organs, reach
 from pgl_ray.pages import arms, next_steps, run_folders, speeds, tables
 from pgl_ray.pages.pages import NO, OPEN, YES, Answer, Line, percent, plural
 from pgl_ray.pages.run_folders import Run
@@ -196,9 +196,12 @@ def _tuned(tuned: list[Run], random: list[Run]) -> Line:
     if gain is None:
         why = arms.unlike([(run.scores, other.scores) for run, other in pairs])
         return Line(OPEN, why or "fewer than two scans were scored with both")
-    means = [float(np.mean([run.summary["dice"] or 0.0 for run in side])) for side in zip(*pairs)]
+    rows = arms.scored_by_both(pairs)[0]
+    means = [float(np.mean([mean_of_organs(of_run, "dice") or 0.0 for of_run in side])) for side in zip(*rows)]
+    is_part = any(len(both) < len(run.scores) for pair in zip(rows, pairs) for both, run in zip(*pair))
+    where = " where both were scored" if is_part else ""
     text = (
-        f"Dice {means[0]:.3f} against {means[1]:.3f} from random weights, {gain.mean / 100:+.3f} (95 % interval "
+        f"Dice {means[0]:.3f} against {means[1]:.3f} from random weights{where}, {gain.mean / 100:+.3f} (95 % interval "
         f"{gain.low / 100:+.3f} to {gain.high / 100:+.3f} over {plural(gain.num_scans, 'scan')})"
     )
     if len(pairs) > 1:

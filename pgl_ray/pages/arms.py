@@ -8,7 +8,15 @@ import numpy as np
 
 from pgl_ray.config import flattened
 from pgl_ray.judge import voxels
-from pgl_ray.model.metrics import drawn_medians, for_few, other_truth, percentile_bounds, reach, scan_draws
+from pgl_ray.model.metrics import (
+    drawn_medians,
+    for_few,
+    mean_of_organs,
+    other_truth,
+    percentile_bounds,
+    reach,
+    scan_draws,
+)
 from pgl_ray.pages import tables
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
@@ -177,8 +185,19 @@ def _draw(run: Run) -> tuple[Any, ...]:
 
 def dice_gain(pairs: list[tuple[Run, Run]]) -> Gain | None:
     """The gain in Dice of the first of each pair of evaluated runs."""
-    by_seed = [(run.summary["dice"] or 0.0) - (other.summary["dice"] or 0.0) for run, other in pairs]
-    return gain([(run.scores, other.scores) for run, other in pairs], by_seed, DICE)
+    return gain(*scored_by_both(pairs), DICE)
+
+
+def scored_by_both(pairs: list[tuple[Run, Run]]) -> tuple[list[tuple[list[dict], list[dict]]], list[float]]:
+    """Per pair of evaluated runs the rows of both, of the scans and organs that both were scored on, and the difference
+    of their mean Dice: one of other scans may be easier."""
+    rows, by_seed = [], []
+    for run, other in pairs:
+        mine, theirs = ({(row["scan_id"], row["organ"]): row for row in one.scores} for one in (run, other))
+        both = [key for key in mine if key in theirs]
+        rows.append(([mine[key] for key in both], [theirs[key] for key in both]))
+        by_seed.append(float(np.subtract(*(mean_of_organs(side, "dice") or 0.0 for side in rows[-1]))))
+    return rows, by_seed
 
 
 def over(by_seed: list[float], factor: float = 100.0) -> str:

@@ -318,9 +318,7 @@ def _differences(cells: Cells) -> list[str]:
     """Each arm against the first one, in words."""
     lines, (first, *others) = [], cells
     for arm in others:
-        pairs = _against_first(cells, arm)
-        by_seed = [(mine.summary["dice"] or 0.0) - (other.summary["dice"] or 0.0) for mine, other in pairs]
-        lines += arms.difference(f"{arm} against {first}", [(a.scores, b.scores) for a, b in pairs], by_seed, arms.DICE)
+        lines += arms.difference(f"{arm} against {first}", *arms.scored_by_both(_against_first(cells, arm)), arms.DICE)
     return lines
 
 

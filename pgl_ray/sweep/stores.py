@@ -58,9 +58,11 @@ def check_stores(config: TuneConfig, trials: list[Point]) -> None:
 def _check_organ(judge: str, task: str, index: Index, val_ids: list[str]) -> None:
     """The judged organ is one that fine-tuning's validation gives a figure of: some scan shows it."""
     if judge != "val/dice":
-        values = {value for scan_id in val_ids for value in index.by_id[scan_id].label_voxels}
-        inner = max(values, default=0) if task == "binary" else 0  # an organ includes its tumour
-        organs = [organ for organ, value in index.labels.items() if value in values or value < inner]
+        values: set[int] = set()
+        for scan in (index.by_id[scan_id] for scan_id in val_ids):
+            inner = max(scan.label_voxels, default=0) if task == "binary" else 0  # an organ includes its tumour
+            values |= {value for value in scan.labelled if value in scan.label_voxels or value < inner}
+        organs = [organ for organ, value in index.labels.items() if value in values]
         if judge.removeprefix("val/dice_") not in organs:
             raise ValueError(
                 f"judge={judge}: the scans that fine-tuning validates on in index={index.store} show "

@@ -102,6 +102,10 @@ def build_finetuning(
                 f"freeze=true: {config.init} was trained up to stage {level} of the encoder (align.output_stride) and "
                 f"the network reads stage {len(encoder.channels) - 1}, too, which would stay random: take freeze=false"
             )
+        if loaded and (random := loaded.random_encoder()):
+            raise ValueError(
+                f"freeze=true: {config.init} has nothing that fits {random}, which would stay random: take freeze=false"
+            )
         encoder.requires_grad_(False)
     meta = CheckpointMeta(
         door="finetune",

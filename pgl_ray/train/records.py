@@ -56,6 +56,7 @@ class RunStore(BaseModel):
         splits: in which scans have labels; none: an earlier version did not note them.
         spacing_mm: that all scans were resampled to (D, H, W); none: each has its own.
         scans_hash: over names and voxels of the scans that the run trains on, and validates on.
+        labels_hash: of a fine-tuning, over what is labelled in them, and their source files.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -66,6 +67,7 @@ class RunStore(BaseModel):
     splits: list[str] | None = None
     spacing_mm: tuple[float, float, float] | None = None
     scans_hash: str = ""
+    labels_hash: str = ""
 
 
 class RunScans(BaseModel):

@@ -10,7 +10,9 @@ from pathlib import Path
 from pgl_ray.data.durable import put_in_place
 from pgl_ray.paths import is_url
 from pgl_ray.train.mirror import Mirror, own_events, parts_of, read_versions, url_of, whole
-from pgl_ray.train.run_files import EVENTS, MANIFEST, METRICS, STATE, write_json
+from pgl_ray.train.run_files import EVENTS, MANIFEST, METRICS, NAME, STATE, write_json
+
+WEIGHTS = (".pt", ".pth", ".safetensors")
 
 
 def mirror(run: str | os.PathLike) -> Mirror | None:
@@ -37,9 +39,17 @@ def network(run: str) -> Path:
     if not is_url(run):
         return Path(run)
     parent, _, name = run.rpartition("/")
-    if name.endswith((".pt", ".pth", ".safetensors")):
+    if name.endswith(WEIGHTS):
         return Mirror(parent).fetched({name}.intersection) / name
     return Mirror(run).fetched(_of_network)
+
+
+def is_checkpoint(run: str) -> bool:
+    """Whether a path is that of one checkpoint: a file, or a folder that a later checkpoint removes with all in it."""
+    is_named = bool(NAME.fullmatch(os.path.basename(run)))
+    if is_url(run):
+        return is_named or run.endswith(WEIGHTS)
+    return os.path.isfile(run) or (is_named and os.path.isdir(run))
 
 
 def _of_network(keys: Collection[str]) -> list[str]:

@@ -27,6 +27,8 @@ from pgl_ray.train.run_files import RECORD
 # what a continued run may change
 MAY_DIFFER = frozenset({"ray", "train", "health", "accumulate", "probe"})
 MAY_DIFFER |= {"stream.on_error", "stream.max_skipped_share", "stream.on_gpu"}
+# by which hash of `RunStore` it is known; the first one that differs is said, for other voxels are of other files, too
+CONTENT = {"scans_hash": "content of its scans", "labels_hash": "content of its label maps, or of their files"}
 
 
 def open_run(config: PretrainConfig | FinetuneConfig, door: str, facts: dict[str, Any]) -> str:
@@ -93,9 +95,8 @@ def _other_store(earlier: RunRecord, now: RunStore) -> list[str]:
         organs = before["labels"] | after["labels"]
         for known in (before, after):
             known["labels"] = {organ: known["labels"].get(organ) for organ in organs}
-    if before.pop("scans_hash", "") != after.pop("scans_hash", ""):
-        return [*_differences(after, before), "content of its scans"]
-    return _differences(after, before)
+    changed = [what for name, what in CONTENT.items() if before.pop(name, "") != after.pop(name, "")]
+    return _differences(after, before) + changed[:1]
 
 
 def _differences(wanted: Any, stored: Any, path: str = "") -> list[str]:

@@ -21,6 +21,7 @@ from pgl_ray.train import checkpoint, run_paths
 from pgl_ray.train.records import CheckpointMeta, parse
 
 NUM_NAMES = 3  # names of a kind that a line shows
+COUNTER = "num_batches_tracked"  # of BatchNorm: no weight, and of one shape in every network
 FOLDER = Path(__file__).parents[1] / "pretrained"  # of the weights that come with pgl_ray, each with its card
 
 
@@ -140,10 +141,15 @@ class Report:
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", shapes))
         return ", ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds if names)
 
+    def random_encoder(self) -> str:
+        """How much of a segmentation network's encoder stays random, in half a sentence; "" where nothing does."""
+        names = [name for name in (*self.other_shape, *self.missing) if name.startswith("encoder.")]
+        return f"{len(names)} tensors of the encoder ({_some(names)})" if names else ""
+
     def lines(self) -> list[str]:
         """One line, and a second one where something did not fit."""
-        num = len(self.loaded) + len(self.missing) + len(self.other_shape)
-        text = f"{len(self.loaded)} of {num} tensors from {self.init}"
+        num = len(_weights(self.loaded))
+        text = f"{num} of {num + len(self.missing) + len(self.other_shape)} tensors from {self.init}"
         if self.left_out:
             text += f", {len(self.left_out)} of its others left out ({_some(self.left_out)})"
         wrong = self.mismatches()
@@ -152,6 +158,10 @@ class Report:
 
 def _times(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def _weights(names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith(COUNTER)]
 
 
 def _some(names: list[str]) -> str:
@@ -203,7 +213,7 @@ def for_segmenter(source: Source, model: Segmenter | LightSegmenter) -> Source:
 
 
 def fill(module: nn.Module, source: Source, allow_partial: bool = False) -> Report:
-    """Copies tensors into a network; counters of batches (num_batches_tracked) may be missing.
+    """Copies tensors into a network; counters of batches may be missing, and are nothing that fits.
 
     Raises:
         ValueError: names or shapes differ and allow_partial is not set, or nothing fits.
@@ -214,14 +224,14 @@ def fill(module: nn.Module, source: Source, allow_partial: bool = False) -> Repo
     report = Report(
         init=source.init,
         loaded=[name for name in common if name not in other_shape],
-        missing=[n for n in source.wanted if n not in given and not n.endswith("num_batches_tracked")],
+        missing=[name for name in _weights(source.wanted) if name not in given],
         unexpected=[name for name in given if name not in own],
         other_shape=other_shape,
         left_out=source.left_out,
         trained_on=source.meta.data if source.meta else {},
     )
     wrong = report.mismatches()
-    if not report.loaded:
+    if not _weights(report.loaded):
         raise ValueError(f"init={source.init} holds nothing that fits the network: {wrong}")
     if wrong and not allow_partial:
         raise ValueError(f"init={source.init} does not fit the network: {wrong}; allow_partial=true takes the rest")
