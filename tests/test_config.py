@@ -86,6 +86,24 @@ def test_files_then_overrides(tmp_path):
     assert c.load(c.PretrainConfig, [str(tmp_path / "out.yaml")]) == config
 
 
+@pytest.mark.parametrize("name", ["a.yaml", "a.yml", "lr=0.5/a.yaml"])
+def test_a_file_after_an_override_undoes_nothing(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("epochs: 3\nseed: 1\noptim: {lr: 0.1}\n")
+    (tmp_path / "later.yaml").write_text("seed: 2\n")
+    args = ["index=a", "run=b.yaml", "epochs=5", str(path), "optim.lr=0.7", str(tmp_path / "later.yaml")]
+    config = c.load(c.PretrainConfig, args)
+    assert (config.epochs, config.optim.lr, config.seed, Path(config.run).name) == (5, 0.7, 2, "b.yaml")
+
+
+@pytest.mark.parametrize("key", ["base_probe", "arms.a/b", "unknown"])
+def test_a_value_that_ends_like_a_file_is_a_value(key):
+    with pytest.raises(ValueError, match=key.partition(".")[0]) as caught:
+        c.load(c.TuneConfig, ["index=s", "run=r", f"{key}=missing.yaml"])
+    assert "does not exist" not in str(caught.value)
+
+
 @pytest.mark.parametrize("door", MODELS)
 def test_every_knob_is_described(door):
     assert [key for key, _, text in c.keys(MODELS[door]) if not text] == []

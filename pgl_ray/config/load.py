@@ -26,17 +26,17 @@ def load(model: type[Model], args: list[str]) -> Model:
     """
     merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create({})
     texts: list[Any] = []
-    for arg in args:
+    for arg in sorted(args, key=lambda arg: not _is_file(model, arg)):  # the files first, each kind in order
         key, eq, value = arg.partition("=")
         try:
-            if eq and not key.endswith((".yaml", ".yml")):
+            if _is_file(model, arg):
+                part = _load_file(model, arg)
+            elif eq:
                 annotation = _annotation_at(model, key)
                 if _is_text(annotation) or _is_texts(annotation):
                     texts.append(_typed(annotation, value))
                     arg = f"{key}={PLACEHOLDER}{len(texts) - 1}"
                 part = OmegaConf.from_dotlist([arg])
-            elif arg.endswith((".yaml", ".yml")):
-                part = _load_file(model, arg)
             else:
                 raise ValueError(f"{arg!r}: expected a .yaml file or key=value")
             merged = OmegaConf.merge(merged, part)
@@ -45,6 +45,13 @@ def load(model: type[Model], args: list[str]) -> Model:
         except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError, TypeError) as error:
             raise ValueError(f"{arg!r}: {' '.join(str(error).split())}") from None
     return build(model, _put_back(OmegaConf.to_container(merged, resolve=False), texts))
+
+
+def _is_file(model: type[Section], arg: str) -> bool:
+    """Whether it names a YAML file, whose folders may have a = in their names, and is no key=value."""
+    key, eq, _ = arg.partition("=")
+    is_key = eq and ("/" not in key or re.split(r"[.\[]", key)[0] in model.model_fields)
+    return arg.endswith((".yaml", ".yml")) and not is_key
 
 
 # Paths and other texts mean what was typed: YAML would read 007 as 7, 1e5 and 2_000 as numbers, yes as true.
