@@ -78,6 +78,84 @@ def test_faults_are_named(args, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "arg", ["max_steps=", "optim.lr= ", "views.size=", "split=", "labels.table=", "base_probe=", "epochs="]
+)
+def test_an_empty_value_is_no_default(arg):
+    """As of a variable of the shell that is not set."""
+    model = {"labels": c.PrepareConfig, "base_probe": c.TuneConfig}.get(
+        arg.partition(".")[0].strip("="), c.PretrainConfig
+    )
+    with pytest.raises(ValueError, match=f"^{arg.strip()} is empty, as where a variable in it is: give a value, or"):
+        c.load(model, [*minimal(model), arg])
+
+
+def test_texts_that_may_be_empty_may_be_typed_so():
+    config = c.load(c.PrepareConfig, ["source=a", "store=b", "recipe.prefix=", "recipe.name="])
+    assert (config.recipe.prefix, config.recipe.name) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("arg", "value"),
+    [
+        ("seed=010", 10),
+        ("seed=008", 8),
+        ("seed=0_10", 10),
+        ("views.size=[016,096,+096]", (16, 96, 96)),
+        ("seed=0x10", 16),
+        ("seed=0", 0),
+        ("epochs=1_000", 1000),
+        ("optim.lr=01e-3", 0.001),
+    ],
+)
+def test_numbers_are_decimal(arg, value, tmp_path):
+    """Typed, and in a file, whatever YAML 1.1 makes of a leading zero."""
+    key, _, written = arg.partition("=")
+    (tmp_path / "a.yaml").write_text(OmegaConf.to_yaml(OmegaConf.from_dotlist([f"{key}=X"])).replace("X", written))
+    for given in (arg, str(tmp_path / "a.yaml")):
+        config = c.load(c.PretrainConfig, ["index=a", "run=b", given])
+        for part in key.split("."):
+            config = getattr(config, part)
+        assert config == value
+
+
+def test_numbers_inside_free_values_are_decimal():
+    args = ["arms={a: {finetune.seed: 010}}", "base_finetune.seed=010", "space[pretrain.seed].choice=[010, 2]"]
+    config = c.load(c.TuneConfig, ["index=s", "run=r", *args])
+    assert config.arms == {"a": {"finetune.seed": 10}} and config.base_finetune == {"seed": 10}
+    assert config.space == {"pretrain.seed": {"choice": [10, 2]}}
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "max_steps=1:30",
+        "optim.lr=1:30.5",
+        "probe.every=on",
+        "max_steps=yes",
+        "optim.lr=True",
+        "views.size=[yes,96,96]",
+        "align.more_strides=[[2,on,2]]",
+        "optim.lr=.inf",
+        "optim.weight_decay=.nan",
+        "train.timeout_s=inf",
+        "views.crop_scale=[1,.inf]",
+    ],
+)
+def test_what_is_no_number_is_none(arg, tmp_path):
+    key, _, written = arg.partition("=")
+    (tmp_path / "a.yaml").write_text(OmegaConf.to_yaml(OmegaConf.from_dotlist([f"{key}=X"])).replace("X", written))
+    for given in (arg, str(tmp_path / "a.yaml")):
+        with pytest.raises(ValueError, match=f"^{key}[=.]") as caught:
+            c.load(c.PretrainConfig, ["index=a", "run=b", given])
+        assert "\n" not in str(caught.value)
+
+
+def test_no_truth_stands_for_the_number_of_a_label():
+    with pytest.raises(ValueError, match=r"^labels\.names=.*expected a number, not yes or no"):
+        c.load(c.PrepareConfig, ["source=a", "store=b", "labels.names={liver: yes}"])
+
+
 def test_files_then_overrides(tmp_path):
     (tmp_path / "a.yaml").write_text("epochs: 3\noptim:\n  weight_decay: 1e-6\n")
     config = c.load(c.PretrainConfig, [str(tmp_path / "a.yaml"), "index=a", "run=b", "epochs=5"])
@@ -159,6 +237,7 @@ def test_lists_of_texts_and_texts_that_may_be_missing():
     config = c.load(c.PrepareConfig, ["source=a", "store=b", "series=[007, 1e5, 'x, y']", "labels.table=null"])
     assert config.series == ("007", "1e5", "x, y") and config.labels.table is None
     assert c.load(c.PrepareConfig, ["source=a", "store=b", "series=012"]).series == ("012",)
+    assert c.load(c.PrepareConfig, ["source=a", "store=b", "labels={table: 012}"]).labels.table == "012"
     assert c.load(c.ReportConfig, ["run=[007,8]", "title=1.10"]).title == "1.10"
     config = c.load(c.PretrainConfig, ["index=null", "run=b", "train.compile=off", "epochs=3"])
     assert config.index.endswith("/null") and config.train.compile == "off" and config.epochs == 3
