@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pgl_ray import config as c
+from pgl_ray import shipped
 from pgl_ray.sweep import checks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,6 +263,13 @@ def test_texts_in_a_yaml_file_are_what_was_written(tmp_path):
 def test_no_number_stands_for_a_path(values, message):
     with pytest.raises(ValueError, match=message):
         c.build(c.PrepareConfig, {"store": "b", **values})
+
+
+def test_what_is_longer_than_a_file_name_is_looked_for_nowhere():
+    """A title or a list may be long, a path may not."""
+    assert shipped.find(f"title={'x' * 300}") == f"title={'x' * 300}"
+    with pytest.raises(ValueError, match=r"^source='a/x+/b': has a name longer than 255 bytes"):
+        c.load(c.PrepareConfig, ["store=s", f"source=a/{'x' * 256}/b"])
 
 
 @pytest.mark.parametrize("url", ["s3://", "s3:///", "gs://", "az:///scans", "s3:// /store", "://"])

@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 from pgl_ray.paths import is_url
 
 PRETRAINED = "pretrained:"  # before the name of weights that come with pgl_ray
+LONGEST_NAME = 255  # bytes, of a file or folder
 JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's working directory
 
 
@@ -36,6 +37,8 @@ def _absolute(value: str) -> str:
     path = os.path.expanduser(value)
     if not os.path.isabs(path) and JOB_FOLDER in f"{os.getcwd()}/":
         raise PydanticCustomError("path", "a job's working directory is a copy that is removed: give an absolute path")
+    if max(len(part) for part in os.fsencode(path).split(b"/")) > LONGEST_NAME:
+        raise PydanticCustomError("path", f"has a name longer than {LONGEST_NAME} bytes, which no file has: shorten it")
     return os.path.abspath(path)
 
 
