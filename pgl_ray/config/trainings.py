@@ -142,10 +142,10 @@ class PretrainConfig(Section):
             )
         if self.method != "pgl" or self.loss.kind != "contrast":
             return self
-        alone = self.loss.negatives == "pair" or self.global_batch_size == self.train.num_workers
-        if alone and self.loss.num_bins == 1:
+        of_one_pair = self.loss.negatives == "pair" or self.global_batch_size == self.train.num_workers
+        if of_one_pair and self.loss.num_bins == 1:
             raise ValueError("loss.num_bins=1 leaves contrast no other place to tell one from: take 2 or more")
-        if alone and self.views.size in maps:
+        if of_one_pair and self.views.size in maps:
             raise ValueError(
                 f"loss.kind=contrast has no other place to tell one from where views.size={self.views.size} is one "
                 "cell: take larger views, or a smaller stride in align.output_stride and align.more_strides"
