@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pgl_ray.config import PretrainConfig
+from pgl_ray.config import OPTIM_DEFAULTS, PretrainConfig
 from pgl_ray.data.pair_renderer import PairRenderer
 from pgl_ray.data.store import Index
 from pgl_ray.data.stream import Plan
@@ -26,6 +26,7 @@ MIN_REACH = 0.5  # of a weight's norm, that LARS can move it by in a run: with l
 # The same in a step, at momentum 0.9 for a rate of 10: PGL by place trained well at 7.2, and the recorded
 # controls at ten times their rate collapsed.
 MAX_STEP = 0.1
+HIGH_RATES = {"adamw": 0.02, "sgd": 1.0}  # more is rather one of LARS, as the presets give it
 MAX_CLAMPED = 0.2  # of the bins of an axis
 SHORT_DECAY = 0.9  # no lower one is recommended: BYOL's lowest that still learns (Grill et al. 2020, Table 5a)
 PAPER_TURNOVER, PAPER_RATES = "the paper's: 14", "the paper's: 706"  # 7,060 steps, omega 0.996, LARS at 0.2
@@ -66,6 +67,10 @@ def of(
     if config.optim.kind == "lars":
         rates += f" ({PAPER_RATES})"
         notes += _rates_off(config, plan, facts["sum_of_rates"])
+    elif config.optim.lr > HIGH_RATES[config.optim.kind]:
+        lr, kind = config.optim.lr, config.optim.kind
+        own = f"its own: {OPTIM_DEFAULTS[kind]['lr']:g}"
+        notes.append(f"note: optim.lr={lr:g} is high for {kind} ({own}): if it was meant for lars, take optim.lr=null")
     if config.method == "genesis":
         return Outlook(facts, [f"in {plan.num_steps} steps {rates}", *notes])
     turned = facts["target_turnover"] = optim.turnover(plan.num_steps, config.ema_decay)

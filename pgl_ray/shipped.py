@@ -19,5 +19,5 @@ def path_of(name: str) -> Path | None:
 
 def find(arg: str) -> str:
     """An argument of a command line; one that names a file that comes with pgl_ray, and none here, as its path."""
-    path = None if Path(arg).exists() else path_of(arg)
-    return str(path) if path else arg
+    path = path_of(arg)  # first: what is typed may be longer than a path can be
+    return str(path) if path and not Path(arg).exists() else arg

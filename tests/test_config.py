@@ -6,6 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pgl_ray import config as c
+from pgl_ray import shipped
 from pgl_ray.sweep import checks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,12 +79,108 @@ def test_faults_are_named(args, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "arg", ["max_steps=", "optim.lr= ", "views.size=", "split=", "labels.table=", "base_probe=", "epochs="]
+)
+def test_an_empty_value_is_no_default(arg):
+    """As of a variable of the shell that is not set."""
+    model = {"labels": c.PrepareConfig, "base_probe": c.TuneConfig}.get(
+        arg.partition(".")[0].strip("="), c.PretrainConfig
+    )
+    with pytest.raises(ValueError, match=f"^{arg.strip()} is empty, as where a variable in it is: give a value, or"):
+        c.load(model, [*minimal(model), arg])
+
+
+def test_texts_that_may_be_empty_may_be_typed_so():
+    config = c.load(c.PrepareConfig, ["source=a", "store=b", "recipe.prefix=", "recipe.name="])
+    assert (config.recipe.prefix, config.recipe.name) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("arg", "value"),
+    [
+        ("seed=010", 10),
+        ("seed=008", 8),
+        ("seed=0_10", 10),
+        ("views.size=[016,096,+096]", (16, 96, 96)),
+        ("seed=0x10", 16),
+        ("seed=0", 0),
+        ("epochs=1_000", 1000),
+        ("optim.lr=01e-3", 0.001),
+    ],
+)
+def test_numbers_are_decimal(arg, value, tmp_path):
+    """Typed, and in a file, whatever YAML 1.1 makes of a leading zero."""
+    key, _, written = arg.partition("=")
+    (tmp_path / "a.yaml").write_text(OmegaConf.to_yaml(OmegaConf.from_dotlist([f"{key}=X"])).replace("X", written))
+    for given in (arg, str(tmp_path / "a.yaml")):
+        config = c.load(c.PretrainConfig, ["index=a", "run=b", given])
+        for part in key.split("."):
+            config = getattr(config, part)
+        assert config == value
+
+
+def test_numbers_inside_free_values_are_decimal():
+    args = ["arms={a: {finetune.seed: 010}}", "base_finetune.seed=010", "space[pretrain.seed].choice=[010, 2]"]
+    config = c.load(c.TuneConfig, ["index=s", "run=r", *args])
+    assert config.arms == {"a": {"finetune.seed": 10}} and config.base_finetune == {"seed": 10}
+    assert config.space == {"pretrain.seed": {"choice": [10, 2]}}
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "max_steps=1:30",
+        "optim.lr=1:30.5",
+        "probe.every=on",
+        "max_steps=yes",
+        "optim.lr=True",
+        "views.size=[yes,96,96]",
+        "align.more_strides=[[2,on,2]]",
+        "optim.lr=.inf",
+        "optim.weight_decay=.nan",
+        "train.timeout_s=inf",
+        "views.crop_scale=[1,.inf]",
+    ],
+)
+def test_what_is_no_number_is_none(arg, tmp_path):
+    key, _, written = arg.partition("=")
+    (tmp_path / "a.yaml").write_text(OmegaConf.to_yaml(OmegaConf.from_dotlist([f"{key}=X"])).replace("X", written))
+    for given in (arg, str(tmp_path / "a.yaml")):
+        with pytest.raises(ValueError, match=f"^{key}[=.]") as caught:
+            c.load(c.PretrainConfig, ["index=a", "run=b", given])
+        assert "\n" not in str(caught.value)
+
+
+def test_no_truth_stands_for_the_number_of_a_label():
+    with pytest.raises(ValueError, match=r"^labels\.names=.*expected a number, not yes or no"):
+        c.load(c.PrepareConfig, ["source=a", "store=b", "labels.names={liver: yes}"])
+
+
 def test_files_then_overrides(tmp_path):
     (tmp_path / "a.yaml").write_text("epochs: 3\noptim:\n  weight_decay: 1e-6\n")
     config = c.load(c.PretrainConfig, [str(tmp_path / "a.yaml"), "index=a", "run=b", "epochs=5"])
     assert config.epochs == 5 and config.optim.weight_decay == 1e-6
     (tmp_path / "out.yaml").write_text(c.to_yaml(config))
     assert c.load(c.PretrainConfig, [str(tmp_path / "out.yaml")]) == config
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.yml", "lr=0.5/a.yaml"])
+def test_a_file_after_an_override_undoes_nothing(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("epochs: 3\nseed: 1\noptim: {lr: 0.1}\n")
+    (tmp_path / "later.yaml").write_text("seed: 2\n")
+    args = ["index=a", "run=b.yaml", "epochs=5", str(path), "optim.lr=0.7", str(tmp_path / "later.yaml")]
+    config = c.load(c.PretrainConfig, args)
+    assert (config.epochs, config.optim.lr, config.seed, Path(config.run).name) == (5, 0.7, 2, "b.yaml")
+
+
+@pytest.mark.parametrize("key", ["base_probe", "arms.a/b", "unknown"])
+def test_a_value_that_ends_like_a_file_is_a_value(key):
+    with pytest.raises(ValueError, match=key.partition(".")[0]) as caught:
+        c.load(c.TuneConfig, ["index=s", "run=r", f"{key}=missing.yaml"])
+    assert "does not exist" not in str(caught.value)
 
 
 @pytest.mark.parametrize("door", MODELS)
@@ -141,6 +238,7 @@ def test_lists_of_texts_and_texts_that_may_be_missing():
     config = c.load(c.PrepareConfig, ["source=a", "store=b", "series=[007, 1e5, 'x, y']", "labels.table=null"])
     assert config.series == ("007", "1e5", "x, y") and config.labels.table is None
     assert c.load(c.PrepareConfig, ["source=a", "store=b", "series=012"]).series == ("012",)
+    assert c.load(c.PrepareConfig, ["source=a", "store=b", "labels={table: 012}"]).labels.table == "012"
     assert c.load(c.ReportConfig, ["run=[007,8]", "title=1.10"]).title == "1.10"
     config = c.load(c.PretrainConfig, ["index=null", "run=b", "train.compile=off", "epochs=3"])
     assert config.index.endswith("/null") and config.train.compile == "off" and config.epochs == 3
@@ -165,6 +263,13 @@ def test_texts_in_a_yaml_file_are_what_was_written(tmp_path):
 def test_no_number_stands_for_a_path(values, message):
     with pytest.raises(ValueError, match=message):
         c.build(c.PrepareConfig, {"store": "b", **values})
+
+
+def test_what_is_longer_than_a_file_name_is_looked_for_nowhere():
+    """A title or a list may be long, a path may not."""
+    assert shipped.find(f"title={'x' * 300}") == f"title={'x' * 300}"
+    with pytest.raises(ValueError, match=r"^source='a/x+/b': has a name longer than 255 bytes"):
+        c.load(c.PrepareConfig, ["store=s", f"source=a/{'x' * 256}/b"])
 
 
 @pytest.mark.parametrize("url", ["s3://", "s3:///", "gs://", "az:///scans", "s3:// /store", "://"])

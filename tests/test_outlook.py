@@ -379,9 +379,19 @@ def test_a_rate_that_moves_too_far_at_once(method):
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_other_optimizers_have_no_bounds_of_lars(kind):
-    for lr in (1e-6, 0.001, 50):
+    for lr in (1e-6, 0.001, 0.02):
         ahead = look(*GOOD, f"optim.kind={kind}", f"optim.lr={lr}")
         assert notes(ahead) == [] and "706" not in ahead.lines[0]
+
+
+@pytest.mark.parametrize("method", ["pgl", "byol", "genesis"])
+@pytest.mark.parametrize(("kind", "high", "own"), [("adamw", 1.5, 0.001), ("adamw", 0.021, 0.001), ("sgd", 1.5, 0.1)])
+def test_a_rate_of_lars_given_to_another_is_noted(method, kind, high, own):
+    """As over a preset, whose rate is one of LARS."""
+    given = [*GOOD, f"method={method}", f"optim.kind={kind}", f"optim.lr={high}"]
+    said = f"note: optim.lr={high} is high for {kind} (its own: {own}): if it was meant for lars, take optim.lr=null"
+    assert notes(look(*given)) == [said]
+    assert notes(look(*given, "optim.lr=null")) == []
 
 
 def test_the_driver_prints_it_and_the_run_keeps_it(tmp_path, monkeypatch, capsys):

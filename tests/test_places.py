@@ -11,6 +11,7 @@ import train_loop
 from test_views import mix
 from torch import nn
 
+from pgl_ray.config import PretrainConfig, load
 from pgl_ray.model.losses import place_contrast_loss
 from pgl_ray.model.pgl import Pair, align, feature_geometry, valid_bins
 from pgl_ray.model.places import Objective, PlacesPgl, bin_coordinates, drawn_bins, read_at
@@ -246,3 +247,28 @@ def test_what_does_not_fit_together_is_said(tmp_path):
     config = train_loop.pretraining(tmp_path, tmp_path / "run", align={"more_strides": [[3, 3, 3]]})
     with pytest.raises(ValueError, match="maps of output stride"):
         build_pretraining(config)
+
+
+@pytest.mark.parametrize(
+    ("args", "mend"),
+    [
+        (["loss.num_bins=1"], "loss.num_bins=2"),
+        (["loss.num_bins=1", "loss.negatives=batch", "global_batch_size=1"], "global_batch_size=2"),
+        (["views.size=[8,16,16]"], "align.output_stride=[4,8,8]"),
+        (
+            ["views.size=[8,16,16]", "align.output_stride=[4,8,8]", "align.more_strides=[[8,16,16]]"],
+            "views.size=[8,16,32]",
+        ),
+        (["align.more_strides=[[4,8,8],[8,16,16]]"], "align.more_strides=[[4,8,8]]"),
+        (["align.more_strides=[[4,8,8],[4,8,8]]", "loss.kind=consistency"], "align.more_strides=[[4,8,8]]"),
+    ],
+)
+def test_what_has_no_other_place_to_tell_apart_is_refused(args, mend):
+    """Its loss is 0 whatever the features are. A map that is named twice is compared once."""
+    given = ["index=s", "run=r", "loss.kind=contrast", *args]
+    with pytest.raises(
+        ValueError, match=r"no other place to tell one from|a map is compared once: take align"
+    ) as caught:
+        load(PretrainConfig, given)
+    assert "\n" not in str(caught.value)
+    load(PretrainConfig, [*given, mend])

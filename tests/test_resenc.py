@@ -182,3 +182,26 @@ def test_aligned_features_look_at_the_same_places(tmp_path):
 def test_wrong_encoders_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         build(EncoderConfig, values)
+
+
+@pytest.mark.parametrize("args", [["method=byol"], ["method=genesis"], ["align.output_stride=[16,32,32]"]])
+def test_views_that_leave_one_cell_are_refused_before(args):
+    """InstanceNorm would refuse them in the first step."""
+    given = [f"encoder.{key}={value}" for key, value in TINY.items()]
+    given += ["index=s", "run=r", "heads.hidden=8", "heads.out=8", "views.size=[16,32,32]", *args]
+    with pytest.raises(ValueError, match=r"^views\.size=\[16, 32, 32\]: .* has one cell .*: take larger views\.size$"):
+        networks.build_pretraining(load(PretrainConfig, given))
+    model, _ = networks.build_pretraining(load(PretrainConfig, [*given, "views.size=[16,32,64]"]))
+    model.train().get_submodule("online.encoder")(torch.zeros(2, 1, 16, 32, 64))
+
+
+def test_patches_that_leave_one_cell_are_refused_before(tmp_path):
+    write_scan(tmp_path, "a", np.zeros((20, 40, 40), np.int16), np.eye(4), label=np.ones((20, 40, 40), np.uint8))
+    index = write_index(tmp_path, {"liver": 1}, (-1024.0, 325.0))
+    for size, fits in (([16, 32, 32], False), ([10, 20, 32], False), ([16, 33, 32], True)):
+        config = build(FinetuneConfig, {"index": "s", "run": "r", "encoder": TINY, "patch": {"size": size}})
+        if fits:
+            networks.build_finetuning(config, index)
+            continue
+        with pytest.raises(ValueError, match=r"^patch\.size=.* has one cell on its map of stride \[16, 32, 32\]"):
+            networks.build_finetuning(config, index)

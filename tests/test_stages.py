@@ -62,6 +62,61 @@ def test_all_arms_have_the_encoder_of_the_pre_training(tmp_path, last):
             assert (found.width, found.depths) == (expected, (1, 1, 1, 1) if arm != "wide" else found.depths)
 
 
+GRID = {"grid_search": [4, 16]}
+WIDTH, DECAY = {"pretrain.encoder.width": GRID}, {"pretrain.ema_decay": {"grid_search": [0.9, 0.99]}}
+OF_TUNING, OF_PROBE = {"finetune.encoder.width": GRID}, {"probe.encoder.depths": {"grid_search": [[1, 1, 1, 2]]}}
+GIVEN, ELSEWHERE = {"base_finetune": {"init": "random"}}, {"base_finetune": {"init": "/runs/a"}}
+OLD, RANDOM = {"finetune.init": "/runs/a"}, {"finetune.init": "random"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"space": OF_TUNING},
+            r"finetune\.encoder\.width=4: .* width is 8: give pretrain\.encoder\.width instead",
+        ),
+        ({"space": OF_PROBE, "base_probe": {}}, r"give pretrain\.encoder\.depths instead"),
+        (
+            {"arms": {"a": {}, "b": {"probe.encoder.width": 4}}, **PROBED, "base_probe": {}},
+            "arm=b: probe.encoder.width",
+        ),
+        ({"space": DECAY, **GIVEN}, "space key 'pretrain.ema_decay' changes nothing, no trial is pre-trained"),
+        ({"space": DECAY, "arms": {"a": RANDOM}}, "space key 'pretrain.ema_decay' changes nothing"),
+        ({"space": WIDTH, **ELSEWHERE}, "space key 'pretrain.encoder.width' changes nothing"),
+        (
+            {"arms": {"a": {}, "b": {**RANDOM, "pretrain.ema_decay": 0.9}}},
+            r"arms\.b: 'pretrain.ema_decay' changes",
+        ),
+        ({"arms": {"a": {"pretrain.method": "byol"}}, **GIVEN}, r"arms\.a: .* its init is random"),
+        ({"space": {"finetune.ray.num_cpus": GRID}}, "'finetune.ray.num_cpus' is not a key"),
+        ({"space": WIDTH, **GIVEN}, None),
+        ({"space": {**DECAY, **WIDTH}, "arms": {"random": RANDOM, "old": OLD, "pgl": {}}}, None),
+        ({"space": {"pretrain.seed + finetune.seed": GRID}, **GIVEN}, None),
+        ({"space": {"pretrain.encoder.width + finetune.encoder.width": GRID}}, None),
+        ({"space": OF_TUNING, **GIVEN}, None),
+        ({"space": {"finetune.encoder.width": {"grid_search": [8]}}}, None),
+    ],
+)
+def test_what_a_sweep_would_drop_is_refused(tmp_path, changes, said):
+    """Trials of other names and the same settings; of arms some may leave a swept key out."""
+    if said is None:
+        assert checks.check(sweep(tmp_path, **changes))
+        return
+    with pytest.raises(ValueError, match=said) as caught:
+        checks.check(sweep(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_whether_a_collapse_ends_it_tells_trainings_apart(tmp_path):
+    """Else a trial that is to go on finds the other's, which was ended; what was named by default stays so."""
+    arms = {"ends": {}, "said": {"pretrain.health.stop_on_collapse": True}, "on": {"pretrain.health.every": 7}}
+    arms["on"]["pretrain.health.stop_on_collapse"] = False
+    config = sweep(tmp_path, arms=arms)
+    ends, named, on = (stages.stage_configs(config, {"arm": arm}, tmp_path / "t")["pretrain"] for arm in arms)
+    assert ends.run == named.run != on.run
+
+
 @pytest.mark.parametrize(
     "tuning, pretrained", [*itertools.product((None, "random", "/runs/a"), (True, False)), ("no stage", True)]
 )

@@ -3,7 +3,8 @@
 import contextlib
 import math
 import os
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -13,12 +14,15 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
+    field_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from pgl_ray.paths import is_url
 
 PRETRAINED = "pretrained:"  # before the name of weights that come with pgl_ray
+LONGEST_NAME = 255  # bytes, of a file or folder
 JOB_FOLDER = "/runtime_resources/working_dir_files/"  # where Ray unpacks a job's working directory
 
 
@@ -33,6 +37,8 @@ def _absolute(value: str) -> str:
     path = os.path.expanduser(value)
     if not os.path.isabs(path) and JOB_FOLDER in f"{os.getcwd()}/":
         raise PydanticCustomError("path", "a job's working directory is a copy that is removed: give an absolute path")
+    if max(len(part) for part in os.fsencode(path).split(b"/")) > LONGEST_NAME:
+        raise PydanticCustomError("path", f"has a name longer than {LONGEST_NAME} bytes, which no file has: shorten it")
     return os.path.abspath(path)
 
 
@@ -92,7 +98,36 @@ Verb = Literal["choice", "grid_search", "uniform", "loguniform", "quniform", "ra
 class Section(BaseModel):
     """A frozen group of knobs: unknown keys are refused, attribute docstrings are the descriptions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truths_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = kinds_of(cls.model_fields[str(info.field_name)].annotation, ALL)
+        if bool not in kinds and kinds & {int, float} and any(isinstance(one, bool) for one in _flat(value)):
+            raise PydanticCustomError("number", "expected a number, not yes or no")
+        return value
+
+
+def _flat(value: Any) -> list[Any]:
+    """A value alone, or those of lists and dicts."""
+    value = list(value.values()) if isinstance(value, dict) else value
+    return [one for part in value for one in _flat(part)] if isinstance(value, list | tuple) else [value]
+
+
+EITHER = (Union, UnionType)
+ALL = (*EITHER, tuple, list, dict)
+
+
+def kinds_of(annotation: Any, through: tuple[Any, ...] = EITHER) -> set[Any]:
+    """The plain types that an annotation allows, seen through unions or what is given; of Literal its values' types."""
+    if get_origin(annotation) is Annotated:
+        return kinds_of(get_args(annotation)[0], through)
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if get_origin(annotation) in through:
+        return {kind for part in get_args(annotation) for kind in kinds_of(part, through)}
+    return {annotation}
 
 
 def section_of(annotation: Any) -> type[Section] | None:

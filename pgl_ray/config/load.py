@@ -1,8 +1,8 @@
 """The one way to read knobs: YAML files and `a.b=c`, checked, every fault in one message."""
 
 import re
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
@@ -12,7 +12,7 @@ from pydantic import (
     ValidationError,
 )
 
-from pgl_ray.config.fields import Section, section_of
+from pgl_ray.config.fields import Section, kinds_of, section_of
 from pgl_ray.config.trainings import CheckAlignConfig, FinetuneConfig, PretrainConfig
 
 Model = TypeVar("Model", bound=Section)
@@ -26,17 +26,22 @@ def load(model: type[Model], args: list[str]) -> Model:
     """
     merged: DictConfig | ListConfig | TupleConfig = OmegaConf.create({})
     texts: list[Any] = []
-    for arg in args:
+    for arg in sorted(args, key=lambda arg: not _is_file(model, arg)):  # the files first, each kind in order
         key, eq, value = arg.partition("=")
         try:
-            if eq and not key.endswith((".yaml", ".yml")):
+            if _is_file(model, arg):
+                part = _load_file(model, arg)
+            elif eq:
                 annotation = _annotation_at(model, key)
-                if _is_text(annotation) or _is_texts(annotation):
+                text = _is_text(annotation) or _is_texts(annotation)
+                if not value.strip() and (not text or annotation == (str | None)):  # paths refuse it
+                    raise ValueError(f"{key}= is empty, as where a variable in it is: give a value, or leave it out")
+                if text:
                     texts.append(_typed(annotation, value))
                     arg = f"{key}={PLACEHOLDER}{len(texts) - 1}"
+                else:
+                    arg = f"{key}={_in_decimals(annotation, value)}"
                 part = OmegaConf.from_dotlist([arg])
-            elif arg.endswith((".yaml", ".yml")):
-                part = _load_file(model, arg)
             else:
                 raise ValueError(f"{arg!r}: expected a .yaml file or key=value")
             merged = OmegaConf.merge(merged, part)
@@ -47,7 +52,15 @@ def load(model: type[Model], args: list[str]) -> Model:
     return build(model, _put_back(OmegaConf.to_container(merged, resolve=False), texts))
 
 
-# Paths and other texts mean what was typed: YAML would read 007 as 7, 1e5 and 2_000 as numbers, yes as true.
+def _is_file(model: type[Section], arg: str) -> bool:
+    """Whether it names a YAML file, whose folders may have a = in their names, and is no key=value."""
+    key, eq, _ = arg.partition("=")
+    is_key = eq and ("/" not in key or re.split(r"[.\[]", key)[0] in model.model_fields)
+    return arg.endswith((".yaml", ".yml")) and not is_key
+
+
+# Paths and other texts mean what was typed: YAML would read 007 as 7, 1e5 and 2_000 as numbers, yes as true. Numbers
+# are decimal: YAML would read 010 as octal, and 1:30 in base 60.
 
 PLACEHOLDER = "\ue000text "  # stands for a text of the command line, with its number, until all is merged
 
@@ -64,19 +77,8 @@ def _annotation_at(model: Any, key: str) -> Any:
     return annotation
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """The plain types that an annotation allows; of Literal the types of its values."""
-    if get_origin(annotation) is Annotated:
-        return _kinds(get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        return {type(value) for value in get_args(annotation)}
-    if get_origin(annotation) in (Union, UnionType):
-        return {kind for part in get_args(annotation) for kind in _kinds(part)}
-    return {annotation}
-
-
 def _is_text(annotation: Any) -> bool:
-    return _kinds(annotation) - {NoneType} == {str}
+    return kinds_of(annotation) - {NoneType} == {str}
 
 
 def _is_texts(annotation: Any) -> bool:
@@ -89,7 +91,7 @@ def _typed(annotation: Any, value: str) -> Any:
     """What was typed for a text, or for a list of texts ([a, b], or one of them)."""
     if _is_texts(annotation):
         return yaml.load(value, yaml.BaseLoader) if value.startswith("[") else value
-    return None if value == "null" and NoneType in _kinds(annotation) else value
+    return None if value == "null" and NoneType in kinds_of(annotation) else value
 
 
 def _put_back(values: Any, texts: list[Any]) -> Any:
@@ -101,34 +103,44 @@ def _put_back(values: Any, texts: list[Any]) -> Any:
 
 
 def _load_file(model: type[Section], path: str) -> Any:
-    """A YAML file, or a door's part of it, in which the fields that are texts stand as they are written."""
+    """A YAML file, or a door's part of it, in which texts and numbers stand as they are written."""
     read = _own_section(model, OmegaConf.load(path), path)
     if not OmegaConf.is_dict(read):
         return read
     with open(path, encoding="utf-8") as file:
         written = _own_section(model, yaml.load(file, yaml.BaseLoader), path)
-    values = _with_texts(model, OmegaConf.to_container(read, resolve=False), written)
+    values = _as_written(model, OmegaConf.to_container(read, resolve=False), written)
     if model is CheckAlignConfig:
         fields, pretrain_fields = model.model_fields, PretrainConfig.model_fields
         values = {key: value for key, value in values.items() if key in fields or key not in pretrain_fields}
     return OmegaConf.create(values)
 
 
-def _with_texts(annotation: Any, read: Any, written: Any) -> Any:
-    """`read` with what was written wherever a text is wanted and YAML made a number or a truth of it."""
+def _as_written(annotation: Any, read: Any, written: Any) -> Any:
+    """`read` with what was written wherever a text is wanted and YAML made a number or a truth of it, or where it is
+    another number than what was written."""
     section = section_of(annotation)
-    if isinstance(read, dict) and isinstance(written, dict) and section:
-        fields = section.model_fields
+    if isinstance(read, dict) and isinstance(written, dict):
+        fields = section.model_fields if section else {}
         return {
-            key: _with_texts(fields[key].annotation, value, written.get(key)) if key in fields else value
+            key: _as_written(fields[key].annotation if key in fields else None, value, written.get(key))
             for key, value in read.items()
         }
-    if isinstance(read, list) and isinstance(written, list) and (section or _is_texts(annotation)):
-        inner = section or str
-        return [_with_texts(inner, *pair) for pair in zip(read, written)]
-    if isinstance(read, bool | int | float) and isinstance(written, str) and _is_text(annotation):
-        return written
-    return read
+    if isinstance(read, list) and isinstance(written, list):
+        inner = section or (str if _is_texts(annotation) else None)
+        return [_as_written(inner, *pair) for pair in zip(read, written)]
+    if not isinstance(read, bool | int | float) or not isinstance(written, str):
+        return read
+    if _is_text(annotation) or ":" in written:
+        return written  # in place of a number it is refused
+    return int(written.replace("_", "")) if re.fullmatch(r"[-+]?0[0-9_]+", written) else read
+
+
+def _in_decimals(annotation: Any, value: str) -> str:
+    """What was typed for no text; where YAML would read something else than is written, so that it reads that."""
+    read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+    meant = _as_written(annotation, read["value"], yaml.load(value, yaml.BaseLoader))
+    return value if meant == read["value"] else yaml.safe_dump(meant, default_flow_style=True)
 
 
 def _own_section(model: type[Section], file: Any, name: str) -> Any:

@@ -130,6 +130,28 @@ class PretrainConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tells_places_apart(self) -> Self:
+        """Each map is compared once, and has places to tell one from."""
+        maps = [*self.align.more_strides, self.align.output_stride]
+        others = [list(one) for one in dict.fromkeys(self.align.more_strides) if one != self.align.output_stride]
+        if self.method == "pgl" and len(others) + 1 < len(maps):
+            raise ValueError(
+                f"align.more_strides={self.align.more_strides} with align.output_stride={self.align.output_stride}: a "
+                f"map is compared once: take align.more_strides={str(others).replace(' ', '')}, or another map for it"
+            )
+        if self.method != "pgl" or self.loss.kind != "contrast":
+            return self
+        of_one_pair = self.loss.negatives == "pair" or self.global_batch_size == self.train.num_workers
+        if of_one_pair and self.loss.num_bins == 1:
+            raise ValueError("loss.num_bins=1 leaves contrast no other place to tell one from: take 2 or more")
+        if of_one_pair and self.views.size in maps:
+            raise ValueError(
+                f"loss.kind=contrast has no other place to tell one from where views.size={self.views.size} is one "
+                "cell: take larger views, or a smaller stride in align.output_stride and align.more_strides"
+            )
+        return self
+
     @property
     def beyond_paper(self) -> bool:
         """Whether PGL compares anything else than one whole map by Eq. 8."""

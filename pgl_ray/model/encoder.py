@@ -24,3 +24,21 @@ def build_encoder(
             return Encoder(depths, width, stage_strides)
         case "resenc":
             return ResEncoder(depths, width)
+
+
+def refuse_one_cell(encoder: Encoder | ResEncoder, key: str, size: Sequence[int], stride: Sequence[int]) -> None:
+    """Refuses what leaves a ResEnc one cell on a map: InstanceNorm needs more to train.
+
+    Args:
+        encoder: of either kind.
+        key: that gives `size`.
+        size, stride: of the input and the map's output stride (D, H, W).
+
+    Raises:
+        ValueError: there is one cell.
+    """
+    if isinstance(encoder, ResEncoder) and all(length <= step for length, step in zip(size, stride, strict=True)):
+        raise ValueError(
+            f"{key}={list(size)}: encoder.kind=resenc has one cell on its map of stride {list(stride)} and normalises "
+            f"over several: take larger {key}"
+        )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pgl_ray.model.encoder import refuse_one_cell
 from pgl_ray.model.losses import local_consistency_loss
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
@@ -112,7 +113,7 @@ def feature_geometry(
         The number of the deepest map of that stride, and its geometry; a bin is read at its centre.
 
     Raises:
-        ValueError: no map of that stride, or the view size is no multiple of it.
+        ValueError: no map of that stride, or the view size is no multiple of it, or too small.
     """
     strides = triple(output_stride)
     if strides not in encoder.strides:
@@ -123,6 +124,7 @@ def feature_geometry(
         )
     if any(size % stride for size, stride in zip(view_size, strides, strict=True)):
         raise ValueError(f"views.size={tuple(view_size)} must be a multiple of the output stride {strides}")
+    refuse_one_cell(encoder, "views.size", view_size, strides)
     level = max(i for i, map_stride in enumerate(encoder.strides) if map_stride == strides)
     center = encoder.centers[level] if centers == "receptive_field" else triple(stride / 2 for stride in strides)
     return level, Geometry(triple(view_size), strides, triple(center))

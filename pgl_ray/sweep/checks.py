@@ -1,11 +1,12 @@
 """What would only fail in a trial, refused before the first one begins: see stores.py for what lies in the stores."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pgl_ray.config import STAGES, Section, TuneConfig, keys
 from pgl_ray.sweep.points import LEARNING_RATE, Point, draw, named, num_trials_of, title_of
-from pgl_ray.sweep.stages import dotted, stage_config, stage_configs
+from pgl_ray.sweep.stages import dotted, overrides_of, stage_config, stage_configs
 from pgl_ray.sweep.sweeps import FIGURES, PROBE
 
 
@@ -42,16 +43,23 @@ def check(config: TuneConfig) -> list[Point]:
         raise ValueError(f"the space has {num} trials, max_trials={config.max_trials}: shrink it or raise the bound")
     _check_search(config)
     trials = draw(config)
-    for trial in trials:
-        with named(title_of(trial.values)):
-            configs = stage_configs(config, trial.values, Path(config.run))
-            if config.first_judge and "pretrain" not in configs and "probe" not in configs:
-                raise ValueError(f"it is not pre-trained: for first_judge={config.first_judge} it needs a base_probe")
-            _check_init(config, trial.values, configs)
-            _check_probe(config, configs)
-            if "evaluate" in configs and configs["evaluate"].tta and configs["finetune"].patch.flip_prob == 0:
-                raise ValueError("evaluate.tta=true averages over flips: it needs finetune.patch.flip_prob above 0")
+    pretrained = {trial.values.get("arm") for trial in trials if "pretrain" in _checked(config, trial)}
+    _check_pretraining(config, pretrained)
     return [] if config.search == "optuna" else trials  # what Optuna draws is of the same kind
+
+
+def _checked(config: TuneConfig, trial: Point) -> dict[str, Section]:
+    """The configs of a trial's stages, which go together."""
+    with named(title_of(trial.values)):
+        configs = stage_configs(config, trial.values, Path(config.run))
+        if config.first_judge and "pretrain" not in configs and "probe" not in configs:
+            raise ValueError(f"it is not pre-trained: for first_judge={config.first_judge} it needs a base_probe")
+        _check_init(config, trial.values, configs)
+        _check_encoder(config, trial.values, configs)
+        _check_probe(config, configs)
+        if "evaluate" in configs and configs["evaluate"].tta and configs["finetune"].patch.flip_prob == 0:
+            raise ValueError("evaluate.tta=true averages over flips: it needs finetune.patch.flip_prob above 0")
+    return configs
 
 
 def _check_judges(config: TuneConfig, pretraining: Section | None) -> None:
@@ -95,6 +103,51 @@ def _check_init(config: TuneConfig, values: dict[str, Any], configs: dict[str, S
     )
 
 
+def _check_encoder(config: TuneConfig, values: dict[str, Any], configs: dict[str, Section]) -> None:
+    """Refuses a trial whose later stages would have another encoder than its pre-training, whose weights they take."""
+    if "pretrain" not in configs:
+        return
+    known = configs["pretrain"].encoder.model_dump(mode="json")
+    for name, value in overrides_of(config, values).items():
+        stage, _, key = name.partition(".encoder.")
+        if stage != "pretrain" and key and value != known[key]:
+            raise ValueError(
+                f"{name}={value}: its encoder is that of the pre-training, whose {key} is {known[key]}: give "
+                f"pretrain.encoder.{key} instead"
+            )
+
+
+def _check_pretraining(config: TuneConfig, pretrained: set[Any]) -> None:
+    """Refuses what would only change a pre-training where none is done. Encoders of random weights are as large as the
+    pre-training's would be.
+
+    Args:
+        pretrained: the arms that are pre-trained, of a sweep without arms None.
+    """
+    given, key_of = (config.base_finetune or {}).get("init"), "finetune.init"
+    if config.base_finetune is None:
+        key_of = "probe.init"
+    inits = {arm: values.get(key_of, given) for arm, values in config.arms.items()} or {None: given}
+
+    def idle(names: Iterable[str], init: Any) -> bool:
+        sizes = "pretrain.encoder." if init == "random" else "pretrain.run"
+        return all(name.startswith("pretrain.") and not name.startswith(sizes) for name in names)
+
+    for key in config.space if not pretrained else ():
+        if all(idle(dotted(key), init) for init in inits.values()):
+            raise ValueError(
+                f"space key {key!r} changes nothing, no trial is pre-trained, as each is given an init: leave out one "
+                "of them"
+            )
+    for arm in config.arms.keys() - pretrained:
+        for name in config.arms[arm]:
+            if idle([name], inits[arm]):
+                raise ValueError(
+                    f"arms.{arm}: {name!r} changes nothing, it is not pre-trained, as its init is {inits[arm]}: leave "
+                    "out one of them"
+                )
+
+
 def _check_probe(config: TuneConfig, configs: dict[str, Section]) -> None:
     """Refuses a trial whose probe does not say what trials are judged by."""
     figure = config.first_judge if "finetune" in configs else config.judge
@@ -107,7 +160,7 @@ def _check_probe(config: TuneConfig, configs: dict[str, Section]) -> None:
 def _check_key(config: TuneConfig, name: str, subject: str, fixed: tuple[str, ...]) -> None:
     stage, _, key = name.partition(".")
     known = [known for known, _, _ in keys(STAGES[stage])] if stage in STAGES else []
-    if key not in known or key in fixed:
+    if key not in known or key in fixed or key.startswith("ray."):  # the sweep's own
         raise ValueError(f"{subject} is not a key of pretrain.*, probe.*, finetune.* or evaluate.*")
     if getattr(config, f"base_{stage}") is None:
         raise ValueError(f"{subject} needs base_{stage}")

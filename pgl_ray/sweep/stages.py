@@ -25,8 +25,7 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
     Raises:
         ValueError: a config that the door would refuse.
     """
-    overrides = dict(config.arms.get(values.get("arm"), {}))
-    overrides |= {name: value for key, value in values.items() if key != "arm" for name in dotted(key)}
+    overrides = overrides_of(config, values)
     configs = {stage: stage_config(config, stage, overrides, folder) for stage in STAGES}
     tuning, shared = configs["finetune"], configs["pretrain"]
     own = {name.partition(".")[0] for name in overrides if name.split(".")[1:2] == ["encoder"]}
@@ -43,6 +42,7 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
         judges = () if config.base_probe is not None else (config.judge, config.first_judge)
         curve = {"probe"} if not any((judge or "").startswith("probe/") for judge in judges) else set()
         same = shared.model_dump(mode="json", exclude={"run", "ray", "health"} | curve)
+        same |= {} if shared.health.stop_on_collapse else {"stop_on_collapse": False}
         init = str(Path(config.run).absolute() / "pretrain" / hash_of(same)[:12])
         configs["pretrain"] = shared.model_copy(update={"run": init})
     more = {"probe": {"output": str(folder / "probe.json")}, "finetune": {}}
@@ -53,6 +53,12 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
             changes |= {"init": init} | ({"encoder": encoder} if alike else {})
             configs[stage] = configs[stage].model_copy(update=changes)
     return {stage: stage_config for stage, stage_config in configs.items() if stage_config}
+
+
+def overrides_of(config: TuneConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """What a point says beyond the bases, its arm's values first: {dotted key: value}."""
+    swept = {name: value for key, value in values.items() if key != "arm" for name in dotted(key)}
+    return config.arms.get(values.get("arm"), {}) | swept
 
 
 def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], folder: Path) -> Section | None:

@@ -6,7 +6,7 @@ import torch
 
 from pgl_ray.config import FinetuneConfig, PretrainConfig
 from pgl_ray.model.byol import Byol
-from pgl_ray.model.encoder import build_encoder
+from pgl_ray.model.encoder import build_encoder, refuse_one_cell
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.pgl import Pgl, feature_geometry
 from pgl_ray.model.places import Objective, PlacesPgl
@@ -82,13 +82,14 @@ def build_finetuning(
             not be there any more, and the weights are to be filled in.
 
     Raises:
-        ValueError: `config.init` is missing, or of another architecture or HU window.
+        ValueError: `config.init` is missing, or of another architecture or HU window; patches are too small.
     """
     settings, source = config.encoder.model_dump() if config.encoder else None, None
     if begun or config.init == "random":
         encoder = build_encoder(**(begun.encoder if begun else settings or {}))
     else:
         encoder, source = weights.read(config.init, settings, index.hu_window, config.allow_partial)
+    refuse_one_cell(encoder, "patch.size", config.patch.size, encoder.strides[-1])
     num_outputs = len(index.labels) + (config.task == "multiclass")
     model = build_segmenter(encoder, num_outputs, config.decoder)
     init_kaiming_uniform(model, config.seed)
