@@ -64,6 +64,7 @@ def run(config: EvaluateConfig) -> Result:
         FailedRun: a scan does not fit into memory.
     """
     if not config.output and run_paths.is_checkpoint(config.run):
+        load_segmenter(config.run, "cpu")  # what else is wrong with it comes first
         raise ValueError(f"run={config.run} is one checkpoint: give output=FOLDER for the results")
     into = contextlib.nullcontext(Path(config.output)) if config.output else run_paths.results(config.run, "evaluation")
     with into as folder:
