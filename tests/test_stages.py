@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -115,6 +116,19 @@ def test_whether_a_collapse_ends_it_tells_trainings_apart(tmp_path):
     config = sweep(tmp_path, arms=arms)
     ends, named, on = (stages.stage_configs(config, {"arm": arm}, tmp_path / "t")["pretrain"] for arm in arms)
     assert ends.run == named.run != on.run
+    Path(ends.run).mkdir(parents=True)  # an earlier version shared it: the same command goes on where it is
+    for stops in (True, False):
+        (Path(ends.run) / "run.json").write_text(json.dumps({"config": {"health": {"stop_on_collapse": stops}}}))
+        again = stages.stage_configs(config, {"arm": "on"}, tmp_path / "t")["pretrain"]
+        assert again.run == (on.run if stops else ends.run)
+
+
+def test_an_init_may_be_named_a_control(tmp_path):
+    """Wrong priors in an arm that is not pre-trained say in which readings its probe is judged."""
+    control = {"probe.init": "/runs/a", "pretrain.align.wrong_priors": True}
+    config = sweep(tmp_path, arms={"control": control, "pgl": {}}, **PROBED, base_probe={})
+    checks.check(config)
+    assert stages.stage_configs(config, {"arm": "control"}, tmp_path / "t")["probe"].all_readings
 
 
 @pytest.mark.parametrize(

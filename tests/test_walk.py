@@ -75,6 +75,9 @@ LINKED = {
     "both": (["ct/a", "segs/a"], {"images": "ct", "labels": "segs"}, {"ct__a": "labels"}),
     "nnU-Net's": (["ct/a_0000", "segs/a"], {"imagesTr": "ct", "labelsTr": "segs"}, {"a": "labelsTr"}),
     "of a part": (["images/a", "work/old/a"], {"labels": "work/old"}, {"a": "labels"}),
+    "images alone": (["ct/a"], {"imagesTr": "ct"}, {"ct__a": None}),
+    "all there is": (["ct/a"], {"labels": "ct"}, {"ct__a": None}),
+    "elsewhere": (["p/a", "q/a"], {"p/labels": "q"}, {"p__a": None, "q__a": None}),
     "a role already": (["imagesTr/a", "labels/a"], {"labelsTr": "labels"}, {"a": None}),
     "of two": (
         ["imagesTr/a", "imagesTs/b", "labelsTr/a"],
@@ -93,6 +96,7 @@ def test_a_links_name_says_what_lies_in_a_folder(tmp_path, files, links, labels)
     assert {one.scan_id: one.label and Path(one.label).parent.name for one in layout.scans} == labels
     unused = {} if None not in labels.values() else {Path(path).name: why for path, why in layout.left_out}
     for name, target in links.items() if unused else ():
+        name = Path(name).name
         mend = f"which is looked at there and not as {name}: make {name} a folder, with links to the files in it"
         assert unused[name] == f"a link to {tmp_path}/{target}, {mend}"
         assert any(mend in line for line in grouped(layout.left_out))

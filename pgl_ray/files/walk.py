@@ -50,8 +50,8 @@ class Tree(NamedTuple):
         return self._replace(files=files, paths=list(files))
 
     def by_roles(self) -> "Tree":
-        """The tree with folders under the names of links to them that say what lies there (labels/), where the folder's
-        own place does not. Of images/ that need not be: volumes lie anywhere, and their ids stay."""
+        """The tree with folders under the names of links to them that say what lies there (labels/, and imagesTr/ with
+        labelsTr/), where the folder's own place does not. Other images stay: they lie anywhere, and keep their ids."""
         tree, top = self, min(self.folders, key=len, default="")
         for link, folder in sorted(self.links.items()):
             name = os.path.basename(link)
@@ -59,7 +59,11 @@ class Tree(NamedTuple):
                 continue
             inside = [one for one in tree.folders if f"{one}/".startswith(f"{folder}/")]
             names = {part for one in inside for part in one[len(top) :].split("/")}
-            if inside and not names & {*LABEL_FOLDERS, *NNUNET, "images"}:
+            labels = os.path.join(top, name.replace("images", "labels"))
+            others = tree.without(tree.below(folder)).paths
+            wanted = os.path.dirname(link) == top and (labels in tree.folders or labels in tree.links)
+            wanted &= any(not path.lower().endswith(DOCUMENTS) for path in others)  # which it could label
+            if wanted and inside and not names & {*LABEL_FOLDERS, *NNUNET, "images"}:
                 tree = tree._moved(folder, link)
             else:
                 mend = f"make {name} a folder, with links to the files in it"

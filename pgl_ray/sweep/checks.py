@@ -6,7 +6,7 @@ from typing import Any
 
 from pgl_ray.config import STAGES, Section, TuneConfig, keys
 from pgl_ray.sweep.points import LEARNING_RATE, Point, draw, named, num_trials_of, title_of
-from pgl_ray.sweep.stages import dotted, overrides_of, stage_config, stage_configs
+from pgl_ray.sweep.stages import CONTROL, dotted, overrides_of, stage_config, stage_configs
 from pgl_ray.sweep.sweeps import FIGURES, PROBE
 
 
@@ -130,8 +130,8 @@ def _check_pretraining(config: TuneConfig, pretrained: set[Any]) -> None:
     inits = {arm: values.get(key_of, given) for arm, values in config.arms.items()} or {None: given}
 
     def idle(names: Iterable[str], init: Any) -> bool:
-        sizes = "pretrain.encoder." if init == "random" else "pretrain.run"
-        return all(name.startswith("pretrain.") and not name.startswith(sizes) for name in names)
+        used = ["pretrain.encoder."] * (init == "random") + [CONTROL] * (config.base_probe is not None)
+        return all(name.startswith("pretrain.") and not name.startswith(tuple(used)) for name in names)
 
     for key in config.space if not pretrained else ():
         if all(idle(dotted(key), init) for init in inits.values()):

@@ -1,6 +1,7 @@
 """The stages of a trial: its doors in order, each with its config, of the sweep's bases and the trial's values."""
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from pgl_ray.data.store_settings import read_settings
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.pgl import feature_geometry
 from pgl_ray.sweep.points import hash_of
+from pgl_ray.train.run_files import RECORD
+
+CONTROL = "pretrain.align.wrong_priors"  # also of an init that was trained so: it is judged in its strongest reading
 
 
 def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> dict[str, Section]:
@@ -42,8 +46,10 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
         judges = () if config.base_probe is not None else (config.judge, config.first_judge)
         curve = {"probe"} if not any((judge or "").startswith("probe/") for judge in judges) else set()
         same = shared.model_dump(mode="json", exclude={"run", "ray", "health"} | curve)
-        same |= {} if shared.health.stop_on_collapse else {"stop_on_collapse": False}
-        init = str(Path(config.run).absolute() / "pretrain" / hash_of(same)[:12])
+        trainings = Path(config.run).absolute() / "pretrain"
+        if not shared.health.stop_on_collapse and not _never_stops(trainings / hash_of(same)[:12]):
+            same |= {"stop_on_collapse": False}
+        init = str(trainings / hash_of(same)[:12])
         configs["pretrain"] = shared.model_copy(update={"run": init})
     more = {"probe": {"output": str(folder / "probe.json")}, "finetune": {}}
     for stage, changes in more.items():
@@ -53,6 +59,15 @@ def stage_configs(config: TuneConfig, values: dict[str, Any], folder: Path) -> d
             changes |= {"init": init} | ({"encoder": encoder} if alike else {})
             configs[stage] = configs[stage].model_copy(update=changes)
     return {stage: stage_config for stage, stage_config in configs.items() if stage_config}
+
+
+def _never_stops(run: Path) -> bool:
+    """Whether a sweep of an earlier version, which shared pre-trainings across this, has one there that goes on after
+    a collapse."""
+    try:
+        return json.loads((run / RECORD).read_text())["config"]["health"]["stop_on_collapse"] is False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def overrides_of(config: TuneConfig, values: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +96,7 @@ def stage_config(config: TuneConfig, stage: str, overrides: dict[str, Any], fold
         # all trials see the same windows, random weights too
         views = (config.base_pretrain or {}).get("views") or {}
         defaults |= {"ends": False, "size": views.get("size") or ViewsConfig().size}
-        defaults |= {"all_readings": bool(overrides.get("pretrain.align.wrong_priors"))}  # a control, in its strongest
+        defaults |= {"all_readings": bool(overrides.get(CONTROL))}
     values = defaults | OmegaConf.to_container(merged) | places
     if stage == "pretrain":
         more: dict[str, dict[str, Any]] = {"health": {"stop_on_collapse": True}}
