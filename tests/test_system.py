@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pgl_ray.config import FailedRun
 from pgl_ray.data import folder, place, system
 from pgl_ray.sweep import sweeps
 from pgl_ray.train import runs
+from pgl_ray.train.quiet import QUIET
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,6 +87,7 @@ from pgl_ray.phantom import phantom
 from pgl_ray.data import store, system
 from pgl_ray.data.place import open_place
 from pgl_ray.train import runs
+from pgl_ray.train.quiet import QUIET
 folder = pathlib.Path(sys.argv[1])
 assert system.num_cores() >= 1
 system.keep_freed_memory(2**27)
@@ -100,6 +103,42 @@ print("locked")
 @pytest.mark.parametrize("hidden", [MACOS, NO_FCNTL])
 def test_stores_and_runs_are_locked_without_it(hidden):
     assert "locked" in without(hidden)
+
+
+THREAD = """
+import resource, sys, threading
+import torch
+from pgl_ray.data import system
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def train():
+    system.keep_freed_memory(2**31 - 1)
+    for step in range(12):
+        if step == 2:
+            began = faults()
+        maps = [torch.ones(2**power) for power in (23, 21, 23, 20, 23, 22, 23)]
+        del maps
+    print((faults() - began) // 10)
+
+threads = [threading.Thread(target=train)]
+threads[0].start()
+threads[0].join()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_a_training_thread_keeps_its_memory():
+    """As Ray Train trains in one: some of the maps are as large as half an arena of its own can be."""
+
+    def per_step(**changes: str) -> int:
+        env = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"} | changes
+        return int(subprocess.run([sys.executable, "-c", THREAD], env=env, text=True, capture_output=True).stdout)
+
+    assert per_step() > 1000, "glibc changed: is GLIBC_TUNABLES still needed?"
+    assert per_step(GLIBC_TUNABLES=QUIET["GLIBC_TUNABLES"]) < 100
 
 
 # -- locks ------------------------------------------------------------------------------------------------------------
@@ -220,6 +259,7 @@ def test_a_busy_lock_is_no_missing_one(number, tmp_path, monkeypatch):
 SECOND = """
 import sys
 from pgl_ray.train import runs
+from pgl_ray.train.quiet import QUIET
 try:
     runs.locked(sys.argv[1]).__enter__()
 except ValueError as error:

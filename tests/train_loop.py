@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from pgl_ray import config as c
 from pgl_ray import finetune, pretrain
-from pgl_ray.data import patch_renderer, scan_files, store, stream, trainings
+from pgl_ray.data import patch_renderer, scan_files, store, stream, system, trainings
 from pgl_ray.data.facts import training_facts
 from pgl_ray.model import device as on
 from pgl_ray.train import checkpoint, networks, optim, runs, watch
@@ -212,6 +212,7 @@ def _in_processes(work: Callable[[int], str | None], world: int, timeout_s: floa
     answers = context.SimpleQueue()
 
     def process(rank: int) -> None:
+        system.keep_freed_memory(2**31 - 1)
         try:
             if world > 1:
                 timeout = timedelta(seconds=timeout_s)
