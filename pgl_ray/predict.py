@@ -37,6 +37,9 @@ from pgl_ray.train.records import CheckpointMeta
 from pgl_ray.train.run_files import write_json
 from pgl_ray.train.weights import check_flips, load_segmenter
 
+PAGE = (".html", ".png")
+BESIDE = (".json", *PAGE)  # a label map
+
 
 class Result(NamedTuple):
     """Where the label maps lie, how many there are, and how many of them were there before."""
@@ -77,6 +80,7 @@ def run(config: PredictConfig) -> Result:
     maker = _maker(model, meta, config, device)
     many = Path(config.input).is_dir()
     finished = {job for job in jobs if _is_finished(job, maker, config.viewer)}
+    _refuse_corrected([job for job in jobs if job not in finished], config.output)
     done_before = f", {len(finished)} of them done before" if finished else ""
     print(f"predict: {len(jobs)} scan{'s' * (len(jobs) != 1)} on {device}{done_before}", flush=True)
     names = {job: job.target.name.removesuffix(".nii.gz") if job.scan.slices else job.scan.path.name for job in jobs}
@@ -145,7 +149,36 @@ def _is_finished(job: Job, maker: str, viewer: bool) -> bool:
         made = facts["maker"] == maker and facts["stamp"] == job.scan.stamp()
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return made and all(job.with_suffix(end).is_file() for end in (".nii.gz", *((".html", ".png") if viewer else ())))
+    return made and all(job.with_suffix(end).is_file() for end in (".nii.gz", *(PAGE if viewer else ())))
+
+
+def _refuse_corrected(jobs: list[Job], output: str) -> None:
+    """Refuses to replace label maps that somebody has changed since predict wrote them.
+
+    Raises:
+        ValueError: some were.
+    """
+    changed = [job.target for job in jobs if _is_corrected(job)]
+    if changed:
+        others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise ValueError(
+            f"output={output}: {changed[0]}{others} was changed since predict wrote it, and would be replaced: move it "
+            "away, or choose another output"
+        )
+
+
+def _is_corrected(job: Job) -> bool:
+    """Whether a label map is another than its facts say; those of earlier versions do not say."""
+    try:
+        written = json.loads(job.with_suffix(".json").read_text()).get("label_sha256")
+        return bool(written) and written != _sha256(job.target)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _work(source: Path, output: Path) -> tuple[list[Job], list[Fault], list[Fault]]:
@@ -172,19 +205,25 @@ def _work(source: Path, output: Path) -> tuple[list[Job], list[Fault], list[Faul
     for one, target in zip(scans, targets):
         if target.resolve() == one.path.resolve():
             raise ValueError(f"output={output} would replace the CT {one.path}: choose another")
-        if target.exists() and not _is_made(target):
+    jobs = [Job(one, target) for one, target in zip(scans, targets)]
+    for job in (job for job in jobs if not _is_made(job.target)):
+        if job.target.exists():
             raise ValueError(
-                f"output={output}: {target} is there, and predict has not written it: choose another "
+                f"output={output}: {job.target} is there, and predict has not written it: choose another "
                 "output, or delete that file if a version of before was ended while it wrote"
             )
-    return [Job(one, target) for one, target in zip(scans, targets)], faults, left_out
+        for beside in filter(Path.exists, map(job.with_suffix, BESIDE)):
+            raise ValueError(
+                f"output={output}: {beside} is there, and predict, which would replace it, has not written it: choose "
+                "another output, or move it away"
+            )
+    return jobs, faults, left_out
 
 
 def _without_made(tree: Tree) -> tuple[Tree, list[Fault]]:
     """A folder's files but for what an earlier call wrote."""
     made = [path for path in tree.paths if path.endswith(".nii.gz") and _is_made(Path(path))]
-    ends = (".nii.gz", ".json", ".html", ".png")
-    tree = tree.without(path.removesuffix(".nii.gz") + end for path in made for end in ends)
+    tree = tree.without(path.removesuffix(".nii.gz") + end for path in made for end in (".nii.gz", *BESIDE))
     return tree, [Fault(path, "a label map that predict has written") for path in made]
 
 
@@ -240,8 +279,9 @@ def predict_one(
     try:
         ct.write_label(aside, label, job.scan.path, job.scan.slices)
         write_json(job.with_suffix(".json"), {"maker": ""})  # ours, and not whole: what is beside it may be another's
-        for end in (".html", ".png"):
+        for end in PAGE:
             job.with_suffix(end).unlink(missing_ok=True)
+        written = _sha256(aside)
         put_in_place(aside, job.target)
     finally:
         aside.unlink(missing_ok=True)
@@ -258,7 +298,7 @@ def predict_one(
         write_aside(job.with_suffix(".html"), page.encode())
         write_aside(job.with_suffix(".png"), picture)
     facts = {"input": job.scan.source, "run": config.run, "organs": [organ._asdict() for organ in organs]}
-    facts |= {"notes": notes, "made_by": made_by, "maker": maker, "stamp": stamp}
+    facts |= {"notes": notes, "made_by": made_by, "maker": maker, "stamp": stamp, "label_sha256": written}
     write_json(job.with_suffix(".json"), facts)
     return notes
 

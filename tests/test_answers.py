@@ -288,6 +288,21 @@ def test_what_one_side_was_not_scored_on_is_no_gain(without, key, names, said):
     assert mine - theirs == pytest.approx(np.mean(shifts), abs=0.0011)
 
 
+@pytest.mark.parametrize("side", [PGL, "random"])
+def test_a_seed_scored_on_other_scans_is_not_counted(side):
+    """One of three seeds was evaluated on another split: that is no difference of 0."""
+    runs = [tuned(BASE + 0.05 * (init == PGL), init, seed) for seed in range(3) for init in (PGL, "random")]
+    for row in next(
+        run for run in runs if run.record.seed == 2 and (run.record.init == "random") == (side == "random")
+    ).scores:
+        row["scan_id"] = f"validation_{row['scan_id']}"
+    (line,) = answers.better_tuned(runs)
+    (of_two,) = answers.better_tuned([run for run in runs if run.record.seed < 2])
+    assert line == of_two and line.verdict == YES and "ahead with 2 of 2 seeds" in line.text
+    alone = [run for run in runs if run.record.seed == 2]
+    assert "fewer than two scans were scored with both" in answers.better_tuned(alone)[0].text
+
+
 def test_a_judge_of_an_earlier_checkpoint_does_not_count(tmp_path):
     run = run_of("pretrain", health_rows(LEARNED))
     file = tmp_path / "probe.json"

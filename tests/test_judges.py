@@ -20,6 +20,7 @@ from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import read_index, write_index
 from pgl_ray.judge import decoder, dense, judges, matching, readings, search, voxels
 from pgl_ray.judge.features import ScanEncoder
+from pgl_ray.model import metrics
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import LightDecoder
@@ -344,9 +345,10 @@ def test_a_difference_is_paired_over_draws_of_the_scans(judge, gain, words):
     rng = np.random.default_rng(0)
     scans = rng.normal(20, 5, 1000)
     sign = -1 if judge == "matching" else 1
-    other = judges.Score(20.0, None, drawn=scans)
-    ours = judges.Score(20.0 + sign * gain, None, drawn=scans + sign * gain + rng.uniform(-0.1, 0.1, 1000))
-    worse = judges.Score(20.0 - 9 * sign, None, drawn=scans - 9 * sign)
+    num = {"num_scans": 1000}
+    other = judges.Score(20.0, None, drawn=scans, **num)
+    ours = judges.Score(20.0 + sign * gain, None, drawn=scans + sign * gain + rng.uniform(-0.1, 0.1, 1000), **num)
+    worse = judges.Score(20.0 - 9 * sign, None, drawn=scans - 9 * sign, **num)
     standing = judges.Standing.of(judge, ours, {"a": worse, "b": other}, None)
     assert standing.low_is == "b" and standing.ahead == pytest.approx(gain)
     assert standing.ahead_ci95 == pytest.approx([gain - 0.095, gain + 0.095], abs=0.005)
@@ -359,6 +361,71 @@ def test_a_difference_is_paired_over_draws_of_the_scans(judge, gain, words):
     assert answer.startswith(f"NET is {words.removesuffix(' b')} the strongest control by ")
     chance = judges.Standing.of(judge, ours, {"random, off": other}, None)
     assert "random weights in their strongest reading" in judges.answer("NET", {judge: chance}, {judge: ours.value})
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(3, 10), (10, 3), (1, 10)])
+def test_a_difference_is_one_of_scans_that_both_have_scores_of(ours, theirs):
+    """The fewer of both widen the interval, as Student's; of a single one there is none."""
+    drawn = np.random.default_rng(0).normal(0, 1, 1000)
+    scores = [judges.Score(mean, None, drawn=drawn * mean, num_scans=num) for mean, num in ((2, ours), (1, theirs))]
+    bounds = judges.Standing.of("decoder", scores[0], {"a": scores[1]}, None).ahead_ci95
+    num = min(ours, theirs)
+    if num == 1:
+        assert bounds is None
+        return
+    wider = stats.t.ppf(0.975, num - 1) / stats.norm.ppf(0.975) * (num / (num - 1)) ** 0.5
+    assert bounds == pytest.approx(1 + wider * (np.percentile(drawn, [2.5, 97.5]) - 1), rel=0.01)
+
+
+def test_an_interval_is_one_of_scans_with_a_score(store, monkeypatch):
+    """Two of three scans show no organ, and nothing is invented in them: they have no Dice."""
+    dice = {"s4": 0.5, "s5": np.nan, "s6": np.nan}
+    rows = [
+        {
+            "scan_id": scan,
+            "organ": "ball",
+            "target_voxels": 9,
+            "predicted_voxels": 9,
+            **dict.fromkeys(metrics.SCORES, value),
+        }
+        for scan, value in dice.items()
+    ]
+    monkeypatch.setattr(decoder, "train_decoder", lambda *args: None)
+    monkeypatch.setattr(decoder, "score_decoder", lambda *args: [rows])
+    judge = judges.Judges(store, config(store), ("decoder",))
+    score = judge.judge(build_encoder(**TINY), "off")["decoder"]
+    assert score.num_scans == 1 and score.value == 0.5 and score.ci95 is None
+
+
+@pytest.mark.parametrize("num", [1, 3, 63, 64, 65, 200, 1808])
+def test_views_are_spread_over_all_scans(store, num):
+    """Of a pool sorted by names, whose first 64 scans may all be one data set's, every part is seen."""
+    asked = []
+
+    class Scans(list):
+        def __getitem__(self, number):
+            asked.append(number)
+            return super().__getitem__(number)
+
+    views = readings.unlabelled_views(store, Scans([store.scans[0]] * num), SIZE, 0)
+    assert len(views) == len(asked) == readings.NUM_VIEWS
+    times = np.bincount(asked, minlength=num)
+    if num <= readings.NUM_VIEWS:
+        assert times.max() - times.min() <= 1
+    else:
+        apart = np.diff([*sorted(asked), num])
+        assert times.max() == 1 and apart.max() - apart.min() <= 1
+
+
+@pytest.mark.parametrize(("test_split", "num_left"), [("test", 4), ("train", 2)])
+def test_statistics_are_not_those_of_tested_scans(store, monkeypatch, test_split, num_left):
+    drawn = []
+    views = readings.unlabelled_views
+    monkeypatch.setattr(
+        readings, "unlabelled_views", lambda index, scans, *rest: drawn.extend(scans) or views(index, scans, *rest)
+    )
+    judge = judges.Judges(store, config(store, test_split=test_split, num_scans=1, num_test_scans=2))
+    assert len(drawn) == num_left and not {scan.scan_id for scan in drawn} & {s.scan_id for s in judge.probe.scans[1]}
 
 
 def test_one_sentence_names_every_judge_on_its_side():

@@ -298,6 +298,48 @@ def test_label_maps_of_others_are_not_replaced(tmp_path, known, facts):
     assert drawn.read_bytes() == b"drawn by hand" and not (tmp_path / "labelsTs/case1.nii.gz").exists()
 
 
+@pytest.mark.parametrize("change", ["another network", "pages are asked for", "the facts are an earlier version's"])
+def test_corrected_label_maps_are_not_replaced(tmp_path, monkeypatch, change):
+    """Of a folder of two; as predict wrote it, it is replaced as ever."""
+    network(monkeypatch, 0)
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        write(tmp_path / f"in/{name}.nii.gz")
+    asked = config(tmp_path / "in", tmp_path / "out")
+    predict.run(asked)
+    written = (tmp_path / "out/b.nii.gz").read_bytes()
+    (tmp_path / "out/b.nii.gz").write_bytes(b"corrected by hand")
+    assert predict.run(asked).num_finished_before == 2  # neither network nor CT changed: nothing is to be done
+    if change == "another network":
+        network(monkeypatch, 7)
+    elif change == "pages are asked for":
+        asked = asked.model_copy(update={"viewer": True})
+    else:
+        network(monkeypatch, 7)
+        facts = tmp_path / "out/b.json"
+        facts.write_text(json.dumps({k: v for k, v in json.loads(facts.read_text()).items() if k != "label_sha256"}))
+        assert predict.run(asked).num_finished_before == 0
+        return
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out/b.nii.gz was changed since predict wrote it.*: move it away, or choose"):
+        predict.run(asked)
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "out/b.nii.gz").write_bytes(written)
+    assert predict.run(asked).num_finished_before == 0
+
+
+@pytest.mark.parametrize("end", [".json", ".html", ".png"])
+@pytest.mark.parametrize("viewer", [False, True])
+def test_files_of_others_beside_a_new_map_are_not_replaced(tmp_path, known, end, viewer):
+    """A converter's sidecar, a screenshot, a page of somebody else's."""
+    write(tmp_path / "ct1.nii")
+    other = tmp_path / f"ct1{end}"
+    other.write_text('{"Modality": "CT"}')
+    with pytest.raises(ValueError, match=rf"ct1{end} is there, and predict, which would .*: choose another output, or"):
+        predict.run(config(tmp_path / "ct1.nii", tmp_path / "ct1.nii.gz", viewer=viewer))
+    assert other.read_text() == '{"Modality": "CT"}' and len(list(tmp_path.iterdir())) == 2
+
+
 def test_another_patient_s_file_of_that_name_and_time(tmp_path, known):
     """As archives with one time for all files have them: only what is in them differs."""
     other = np.roll(volume(), 1)  # of the same HU, which `known` goes by

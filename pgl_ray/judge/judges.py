@@ -91,6 +91,8 @@ class Judges:
         check_number(test, config, judges)
         self.notes = shortcomings.shortcomings(self.probe, config)
         unlabelled = [scan for scan in index.scans if scan.split == config.split]
+        tested = {scan.scan_id for scan in test}
+        unlabelled = [scan for scan in unlabelled if scan.scan_id not in tested] or unlabelled
         self.size = voxels.window_size(config)
         self.views = readings.unlabelled_views(index, unlabelled, self.size, config.seed)
         both = "decoder" in judges, "matching" in judges
@@ -135,11 +137,12 @@ class Judges:
         score = self.probe.score(features)
         last = self.probe.score(features, slice(-encoder.channels[encoder.last], None))
         draws = metrics.scan_draws(len(score.hits), self.config.seed)
-        drawn = voxels.drawn_accuracies(score.hits, score.counts, draws) if len(score.hits) > 1 else None
+        num_scored = int((score.counts.sum(1) > 0).sum())
+        drawn = voxels.drawn_accuracies(score.hits, score.counts, draws) if num_scored > 1 else None
         details = {"recall": score.recall, "last_map": last.balanced_accuracy}
         details |= {"hits": score.hits.tolist(), "counts": score.counts.tolist()}
         details |= {"scans": [scan.scan_id for scan in self.probe.scans[1]], "classes": list(self.probe.names.values())}
-        return Score.of_draws(score.balanced_accuracy, details, drawn, len(score.hits), 1.0)
+        return Score.of_draws(score.balanced_accuracy, details, drawn, num_scored, 1.0)
 
     def _decoder(self, maps: readings.StandardisedMaps) -> Score:
         seeds, size = range(self.config.seed, self.config.seed + self.num_seeds), self.size
@@ -150,7 +153,8 @@ class Judges:
         organs = {organ: {key: one[key] for key in ("dice", "hd95_mm")} for organ, one in summary["organs"].items()}
         details = {"organs": organs, "hd95_mm": summary["hd95_mm"], "rows": together}
         details["seeds"] = [metrics.summarise(part)["dice"] for part in rows]
-        return Score.of_draws(summary["dice"], details, drawn, len(self.test), 1.0)
+        num_scored = len({row["scan_id"] for row in together if not math.isnan(row["dice"])})
+        return Score.of_draws(summary["dice"], details, drawn, num_scored, 1.0)
 
     def _matching(self, maps: readings.StandardisedMaps) -> Score:
         rows = matching.organ_errors(maps, self.test, self.names, self.size)
@@ -240,10 +244,10 @@ class Standing:
         sign, value = 1 if HIGHER_IS_BETTER[judge] else -1, score.value
         low_is = max(lows, key=lambda name: sign * lows[name].value)
         low, other = lows[low_is].value, lows[low_is].drawn
-        ahead, paired = sign * (value - low), None
-        if score.drawn is not None and other is not None:
-            paired = metrics.percentile_bounds(sign * (score.drawn - other))
-            paired = metrics.for_few(paired, ahead, score.num_scans) if score.num_scans > 1 else paired
+        ahead, paired, num_scans = sign * (value - low), None, min(score.num_scans, lows[low_is].num_scans)
+        if score.drawn is not None and other is not None and num_scans > 1:
+            bounds = metrics.percentile_bounds(sign * (score.drawn - other))
+            paired = metrics.for_few(bounds, ahead, num_scans)
         has_room = high is not None and sign * (high - low) >= LEAST_ROOM[judge]
         closed = (value - low) / (high - low) if high is not None and has_room else None
         return cls(low, low_is, ahead, paired, high, closed)

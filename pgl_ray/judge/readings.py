@@ -38,7 +38,7 @@ def unlabelled_views(index: Index, scans: list[ScanRecord], size: tuple[int, int
 
     Args:
         index: of the store.
-        scans: to draw from, in turn.
+        scans: to draw from: in turn, or, of more than there are views, as far apart in the list as they can be.
         size: of a view (D, H, W).
         seed: of the draws.
 
@@ -53,7 +53,7 @@ def unlabelled_views(index: Index, scans: list[ScanRecord], size: tuple[int, int
     crops = CropConfig(size=size, crop_scale=(1.0, 1.0), flip_prob=0.0, foreground=True)
     views = []
     for number in range(NUM_VIEWS):
-        scan = scans[number % len(scans)]
+        scan = scans[number * max(len(scans), NUM_VIEWS) // NUM_VIEWS % len(scans)]
         prior = sample_prior(generator(seed, 1, scan.scan_id, number), scan.shape, crops, scan.foreground_box)
         crop = read_padded(open_volume(index.store, scan), prior.box, AIR)
         views.append(render(crop, size, prior.flip, index.hu_window, scan.mean_hu, scan.std_hu))

@@ -192,6 +192,7 @@ def _tuned(tuned: list[Run], random: list[Run]) -> Line:
     if not pairs:
         same = "the same seed and as many labelled scans, or, of several such, the same settings"
         return Line(OPEN, f"no run from random weights has {same}")
+    pairs = arms.scored_alike(pairs)
     gain = arms.dice_gain(pairs)
     if gain is None:
         why = arms.unlike([(run.scores, other.scores) for run, other in pairs])

@@ -178,6 +178,11 @@ def _settings(run: Run) -> dict[str, Any]:
     return {key: value for key, value in flattened(run.config).items() if key not in ("run", "init")}
 
 
+def scored_alike(pairs: list[tuple[Run, Run]]) -> list[tuple[Run, Run]]:
+    """Those pairs of evaluated runs that were scored on an organ of a scan in common."""
+    return [pair for pair in pairs if scored_by_both([pair])[0]]
+
+
 def _draw(run: Run) -> tuple[Any, ...]:
     """What decides the labelled scans."""
     return run.record.seed, run.config.get("num_scans"), run.record.index
@@ -190,11 +195,13 @@ def dice_gain(pairs: list[tuple[Run, Run]]) -> Gain | None:
 
 def scored_by_both(pairs: list[tuple[Run, Run]]) -> tuple[list[tuple[list[dict], list[dict]]], list[float]]:
     """Per pair of evaluated runs the rows of both, of the scans and organs that both were scored on, and the difference
-    of their mean Dice: one of other scans may be easier."""
+    of their mean Dice: one of other scans may be easier. A pair that has none is left out."""
     rows, by_seed = [], []
     for run, other in pairs:
         mine, theirs = ({(row["scan_id"], row["organ"]): row for row in one.scores} for one in (run, other))
         both = [key for key in mine if key in theirs]
+        if not both:
+            continue
         rows.append(([mine[key] for key in both], [theirs[key] for key in both]))
         by_seed.append(float(np.subtract(*(mean_of_organs(side, "dice") or 0.0 for side in rows[-1]))))
     return rows, by_seed

@@ -147,7 +147,7 @@ def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
             "Fine-tune from random weights",
             f"the settings of {starts[0].name} without init, so that there is something to compare with",
         )
-    pairs = arms.same_seed(starts, random)
+    pairs = arms.scored_alike(arms.same_seed(starts, random))
     gain = arms.dice_gain(pairs) if pairs else None
     if gain is None:
         return Line(
