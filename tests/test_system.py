@@ -17,7 +17,7 @@ from pgl_ray.config import FailedRun
 from pgl_ray.data import folder, place, system
 from pgl_ray.sweep import sweeps
 from pgl_ray.train import runs
-from pgl_ray.train.quiet import QUIET
+from pgl_ray.train.quiet import MEMORY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,7 +87,6 @@ from pgl_ray.phantom import phantom
 from pgl_ray.data import store, system
 from pgl_ray.data.place import open_place
 from pgl_ray.train import runs
-from pgl_ray.train.quiet import QUIET
 folder = pathlib.Path(sys.argv[1])
 assert system.num_cores() >= 1
 system.keep_freed_memory(2**27)
@@ -138,7 +137,7 @@ def test_a_training_thread_keeps_its_memory():
         return int(subprocess.run([sys.executable, "-c", THREAD], env=env, text=True, capture_output=True).stdout)
 
     assert per_step() > 1000, "glibc changed: is GLIBC_TUNABLES still needed?"
-    assert per_step(GLIBC_TUNABLES=QUIET["GLIBC_TUNABLES"]) < 100
+    assert per_step(**MEMORY) < 100
 
 
 # -- locks ------------------------------------------------------------------------------------------------------------
@@ -259,7 +258,6 @@ def test_a_busy_lock_is_no_missing_one(number, tmp_path, monkeypatch):
 SECOND = """
 import sys
 from pgl_ray.train import runs
-from pgl_ray.train.quiet import QUIET
 try:
     runs.locked(sys.argv[1]).__enter__()
 except ValueError as error:

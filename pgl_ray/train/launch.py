@@ -15,7 +15,7 @@ from pgl_ray.data.system import keep_freed_memory
 from pgl_ray.model import device as on
 from pgl_ray.train import logs, nodes, run_paths, runs
 from pgl_ray.train.follow import Progress
-from pgl_ray.train.quiet import QUIET, WATCH, quiet_data
+from pgl_ray.train.quiet import MEMORY, QUIET, WATCH, quiet_data
 from pgl_ray.train.watch import Watch, watched
 
 if TYPE_CHECKING:  # it imports networks, and processes that feed and control a run do without
@@ -45,9 +45,10 @@ def connect(config: RayConfig) -> None:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     job = ray_internals.job_runtime_env()
+    workers = {key: os.environ.get(key, value) for key, value in (settings | MEMORY).items()}
     options["runtime_env"] = {
         "worker_process_setup_hook": "pgl_ray.train.quiet.quiet_worker",
-        "env_vars": {key: os.environ[key] for key in settings if key not in job.get("env_vars", {})},
+        "env_vars": {key: value for key, value in workers.items() if key not in job.get("env_vars", {})},
     }
     if address:
         options["address"] = address

@@ -18,10 +18,11 @@ QUIET = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of tasks whose answer nobody asks for: those under way when a stream ends
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin at a barrier take the cores from the tasks that render views
-    # glibc reads it as a process begins. Ray Train trains in a thread, whose own arena gives large maps back to the
-    # kernel whatever `keep_freed_memory` says: each step would fault their pages in anew. Huge ones spare the TLB.
-    "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1",
 }
+# Of workers alone, for Ray's own processes start more slowly with it. glibc reads it as a process begins. Ray Train
+# trains in a thread, whose own arena gives large maps back to the kernel whatever `keep_freed_memory` says: each step
+# would fault their pages in anew. Huge ones spare the TLB.
+MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"}
 
 
 def quiet_data() -> None:
