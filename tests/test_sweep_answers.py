@@ -139,6 +139,8 @@ def test_frozen_arms_against_the_strongest_control(gains, verdict):
     assert (
         f"{first.mean:+.2f} points of Dice (95 % interval {first.low:+.2f} to {first.high:+.2f}" in answer.lines[0].text
     )
+    (line,) = sweep_answers.of_frozen([block | {"gains": {"pgl": {}}}])
+    assert line.verdict == OPEN and line.text.startswith("no seed, or fewer than two test scans")
     block["controls"] = []
     (line,) = sweep_answers.of_frozen([block])
     assert line.verdict == OPEN and "no arm of random weights" in line.text
