@@ -189,9 +189,10 @@ def next_step(config: dict[str, Any], trials: list[Trial], leading: list[Line], 
         trials: of the sweep.
         leading, better: what the first two questions were answered by.
     """
-    failed = [trial for trial in trials if trial.state == "failed"]
+    again = sweeps.tried_again(config, trials)
+    failed = [trial for trial in again if trial.state == "failed"]
     done = sweeps.judged(trials)
-    if any(trial.state == "running" for trial in trials) or not trials:
+    if len(again) > len(failed) or not trials:
         return Line("Let it end", f"{_states(trials)}; where it runs no more, the same command goes on from there")
     if failed:
         error = " ".join((failed[0].error or "for an unknown reason").split())[:200]
