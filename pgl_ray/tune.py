@@ -55,7 +55,7 @@ def run(config: TuneConfig) -> Result:
     sweeps.check_same(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with sweeps.locked(folder):
-        sweeps.remember(config, folder)
+        sweeps.remember(config, folder, [trial.name for trial in trials])
         return run_trials(config, trials, folder)
 
 
@@ -65,9 +65,16 @@ def run_trials(config: TuneConfig, trials: list[Point], folder: Path) -> Result:
     room, num = room_for(config, trials), len(trials) or config.num_trials
     done = _ended_trials(config, folder)
     varied = ", ".join([*(["arms"] if config.arms else []), *config.space])
+    of_others = 0 if trials else len(done) - len(sweeps.counted(config.model_dump(), done.values()))
+    num += of_others  # a space that grew is drawn from num_trials times, whatever is known of it
     print(f"tune: {num} trials over {varied}; {len(done)} done, {room} at a time; {folder}", flush=True)
     if nodes.cluster().grows:
         print(f"  trials wait for nodes: {nodes.cluster().in_words()}", flush=True)
+    if of_others:
+        counts = f"num_trials={config.num_trials} counts those drawn from this one"
+        print(f"  {of_others} of them were drawn from an earlier space: {counts}", flush=True)
+    if not trials and len(done) >= num:
+        print(f"  nothing is left to run: a higher num_trials than {config.num_trials} adds trials", flush=True)
     left = [trial for trial in trials if trial.name not in done]
     if left:
         search.fit(config, folder, left, num, room, list(done.values()))
@@ -79,12 +86,14 @@ def run_trials(config: TuneConfig, trials: list[Point], folder: Path) -> Result:
 
 
 def _ended_trials(config: TuneConfig, folder: Path) -> dict[str, sweeps.Trial]:
-    return {trial.name: trial for trial in sweeps.read_trials(folder, config.arms) if trial.state in sweeps.ENDED}
+    present = sweeps.present(folder, config.model_dump())
+    return {trial.name: trial for trial in present if trial.state in sweeps.ENDED}
 
 
 def collect(config: TuneConfig, folder: Path) -> Result:
-    """Writes the table of all trials, and of those of the arms that there are now the best settings and the report."""
-    trials = sweeps.read_trials(folder, config.arms)
+    """Writes the table of all trials, and of those of the arms and the space that there are now the best settings and
+    the report."""
+    trials = sweeps.present(folder, config.model_dump())
     sweeps.write_table(folder)
     done = sweeps.judged(trials)
     if not done:

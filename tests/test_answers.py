@@ -426,6 +426,7 @@ def seeds(gains):
         ([pretrained(), tuned(BASE)], AHEAD, "Fine-tune from random weights", "without init"),
         ([tuned(BASE, "random")], None, "Pre-train", "pretrained:openkbp_small"),
         ([tuned(BASE), tuned(BASE, "random", seed=3)], None, "Compare alike", "the same seed"),
+        ([tuned(BASE[:1] + 0.1), tuned(BASE[:1], "random")], None, "Score on more scans", "fewer than two scans"),
         ([tuned(BASE + GAIN), tuned(BASE, "random")], None, "Repeat", "three or more seeds"),
         (seeds([0.05, 0.06, 0.055]), None, "Use it", ""),
         (seeds([-0.05, -0.06, -0.055]), None, "Begin from random weights", "costs Dice"),

@@ -23,7 +23,8 @@ def trial_of(score, state="done", judge="val/dice", folder=Path("/none"), error=
 
 
 def config_of(space=None, judge="val/dice", arms=None):
-    return {"judge": judge, "space": space or {}, "arms": arms or {}, "run": "/sweep", "base_pretrain": {}}
+    given = {"judge": judge, "space": space or {}, "arms": arms or {}, "run": "/sweep", "base_pretrain": {}}
+    return given | {"search": "random"}
 
 
 # -- which is best? ---------------------------------------------------------------------------------------------------
@@ -139,6 +140,8 @@ def test_frozen_arms_against_the_strongest_control(gains, verdict):
     assert (
         f"{first.mean:+.2f} points of Dice (95 % interval {first.low:+.2f} to {first.high:+.2f}" in answer.lines[0].text
     )
+    (line,) = sweep_answers.of_frozen([block | {"gains": {"pgl": {}}}])
+    assert line.verdict == OPEN and line.text.startswith("no seed, or fewer than two test scans")
     block["controls"] = []
     (line,) = sweep_answers.of_frozen([block])
     assert line.verdict == OPEN and "no arm of random weights" in line.text
@@ -217,6 +220,24 @@ def spread(best, others=(0.02, 0.9), seeds=1):
 def test_the_first_step_that_is_open(trials, verdict, words):
     line = sweep_answers.next_step(config_of(LR), trials, [], [])
     assert line.verdict == verdict and words in line.text
+
+
+@pytest.mark.parametrize("state", ["failed", "running"])
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        ({}, True),  # of an earlier version
+        ({"drawn": ["tNone"]}, True),
+        ({"drawn": ["other"]}, False),  # of other draws from the same space
+        ({"search": "optuna", "num_trials": 4}, True),
+        ({"search": "optuna", "num_trials": 3}, False),
+    ],
+)
+def test_what_no_command_tries_again_is_no_step(state, changes, again):
+    trials = [*spread(0.1), trial_of(None, state, pretrain__optim__lr=0.3)]
+    line = sweep_answers.next_step(config_of(LR) | changes, trials, [], [])
+    wanted = {"failed": "Mend what failed", "running": "Let it end"}[state]
+    assert line.verdict == (wanted if again else "Repeat")
 
 
 def test_the_command_to_use_is_one_that_takes_the_best():

@@ -14,7 +14,7 @@ from small_sweeps import BASE, LR, sweep
 
 from pgl_ray import config as c
 from pgl_ray.sweep import checks, stages, trial
-from pgl_ray.sweep.points import domain, name_of
+from pgl_ray.sweep.points import LEARNING_RATE, covers, domain, draw, name_of, of_space
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,6 +32,55 @@ def trials_of(path: Path, small: bool) -> tuple[str, list[dict]]:
     files = [str(path), *([str(ROOT / "conf/tune_small.yaml")] if small else [])]
     config = c.load(c.TuneConfig, [*files, "index=s", "run=/no/such/sweep"])
     return config.search, [stages.stage_configs(config, each.values, Path("/no/such")) for each in checks.check(config)]
+
+
+@pytest.mark.parametrize(
+    ("verbs", "inside", "outside"),
+    [
+        ({"grid_search": [0.001, 0.01]}, [0.01], [100, "a", None]),
+        ({"choice": [[1.0, 1.0], "a", None]}, [[1.0, 1.0], "a", None], [[1.0], "b", 1.0]),
+        ({"loguniform": [0.001, 0.1]}, [0.001, 0.1], [0.0009, 0.11, "a", None]),
+        ({"uniform": [0.0, 1.0]}, [0, 1], [-0.1]),
+        ({"quniform": [0.1, 0.3, 0.1]}, [0.1, 0.1 * 3], [0.4]),
+        ({"randint": [2, 4]}, [2, 3], [4]),
+    ],
+)
+def test_whose_space_a_trial_is_of(tmp_path, verbs, inside, outside):
+    """Its values, all keys and the arm decide."""
+    config = sweep(tmp_path, arms={"a": {}}, space={"finetune.patience": verbs}).model_dump()
+    for arm, values, one in (("a", inside, True), ("a", outside, False), ("gone", inside, False)):
+        assert {of_space(config, {"arm": arm, "finetune.patience": value}) for value in values} == {one}
+    assert not of_space(config, {"finetune.patience": inside[0]}) and not of_space(config, {"arm": "a"})
+    assert not of_space(config, {"arm": "a", "finetune.patience": inside[0], "finetune.seed": 0})
+
+
+def test_what_is_drawn_is_of_the_space(tmp_path):
+    verbs = {"uniform": [0.1, 0.3]}, {"quniform": [0.1, 0.3, 0.1]}, {"loguniform": [0.1, 0.3]}, {"randint": [1, 3]}
+    space = {f"finetune.{name}": verb for name, verb in zip(("val_share", "dice_weight", "optim.lr", "seed"), verbs)}
+    config = sweep(tmp_path, space=space, num_trials=30)
+    assert all(of_space(config.model_dump(), json.loads(json.dumps(point.values))) for point in draw(config))
+
+
+def test_pbt_gives_learning_rates_of_its_own(tmp_path):
+    for kind, one in (("pbt", True), ("none", False)):
+        config = sweep(tmp_path, space=LR, scheduler={"kind": kind}).model_dump()
+        assert of_space(config, {LEARNING_RATE: 5.0}) == one
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "one"),
+    [
+        ({"uniform": [0.0, 1.0]}, {"uniform": [0.1, 1.0]}, True),
+        ({"uniform": [0.0, 1.0]}, {"uniform": [0.1, 1.1]}, False),
+        ({"uniform": [0.0, 1.0]}, {"loguniform": [0.1, 1.0]}, False),
+        ({"choice": [1, 2, 3]}, {"choice": [1, 3]}, True),
+        ({"choice": [1, 2, 3]}, {"choice": [1, 4]}, False),
+        ({"randint": [1, 4]}, {"randint": [1, 4]}, True),
+        ({"randint": [1, 4]}, {"randint": [1, 5]}, False),
+    ],
+)
+def test_which_spaces_hold_another(earlier, now, one):
+    assert covers({"a": earlier}, {"a": now}) == one and not covers({"a": earlier}, {"a": earlier, "b": now})
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from small_sweeps import LR, PROBED, ended, said, sweep, tuned_run
 from pgl_ray import config as c
 from pgl_ray import report, tune
 from pgl_ray.pages import arms, sweep_plots, sweep_report
+from pgl_ray.pages.pages import OPEN
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.points import name_of
 from pgl_ray.train.run_files import write_json
@@ -153,6 +154,48 @@ def test_arms_left_out_later_are_in_no_answer(tmp_path, out):
     assert all(shown.count(arm) == 1 for arm in out)
     rows = pq.read_table(tmp_path / "sweep" / "trials.parquet").to_pylist()
     assert {row["arm"] for row in rows} == set(known)
+
+
+def test_values_left_out_later_are_in_no_answer(tmp_path):
+    """Of a grid the best value, one that failed and one that was interrupted are dropped: the page names them in one
+    line, no answer speaks of them, and a grid that has them again has their trials again."""
+    key, states = "finetune.global_batch_size", {2: "done", 4: "done", 8: "done", 16: "failed", 32: "running"}
+    sweeps.remember(sweep(tmp_path, space={key: {"grid_search": list(states)}}), tmp_path / "sweep")
+    for value, state in states.items():
+        ended(tmp_path, {key: value}, value / 10 if state == "done" else None, state=state)
+
+    def judged(values):
+        config = sweep(tmp_path, space={key: {"grid_search": values}})
+        sweeps.remember(config, tmp_path / "sweep", [name_of({key: value}) for value in values])
+        result = tune.collect(config, tmp_path / "sweep")
+        page = (tmp_path / "sweep/report.html").read_text().partition("<h2>The sweep</h2>")[0]
+        return result.best[key], sum(result.states.values()), page
+
+    best, num, page = judged([2, 4])
+    names = "global_batch_size 16; global_batch_size 32; global_batch_size 8"
+    assert (best, num) == (4, 2) and f"3 of settings that the space has no more ({names})" in page
+    assert "Let it end" not in page and "Mend what failed" not in page
+    best, num, page = judged(list(states))
+    assert (best, num) == (8, 5) and "Not on this page" not in page and "Let it end" in page
+    assert pq.read_table(tmp_path / "sweep" / "trials.parquet").num_rows == len(states)
+
+
+@pytest.mark.parametrize(("scans", "seeds"), [(("p",), (0, 0)), (("p", "q"), (0, 1)), (("p", "q"), (0, None))])
+def test_arms_that_cannot_be_compared_are_named(tmp_path, scans, seeds):
+    """One test scan, no seed in common, or random weights alone: the arm of random weights is there all the same."""
+    space = {"pretrain.seed + probe.seed": {"grid_search": [0, 1]}}
+    arms_of = {"random": {"probe.init": "random"}, "pgl": {}}
+    config = sweep(tmp_path, arms=arms_of, space=space, judge="probe/balanced_accuracy", **PROBED)
+    sweeps.remember(config, tmp_path / "sweep")
+    for (arm, level), seed in zip((("random", 0.4), ("pgl", 0.7)), seeds):
+        if seed is not None:
+            place = ended(tmp_path, {"arm": arm, "pretrain.seed + probe.seed": seed}, level).folder
+            write_json(place / "probe.json", said(level, scans, init="random" if arm == "random" else "run"))
+    content = sweep_report.content(tmp_path / "sweep", lambda runs: {"scans": [], "legend": []})
+    (line,) = content["answers"][1].lines
+    wanted = "no seed, or fewer than two test scans on alike labels, in common with random weights or wrong priors"
+    wanted = wanted if seeds[1] is not None else "random weights or wrong priors alone are judged so far"
+    assert line == (OPEN, wanted, "frozen, pgl" if seeds[1] is not None else "frozen")
 
 
 def test_settings_that_matter_and_their_intervals(tmp_path):
@@ -292,7 +335,8 @@ def test_fine_tuned_arms_are_paired_by_all_their_seeds(tmp_path, keys):
 
 def test_figures_of_few_labels_have_no_published_ones(tmp_path):
     """A grid that was cut off before its largest share, or that names a number of scans."""
-    config = sweep(tmp_path, arms={"random": {"finetune.init": "random"}}, published="liver", space=LR)
+    shares = {"finetune.num_scans": {"grid_search": [0.2, 1.0]}}
+    config = sweep(tmp_path, arms={"random": {"finetune.init": "random"}}, published="liver", space=shares)
     sweeps.remember(config, tmp_path / "sweep")
     values = {"arm": "random", "finetune.num_scans": 0.2}
     run = tmp_path / "sweep" / "trials" / name_of(values) / "finetune"
@@ -305,10 +349,11 @@ def test_figures_of_few_labels_have_no_published_ones(tmp_path):
 def test_scores_that_cannot_be_drawn_leave_no_hole(tmp_path):
     """A sweep of failures alone still has its page; equal scores have a colour."""
     sweeps.remember(sweep(tmp_path, space=LR), tmp_path / "sweep")
-    ended(tmp_path, {"finetune.optim.lr": 0.1}, None, state="failed", error="train/loss is nan")
+    ended(tmp_path, {"finetune.optim.lr": 0.01}, None, state="failed", error="train/loss is nan")
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
     assert "train/loss is nan" in page
-    for lr in (0.2, 0.3):
-        ended(tmp_path, {"finetune.optim.lr": lr}, 0.5, [(40, 0.5)], state="stopped" if lr == 0.3 else "done")
+    for lr in (0.02, 0.03):
+        ended(tmp_path, {"finetune.optim.lr": lr}, 0.5, [(40, 0.5)], state="stopped" if lr == 0.03 else "done")
     page = Path(report.run(c.ReportConfig(run=[str(tmp_path / "sweep")]))).read_text()
-    assert "stopped in finetune" in page and math.isclose(page.count("<figure"), 3)
+    assert "stopped in finetune" in page and "Too few trials came to their end to tell" in page
+    assert math.isclose(page.count("<figure"), 3)

@@ -12,7 +12,7 @@ from small_sweeps import CURVE, LR, ended, sweep
 from pgl_ray import config as c
 from pgl_ray import tune
 from pgl_ray.sweep import checks, population, search, sweeps
-from pgl_ray.sweep.points import name_of, values_of
+from pgl_ray.sweep.points import name_of, values_of, whole_space
 from pgl_ray.train import capacity, checkpoint, nodes, optim
 from pgl_ray.train.metrics import metrics_path, read_metrics
 from pgl_ray.train.run_files import STATE, write_json
@@ -154,6 +154,38 @@ def test_what_optuna_draws_again_is_no_new_trial(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "room_for", lambda config, trials: 1)
     monkeypatch.setattr(tune, "collect", lambda config, folder: len(sweeps.read_trials(folder)))
     assert tune.run_trials(config, [], tmp_path / "sweep") == 3 and rounds == [3, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_left", "said"),
+    [
+        ({}, 0, "a higher num_trials than 3 adds trials"),
+        ({"num_trials": 5}, 2, ""),
+        (
+            {"space": {"finetune.optim.lr": {"loguniform": [0.001, 1.0]}}},
+            3,
+            "3 of them were drawn from an earlier space",
+        ),
+        ({"space": {"finetune.optim.lr": {"loguniform": [0.001, 0.02]}}}, 1, ""),  # two are in it
+        ({"arms": {"a": {}, "b": {}}}, 3, "3 of them were drawn from an earlier space"),
+    ],
+)
+def test_a_space_that_grew_is_drawn_from_anew(tmp_path, monkeypatch, capsys, changes, num_left, said):
+    """What Optuna tried in a narrower space says nothing of the rest; trials of earlier versions count as before."""
+    given = {"space": LR, "search": "optuna", "num_trials": 3, "arms": {"a": {}}}
+    drawn_from, rounds = whole_space(sweep(tmp_path, **given).model_dump()), []
+    for lr in (0.01, 0.02, 0.03):
+        ended(tmp_path, {"arm": "a", "finetune.optim.lr": lr}, 0.5, drawn_from=drawn_from)
+    monkeypatch.setattr(search, "fit", lambda *args: rounds.append(args[3] - len(args[5])))
+    monkeypatch.setattr(tune.launch, "connect", lambda ray: None)
+    monkeypatch.setattr(nodes, "cluster", lambda: capacity.Cluster({}, ({"CPU": 4.0},)))
+    monkeypatch.setattr(tune, "room_for", lambda config, trials: 1)
+    monkeypatch.setattr(tune, "REDRAWS", 1)
+    monkeypatch.setattr(tune, "collect", lambda config, folder: None)
+    tune.run_trials(sweep(tmp_path, **{**given, **changes}), [], tmp_path / "sweep")
+    assert rounds == [num_left] * (num_left > 0) and said in capsys.readouterr().out
+    tune.run_trials(sweep(tmp_path, **given), [], tmp_path / "sweep")  # the first space again: all count
+    assert len(rounds) == (num_left > 0)
 
 
 def test_optuna_knows_nothing_of_arms_left_out(tmp_path, monkeypatch):

@@ -264,7 +264,7 @@ def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
 
     Returns:
         Per point: point, heads (of the judges), rows (name, seeds, cells), sentences, gains (arm -> judge -> `Gain`
-        over the strongest control) and controls (names).
+        over the strongest control, {} where none can be said) and controls (names).
     """
     points: dict[str, dict[str, Judged]] = {}
     for trial in trials:
@@ -296,8 +296,9 @@ def _block(point: str, rows: list[Judged]) -> dict[str, Any]:
         for row in (strongest(judge, readings) for readings in others.values()):
             pairs = _pairs(judge, row, low)
             lines += difference(f"{row.name} against {low.name}", *pairs, MEASURES[judge])
-            if (gap := gain(*pairs, MEASURES[judge])) and not row.control:
-                gains.setdefault(row.name, {})[judge] = gap
+            if not row.control:
+                gap = gain(*pairs, MEASURES[judge])
+                gains.setdefault(row.name, {}).update({judge: gap} if gap else {})
     digits = {judge: 1 if judge == "matching" else 3 for judge in asked}
     return {
         "point": point,

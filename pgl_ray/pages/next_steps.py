@@ -149,6 +149,10 @@ def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
         )
     pairs = arms.scored_alike(arms.same_seed(starts, random))
     gain = arms.dice_gain(pairs) if pairs else None
+    if gain is None and pairs and not arms.unlike(arms.scored_by_both(pairs)[0]):
+        return Line(
+            "Score on more scans", "fewer than two scans were scored with both: evaluate both on the same two or more"
+        )
     if gain is None:
         return Line(
             "Compare alike",

@@ -23,6 +23,7 @@ from pgl_ray.train.run_files import RECORD
 
 BEST, BETTER = "Which is best, and how sure is that?", "Is pre-training better than random weights?"
 SPEED, NEXT = "What limited speed?", "What to do next?"
+UNPAIRED = "no seed, or fewer than two test scans on alike labels, in common with"
 EDGE = 0.1  # share of a range at either end
 Blocks = list[dict[str, Any]]
 
@@ -107,10 +108,16 @@ def of_frozen(judged: Blocks) -> list[Line]:
     """Per arm and point what the judges of frozen encoders say of it against the strongest control."""
     lines = []
     for block in judged:
+        at = f", {block['point']}" if len(judged) > 1 else ""
+        if block["controls"] and not block["gains"]:
+            lines.append(Line(OPEN, "random weights or wrong priors alone are judged so far", f"frozen{at}"))
         for arm, gains in block["gains"].items():
-            name = f"frozen, {arm}" + (f", {block['point']}" if len(judged) > 1 else "")
+            name = f"frozen, {arm}{at}"
             if not block["controls"]:
                 lines.append(Line(OPEN, "no arm of random weights or wrong priors was judged", name))
+                continue
+            if not gains:
+                lines.append(Line(OPEN, f"{UNPAIRED} random weights or wrong priors", name))
                 continue
             lines.append(Line(_verdict([*gains.values()]), "; ".join(_words(one) for one in gains.values()), name))
     return lines
@@ -129,7 +136,7 @@ def of_tuned(config: dict[str, Any], grid: dict[str, Any] | None) -> list[Line]:
             lines.append(Line(OPEN, "random weights alone are evaluated so far", f"fine-tuned{at}"))
         for arm, gain in block["gains"].items():
             name = f"fine-tuned, {arm}{at}"
-            none = Line(OPEN, "no seed and scans in common with random weights", name)
+            none = Line(OPEN, f"{UNPAIRED} random weights", name)
             lines.append(Line(_verdict([gain]), _words(gain), name) if gain else none)
     return lines
 
@@ -155,7 +162,7 @@ def _best_probed(trials: list[Trial]) -> Line:
     result = read_json(path) if path and path.is_file() else {}
     standing = {judge: Standing(**one) for judge, one in result.get("standing", {}).items()}
     if not standing:
-        return Line(OPEN, "this sweep has no arm of random weights, and no judge set a trial beside them")
+        return Line(OPEN, "no arm of random weights was judged or tested, and no judge set a trial beside them")
     values = {judge: score["value"] for judge, score in tables.counted(result).items()}
     ahead = {one.is_ahead if one.ahead_ci95 else None for one in standing.values()}
     verdict = (YES if ahead == {True} else "In part") if True in ahead else NO if ahead == {False} else OPEN
@@ -182,9 +189,10 @@ def next_step(config: dict[str, Any], trials: list[Trial], leading: list[Line], 
         trials: of the sweep.
         leading, better: what the first two questions were answered by.
     """
-    failed = [trial for trial in trials if trial.state == "failed"]
+    again = sweeps.tried_again(config, trials)
+    failed = [trial for trial in again if trial.state == "failed"]
     done = sweeps.judged(trials)
-    if any(trial.state == "running" for trial in trials) or not trials:
+    if len(again) > len(failed) or not trials:
         return Line("Let it end", f"{_states(trials)}; where it runs no more, the same command goes on from there")
     if failed:
         error = " ".join((failed[0].error or "for an unknown reason").split())[:200]
@@ -206,7 +214,7 @@ def next_step(config: dict[str, Any], trials: list[Trial], leading: list[Line], 
     if any(line.verdict == NO for line in better):
         return Line("Train on", "an arm is worse than random weights or no places: longer pre-training, larger views")
     if any(line.verdict == OPEN for line in [*leading, *better]):
-        return Line("Repeat", "more seeds, or more test scans: what is open above is within their noise")
+        return Line("Repeat", "more seeds, or more test scans: these are too few for what is open above")
     return Line("Use it", "nothing that these figures could tell is open")
 
 

@@ -36,7 +36,7 @@ def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any
         overlays: draws the labels of several evaluated runs.
     """
     config = read_json(folder / sweeps.SWEEP)
-    trials = sweeps.read_trials(folder, config["arms"])  # of those that it has now
+    trials, (arms_out, trials_out) = sweeps.present(folder, config), sweeps.left_out(folder, config)
     scored = [trial for trial in trials if trial.score is not None and trial.state in sweeps.ENDED]
     done = sweeps.judged(trials)
     best = done[0] if done else None
@@ -50,7 +50,8 @@ def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any
         "judge": config["judge"],
         "lower": sweeps.merit(config["judge"], 1.0) < 0,
         "num": sweeps.num_by_state(trials),
-        "left_out": sorted({trial.values.get("arm") for trial in sweeps.read_trials(folder)} - {None, *config["arms"]}),
+        "arms_out": arms_out,
+        "trials_out": trials_out,
         "best": best and {"title": best.title, "score": best.score, "name": best.name},
         "judges": [tables.JUDGED[judge][0] for judge in judges],
         "trials": [_row(trial, judges) for trial in sorted(trials, key=lambda t: (t.state != "done", -t.merit))],

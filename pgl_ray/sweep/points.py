@@ -1,4 +1,5 @@
-"""Points of a sweep's space: the values that one trial takes, how they are drawn, and the trial's name by them."""
+"""Points of a sweep's space: the values that one trial takes, how they are drawn, which space they are of, and the
+trial's name by them."""
 
 import contextlib
 import hashlib
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 from pgl_ray.config import TuneConfig
 
 LEARNING_RATE = "finetune.optim.lr"  # that population based training changes
+LISTED = ("choice", "grid_search")
+Space = dict[str, dict[str, list[Any]]]  # key -> verb -> its arguments
 
 
 class Point(NamedTuple):
@@ -68,6 +71,40 @@ def domain(verbs: dict[str, list[Any]]) -> Any:
             return getattr(tune, verb)(*args)
         except TypeError as error:
             raise ValueError(error) from None
+
+
+def whole_space(config: dict[str, Any]) -> Space:
+    """The space of a config, such as sweep.json, with its arms as a choice."""
+    return ({"arm": {"choice": list(config["arms"])}} if config["arms"] else {}) | config["space"]
+
+
+def of_space(config: dict[str, Any], values: dict[str, Any]) -> bool:
+    """Whether a trial's values are of the arms and the space that a config has; pbt gives learning rates of its own."""
+    space, free = whole_space(config), LEARNING_RATE if config["scheduler"]["kind"] == "pbt" else None
+    return values.keys() == space.keys() and all(k == free or _may_be(space[k], value) for k, value in values.items())
+
+
+def covers(earlier: Space, space: Space) -> bool:
+    """Whether all that can be drawn from a space could be drawn from an earlier one, too."""
+    return earlier.keys() == space.keys() and all(
+        verbs.keys() == earlier[key].keys() and all(_may_be(earlier[key], value) for value in _ends(verbs))
+        for key, verbs in space.items()
+    )
+
+
+def _may_be(verbs: dict[str, list[Any]], value: Any) -> bool:
+    ((verb, args),) = verbs.items()
+    if verb in LISTED:
+        return value in args
+    low, high = _ends(verbs)
+    slack = 1e-9 * max(abs(low), abs(high))  # 0.3 of quniform is 0.30000000000000004
+    return isinstance(value, int | float) and low - slack <= value <= high + slack
+
+
+def _ends(verbs: dict[str, list[Any]]) -> list[Any]:
+    """What is listed, or the lowest and the highest."""
+    ((verb, args),) = verbs.items()
+    return args if verb in LISTED else [args[0], args[1] - (verb == "randint")]
 
 
 @contextlib.contextmanager

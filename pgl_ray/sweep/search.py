@@ -41,7 +41,7 @@ def fit(
     space: dict[str, Any] = {"sweep": config.model_dump_json(), "room": room}
     search, samples = None, 1
     if config.search == "optuna":
-        search, samples = make_optuna(config, sweeps.read_trials(folder, config.arms), again), num - len(done)
+        search, samples = make_optuna(config, sweeps.read_trials(folder), again), num - len(done)
     else:
         space["trial"] = tune.grid_search([_as_continued(folder, trial) for trial in left])
     shutil.rmtree(folder / "tune", ignore_errors=True)
@@ -160,7 +160,7 @@ def _callback(config: TuneConfig, folder: Path, num: int, room: int) -> Any:
             if time.monotonic() - self.looked < LOOK_S:
                 return
             self.looked = time.monotonic()
-            known = {trial.name: trial for trial in sweeps.read_trials(folder, config.arms)}
+            known = {trial.name: trial for trial in sweeps.present(folder, config.model_dump())}
             states = {trial.name: trial.state for trial in known.values()}
             new = {name for name, state in states.items() if (self.before or {}).get(name) != state}
             due = time.monotonic() - self.printed > SHOW_S

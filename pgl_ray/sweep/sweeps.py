@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pgl_ray.data.system import lock_file
 from pgl_ray.judge.judges import HIGHER_IS_BETTER
 from pgl_ray.pages.run_folders import duration_s
 from pgl_ray.pages.tables import probe_values
+from pgl_ray.sweep.points import Space, covers, of_space, whole_space
 from pgl_ray.train.health import verdict
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.records import RunRecord, parse, read_json
@@ -45,6 +46,7 @@ class Trial(BaseModel):
     Attributes:
         name, folder: of the trial.
         values: its point of the space, and its arm.
+        drawn_from: the space and the arms when it last began; none in earlier versions.
         state: running (or interrupted), done, stopped (by the scheduler), collapsed, failed.
         started, since: when it began first and last, s since 1970.
         took_s: of its starts that have ended.
@@ -63,6 +65,7 @@ class Trial(BaseModel):
     name: str
     folder: Path
     values: dict[str, Any]
+    drawn_from: Space | None = None
     state: str
     started: float = 0.0
     since: float = 0.0
@@ -184,13 +187,14 @@ def check_same(config: TuneConfig, folder: Path) -> None:
         raise ValueError(f"run={config.run} exists and is no sweep of pgl_ray: choose another run=...")
 
 
-def remember(config: TuneConfig, folder: Path) -> None:
-    """Writes sweep.json, after `check_same`; arms that are left out now stay known as `earlier_arms`."""
+def remember(config: TuneConfig, folder: Path, drawn: Iterable[str] = ()) -> None:
+    """Writes sweep.json, after `check_same`, with the names of the trials that are `drawn`; arms that are left out now
+    stay known as `earlier_arms`."""
     check_same(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_json(folder / SWEEP) if (folder / SWEEP).exists() else {"arms": {}}
     arms = earlier.get("earlier_arms", {}) | earlier["arms"]
-    write_json(folder / SWEEP, json.loads(config.model_dump_json()) | {"earlier_arms": arms})
+    write_json(folder / SWEEP, json.loads(config.model_dump_json()) | {"earlier_arms": arms, "drawn": [*drawn]})
 
 
 def note(folder: Path, **facts: Any) -> None:
@@ -232,10 +236,37 @@ def read_trial(folder: Path) -> Trial | None:
     return trial
 
 
-def read_trials(folder: Path, arms: Collection[str] | None = None) -> list[Trial]:
-    """Trials of a sweep that began, in the order in which they did: all, or without those of other arms than `arms`."""
-    begun = sorted(filter(None, map(read_trial, (folder / "trials").glob("*"))), key=lambda trial: trial.started)
-    return [trial for trial in begun if arms is None or trial.values.get("arm") in (None, *arms)]
+def read_trials(folder: Path) -> list[Trial]:
+    """Trials of a sweep that began, in the order in which they did, those of earlier spaces, too."""
+    return sorted(filter(None, map(read_trial, (folder / "trials").glob("*"))), key=lambda trial: trial.started)
+
+
+def present(folder: Path, config: dict[str, Any]) -> list[Trial]:
+    """Those of the arms and the space that a config, such as sweep.json, has now."""
+    return [trial for trial in read_trials(folder) if of_space(config, trial.values)]
+
+
+def left_out(folder: Path, config: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """All others: the arms that are left out, and the titles of the trials that the space leaves out of other arms."""
+    others = [trial for trial in read_trials(folder) if not of_space(config, trial.values)]
+    arms = {trial.values.get("arm") for trial in others} - {None, *config["arms"]}
+    return sorted(arms), sorted(trial.title for trial in others if trial.values.get("arm") not in arms)
+
+
+def counted(config: dict[str, Any], trials: Iterable[Trial]) -> list[Trial]:
+    """Trials of Optuna's that ended and are of its num_trials: a space that grew is to be drawn from as often anew."""
+    ended, space = (trial for trial in trials if trial.state in ENDED), whole_space(config)
+    return [trial for trial in ended if trial.drawn_from is None or covers(trial.drawn_from, space)]
+
+
+def tried_again(config: dict[str, Any], trials: Iterable[Trial]) -> list[Trial]:
+    """Those that failed or were interrupted and that the same command goes on with; it may draw others by now."""
+    trials = list(trials)
+    waiting = [trial for trial in trials if trial.state not in ENDED]
+    if config["search"] == "optuna":
+        return waiting if len(counted(config, trials)) < config["num_trials"] else []
+    drawn = config.get("drawn")  # earlier versions did not note them
+    return [trial for trial in waiting if not drawn or trial.name in drawn]
 
 
 def collapsed(run: str) -> str | None:

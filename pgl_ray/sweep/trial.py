@@ -17,7 +17,7 @@ from pgl_ray import evaluate, finetune, pretrain, probe
 from pgl_ray.config import FailedRun, PretrainConfig, Section, TrainConfig, TuneConfig, build
 from pgl_ray.data.system import lock_file
 from pgl_ray.sweep import sweeps
-from pgl_ray.sweep.points import own_name, values_of
+from pgl_ray.sweep.points import own_name, values_of, whole_space
 from pgl_ray.sweep.population import take_over
 from pgl_ray.sweep.stages import end_of, judged_from, stage_config, stage_configs
 from pgl_ray.train import nodes
@@ -44,14 +44,15 @@ def run(point: dict[str, Any]) -> None:
 
 def run_stages(config: TuneConfig, values: dict[str, Any], folder: Path, room: int) -> None:
     """A trial from where it stands: its state and score are noted in its folder, and Ray Tune hears of them."""
-    earlier, name = sweeps.read_trial(folder), folder.name
+    earlier, name, space = sweeps.read_trial(folder), folder.name, whole_space(config.model_dump())
     if earlier and earlier.state in sweeps.ENDED:  # Optuna drew it a second time
+        sweeps.note(folder, drawn_from=space)
         if earlier.score is not None:
             _report(config.judge, earlier.score, end_of(config), name)
         return
     judges = {"judged_from": judged_from(config), "judge": config.judge}
     facts = {} if earlier else {"values": values, "started": time.time(), **judges}
-    sweeps.note(folder, state="running", error=None, since=time.time(), **facts)
+    sweeps.note(folder, state="running", error=None, since=time.time(), drawn_from=space, **facts)
     try:
         score, collapse = _stages(config, values, folder, room)
         sweeps.end(folder, "collapsed" if collapse else "done", collapse, score)
