@@ -99,7 +99,7 @@ def run(config: BenchConfig) -> Result:
         ValueError: wrong config or no store.
         FailedRun: no Ray cluster.
     """
-    device = pick_device(config.train.device)
+    device = pick_device(config.train.device, "train.device")
     on.check_training_precision(device.type, config.train.precision)
     index = store.read_index(config.index)
     plan = make_plan(config, index)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pgl_ray.config import EvaluateConfig, FailedRun
+from pgl_ray.config import EvaluateConfig, FailedRun, another_store
 from pgl_ray.data.durable import check_writable, write_aside
 from pgl_ray.data.facts import seen_notes
 from pgl_ray.data.store import Index, ScanRecord, check_labelled, read_index
@@ -173,7 +173,9 @@ def _choose(config: EvaluateConfig, meta: CheckpointMeta, index: Index) -> list[
         ("spacing_mm", *(size and list(size) for size in (meta.spacing_mm, index.spacing_mm))),
     ):
         if trained != stored:
-            raise ValueError(f"run={config.run} was trained with {name} {trained}, index={config.index} has {stored}")
+            mend = "give a store with the run's labels" if name == "labels" else another_store(name, trained)
+            text = f"run={config.run} was trained with {name} {trained}, index={config.index} has {stored}"
+            raise ValueError(f"{text}: {mend}")
     records = index.labelled(config.split)[: config.num_scans]
     if not records:
         splits = sorted({record.split for record in index.scans if record.labelled})

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pgl_ray import outlook
-from pgl_ray.config import FailedRun, PretrainConfig, build
+from pgl_ray.config import FailedRun, PretrainConfig, another_store, build
 from pgl_ray.data import batch_views, store, stream
 from pgl_ray.data.facts import seen_notes, store_facts, training_facts
 from pgl_ray.data.trainings import make_plan, make_renderer
@@ -115,7 +115,8 @@ def make_probe(config: PretrainConfig) -> Judges:
         need = f"probe.every={config.probe.every} needs some: give a store that has as probe.index=..."
         raise ValueError(f"{key}={where} holds no labels, and {need}")
     if index.hu_window != window:
-        raise ValueError(f"probe.index={where} has hu_window={index.hu_window}, index={config.index} has {window}")
+        text = f"probe.index={where} has hu_window={list(index.hu_window)}, index={config.index} has {list(window)}"
+        raise ValueError(f"{text}: {another_store('hu_window', window)}")
     settings = {"index": where, "size": config.probe.size or config.views.size}
     return Judges(index, config.probe.model_copy(update=settings))
 

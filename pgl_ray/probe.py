@@ -28,7 +28,7 @@ from pgl_ray.judge.judges import JUDGES, Judges, Score, Standing, answer, to_dev
 from pgl_ray.judge.readings import in_words
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
-from pgl_ray.pages import feature_pictures
+from pgl_ray.pages import feature_pictures, probe_tables
 from pgl_ray.pages.figures import to_bytes
 from pgl_ray.train import run_paths
 from pgl_ray.train.run_files import write_json
@@ -223,8 +223,9 @@ def _figures(
     """Pictures of what point matching finds, and of the features, beside those of random weights' strongest reading."""
     if "matching" not in config.judges or config.init == "random":
         return {}
-    own, text = next(iter(judged)), "{}, {}: median matching error {:.0f} mm"
-    drawn = {text.format(Path(config.init).name, in_words(judged)[own], judged[own]["matching"].value): (encoder, own)}
+    own, name = next(iter(judged)), probe_tables.name_of(config.init)
+    title = f"{name}, {in_words(judged)[own]}: median matching error {judged[own]['matching'].value:.0f} mm"
+    drawn = {title: (encoder, own)}
     states = readings.possible(encoder, False)
     names = {f"random, {in_words(states)[reading]}": reading for reading in states}
     errors = {name: scores["matching"].value for name, scores in controls.items() if name in names}
@@ -268,8 +269,8 @@ def table(result: ProbeResult) -> str:
     asked = [judge for judge in JUDGES if judge in next(iter(result.readings.values()))]
     heads = {"voxels": f"{'voxels':>8}{'last map':>10}", "decoder": f"{'Dice':>8}{'HD95 mm':>9}"}
     heads["matching"] = f"{'match mm':>10}{'deformed':>10}"
-    words = in_words(result.readings)
-    rows = {f"{Path(result.init).name}, {words[reading]}": one for reading, one in result.readings.items()}
+    words, name = in_words(result.readings), probe_tables.name_of(result.init)
+    rows = {f"{name}, {words[reading]}": one for reading, one in result.readings.items()}
     chance = result.init == "random"  # is its own control
     rows |= {name: one for name, one in result.controls.items() if not chance or name.startswith("control")}
     rows |= {"trained with all labels": result.ceiling} if result.ceiling else {}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pgl_ray import cli
+from pgl_ray.config import BenchConfig, build
 from pgl_ray.data import scan_files, store
 from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
@@ -128,6 +129,14 @@ def test_bench_measures_both_halves(ray_cluster, capsys, labelled):
     out = capsys.readouterr().out
     assert "data only" in out and "step only" in out and "both" in out and "limits the run" in out
     assert "1,000 pairs would take" in out and "GPU-hours on an H200" in out
+
+
+def test_bench_refuses_a_device_by_its_own_key(monkeypatch):
+    from pgl_ray import bench
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^train.device=cuda, .*: take train.device=auto$"):
+        bench.run(build(BenchConfig, {"index": "s", "train": {"device": "cuda"}}))
 
 
 def test_bench_says_what_limits_and_what_to_change():

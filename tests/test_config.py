@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from pgl_ray import config as c
 from pgl_ray import shipped
+from pgl_ray.data.random_numbers import uniforms
 from pgl_ray.sweep import checks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,6 +153,27 @@ def test_what_is_no_number_is_none(arg, tmp_path):
         with pytest.raises(ValueError, match=f"^{key}[=.]") as caught:
             c.load(c.PretrainConfig, ["index=a", "run=b", given])
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("door", ["pretrain", "finetune", "probe", "evaluate", "tune", "demo"])
+def test_a_seed_is_as_large_as_its_generators_take(door):
+    most = 2**31 - 1 if door == "tune" else 2**63 - 1
+    assert c.load(MODELS[door], [*minimal(MODELS[door]), f"seed={most}"]).seed == most
+    if door == "tune":
+        np.random.RandomState(most + 10**6)  # as of a sweep that goes on
+    else:
+        torch.Generator().manual_seed(most + 2)
+        assert uniforms(most, np.zeros(1, int), ["a"], np.zeros(1, int), 2).shape == (1, 2)
+    with pytest.raises(ValueError, match=rf"^seed={most + 1}: Input should be less than {most + 1}$"):
+        c.load(MODELS[door], [*minimal(MODELS[door]), f"seed={most + 1}"])
+
+
+@pytest.mark.parametrize(("door", "key"), [("pretrain", "pairs_per_scan"), ("finetune", "patches_per_scan")])
+def test_an_epoch_is_no_longer_than_can_be_shuffled(door, key):
+    args = minimal(MODELS[door])
+    assert getattr(c.load(MODELS[door], [*args, f"{key}=1000000"]), key) == 10**6
+    with pytest.raises(ValueError, match=rf"^{key}={10**19}: Input should be less than or equal to 1000000$"):
+        c.load(MODELS[door], [*args, f"{key}={10**19}"])
 
 
 def test_no_truth_stands_for_the_number_of_a_label():

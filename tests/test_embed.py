@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from dataclasses import replace
 from itertools import product
 
 import nibabel as nib
@@ -144,6 +145,19 @@ def test_pooling_is_the_mean_over_the_body():
                 num += 1
         right.append(total / num)
     np.testing.assert_allclose(features.pooled(scan, maps), np.concatenate(right), atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_pooling_of_a_thin_scan_is_over_its_body(depth):
+    """One or two slices of 1 mm under points every 4 mm: what is not body counts nothing."""
+    voxels = np.full((depth, 16, 20), -1000, np.int16)
+    voxels[:, 4:8, 10:20] = 0
+    scan = replace(scan_of(voxels), spacing_mm=(1.0, 4.0, 4.0))
+    values = torch.arange(4 * 5).view(1, 1, 4, 5).half()  # cells of 4 x 4 voxels, centred on them
+    one = features.FeatureMap("x", values, (4, 4, 4), (2.0, 2.0, 2.0), AFFINE)
+    cells = values[0, 0, 1].double()
+    right = (2 * cells[2] + 4 * cells[3] + 4 * cells[4]) / 10
+    np.testing.assert_allclose(features.pooled(scan, [one]), right.numpy(), rtol=1e-6)
 
 
 def test_pooling_takes_all_where_nothing_is_body():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from pgl_ray import cli, evaluate
-from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, build
+from pgl_ray.config import EvaluateConfig, FailedRun, InferenceConfig, PrepareConfig, build, load
 from pgl_ray.data import scan_files, store
 from pgl_ray.files.resample import resample
 from pgl_ray.judge import scoring
@@ -195,11 +196,20 @@ def test_a_scan_that_got_a_grid_of_its_own_is_evaluated_again(folder, monkeypatc
     assert "3 scans of split='test' on cpu, 2 of them known already" in capsys.readouterr().out
 
 
-def test_a_store_of_another_voxel_size_is_refused(folder, monkeypatch):
-    known_run(monkeypatch, folder)
-    store.write_index(folder / "s", LABELS, WINDOW, spacing_mm=(3.0, 2.0, 1.5))
-    with pytest.raises(ValueError, match=r"was trained with spacing_mm None, index=.* has \[3.0, 2.0, 1.5\]"):
+@pytest.mark.parametrize("key", ["spacing_mm", "hu_window"])
+@pytest.mark.parametrize("run_has_it", [True, False])
+def test_a_store_prepared_otherwise_is_refused(folder, monkeypatch, key, run_has_it):
+    """And what is said to be typed is what prepare takes."""
+    values = {"spacing_mm": [(3.0, 2.0, 1.5), None], "hu_window": [(-500.0, 500.0), WINDOW]}[key]
+    trained, stored = values if run_has_it else values[::-1]
+    known_run(monkeypatch, folder, **({"spacing": trained} if key == "spacing_mm" else {"window": trained}))
+    window, spacing = (WINDOW, stored) if key == "spacing_mm" else (stored, None)
+    store.write_index(folder / "s", LABELS, window, spacing_mm=spacing)
+    lists = [re.escape(str(one and list(one))) for one in (trained, stored)]
+    said = rf"was trained with {key} {lists[0]}, index=.* has {lists[1]}: prepare .* another store=\.\.\. with '.*'$"
+    with pytest.raises(ValueError, match=said) as caught:
         evaluate.run(config(folder))
+    assert getattr(load(PrepareConfig, ["source=a", "store=b", str(caught.value).split("'")[-2]]), key) == trained
 
 
 def test_a_store_that_was_moved_is_named_where_it_is(folder, monkeypatch):

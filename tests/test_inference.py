@@ -124,6 +124,8 @@ def test_pick_device(monkeypatch):
     assert inference.pick_device("auto").type == "cpu"
     with pytest.raises(ValueError, match=r"inference.device=cuda"):
         inference.pick_device("cuda")
+    with pytest.raises(ValueError, match=r"^train.device=cuda, .* take train.device=auto$"):
+        inference.pick_device("cuda", "train.device")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert inference.pick_device("auto").type == "cuda" and inference.pick_device("cpu").type == "cpu"
 

@@ -383,6 +383,15 @@ def test_a_curve_without_labels_says_which_store_to_give(planted, tmp_path, key)
     assert pretrain.make_probe(mended).probe.scans[1]  # what it says to do
 
 
+def test_a_curve_of_another_window_says_how_to_prepare(planted, tmp_path):
+    write_scan(tmp_path / "pool", "a", np.zeros(SHAPE, np.int16), np.eye(4), split="train", hu_window=(-900.0, 300.0))
+    write_index(tmp_path / "pool", {}, (-900.0, 300.0))
+    given = {"every": 7, "index": str(planted.store)}
+    settings = build(PretrainConfig, {"index": str(tmp_path / "pool"), "run": str(tmp_path / "run"), "probe": given})
+    with pytest.raises(ValueError, match=r"has \[-900.0, 300.0\]: prepare .* with 'hu_window=\[-900.0,300.0\]'$"):
+        pretrain.make_probe(settings)
+
+
 def recorded(run):
     """Step -> what the metrics say of the probe."""
     rows = {int(row["step"]): row for row in loop.rows_of(run)}

@@ -18,7 +18,7 @@ import pytest
 from browser import CHROMIUM, faults
 from scipy import ndimage, stats
 
-from pgl_ray import cli, report
+from pgl_ray import cli, probe, report
 from pgl_ray.config import FinetuneConfig, PretrainConfig, ReportConfig, build, load
 from pgl_ray.data import scan_files, store
 from pgl_ray.files.resample import resample
@@ -327,6 +327,23 @@ def test_encoders_of_one_name_are_told_apart(scans, tmp_path):
     assert rows["paper/pretrain, probe_8, BatchNorm re-estimated"][0].startswith("0.700")
     columns = table_rows(page, "recall of voxels", head=1)["class"]
     assert {"contrast/pretrain", "paper/pretrain, probe", "paper/pretrain, probe_8"} <= set(columns)
+
+
+@pytest.mark.parametrize("folder", ["random", "control"])
+def test_an_encoder_called_as_a_control_has_its_own_row(folder):
+    """In the report's table and in the printed one: its figures beside the control's, not in their place."""
+    init = f"/runs/{folder}"
+    result = judged(init, (0.95, 0.5, 20.0))
+    result["controls"]["control, BatchNorm re-estimated"] = judged("random")["controls"]["random, BatchNorm off"]
+    probes = [(Path("a/probe.json"), result), (Path("b/probe.json"), judged("random"))]
+    alone = probe_tables.names_of(probes[:1])
+    assert alone == [f"runs/{folder}"] and "random" in probe_tables.names_of(probes)
+    rows = {row["name"]: row["cells"][0]["value"] for row in probe_tables.table(probes[:1])["rows"]}
+    assert rows[f"{alone[0]}, BatchNorm re-estimated"] == 0.95 and rows[f"{folder}, BatchNorm re-estimated"] < 0.95
+    printed = probe.table(probe.ProbeResult(**result, steps=None)).splitlines()
+    for name in (alone[0], "random", "control"):
+        assert [line.startswith(f"{name}, BatchNorm re-estimated ") for line in printed].count(True) == 1
+    assert any(line.startswith(f"{alone[0]}, BatchNorm re-estimated") and "0.950" in line for line in printed)
 
 
 @pytest.mark.parametrize("judge", JUDGES)

@@ -40,6 +40,7 @@ from pgl_ray.config.stores import PartConfig as PartConfig
 from pgl_ray.config.stores import PrepareConfig as PrepareConfig
 from pgl_ray.config.stores import RecipeConfig as RecipeConfig
 from pgl_ray.config.stores import StoreConfig as StoreConfig
+from pgl_ray.config.stores import another_store as another_store
 from pgl_ray.config.sweep import STAGES as STAGES
 from pgl_ray.config.sweep import SchedulerConfig as SchedulerConfig
 from pgl_ray.config.sweep import TuneConfig as TuneConfig

@@ -84,10 +84,11 @@ StorePath = Annotated[WrittenPath, AfterValidator(_absolute_or_url)]
 RunPath = StorePath  # of a pre-training or fine-tuning; a sweep is a folder
 FilePath = Annotated[WrittenPath, AfterValidator(_absolute)]
 Init = Annotated[str, AfterValidator(_absolute_unless_named)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # views are drawn from it as an int64
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+PerScan = Annotated[int, Field(ge=1, le=10**6)]  # draws in an epoch, of which all are shuffled in memory
 LabelledScans = Annotated[int | float, BeforeValidator(_share_or_number)]
 LEAST_VOXEL_MM, LARGEST_VOXEL_MM = 0.02, 30.0  # finest cone-beam CT: 0.075; thickest slices: 10 to 20
 Length = Annotated[float, Field(ge=LEAST_VOXEL_MM, le=LARGEST_VOXEL_MM)]  # of a voxel, in mm

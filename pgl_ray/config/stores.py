@@ -1,6 +1,7 @@
 """Knobs of stores: what prepare converts and inspect shows."""
 
-from typing import Annotated, Literal, Self
+import json
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -23,6 +24,11 @@ class LabelsConfig(Section):
     """CSV inside the source folder (comma, semicolon or tab) with a row per scan, by its id, file name or path; columns
     `split` or `labelled_organs` (separated by blanks, or by ; or |), or both. An organ that a row does not list is
     unlabelled in that scan, not absent."""
+
+
+def another_store(key: str, value: Any) -> str:
+    """The mend where a store was prepared with another value of `key` than a network's: how to type it."""
+    return f"prepare the scans into another store=... with '{key}={json.dumps(value, separators=(',', ':'))}'"
 
 
 class PartConfig(Section):

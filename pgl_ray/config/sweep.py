@@ -80,7 +80,7 @@ class TuneConfig(Section):
     """Trials at a time; none: as many as the cluster's CPUs and GPUs hold, with those that its autoscaler can add."""
     published: Literal["bcv", "liver", "kits", "spleen"] | None = None
     """Tables of conf/published.yaml that the report sets beside the arms of the same name."""
-    seed: Seed = 0
+    seed: Annotated[Seed, Field(lt=2**31)] = 0  # numpy's RandomState and Optuna's take 32 bits, and more is added to it
     """Seed of the draws."""
     ray: RayConfig = RayConfig()
 

@@ -12,6 +12,7 @@ from pgl_ray.config.fields import (
     FilePath,
     Init,
     LabelledScans,
+    PerScan,
     Positive,
     RunPath,
     Section,
@@ -67,7 +68,7 @@ class PretrainConfig(Section):
     """Length of the run in steps instead of epochs; all schedules span it."""
     global_batch_size: Positive = 128
     """View pairs per step over all workers."""
-    pairs_per_scan: Positive = 1
+    pairs_per_scan: PerScan = 1
     """View pairs per scan and epoch."""
     ema_decay: Share = 0.996
     """Target decay omega at the start (Eq. 10); it rises to 1 along a cosine, as in BYOL. Not used by genesis."""
@@ -227,7 +228,7 @@ class FinetuneConfig(Section):
     """Parts that a worker's patches of a step go through the network in, where memory is short. The gradient is that of
     the whole, the Dice of Eq. 11 and 12 included (which costs a second forward pass); BatchNorm sees a part at a
     time."""
-    patches_per_scan: Positive = 8
+    patches_per_scan: PerScan = 8
     """Patches per scan and epoch."""
     foreground_share: Share = 0.0
     """Share of the patches that are centred in the box of a random labelled organ; 0 = uniform, as the paper."""

@@ -203,9 +203,7 @@ def pooled(scan: Scan, maps: Sequence[FeatureMap]) -> np.ndarray:
     Returns:
         float32 [sum of channels].
     """
-    steps = [max(1, round(BODY_MM / length)) for length in scan.spacing_mm]
-    thin = any(by // 2 >= size for by, size in zip(steps, scan.voxels.shape))  # no point of the grid lies in it
-    points = np.empty((0, 3)) if thin else body_points(scan.voxels, scan.spacing_mm, BODY_MM) + 0.5
+    points = body_points(scan.voxels, scan.spacing_mm, BODY_MM) + 0.5
     means = []
     for one in maps:
         shape = one.values.shape[1:]

@@ -226,12 +226,16 @@ def _class_index(logits: Tensor, task: str) -> Tensor:
     return index
 
 
-def pick_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device to infer on; auto takes CUDA where there is one.
+def pick_device(name: Literal["auto", "cpu", "cuda"], key: str = "inference.device") -> torch.device:
+    """The device to compute on; auto takes CUDA where there is one.
+
+    Args:
+        name: what is asked for.
+        key: of the config, that asks for it.
 
     Raises:
         ValueError: CUDA is asked for and missing.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("inference.device=cuda, but this machine has no CUDA device: take inference.device=auto")
+        raise ValueError(f"{key}=cuda, but this machine has no CUDA device: take {key}=auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

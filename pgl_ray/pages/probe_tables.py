@@ -18,6 +18,7 @@ MORE = {  # a judge's second figure: its key, the head of its column, and how it
     "matching": ("deformed_mm", "moved, mm", ".1f"),
 }
 ORGAN_SPECS = {"voxels": ".2f", "decoder": ".2f", "matching": ".0f"}
+CONTROLS = ("random", "control")  # how the names of their rows begin
 
 
 def read(runs: list[Run]) -> tuple[list[tuple[Path, dict[str, Any]]], list[str]]:
@@ -106,9 +107,18 @@ def window_of(result: dict[str, Any]) -> str:
 
 def names_of(probes: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     """Short names of the encoders that were judged, with the file's where one was judged several times."""
-    names = short_names([result["init"].rstrip("/") for _, result in probes])
+    inits = [result["init"].rstrip("/") for _, result in probes]
+    names = [name_of(init, short) for init, short in zip(inits, short_names(inits))]
     several = {name for name, count in Counter(names).items() if count > 1} - {"random"}  # which are all the same
     return [f"{name}, {path.stem}" if name in several else name for name, (path, _) in zip(names, probes)]
+
+
+def name_of(init: str, short: str = "") -> str:
+    """Name of an encoder that is judged, which no control has: `short`, or the last part of its path; in the folder
+    above where that is what controls are called."""
+    path = Path(init)
+    short = short or path.name
+    return str(Path(*path.parts[-2:])) if short in CONTROLS and init != "random" else short
 
 
 def scored(name: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:

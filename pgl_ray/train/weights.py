@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgl_ray.config import PRETRAINED, ViewsConfig
+from pgl_ray.config import PRETRAINED, ViewsConfig, another_store
 from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.resenc import ResEncoder
@@ -186,7 +186,8 @@ def read(
     file, meta = _read(init)
     if hu_window is not None and meta and list(meta.hu_window) != list(hu_window):
         raise ValueError(
-            f"init={init} was trained with hu_window={list(meta.hu_window)}, the index has {list(hu_window)}"
+            f"init={init} was trained with hu_window={list(meta.hu_window)}, the index has {list(hu_window)}: "
+            f"{another_store('hu_window', meta.hu_window)}"
         )
     wanted, known = json.loads(json.dumps([settings, meta and meta.encoder]))
     if wanted and known and not allow_partial and wanted != known:
