@@ -38,7 +38,7 @@ from pgl_ray.train.run_files import write_json
 from pgl_ray.train.weights import check_flips, load_segmenter
 
 PAGE = (".html", ".png")
-BESIDE = (".json", *PAGE)  # a label map
+COMPANIONS = (".json", *PAGE)  # of a label map
 
 
 class Result(NamedTuple):
@@ -212,10 +212,10 @@ def _work(source: Path, output: Path) -> tuple[list[Job], list[Fault], list[Faul
                 f"output={output}: {job.target} is there, and predict has not written it: choose another "
                 "output, or delete that file if a version of before was ended while it wrote"
             )
-        for beside in filter(Path.exists, map(job.with_suffix, BESIDE)):
+        for companion in filter(Path.exists, map(job.with_suffix, COMPANIONS)):
             raise ValueError(
-                f"output={output}: {beside} is there, and predict, which would replace it, has not written it: choose "
-                "another output, or move it away"
+                f"output={output}: {companion} is there and would be replaced, and no {job.with_suffix('.json').name} "
+                "says that predict has written it: choose another output, or move it away"
             )
     return jobs, faults, left_out
 
@@ -223,7 +223,7 @@ def _work(source: Path, output: Path) -> tuple[list[Job], list[Fault], list[Faul
 def _without_made(tree: Tree) -> tuple[Tree, list[Fault]]:
     """A folder's files but for what an earlier call wrote."""
     made = [path for path in tree.paths if path.endswith(".nii.gz") and _is_made(Path(path))]
-    tree = tree.without(path.removesuffix(".nii.gz") + end for path in made for end in (".nii.gz", *BESIDE))
+    tree = tree.without(path.removesuffix(".nii.gz") + end for path in made for end in (".nii.gz", *COMPANIONS))
     return tree, [Fault(path, "a label map that predict has written") for path in made]
 
 

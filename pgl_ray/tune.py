@@ -74,7 +74,7 @@ def run_trials(config: TuneConfig, trials: list[Point], folder: Path) -> Result:
         counts = f"num_trials={config.num_trials} counts those drawn from this one"
         print(f"  {of_others} of them were drawn from an earlier space: {counts}", flush=True)
     if not trials and len(done) >= num:
-        print(f"  nothing is left to run: a higher num_trials than {config.num_trials} adds trials", flush=True)
+        print(f"  nothing is left to run: a higher num_trials than {len(done) - of_others} adds trials", flush=True)
     left = [trial for trial in trials if trial.name not in done]
     if left:
         search.fit(config, folder, left, num, room, list(done.values()))

@@ -335,7 +335,7 @@ def test_files_of_others_beside_a_new_map_are_not_replaced(tmp_path, known, end,
     write(tmp_path / "ct1.nii")
     other = tmp_path / f"ct1{end}"
     other.write_text('{"Modality": "CT"}')
-    with pytest.raises(ValueError, match=rf"ct1{end} is there, and predict, which would .*: choose another output, or"):
+    with pytest.raises(ValueError, match=rf"ct1{end} is there and would be replaced.*: choose another output, or"):
         predict.run(config(tmp_path / "ct1.nii", tmp_path / "ct1.nii.gz", viewer=viewer))
     assert other.read_text() == '{"Modality": "CT"}' and len(list(tmp_path.iterdir())) == 2
 

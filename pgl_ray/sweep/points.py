@@ -95,7 +95,7 @@ def covers(earlier: Space, space: Space) -> bool:
 def _may_be(verbs: dict[str, list[Any]], value: Any) -> bool:
     ((verb, args),) = verbs.items()
     if verb in LISTED:
-        return value in args
+        return value in map(decoded, args)
     low, high = _ends(verbs)
     slack = 1e-9 * max(abs(low), abs(high))  # 0.3 of quniform is 0.30000000000000004
     return isinstance(value, int | float) and low - slack <= value <= high + slack
@@ -104,7 +104,7 @@ def _may_be(verbs: dict[str, list[Any]], value: Any) -> bool:
 def _ends(verbs: dict[str, list[Any]]) -> list[Any]:
     """What is listed, or the lowest and the highest."""
     ((verb, args),) = verbs.items()
-    return args if verb in LISTED else [args[0], args[1] - (verb == "randint")]
+    return list(map(decoded, args)) if verb in LISTED else sorted([args[0], args[1] - (verb == "randint")])
 
 
 @contextlib.contextmanager
