@@ -114,7 +114,7 @@ def _check_windows(pool: Index, labelled: Index) -> None:
     if pool.hu_window != labelled.hu_window:
         raise ValueError(
             f"base_pretrain.index={pool.store} has hu_window={list(pool.hu_window)}, index={labelled.store} "
-            f"{list(labelled.hu_window)}: prepare one of them again with the other's hu_window"
+            f"{list(labelled.hu_window)}: prepare the scans of one into another store=... with the other's hu_window"
         )
 
 
