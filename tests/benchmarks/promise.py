@@ -4,12 +4,10 @@ python tests/benchmarks/promise.py search STORE RUNS [steps=300] [arms=0,4,...]
     the same small search for every arm: three rates, then the target's decay (of an arm without target two more rates),
     one training each, chosen by the frozen decoder's Dice on scans of the training split
 python tests/benchmarks/promise.py train STORE RUNS [steps=600] [seeds=0,1,2] [arms=0,...] [scans=1,5,10] [search=RUNS]
-        [decoders=1] [layout=channels_last]
+        [decoders=1]
     pre-trains and judges what is not there yet, in this process, one thread; typed again, it goes on where it was ended
     search: the folder of a search, or the file that `table` made of it, whose choices each arm takes
     arms: numbers in ARMS; 6 to 10 are PGL by place without one of its parts, which are trained only where asked for
-    layout: channels_last takes 0.5 to 0.7 of the time of encoders this narrow on an Intel Xeon; BatchNorm's sums are
-        rounded up to 1e-4 otherwise, so take the same for all arms
     decoders: that learn on each encoder's frozen maps; what one learns by chance weighs less in the mean of several
 python tests/benchmarks/promise.py gpu STORE RUNS [as train] [jobs=6] [renderers=2] [compile=off]
     only pre-trains, on a CUDA device, in float32 without TF32: several trainings at a time, for their steps are small,
@@ -47,7 +45,6 @@ from promise_tables import BEST, CEILING, JUDGES, NUM_LABELLED, RANDOM, TUNE_STE
 
 from pgl_ray import evaluate, export, probe  # noqa: E402
 from pgl_ray.config import EvaluateConfig, ExportConfig, FinetuneConfig, PretrainConfig, ProbeConfig, build  # noqa: E402
-from pgl_ray.model import device as on  # noqa: E402
 from pgl_ray.train import checkpoint  # noqa: E402
 
 BASE = {
@@ -335,9 +332,6 @@ def main() -> None:
             config = chosen_pretraining(places[0], run, arms[0], seeds[0], steps, searched)
             train_on_gpu(config, int(options.get("renderers", 2)), options.get("compile", "off"))
             return
-        if "layout" in options:
-            memory_format = getattr(torch, f"{options['layout']}_3d")
-            on.lay_out = lambda net, device: net.to(device, memory_format=memory_format)
         decoders = int(options.get("decoders", 1))
         train(places[0], Path(places[1]).absolute(), steps, seeds, arms, numbers, searched, decoders)
         return
