@@ -151,7 +151,7 @@ def _run(
     # index
     failed = sorted([*failed, *unreadable(place, records)])
     _note(place, notes)
-    names = finish.finish_store(folder, records, todo.stored, names)
+    names = finish.finish_store(folder, records, todo.stored, names, Path(config.source).resolve())
     for line in finish.changes(before, records):
         print(f"prepare: {line}", flush=True)
     _tell_same_content(finish.same_content(records, {source.scan_id for source in layout.scans}))

@@ -335,6 +335,20 @@ def test_what_nobody_annotated_is_no_organ(tmp_path, serial, ignored, more):
     assert list(records(tmp_path / "s")) == ["b"]
 
 
+@pytest.mark.parametrize("folder", ["images", "imagesTr", "imagesTs"])
+@pytest.mark.parametrize("with_label", [True, False])
+def test_what_should_be_a_scan_and_is_a_mask_fails(tmp_path, serial, folder, with_label):
+    """All zeros as of a failed copy, or a label map in the wrong place: not "taken along" beside the others."""
+    wrong = {"good": None, "zero": np.zeros((20, 18, 9), np.int16), "mask": label_array([1]).astype(np.int16)}
+    for name, array in wrong.items():
+        put(tmp_path / f"raw/{folder}/{name}.nii.gz", array)
+        if with_label:
+            put(tmp_path / f"raw/{folder.replace('images', 'labels')}/{name}.nii.gz", label_array([1]))
+    result = go(tmp_path / "raw", tmp_path / "s")
+    assert counts(result) == (1, 0, 2)
+    assert sorted(Path(fault.source).name for fault in result.failed) == ["mask.nii.gz", "zero.nii.gz"]
+
+
 def test_labels_without_names_are_named_by_their_values(tmp_path, serial, monkeypatch):
     for scan_id, values in (("a", [1, 7]), ("b", [3])):
         put(tmp_path / f"one/images/{scan_id}.nii.gz")
@@ -345,7 +359,8 @@ def test_labels_without_names_are_named_by_their_values(tmp_path, serial, monkey
     put(tmp_path / "two/images/c.nii.gz", seed=1)
     put(tmp_path / "two/labels/c.nii.gz", label_array([2]))
     assert counts(go(tmp_path / "two", tmp_path / "s")) == (1, 0, 0)
-    assert {r.labelled for r in records(tmp_path / "s").values()} == {(1, 2, 3, 7)}
+    # another folder's organ is unlabelled in these, not absent
+    assert {r.labelled for r in records(tmp_path / "s").values()} == {(1, 3, 7), (2,)}
     before = tree(tmp_path / "s")
     assert counts(go(tmp_path / "one", tmp_path / "s")) == (0, 2, 0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -17,6 +17,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import zarr
 from dicom_files import ct_series, save, structure_set
 from preparing import counts, ct_array, flip, go, label_array, put, records, tree
@@ -97,9 +98,11 @@ def test_a_second_run_changes_nothing_and_only_hashes_a_touch(tmp_path, serial):
     assert tree(tmp_path / "s") == before
 
     os.utime(tmp_path / "raw/a.nii.gz")
+    earlier = records(tmp_path / "s")["a"]
     assert counts(go(tmp_path / "raw", tmp_path / "s")) == (0, 2, 0)
     assert (tmp_path / "s/scans/a/0/c/0/0/0").stat().st_ino == inode
-    assert records(tmp_path / "s")["a"].source_mtime_ns == (tmp_path / "raw/a.nii.gz").stat().st_mtime_ns
+    later = records(tmp_path / "s")["a"]
+    assert later == replace(earlier, source_mtime_ns=later.source_mtime_ns) != earlier
 
     put(tmp_path / "raw/a.nii.gz", seed=2)
     assert counts(go(tmp_path / "raw", tmp_path / "s")) == (1, 1, 0)
@@ -281,6 +284,21 @@ def test_labels_that_change_places_are_read_anew(tmp_path, serial, suffix, secon
     assert counts(go(raw, tmp_path / "s")) == (0, 2, 0)
 
 
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".nrrd"])
+def test_scans_that_change_places_are_read_anew(tmp_path, serial, suffix):
+    """Files of one size and one time, as an archive leaves them."""
+    raw = tmp_path / "raw"
+    for k, name in enumerate("ab"):
+        put(raw / f"{name}{suffix}", seed=k)
+        os.utime(raw / f"{name}{suffix}", (1e9, 1e9))
+    assert counts(go(raw, tmp_path / "s")) == (2, 0, 0)
+    before = {name: record.content_hash for name, record in records(tmp_path / "s").items()}
+    exchange(raw / f"a{suffix}", raw / f"b{suffix}")
+    assert counts(go(raw, tmp_path / "s")) == (2, 0, 0)
+    after = {name: record.content_hash for name, record in records(tmp_path / "s").items()}
+    assert after == {"a": before["b"], "b": before["a"]}
+
+
 MASKS = {"images": "{id}/ct.nii.gz", "labels": "{id}/segmentations/{organ}.nii.gz"}
 
 
@@ -344,6 +362,48 @@ def test_adding_a_folder(tmp_path, serial):
     (tmp_path / "one").rename(tmp_path / "moved")
     assert counts(go(tmp_path / "moved", tmp_path / "s")) == (0, 1, 0)
     assert records(tmp_path / "s")["a"].source == str(tmp_path / "moved/images/a.nii.gz")
+
+
+def test_names_that_only_add_to_the_stores_are_taken(tmp_path, serial):
+    """As the refusal of a label value without a name advises; other folders' scans stay as they are."""
+    put(tmp_path / "other/images/z.nii.gz", seed=9)
+    put(tmp_path / "other/labels/z.nii.gz", label_array([1]))
+    for k, (name, values) in enumerate({"a": [1], "b": [1, 2]}.items()):
+        put(tmp_path / f"raw/images/{name}.nii.gz", seed=k)
+        put(tmp_path / f"raw/labels/{name}.nii.gz", label_array(values))
+    go(tmp_path / "other", tmp_path / "s", labels={"names": {"liver": 1}})
+    first = go(tmp_path / "raw", tmp_path / "s", labels={"names": {"liver": 1}})
+    assert counts(first) == (1, 0, 1) and "label values [2] are not among" in first.failed[0].reason
+    names = {"liver": 1, "tumour": 2}
+    assert counts(go(tmp_path / "raw", tmp_path / "s", labels={"names": names})) == (1, 1, 0)
+    assert store.read_index(tmp_path / "s").labels == names
+    labelled = {name: record.labelled for name, record in records(tmp_path / "s").items()}
+    assert labelled == {"a": (1, 2), "b": (1, 2), "z": (1,)}
+    for fewer in ({"liver": 1}, {"liver": 2, "tumour": 1}):
+        with pytest.raises(ValueError, match="use another store, or the store's"):
+            go(tmp_path / "raw", tmp_path / "s", labels={"names": fewer})
+
+
+def test_repair_leaves_the_others_labels_alone(tmp_path, serial):
+    """Of segmentations whose organs are each drawn or not, in a store without names."""
+    for k, values in enumerate(([1], [2])):
+        put(tmp_path / f"raw/images/c{k}.nii.gz", seed=k)
+        label = sitk.GetImageFromArray(label_array(values).transpose(2, 1, 0))
+        label.CopyInformation(sitk.ReadImage(str(tmp_path / f"raw/images/c{k}.nii.gz")))
+        for number, value in enumerate(values):
+            label.SetMetaData(f"Segment{number}_ID", f"organ {value}")
+            label.SetMetaData(f"Segment{number}_LabelValue", str(value))
+        (tmp_path / "raw/labels").mkdir(exist_ok=True)
+        sitk.WriteImage(label, str(tmp_path / f"raw/labels/c{k}.seg.nrrd"))
+    go(tmp_path / "raw", tmp_path / "s")
+    labelled = {name: record.labelled for name, record in records(tmp_path / "s").items()}
+    assert labelled == {"c0": (1,), "c1": (2,)}
+    put(tmp_path / "two/d.nii.gz", seed=7)
+    go(tmp_path / "two", tmp_path / "s")
+    flip(tmp_path / "s/scans/c0/0/c/0/0/0", 700)
+    _, left = prepare.repair(StoreConfig(store=str(tmp_path / "s")))
+    after = {name: record.labelled for name, record in records(tmp_path / "s").items()}
+    assert not left and after == {**labelled, "d": ()}
 
 
 def test_the_store_does_not_depend_on_the_order(tmp_path, serial):
@@ -468,6 +528,36 @@ def test_a_run_that_did_not_end_is_no_damage(tmp_path, serial):
     verified = checked(target)
     assert not verified.damaged and "prepare did not come to its end" in verified.index
     assert counts(go(tmp_path / "two", target)) == (0, 2, 0) and not checked(target).index
+
+
+@pytest.mark.parametrize("end", ["killed", "full"])
+def test_a_store_with_half_of_the_changes_is_not_read(tmp_path, serial, end):
+    """Its index speaks of the voxels before; what is only added leaves it valid."""
+    target = two_folders(tmp_path)
+    put(tmp_path / "two/e.nii.gz", seed=9)
+
+    def broken_off():
+        with pytest.raises((KeyboardInterrupt, FailedRun)), pytest.MonkeyPatch.context() as patch:
+            if end == "killed":
+                patch.setattr(finish, "finish_store", lambda *_: signal.raise_signal(signal.SIGINT))
+            else:
+                full = OSError(errno.ENOSPC, "No space left on device")
+                patch.setattr(finish, "finish_store", lambda *_: (_ for _ in ()).throw(full))
+            go(tmp_path / "two", target)
+
+    broken_off()
+    before = records(target)
+    put(tmp_path / "two/e.nii.gz", ct_array(8, (20, 18, 7)))
+    assert counts(go(tmp_path / "two", target)) == (1, 1, 0)
+    put(tmp_path / "two/e.nii.gz", ct_array(8, (20, 18, 5)))
+    broken_off()
+    with pytest.raises(ValueError, match=r"has no index.parquet: run prepare to its end"):
+        store.read_index(target)
+    assert "prepare did not come to its end" in checked(target).index
+    assert counts(go(tmp_path / "two", target)) == (0, 2, 0)
+    after = records(target)
+    assert after["e"].shape[0] == 5 and {name: after[name] for name in before} == before
+    assert not checked(target).index
 
 
 def test_a_scan_that_prepare_finds_damaged_is_not_dropped(tmp_path, serial):

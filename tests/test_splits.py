@@ -214,6 +214,28 @@ def test_a_path_that_is_not_here_is_no_other_scan_of_that_name(tmp_path):
     assert any("has 1 row (elsewhere/c1.nii.gz) of no scan" in fault.reason for fault in layout.left_out)
 
 
+def test_a_whole_datasets_table_for_some_of_its_scans(tmp_path):
+    """All of one file name: a row is another patient's scan by its folder."""
+    touch(tmp_path, "images/p7/ct")
+    rows = "".join(f"p{k}/ct.nii.gz,{'val' if k == 7 else 'train'}\n" for k in range(1, 10))
+    layout = layout_of(tmp_path, f"image,split\n{rows}")
+    assert [scan.split for scan in layout.scans] == ["val"]
+    (reason,) = [fault.reason for fault in layout.left_out]
+    assert reason.startswith("has 8 rows (p1/ct.nii.gz, ") and reason.endswith("of no scan that is here")
+    without = "".join(f"p{k}/ct.nii.gz,test\n" for k in (1, 2, 3))
+    with pytest.raises(ValueError, match="no row fits a scan"):
+        layout_of(tmp_path, f"image,split\n{without}")
+
+
+def test_a_row_that_fits_by_its_file_name_alone_is_said(tmp_path):
+    touch(tmp_path, "images/p7/ct")
+    layout = layout_of(tmp_path, "image,split\np3/ct.nii.gz,test\n")
+    assert [scan.split for scan in layout.scans] == ["test"]
+    assert [fault.reason for fault in layout.left_out] == [
+        "fits 1 row by the file name alone, the folders are others (p3/ct.nii.gz -> p7__ct)"
+    ]
+
+
 @pytest.mark.parametrize(
     "cell, values",
     [

@@ -352,6 +352,17 @@ def test_eight_bit_codes_cost_what_the_record_says(tmp_path):
     assert (whole.encoding_rms_hu, whole.clipped_share) == (0, 0)
 
 
+@pytest.mark.parametrize("window", [(-1000.0, 275.0), (-100.0, 300.0), (0.0, 80.0)])
+def test_what_a_human_looks_at_is_of_the_scan_not_of_its_codes(tmp_path, window):
+    volume = make_volume((9, 40, 30))
+    records = [
+        scan_files.write_scan(tmp_path, name, volume, AFFINE, encoding=name, hu_window=window)
+        for name in ("int16", "uint8")
+    ]
+    one, other = ((r.histogram, r.foreground_share, r.border_share, r.foreground_box) for r in records)
+    assert one == other
+
+
 # -- statistics of the voxels -----------------------------------------------------------------------------------------
 
 

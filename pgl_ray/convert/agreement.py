@@ -99,9 +99,10 @@ def agreed_names(config: PrepareConfig, layout: Layout) -> dict[str, int] | None
     """
     settings = settings_of(config)
     known = settings.labels if settings else {}
-    if layout.names and known and layout.names != known:
+    if layout.names and not known.items() <= layout.names.items():  # more may come
         raise ValueError(
-            f"labels of {config.source} are {layout.names}, those of store {config.store} {known}: use another"
+            f"labels of {config.source} are {layout.names}, those of store {config.store} {known}: use another store, "
+            "or the store's labels.names with what this folder has besides"
         )
     names = layout.names or known
     unnamed = any(scan.label for scan in layout.scans) and names == names_of_values(names.values())

@@ -1,6 +1,7 @@
 """The records of a store's scans, once all are converted: what needs no new conversion, and scans that are the same."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,29 +33,40 @@ def changes(before: dict[str, store.ScanRecord], records: dict[str, store.ScanRe
 
 
 def finish_store(
-    folder: str, records: dict[str, store.ScanRecord], sources: list[Source], names: dict[str, int] | None
+    folder: str, records: dict[str, store.ScanRecord], sources: list[Source], names: dict[str, int] | None, root: Path
 ) -> dict[str, int]:
-    """Updates what needs no new conversion in the records: path, split, labelled organs; returns the organ names."""
+    """Updates what needs no new conversion in the records: path, split, labelled organs; returns the organ names.
+
+    Where nobody names the organs, label maps are annotated for all that those of their own folder `root` hold: what
+    only other folders have is unlabelled in them, not absent.
+    """
     by_id = {source.scan_id: source for source in sources}
-    unnamed = names is None
-    if unnamed:
-        names = names_of_values({value for record in records.values() for value in record.label_voxels})
+    if names is None:
+        names = _found(records.values())
+        own = _found(one for one in records.values() if one.scan_id in by_id or Path(one.source).is_relative_to(root))
+    else:
+        own = names
+    annotated = tuple(sorted(own.values()))
     for record in list(records.values()):
         source, new = by_id.get(record.scan_id), record
         if source:
             new = replace(new, source=source.image, split=source.split)
-        if record.label_metadata and (source or unnamed):
-            stated = source.labelled if source else None
-            if source and _is_drawn(source):  # no more than what was filled, whatever a table says
+        if record.label_metadata and source:
+            stated = source.labelled
+            if _is_drawn(source):  # no more than what was filled, whatever a table says
                 filled = {*record.label_voxels}
                 if source.structures or record.source_label_metadata:  # resampling may cost an organ its voxels
                     filled |= {*record.labelled}
                 stated = tuple(sorted(filled if stated is None else filled & {*stated}))
-            new = replace(new, labelled=tuple(sorted(names.values())) if stated is None else stated)
+            new = replace(new, labelled=annotated if stated is None else stated)
         if new != record:
             store.update_record(folder, new)
             records[new.scan_id] = new
     return names
+
+
+def _found(records: Iterable[store.ScanRecord]) -> dict[str, int]:
+    return names_of_values({value for record in records for value in record.label_voxels})
 
 
 def _is_drawn(source: Source) -> bool:

@@ -127,6 +127,9 @@ def _convert(
     voxels, affine, read_label = scan.voxels, scan.affine, label
     if options["spacing_mm"]:
         voxels, label, affine = resample(voxels, label, affine, options["spacing_mm"])
+    place = store.open_place(folder)
+    if place.names(f"scans/{source.scan_id}"):  # until the run's end its voxels are not those that the index speaks of
+        place.remove("index.parquet")
     record = scan_files.write_scan(
         folder,
         source.scan_id,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pgl_ray.config import PrepareConfig
 from pgl_ray.data import store
-from pgl_ray.files import identity
+from pgl_ray.files import identity, walk
 from pgl_ray.files.layout import Layout
 from pgl_ray.files.source import Fault, Source
 
@@ -17,11 +17,11 @@ Task = tuple[Source, store.ScanRecord | None]
 
 
 def known_sources(place: store.Place) -> set[str]:
-    """What the scans of a store were made from, as its index says it; nothing where that cannot be read."""
+    """What the scans of a store were made from, as its index says it, or else they do themselves."""
     try:
         return {scan.source for scan in store.read_index(place.url).scans}
     except ValueError:
-        return set()
+        return {record.source for record in store.read_records(place.url).values()}
 
 
 class Todo(NamedTuple):
@@ -134,8 +134,11 @@ def vanished(config: PrepareConfig, layout: Layout, records: Iterable[store.Scan
 
 
 def shares_folder(source: Source, scans: Sequence[Source]) -> bool:
-    """Whether another volume lies in a scan's folder: then what is no CT was only taken along."""
+    """Whether another volume lies in a scan's folder: then what is no CT was only taken along. What has a label map, or
+    lies in a folder that is called images, should be one."""
     folder = Path(source.image).parent
+    if source.label or folder.name in walk.IMAGE_FOLDERS:
+        return False
     return any(one is not source and folder in (Path(one.image), Path(one.image).parent) for one in scans)
 
 

@@ -85,7 +85,7 @@ def write_scan(
     record = ScanRecord(
         scan_id=scan_id,
         **_geometry(volume.shape, affine),
-        **_of_voxels(volume, stored, hu_window),
+        **_of_voxels(volume, counts, stored, hu_window),
         **_of_labels(label, labelled),
         source_affine=() if source_label is None else _flat(source_affine),
         **_metadata(arrays, chunk),
@@ -121,9 +121,12 @@ def _flat(affine: np.ndarray | None) -> tuple[float, ...]:
     return tuple(np.asarray(affine, np.float64).ravel().tolist())
 
 
-def _of_voxels(volume: np.ndarray, stored: StoredVoxels, hu_window: tuple[float, float]) -> dict[str, Any]:
+def _of_voxels(
+    volume: np.ndarray, counts: np.ndarray, stored: StoredVoxels, hu_window: tuple[float, float]
+) -> dict[str, Any]:
+    """What training reads (mean, deviation, hash) is of what is stored; what a human looks at, of the scan itself."""
     mean, std = mean_and_std(stored.counts, hu_window)
-    body, border = body_shares(volume, stored.counts)
+    body, border = body_shares(volume, counts)
     return {
         "mean_hu": mean,
         "std_hu": std,
@@ -131,7 +134,7 @@ def _of_voxels(volume: np.ndarray, stored: StoredVoxels, hu_window: tuple[float,
         "content_hash": _content_hash(stored.array, stored.table),
         "encoding_rms_hu": stored.rms_hu,
         "clipped_share": stored.clipped_share,
-        "histogram": histogram(stored.counts),
+        "histogram": histogram(counts),
         "foreground_share": body,
         "border_share": border,
     }

@@ -112,14 +112,12 @@ class Source:
         return images + (labels or (list(map(str, files_of(Path(self.label)))) if self.label else []))
 
     def stamp(self) -> tuple[int, int]:
-        """Bytes of all files, and what tells them from those that may take their place: of one file its time in ns, of
-        several a hash below 2^63 over the path, bytes and times of each, which files that change places alter. The time
-        of the last rename is among these: where only that differs, the price is one reading for the digest."""
+        """Bytes of all files, and what tells them from those that may take their place: a hash below 2^63 over the
+        path, bytes and times of each, which files that change places alter. The time of the last rename is among
+        these: where only that differs, the price is one reading for the digest."""
         paths = self.paths()
         stats = [os.stat(path) for path in paths]
         size = sum(stat.st_size for stat in stats)
-        if len(stats) == 1:
-            return size, stats[0].st_mtime_ns
         rows = [(path, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for path, one in zip(paths, stats)]
         return size, int.from_bytes(hashlib.sha256(repr(rows).encode()).digest()[:8]) >> 1
 

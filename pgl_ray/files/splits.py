@@ -3,6 +3,7 @@
 import csv
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,12 +45,14 @@ class Table(NamedTuple):
         columns: names in lower case.
         rows: scan_id -> column -> text.
         unused: ids of rows that fit no scan.
+        loose: path -> scan_id of rows that fit a scan by the file name alone.
         id_column: where the ids stand.
     """
 
     columns: tuple[str, ...]
     rows: dict[str, dict[str, str]]
     unused: list[str]
+    loose: dict[str, str]
     id_column: str
 
 
@@ -98,6 +101,10 @@ def with_table(scans: list[Source], path: Path, names: dict[str, int]) -> tuple[
         notes.append(Fault(str(path), f"has no row for {_count(without, 'scan')}, which are used without"))
     if table.unused:
         notes.append(Fault(str(path), f"has {_count(table.unused, 'row')} of no scan that is here"))
+    if table.loose:
+        pairs = some([f"{cell} -> {scan_id}" for cell, scan_id in sorted(table.loose.items())])
+        what = f"{counted(len(table.loose), 'row')} by the file name alone, the folders are others"
+        notes.append(Fault(str(path), f"fits {what} ({pairs})"))
     if table.id_column not in (*ID_COLUMNS, table.columns[0]):
         notes.append(Fault(str(path), f"its column {table.id_column!r} is taken for the scans' ids"))
     return updated, faults, notes
@@ -188,12 +195,13 @@ def _read(path: Path, scans: list[Source]) -> Table:
     _check_columns(path, columns, cells)
     rows = [dict(zip(columns, row)) for row in cells]
     known = _names(scans)
-    fits = {name: sum(_scan_of(row[name], known) is not None for row in rows) for name in columns}
+    scan_ids = {name: _scans_of([row[name] for row in rows], known) for name in columns}
     by_name = [name for name in ID_COLUMNS if name in columns]
-    id_column = max([*by_name, *columns], key=lambda name: fits[name])
-    by_id, unused = {}, []
-    for row in rows:
-        scan_id = _scan_of(row[id_column], known)
+    id_column = max([*by_name, *columns], key=lambda name: sum(one is not None for one, _ in scan_ids[name]))
+    by_id, unused, loose = {}, [], {}
+    for row, (scan_id, by_file_name) in zip(rows, scan_ids[id_column]):
+        if by_file_name:
+            loose[row[id_column]] = scan_id
         if scan_id is None:
             unused.append(row[id_column])
         elif scan_id in by_id and by_id[scan_id] != row:
@@ -203,7 +211,7 @@ def _read(path: Path, scans: list[Source]) -> Table:
     if not by_id and scans:
         row_ids, scan_ids = some(unused) or "none", some(sorted(scan.scan_id for scan in scans))
         raise ValueError(f"labels.table={path}: no row fits a scan: its ids are {row_ids}, the scans' are {scan_ids}")
-    return Table(columns, by_id, unused, id_column)
+    return Table(columns, by_id, unused, loose, id_column)
 
 
 class _Names(NamedTuple):
@@ -229,19 +237,42 @@ def _names(scans: list[Source]) -> _Names:
     return _Names(unique | {_plain(scan.scan_id): scan.scan_id for scan in scans}, shared)
 
 
+def _scans_of(cells: list[str], names: _Names) -> list[tuple[str | None, bool]]:
+    """The scan that each cell of a column means, and whether it says so by its file name alone while its folders are
+    others: where no two scans have that name, and no two cells."""
+    files = Counter(_plain(_bare(_parts(cell)[-1])) for cell in {*cells})
+    fits = []
+    for cell in cells:
+        scan_id = _scan_of(cell, names)
+        by_file = _scan_by_file(cell, names, files) if scan_id is None else None
+        fits.append((scan_id or by_file, by_file is not None and len(_parts(cell)) > 1))
+    return fits
+
+
+def _parts(cell: str) -> list[str]:
+    return cell.replace("\\", "/").strip("/").split("/")
+
+
 def _scan_of(cell: str, names: _Names) -> str | None:
-    """The scan that a cell means: its id, with or without suffix, or its path or the end of that. A path elsewhere
-    means a scan by its file name only where no two have that."""
-    parts = cell.replace("\\", "/").strip("/").split("/")
+    """The scan that a cell means by its id, with or without suffix, or its path or the end of that."""
+    parts = _parts(cell)
     last, tails = _bare(parts[-1]), [parts[k:-1] for k in range(len(parts) - 1)]
     whole = [
         cell,
         *("/".join([*tail, name]) for tail in tails for name in (parts[-1], last)),
         "__".join([*parts[:-1], last]),
     ]
-    bare = [last, last.removesuffix("_0000"), parts[-1]]
-    for name in [*whole, *(one for one in bare if not tails or _plain(one) not in names.shared)]:
-        if (scan_id := names.scan_ids.get(_plain(name))) is not None:
+    return next((names.scan_ids[_plain(name)] for name in whole if _plain(name) in names.scan_ids), None)
+
+
+def _scan_by_file(cell: str, names: _Names, files: Counter[str]) -> str | None:
+    """The scan that a cell means by its file name; of a path elsewhere where only one scan and one cell have that."""
+    *folders, file = _parts(cell)
+    last = _bare(file)
+    if folders and files[_plain(last)] > 1:
+        return None
+    for name in (last, last.removesuffix("_0000"), file):
+        if (scan_id := names.scan_ids.get(_plain(name))) is not None and not (folders and _plain(name) in names.shared):
             return scan_id
     return None
 

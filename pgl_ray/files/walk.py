@@ -9,6 +9,7 @@ from typing import NamedTuple
 IMAGES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".hdr", ".dcm", ".dcm.gz")
 DOCUMENTS = (".pdf", ".txt", ".doc", ".docx", ".jpg", ".jpeg", ".png", ".csv", ".xls", ".xlsx", ".xml", ".json")
 NNUNET = ("imagesTr", "imagesVa", "imagesTs")
+IMAGE_FOLDERS = ("images", *NNUNET)  # whose volumes are all meant to be used
 LABEL_FOLDERS = ("labels", "labelsTr", "labelsVa", "labelsTs")
 LOST = (-1, 0)  # stamp of a link that leads nowhere, or of a file that cannot be looked at
 
