@@ -299,6 +299,22 @@ def test_scans_that_change_places_are_read_anew(tmp_path, serial, suffix):
     assert after == {"a": before["b"], "b": before["a"]}
 
 
+def test_slices_that_change_places_are_the_same_scan(tmp_path, serial):
+    """Headers that are known by path are read anew, too: each slice stays at its position."""
+    raw, pixels = tmp_path / "raw", np.random.default_rng(0).integers(0, 2000, (6, 12, 14)).astype(np.uint16)
+    save(ct_series(pixels, origin=(0, 0, 0), spacing=(1, 1)), raw / "ct")
+    files = sorted(path for path in (raw / "ct").iterdir())
+    for file in files:
+        os.utime(file, (1e9, 1e9))
+    go(raw, tmp_path / "s")
+    (before,) = records(tmp_path / "s").values()
+    exchange(files[1], files[4])
+    go(raw, tmp_path / "s")
+    go(raw, tmp_path / "other")
+    (after,), (anew,) = records(tmp_path / "s").values(), records(tmp_path / "other").values()
+    assert after.content_hash == anew.content_hash == before.content_hash
+
+
 MASKS = {"images": "{id}/ct.nii.gz", "labels": "{id}/segmentations/{organ}.nii.gz"}
 
 
