@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
     cli.main("bench")
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pgl_ray.config import BenchConfig
+from pgl_ray.config import BenchConfig, RayConfig
 from pgl_ray.data import pair_renderer, render_costs, store, stream
 from pgl_ray.data.batch_views import finish
 from pgl_ray.data.system import keep_freed_memory, num_cores
@@ -99,6 +100,7 @@ def run(config: BenchConfig) -> Result:
         ValueError: wrong config or no store.
         FailedRun: no Ray cluster.
     """
+    _refuse_cluster(config.ray)
     device = pick_device(config.train.device, "train.device")
     on.check_training_precision(device.type, config.train.precision)
     index = store.read_index(config.index)
@@ -228,6 +230,16 @@ def _consume(batches: on.Batches, seconds: float, work: Callable[[dict], None] |
             num += 1
     await_device(batches.device)
     return _Consumed(num, time.perf_counter() - began, batches.waited_s(), cpu_seconds() - cpu)
+
+
+def _refuse_cluster(ray: RayConfig) -> None:
+    """Refuses a cluster that others' nodes are part of: the figures are this machine's."""
+    for name, address, mend in (
+        ("ray.address", ray.address, "ray.address=null"),
+        ("RAY_ADDRESS", os.environ.get("RAY_ADDRESS"), "env -u RAY_ADDRESS python -m pgl_ray.bench ..."),
+    ):
+        if address and address != "local":
+            raise ValueError(f"{name}={address}: bench measures the machine it runs on, no cluster: take {mend}")
 
 
 def cpu_seconds() -> float:

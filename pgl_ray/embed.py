@@ -27,6 +27,7 @@ from pgl_ray.config import EmbedConfig, FailedRun
 from pgl_ray.data.durable import check_writable, put_in_place, write_aside
 from pgl_ray.data.place import open_place
 from pgl_ray.data.store import Index
+from pgl_ray.data.system import num_cores
 from pgl_ray.files.accounts import skipped
 from pgl_ray.files.scans import ScanFile, StoredScan, scan_files, stored_scans
 from pgl_ray.files.source import Fault
@@ -215,7 +216,7 @@ def _on_ray(config: EmbedConfig, work: tuple, todo: list[StoredScan | ScanFile],
     asked = cluster.memory(PROCESS_BYTES + BYTES_PER_VOXEL * _most_voxels(todo))
     need = int(asked.get("memory", 0))
     if not shared and not config.ray.num_cpus:
-        cores = os.cpu_count() or 1  # ours has 4 by name at least
+        cores = num_cores()  # ours has 4 by name at least
     fit = cluster.room(asked) if need else len(todo)
     wanted = min(config.workers or gpus or cores, len(todo))
     num = min(wanted, fit)

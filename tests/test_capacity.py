@@ -243,14 +243,31 @@ def test_nodes_that_do_not_come_end_the_run(here, group, monkeypatch, capsys):
     assert group.removed
 
 
-def test_what_is_there_is_not_waited_for(here, group, capsys):
+def test_what_is_there_is_not_waited_for(here, group, capsys, monkeypatch):
     here(FIXED)
+    group.looks = 0
     nodes.await_nodes(train(), None)
-    assert group.asked is None
+    assert group.removed and capsys.readouterr().out == ""
     here(Cluster({"CPU": 2.0}, ({"CPU": 8.0, "GPU": 1.0},), (GPU,), 8))
     group.looks = 0
     nodes.await_nodes(train(), None)
     assert group.removed and capsys.readouterr().out == ""
+    here(FIXED)
+    monkeypatch.setenv(WATCH, "0")  # this process's own
+    group.asked = None
+    nodes.await_nodes(train(), None)
+    assert group.asked is None
+
+
+def test_fixed_nodes_that_others_use_are_waited_for(here, group, monkeypatch, capsys):
+    """As those of a cluster that grows: it is said, and it ends."""
+    here(FIXED)
+    nodes.await_nodes(train(), None)
+    assert "waiting at most 30:00 for nodes, or for other work" in capsys.readouterr().out
+    monkeypatch.setenv(nodes.WAIT_S, "0")
+    group.looks = 9
+    with pytest.raises(FailedRun, match="after 0:00"):
+        nodes.await_nodes(train(), None)
 
 
 def test_nodes_that_others_use_are_waited_for(here, group, capsys):

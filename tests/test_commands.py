@@ -139,6 +139,17 @@ def test_bench_refuses_a_device_by_its_own_key(monkeypatch):
         bench.run(build(BenchConfig, {"index": "s", "train": {"device": "cuda"}}))
 
 
+@pytest.mark.parametrize(("given", "name"), [("auto", "ray.address=auto"), (None, "RAY_ADDRESS=head:6379")])
+def test_bench_measures_no_cluster(monkeypatch, given, name):
+    """Whose stream would be compared with this machine's step."""
+    from pgl_ray import bench
+
+    if not given:
+        monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with pytest.raises(ValueError, match=f"{name}: bench measures the machine it runs on"):
+        bench.run(build(BenchConfig, {"index": "s", "ray": {"address": given}}))
+
+
 def test_bench_says_what_limits_and_what_to_change():
     from pgl_ray import bench
 

@@ -288,6 +288,12 @@ def test_a_fault_is_named_with_its_mend(check, facts, state, text, mend):
     assert line.state == state and re.search(text, line.text) and re.search(mend, line.mend), line
 
 
+@pytest.mark.parametrize(("mib", "offered"), [(64, False), (76, True)])
+def test_less_object_store_than_rays_least_is_no_mend(mib, offered):
+    (line,) = doctor_checks.shared_memory(others(shm_bytes=mib * 2**20))
+    assert ("ray.object_store_mb=N" in line.mend) == offered and "--shm-size" in line.mend
+
+
 def test_a_fault_of_many_nodes_is_one_line():
     (line,) = doctor_checks.answers([machine(k, fault="died") for k in range(1, 101)])
     assert line.text == "node 1, node 2, node 3 and 97 more: died"

@@ -149,6 +149,34 @@ def test_a_checkpoint_brings_everything_back_and_is_let_go(tmp_path):
     assert not any(isinstance(value, dict) and "weight" in value for value in again.state.values())  # no tensors stay
 
 
+def test_a_kind_of_device_that_was_lost_may_come_back(tmp_path, monkeypatch):
+    """An elastic run goes on on some of the kinds that it began on, then on all of them; a new one is refused."""
+    kinds = []
+    monkeypatch.setattr(
+        training, "of_all_workers", lambda value: [[one] for one in kinds] if value == [on.kind(CPU)] else [value]
+    )
+
+    def reason(*devices):
+        kinds[:] = devices
+        start = checkpoint.committed_step(str(tmp_path)) or 0
+        one = session(tmp_path, num_steps=100, start=start)
+        one.resume(*parts())
+        if one.reason:
+            return one.reason
+        one.begin()
+        for _ in one.batches(set()):
+            one.advance()
+            if one.keeps():
+                one.save({}, {})
+            if one.step == start + 8:
+                break
+        one.writer.close()
+        return None
+
+    assert [reason("A10G", "L4"), reason("L4"), reason("A10G", "L4")] == [None] * 3
+    assert "was trained on A10G and L4, and would go on on H200" in reason("H200")
+
+
 @pytest.mark.slow
 def test_the_start_is_no_waiting_for_data(tmp_path):
     """The first batch comes after the processes that make it have started; later ones are waited for."""

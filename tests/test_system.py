@@ -81,6 +81,26 @@ def test_cores_are_counted_without_affinity(monkeypatch):
     assert system.num_cores() == 1
 
 
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("200000 100000\n", 2), ("150000 100000", 1), ("50000 100000", 1), ("max 100000\n", 6), ("", 6), (None, 6)],
+)
+def test_cores_are_no_more_than_a_containers_quota(tmp_path, monkeypatch, limit, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(system, "CPU_MAX", str(tmp_path / "cpu.max"))
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(limit)
+    assert system.num_cores() == cores
+
+
+def test_all_cores_of_the_machine_are_nobodys_to_take():
+    """A job may use some of them: whoever needs their number asks num_cores."""
+    package = Path(system.__file__).parents[1]
+    asking = {path.name for path in package.rglob("*.py") if "cpu_count" in path.read_text()}
+    assert asking == {"system.py"}
+
+
 USE = """
 import os, sys, pathlib
 from pgl_ray.phantom import phantom

@@ -3,7 +3,8 @@
 #   sbatch --nodes=4 --gpus-per-node=4 --cpus-per-task=32 conf/cluster/slurm.sh \
 #     pretrain conf/pretrain.yaml index=/shared/stores/mine run=/shared/runs/pgl train.num_workers=16
 # pgl_ray is installed in a virtual environment that all nodes see (VENV). Typed again, the command continues the run;
-# --requeue lets SLURM do so. Before a preemption SLURM sends SIGTERM: Ray drains the node, training writes a checkpoint.
+# --requeue lets SLURM do so. A preemption or the time limit ends the door at once, and the run goes on from its last
+# checkpoint: lower train.checkpoint_every where 200 steps take long.
 #SBATCH --job-name=pgl_ray
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive

@@ -15,6 +15,7 @@ MAIN_PACKAGES = ("torch", "ray", "zarr", "monai")  # packages that the line of v
 ALIKE = ("torch", "ray")  # packages that must be the same on all nodes
 SKEW_S, SKEW_OF_BUCKETS_S = 2.0, 600.0  # from when on it is said; buckets refuse requests from 15 minutes on
 BATCH_BYTES = 75e6  # of 128 pairs of 16x96x96
+LEAST_STORE_BYTES = 75 * 2**20  # of Ray's object store
 BUSY_MB = 2000  # of a GPU's memory
 
 
@@ -241,8 +242,9 @@ def _matching(value: str, known: dict[str, list[str]]) -> list[str]:
 
 def shared_memory(machines: Sequence[Machine]) -> list[Line]:
     """Whether the object store has room in /dev/shm, and for batches in itself."""
-    mend = "more of it: docker run --shm-size=10g, in Kubernetes an emptyDir of medium Memory at /dev/shm; or less "
-    mend += "object store: ray start --object-store-memory=BYTES, here ray.object_store_mb=N"
+    mend = "more of it: docker run --shm-size=10g, in Kubernetes an emptyDir of medium Memory at /dev/shm"
+    if min((one.shm_bytes for one in machines if _too_small(one) and one.shm_bytes), default=0) >= LEAST_STORE_BYTES:
+        mend += "; or less object store: ray start --object-store-memory=BYTES, here ray.object_store_mb=N"
     small = grouped(machines, _too_small)
     lines = [Line("shared memory", "note", f"{listed(names)}: {what}", mend) for what, names in small.items()]
     tight = grouped(machines, lambda one: gb(one.object_store_bytes) * (0 < one.object_store_bytes < 2 * BATCH_BYTES))

@@ -222,9 +222,9 @@ class RayConfig(Section):
     """Address of a running cluster; none: the one in RAY_ADDRESS, else a new one on this machine."""
     num_cpus: Positive | None = None
     """Logical CPUs of a new local cluster; none: this machine's cores, at least 4."""
-    object_store_mb: Positive | None = None
+    object_store_mb: Annotated[int, Field(ge=75)] | None = None
     """Object store of a new local cluster in MB; none: Ray's own choice, 30 % of the memory. Batches that find no room
-    in it go over the disk (128 pairs of 16x96x96: 75 MB; a run says how much it wants)."""
+    in it go over the disk (128 pairs of 16x96x96: 75 MB, Ray's least; a run says how much it wants)."""
 
 
 def check_divisible(batch: int, train: TrainConfig) -> None:

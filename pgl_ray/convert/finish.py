@@ -42,8 +42,8 @@ def finish_store(
     """
     by_id = {source.scan_id: source for source in sources}
     if names is None:
-        names = _found(records.values())
-        own = _found(one for one in records.values() if one.scan_id in by_id or Path(one.source).is_relative_to(root))
+        names = _names_in(records.values())
+        own = _names_in(one for one in records.values() if one.scan_id in by_id or Path(one.source).is_relative_to(root))
     else:
         own = names
     annotated = tuple(sorted(own.values()))
@@ -65,7 +65,7 @@ def finish_store(
     return names
 
 
-def _found(records: Iterable[store.ScanRecord]) -> dict[str, int]:
+def _names_in(records: Iterable[store.ScanRecord]) -> dict[str, int]:
     return names_of_values({value for record in records for value in record.label_voxels})
 
 

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable, Iterator
 
 from pgl_ray.config import RayConfig
+from pgl_ray.data.system import num_cores
 
 
 def in_parallel(
@@ -29,7 +30,7 @@ def in_parallel(
     per_task = {"CPU": 1.0, **(cluster.memory(peak()) if peak else {})}
     # a cluster of our own on this machine has at least 4 CPUs by name, for the trainings' sake
     local = not (config.address or os.environ.get("RAY_ADDRESS"))
-    cores = config.num_cpus or os.cpu_count() or 1
+    cores = config.num_cpus or num_cores()
     if not local:  # all nodes' that can come; Ray Data asks for as many as it has tasks for
         cores = len(items) if cluster.unknown else max(1, cluster.room(per_task))
         nodes.ask_for(per_task, min(cores, len(items)))

@@ -17,16 +17,21 @@ try:
 except ImportError:  # filelock's locks stand in
     fcntl = None
 
+CPU_MAX = "/sys/fs/cgroup/cpu.max"  # a container's, of cgroups 2: microseconds in each period, or "max"
 BUSY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # EACCES: some network file systems
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 PAUSE_S = 0.1  # between two looks at a lock that another process holds
 
 
 def num_cores() -> int:
-    """Cores that this process may use; on macOS, which does not say so, all of the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use, at least one: those it is bound to, and no more than its container's quota; on
+    macOS, which does not say so, all of the machine's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path(CPU_MAX).read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such limit ("max"), or no Linux
+        return cores
 
 
 def keep_freed_memory(max_bytes: int) -> bool:

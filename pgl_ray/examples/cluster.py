@@ -44,7 +44,9 @@ for node in ray.nodes():
         f"{node['NodeManagerHostname']}: {has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs, alive: {node['Alive']}"
     )
 have = ray.cluster_resources()
-workers = int(have.get("GPU", 0)) or max(1, int(have["CPU"] - 1) // 2)
+room = int(have.get("GPU", 0)) or max(1, int(have["CPU"] - 1) // 2)
+batch = 4 if TINY else 16
+workers = max(number for number in range(1, room + 1) if batch % number == 0)
 print(f"{workers} workers")
 
 # %%
@@ -56,15 +58,15 @@ if "PGL_RAY_STORE" not in os.environ:
 # %% [markdown]
 # ## Pre-training on all of them
 #
-# The global batch is divided among the workers, so what is learnt does not depend on their number. With
-# `train.min_workers` the run goes on with fewer when a node is lost and takes new ones in. A killed run goes on where
-# it was when this cell is run again.
+# The global batch is divided among the workers, as many as divide it, so what is learnt does not depend on their
+# number. With `train.min_workers` the run goes on with fewer when a node is lost and takes new ones in. A killed run
+# goes on where it was when this cell is run again, also with another number of workers.
 
 # %%
 settings = [find("conf/pretrain_small.yaml"), f"index={STORE}", f"run={OUT}/run", "max_steps=300", "ema_decay=0.97"]
-settings += ["train.log_every=10", f"train.num_workers={workers}", f"global_batch_size={16 * workers}"]
+settings += ["train.log_every=10", f"train.num_workers={workers}", f"global_batch_size={batch}"]
 if TINY:
-    settings += ["max_steps=4", f"global_batch_size={4 * workers}", "views.size=[16,32,32]", "train.log_every=1"]
+    settings += ["max_steps=4", "views.size=[16,32,32]", "train.log_every=1"]
 trained = pretrain.run(load(PretrainConfig, settings))
 print(pretrain.describe(trained))
 

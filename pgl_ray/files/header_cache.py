@@ -2,7 +2,6 @@
 that a second look at a million slices reads none of them again."""
 
 import io
-import os
 import pickle
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pgl_ray.data.columns import parquet_table
+from pgl_ray.data.system import num_cores
 from pgl_ray.files.dicom_headers import Header, read_header
 
 VERSION = 2  # of the cache; one of another version is read anew
@@ -27,7 +27,7 @@ def read_headers(paths: Sequence[str]) -> dict[str, Header]:
     if len(paths) < FEW:
         return {path: read_header(path) for path in paths}
     batches = iter([paths[at : at + AT_ONCE] for at in range(0, len(paths), AT_ONCE)])
-    headers, num = {}, min(MAX_PROCESSES, max(2, os.cpu_count() or 1))
+    headers, num = {}, min(MAX_PROCESSES, max(2, num_cores()))
     with ThreadPoolExecutor(num) as pool:
         for part in pool.map(lambda _: _served(batches), range(num)):
             headers |= part

@@ -1,10 +1,10 @@
 """How many trials of a sweep run at a time on a cluster."""
 
 import math
-import os
 from pathlib import Path
 
 from pgl_ray.config import TrainConfig, TuneConfig
+from pgl_ray.data.system import num_cores
 from pgl_ray.sweep.points import Point
 from pgl_ray.sweep.stages import stage_configs
 from pgl_ray.train import nodes
@@ -45,7 +45,7 @@ def room_for(config: TuneConfig, trials: list[Point]) -> int:
             )
         return len(trials)
     if not cluster.others and not cluster.grows:  # a local cluster may count more CPUs than the machine has
-        room = min(room, int((os.cpu_count() or 1) / cpus_each)) if not gpus_each else room
+        room = min(room, int(num_cores() / cpus_each)) if not gpus_each else room
     return config.max_concurrent or max(1, room)
 
 

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import torch
 
 from pgl_ray import evaluate, finetune, pretrain, probe
 from pgl_ray.config import FailedRun, PretrainConfig, Section, TrainConfig, TuneConfig, build
-from pgl_ray.data.system import lock_file
+from pgl_ray.data.system import lock_file, num_cores
 from pgl_ray.sweep import sweeps
 from pgl_ray.sweep.points import own_name, values_of, whole_space
 from pgl_ray.sweep.population import take_over
@@ -145,7 +144,7 @@ def _apart(door: Any, config: Section, train: TrainConfig, room: int) -> Any:
 
 def _with_share_of_cores(door: Any, config: Section, room: int) -> Any:
     # Ray gives a task of one CPU one thread, and this trial's training is over
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // room))
+    torch.set_num_threads(max(1, num_cores() // room))
     return door(config)
 
 

@@ -56,7 +56,7 @@ def committed_step(run: str | Path) -> int:
 
 
 def trained_on(run: str | Path) -> list[str]:
-    """Kinds of device that the newest checkpoint of a run was trained on last, as `model.device.kind` names them; none:
+    """Kinds of device that a run was trained on up to its newest checkpoint, as `model.device.kind` names them; none:
     there is none yet."""
     newest = committed(run)
     return json.loads((newest[0] / MANIFEST).read_text()).get("devices", []) if newest else []

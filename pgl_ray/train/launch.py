@@ -11,7 +11,7 @@ import torch
 
 from pgl_ray import ray_internals
 from pgl_ray.config import FailedRun, RayConfig, TrainConfig
-from pgl_ray.data.system import keep_freed_memory
+from pgl_ray.data.system import keep_freed_memory, num_cores
 from pgl_ray.model import device as on
 from pgl_ray.train import logs, nodes, run_paths, runs
 from pgl_ray.train.follow import Progress
@@ -58,7 +58,7 @@ def connect(config: RayConfig) -> None:
         # The dashboard process answers the State API, without which Ray Train cannot free a dead run's workers.
         options |= {
             "address": "local",
-            "num_cpus": config.num_cpus or max(4, os.cpu_count() or 1),
+            "num_cpus": config.num_cpus or max(4, num_cores()),
             "object_store_memory": config.object_store_mb and config.object_store_mb * 2**20,
             "include_dashboard": True,
         }
@@ -255,7 +255,7 @@ def setup_worker(threads: int) -> torch.device:
 
     ray_internals.quiet_reports()
     workers_here = ray.train.get_context().get_local_world_size()
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // workers_here))
+    torch.set_num_threads(threads or max(1, num_cores() // workers_here))
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         keep_freed_memory(2**31 - 1)

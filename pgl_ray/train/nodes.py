@@ -105,7 +105,7 @@ def await_nodes(train: TrainConfig, newest: tuple[Path, int] | None) -> bool:
     ):  # the models of GPUs the workers compare
         now = ["a GPU" if use_gpu else on.CPU]
         raise ValueError(capacity.other_devices(before, now, newest[1]))
-    if not cluster().grows:  # of fixed nodes; Ray Train waits
+    if os.environ.get(WATCH) != "1":  # a cluster of this process's own has no other work
         return use_gpu
     if lack := missing(train, use_gpu):
         print(lack, flush=True)

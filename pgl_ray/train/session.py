@@ -106,7 +106,9 @@ class Session:
         model = on.compiled(self.place.wrap(self._resumed["model"]), self.device, self.train.compile, self.world)
         if self.rank == 0:
             self.metrics = Metrics(self.run, self.step, self.train.tracker)
-            facts = {"world": self.world, "devices": self.devices}
+            # an elastic run that goes on on some of its kinds of device may take the others in again
+            before = checkpoint.trained_on(self.run) if self.train.device == "auto" else []
+            facts = {"world": self.world, "devices": sorted({*before, *self.devices})}
             self.writer = Writer(self.run, best=best, facts=facts, push=self.place.push)
         return model
 
