@@ -43,7 +43,9 @@ def finish_store(
     by_id = {source.scan_id: source for source in sources}
     if names is None:
         names = _names_in(records.values())
-        own = _names_in(one for one in records.values() if one.scan_id in by_id or Path(one.source).is_relative_to(root))
+        own = _names_in(
+            record for record in records.values() if record.scan_id in by_id or Path(record.source).is_relative_to(root)
+        )
     else:
         own = names
     annotated = tuple(sorted(own.values()))
