@@ -263,6 +263,7 @@ def test_fixed_nodes_that_others_use_are_waited_for(here, group, monkeypatch, ca
     """As those of a cluster that grows: it is said, and it ends."""
     here(FIXED)
     nodes.await_nodes(train(), None)
+    assert group.asked == [{"CPU": 0.5}]  # no whole CPU besides, which the others' views may never leave
     assert "waiting at most 30:00 for nodes, or for other work" in capsys.readouterr().out
     monkeypatch.setenv(nodes.WAIT_S, "0")
     group.looks = 9

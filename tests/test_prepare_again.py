@@ -380,26 +380,6 @@ def test_adding_a_folder(tmp_path, serial):
     assert records(tmp_path / "s")["a"].source == str(tmp_path / "moved/images/a.nii.gz")
 
 
-def test_names_that_only_add_to_the_stores_are_taken(tmp_path, serial):
-    """As the refusal of a label value without a name advises; other folders' scans stay as they are."""
-    put(tmp_path / "other/images/z.nii.gz", seed=9)
-    put(tmp_path / "other/labels/z.nii.gz", label_array([1]))
-    for k, (name, values) in enumerate({"a": [1], "b": [1, 2]}.items()):
-        put(tmp_path / f"raw/images/{name}.nii.gz", seed=k)
-        put(tmp_path / f"raw/labels/{name}.nii.gz", label_array(values))
-    go(tmp_path / "other", tmp_path / "s", labels={"names": {"liver": 1}})
-    first = go(tmp_path / "raw", tmp_path / "s", labels={"names": {"liver": 1}})
-    assert counts(first) == (1, 0, 1) and "label values [2] are not among" in first.failed[0].reason
-    names = {"liver": 1, "tumour": 2}
-    assert counts(go(tmp_path / "raw", tmp_path / "s", labels={"names": names})) == (1, 1, 0)
-    assert store.read_index(tmp_path / "s").labels == names
-    labelled = {name: record.labelled for name, record in records(tmp_path / "s").items()}
-    assert labelled == {"a": (1, 2), "b": (1, 2), "z": (1,)}
-    for fewer in ({"liver": 1}, {"liver": 2, "tumour": 1}):
-        with pytest.raises(ValueError, match="use another store, or the store's"):
-            go(tmp_path / "raw", tmp_path / "s", labels={"names": fewer})
-
-
 def test_repair_leaves_the_others_labels_alone(tmp_path, serial):
     """Of segmentations whose organs are each drawn or not, in a store without names."""
     for k, values in enumerate(([1], [2])):
@@ -574,6 +554,40 @@ def test_a_store_with_half_of_the_changes_is_not_read(tmp_path, serial, end):
     after = records(target)
     assert after["e"].shape[0] == 5 and {name: after[name] for name in before} == before
     assert not checked(target).index
+
+
+def test_a_scan_that_cannot_be_replaced_costs_no_index(tmp_path, serial, monkeypatch):
+    """New scans come first, and the disk is full before the changed one is written."""
+    target = two_folders(tmp_path)
+    before, order = records(target), []
+    put(tmp_path / "two/c d ü.nii.gz", seed=8)
+    put(tmp_path / "two/e.nii.gz", seed=9)
+    encode = scan_files.encode_shard
+
+    def full_at_the_second(*args):
+        order.append(args)
+        if len(order) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return encode(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(FailedRun, match="disk full"):
+        patch.setattr(scan_files, "encode_shard", full_at_the_second)
+        go(tmp_path / "two", target)
+    assert len(order) == 2 and records(target) == before and (target / "scans/e/zarr.json").exists()
+    assert counts(go(tmp_path / "two", target)) == (1, 1, 0)
+    assert set(records(target)) == {*before, "e"}
+
+
+def test_a_killed_runs_label_maps_count(tmp_path, serial):
+    """In a store without names whose next run is another folder's: for what they hold."""
+    for folder, values in (("one", [1, 3]), ("two", [2])):
+        put(tmp_path / f"{folder}/images/{folder}.nii.gz", seed=len(values))
+        put(tmp_path / f"{folder}/labels/{folder}.nii.gz", label_array(values))
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "finish_store", lambda *_: signal.raise_signal(signal.SIGINT))
+        go(tmp_path / "one", tmp_path / "s")
+    go(tmp_path / "two", tmp_path / "s")
+    assert {name: record.labelled for name, record in records(tmp_path / "s").items()} == {"one": (1, 3), "two": (2,)}
 
 
 def test_a_scan_that_prepare_finds_damaged_is_not_dropped(tmp_path, serial):

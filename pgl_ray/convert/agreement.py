@@ -99,10 +99,9 @@ def agreed_names(config: PrepareConfig, layout: Layout) -> dict[str, int] | None
     """
     settings = settings_of(config)
     known = settings.labels if settings else {}
-    if layout.names and not known.items() <= layout.names.items():  # more may come
+    if layout.names and known and layout.names != known:  # networks that learned from it have its classes
         raise ValueError(
-            f"labels of {config.source} are {layout.names}, those of store {config.store} {known}: use another store, "
-            "or the store's labels.names with what this folder has besides"
+            f"labels of {config.source} are {layout.names}, those of store {config.store} {known}: use another store"
         )
     names = layout.names or known
     unnamed = any(scan.label for scan in layout.scans) and names == names_of_values(names.values())

@@ -41,7 +41,8 @@ def finish_store(
     only other folders have is unlabelled in them, not absent.
     """
     by_id = {source.scan_id: source for source in sources}
-    if names is None:
+    unnamed = names is None
+    if unnamed:
         names = _names_in(records.values())
         own = _names_in(
             record for record in records.values() if record.scan_id in by_id or Path(record.source).is_relative_to(root)
@@ -61,6 +62,8 @@ def finish_store(
                     filled |= {*record.labelled}
                 stated = tuple(sorted(filled if stated is None else filled & {*stated}))
             new = replace(new, labelled=annotated if stated is None else stated)
+        elif unnamed and not record.labelled:  # of a run that was killed in another folder
+            new = replace(new, labelled=tuple(sorted(record.label_voxels)))
         if new != record:
             store.update_record(folder, new)
             records[new.scan_id] = new

@@ -123,13 +123,11 @@ def _convert(
         sorted(set(voxel_statistics.count_labels(label)) - set(names.values())) if label is not None and names else []
     )
     if unknown:
-        raise ValueError(f"{source.label}: label values {unknown} are not among {names}: add them to labels.names")
+        mend = "prepare into another store, with them in labels.names"  # a store keeps its names
+        raise ValueError(f"{source.label}: label values {unknown} are not among {names}: {mend}")
     voxels, affine, read_label = scan.voxels, scan.affine, label
     if options["spacing_mm"]:
         voxels, label, affine = resample(voxels, label, affine, options["spacing_mm"])
-    place = store.open_place(folder)
-    if place.names(f"scans/{source.scan_id}"):  # until the run's end its voxels are not those that the index speaks of
-        place.remove("index.parquet")
     record = scan_files.write_scan(
         folder,
         source.scan_id,

@@ -66,6 +66,7 @@ def what_to_do(layout: Layout, records: dict[str, store.ScanRecord], only: dict[
     stored = [source for source, record in pairs if record and _unchanged(source, record)]
     whole = {source.scan_id for source in stored}
     tasks = [(source, record) for source, record in pairs if source.scan_id not in whole]
+    tasks.sort(key=lambda task: task[1] is not None)  # what replaces a scan last: it takes the index away
     return Todo(tasks, stored, renamed, sorted({scan_id for losers in losing.values() for scan_id in losers}))
 
 

@@ -132,9 +132,11 @@ class Bucket:
         return wire.FarFile.at_end(self.ask, self.url, key, length)
 
     @contextmanager
-    def replaced(self, key: str) -> Iterator["_Inside"]:
+    def replaced(self, key: str, stale: str | None = None) -> Iterator["_Inside"]:
         """As Folder's, but nothing can be renamed: a group counts only with its zarr.json, which is removed first and
         must be written last."""
+        if stale and self.names(key):
+            self.remove(stale)
         self.remove(f"{key}/zarr.json")
         self.remove(key)
         try:

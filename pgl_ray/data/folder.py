@@ -74,8 +74,13 @@ class Folder:
         return file, tail
 
     @contextmanager
-    def replaced(self, key: str) -> Iterator["Folder"]:
-        """Offers a new folder that takes the key's place when the block ends well: whole or not at all."""
+    def replaced(self, key: str, stale: str | None = None) -> Iterator["Folder"]:
+        """Offers a new folder that takes the key's place when the block ends well: whole or not at all.
+
+        Args:
+            key: of the folder.
+            stale: key that speaks of what lay there before, and is removed with it.
+        """
         part = self.root / ".part" / uuid.uuid4().hex
         old, target = part.with_name(f"{part.name}.old"), self.root / key
         try:
@@ -83,6 +88,8 @@ class Folder:
             yield Folder(part, synced=False)
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
+                if stale:
+                    self.remove(stale)
                 target.rename(old)
             put_in_place(part, target)
         finally:

@@ -54,7 +54,8 @@ def write_scan(
     compression: str = "lz4",
     **known: Any,
 ) -> ScanRecord:
-    """Writes one scan, replacing a scan of that name; the index is not touched.
+    """Writes one scan. Where it replaces one of that name the store has no index from then on, for that speaks of the
+    voxels before.
 
     Args:
         store: folder of the store, or its URL.
@@ -91,7 +92,7 @@ def write_scan(
         **_metadata(arrays, chunk),
         **vars(Known(**known)),
     )
-    with _own_place(store, scan_id).replaced(f"scans/{scan_id}") as scan:
+    with _own_place(store, scan_id).replaced(f"scans/{scan_id}", stale="index.parquet") as scan:
         for kind, (array, _, codec) in arrays.items():
             scan.write(f"{ARRAY_PATHS[kind]}/{SHARD}", encode_shard(array, chunk, codec))
         for key, content in group_files(record).items():  # its own zarr.json last: with it a scan is whole

@@ -109,7 +109,9 @@ def await_nodes(train: TrainConfig, newest: tuple[Path, int] | None) -> bool:
         return use_gpu
     if lack := missing(train, use_gpu):
         print(lack, flush=True)
-    bundles = [needs(train, use_gpu)] * least(train)[1] + [{"CPU": FEED_CPUS}]
+    bundles = [needs(train, use_gpu)] * least(train)[1]
+    if cluster().grows:  # other trainings' renderers come and go, and may leave no CPU whole
+        bundles += [{"CPU": FEED_CPUS}]
     group, began, failed = ray.util.placement_group(bundles, strategy="PACK"), time.monotonic(), {}
     try:
         while not group.wait(LOOK_S):
