@@ -21,7 +21,8 @@ def known_sources(place: store.Place) -> set[str]:
     try:
         return {scan.source for scan in store.read_index(place.url).scans}
     except ValueError:
-        return {record.source for record in store.read_records(place.url).values()}
+        records = store.read_records(place.url) if store.scan_names(place) else {}
+        return {record.source for record in records.values()}
 
 
 class Todo(NamedTuple):
