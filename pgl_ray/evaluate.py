@@ -34,6 +34,7 @@ from pgl_ray.paths import is_url
 from pgl_ray.train import run_paths
 from pgl_ray.train.checkpoint import file_of, outdated, sha256_of
 from pgl_ray.train.evaluations import SUMMARY, TABLE, check_folder, continued, done_before
+from pgl_ray.train.metrics import unfinished
 from pgl_ray.train.progress import Stage
 from pgl_ray.train.records import CheckpointMeta, RunRecord
 from pgl_ray.train.run_files import BEST, RECORD, SCANS, write_json
@@ -77,14 +78,14 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         check_writable(f"output={config.output}", folder.absolute())
     check_folder(folder)
     device = pick_device(config.inference.device)
-    model, meta = load_segmenter(config.run, device)
+    model, meta, identity = _load(config, device)
     if config.tta:
         check_flips(config.run, meta)
     index = read_index(config.index)
     records = _choose(config, meta, index)
-    identity = _identity(config, device)
     others = _read_others(config, records, identity) if config.compare else None
-    notes = seen_notes(meta.data, records)
+    notes = [f"{config.run} {text}"] if (text := unfinished(config.run)) else []
+    notes += seen_notes(meta.data, records)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {record.scan_id: _content(record) for record in records}
     rows_by_scan = continued(folder, identity, wanted, config.save_predictions)
@@ -222,6 +223,18 @@ def _read_others(config: EvaluateConfig, records: list[ScanRecord], identity: di
 
 
 # -- what was done before ---------------------------------------------------------------------------------------------
+
+
+def _load(
+    config: EvaluateConfig, device: torch.device
+) -> tuple[Segmenter | LightSegmenter, CheckpointMeta, dict[str, Any]]:
+    """The network, what is known of it, and its `_identity`; a training that goes on may replace it in between."""
+    identity = _identity(config, device)
+    while True:
+        model, meta = load_segmenter(config.run, device)
+        before, identity = identity, _identity(config, device)
+        if identity == before:
+            return model, meta, identity
 
 
 def _identity(config: EvaluateConfig, device: torch.device) -> dict[str, Any]:

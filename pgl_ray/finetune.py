@@ -27,6 +27,7 @@ from pgl_ray.model.inference import TooLittleMemory
 from pgl_ray.model.metrics import summarise
 from pgl_ray.model.segmenter import LightSegmenter, Segmenter
 from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, runs, weights
+from pgl_ray.train.metrics import unfinished
 from pgl_ray.train.networks import build_finetuning
 from pgl_ray.train.one_step import backward, train_mode
 from pgl_ray.train.records import CheckpointMeta
@@ -307,7 +308,7 @@ def _say_what_begins(
     )
     for line in loaded.lines() if loaded else ():
         print(f"  weights: {line}", flush=True)
-    if note := loaded and spacing_note(loaded.trained_on, index):
+    for note in filter(None, (spacing_note(loaded.trained_on, index), unfinished(config.init)) if loaded else ()):
         print(f"finetune: note: init={config.init} {note}", flush=True)
     train, val = ([scan for scan in index.scans if scan.scan_id in {*scan_ids[use]}] for use in ("train", "val"))
     if same := same_voxels(train, val):

@@ -242,13 +242,55 @@ def test_no_seed_counts_twice():
     assert line.verdict == YES and "one training each" in line.text and "differ in" not in line.text
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_network_that_is_half_trained_is_no_answer(which):
+    """Of either side; it is to be trained to its end first, as a pre-training is."""
+    runs = [tuned(BASE + 0.05), tuned(BASE, "random")]
+    runs[which].rows[-1]["step"] = 40.0
+    (line,) = answers.better_tuned(runs)
+    assert line.verdict == OPEN and f"{runs[which].name} stands at step 40 of 100" in line.text
+    step = next_steps.first(runs, {})
+    assert step.verdict == "Let it end" and f"{runs[which].name} stands at step 40 of 100" in step.text
+
+
+@pytest.mark.parametrize(
+    ("dice", "ends"),
+    [((0.1, 0.3, 0.2, 0.25), True), ((0.1, 0.3, 0.2, 0.31), False), ((0.3, 0.0), False), ((0.0, 0.0, 0.0), False)],
+)
+def test_a_fine_tuning_that_lost_patience_has_ended(dice, ends):
+    """Two validations without a better one, of which none counts as long as the best is 0."""
+    run = tuned(BASE, patience=2)
+    run.rows[:] = [{"step": 10.0 * (k + 1), "val/dice": value} for k, value in enumerate(dice)]
+    assert bool(run.record.steps_left(run.rows)) != ends
+
+
+def test_runs_of_other_settings_are_no_seeds():
+    """One seed with three numbers of labelled scans: an answer for each, and no use of any."""
+    shifts = {3: 0.05, 5: 0.06, 9: -0.07}
+    runs = [tuned(BASE + shift, num_scans=num) for num, shift in shifts.items()]
+    runs += [tuned(BASE, "random", num_scans=num) for num in shifts]
+    lines = answers.better_tuned(runs)
+    assert [line.verdict for line in lines] == [YES, YES, NO]
+    assert [line.of for line in lines] == [f"fine-tuned from pgl, num_scans={num}" for num in shifts]
+    assert all("one training each" in line.text and "seeds" not in line.text for line in lines)
+    step = next_steps.first(runs, {})
+    assert step.verdict == "Repeat" and step.text.startswith("num_scans=3: fine-tune both with three or more seeds")
+    enough = [
+        tuned(BASE + gain, init, seed, num_scans=3) for init, gain in ((PGL, 0.05), ("random", 0)) for seed in (1, 2)
+    ]
+    first = answers.better_tuned([*runs, *enough])[0]
+    assert "ahead with 3 of 3 seeds" in first.text and first.of.endswith("num_scans=3")
+    assert next_steps.first([*runs, *enough], {}).text.startswith("num_scans=5: ")
+
+
 def test_runs_of_one_seed_meet_those_of_their_own_settings():
     """Whatever their order; what differs in any pair is said."""
     paper, light = {"decoder": "paper"}, {"decoder": "light"}
     runs = [tuned(BASE + 0.3, **paper), tuned(BASE + 0.1, **light)]
     runs += [tuned(BASE, "random", **light), tuned(BASE + 0.25, "random", **paper)]
-    (line,) = answers.better_tuned(runs)
-    assert "+0.075 (" in line.text and "differ in" not in line.text  # 0.05 and 0.10
+    lines = {line.of: line.text for line in answers.better_tuned(runs)}
+    assert "+0.050 (" in lines["fine-tuned from pgl, decoder=paper"] and not any("differ in" in one for one in lines)
+    assert "+0.100 (" in lines["fine-tuned from pgl, decoder=light"]
     two = [tuned(BASE + 0.1), tuned(BASE + 0.1, seed=1, decoder="light")]
     two += [tuned(BASE, "random"), tuned(BASE, "random", seed=1)]
     assert "they differ in decoder, too" in answers.better_tuned(two)[0].text

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from browser import CHROMIUM, faults
 from omegaconf import OmegaConf
 from scipy import stats
@@ -178,6 +179,24 @@ def test_values_left_out_later_are_in_no_answer(tmp_path):
     best, num, page = judged(list(states))
     assert (best, num) == (8, 5) and "Not on this page" not in page and "Let it end" in page
     assert pq.read_table(tmp_path / "sweep" / "trials.parquet").num_rows == len(states)
+
+
+def test_the_best_settings_are_so_in_the_mean_over_their_seeds(tmp_path):
+    """A lucky seed of others is in no best.yaml, and the first answer, the headline and the next step agree."""
+    space = {"finetune.optim.lr": {"grid_search": [0.1, 0.2, 0.3]}, "finetune.seed": {"grid_search": [0, 1, 2]}}
+    config = sweep(tmp_path, space=space)
+    sweeps.remember(config, tmp_path / "sweep")
+    for lr, scores in {0.1: (0.30, 0.31, 0.32), 0.2: (0.60, 0.62, 0.61), 0.3: (0.75, 0.40, 0.41)}.items():
+        for seed, score in enumerate(scores):
+            ended(tmp_path, {"finetune.optim.lr": lr, "finetune.seed": seed}, score)
+    result = tune.collect(config, tmp_path / "sweep")
+    assert (result.best["finetune.optim.lr"], result.best["finetune.seed"], result.score) == (0.2, 1, 0.62)
+    best = yaml.safe_load((tmp_path / "sweep/best.yaml").read_text())["finetune"]
+    assert (best["optim"]["lr"], best["seed"]) == (0.2, 1)
+    page = (tmp_path / "sweep/report.html").read_text().partition("<h2>The sweep</h2>")[0]
+    assert "lr 0.2 leads with val/dice 0.6100" in page and "lies at its edge" not in page
+    whole = (tmp_path / "sweep/report.html").read_text()
+    assert "of the settings that lead in the mean over 3 trials with other seeds" in whole
 
 
 @pytest.mark.parametrize(("scans", "seeds"), [(("p",), (0, 0)), (("p", "q"), (0, 1)), (("p", "q"), (0, None))])

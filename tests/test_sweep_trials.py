@@ -183,6 +183,24 @@ def test_a_scheduler_hears_of_the_end_when_a_trial_is_done(tmp_path, alone, monk
         assert asha.on_trial_result(None, one, figures) == "CONTINUE" or state == "done"
 
 
+@pytest.mark.parametrize("judge", ["val/dice", "val/dice_tumour"])
+def test_the_score_is_that_of_the_network_that_is_kept(tmp_path, alone, monkeypatch, judge):
+    """Which fine-tuning chooses by the mean over organs, whichever of them is asked for."""
+    rows = {20: (0.0, 0.0), 40: (0.40, 0.50), 60: (0.55, 0.20), 80: (0.50, 0.60)}
+
+    def train(config):
+        Path(config.run).mkdir(parents=True)
+        write_json(Path(config.run) / "run.json", {"door": "finetune", "config": {}, "num_steps": 80})
+        lines = [{"step": step, "val/dice": mean, "val/dice_tumour": one} for step, (mean, one) in rows.items()]
+        metrics_path(config.run).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    run, _ = alone
+    config = sweep(tmp_path, arms={"a": {"finetune.init": "random"}}, judge=judge)
+    monkeypatch.setattr(trial.finetune, "run", train)
+    found = run(config, {"arm": "a"}, tmp_path / "trials" / "t", said(0.1))
+    assert found.error is None and found.score == {"val/dice": 0.55, "val/dice_tumour": 0.20}[judge]
+
+
 def test_a_continued_trial_replaces_what_it_reports_again(tmp_path):
     for progress, score in ((10, 0.1), (20, 0.2), (30, 0.3), (20, 0.25)):
         sweeps.add_report(tmp_path, progress, score)

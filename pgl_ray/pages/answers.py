@@ -179,20 +179,28 @@ def better_tuned(tuned: list[Run]) -> list[Line]:
     for start in starts:
         name = f"fine-tuned from {os.path.basename(start.rstrip('/'))}"
         mine = [run for run in evaluated if run.record.init == start]
-        lines.append(_tuned(mine, random)._replace(of=name))
+        if why := _unpaired(mine, random):
+            lines.append(Line(OPEN, why, name))
+            continue
+        for settings, pairs in run_folders.by_settings(arms.same_seed(mine, random)).items():
+            lines.append(_tuned(pairs)._replace(of=", ".join(filter(None, (name, settings)))))
     return lines
 
 
-def _tuned(tuned: list[Run], random: list[Run]) -> Line:
+def _unpaired(tuned: list[Run], random: list[Run]) -> str:
+    """Why no two runs are set beside each other; "" where some are."""
     if not tuned:
-        return Line(OPEN, "not evaluated yet")
+        return "not evaluated yet"
     if not random:
-        return Line(OPEN, "no evaluated run from random weights is on this page")
-    pairs = arms.same_seed(tuned, random)
-    if not pairs:
-        same = "the same seed and as many labelled scans, or, of several such, the same settings"
-        return Line(OPEN, f"no run from random weights has {same}")
+        return "no evaluated run from random weights is on this page"
+    same = "the same seed and as many labelled scans, or, of several such, the same settings"
+    return "" if arms.same_seed(tuned, random) else f"no run from random weights has {same}"
+
+
+def _tuned(pairs: list[tuple[Run, Run]]) -> Line:
     pairs = arms.scored_alike(pairs)
+    if short := next(filter(None, (tables.unfinished(run) for pair in pairs for run in pair)), None):
+        return Line(OPEN, f"{short}: a network that is not trained to its end is no answer")
     gain = arms.dice_gain(pairs)
     if gain is None:
         why = arms.unlike([(run.scores, other.scores) for run, other in pairs])

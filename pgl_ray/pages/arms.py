@@ -20,6 +20,7 @@ from pgl_ray.model.metrics import (
 from pgl_ray.pages import tables
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
+from pgl_ray.sweep.points import short
 from pgl_ray.sweep.sweeps import Trial
 from pgl_ray.train.records import read_json
 
@@ -270,7 +271,7 @@ def judged(config: dict[str, Any], trials: list[Trial]) -> list[dict[str, Any]]:
     for trial in trials:
         path = trial.folder / "probe.json"
         if trial.state == "done" and "arm" in trial.values and path.is_file():
-            point = {key: v for key, v in trial.values.items() if key != "arm" and sweeps.short(key) != "seed"}
+            point = {key: v for key, v in trial.values.items() if key != "arm" and short(key) != "seed"}
             seed = sweeps.seeds(trial.values, "pretrain", "probe")
             rows = points.setdefault(sweeps.settings(point) or "all trials", {})
             arm, result = trial.values["arm"], read_json(path)

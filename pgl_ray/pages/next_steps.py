@@ -10,7 +10,7 @@ from pgl_ray import shipped
 from pgl_ray.config import EncoderConfig
 from pgl_ray.judge.judges import Standing
 from pgl_ray.outlook import MAX_CLAMPED, MIN_TURNOVER
-from pgl_ray.pages import arms, speeds, tables
+from pgl_ray.pages import arms, run_folders, speeds, tables
 from pgl_ray.pages.arms import Gain
 from pgl_ray.pages.pages import Line, command, percent, plural
 from pgl_ray.pages.run_folders import Run
@@ -18,15 +18,15 @@ from pgl_ray.train import health, run_paths
 
 TEST = "test"  # the split that doors test on where no other is named
 TUNING = "conf/finetune_small.yaml"
+USE = "Use it"
 MOST_SCANS = 2000  # that anybody would label to tell two runs apart
 
 
 def first(runs: list[Run], judged: dict[str, dict[str, Any] | None]) -> Line:
     """The first of the steps that is open, in the order in which they are worth doing."""
     pretrained, tuned = ([run for run in runs if run.door == door] for door in ("pretrain", "finetune"))
-    for find in (_unfinished, _mends):
-        if line := find(pretrained):
-            return line
+    if line := _unfinished(runs) or _mends(pretrained):
+        return line
     for run in runs:
         if not run.rows:
             return Line("Wait", f"{run.name} has no metrics yet; make this page again when it has")
@@ -39,12 +39,9 @@ def first(runs: list[Run], judged: dict[str, dict[str, Any] | None]) -> Line:
     return _after(pretrained, tuned)
 
 
-def _unfinished(pretrained: list[Run]) -> Line | None:
-    for run in pretrained:
-        planned = run.record.num_steps
-        if run.rows and planned and run.rows[-1]["step"] < planned and not tables.collapsed(run):
-            at = f"{run.name} stands at step {run.rows[-1]['step']:,.0f} of {planned:,}"
-            return Line("Let it end", f"{at}; where it runs no more, the same command goes on from there")
+def _unfinished(runs: list[Run]) -> Line | None:
+    for at in filter(None, map(tables.unfinished, runs)):
+        return Line("Let it end", f"{at}; where it runs no more, the same command goes on from there")
     return None
 
 
@@ -147,7 +144,15 @@ def _after(pretrained: list[Run], tuned: list[Run]) -> Line:
             "Fine-tune from random weights",
             f"the settings of {starts[0].name} without init, so that there is something to compare with",
         )
-    pairs = arms.scored_alike(arms.same_seed(starts, random))
+    groups = run_folders.by_settings(arms.same_seed(starts, random)).items()
+    steps = [(settings, _against_random(pairs)) for settings, pairs in groups]
+    settings, step = next((one for one in steps if one[1].verdict != USE), steps[0])  # what is open first
+    return step._replace(text=f"{settings}: {step.text}") if settings else step
+
+
+def _against_random(pairs: list[tuple[Run, Run]]) -> Line:
+    """Of runs in pairs with those from random weights, each pair of a seed."""
+    pairs = arms.scored_alike(pairs)
     gain = arms.dice_gain(pairs) if pairs else None
     if gain is None and pairs and not arms.unlike(arms.scored_by_both(pairs)[0]):
         return Line(
@@ -177,7 +182,7 @@ def _more(gain: Gain) -> Line:
         if gain.is_better is None:
             return Line("Repeat", f"{seeds}: they differ by more than the gain")
         if gain.is_better:
-            return Line("Use it", "nothing that these figures could tell is open")
+            return Line(USE, "nothing that these figures could tell is open")
         return Line(
             "Begin from random weights", "the pre-training costs Dice here: train longer, or on scans like these"
         )

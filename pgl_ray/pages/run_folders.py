@@ -138,6 +138,19 @@ def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
+def by_settings(pairs: list[tuple[Run, Run]]) -> dict[str, list[tuple[Run, Run]]]:
+    """Pairs of runs by what the first of each is called besides its seed: {"": all} where no seed comes twice, for then
+    each pair stands for a seed."""
+    firsts = [run for run, _ in pairs]
+    if len({run.record.seed for run in firsts}) == len(firsts):
+        return {"": pairs}
+    differing = [(key, values) for key, values in differing_settings(firsts) if key not in ("init", "seed")]
+    groups: dict[str, list[tuple[Run, Run]]] = {}
+    for number, pair in enumerate(pairs):
+        groups.setdefault(", ".join(f"{key}={values[number]}" for key, values in differing), []).append(pair)
+    return groups
+
+
 def settings(run: Run) -> str:
     """The resolved config as text."""
     path = run.path / "config.yaml"

@@ -16,6 +16,7 @@ from pgl_ray.pages.arms import Gain
 from pgl_ray.pages.pages import NO, OPEN, YES, Answer, Line, command, plural
 from pgl_ray.pages.run_folders import Run
 from pgl_ray.sweep import sweeps
+from pgl_ray.sweep.points import short
 from pgl_ray.sweep.sweeps import Trial
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.records import RunRecord, read_json
@@ -57,7 +58,7 @@ def _groups(judge: str, trials: list[Trial]) -> dict[str, dict[str, dict[str, fl
     last = "probe" if judge.startswith("probe/") else "finetune"  # whose seeds change what is judged
     for trial in trials:
         if trial.state == "done" and trial.score is not None:
-            rest = {key: value for key, value in trial.values.items() if sweeps.short(key) != "seed"}
+            rest = {key: value for key, value in trial.values.items() if short(key) != "seed"}
             arm = rest.pop("arm", None)
             point, title = (sweeps.settings(rest), str(arm)) if arm else ("", sweeps.settings(rest) or "as the base")
             seeds = sweeps.seeds(trial.values, "pretrain", last)
@@ -228,7 +229,7 @@ def at_edge(key: str, entry: dict[str, list], value: Any) -> str | None:
     ((verb, args),) = entry.items()
     listed = verb in ("choice", "grid_search")
     numeric = all(isinstance(one, int | float) and not isinstance(one, bool) for one in [*args, value])
-    if not numeric or sweeps.short(key) in ("seed", "num_scans") or len(set(args)) < (3 if listed else 2):
+    if not numeric or short(key) in ("seed", "num_scans") or len(set(args)) < (3 if listed else 2):
         return None
     if listed:
         low, high = min(args), max(args)

@@ -15,6 +15,7 @@ from pgl_ray.pages import arms, figures, plots, sweep_answers, sweep_plots, tabl
 from pgl_ray.pages.pages import plural
 from pgl_ray.pages.run_folders import Run, evaluated
 from pgl_ray.sweep import sweeps
+from pgl_ray.sweep.points import seedless, short
 from pgl_ray.sweep.sweeps import Trial
 from pgl_ray.train.records import read_json
 
@@ -53,6 +54,7 @@ def content(folder: Path, overlays: Callable[[list[Run]], Any]) -> dict[str, Any
         "arms_out": arms_out,
         "trials_out": trials_out,
         "best": best and {"title": best.title, "score": best.score, "name": best.name},
+        "num_alike": sum(seedless(trial.values) == seedless(best.values) for trial in done) if best else 0,
         "judges": [tables.JUDGED[judge][0] for judge in judges],
         "trials": [_row(trial, judges) for trial in sorted(trials, key=lambda t: (t.state != "done", -t.merit))],
         "notes_of_scans": tables.gathered(_notes(trials)),
@@ -131,7 +133,7 @@ def _axes(config: dict[str, Any], trials: list[Trial]) -> list[sweep_plots.Axis]
             continue
         numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         verb, args = next(iter(config["space"].get(key, {"choice": list(config["arms"])}).items()))
-        name = "arm" if key == "arm" else sweeps.short(key)
+        name = "arm" if key == "arm" else short(key)
         if numeric and verb not in ("choice", "grid_search"):
             axes.append(sweep_plots.Axis(name, values, None, verb == "loguniform"))
             continue
@@ -220,7 +222,7 @@ def grid(config: dict[str, Any], trials: list[Trial], overlays: Callable) -> dic
     for trial in trials:
         run = trial.run("finetune")
         if trial.state == "done" and run and (run / "evaluation" / "summary.json").is_file() and "arm" in trial.values:
-            point = {key: v for key, v in trial.values.items() if key != "arm" and sweeps.short(key) != "seed"}
+            point = {key: v for key, v in trial.values.items() if key != "arm" and short(key) != "seed"}
             of_point = cells.setdefault(sweeps.settings(point) or "all trials", {})
             seed, arm = sweeps.seeds(trial.values, "pretrain", "finetune"), trial.values["arm"]
             of_point.setdefault(arm, {})[seed] = evaluated(run, arm)
@@ -330,14 +332,15 @@ def _against_first(cells: Cells, arm: str) -> list[tuple[Run, Run]]:
 
 
 def _over_labels(trials: list[Trial], colors: dict[str, str]) -> str:
-    """Figure 5: mean Dice per arm over the number of labelled scans, or "" for a single one."""
+    """Figure 5: mean Dice per arm over the number of labelled scans; "" for one number, or for several settings."""
+    rest = [{k: v for k, v in one.values.items() if k != "arm" and short(k) != "num_scans"} for one in trials]
     dice_by_arm: dict[str, dict[int, list[float]]] = {}
     for trial in trials:
         dice, run = sweeps.evaluation(trial).get("dice"), trial.run("finetune")
         if trial.state == "done" and dice is not None and "arm" in trial.values:
             num = _num_scans(evaluated(run, ""))
             dice_by_arm.setdefault(trial.values["arm"], {}).setdefault(num, []).append(100 * dice)
-    if len({num for points in dice_by_arm.values() for num in points}) < 2:
+    if len({num for points in dice_by_arm.values() for num in points}) < 2 or len(set(map(seedless, rest))) > 1:
         return ""
     lines = []
     for arm in (arm for arm in colors if arm in dice_by_arm):

@@ -173,6 +173,13 @@ def collapsed(run: Run) -> dict[str, float] | None:
     return last if last and collapse(last) else None
 
 
+def unfinished(run: Run) -> str:
+    """Where a training stands that has steps left; "" where it ended, or collapsed."""
+    if not run.record.steps_left(run.rows) or collapsed(run):
+        return ""
+    return f"{run.name} stands at step {run.rows[-1]['step']:,.0f} of {run.record.num_steps:,}"
+
+
 def _newest_health(run: Run) -> dict[str, float] | None:
     return next((row for row in reversed(run.rows) if "health/collapsed" in row), None)
 

@@ -150,3 +150,13 @@ def own_name(config: TuneConfig, trial_id: str, point: dict[str, Any]) -> str:
 def hash_of(value: Any) -> str:
     """Of plain values, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def short(key: str) -> str:
+    """The last part of a dotted key, which tells it apart; of seeds all that share it."""
+    return key.split("+")[-1].strip().rsplit(".", 1)[-1]
+
+
+def seedless(values: dict[str, Any]) -> str:
+    """All values of a point but its seeds, as a text that is equal where they are."""
+    return repr(sorted((key, value) for key, value in values.items() if short(key) != "seed"))

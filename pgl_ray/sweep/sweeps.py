@@ -7,8 +7,9 @@ judged by on the way; pretrain/<hash> are the pre-trainings, each of which sever
 import contextlib
 import json
 import os
+import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pgl_ray.data.system import lock_file
 from pgl_ray.judge.judges import HIGHER_IS_BETTER
 from pgl_ray.pages.run_folders import duration_s
 from pgl_ray.pages.tables import probe_values
-from pgl_ray.sweep.points import Space, covers, of_space, whole_space
+from pgl_ray.sweep.points import Space, covers, of_space, seedless, short, whole_space
 from pgl_ray.train.health import verdict
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.records import RunRecord, parse, read_json
@@ -103,9 +104,13 @@ class Trial(BaseModel):
 
 
 def judged(trials: Iterable[Trial]) -> list[Trial]:
-    """Those that came to their end with a score, the best one first."""
+    """Those that came to their end with a score: first those of the settings that are best in the mean over their
+    seeds, of these the best one first."""
     done = [trial for trial in trials if trial.state == "done" and trial.score is not None]
-    return sorted(done, key=lambda trial: -trial.merit)
+    merits = defaultdict(list)
+    for trial in done:
+        merits[seedless(trial.values)].append(trial.merit)
+    return sorted(done, key=lambda trial: (-statistics.fmean(merits[seedless(trial.values)]), -trial.merit))
 
 
 def num_by_state(trials: Iterable[Trial]) -> dict[str, int]:
@@ -131,11 +136,6 @@ def settings(values: dict[str, Any], sep: str = ", ") -> str:
     """Values of a point in short."""
     parts = [str(values["arm"])] if "arm" in values else []
     return sep.join(parts + [f"{short(key)} {number(value)}" for key, value in values.items() if key != "arm"])
-
-
-def short(key: str) -> str:
-    """The last part of a dotted key, which tells it apart; of seeds all that share it."""
-    return key.split("+")[-1].strip().rsplit(".", 1)[-1]
 
 
 def seeds(values: dict[str, Any], *stages: str) -> str:

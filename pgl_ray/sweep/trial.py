@@ -1,7 +1,6 @@
 """A trial of a sweep: its doors one after another inside one of Ray Tune's processes."""
 
 import contextlib
-import functools
 import json
 import math
 import threading
@@ -166,13 +165,15 @@ class _Follower:
     Of the last training the end is not reported: a scheduler cannot stop what is done.
 
     Attributes:
-        best: the best figure so far of a training that keeps its best network, else the newest.
+        best: the figure of the network that is kept so far, of a training that keeps its best one, else the newest.
+        best_dice: val/dice of that network.
     """
 
     def __init__(self, folder: Path, run: str, figure: str | None, offset: int, last: bool, keeps_best: bool = False):
         self.folder, self.run, self.figure, self.offset = folder, Path(run), figure, offset
         self.last, self.keeps_best = last, keeps_best
         self.best: float | None = None
+        self.best_dice = 0.0
         self.step = 0
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
@@ -200,9 +201,10 @@ class _Follower:
         for row in read_metrics(self.run):
             if row["step"] > self.step and math.isfinite(row.get(self.figure, math.nan)):
                 self.step, value = row["step"], row[self.figure]
-                # fine-tuning keeps its best network; of pre-training the newest encoder counts, not the untrained one
-                known = [self.best] if self.keeps_best and self.best is not None else []
-                self.best = max(value, *known, key=functools.partial(sweeps.merit, self.figure)) if known else value
+                # fine-tuning keeps its best network, by the mean over organs whatever the judge; of pre-training the
+                # newest encoder counts, not the untrained one
+                if not self.keeps_best or not self.best_dice or row["val/dice"] > self.best_dice:
+                    self.best, self.best_dice = value, row.get("val/dice", 0.0)
                 progress = self.offset + max(1, int(100 * self.step / num_steps))
                 sweeps.add_report(self.folder, progress, self.best)
                 if not (self.last and self.step >= num_steps):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from pgl_ray.data.durable import write_aside
 from pgl_ray.train import run_paths
+from pgl_ray.train.records import RunRecord
 from pgl_ray.train.retry import retried
-from pgl_ray.train.run_files import METRICS
+from pgl_ray.train.run_files import METRICS, RECORD
 from pgl_ray.train.track import Tracker
 
 if TYPE_CHECKING:
@@ -89,3 +90,13 @@ def whole_lines(path: Path) -> list[str]:
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
     """Rows of a run's metrics.jsonl; none if it is not there yet. The run may lie in a bucket."""
     return [json.loads(line) for line in whole_lines(metrics_path(run_paths.followed(run)))]
+
+
+def unfinished(run: str) -> str:
+    """Where the training of a run's folder on this machine stands that has steps left, for a note; "" where it ended,
+    or there is none."""
+    if not Path(run, RECORD).is_file():
+        return ""
+    record, rows = RunRecord.read(run), read_metrics(run)
+    stands = f"stands at step {rows[-1]['step']:,.0f} of {record.num_steps:,}" if rows else ""
+    return f"{stands}: it has not been trained to its end" if record.steps_left(rows) else ""

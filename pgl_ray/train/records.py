@@ -1,6 +1,7 @@
 """What the files of a run say, parsed once where they are read: run.json, and what a checkpoint says of its network."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -126,6 +127,17 @@ class RunRecord(BaseModel):
     def write(self, run: Path) -> None:
         """Writes run.json in one step."""
         write_json(run / RECORD, self.model_dump(exclude_unset=True))
+
+    def steps_left(self, rows: list[dict[str, float]]) -> int:
+        """Steps that a training had before it at its newest row of metrics; 0 where it ended, by its plan or, of a
+        fine-tuning, because nothing better came (`patience`), and where it has none."""
+        best = stale = 0.0
+        for dice in (row["val/dice"] for row in rows if "val/dice" in row):
+            stale = 0 if dice > best or not best else stale + 1
+            best = max(best, dice)
+        if not rows or stale >= self.config.get("patience", math.inf):
+            return 0
+        return max(0, self.num_steps - int(rows[-1]["step"]))
 
     @property
     def index(self) -> str:
