@@ -1,5 +1,6 @@
 """evaluate: normalisation, class indices, partial labels and what is written, with a network whose answer is known."""
 
+import hashlib
 import json
 import math
 import re
@@ -24,7 +25,9 @@ from pgl_ray.model.resnet import Encoder
 from pgl_ray.model.segmenter import Segmenter
 from pgl_ray.train import checkpoint, progress
 from pgl_ray.train.checkpoint import write_state
+from pgl_ray.train.metrics import metrics_path
 from pgl_ray.train.records import CheckpointMeta
+from pgl_ray.train.run_files import SCANS, write_json
 
 WINDOW = (-1000.0, 400.0)
 LABELS = {"spleen": 3, "liver": 7}  # neither contiguous nor from 1
@@ -106,6 +109,36 @@ def config(folder, **values):
     if not (folder / "r/best.pt").exists():
         (folder / "r/best.pt").write_bytes(b"what known_run stands for")
     return build(EvaluateConfig, {"run": str(folder / "r"), "index": str(folder / "s"), **values})
+
+
+def test_results_are_of_the_network_that_was_loaded(folder, monkeypatch):
+    """Which a training beside it replaces while it is read."""
+    known_run(monkeypatch, folder)
+    load, loads = evaluate.load_segmenter, []
+
+    def replaced(run, device):
+        loads.append(Path(run, "best.pt").read_bytes())
+        if len(loads) == 1:
+            Path(run, "best.pt").write_bytes(b"a better one")
+        return load(run, device)
+
+    asked = config(folder)
+    monkeypatch.setattr(evaluate, "load_segmenter", replaced)
+    evaluate.run(asked)
+    identity = json.loads((folder / "r/evaluation" / SCANS).read_text().splitlines()[0])
+    assert loads[1:] == [b"a better one"] and identity["checkpoint"] == hashlib.sha256(loads[-1]).hexdigest()
+
+
+def test_a_half_trained_network_is_named(folder, monkeypatch, capsys):
+    known_run(monkeypatch, folder)
+    asked = config(folder)
+    write_json(folder / "r/run.json", {"door": "finetune", "config": {}, "num_steps": 1000})
+    metrics_path(folder / "r").write_text('{"step": 40, "val/dice": 0.2}\n')
+    evaluate.run(asked)
+    note = f"{folder}/r stands at step 40 of 1,000: it has not been trained to its end"
+    assert f"evaluate: note: {note}" in capsys.readouterr().out
+    metrics_path(folder / "r").write_text('{"step": 1000, "val/dice": 0.2}\n')
+    assert note not in evaluate.run(asked).summary["notes"]
 
 
 def test_a_network_that_knows_scores_one(folder, monkeypatch, capsys):
