@@ -78,7 +78,7 @@ def _evaluate(config: EvaluateConfig, folder: Path) -> dict[str, Any]:
         check_writable(f"output={config.output}", folder.absolute())
     check_folder(folder)
     device = pick_device(config.inference.device)
-    model, meta, identity = _load(config, device)
+    model, meta, identity = _read_network(config, device)
     if config.tta:
         check_flips(config.run, meta)
     index = read_index(config.index)
@@ -225,7 +225,7 @@ def _read_others(config: EvaluateConfig, records: list[ScanRecord], identity: di
 # -- what was done before ---------------------------------------------------------------------------------------------
 
 
-def _load(
+def _read_network(
     config: EvaluateConfig, device: torch.device
 ) -> tuple[Segmenter | LightSegmenter, CheckpointMeta, dict[str, Any]]:
     """The network, what is known of it, and its `_identity`; a training that goes on may replace it in between."""

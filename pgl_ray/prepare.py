@@ -152,7 +152,7 @@ def _run(
     failed = sorted([*failed, *unreadable(place, records)])
     _note(place, notes)
     names = finish.finish_store(folder, records, todo.stored, names, Path(config.source).resolve())
-    for line in finish.changes(before, records):
+    for line in [*finish.changes(before, records), *finish.uncounted(records, todo.stored)]:
         print(f"prepare: {line}", flush=True)
     _tell_same_content(finish.same_content(records, {source.scan_id for source in layout.scans}))
     others = {"encoding": config.encoding, "spacing_mm": config.spacing_mm}

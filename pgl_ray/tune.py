@@ -22,7 +22,7 @@ from pgl_ray import report
 from pgl_ray.config import FailedRun, ReportConfig, TuneConfig, build
 from pgl_ray.data.durable import write_aside
 from pgl_ray.sweep import checks, search, stores, sweeps
-from pgl_ray.sweep.points import Point, title_of
+from pgl_ray.sweep.points import Point, seedless, title_of
 from pgl_ray.sweep.progress_table import table
 from pgl_ray.sweep.room import room_for
 from pgl_ray.sweep.stages import stage_configs
@@ -33,12 +33,14 @@ REDRAWS = 5  # at most so often does Optuna go on when it drew known points
 
 @dataclass(frozen=True)
 class Result:
-    """The sweep's folder and its best trial, with its settings and score, and how many trials came to what."""
+    """The sweep's folder and its best trial, with its settings and score, how many trials came to what, and in how many
+    of them the best settings lead, with other seeds."""
 
     folder: str
     best: dict[str, Any]
     score: float
     states: dict[str, int]
+    num_alike: int = 1
 
 
 def run(config: TuneConfig) -> Result:
@@ -107,7 +109,9 @@ def collect(config: TuneConfig, folder: Path) -> Result:
         for stage, stage_config in configs.items()
         if stage in ("pretrain", "finetune")
     }
+    alike = sum(seedless(trial.values) == seedless(best.values) for trial in done)
     text = f"# Best of {len(trials)} trials by {config.judge}, {best.score:.4f}: {title_of(best.values)}\n"
+    text += f"# of the settings that lead in the mean over {alike} trials with other seeds\n" * (alike > 1)
     doors = " and ".join(f"python -m pgl_ray.{stage}" for stage in sections)
     text += f"# {doors} take their own part: best.yaml index=... run=...\n"
     if "pretrain" in sections and "finetune" in sections:
@@ -116,10 +120,12 @@ def collect(config: TuneConfig, folder: Path) -> Result:
     report.run(build(ReportConfig, {"run": [str(folder)], "title": f"Sweep {folder.name}"}))
     print("\n" + table(sorted(trials, key=lambda trial: -trial.merit)))
     states = dict(Counter(trial.state for trial in trials))
-    return Result(str(folder), best.values, best.score, states)
+    return Result(str(folder), best.values, best.score, states, alike)
 
 
 def describe(result: Result) -> str:
     """The closing line."""
     counts = ", ".join(f"{num} {state}" for state, num in result.states.items())
-    return f"tune: best score {result.score:.4f} with {title_of(result.best)}; {counts}; {result.folder}/report.html"
+    lead = f", which leads in the mean over {result.num_alike} seeds" if result.num_alike > 1 else ""
+    best = f"{result.score:.4f} with {title_of(result.best)}{lead}"
+    return f"tune: best score {best}; {counts}; {result.folder}/report.html"

@@ -276,7 +276,9 @@ def test_runs_of_other_settings_are_no_seeds():
     step = next_steps.first(runs, {})
     assert step.verdict == "Repeat" and step.text.startswith("num_scans=3: fine-tune both with three or more seeds")
     enough = [
-        tuned(BASE + gain, init, seed, num_scans=3) for init, gain in ((PGL, 0.05), ("random", 0)) for seed in (1, 2)
+        tuned(BASE + gain, init, seed, num_scans=3, train={"num_workers": seed})
+        for init, gain in ((PGL, 0.05), ("random", 0))
+        for seed in (1, 2)
     ]
     first = answers.better_tuned([*runs, *enough])[0]
     assert "ahead with 3 of 3 seeds" in first.text and first.of.endswith("num_scans=3")

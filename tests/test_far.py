@@ -184,13 +184,16 @@ def test_known_shards_are_not_opened_for_the_table(here, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["longer", "shorter", "torn", "missing"])
 def test_a_table_out_of_date_costs_a_second_look(here, far, how):
-    """A scan is converted again, and the run is killed before it writes the table; or the table is damaged."""
+    """Scans are converted again, the run is killed before it writes the table, and a training has read the index
+    before; or the table is damaged."""
     new = here / f"new {how}"
     shutil.copytree(here / "hu", new)
+    index = (new / "index.parquet").read_bytes()
     rng = np.random.default_rng(1)
     for scan_id in IDS[:6]:
         noise = rng.integers(-900, 900, (14 + IDS.index(scan_id), 150, 140 + IDS.index(scan_id))).astype(np.int16)
         scan_files.write_scan(new, scan_id, noise // (1 if how == "longer" else 2000), np.eye(4), split="train")
+    (new / "index.parquet").write_bytes(index)
     table = new / chunks.FILE
     if how == "torn":
         table.write_bytes(table.read_bytes()[:100])

@@ -578,8 +578,8 @@ def test_a_scan_that_cannot_be_replaced_costs_no_index(tmp_path, serial, monkeyp
     assert set(records(target)) == {*before, "e"}
 
 
-def test_a_killed_runs_label_maps_count(tmp_path, serial):
-    """In a store without names whose next run is another folder's: for what they hold."""
+def test_label_maps_of_a_killed_run_are_named(tmp_path, serial, capsys):
+    """In a store without names whose next run is another folder's; a table's blank cell leaves the same."""
     for folder, values in (("one", [1, 3]), ("two", [2])):
         put(tmp_path / f"{folder}/images/{folder}.nii.gz", seed=len(values))
         put(tmp_path / f"{folder}/labels/{folder}.nii.gz", label_array(values))
@@ -587,7 +587,11 @@ def test_a_killed_runs_label_maps_count(tmp_path, serial):
         patch.setattr(finish, "finish_store", lambda *_: signal.raise_signal(signal.SIGINT))
         go(tmp_path / "one", tmp_path / "s")
     go(tmp_path / "two", tmp_path / "s")
+    assert {name: record.labelled for name, record in records(tmp_path / "s").items()} == {"one": (), "two": (2,)}
+    assert "prepare: label maps of 1 scan count for no organ (one): where their prepare" in capsys.readouterr().out
+    go(tmp_path / "one", tmp_path / "s")
     assert {name: record.labelled for name, record in records(tmp_path / "s").items()} == {"one": (1, 3), "two": (2,)}
+    assert "count for no organ" not in capsys.readouterr().out
 
 
 def test_a_scan_that_prepare_finds_damaged_is_not_dropped(tmp_path, serial):

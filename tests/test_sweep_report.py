@@ -183,13 +183,18 @@ def test_values_left_out_later_are_in_no_answer(tmp_path):
 
 def test_the_best_settings_are_so_in_the_mean_over_their_seeds(tmp_path):
     """A lucky seed of others is in no best.yaml, and the first answer, the headline and the next step agree."""
-    space = {"finetune.optim.lr": {"grid_search": [0.1, 0.2, 0.3]}, "finetune.seed": {"grid_search": [0, 1, 2]}}
+    space = {"finetune.optim.lr": {"grid_search": [0.1, 0.15, 0.2, 0.3]}, "finetune.seed": {"grid_search": [0, 1, 2]}}
     config = sweep(tmp_path, space=space)
     sweeps.remember(config, tmp_path / "sweep")
     for lr, scores in {0.1: (0.30, 0.31, 0.32), 0.2: (0.60, 0.62, 0.61), 0.3: (0.75, 0.40, 0.41)}.items():
         for seed, score in enumerate(scores):
             ended(tmp_path, {"finetune.optim.lr": lr, "finetune.seed": seed}, score)
+    for seed, score in enumerate((0.9, 0.2, 0.3)):  # ASHA has stopped all but one
+        values = {"finetune.optim.lr": 0.15, "finetune.seed": seed}
+        ended(tmp_path, values, score, [(50, score)], state="stopped" if seed else "done")
     result = tune.collect(config, tmp_path / "sweep")
+    assert ", finetune.seed=1, which leads in the mean over 3 seeds; " in tune.describe(result)
+    assert "# of the settings that lead in the mean over 3 trials" in (tmp_path / "sweep/best.yaml").read_text()
     assert (result.best["finetune.optim.lr"], result.best["finetune.seed"], result.score) == (0.2, 1, 0.62)
     best = yaml.safe_load((tmp_path / "sweep/best.yaml").read_text())["finetune"]
     assert (best["optim"]["lr"], best["seed"]) == (0.2, 1)

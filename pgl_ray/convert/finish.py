@@ -32,6 +32,14 @@ def changes(before: dict[str, store.ScanRecord], records: dict[str, store.ScanRe
     return [f"changed: {what} of {counted(len(ids), 'stored scan')}: {some(ids)}" for what, ids in scans.items()]
 
 
+def uncounted(records: dict[str, store.ScanRecord], sources: list[Source]) -> list[str]:
+    """A line on label maps of other folders that count for no organ, in a list; [] where there are none."""
+    here = {source.scan_id for source in sources}
+    ids = [one.scan_id for one in records.values() if one.label_voxels and not one.labelled and one.scan_id not in here]
+    why = "where their prepare did not come to its end, and no table says so, prepare their folder again"
+    return [f"label maps of {counted(len(ids), 'scan')} count for no organ ({some(ids)}): {why}"] if ids else []
+
+
 def finish_store(
     folder: str, records: dict[str, store.ScanRecord], sources: list[Source], names: dict[str, int] | None, root: Path
 ) -> dict[str, int]:
@@ -41,8 +49,7 @@ def finish_store(
     only other folders have is unlabelled in them, not absent.
     """
     by_id = {source.scan_id: source for source in sources}
-    unnamed = names is None
-    if unnamed:
+    if names is None:
         names = _names_in(records.values())
         own = _names_in(
             record for record in records.values() if record.scan_id in by_id or Path(record.source).is_relative_to(root)
@@ -62,8 +69,6 @@ def finish_store(
                     filled |= {*record.labelled}
                 stated = tuple(sorted(filled if stated is None else filled & {*stated}))
             new = replace(new, labelled=annotated if stated is None else stated)
-        elif unnamed and not record.labelled:  # of a run that was killed in another folder
-            new = replace(new, labelled=tuple(sorted(record.label_voxels)))
         if new != record:
             store.update_record(folder, new)
             records[new.scan_id] = new

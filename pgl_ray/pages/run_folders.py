@@ -14,6 +14,7 @@ from pgl_ray.train import checkpoint, run_paths
 from pgl_ray.train.metrics import read_metrics
 from pgl_ray.train.records import RunRecord, read_json
 from pgl_ray.train.run_files import RECORD
+from pgl_ray.train.runs import MAY_DIFFER
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,17 @@ def differing_settings(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def by_settings(pairs: list[tuple[Run, Run]]) -> dict[str, list[tuple[Run, Run]]]:
-    """Pairs of runs by what the first of each is called besides its seed: {"": all} where no seed comes twice, for then
-    each pair stands for a seed."""
+    """Pairs of runs by what the first of each was told besides its seed and what a run may be continued with: {"": all}
+    where no seed comes twice, for then each pair stands for a seed. What an earlier version did not know is no other
+    setting."""
     firsts = [run for run, _ in pairs]
     if len({run.record.seed for run in firsts}) == len(firsts):
         return {"": pairs}
-    differing = [(key, values) for key, values in differing_settings(firsts) if key not in ("init", "seed")]
+    differing = [
+        (key, values)
+        for key, values in differing_settings(firsts)
+        if key not in ("init", "seed") and "-" not in values and not {key, key.split(".")[0]} & MAY_DIFFER
+    ]
     groups: dict[str, list[tuple[Run, Run]]] = {}
     for number, pair in enumerate(pairs):
         groups.setdefault(", ".join(f"{key}={values[number]}" for key, values in differing), []).append(pair)

@@ -51,13 +51,15 @@ def of_sweep(config: dict[str, Any], trials: list[Trial], grid: dict[str, Any] |
 # -- which is best? ---------------------------------------------------------------------------------------------------
 
 
-def _groups(judge: str, trials: list[Trial]) -> dict[str, dict[str, dict[str, float]]]:
-    """Point -> title -> seed -> score of trials that are done. Arms are set against each other at one point of the
+def _groups(
+    judge: str, trials: list[Trial], states: tuple[str, ...] = ("done",)
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Point -> title -> seed -> score of trials in these states. Arms are set against each other at one point of the
     space; without arms all settings are."""
     scores: dict[str, dict[str, dict[str, float]]] = {}
     last = "probe" if judge.startswith("probe/") else "finetune"  # whose seeds change what is judged
     for trial in trials:
-        if trial.state == "done" and trial.score is not None:
+        if trial.state in states and trial.score is not None:
             rest = {key: value for key, value in trial.values.items() if short(key) != "seed"}
             arm = rest.pop("arm", None)
             point, title = (sweeps.settings(rest), str(arm)) if arm else ("", sweeps.settings(rest) or "as the base")
@@ -70,9 +72,11 @@ def best(config: dict[str, Any], trials: list[Trial]) -> list[Line]:
     """The best of each point, against the second; over seeds where both have the same ones."""
     judge = config["judge"]
     lines = []
+    all_seeds = _groups(judge, trials, sweeps.COUNTED)
     for point, titles in _groups(judge, trials).items():
         mean = {title: float(np.mean([*scores.values()])) for title, scores in titles.items()}
-        first, *others = sorted(mean, key=lambda title: -sweeps.merit(judge, mean[title]))
+        rank = {title: sweeps.merit(judge, float(np.mean([*all_seeds[point][title].values()]))) for title in titles}
+        first, *others = sorted(mean, key=lambda title: -rank[title])
         text = f"{judge} {mean[first]:.4f}" + (" (lower is better)" if sweeps.merit(judge, 1.0) < 0 else "")
         if not others:
             lines.append(Line(OPEN, f"{first} with {text} has nothing beside it", point))

@@ -32,6 +32,7 @@ from pgl_ray.train.run_files import RECORD, write_json
 
 SWEEP = "sweep.json"
 ENDED = ("done", "stopped", "collapsed")  # and not to be run again; "failed" is tried again, "running" was interrupted
+COUNTED = ("done", "stopped")  # in the mean of settings: a seed that was stopped for being worse, too
 FIGURES = {  # of a probe, that trials may be judged by -> the judge that says it
     "probe/balanced_accuracy": "voxels",
     "probe/decoder_dice": "decoder",
@@ -106,9 +107,9 @@ class Trial(BaseModel):
 def judged(trials: Iterable[Trial]) -> list[Trial]:
     """Those that came to their end with a score: first those of the settings that are best in the mean over their
     seeds, of these the best one first."""
-    done = [trial for trial in trials if trial.state == "done" and trial.score is not None]
-    merits = defaultdict(list)
-    for trial in done:
+    scored = [trial for trial in trials if trial.score is not None and trial.state in COUNTED]
+    done, merits = [trial for trial in scored if trial.state == "done"], defaultdict(list)
+    for trial in scored:
         merits[seedless(trial.values)].append(trial.merit)
     return sorted(done, key=lambda trial: (-statistics.fmean(merits[seedless(trial.values)]), -trial.merit))
 
