@@ -1,4 +1,4 @@
-"""What each worker of a run says, as JSON lines in the run's folder: logs/rank_<K>.jsonl, and its stacks on SIGUSR1."""
+"""What each worker of a run says, as JSON lines in the run's folder: logs/rank_<K>.jsonl; its stacks beside them."""
 
 import faulthandler
 import json
@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -59,6 +58,19 @@ class JsonLines(logging.Handler):
 
 
 @contextmanager
+def stacks_file(run: str, rank: int) -> Iterator[IO[str] | int]:
+    """Where a worker's stacks go: logs/rank_<K>.stack of the run, which no other process writes to; standard error
+    where that cannot be opened, for a signal that nobody takes would end the worker."""
+    path = Path(run) / "logs" / f"rank_{rank}.stack"
+    with ExitStack() as opened:
+        stacks: IO[str] | int = 2
+        with suppress(OSError):
+            path.parent.mkdir(exist_ok=True)
+            stacks = opened.enter_context(path.open("a"))
+        yield stacks
+
+
+@contextmanager
 def written(run: str, rank: int, world: int) -> Iterator[None]:
     """While it lasts, this process' log goes to the run's folder: what the loop says, what libraries warn of, and the
     error that ends it. `kill -USR1 PID` on its host, both named in the first line, adds all its threads' stacks to
@@ -73,11 +85,7 @@ def written(run: str, rank: int, world: int) -> Iterator[None]:
     logging.captureWarnings(True)
     logging.getLogger().addHandler(lines)
     LOG.setLevel(logging.INFO)
-    with ExitStack() as opened:
-        stacks: IO[str] = sys.stderr  # a signal that nobody takes would end the worker
-        with suppress(OSError):
-            folder.mkdir(exist_ok=True)
-            stacks = opened.enter_context((folder / f"rank_{rank}.stack").open("a"))
+    with stacks_file(run, rank) as stacks:
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
         say("start", world=world, host=socket.gethostname(), pid=os.getpid())
         began = time.monotonic()

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 
 from pgl_ray.config import FailedRun
+from pgl_ray.train import logs
 from pgl_ray.train.events import Notes
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ class Watch:
         self.seen: dict[int, tuple[list, float, float]] = {}  # rank -> what it said last, when its place and it changed
         if self.store:
             self._tell(self.store, self.alive)  # from the first moment on there is somebody to name
+        self.opened = contextlib.ExitStack()
+        self.stacks = self.opened.enter_context(logs.stacks_file(run, rank))
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True, name="watch")
         self.thread.start()
@@ -94,6 +97,7 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 self._tell(self.store, ENDED)
         faulthandler.cancel_dump_traceback_later()
+        self.opened.close()
 
     def last_look(self) -> str | None:
         """Who was waited for in a collective that has just failed: its timeout may end before the thread's turn."""
@@ -108,9 +112,9 @@ class Watch:
     def _follow(self) -> None:
         armed = 0.0
         while not self.done.wait(self.period_s):
-            if self.moved > armed:  # else the timer runs out, and dumps all stacks to the worker's log, whatever hangs
+            if self.moved > armed:  # else the timer runs out, and dumps all stacks, whatever hangs
                 armed = time.monotonic()
-                faulthandler.dump_traceback_later(SHARE * self.timeout_s + self.period_s, file=2)
+                faulthandler.dump_traceback_later(SHARE * self.timeout_s + self.period_s, file=self.stacks)
             self._look()
 
     def _look(self) -> None:
