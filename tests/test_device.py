@@ -1,6 +1,7 @@
 """How networks compute: the same results whatever the layout, with recomputation, compiled or not."""
 
 import copy
+import itertools
 import os
 import re
 import subprocess
@@ -53,6 +54,36 @@ def test_recomputed_stages_give_the_same_gradients_and_norms(kind, level, moment
     for ours, theirs in zip([*again_grads, *again_stats], [*grads, *stats], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12 * theirs.abs().max().item())
     assert recomputed.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", [{}, {"stride": 2}, {"stride": (1, 2, 3), "bias": False}])
+@pytest.mark.parametrize("size", [(2, 5, 3, 4, 6), (1, 5, 1, 1, 1)])
+def test_a_cpu_computes_the_same_pointwise_convolutions(change, size, training):
+    """The oracle computes cell by cell, and its gradients are numerical."""
+    conv = nn.Conv3d(5, 3, 1, **change).double()
+    laid = on.lay_out(copy.deepcopy(conv), CPU).train(training)
+    assert type(laid) is on.Pointwise and laid.state_dict().keys() == conv.state_dict().keys()
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    d, h, w = conv.stride
+    expected = torch.zeros(size[0], 3, *(-(-n // by) for n, by in zip(size[2:], conv.stride)), dtype=torch.float64)
+    for n, i, j, k in itertools.product(*(range(n) for n in (size[0], *expected.shape[2:]))):
+        expected[n, :, i, j, k] = conv.weight[:, :, 0, 0, 0] @ x[n, :, i * d, j * h, k * w]
+        expected[n, :, i, j, k] += 0 if conv.bias is None else conv.bias
+    torch.testing.assert_close(laid(x), expected)
+    assert torch.autograd.gradcheck(
+        lambda x, *weights: torch.func.functional_call(laid, dict(zip(conv.state_dict(), weights)), x),
+        (x, *laid.parameters()),
+    )
+
+
+def test_only_pointwise_convolutions_become_products():
+    """And no other device's, nor a program's that is exported: there it stays a convolution."""
+    others = nn.Conv3d(4, 4, 3, padding=1), nn.Conv3d(4, 4, 1, groups=2), nn.Conv3d(4, 4, 1, padding=1)
+    net = on.lay_out(nn.Sequential(*others, nn.Conv3d(4, 2, 1)), CPU).eval()
+    assert [type(part) for part in net] == [nn.Conv3d] * 3 + [on.Pointwise]
+    program = torch.export.export(net, (torch.zeros(1, 4, 8, 8, 8),))
+    assert sum("conv3d" in str(node.target) for node in program.graph.nodes) == 4
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch):

@@ -16,6 +16,7 @@ from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index, class_lookup
 from pgl_ray.judge.dense import dense_maps
 from pgl_ray.judge.readings import StandardisedMaps
+from pgl_ray.model import device as on
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import organ_metrics
 from pgl_ray.model.segmenter import LightDecoder, light_levels
@@ -86,7 +87,7 @@ def train_decoder(
     channels, strides = [encoder.channels[i] for i in levels], [encoder.strides[i] for i in levels]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        decoder = LightDecoder(channels, strides, len(scans[0].labelled)).to(device).train()
+        decoder = on.lay_out(LightDecoder(channels, strides, len(scans[0].labelled)), device).train()
     maps = [read_maps(encoder, scan, size) for scan in scans]
     size = triple(int(-(-length // by) * by) for length, by in zip(size, strides[-1]))
     adamw = torch.optim.AdamW(decoder.parameters(), LR)
