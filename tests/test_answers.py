@@ -518,6 +518,7 @@ LABELLED = [("train", "test"), ("train", "validation"), ("a", "b", "train"), ("t
 
 
 @pytest.mark.parametrize("splits", LABELLED)
+@pytest.mark.slow
 def test_the_commands_to_type_find_scans_to_test_on(tmp_path, splits):
     """Whatever the splits that a store has labels in: neither the judges nor an evaluation has to refuse."""
     store = tmp_path / "store"

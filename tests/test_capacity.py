@@ -530,6 +530,7 @@ def begun(run: Path, devices: list[str] | None) -> tuple[Path, int]:
     return checkpoint.committed(run)
 
 
+@pytest.mark.slow
 def test_the_driver_refuses_cpus_after_gpus(here, tmp_path):
     here(FIXED)
     found = begun(tmp_path / "run", ["NVIDIA H200"])

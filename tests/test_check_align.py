@@ -66,11 +66,13 @@ def test_a_wrong_centre_fails(tmp_path, monkeypatch):
         check(tmp_path)
 
 
+@pytest.mark.slow
 def test_nothing_to_check_is_no_pass(tmp_path):
     with pytest.raises(FailedRun, match=r"nothing could be checked: .*views.size=\(8, 48, 32\)"):
         check(tmp_path, "views.size=[8,48,32]")
 
 
+@pytest.mark.slow
 def test_of_a_store_only_the_drawn_scans_are_opened(tmp_path, monkeypatch):
     """A hundred thousand open files are more than a process may have."""
     rng, opened = np.random.default_rng(0), []
@@ -104,6 +106,7 @@ def test_typed_settings_override_a_runs_config(tmp_path):
         (["encoder.stage_strides=late", "seed=5"], False),
     ],
 )
+@pytest.mark.slow
 def test_what_a_run_did_not_do_is_no_check_of_it(tmp_path, monkeypatch, typed, is_the_runs):
     """The run's own table stays; what is typed beside it goes to `output`, and either says what it is of."""
     monkeypatch.chdir(tmp_path)
@@ -118,6 +121,7 @@ def test_what_a_run_did_not_do_is_no_check_of_it(tmp_path, monkeypatch, typed, i
     assert f"views 16x32x32, output stride {stride})." in tables.alignment(result.facts)["verdict"]
 
 
+@pytest.mark.slow
 def test_other_strides_are_possible_and_not_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(check_align, "_draw_picture", lambda *_: None)
     with pytest.raises(ValueError, match=r"^align\.more_strides: \[3, 5, 7\]: a resnet encoder .* take one of them$"):

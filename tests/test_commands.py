@@ -106,6 +106,7 @@ def test_wrong_use(capsys, tmp_path, unlabelled, labelled, checkpoints, door, ar
     assert not (tmp_path / "r").exists()  # nothing begun
 
 
+@pytest.mark.slow
 def test_export_gives_monai_every_key_and_says_what_goes_in(capsys, tmp_path, checkpoints):
     from monai.networks.nets.resnet import ResNet
     from safetensors import safe_open

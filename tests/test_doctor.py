@@ -551,6 +551,7 @@ def test_what_cannot_be_written_is_wrong(capsys):
     assert "cannot be written" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_terminal_has_colours_and_a_pipe_none(tmp_path):
     command = [sys.executable, "-m", "pgl_ray.doctor", "ray.address=127.0.0.1:1"]
     written = in_terminal(command, code=1)

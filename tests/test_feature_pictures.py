@@ -171,6 +171,7 @@ def test_axial_slices_face_the_front_coronal_ones_have_head_up():
     assert np.subtract(*figure.axes[0].get_ylim()) < 0 < np.subtract(*figure.axes[2].get_ylim())
 
 
+@pytest.mark.slow
 def test_colours_are_painted_only_over_the_body():
     rng = np.random.default_rng(0)
     image, organs, body = np.zeros((11, 9)), np.zeros((11, 9), int), np.zeros((11, 9), bool)
@@ -186,6 +187,7 @@ def test_colours_are_painted_only_over_the_body():
     assert pixels(figure)[..., :3].std() > 0.1
 
 
+@pytest.mark.slow
 def test_both_pictures_of_labelled_scans(monkeypatch):
     """The first two scans that share the most organs; features that tell the HU alone find no place."""
     monkeypatch.setattr(dense, "window_size", lambda size, strides: (64, 64, 64))

@@ -494,6 +494,7 @@ def test_a_lost_header_is_no_other_sampling(tmp_path, affine, name, write):
 
 @pytest.mark.parametrize("name, write", CTS.values(), ids=CTS)
 @pytest.mark.parametrize("affine", OTHER.values(), ids=OTHER)
+@pytest.mark.slow
 def test_another_sampling_is_to_be_resampled(tmp_path, affine, name, write):
     scan = ct.read_scan(write(tmp_path / name, body()))
     saved(tmp_path / "l.nii.gz", label_of(), affine)

@@ -72,6 +72,7 @@ RUNS = {
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow
 def test_losses(tmp_path, name, workers):
     make, changes = RUNS[name]
     config = make(loop.scans(tmp_path / "store"), tmp_path / "run", max_steps=STEPS, **changes)

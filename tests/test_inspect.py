@@ -74,6 +74,7 @@ def test_good_scans_do_not_stand_out_and_twins_do(odd):
     assert inspect.warnings(twin) == ["its label map is empty"]
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_needs_no_other_file(odd, tmp_path):
     path = inspect.run(InspectConfig(store=str(odd), output=str(tmp_path / "new/page.html"), num_pictures=9))
     text = Path(path).read_text("utf-8")

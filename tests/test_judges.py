@@ -519,6 +519,7 @@ def test_the_door_judges_with_all_three_and_both_ends(store, tmp_path, capsys):
     assert "windows of 8x16x32" in text and facts["size"] == list(SIZE)
 
 
+@pytest.mark.slow
 def test_the_window_is_that_of_the_views_of_the_weights(store, tmp_path):
     """Unless it is given; what says nothing of its training is judged at the paper's size."""
     model = {f"online.encoder.{key}": value for key, value in Encoder(**TINY).state_dict().items()}
@@ -537,6 +538,7 @@ def test_the_window_is_that_of_the_views_of_the_weights(store, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["control", "ceiling"])
+@pytest.mark.slow
 def test_ends_of_another_size_are_refused(store, tmp_path, monkeypatch, key):
     for name, width in (("run", 4), (key, 8)):
         settings = {"kind": "resnet", "depths": [1, 1, 1, 1], "width": width, "stage_strides": "early"}
@@ -572,6 +574,7 @@ def test_what_no_scan_to_learn_from_shows_is_said(tmp_path, absent):
 
 
 @pytest.mark.usefixtures("few_steps")
+@pytest.mark.slow
 def test_shortcomings_of_the_scans_are_said(tmp_path):
     for number, split in ((0, "train"), (1, "train"), (0, "test")):
         volume, label = paint(number)
@@ -677,6 +680,7 @@ def test_features_that_are_not_finite_are_no_score(store, judge):
 
 
 @pytest.mark.usefixtures("few_steps")
+@pytest.mark.slow
 def test_an_encoder_that_was_trained_in_part_is_judged_by_all(store):
     """As PGL at a finer output stride leaves it: the stages behind are not there."""
     torch.manual_seed(0)

@@ -205,6 +205,7 @@ def test_the_doctor_finds_a_store_without_conditions(bucket, conditions, how, sa
     assert bucket.names("") == []
 
 
+@pytest.mark.slow
 def test_a_run_without_conditions_is_refused_before_it_writes(bucket, conditions, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     conditions("501")

@@ -80,6 +80,7 @@ def test_the_recipe_takes_what_comes_out(tmp_path):
     assert not layout.faults and not layout.left_out
 
 
+@pytest.mark.slow
 def test_patients_of_a_single_table(tmp_path):
     for number in (1, 2, 3):
         write_patient(tmp_path / f"in/train-pats/pt_{number}")

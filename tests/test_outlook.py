@@ -131,6 +131,7 @@ def test_fine_tuning_takes_the_presets_encoder(name):
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
+@pytest.mark.slow
 def test_clamped_shares_equal_loops(data):
     stride = data.draw(st.permutations([2, 4, 8]))
     cells = data.draw(st.permutations([2, 3, 5]))
@@ -159,6 +160,7 @@ def test_the_papers_run():
 
 
 @pytest.mark.parametrize(("lr", "warmup", "steps"), [(0.2, 4, 20), (1.5, 0, 7), (2.0, 1, 1), (0.3, 10, 100)])
+@pytest.mark.slow
 def test_sum_of_rates_is_what_the_optimizer_gets(lr, warmup, steps):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
     schedule, total = optim.warmup_cosine(optimizer, warmup, steps), 0.0

@@ -155,6 +155,7 @@ def test_two_values_that_are_no_masks_give_a_note(tmp_path, values):
     assert read(tmp_path / "a.nii.gz", volume).voxels.min() == values[0]
 
 
+@pytest.mark.slow
 def test_no_real_ct_gives_a_note_and_no_label_map_passes(real_data):
     files = [*sorted((real_data / "openkbp/images").glob("*.gz"))[::12], *(real_data / "body/images").glob("*.gz")]
     files += sorted((real_data / "sts/images").glob("*.gz"))[::3]

@@ -251,6 +251,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("how", ["without pages", "killed at the page", "killed at the facts"])
+@pytest.mark.slow
 def test_no_network_s_map_beside_another_s_page(tmp_path, monkeypatch, how):
     """A's whole output, B's in between, then either again: what lies there is always one network's."""
     write(tmp_path / "ct.nii.gz")

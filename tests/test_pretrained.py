@@ -396,6 +396,7 @@ def test_voxels_of_another_size_are_noted(tmp_path, factor, noted):
     assert spacing_note({}, index) is None
 
 
+@pytest.mark.slow
 def test_probe_and_finetune_print_the_note_once(tmp_path, capsys, monkeypatch):
     index = write_store(tmp_path / "s", (5.0, 0.8, 0.8))
     probe.run(probing(index))

@@ -225,6 +225,7 @@ def test_ramps_notice_swapped_contractions():
         align(torch.zeros(1, 1, *CELLS), (matrices[0], matrices[2], matrices[1]))
 
 
+@pytest.mark.slow
 def test_align_is_differentiable_and_float32_under_autocast():
     rng = np.random.default_rng(1)
     box_1, box_2 = (torch.from_numpy(b) for b in random_boxes(rng, 2))

@@ -99,6 +99,7 @@ def test_planted_features_are_read_perfectly(planted):
     assert result.hits.shape == result.counts.shape == (2, 4) and (result.hits == result.counts).all()
 
 
+@pytest.mark.slow
 def test_scale_and_offset_of_the_features_do_not_matter(planted):
     """Faint, far from zero, and one feature constant."""
 

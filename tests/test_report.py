@@ -313,6 +313,7 @@ def test_page_has_every_section(page):
     assert "left out" not in text and "not evaluated" not in text
 
 
+@pytest.mark.slow
 def test_encoders_of_one_name_are_told_apart(scans, tmp_path):
     """Two runs whose folders are called alike, and one that was judged twice: each has its own row and column."""
     for folder, values in (("contrast", (0.9, 0.5, 20.0)), ("paper", (0.6, 0.4, 30.0))):
@@ -424,6 +425,7 @@ def test_what_is_missing_is_said(scans, tmp_path):
     assert "A pair of views" not in text and "Predicted and true labels" not in text and "0.550" in text
 
 
+@pytest.mark.slow
 def test_figures_of_an_earlier_network_are_not_shown(scans, tmp_path):
     """Evaluated, then trained on: the page says so instead of showing what the earlier network scored."""
     run = finetuned(tmp_path / "tuned", scans, [0.5, 0.6])
@@ -443,6 +445,7 @@ def test_figures_of_an_earlier_network_are_not_shown(scans, tmp_path):
     assert "0.550" in Reader(write_page(run)).text
 
 
+@pytest.mark.slow
 def test_damaged_pictures_are_left_out(scans, tmp_path):
     one = write_run(tmp_path / "pgl", "pretrain", scans, pretrain_rows())
     write_views(one, scans)

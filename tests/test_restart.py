@@ -133,6 +133,7 @@ def test_skipping_leaves_the_collapse_alarm_on(scans, tmp_path, monkeypatch, fro
         assert checkpoint.committed_step(config.run) == 2
 
 
+@pytest.mark.slow
 def test_too_little_memory_in_fine_tuning_says_what_to_take(scans, tmp_path, monkeypatch):
     """In a step, the first update's momentum included, and in a validation, whose advice is fine-tuning's own."""
 

@@ -92,6 +92,7 @@ def test_output_stays_with_its_voxel(axis):
     assert change[:50].max() < 1e-12 < change[-1]
 
 
+@pytest.mark.slow
 def test_learns_a_ball():
     """A few steps overfit a toy: gradients reach everything that is needed."""
     torch.manual_seed(0)

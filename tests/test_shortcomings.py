@@ -41,6 +41,7 @@ def weights(place, told: dict, window=(-1024.0, 325.0), **changes) -> str:
 
 
 @pytest.mark.usefixtures("few_steps")
+@pytest.mark.slow
 def test_scans_that_show_no_organ_are_counted(tmp_path):
     """Of those to learn from and of those to test on; the others are used."""
     painted = [("train", *paint(0)), ("train", paint(1)[0], np.zeros_like(paint(1)[1])), ("test", *paint(2))]
@@ -54,6 +55,7 @@ def test_scans_that_show_no_organ_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("solid", [(), np.s_[10, 10, 10], np.s_[:, 5:12, :], np.s_[0::3, 4::8, 2::4]])
+@pytest.mark.slow
 def test_no_place_is_searched_in_a_scan_without_a_body(tmp_path, solid):
     """It is left out and named, the others are matched as if it were not there: air alone, and what lies between the
     points of the grid (every 8 mm from 4 mm on, in whole voxels)."""
@@ -94,6 +96,7 @@ def test_a_deformed_copy_without_a_body_is_skipped(tmp_path, monkeypatch, place)
 
 
 @pytest.mark.parametrize("empty", [(1,), (2, 4), (3,)])
+@pytest.mark.slow
 def test_pictures_are_of_scans_with_a_body(tmp_path, monkeypatch, empty):
     """Scans 1 to 4 are tested on, and those in `empty` show air under their labels: neither asked nor searched."""
     painted = [("train" if number == 0 else "test", *paint(number)) for number in range(5)]
@@ -294,6 +297,7 @@ def test_a_channel_that_only_this_scan_wakes_stays_finite():
     torch.testing.assert_close(values[0], volume.half())
 
 
+@pytest.mark.slow
 def test_a_side_reading_that_overflows_is_left_out(store, tmp_path, capsys):  # noqa: F811
     """Without statistics of its own maps the layers' gains multiply; what counts is judged all the same."""
     encoder = build_encoder(**SETTINGS)

@@ -54,6 +54,7 @@ def test_the_best_trial_is_written_for_both_doors(tmp_path):
     assert (tmp_path / "sweep/report.html").exists() and (tmp_path / "sweep/trials.parquet").exists()
 
 
+@pytest.mark.slow
 def test_arms_are_compared_to_the_strongest_control_by_all(tmp_path):
     """Controls are stronger with BatchNorm off here, of which one row each is held against the strongest; matching's
     sign is turned in words, too."""

@@ -120,6 +120,7 @@ print("locked")
 
 
 @pytest.mark.parametrize("hidden", [MACOS, NO_FCNTL])
+@pytest.mark.slow
 def test_stores_and_runs_are_locked_without_it(hidden):
     assert "locked" in without(hidden)
 

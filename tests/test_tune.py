@@ -136,6 +136,7 @@ def test_a_sweep_goes_on_by_the_same_first_judge(tmp_path, earlier, now):
         sweeps.remember(sweep(tmp_path, space=LR, first_judge=now), tmp_path / "sweep")
 
 
+@pytest.mark.slow
 def test_a_refused_second_start_leaves_the_sweep_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "check_stores", lambda config, trials: None)
     folder = tmp_path / "sweep"

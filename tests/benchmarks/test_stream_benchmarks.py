@@ -15,6 +15,7 @@ def volumes() -> dict[str, np.ndarray]:
     return {f"ct_{i}": np.kron(part, np.ones((4, 16, 16))).astype(np.int16) for i, part in enumerate(coarse)}
 
 
+@pytest.mark.slow
 def test_all_of_our_ways_run(volumes, tmp_path):
     ways = {name: (2, make(volumes, tmp_path)) for name, _, make in stream_vs_peers.WAYS if name.startswith("pgl_ray")}
     rates = stream_vs_peers.measure(ways, 1)
