@@ -5,7 +5,7 @@ door is `run(config)` of its module.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from pgl_ray.data.store import read_index as open_store
 from pgl_ray.files import ct
 from pgl_ray.files.scans import StoredScan
 from pgl_ray.judge import search
-from pgl_ray.judge.features import FeatureMap, ScanEncoder, pooled
+from pgl_ray.judge.features import FeatureMap, ScanEncoder, pooled, spacing_of
 from pgl_ray.judge.readings import unlabelled_views
 from pgl_ray.model import pgl
 from pgl_ray.model.inference import pick_device
@@ -65,6 +65,7 @@ def load_encoder(
     size: tuple[int, int, int] | None = None,
     seed: int = 0,
     reestimate: bool = True,
+    spacing: Literal["own", "weights"] = "own",
 ) -> ScanEncoder:
     """A frozen encoder, on CUDA where there is one, its maps up to the last that was trained.
 
@@ -76,9 +77,10 @@ def load_encoder(
         size: of the training views (D, H, W); none: what the weights say, or else 16, 96, 96.
         seed: of the views that are drawn from the store.
         reestimate: false: BatchNorm stays as trained, whatever the store.
+        spacing: of the scans that it will be shown, and so of these views: their own, or as in its training.
 
     Raises:
-        ValueError: no such weights, or they do not say what they expect of a scan.
+        ValueError: no such weights, they do not say what they expect of a scan, or the store has another window.
     """
     if init == "random":
         raise ValueError("init=random has learnt nothing: give a run, pretrained:NAME or a .safetensors file")
@@ -92,6 +94,9 @@ def load_encoder(
             f"init={init} has no metadata, so it is not known what HU it expects: give hu_window=[low,high] of its "
             "training, or a file that export wrote"
         )
+    if store and tuple(window) != tuple(store.hu_window):
+        mend = "give it no store, or one that was prepared with the window of the weights"
+        raise ValueError(f"hu_window={list(window)}, and the index {store.store} has {list(store.hu_window)}: {mend}")
     try:
         loaded = weights.fill(network, source)
     except ValueError as error:
@@ -101,7 +106,8 @@ def load_encoder(
     encoder = ScanEncoder(init, network.to(pick_device("auto")), window, loaded.trained_on, size or source.view_size)
     if store is None or not reestimate:
         return encoder
-    return encoder.reestimated(unlabelled_views(store, list(store.scans), encoder.size, seed))
+    spacing_mm = spacing_of(spacing, encoder)
+    return encoder.reestimated(unlabelled_views(store, list(store.scans), encoder.size, seed, spacing_mm))
 
 
 def read_scan(source: str | Index, scan_id: str | None = None) -> ct.Scan:

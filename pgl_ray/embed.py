@@ -82,7 +82,7 @@ def run(config: EmbedConfig) -> Result:
         scans, faults, left_out = stored_scans(index), [], []
     check_writable(f"output={config.output}", output.absolute())
     encoder, reading = _encoder(config, index, output)
-    spacing = spacing_of(config, encoder)
+    spacing = spacing_of(config.spacing, encoder)
     names = tuple(encoder.names[level] for level in encoder.levels(config.maps))
     facts = vectors.about(config, encoder, names, reading)
     before = _finished(config, output, scans, facts, spacing)
@@ -126,13 +126,14 @@ def _encoder(config: EmbedConfig, index: Index | None, output: Path) -> tuple[Sc
     Statistics that were estimated once are stored with the table: a store that has grown since would give others, and
     then no vector could be compared with those of before.
     """
-    options = {"hu_window": config.hu_window, "size": config.size, "seed": config.seed}
+    options = {"hu_window": config.hu_window, "size": config.size, "seed": config.seed, "spacing": config.spacing}
     encoder = api.load_encoder(config.init, index, **options, reestimate=False)
     if encoder.reading == "none":
         return encoder, "no BatchNorm"
     if index is None:
         return encoder, "BatchNorm as trained"
-    key, path = json.dumps([encoder.hash, index.store, config.seed]), output / STATISTICS
+    views = [config.seed, *(spacing_of(config.spacing, encoder) or ())]
+    key, path = json.dumps([encoder.hash, index.store, *views]), output / STATISTICS
     reading = f"BatchNorm re-estimated on {NUM_VIEWS} views of {index.store}"
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -98,11 +98,16 @@ def run(config: MatchConfig) -> Result:
     began = time.monotonic()
     if not (config.point or config.voxel or config.labels or config.landmarks):
         raise ValueError("no place is asked for: give point=[x,y,z], voxel=[i,j,k], labels=FILE or landmarks=FILE.csv")
-    files = one_scan(Path(config.a), "a"), one_scan(Path(config.b), "b")
     output = Path(config.output)
+    for key, source in (("a", Path(config.a)), ("b", Path(config.b))):
+        if source.is_dir() and source.resolve() == output.resolve():
+            raise ValueError(
+                f"output={output} is {key}'s folder, whose similarity maps would be CTs next time: give another"
+            )
+    files = one_scan(Path(config.a), "a", [output]), one_scan(Path(config.b), "b", [output])
     check_writable(f"output={config.output}", output.absolute())
     store = api.open_store(config.index) if config.index else None
-    options = {"hu_window": config.hu_window, "size": config.size, "seed": config.seed}
+    options = {"hu_window": config.hu_window, "size": config.size, "seed": config.seed, "spacing": config.spacing}
     encoder = api.load_encoder(config.init, store, **options)
     encoder.levels(config.maps)
     originals = [one.read() for one in files]
@@ -236,7 +241,7 @@ def _voxel(scan: ct.Scan, place_mm: np.ndarray) -> np.ndarray:
 
 def _prepared(encoder: ScanEncoder, scan: ct.Scan, key: str, config: MatchConfig) -> ct.Scan:
     """A scan as the encoder sees it; prints in what it is unlike the training's."""
-    if spacing := spacing_of(config, encoder):
+    if spacing := spacing_of(config.spacing, encoder):
         scan = at_spacing(scan, spacing)
     notes = list(scan.notes)
     notes += disagreements(encoder.facts, encoder.hu_window, scan.voxels, scan.affine) if encoder.facts else []

@@ -14,6 +14,7 @@ from scipy import ndimage
 from pgl_ray import api, cli
 from pgl_ray.config import CropConfig
 from pgl_ray.data import scan_files, store
+from pgl_ray.model.encoder import build_encoder
 from pgl_ray.prior import Prior
 
 README = Path(__file__).resolve().parents[1] / "pgl_ray" / "README.md"
@@ -169,3 +170,14 @@ def test_a_prior_is_a_crop_and_flips():
     prior = api.sample_prior(np.random.default_rng(0), (40, 200, 200), CropConfig())
     length = prior.box[:, 1] - prior.box[:, 0]
     assert (length >= [18, 106, 106]).all() and (length <= [22, 134, 134]).all() and prior.flip.dtype == bool
+
+
+@pytest.mark.slow
+def test_a_store_of_another_window_is_refused(tmp_path, here):
+    """Weights that do not say their window, with one given: views of that store would be clipped otherwise."""
+    plain = tmp_path / "plain.pth"
+    torch.save(build_encoder().state_dict(), plain)
+    index = api.open_store("stores/mine")
+    with pytest.raises(ValueError, match=r"hu_window=\[-200.0, 300.0\], and the index .* has \[-1024.0, 325.0\]: give"):
+        api.load_encoder(str(plain), index, hu_window=(-200.0, 300.0))
+    assert api.load_encoder(str(plain), hu_window=(-200.0, 300.0)).hu_window == (-200.0, 300.0)

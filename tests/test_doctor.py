@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pgl_ray.checkup.doctor_facts import Gpu, Machine
 from pgl_ray.checkup.doctor_places import Sight
 from pgl_ray.config import DoctorConfig, FailedRun, PretrainConfig, build
 from pgl_ray.data.scan_files import write_scan
-from pgl_ray.data.store import write_index
+from pgl_ray.data.store import read_index, write_index
 from pgl_ray.train import runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -423,8 +424,36 @@ def test_different_stores_are_noticed(tmp_path, monkeypatch):
     write_scan(first, "s9", np.zeros((24, 70, 70), np.int16), np.eye(4))
     write_index(first, {}, (-1024.0, 325.0))
     assert doctor_places.look_at_store(first, keys)["mark"] != one["mark"]
-    (tmp_path / "b" / keys[0]).unlink()
-    assert "No such file" in doctor_places.look_at_store(str(tmp_path / "b"), keys)["fault"]
+
+
+DAMAGE = {
+    "index.parquet of .* is damaged": lambda store, keys: (store / "index.parquet").write_bytes(b"PAR1 and no more"),
+    "has no index.parquet": lambda store, keys: (store / "index.parquet").unlink(),
+    "store.json of .* is damaged": lambda store, keys: (store / "store.json").write_text("{}"),
+    "has format 0": lambda store, keys: (store / "store.json").write_text('{"format": 0}'),
+    "holds no scan": lambda store, keys: write_index_of_nothing(store),
+    "scans/.* is missing": lambda store, keys: (store / keys[0]).unlink(),
+}
+
+
+def write_index_of_nothing(store):
+    shutil.rmtree(store / "scans")
+    write_index(str(store), {}, (-1024.0, 325.0))
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_a_damaged_store_is_named_with_what_mends_it(tmp_path, fault):
+    """As the doors name it: no door can use such a store."""
+    keys = doctor.some_scans(make_store(tmp_path / "s"))
+    DAMAGE[fault](tmp_path / "s", keys)
+    (line,) = index([Sight("this machine", **doctor_places.look_at_store(str(tmp_path / "s"), keys))])
+    assert line.state == "wrong" and re.search(fault, line.text)
+    if "missing" in fault:
+        assert line.mend == f"python -m pgl_ray.prepare repair store={tmp_path}/s"
+        return
+    with pytest.raises(ValueError) as said:
+        read_index(str(tmp_path / "s"))
+    assert line.text.endswith(str(said.value).removesuffix(f": {line.mend}")) and line.mend
 
 
 @pytest.mark.slow

@@ -382,6 +382,21 @@ def test_other_spacing_is_said_once_and_resampled_on_request(tmp_path, cts, caps
 
 
 @pytest.mark.slow
+def test_statistics_are_of_views_that_are_resampled_too(tmp_path, index, capsys):
+    """Those of the scans' own voxel size are not taken for others."""
+    embed.run(config(tmp_path / "o", index=str(index)))
+    embed.run(config(tmp_path / "o", index=str(index), spacing="weights"))
+    assert "kept in" not in capsys.readouterr().out
+    given = {"size": (8, 32, 32), "spacing": "weights"}
+    encoder = api.load_encoder(INIT, api.open_store(str(index)), **given)
+    stored = np.load(tmp_path / "o" / "preparation.npz")
+    for name, values in encoder.statistics().items():
+        np.testing.assert_array_equal(stored[name], values)
+    embed.run(config(tmp_path / "o", index=str(index), spacing="weights"))
+    assert "kept in preparation.npz" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_maps_of_another_voxel_size_are_made_anew(tmp_path, cts, capsys):
     """The table of the one, then of the other without maps, then with them."""
     embed.run(config(tmp_path / "o", input=str(cts), dense=True))

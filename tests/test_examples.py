@@ -136,6 +136,11 @@ def test_what_the_encoder_sees(out, monkeypatch):
     assert not np.array_equal(first.voxels, second.voxels)
     for name in ("colours", "places"):
         check_picture(out / f"{name}.png")
+    for key, path in zip("AB", names["paths"]):  # one's own, in a folder that is new
+        monkeypatch.setenv(f"PGL_RAY_{key}", path)
+    monkeypatch.setenv("PGL_RAY_OUT", str(out / "new"))
+    run("what_it_sees")
+    check_picture(out / "new" / "places.png")
 
 
 @pytest.mark.slow

@@ -103,6 +103,24 @@ def test_statistics_are_those_of_the_views_and_the_encoder_stays(store):
     assert (readings.read_as(encoder, "trained", views).bn1.running_mean == 3).all()
 
 
+@pytest.mark.parametrize("wanted_mm", [(3.0, 1.0, 1.5), (1.5, 2.0, 0.5)])
+def test_views_have_the_voxel_size_that_is_asked_for(tmp_path, wanted_mm):
+    """Of a scan whose HU rise evenly: per voxel of a view by what they rise within its length in mm."""
+    own_mm, rise = (1.5, 1.0, 0.5), (1.0, 2.0, 4.0)  # HU a mm
+    grid = np.indices((40, 60, 80)).astype(np.float64)
+    voxels = sum(at * mm * by for at, mm, by in zip(grid, own_mm, rise)).astype(np.int16) - 100
+    affine = np.array([[0, 0, -own_mm[2], 0], [0, -own_mm[1], 0, 0], [own_mm[0], 0, 0, 0], [0, 0, 0, 1]])
+    write_scan(tmp_path, "s", voxels, affine, split="train")
+    write_index(tmp_path, {}, (-1024.0, 1024.0))
+    index = read_index(tmp_path)
+    views = readings.unlabelled_views(index, list(index.scans), (8, 16, 16), 0, wanted_mm)[:, 0].numpy()
+    hu = views * index.scans[0].std_hu
+    for axis, (mm, by) in enumerate(zip(wanted_mm, rise)):
+        steps = np.diff(hu, axis=axis + 1)
+        assert steps.mean() == pytest.approx(mm * by, rel=0.05)
+    assert views.shape == (readings.NUM_VIEWS, 8, 16, 16)
+
+
 def test_readings_that_differ():
     encoder = Encoder(**TINY)
     assert readings.possible(encoder, True) == ("reestimated", "trained", "off")

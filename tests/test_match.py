@@ -288,6 +288,19 @@ def test_a_place_of_a_thin_scan_is_found(tmp_path, files, capsys, hu):
         assert ("note: outside of A's body" in capsys.readouterr().out) == is_away
 
 
+@pytest.mark.slow
+def test_results_in_a_scans_folder_are_no_scan_of_it(tmp_path, files):
+    """Typed twice; the folder itself is refused, for what lies in it is looked at."""
+    patient = tmp_path / "patient"
+    patient.mkdir()
+    shutil.copy(files / "a.nii.gz", patient)
+    for _ in range(2):
+        match.run(config(files, patient / "matched", a=str(patient), point=[-20, 20, 20], page_mb=0))
+    assert list((patient / "matched").glob("similarity_*.nii.gz"))
+    with pytest.raises(ValueError, match=f"output={patient} is a's folder"):
+        match.run(config(files, patient, a=str(patient), point=[-20, 20, 20]))
+
+
 def test_a_second_call_leaves_nothing_of_the_first(tmp_path, files):
     match.run(config(files, tmp_path, labels=str(files / "label.nii.gz")))
     assert len(list(tmp_path.glob("similarity_*"))) == 2 and (tmp_path / "match.html").exists()
@@ -401,6 +414,18 @@ def test_the_page_needs_nothing_else(page):
     assert page.stat().st_size < 25e6
     rows = rows_of(page.parent)
     assert all(row["name"] in text for row in rows) and f"{float(rows[0]['b_x_mm']):.1f}" in text
+
+
+@pytest.mark.parametrize("most", [300, 1000, 5000, 10**6])
+@pytest.mark.parametrize("shape", [(13, 20, 20), (14, 21, 19), (15, 17, 23)])
+def test_no_slice_beyond_those_shown(monkeypatch, shape, most):
+    """Whatever the step: a body that fills the scan ends with the last voxel that is shown."""
+    monkeypatch.setattr(match_page, "MAX_VOXELS", most)
+    scan = ct.Scan(np.zeros(shape, np.int16), np.diag([4.0, 4.0, 3.0, 1]), (3.0, 4.0, 4.0), "SPL", 0.0, 0)
+    maps = [np.zeros((1, 2, 2, 2), np.int8)]
+    codes = search.Codes(maps, [(8, 8, 8)], [(4.0, 4.0, 4.0)], shape, scan.spacing_mm, scan.affine)
+    shown = match_page.side(scan, codes)["shown"]
+    assert [high for _, high in shown["box"]] == list(shown["shape"])
 
 
 @pytest.mark.slow

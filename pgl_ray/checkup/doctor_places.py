@@ -31,6 +31,7 @@ class Sight:
     Attributes:
         name: of the machine.
         fault: why it cannot be used there; "": it can.
+        mend: what to do about it, where that is known there.
         mark: hash of what was read of it, the same wherever it is the same place.
         read_only: why nothing can be written there.
         latency_s: of a small read from a bucket; none: it lies in a folder.
@@ -40,6 +41,7 @@ class Sight:
 
     name: str
     fault: str = ""
+    mend: str = ""
     mark: str = ""
     read_only: str = ""
     latency_s: float | None = None
@@ -143,10 +145,20 @@ def look_at_store(store: str, scans: list[str]) -> dict[str, Any]:
         scans: keys below it of what is read.
     """
     from pgl_ray.data.place import open_place
+    from pgl_ray.data.store import read_index
 
     def look() -> dict[str, Any]:
         place = open_place(store)
-        digest = hashlib.sha256(place.read("store.json") + place.read("index.parquet")).hexdigest()[:12]
+        settings = place.read("store.json")
+        try:
+            read_index(store)
+        except ValueError as error:  # "what is wrong: what mends it"
+            fault, _, mend = str(error).rpartition(": ")
+            return {"fault": fault, "mend": mend}
+        if gone := [key for key in scans if not place.is_file(key)]:
+            mend = f"python -m pgl_ray.prepare repair store={store}"
+            return {"fault": f"{gone[0]} is missing", "mend": mend}
+        digest = hashlib.sha256(settings + place.read("index.parquet")).hexdigest()[:12]
         facts = {"mark": digest, "read_mb_s": _speed(store, scans), **_room(store), **_latency(place, "store.json")}
         if not is_url(store):
             try:

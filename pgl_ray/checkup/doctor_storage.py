@@ -24,8 +24,8 @@ CREDENTIALS = (
 def place(what: str, url: str, sights: Sequence[Sight]) -> list[Line]:
     """Whether all machines see the same store (`what`: index) or run as the first one, and can write to a run."""
     first, lines, given = sights[0], [], f"{what}={url}"
-    for fault, names in grouped(sights, lambda one: one.fault).items():
-        lines.append(Line(what, "wrong", f"{listed(names)}: {given}: {fault}", _mend(url, fault)))
+    for (fault, mend), names in grouped(sights, lambda one: one.fault and (one.fault, one.mend)).items():
+        lines.append(Line(what, "wrong", f"{listed(names)}: {given}: {fault}", mend or _mend(url, fault)))
     other = [one.name for one in sights if not one.fault and not first.fault and one.mark != first.mark]
     if other:
         lines.append(Line(what, "wrong", f"{listed(other)}: at {given} lies another one than here", SHARE))

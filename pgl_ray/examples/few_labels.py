@@ -19,7 +19,7 @@ import nibabel
 import numpy as np
 
 from pgl_ray import evaluate, finetune, predict, prepare, report
-from pgl_ray.config import EvaluateConfig, FinetuneConfig, PredictConfig, PrepareConfig, ReportConfig, load
+from pgl_ray.config import EvaluateConfig, FailedRun, FinetuneConfig, PredictConfig, PrepareConfig, ReportConfig, load
 from pgl_ray.phantom.phantom import write_phantoms
 from pgl_ray.shipped import find
 
@@ -32,7 +32,10 @@ if "PGL_RAY_CTS" not in os.environ:
 
 # %%
 prepared = prepare.run(PrepareConfig(source=CTS, store=f"{OUT}/store"))
-print(prepare.describe(prepared))
+try:
+    print(prepare.describe(prepared))
+except FailedRun as error:  # some files cannot be used: named above
+    print(error)
 
 # %% [markdown]
 # ## Fine-tuning

@@ -21,6 +21,7 @@ from pgl_ray import api
 from pgl_ray.phantom.phantom import write_phantoms
 
 OUT = Path(os.environ.get("PGL_RAY_OUT", "examples/what_it_sees")).absolute()
+OUT.mkdir(parents=True, exist_ok=True)
 INIT = os.environ.get("PGL_RAY_INIT", "pretrained:openkbp_small")
 if not {"PGL_RAY_A", "PGL_RAY_B"} <= os.environ.keys():
     write_phantoms(OUT / "phantoms", 2, 0, 0, seed=0, shape=(48, 80, 80), spacing_mm=(5.0, 4.5, 4.5))

@@ -177,13 +177,13 @@ def _series_of(path: Path, key: str) -> ScanFile:
     raise ValueError(f"{key}={path}: {why.removeprefix(f'{path}: ')}")
 
 
-def one_scan(source: Path, key: str) -> ScanFile:
-    """The one CT at a path.
+def one_scan(source: Path, key: str, without: Iterable[Path] = ()) -> ScanFile:
+    """The one CT at a path, apart from what lies in the folders `without`.
 
     Raises:
         ValueError: as `scan_files`; several of them, or one that cannot be used.
     """
-    scans, faults, _ = scan_files(source, key)
+    scans, faults, _ = scan_files(source, key, without)
     if len(scans) == 1:
         return scans[0]
     if not scans:

@@ -5,13 +5,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pgl_ray.config import CropConfig, FeaturesConfig
+from pgl_ray.config import CropConfig
 from pgl_ray.data.random_numbers import generator
 from pgl_ray.data.rendering import AIR, normalise, read_padded, render
 from pgl_ray.data.sampling import sample_prior
@@ -216,16 +216,16 @@ def pooled(scan: Scan, maps: Sequence[FeatureMap]) -> np.ndarray:
     return torch.cat(means).float().cpu().numpy()
 
 
-def spacing_of(config: FeaturesConfig, encoder: ScanEncoder) -> tuple[float, float, float] | None:
+def spacing_of(spacing: Literal["own", "weights"], encoder: ScanEncoder) -> tuple[float, float, float] | None:
     """What scans are resampled to, in mm; none: nothing.
 
     Raises:
         ValueError: the training's is asked for, and not known.
     """
-    if config.spacing == "own":
+    if spacing == "own":
         return None
     if encoder.spacing_mm is None:
-        raise ValueError(f"spacing=weights: init={config.init} does not say its voxel size: take spacing=own")
+        raise ValueError(f"spacing=weights: init={encoder.init} does not say its voxel size: take spacing=own")
     return encoder.spacing_mm
 
 

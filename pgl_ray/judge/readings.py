@@ -25,6 +25,7 @@ from pgl_ray.data.voxel_statistics import BODY_HU
 from pgl_ray.model.device import Net
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
+from pgl_ray.prior import triple
 
 Reading = Literal["reestimated", "trained", "off"]
 READINGS: tuple[Reading, ...] = ("reestimated", "trained", "off")
@@ -33,7 +34,13 @@ NUM_VIEWS = 64  # that statistics are estimated on
 AT_A_TIME = 8  # views per forward pass
 
 
-def unlabelled_views(index: Index, scans: list[ScanRecord], size: tuple[int, int, int], seed: int) -> Tensor:
+def unlabelled_views(
+    index: Index,
+    scans: list[ScanRecord],
+    size: tuple[int, int, int],
+    seed: int,
+    spacing_mm: tuple[float, float, float] | None = None,
+) -> Tensor:
     """Plain crops around the body, the same ones for every encoder.
 
     Args:
@@ -41,6 +48,7 @@ def unlabelled_views(index: Index, scans: list[ScanRecord], size: tuple[int, int
         scans: to draw from: in turn, or, of more than there are views, as far apart in the list as they can be.
         size: of a view (D, H, W).
         seed: of the draws.
+        spacing_mm: voxel size (D, H, W) that the views have; none: that of the scans.
 
     Returns:
         float32 [NUM_VIEWS, 1, D, H, W], z-scored.
@@ -50,10 +58,12 @@ def unlabelled_views(index: Index, scans: list[ScanRecord], size: tuple[int, int
     """
     if not scans:
         raise ValueError(f"{index.store} has no scan to estimate BatchNorm's statistics on: choose another split=...")
-    crops = CropConfig(size=size, crop_scale=(1.0, 1.0), flip_prob=0.0, foreground=True)
     views = []
     for number in range(NUM_VIEWS):
         scan = scans[number * max(len(scans), NUM_VIEWS) // NUM_VIEWS % len(scans)]
+        scales = np.divide(spacing_mm or scan.spacing_mm, scan.spacing_mm)
+        extent = triple(max(1, round(length * by)) for length, by in zip(size, scales.tolist()))
+        crops = CropConfig(size=extent, crop_scale=(1.0, 1.0), flip_prob=0.0, foreground=True)
         prior = sample_prior(generator(seed, 1, scan.scan_id, number), scan.shape, crops, scan.foreground_box)
         crop = read_padded(open_volume(index.store, scan), prior.box, AIR)
         views.append(render(crop, size, prior.flip, index.hu_window, scan.mean_hu, scan.std_hu))

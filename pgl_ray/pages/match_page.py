@@ -94,8 +94,8 @@ def make_page(
     mask = np.zeros(grid, np.uint8)
     mask[tuple((among.voxels // np.array(among.step)).T)] = 1
     data = {
-        "a": _side(scans[0], codes[0]),
-        "b": _side(scans[1], codes[1]),
+        "a": side(scans[0], codes[0]),
+        "b": side(scans[1], codes[1]),
         "grid": {"step": among.step, "size": grid, "mask": _text(mask), "lengths": _text(among.lengths)},
         "fine": search.fine_steps(among.step),
         "apart": apart_mm,
@@ -151,7 +151,8 @@ def answers(rows: Sequence[Any]) -> list[Answer]:
     ]
 
 
-def _side(scan: Scan, codes: search.Codes) -> dict[str, Any]:
+def side(scan: Scan, codes: search.Codes) -> dict[str, Any]:
+    """What the page's script knows of a scan."""
     step = even_step(scan.voxels.shape, scan.spacing_mm, MAX_VOXELS)
     voxels = scan.voxels[tuple(slice(by // 2, None, by) for by in step)]
     greys = np.clip((voxels.astype(np.float32) + 1024) / GREY_HU + 0.5, 0, 255).astype(np.uint8)
@@ -173,7 +174,7 @@ def _box(scan: Scan, step: Sequence[int]) -> np.ndarray:
     box = np.reshape(foreground_box(scan.voxels), (3, 2)).astype(np.float64)
     box += MARGIN * (box[:, 1] - box[:, 0])[:, None] * [-1, 1]
     first, last = np.floor(box[:, 0] / step), np.ceil(box[:, 1] / step)
-    size = -(-np.array(scan.voxels.shape) // step)
+    size = [len(range(by // 2, length, by)) for length, by in zip(scan.voxels.shape, step)]
     return np.stack([first.clip(0), np.minimum(last, size)], 1).astype(np.int64)
 
 
