@@ -1,7 +1,7 @@
 """Encoders with the weights that a probe judges: the one that is asked about, and the ends that it is compared with."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pgl_ray.config import ProbeConfig, ViewsConfig
@@ -34,6 +34,12 @@ class Weighted:
     def view_size(self) -> tuple[int, int, int]:
         """(D, H, W) of the views of its pre-training; the default where that is not known."""
         return self.source.view_size if self.source else ViewsConfig().size
+
+    def up_to(self, level: int) -> "Weighted":
+        """The same, judged by no map behind this one: as many as of the encoder that it is compared with."""
+        if self.source is None or self.source.level <= level:
+            return self
+        return replace(self, source=replace(self.source, level=level))
 
     def ready(self, index: Index, tested: list[ScanRecord]) -> tuple[Encoder | ResEncoder, list[str]]:
         """The encoder with its weights, up to the last stage that was trained; and what is to be said of it.
@@ -118,7 +124,7 @@ def read_ends(config: ProbeConfig, index: Index, own: Weighted) -> dict[str, Wei
         own: the encoder that is judged.
 
     Raises:
-        ValueError: as for `read`, an encoder of another size, or the one that is judged.
+        ValueError: as for `read`, an encoder of another size or trained less far, or the one that is judged.
     """
     given = [key for key in ENDS if getattr(config, key)]
     for key in given:
@@ -131,4 +137,9 @@ def read_ends(config: ProbeConfig, index: Index, own: Weighted) -> dict[str, Wei
             mend = "give encoder.* of that size" if own.source is None else "give a run of the same size"
             named = f"{key}={getattr(config, key)} holds an encoder {theirs}, init={config.init} one {ours}"
             raise ValueError(f"{named}: {mend}")
+        last = own.source.level if own.source else own.encoder.last
+        if one.source and one.source.level < last:
+            named = f"{key}={getattr(config, key)} was trained up to map {one.source.level} of its encoder"
+            raise ValueError(f"{named}, init={config.init} up to map {last}: give one with its align.output_stride")
+        ends[key] = one.up_to(last)
     return ends

@@ -6,10 +6,9 @@ if __name__ == "__main__":  # before torch is imported, which help and refusals 
 
     cli.main("finetune")
 
-import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from pgl_ray.judge import readings, scoring
 from pgl_ray.model import device as on
 from pgl_ray.model.inference import TooLittleMemory
 from pgl_ray.model.metrics import summarise
-from pgl_ray.model.segmenter import LightSegmenter, Segmenter
+from pgl_ray.model.segmenter import LightSegmenter, Segmenter, silence
 from pgl_ray.train import checkpoint, health, launch, nodes, optim, ranks, runs, weights
 from pgl_ray.train.metrics import unfinished
 from pgl_ray.train.networks import build_finetuning
@@ -79,7 +78,7 @@ def run(config: FinetuneConfig) -> Result:
         "plan": plan.identity,
         "store": store_facts(index, trained_on, len(index.scans), [*train_ids, *val_ids]),
         "scans": {"train": train_ids, "val": val_ids},
-        "weights": dataclasses.asdict(loaded) if loaded else None,
+        "weights": asdict(loaded) if loaded else None,
     }
     folder = runs.open_run(config, "finetune", facts)
     with runs.locked(folder) as held:
@@ -204,6 +203,7 @@ def _segmenter(
     """The network on the device; what was committed needs the initial weights no more."""
     begun = bool(session.state)
     segmenter = build_finetuning(config, index, meta if begun else None)[0]
+    silence(segmenter.head, index.annotated(session.plan.scan_ids))
     if config.freeze and not begun:
         _prepare_frozen(session, on.lay_out(segmenter, session.device).encoder, config, index)
     segmenter = session.lay_out(segmenter)

@@ -13,7 +13,7 @@ from pgl_ray.data import trainings
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import read_index, write_index
 from pgl_ray.judge import readings
-from pgl_ray.model.device import autocast
+from pgl_ray.model import device as on
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.inference import out_of_memory
 from pgl_ray.model.losses import segmentation_loss
@@ -59,7 +59,7 @@ def test_parts_add_up_to_the_gradient_of_the_whole_batch(task, outputs, parts):
     loss.backward()
     whole = gradients(model)
     model.zero_grad()
-    summed = one_step.backward(model, model, given, task, parts, autocast(CPU, "float32"))
+    summed = one_step.backward(model, model, given, task, parts, on.autocast(CPU, "float32"))
     assert summed.item() == pytest.approx(loss.item(), rel=1e-5) and not summed.requires_grad
     largest = max(value.abs().max() for value in whole.values())
     for name, value in gradients(model).items():
@@ -68,14 +68,14 @@ def test_parts_add_up_to_the_gradient_of_the_whole_batch(task, outputs, parts):
     model.zero_grad()
     for rows in torch.arange(4).chunk(parts):
         part = {key: value[rows] for key, value in given.items()}
-        (one_step.backward(model, model, part, task, 1, autocast(CPU, "float32")))
+        (one_step.backward(model, model, part, task, 1, on.autocast(CPU, "float32")))
     assert any((value / parts - whole[n]).abs().max() > 1e-2 * largest for n, value in gradients(model).items())
 
 
 def test_parts_are_taken_into_the_running_statistics_once():
     model, other, given = network().train(), network().train(), batch()
-    one_step.backward(model, model, given, "multiclass", 2, autocast(CPU, "bfloat16"))
-    with torch.no_grad(), autocast(CPU, "bfloat16"):
+    one_step.backward(model, model, given, "multiclass", 2, on.autocast(CPU, "bfloat16"))
+    with torch.no_grad(), on.autocast(CPU, "bfloat16"):
         for patch in given["patch"].chunk(2):
             other(patch.float())
     for (name, value), expected in zip(model.named_buffers(), other.buffers()):
@@ -98,10 +98,10 @@ def test_workers_wait_for_each_other_only_at_the_last_part(tmp_path):
             return future
 
         model.register_comm_hook(None, count)
-        one_step.backward(model, net, batch(), "multiclass", 4, autocast(CPU, "float32"))
+        one_step.backward(model, net, batch(), "multiclass", 4, on.autocast(CPU, "float32"))
         assert sorted(reduced) == sorted(set(reduced)) and reduced
         single = network().eval()
-        one_step.backward(single, single, batch(), "multiclass", 4, autocast(CPU, "float32"))
+        one_step.backward(single, single, batch(), "multiclass", 4, on.autocast(CPU, "float32"))
         for name, value in gradients(net).items():
             torch.testing.assert_close(value, gradients(single)[name])
     finally:
@@ -117,7 +117,7 @@ def test_a_frozen_encoder_stays_as_it_is_bit_for_bit(tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(2):
         one_step.train_mode(model, freeze=True)
-        one_step.backward(model, model, batch(seed=step), "multiclass", 1 + step, autocast(CPU, "float32"))
+        one_step.backward(model, model, batch(seed=step), "multiclass", 1 + step, on.autocast(CPU, "float32"))
         sgd.step()
         optim.average_buffers(model)
     for name, value in model.state_dict().items():
@@ -133,7 +133,7 @@ def test_a_frozen_encoder_stays_as_it_is_bit_for_bit(tmp_path):
         networks.build_finetuning(config(*args, f"init={tmp_path}/early"), index)
     free, _, _ = networks.build_finetuning(config(*args[1:]), index)
     one_step.train_mode(free, freeze=False)
-    one_step.backward(free, free, batch(), "multiclass", 1, autocast(CPU, "float32"))
+    one_step.backward(free, free, batch(), "multiclass", 1, on.autocast(CPU, "float32"))
     assert free.encoder.conv1.weight.grad.abs().sum() > 0
     assert not torch.equal(free.encoder.bn1.running_mean, before["encoder.bn1.running_mean"])
 
@@ -165,7 +165,7 @@ def test_a_frozen_encoder_is_prepared_as_the_judges_prepare_it(scans, tmp_path, 
     runs = {name: loop.finetuning(scans, tmp_path / name, **given) for name in ("one", "continued")}
     runs["two"] = loop.finetuning(scans, tmp_path / "two", **given, train={"num_workers": 2})
     index = read_index(scans)
-    start = networks.build_finetuning(runs["one"], index)[0].encoder
+    start = on.lay_out(networks.build_finetuning(runs["one"], index)[0].encoder, torch.device("cpu"))
     views = readings.unlabelled_views(index, list(index.scans), (16, 32, 32), 3)
     expected = {f"encoder.{n}": v for n, v in readings.read_as(start, "reestimated", views).named_buffers()}
     loop.train(runs["one"])

@@ -14,7 +14,7 @@ from scipy import ndimage, stats
 from torch import nn
 from torch.distributed import destroy_process_group, init_process_group
 
-from pgl_ray import probe
+from pgl_ray import encoders, probe
 from pgl_ray.config import EncoderConfig, FailedRun, ProbeConfig
 from pgl_ray.data.scan_files import write_scan
 from pgl_ray.data.store import read_index, write_index
@@ -570,6 +570,66 @@ def test_ends_of_another_size_are_refused(store, tmp_path, monkeypatch, key):
         probe.run(config(store, **asked))
     with pytest.raises(ValueError, match=rf"^{key}=.*'width': 8.*init=random.*give encoder\.\* of that size$"):
         probe.run(config(store, **asked | {"init": "random"}))
+
+
+def checkpoint_of(folder, level, seed):
+    """A pre-training run whose encoder was trained up to a map; its path."""
+    settings = {"kind": "resnet", "depths": [1, 1, 1, 1], "width": 4, "stage_strides": "early"}
+    torch.manual_seed(seed)
+    model = {f"online.encoder.{k}": value for k, value in build_encoder(**settings).state_dict().items()}
+    folder.mkdir()
+    meta = {"door": "pretrain", "encoder": settings, "hu_window": [-1024.0, 325.0], "level": level}
+    torch.save({"meta": meta, "model": model}, folder / "state.pt")
+    return str(folder)
+
+
+def test_ends_are_judged_by_as_many_maps(store, tmp_path):
+    asked = {"init": checkpoint_of(tmp_path / "run", 3, 0), "ceiling": checkpoint_of(tmp_path / "ceiling", 4, 1)}
+    given = config(store, **asked, encoder=None)
+    own = encoders.read("init", given, store)
+    (ceiling,) = encoders.read_ends(given, store, own).values()
+    assert ceiling.ready(store, [])[0].last == own.ready(store, [])[0].last == 3
+    asked = {"init": asked["ceiling"], "control": asked["init"]}
+    with pytest.raises(
+        ValueError, match=r"^control=.* was trained up to map 3 of its encoder, init=.* up to map 4: give"
+    ):
+        probe.run(config(store, **asked, encoder=None))
+
+
+@pytest.mark.parametrize("judge", ["matching", "decoder"])
+def test_one_organ_is_enough_for_judges_of_places(tmp_path, few_steps, judge):
+    """Where no background is known the voxel probe alone has nothing to tell it from."""
+    for number in range(5):
+        volume, label = paint(number)
+        facts = {"label": label * (label == 2), "labelled": (2,), "split": "test" if number > 2 else "train"}
+        write_scan(tmp_path, f"s{number}", volume, np.diag([*SPACING, 1]), **facts)
+    index = write_index(tmp_path, LABELS, (-1024.0, 325.0))
+    asked = judges.Judges(index, config(index, num_test_scans=2), (judge,))
+    torch.manual_seed(0)
+    assert asked.judge(Encoder(**TINY), "off")[judge].value >= 0
+    with pytest.raises(ValueError, match="annotate more organs"):
+        judges.Judges(index, config(index), ("voxels",))
+
+
+@pytest.mark.parametrize("scores", [((0.8, 0.0), (0.8, None), (0.8, None)), ((0.5, 0.5), (0.7, 0.3), (0.6, None))])
+def test_decoders_together_are_the_mean_of_each(store, monkeypatch, scores):
+    """Also where an absent organ is invented by some: there the others have no score."""
+    nan = float("nan")
+
+    def rows(own):
+        known = dict.fromkeys(metrics.SCORES, nan)
+        facts = [{"target_voxels": 9, "predicted_voxels": 9}, {"target_voxels": 0, "predicted_voxels": 9}]
+        both = zip(("s4", "s5"), own, facts)
+        always = {"organ": "ball", **known}
+        return [{**always, **fact, "scan_id": at, "dice": nan if one is None else one} for at, one, fact in both]
+
+    monkeypatch.setattr(decoder, "train_decoder", lambda *_: None)
+    monkeypatch.setattr(decoder, "score_decoder", lambda *_: [rows(own) for own in scores])
+    asked = judges.Judges(store, config(store), ("decoder",), num_seeds=3)
+    score = asked.judge(Encoder(**TINY), "off")["decoder"]
+    means = [np.mean([one for one in own if one is not None]) for own in scores]
+    assert score.value == pytest.approx(np.mean(means)) and score.details["seeds"] == pytest.approx(means)
+    assert score.details["organs"]["ball"]["dice"] == pytest.approx(np.mean(means))
 
 
 @pytest.mark.parametrize("absent", ["in no scan", "not annotated"])

@@ -10,13 +10,13 @@ import train_loop as loop
 
 from pgl_ray import export
 from pgl_ray.config import ExportConfig, FinetuneConfig, FinetuneOptimConfig, load
-from pgl_ray.data.store import Index
+from pgl_ray.data.store import Index, write_index
 from pgl_ray.model.device import autocast
 from pgl_ray.model.encoder import build_encoder
 from pgl_ray.model.genesis import Genesis
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.resnet import Encoder, init_kaiming_uniform
-from pgl_ray.model.segmenter import LightDecoder, LightSegmenter, Segmenter, build_segmenter, light_levels
+from pgl_ray.model.segmenter import LightDecoder, LightSegmenter, Segmenter, build_segmenter, light_levels, silence
 from pgl_ray.train import checkpoint, networks, one_step, optim, weights
 
 CPU = torch.device("cpu")
@@ -231,6 +231,43 @@ def test_the_weight_reaches_the_gradient(parts):
         gradients[3.0] - gradients[0.0], 3 * (gradients[1.0] - gradients[0.0]), atol=1e-5, rtol=1e-3
     )
     assert (gradients[1.0] - gradients[0.0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary"])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_no_scan_annotates_is_never_named(task, seed):
+    """Whatever the head begins with, and by the end, too; the others are learnt."""
+    torch.manual_seed(seed)
+    head = torch.nn.Conv3d(8, 2 + (task == "multiclass"), 1)
+    net = torch.nn.Sequential(torch.nn.Conv3d(1, 8, 1), torch.nn.ReLU(), head)
+    silence(head, [True, False])
+    adamw = torch.optim.AdamW(net.parameters(), 0.01)
+    target = torch.randint(2, (2, 1, 4, 8, 8), dtype=torch.uint8)
+    x, labelled = target * 2.0 - 1 + 0.1 * torch.randn(target.shape), torch.tensor([[1, 1, 0]] * 2)
+    for _ in range(200):
+        adamw.zero_grad()
+        segmentation_loss(net(x), target, task, labelled, 1.0).backward()
+        adamw.step()
+    logits = net(x * 3)
+    assert (logits[:, -1] < -1000).all()
+    seen = logits.argmax(1) if task == "multiclass" else (logits[:, 0] > 0).long()
+    assert (seen == target[:, 0]).float().mean() > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["light", "paper"])
+def test_a_run_never_names_what_no_scan_annotates(tmp_path, kind):
+    where = loop.scans(tmp_path / "store")
+    index = write_index(where, {"organ": 1, "other": 2}, (-1024.0, 325.0))
+    assert index.annotated(["s0", "s1"]) == [True, False]
+    run = loop.finetuning(where, tmp_path / "run", decoder=kind, max_steps=4)
+    with pytest.raises(loop.Killed):
+        loop.train(run, until=2)
+    loop.train(run)  # goes on
+    network, _ = weights.load_segmenter(run.run)
+    volume = torch.randn(1, 1, 20, 40, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (network(volume)[:, 2] < -1000).all()
 
 
 @pytest.mark.parametrize("num, parts", [(1, 2), (1, 6), (3, 4)])

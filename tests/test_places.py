@@ -239,6 +239,8 @@ def test_an_interrupted_run_by_place_is_the_undisturbed_one(tmp_path):
 def test_what_does_not_fit_together_is_said(tmp_path):
     for changes, text in (
         ({"method": "byol", "loss": {"kind": "contrast"}, "optim": {"lr": None}}, "of method=pgl, not byol"),
+        ({"method": "byol", "align": {"wrong_priors": True}, "loss": {}, "optim": {"lr": None}}, "byol aligns nothing"),
+        ({"method": "genesis", "align": {"mask_clamped": True}, "loss": {}, "optim": {"lr": None}}, "genesis aligns n"),
         ({"loss": {"kind": "contrast"}, "align": {"mask_clamped": True}}, "align.mask_clamped"),
         ({"loss": {"temperature": 0}}, "loss.temperature"),
     ):

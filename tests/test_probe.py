@@ -63,6 +63,7 @@ def config(store, **changes):
 def score(encoder, index, settings):
     """The voxel probe of an encoder as it is."""
     probed = voxel_judge.VoxelProbe(index, settings)
+    probed.check(settings)
     return probed.score(probed.features(encoder.eval()))
 
 
@@ -351,8 +352,10 @@ def test_what_cannot_be_probed_is_said(planted, tmp_path):
     with pytest.raises(ValueError, match="holds no labels"):
         probe.run(config(tmp_path, encoder=EncoderConfig(**TINY)))
     only_organ = write_store(tmp_path / "one", lambda label, rng: label * 0, labelled=(5,))
-    with pytest.raises(ValueError, match="raise num_scans=3"):
+    with pytest.raises(ValueError, match=r"1 classes to train on.*: annotate more organs; judges=\[decoder\] and"):
         score(Encoder(**TINY), only_organ, config(tmp_path))
+    with pytest.raises(ValueError, match="raise num_scans=1;"):
+        score(Encoder(**TINY), only_organ, config(tmp_path, num_scans=1))
     broken = Encoder(**TINY)
     torch.nn.init.constant_(broken.conv1.weight, torch.nan)
     with pytest.raises(FailedRun, match="not finite"):

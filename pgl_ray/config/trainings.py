@@ -114,6 +114,9 @@ class PretrainConfig(Section):
                 f"loss.* and align.more_strides are of method=pgl, not {self.method}: leave them out, or where a file "
                 f"gives them take {' '.join(mend)}"
             )
+        for key in ("wrong_priors", "mask_clamped"):
+            if self.method != "pgl" and getattr(self.align, key):
+                raise ValueError(f"align.{key} is of method=pgl: {self.method} aligns nothing; take align.{key}=false")
         if self.align.mask_clamped and self.beyond_paper:
             raise ValueError(
                 "align.mask_clamped masks whole maps; with loss.kind, loss.displacement or align.more_strides bins are "

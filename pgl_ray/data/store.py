@@ -69,6 +69,11 @@ class Index:
                 )
         return scans
 
+    def annotated(self, scan_ids: Iterable[str]) -> list[bool]:
+        """Of each organ, by ascending label value, whether it is annotated in one of these scans."""
+        values = {value for scan_id in set(scan_ids) for value in self.by_id[scan_id].labelled}
+        return [value in values for value in self.label_values]
+
     @property
     def labelled_splits(self) -> list[str]:
         """Splits that have `labelled` scans."""

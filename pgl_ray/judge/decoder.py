@@ -19,7 +19,7 @@ from pgl_ray.judge.readings import StandardisedMaps
 from pgl_ray.model import device as on
 from pgl_ray.model.losses import segmentation_loss
 from pgl_ray.model.metrics import organ_metrics
-from pgl_ray.model.segmenter import LightDecoder, light_levels
+from pgl_ray.model.segmenter import LightDecoder, light_levels, silence
 from pgl_ray.prior import triple
 
 STEPS, BATCH, LR = 450, 4, 3e-3
@@ -87,7 +87,9 @@ def train_decoder(
     channels, strides = [encoder.channels[i] for i in levels], [encoder.strides[i] for i in levels]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        decoder = on.lay_out(LightDecoder(channels, strides, len(scans[0].labelled)), device).train()
+        decoder = LightDecoder(channels, strides, len(scans[0].labelled))
+    silence(decoder.head, np.any([scan.labelled[1:] for scan in scans], 0).tolist())
+    decoder = on.lay_out(decoder, device).train()
     maps = [read_maps(encoder, scan, size) for scan in scans]
     size = triple(int(-(-length // by) * by) for length, by in zip(size, strides[-1]))
     adamw = torch.optim.AdamW(decoder.parameters(), LR)

@@ -87,6 +87,8 @@ class Judges:
         """
         self.config, self.judges, self.num_seeds = config, judges, num_seeds
         self.probe = voxels.VoxelProbe(index, config)
+        if "voxels" in judges:
+            self.probe.check(config)
         train, test = self.probe.scans
         check_number(test, config, judges)
         self.notes = shortcomings.shortcomings(self.probe, config)
@@ -149,12 +151,16 @@ class Judges:
         decoders = [decoder.train_decoder(maps, self.train, size, seed) for seed in seeds]
         rows = decoder.score_decoder(maps, decoders, self.test, self.names, size)
         together = mean_rows(rows)
-        summary, drawn = metrics.summarise(together), drawn_dice(rows, self.config.seed)
-        organs = {organ: {key: one[key] for key in ("dice", "hd95_mm")} for organ, one in summary["organs"].items()}
-        details = {"organs": organs, "hd95_mm": summary["hd95_mm"], "rows": together}
-        details["seeds"] = [metrics.summarise(part)["dice"] for part in rows]
+        own: list[dict[str, Any]] = [metrics.summarise(part) for part in rows]
+        drawn = drawn_dice(rows, self.config.seed)
+        organs = {
+            organ: {key: mean_known([one["organs"][organ][key] for one in own]) for key in ("dice", "hd95_mm")}
+            for organ in own[0]["organs"]
+        }
+        details: dict[str, Any] = {"organs": organs, "hd95_mm": mean_known([one["hd95_mm"] for one in own]), "rows": together}
+        details["seeds"] = [one["dice"] for one in own]  # each has one: an organ is there, see `check_organs`
         num_scored = len({row["scan_id"] for row in together if not math.isnan(row["dice"])})
-        return Score.of_draws(summary["dice"], details, drawn, num_scored, 1.0)
+        return Score.of_draws(float(np.mean(details["seeds"])), details, drawn, num_scored, 1.0)
 
     def _matching(self, maps: readings.StandardisedMaps) -> Score:
         rows = matching.organ_errors(maps, self.test, self.names, self.size)
@@ -182,6 +188,12 @@ def check_number(test: list[ScanRecord], config: ProbeSettings, judges: tuple[st
             f"judges=matching needs two test scans or more: num_test_scans={config.num_test_scans}, and "
             f"test_split={config.test_split!r} has {len(test)} that are not learnt from"
         )
+
+
+def mean_known(values: list[float | None]) -> float | None:
+    """Of those that have a value; none where none has."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def mean_rows(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -24,14 +24,15 @@ def shortcomings(probe: VoxelProbe, config: ProbeSettings) -> list[str]:
     if len(test) < config.num_test_scans:
         have = f"test_split={config.test_split!r} has {len(test)} labelled scans that are not learnt from"
         lines.append(f"num_test_scans={config.num_test_scans}: {have}")
+    more = "; raise num_scans" if probe.has_more else ""
     organs = [name for name in probe.unseen if name != BACKGROUND]
     if organs:
         count = "it counts" if len(organs) == 1 else "they count"
-        lines.append(f"no scan to learn from shows {', '.join(organs)}: {count} as never recognised; raise num_scans")
+        lines.append(f"no scan to learn from shows {', '.join(organs)}: {count} as never recognised{more}")
     if BACKGROUND in probe.unseen:
         lines.append(
             "no scan to learn from has every organ annotated, so nothing there is known to be background, which counts "
-            "as never recognised; raise num_scans"
+            f"as never recognised{more}"
         )
     if same := same_voxels(train, test):
         lines.append(f"the same voxels are learnt from and tested on: {some(same)}; the figures are too good")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgl_ray.config import FailedRun, ProbeSettings
 from pgl_ray.data.random_numbers import generator
-from pgl_ray.data.rendering import normalise
+from pgl_ray.data.rendering import AIR, normalise
 from pgl_ray.data.scan_files import open_label, open_volume
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index, check_labelled, class_lookup
@@ -57,20 +57,35 @@ class VoxelProbe:
             config: its `index` only serves messages.
 
         Raises:
-            ValueError: no labelled scans, or too few to tell two classes apart.
+            ValueError: no labelled scans.
         """
         self.names = {0: BACKGROUND} | dict(enumerate(sorted(index.labels, key=lambda name: index.labels[name]), 1))
         self.scans = choose_scans(index, config)
         self.train, self.test = ([read_sample(index, scan, config) for scan in scans] for scans in self.scans)
-        seen = {k for sample in self.train for k in sample.classes.tolist()}
-        num_test = sum(len(sample.classes) for sample in self.test)
-        if len(seen) < 2 or not num_test:
-            raise ValueError(
-                f"index={config.index}: the scans drawn show {len(seen)} classes to train on and {num_test} "
-                f"voxels to test on: raise num_scans={config.num_scans} or num_test_scans={config.num_test_scans}"
-            )
-        asked = {k for sample in self.test for k in sample.classes.tolist()}
+        self.has_more = len(index.labelled(config.split)) > len(self.train)  # labelled scans than are learnt from
+        seen, asked = self._classes(self.train), self._classes(self.test)
         self.unseen = [self.names[k] for k in sorted(asked - seen)]
+
+    @staticmethod
+    def _classes(samples: list["Sample"]) -> set[int]:
+        return {k for sample in samples for k in sample.classes.tolist()}
+
+    def check(self, config: ProbeSettings) -> None:
+        """Refuses scans that no classifier can be trained or tested on.
+
+        Raises:
+            ValueError: too few to tell two classes apart.
+        """
+        seen, num_test = self._classes(self.train), sum(len(sample.classes) for sample in self.test)
+        if len(seen) >= 2 and num_test:
+            return
+        mends = [f"raise num_scans={config.num_scans}"] * self.has_more or ["annotate more organs"]
+        mends += [] if num_test else [f"raise num_test_scans={config.num_test_scans}"]
+        only = "; judges=[decoder] and [matching] need one organ alone" if len(seen) == 1 else ""
+        raise ValueError(
+            f"index={config.index}: the scans drawn show {len(seen)} classes to train on and {num_test} voxels to test "
+            f"on: {' or '.join(mends)}{only}"
+        )
 
     def features(self, encoder: Encoder | ResEncoder) -> list[list[tuple[Tensor, Tensor]]]:
         """Features and classes of the drawn voxels, of training and test scans, by scan; see `scan_features`.
@@ -181,13 +196,13 @@ def window_size(config: ProbeSettings) -> tuple[int, int, int]:
 
 
 def read_sample(index: Index, scan: ScanRecord, config: ProbeSettings) -> Sample:
-    """Reads a scan and draws its voxels; a scan smaller than a window is continued by the lowest HU."""
+    """Reads a scan and draws its voxels; a scan smaller than a window is continued by air."""
     whole = np.array([(0, size) for size in scan.shape])
     volume = open_volume(index.store, scan).read(whole)
     drawn = draw_voxels(index, scan, volume, open_label(index.store, scan).read(whole), config)
     size = window_size(config)
     short = [(0, max(0, least - length)) for least, length in zip(size, volume.shape)]
-    volume = np.pad(volume, short, constant_values=int(index.hu_window[0]))
+    volume = np.pad(volume, short, constant_values=AIR)
     return Sample(volume, *drawn, size, (index.hu_window, scan.mean_hu, scan.std_hu))
 
 

@@ -14,6 +14,7 @@ from pgl_ray.prior import triple
 # ASPP width and decoder widths for an encoder of width 64: what reproduces the paper's 48.54 M and 2.38 M parameters
 WIDTHS = {"early": (160, (128, 96, 32)), "late": (128, (192, 128, 32))}
 LIGHT_STRIDES = ((2, 4, 4), (4, 8, 8))  # of the maps that the light decoder takes beside the last one
+NEVER = -1e4  # a logit that no other loses to
 
 
 def build_segmenter(
@@ -125,6 +126,18 @@ def light_levels(strides: Sequence[tuple[int, int, int]]) -> list[int]:
     """
     deepest = {stride: level for level, stride in enumerate(strides)}
     return sorted({deepest[stride] for stride in LIGHT_STRIDES if stride in deepest} | {len(strides) - 1})
+
+
+@torch.no_grad()
+def silence(head: nn.Conv3d, annotated: Sequence[bool]) -> None:
+    """Keeps a head from naming organs that no scan to learn from annotates: no loss moves their logits.
+
+    Args:
+        head: of a network that is new.
+        annotated: one per organ, the last of the head's outputs; a first output more is background.
+    """
+    assert head.bias is not None
+    head.bias[-len(annotated) :][~torch.tensor(annotated)] = NEVER
 
 
 class LightDecoder(nn.Module):

@@ -345,7 +345,9 @@ def main() -> None:
             tuned(places[0], runs, RANDOM, seed, RANDOM)
             for i in filter(None, options.get("arms", "4").split(",")):
                 arm = list(ARMS)[int(i)]
-                tuned(places[0], runs, arm, seed, str(runs / f"{arm}, seed {seed}"))
+                run = runs / f"{arm}, seed {seed}"
+                encoder = encoder_of(run)
+                tuned(places[0], runs, arm, seed, str(encoder if encoder.exists() else run))
             if "init" in options:
                 tuned(places[0], runs, Path(options["init"]).stem, seed, options["init"])
         return
