@@ -157,7 +157,11 @@ class Judges:
             organ: {key: mean_known([one["organs"][organ][key] for one in own]) for key in ("dice", "hd95_mm")}
             for organ in own[0]["organs"]
         }
-        details: dict[str, Any] = {"organs": organs, "hd95_mm": mean_known([one["hd95_mm"] for one in own]), "rows": together}
+        details: dict[str, Any] = {
+            "organs": organs,
+            "hd95_mm": mean_known([one["hd95_mm"] for one in own]),
+            "rows": together,
+        }
         details["seeds"] = [one["dice"] for one in own]  # each has one: an organ is there, see `check_organs`
         num_scored = len({row["scan_id"] for row in together if not math.isnan(row["dice"])})
         return Score.of_draws(float(np.mean(details["seeds"])), details, drawn, num_scored, 1.0)
