@@ -263,7 +263,7 @@ def _of_places(config: DoctorConfig, machines: list[Machine], lookers: _Lookers)
     lines, stores, runs = [], [], []
     if config.index:
         scans = _in_time(lambda: some_scans(config.index), LOOK_S, lambda why: [])
-        stores = [_seen(lambda: look_at_store(config.index, scans))]
+        stores = [_seen(lambda: look_at_store(config.index, scans, index=True))]
         stores += lookers.sights("look_at_store", config.index, scans)
         lines += storage.place("index", config.index, stores)
     if config.run:

@@ -24,11 +24,13 @@ class Weighted:
         key: of the config, that names it: init, control or ceiling.
         encoder: random weights are in it already.
         source: of the weights; none: random.
+        fewer: what to say where it is judged by fewer maps than what it is compared with.
     """
 
     key: str
     encoder: Encoder | ResEncoder
     source: weights.Source | None
+    fewer: str = ""
 
     @property
     def view_size(self) -> tuple[int, int, int]:
@@ -36,9 +38,13 @@ class Weighted:
         return self.source.view_size if self.source else ViewsConfig().size
 
     def up_to(self, level: int) -> "Weighted":
-        """The same, judged by no map behind this one: as many as of the encoder that it is compared with."""
-        if self.source is None or self.source.level <= level:
+        """The same, judged by no map behind this one: as many as of the encoder that it is compared with, or, with a
+        note, fewer."""
+        if self.source is None or self.source.level == level:
             return self
+        if self.source.level < level:
+            fewer = f"it was trained up to map {self.source.level}: it is judged by fewer maps than init, up to {level}"
+            return replace(self, fewer=fewer)
         return replace(self, source=replace(self.source, level=level))
 
     def ready(self, index: Index, tested: list[ScanRecord]) -> tuple[Encoder | ResEncoder, list[str]]:
@@ -61,7 +67,8 @@ class Weighted:
             if note := spacing_note(loaded.trained_on, index):
                 notes.append(f"{self.key}={init} {note}")
             whose = "" if self.key == "init" else f"{self.key}={init}: "
-            notes += [f"{whose}{note}" for note in [*seen_notes(loaded.trained_on, tested), *self._doubts(index)]]
+            doubts = [*seen_notes(loaded.trained_on, tested), *self._doubts(index), self.fewer]
+            notes += [f"{whose}{note}" for note in filter(None, doubts)]
             self.encoder.stop_at(self.source.level)
         return self.encoder, notes
 
@@ -124,7 +131,7 @@ def read_ends(config: ProbeConfig, index: Index, own: Weighted) -> dict[str, Wei
         own: the encoder that is judged.
 
     Raises:
-        ValueError: as for `read`, an encoder of another size or trained less far, or the one that is judged.
+        ValueError: as for `read`, an encoder of another size, or the one that is judged.
     """
     given = [key for key in ENDS if getattr(config, key)]
     for key in given:
@@ -138,8 +145,5 @@ def read_ends(config: ProbeConfig, index: Index, own: Weighted) -> dict[str, Wei
             named = f"{key}={getattr(config, key)} holds an encoder {theirs}, init={config.init} one {ours}"
             raise ValueError(f"{named}: {mend}")
         last = own.source.level if own.source else own.encoder.last
-        if one.source and one.source.level < last:
-            named = f"{key}={getattr(config, key)} was trained up to map {one.source.level} of its encoder"
-            raise ValueError(f"{named}, init={config.init} up to map {last}: give one with its align.output_stride")
         ends[key] = one.up_to(last)
     return ends

@@ -142,8 +142,7 @@ def worker(session: Session, worker_config: dict) -> str | None:
     val_records = [scan for scan in index.scans if scan.scan_id in worker_config["val_ids"]]
 
     # network, optimizer, schedule
-    segmenter = _segmenter(session, config, index, meta)
-    optimizer = optim.build_finetuning(segmenter, config.optim)
+    segmenter, optimizer = _network(session, config, index, meta)
     schedule = optim.polynomial(optimizer, plan.num_steps)
 
     # from where the newest checkpoint stands
@@ -197,20 +196,21 @@ def worker(session: Session, worker_config: dict) -> str | None:
     return session.end(is_over=overfits)
 
 
-def _segmenter(
+def _network(
     session: Session, config: FinetuneConfig, index: store.Index, meta: CheckpointMeta
-) -> Segmenter | LightSegmenter:
-    """The network on the device; what was committed needs the initial weights no more."""
+) -> tuple[Segmenter | LightSegmenter, torch.optim.Optimizer]:
+    """The network on the device and its optimizer; what was committed needs the initial weights no more."""
     begun = bool(session.state)
     segmenter = build_finetuning(config, index, meta if begun else None)[0]
-    silence(segmenter.head, index.annotated(session.plan.scan_ids))
     if config.freeze and not begun:
         _prepare_frozen(session, on.lay_out(segmenter, session.device).encoder, config, index)
     segmenter = session.lay_out(segmenter)
     if config.train.recompute and not config.freeze:
         on.recompute(segmenter.encoder)
     train_mode(segmenter, config.freeze)
-    return segmenter
+    optimizer = optim.build_finetuning(segmenter, config.optim)
+    silence(segmenter.head, index.annotated(session.plan.scan_ids), optimizer)
+    return segmenter, optimizer
 
 
 def _step(

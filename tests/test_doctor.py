@@ -446,7 +446,7 @@ def test_a_damaged_store_is_named_with_what_mends_it(tmp_path, fault):
     """As the doors name it: no door can use such a store."""
     keys = doctor.some_scans(make_store(tmp_path / "s"))
     DAMAGE[fault](tmp_path / "s", keys)
-    (line,) = index([Sight("this machine", **doctor_places.look_at_store(str(tmp_path / "s"), keys))])
+    (line,) = index([Sight("this machine", **doctor_places.look_at_store(str(tmp_path / "s"), keys, index=True))])
     assert line.state == "wrong" and re.search(fault, line.text)
     if "missing" in fault:
         assert line.mend == f"python -m pgl_ray.prepare repair store={tmp_path}/s"

@@ -1,5 +1,6 @@
 """Small fine-tuning: the light decoder, the weight of the cross-entropy, AdamW, and the encoder's own rate."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -233,25 +234,33 @@ def test_the_weight_reaches_the_gradient(parts):
     assert (gradients[1.0] - gradients[0.0]).abs().max() > 1e-3
 
 
+OPTIMIZERS = {
+    "adamw": functools.partial(torch.optim.AdamW, lr=0.01),
+    "sgd": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
+    "sgd, strong decay": functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9, nesterov=True, weight_decay=0.1),
+}
+
+
 @pytest.mark.parametrize("task", ["multiclass", "binary"])
-@pytest.mark.parametrize("seed", range(4))
-def test_what_no_scan_annotates_is_never_named(task, seed):
-    """Whatever the head begins with, and by the end, too; the others are learnt."""
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_no_scan_annotates_is_never_named(task, kind, seed):
+    """Whatever the head begins with and however weights decay; the others are learnt, where the decay lets them."""
     torch.manual_seed(seed)
     head = torch.nn.Conv3d(8, 2 + (task == "multiclass"), 1)
     net = torch.nn.Sequential(torch.nn.Conv3d(1, 8, 1), torch.nn.ReLU(), head)
-    silence(head, [True, False])
-    adamw = torch.optim.AdamW(net.parameters(), 0.01)
+    optimizer = OPTIMIZERS[kind](net.parameters())
+    silence(head, [True, False], optimizer)
     target = torch.randint(2, (2, 1, 4, 8, 8), dtype=torch.uint8)
     x, labelled = target * 2.0 - 1 + 0.1 * torch.randn(target.shape), torch.tensor([[1, 1, 0]] * 2)
     for _ in range(200):
-        adamw.zero_grad()
+        optimizer.zero_grad()
         segmentation_loss(net(x), target, task, labelled, 1.0).backward()
-        adamw.step()
+        optimizer.step()
     logits = net(x * 3)
     assert (logits[:, -1] < -1000).all()
     seen = logits.argmax(1) if task == "multiclass" else (logits[:, 0] > 0).long()
-    assert (seen == target[:, 0]).float().mean() > 0.95
+    assert "strong" in kind or (seen == target[:, 0]).float().mean() > 0.95
 
 
 @pytest.mark.slow

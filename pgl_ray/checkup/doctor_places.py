@@ -137,29 +137,28 @@ def look_at_run(mark: str) -> dict[str, Any]:
     return _tried(look)
 
 
-def look_at_store(store: str, scans: list[str]) -> dict[str, Any]:
+def look_at_store(store: str, scans: list[str], index: bool = False) -> dict[str, Any]:
     """Reads the settings of a store and some of its scans' voxels; facts by their names in Sight.
 
     Args:
         store: folder or URL.
         scans: keys below it of what is read.
+        index: whether its index is read as the doors read it, too: elsewhere it is the same one, by its hash.
     """
     from pgl_ray.data.place import open_place
-    from pgl_ray.data.store import read_index
 
     def look() -> dict[str, Any]:
         place = open_place(store)
         settings = place.read("store.json")
-        try:
-            read_index(store)
-        except ValueError as error:  # "what is wrong: what mends it"
-            fault, _, mend = str(error).rpartition(": ")
-            return {"fault": fault, "mend": mend}
-        if gone := [key for key in scans if not place.is_file(key)]:
-            mend = f"python -m pgl_ray.prepare repair store={store}"
-            return {"fault": f"{gone[0]} is missing", "mend": mend}
+        if index and (wrong := _wrong_with(store)):
+            return wrong
         digest = hashlib.sha256(settings + place.read("index.parquet")).hexdigest()[:12]
-        facts = {"mark": digest, "read_mb_s": _speed(store, scans), **_room(store), **_latency(place, "store.json")}
+        try:
+            speed = _speed(store, scans)
+        except FileNotFoundError as error:
+            mend = f"python -m pgl_ray.prepare repair store={store}"
+            return {"fault": f"{error.filename or error} is missing", "mend": mend}
+        facts = {"mark": digest, "read_mb_s": speed, **_room(store), **_latency(place, "store.json")}
         if not is_url(store):
             try:
                 tempfile.TemporaryFile(dir=store).close()
@@ -168,6 +167,18 @@ def look_at_store(store: str, scans: list[str]) -> dict[str, Any]:
         return facts
 
     return _tried(look)
+
+
+def _wrong_with(store: str) -> dict[str, str]:
+    """What keeps every door from a store, and what mends it; {}: nothing does."""
+    from pgl_ray.data.store import read_index
+
+    try:
+        read_index(store)
+    except ValueError as error:  # "what is wrong: what mends it"
+        fault, _, mend = str(error).rpartition(": ")
+        return {"fault": fault, "mend": mend}
+    return {}
 
 
 def _tried(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:

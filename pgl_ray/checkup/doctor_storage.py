@@ -46,12 +46,13 @@ def _mend(url: str, fault: str) -> str:
         return MEND
     if "no run of pgl_ray" in fault:
         return f"choose another run=..., a new or empty one, such as {url}/run1"
+    if "No module named" in fault:
+        return "install what is missing there"
     if is_url(url):
         return "make the bucket" if "no such bucket" in fault else CREDENTIALS
     if any(word in fault.lower() for word in ("permission", "read-only")):
         return "let this user write there on every node (owner, mount options, root_squash)"
     mends = {"is no folder": f"another folder than {url}, or move that file away", "No space": FREE}
-    mends |= {"No module named": "install what is missing there"}
     return next((mend for part, mend in mends.items() if part in fault), SHARE)
 
 

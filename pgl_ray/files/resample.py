@@ -34,10 +34,7 @@ def resample(
     if np.allclose(ratio, 1, atol=1e-6):
         return volume, label, affine
     shape = new_shape(volume.shape, affine, spacing_mm)
-    smooth = volume
-    for axis, r in enumerate(ratio):
-        if r > 1:
-            smooth = ndimage.gaussian_filter1d(smooth, (r - 1) / 2, axis, output=np.float32, mode="nearest")
+    smooth = smoothed(volume, ratio)
     offset = (ratio - 1) / 2  # the middle of new voxel 0 in old voxel indices
     grid = {"offset": offset, "output_shape": shape, "mode": "nearest"}
     moved = ndimage.affine_transform(smooth, ratio, order=1, output=np.float32, **grid)
@@ -46,6 +43,14 @@ def resample(
     step = np.diag([*ratio, 1.0])
     step[:3, 3] = offset
     return np.rint(moved).astype(np.int16), label, affine @ step
+
+
+def smoothed(volume: np.ndarray, ratio: np.ndarray) -> np.ndarray:
+    """A volume whose axes will get coarser by `ratio`, without what would alias; see `resample`."""
+    for axis, r in enumerate(ratio):
+        if r > 1:
+            volume = ndimage.gaussian_filter1d(volume, (r - 1) / 2, axis, output=np.float32, mode="nearest")
+    return volume
 
 
 def new_shape(

@@ -88,11 +88,12 @@ def train_decoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         decoder = LightDecoder(channels, strides, len(scans[0].labelled))
-    silence(decoder.head, np.any([scan.labelled[1:] for scan in scans], 0).tolist())
-    decoder = on.lay_out(decoder, device).train()
+    # a GPU would look for the fastest convolutions of each slab's own size
+    decoder = (on.lay_out(decoder, device) if device.type == "cpu" else decoder.to(device)).train()
     maps = [read_maps(encoder, scan, size) for scan in scans]
     size = triple(int(-(-length // by) * by) for length, by in zip(size, strides[-1]))
     adamw = torch.optim.AdamW(decoder.parameters(), LR)
+    silence(decoder.head, np.any([scan.labelled[1:] for scan in scans], 0).tolist(), adamw)
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, lambda step: (1 - step / steps) ** 0.9)
     for _ in range(steps):
         parts = [draw_part(rng, scans[i], maps[i], strides, size) for i in rng.integers(len(scans), size=BATCH)]

@@ -22,6 +22,7 @@ from pgl_ray.data.scan_files import open_volume
 from pgl_ray.data.scan_record import ScanRecord
 from pgl_ray.data.store import Index
 from pgl_ray.data.voxel_statistics import BODY_HU
+from pgl_ray.files.resample import smoothed
 from pgl_ray.model.device import Net
 from pgl_ray.model.resenc import ResEncoder
 from pgl_ray.model.resnet import Encoder
@@ -65,7 +66,12 @@ def unlabelled_views(
         extent = triple(max(1, round(length * by)) for length, by in zip(size, scales.tolist()))
         crops = CropConfig(size=extent, crop_scale=(1.0, 1.0), flip_prob=0.0, foreground=True)
         prior = sample_prior(generator(seed, 1, scan.scan_id, number), scan.shape, crops, scan.foreground_box)
-        crop = read_padded(open_volume(index.store, scan), prior.box, AIR)
+        margin = np.ceil(2 * np.maximum(scales - 1, 0)).astype(np.int64)  # four sigma
+        start, stop = prior.box.T  # what is around it is smoothed in, as far as the scan goes
+        first = np.minimum(start, np.maximum(start - margin, 0))
+        box = np.stack([first, np.maximum(stop, np.minimum(stop + margin, scan.shape))], 1)
+        crop = smoothed(read_padded(open_volume(index.store, scan), box, AIR), scales)
+        crop = crop[tuple(slice(by, by + length) for by, length in zip(start - first, extent))]
         views.append(render(crop, size, prior.flip, index.hu_window, scan.mean_hu, scan.std_hu))
     return torch.from_numpy(np.stack(views))[:, None]
 

@@ -128,16 +128,23 @@ def light_levels(strides: Sequence[tuple[int, int, int]]) -> list[int]:
     return sorted({deepest[stride] for stride in LIGHT_STRIDES if stride in deepest} | {len(strides) - 1})
 
 
-@torch.no_grad()
-def silence(head: nn.Conv3d, annotated: Sequence[bool]) -> None:
-    """Keeps a head from naming organs that no scan to learn from annotates: no loss moves their logits.
+def silence(head: nn.Conv3d, annotated: Sequence[bool], optimizer: torch.optim.Optimizer) -> None:
+    """Keeps a head from naming organs that no scan to learn from annotates: no loss knows of their logits.
 
     Args:
-        head: of a network that is new.
+        head: on its device.
         annotated: one per organ, the last of the head's outputs; a first output more is background.
+        optimizer: of the head; after each of its steps weight decay is undone.
     """
     assert head.bias is not None
-    head.bias[-len(annotated) :][~torch.tensor(annotated)] = NEVER
+    bias, unknown = head.bias.detach()[-len(annotated) :], ~torch.tensor(annotated, device=head.bias.device)
+
+    def quiet(*_: object) -> None:
+        bias.masked_fill_(unknown, NEVER)
+
+    quiet()
+    if not all(annotated):
+        optimizer.register_step_post_hook(quiet)
 
 
 class LightDecoder(nn.Module):
